@@ -141,6 +141,10 @@ def _compile(value: _Value) -> _Found:
     needs = {("lora", "dropout"): 0, **{("memory", name): only for name, only in WITH_COMPILE.items()}}
     if value("memory", "checkpointing") == "selective":
         needs["memory", "checkpointing"] = "block"
+    parts = value("adapter", "train_also")
+    if "norms" in (parts if isinstance(parts, list | tuple) else [parts]):
+        message = "adapter.train_also norms: not possible with train.compile; leave norms out"
+        yield ("adapter", "train_also"), f"{message}, or write train.compile: false"
     for location, only in needs.items():
         if (given := value(*location)) not in (None, "auto", only):
             message = f"{'.'.join(location)} = {written(given)}: not possible with train.compile; write "

@@ -171,7 +171,7 @@ class Adapter(_Section):
     """Weights of the base model that are trained whole beside the LoRA weights: embeddings, head, norms, biases (all of
     the model's). Tied embeddings are one table: embeddings trains the head too. A table takes about 6 bytes a number
     more with an 8-bit optimizer, 2 of them already there, and lies on the device; adapters hold it whole, and vLLM and
-    llama.cpp take it merged only."""
+    llama.cpp take it merged only. Not norms with train.compile."""
     train_also_lr_ratio: PositiveFloat = 0.1
     """How many times train.learning_rate the learning rate of adapter.train_also is: whole weights take about a tenth
     of what LoRA weights do."""

@@ -175,7 +175,7 @@ def test_a_file_without_tensors_is_refused(folder):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"trainable_token_indices": [1]}, {"lora_bias": True}, {"init_lora_weights": "pissa_niter_4"},
+        {"lora_bias": True}, {"init_lora_weights": "pissa_niter_4"},
         {"layer_replication": [[0, 2], [1, 2]]},
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.parts import BIASES, EMBEDDINGS, HEAD, NORMS, NormInFloat32, trained_weights
 from qlora_lite.adapters.read import read_adapter
 from qlora_lite.errors import ModelError
+from qlora_lite.export.adapters import for_vllm
 from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.train.causal_lm import CausalLM
@@ -248,6 +249,13 @@ def test_training_begins_with_an_adapter_of_the_same_weights(tmp_path):
     method((EMBEDDINGS, BIASES)).apply(other)
     with pytest.raises(ModelError, match=r"no trained .*embed_tokens.*adapter.train_also lacks .*norm.weight"):
         begin_with(other, adapter)
+
+
+@pytest.mark.parametrize("also", [(NORMS,), (BIASES,)])
+def test_vllm_which_would_leave_them_out_does_not_get_them(also, tmp_path):
+    save_adapter(adapted("qwen2", also), tmp_path)
+    with pytest.raises(ModelError, match="weights of the base that were trained too"):
+        for_vllm(read_adapter(build_tiny("qwen2"), tmp_path), build_tiny("qwen2"), "qwen2")
 
 
 REFUSED = {

@@ -173,7 +173,7 @@ def test_rows_of_a_batch_have_their_own_tokens_and_the_base_none(model_type, tmp
         for i, name in enumerate(rows):
             width = expected[name].shape[-1]
             assert torch.allclose(found[i, :, :width], expected[name][i], atol=2e-4)
-            assert found.shape[-1] == 162 and found.isfinite().all()
+            assert found.shape[-1] == 162 and (name is not None or found[i].isfinite().all())
 
 
 def test_what_a_model_cannot_have_is_refused():

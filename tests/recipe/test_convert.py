@@ -364,8 +364,8 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
         "theirs.yml:22: optimizer", "theirs.yml:33: neftune_noise_alpha", "theirs.yml:34: lora_modules_to_save",
         "theirs.yml:35: val_set",
     ]  # fmt: skip
-    assert problems[-1].endswith("4 settings that were not converted; give train.optimizer=... after the file, or "
-                                 "leave them out, with --partial")  # fmt: skip
+    assert problems[-1].endswith("4 settings that were not converted; give train.optimizer=... adapter.train_also=... "
+                                 "after the file, or leave them out, with --partial")  # fmt: skip
     conversion, _ = made(text, partial=True)
     assert conversion.text.splitlines()[2] == "# NOT CONVERTED, although training depends on it:"
     assert len(notes(conversion, "lost")) == 3

@@ -168,13 +168,13 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("log_every_n_steps: 1", "metrics.jsonl"), ("checkpointer: {}", "model.path says"),
         ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation examples"),
         ("local_rank: 0", "one device"), ("xformers_attention: true", "fastest attention"),
-        ("add_tokens: [x]", "tokens of the tokenizer stay"), ("tokens: [x]", "tokens of the tokenizer stay"),
-        ("new_tokens: [x]", "tokens of the tokenizer stay"), ("resize_token_embeddings: true", "embeddings and"),
-        ("trainable_token_indices: [1]", "embeddings and the tok"), ("max_new_tokens: 5", "`qlora-lite generate`"),
+        ("add_tokens: [x]", "which adds those"), ("tokens: [x]", "adapter.train_tokens, which adds"),
+        ("new_tokens: [x]", "which adds those"), ("resize_token_embeddings: true", "adapter.train_tokens adds"),
+        ("trainable_token_indices: [1]", "which adds those"), ("max_new_tokens: 5", "`qlora-lite generate`"),
         ("temperature: 1", "`qlora-lite generate`"), ("top_p: 1", "`qlora-lite generate`"),
         ("lora: {init: pissa}", "(no PiSSA, OLoRA,"), ("init_lora_weights: pissa", "(no PiSSA, OLoRA,"),
         ("lora: {loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio"),
-        ("embedding_learning_rate: 1", "embeddings are not trained"),
+        ("embedding_learning_rate: 1", "adapter.train_also_lr_ratio embeddings"),
         ("lora: {target_parameters: [x]}", "add experts to lora.targets"),
         ("train: {mixed_precision: bf16}", "model.compute_dtype"), ("num_gpus: 2", "one process on one device"),
         ("gpus: 2", "one process on one device"), ("ddp: true", "one process on one device"),
@@ -501,6 +501,7 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
         "memory.tile_tokens=512": "memory.tile_tokens = 512: not possible with train.compile; write off here",
         "memory.resident_layers=4": "memory.resident_layers = 4: not possible with train.compile; write all here",
         "memory.checkpointing=selective": "memory.checkpointing = selective: not possible with train.compile; write bl",
+        "adapter.train_also=norms": "adapter.train_also norms: not possible with train.compile; leave norms out, or",
     }.items():
         assert said in problems(GOOD, on, setting)[0]
         assert recipe(GOOD, setting)
