@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from qlora_lite.memory.bar import TRAINED
 from qlora_lite.memory.process import HOST_PROCESS_BYTES, Overhead, overheads
 
 from .simulate import Job, Simulation, simulate
@@ -77,7 +76,7 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
 
 def copied_bytes(job: Job, simulation: Simulation) -> int:
     """Return what is copied for a checkpoint: of a whole model the best weights so far alone, see ``train.state``."""
-    held = simulation.resident.breakdown
     if job.workload.method.trains_base:
-        return max(0, job.saved_adapters - 1) * held.get(TRAINED[True], 0)
+        return max(0, job.saved_adapters - 1) * simulation.trained_bytes
+    held = simulation.resident.breakdown
     return job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
-from math import prod
 from shutil import disk_usage
 from typing import Any
 
@@ -352,8 +351,11 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
         return f"free host memory, or {_more_host(plan, plan.chosen)}"
     resident = plan.chosen.prediction.simulation.resident
     trained = sum(resident.breakdown.get(name, 0) for name in (*TRAINED, "optimizer"))
-    size = plan.step.job.workload.method.size_setting
+    method = plan.step.job.workload.method
+    size = method.size_setting
     fewer = f"lower {size}" if size else "choose a smaller model, or adapter.method lora"
+    if method.trains_base and not plan.chosen.options.optimizer_in_backward:
+        fewer = f"write memory.optimizer_in_backward: true and train.max_grad_norm: 0, {fewer}"
     constants = plan.machine.base_bytes + sum(overhead.bytes for overhead in plan.chosen.prediction.overheads)
     if constants > plan.budget_bytes:
         return f"what such a process needs beside tensors takes {format_bytes(constants)} alone: give it more memory"
@@ -405,8 +407,8 @@ def disk_bytes(plan: Plan) -> int:
     held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
     trained, states = sum(held.get(name, 0) for name in TRAINED), held.get("optimizer", 0)
     if plan.step.job.workload.method.trains_base:  # some of both may lie in host memory
-        weights = sum(prod(each.shape) * each.dtype.itemsize for each in simulation.trained)
-        trained, states = weights, states + trained + held.get("offloaded", 0) - weights
+        states += trained + held.get("offloaded", 0) - simulation.trained_bytes
+        trained = simulation.trained_bytes
     space = Space(trained, states, with_evaluation, plan.kept_checkpoints)
     times = 2 if plan.chosen.options.weights_on_disk else 1
     return times * simulation.frozen_bytes + space.whole_bytes()

@@ -489,8 +489,9 @@ class Memory(_Section):
     resident_layers: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
         "auto"
     )
-    """How many of the last layers keep their frozen weights on the device; those of the others are in host memory and
-    are copied, one layer ahead, in forward and in backward. Results are the same to the bit."""
+    """How many of the last layers keep their weights on the device; those of the others are in host memory and are
+    copied, one layer ahead, in forward and in backward. Results are the same to the bit. With adapter.method full they
+    are updated there, which needs memory.optimizer_in_backward."""
     stream_from: Literal["auto", "host", "disk"] = "auto"
     """Where streamed 4-bit weights wait. host is pinned memory for all of them; disk leaves them in the file of the
     prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two layers, and more where the system
