@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_files import write_recipe
+from tiny_files import MERGES, save_tiny, write_recipe
 from tiny_runs import summary_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,3 +146,11 @@ def test_without_a_word_on_quantisation_the_cure_is_named_and_auto_is_a_lower_ra
         learning_rate_of(load_recipe(path, [f"adapter.method={method}", *overrides])) for method in ("lora", "full")
     ]
     assert rates[1] == pytest.approx(rates[0] / 10, rel=0.02)
+
+
+def test_it_is_exported_as_a_gguf_file_with_its_models_logits(tmp_path):
+    save_tiny(tmp_path / "base", merges=MERGES)
+    folder = run_recipe(full_recipe(tmp_path, tmp_path / "base", "train.max_steps=2", "train.metrics_examples=0"))
+    report = export_run(folder, tmp_path / "gguf", ExportSettings("gguf"))
+    assert report["distance"] < 0.01 and report["layers"] == 0 and "share" not in report
+    assert (tmp_path / "gguf" / "model.gguf").is_file()
