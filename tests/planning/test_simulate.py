@@ -120,8 +120,11 @@ def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, optio
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_predicted_peak_with_weights_of_the_base_trained_is_the_measured_one(model_type, also, options, dtype):
     options = replace(options, loss_chunk_tokens=8)
-    job = job_for(config_of(model_type), options=options, also=also, compute_dtype=dtype, optimizer="adamw_32bit")
-    assert_predicted(job, measured(job, model_type, dtype=dtype))
+    job = job_for(config_of(model_type), options=options, also=also, compute_dtype=dtype)
+    predicted, ledger = simulate_whole(job), measured(job, model_type, dtype=dtype)
+    for name in ("forward", "backward", "evaluation"):
+        peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == name)
+        assert peak - INPUT_BYTES <= predicted.peak(name).total <= 1.01 * peak + INPUT_BYTES, name
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
