@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.workload import BatchShape
 
-from .machine import Machine
+from .machine import HOST_UPDATES_PER_SECOND, Machine
 from .predict import Prediction, predict
 from .simulate import Job
 
@@ -108,6 +108,7 @@ def timed(
 ) -> Candidate:
     """Return a way to run the step whose memory is known."""
     seconds = micro_batches * machine.seconds(prediction.simulation.work)
+    seconds = max(seconds, prediction.host_updates / HOST_UPDATES_PER_SECOND)  # beside what the GPU computes
     return Candidate(options, packs, micro_batches, prediction, seconds, machine.host_bytes)
 
 

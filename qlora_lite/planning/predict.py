@@ -39,6 +39,15 @@ class Prediction:
         best = copied_bytes(self.job, self.simulation) if self.job.workload.method.trains_base else 0
         return self.simulation.offloaded_bytes + best
 
+    @property
+    def host_updates(self) -> int:
+        """How many weights a step updates in host memory, where streamed blocks are trained."""
+        job, sizes = self.job, self.simulation.streamed_sizes
+        if not sizes or not job.workload.method.trains_base:
+            return 0
+        streamed = job.options.streamed_of(job.workload.depth)
+        return streamed * sum(sizes) // len(sizes) // job.workload.compute_dtype.itemsize
+
     def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
         """Return by how much the step exceeds the device's limit or the host's, the larger; below 0 it fits."""
         beyond = self.peak_bytes - limit_bytes

@@ -9,10 +9,10 @@ import torch
 from qlora_lite.memory.bar import memory_bar
 from qlora_lite.models.load import auto_dtype
 from qlora_lite.planning.candidate import Candidate
-from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND
+from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, HOST_UPDATES_PER_SECOND
 from qlora_lite.planning.simulate import full_pack, simulate_whole
 from qlora_lite.prepare.plan import Alternative, Plan, disk_bytes, host_bytes
-from qlora_lite.units import format_bytes, format_seconds
+from qlora_lite.units import format_bytes, format_count, format_seconds
 
 MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
 
@@ -139,8 +139,10 @@ def time_of_step(plan: Plan) -> str:
     """Return how long a step takes, and whether the host, which launches its operations, is what limits it."""
     chosen, machine = plan.chosen, plan.machine
     work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
-    if plan.step.job.workload.method.trains_base and chosen.options.resident_layers is not None:
-        said += ", not counting what the host's updates of streamed weights take beyond that"
+    updates = chosen.prediction.host_updates
+    if updates and chosen.step_seconds <= updates / HOST_UPDATES_PER_SECOND:
+        return (f"{said}, limited by the host, which updates {format_count(updates)} weights in its memory, at "
+                f"{HOST_UPDATES_PER_SECOND / 1e6:g} million a second, as measured on two cores")  # fmt: skip
     if machine.device_type == "cpu" or machine.seconds(work) > machine.starting_seconds(work):
         return said
     return f"{said}, limited by the host, which launches {chosen.micro_batches * work.operations:,} operations"
