@@ -41,7 +41,10 @@ class Bare(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = None
-        self.q_proj, self.up_proj = nn.Linear(6, 4), nn.Linear(4, 8)
+        self.q_proj, self.up_proj, self.table = nn.Linear(6, 4), nn.Linear(4, 8), nn.Embedding(5, 6)
+
+    def get_input_embeddings(self):
+        return self.table
 
     def get_output_embeddings(self):
         return None
@@ -241,7 +244,7 @@ def test_the_numbers_of_a_checkpoint_may_be_anything(trained, tmp_path, times, c
     (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
     names = {field.name: None for field in fields(Proven)} | {"trainer": other, "model": other.model}
-    proven = Proven(**names | {"data": Preflight(None, None, {})})
+    proven = Proven(**names | {"recipe": recipe, "data": Preflight(None, None, {})})
 
     def go_on(documents):
         continuation = Continuation(checked(Checkpoint(1, good.tensors, documents)), force=True)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -197,6 +198,9 @@ class Lora(AdapterMethod):
             ModelError: the model has no LoRA layers.
         """
         require_lora(model)
+        if not self.also and not self.tokens:
+            yield from lora_parameters(model)
+            return
         inside, added = in_blocks(model), {parameter: name for name, parameter in lora_parameters(model)}
         first = {name: p for name, p in trained_weights(model) if name.rpartition(".")[0] not in inside}
         yield from first.items()
@@ -205,7 +209,7 @@ class Lora(AdapterMethod):
 
     def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield what is trained beside the LoRA weights."""
-        return (parameter for _, parameter in trained_weights(model))
+        return (parameter for _, parameter in trained_weights(model) if self.also or self.tokens)
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights under the names of the PEFT format.
@@ -416,7 +420,7 @@ def weights_before(model: nn.Module, adapter: Adapter) -> dict[str, torch.Tensor
     return {path: model.get_parameter(path).detach().clone() for path in weights}
 
 
-def detach_adapter(model: nn.Module, before: Mapping[str, torch.Tensor]) -> nn.Module:
+def detach_adapter(model: nn.Module, before: Mapping[str, torch.Tensor] = MappingProxyType({})) -> nn.Module:
     """Take an adapter out of a model again; return the base model.
 
     Args:

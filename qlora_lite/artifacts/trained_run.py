@@ -160,6 +160,8 @@ class TrainedRun:
             ModelError: it does not fit, holds NaN, changes nothing, or cannot be merged.
         """
         adapter = self.read_adapter(skeleton)
+        if self.adapter is None:  # the model itself
+            return ReadAdapter({}, 0.0)
         if isinstance(adapter, Saved):
             raise ModelError(f"{self.adapter} can be neither merged nor exported: {adapter.method.why_not_merged}")
         if not adapter.weights and not any(factors.lora_B.any() for factors in adapter.layers.values()):

@@ -235,7 +235,7 @@ def _other_methods(value: _Value) -> _Found:
 
 def _known_rate(value: _Value) -> _Found:
     method = value("adapter", "method")
-    if method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
+    if isinstance(method, str) and method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
         message = f"adapter.method = {method}: train.learning_rate auto is known for LoRA weights alone"
         yield ("adapter", "method"), f"{message}; write a number there, such as {RATES_TO_BEGIN_WITH[method]}"
 

@@ -257,7 +257,7 @@ def _parts(draft: Draft, setting: Setting, key: str) -> None:
     for name in names if isinstance(names, list) else [names]:
         found = next((part for word, part in words.items() if word in as_text(name)), None)
         if found is None:
-            draft.note("lost", setting, f"{as_text(name)} is not among what can be trained whole here", key)
+            draft.note("lost", setting, f"{shown(as_text(name))} is not among what can be trained whole here", key)
         elif found not in parts:
             parts.append(found)
     if parts:

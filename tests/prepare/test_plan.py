@@ -684,7 +684,10 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
 
 @pytest.mark.parametrize(
     ("rank", "budget_gib", "said"),
-    [(20000, 4, "adapter and its optimizer alone take"), (1000, 3, "weights, adapter, optimizer and constants alone")],
+    [
+        (20000, 4, "what is trained and its optimizer alone take"),
+        (1000, 3, "weights, adapter, optimizer and constants alone"),
+    ],
 )
 def test_a_rank_that_alone_is_too_much_is_what_to_lower(recipe, rank, budget_gib, said):
     plan = planner.plan_recipe(recipe(f"lora.rank={rank}"), CARD, budget_gib * GIB)

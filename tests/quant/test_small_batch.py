@@ -133,7 +133,7 @@ def test_every_row_of_a_batch_has_its_own_adapter():
     switches = []
     for make in (arranged, lambda layer: layer):
         switch = Switch(dict.fromkeys(factors))
-        switches.append(SwitchLinear(make(layer_of(shape)), switch, factors, CPU, x.dtype).eval())
+        switches.append(SwitchLinear(make(layer_of(shape)), switch, factors, CPU, x.dtype, {}).eval())
         switch.use_rows(names)
     expected = exact(switches[0].base, x)
     for place, name in enumerate(names):

@@ -77,7 +77,7 @@ def test_the_bands_are_drawn_from_the_ground_up_in_the_order_of_the_categories()
     html = memory_page(small())
     wide = html[html.index("<svg") : html.index("</svg>")]
     logits, weights = re.findall(r'<path class="(band-\d+)" d="M([\d.]+),([\d.]+)H[\d.]+V([\d.]+)', wide)
-    assert (logits[0], weights[0]) == ("band-10", "band-1")
+    assert (logits[0], weights[0]) == ("band-11", "band-1")
     assert logits[1:3] == weights[1:3]
     heights = [float(ground) - float(top) for _, _, ground, top in (logits, weights)]
     assert heights[0] == pytest.approx(2 * heights[1], rel=0.01)  # the first moment: 1 GiB upon 1 GiB

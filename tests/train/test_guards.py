@@ -291,7 +291,7 @@ def test_the_inventory_counts_every_byte_once(model_type):
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
     codes = sum(entry.bytes for entry in table if entry.group == "base weights" and entry.dtype == "uint8")
     assert codes == sum(m.in_features * m.out_features for m in packed) // 2
-    assert total_parameters(model) == weights
+    assert total_parameters(model, CausalLM().method) == weights
     assert all(entry.why and entry.device == "cpu" for entry in table)
 
 
@@ -300,7 +300,7 @@ def test_a_4_bit_copy_of_the_embeddings_is_not_counted_as_weights_of_its_own(tie
     model = build_tiny("llama", tie_word_embeddings=tied)
     weights = sum(p.numel() for p in model.parameters())
     quantize_head(model, "nf4", True)
-    assert total_parameters(model) == weights
+    assert total_parameters(model, CausalLM().method) == weights
 
 
 def test_every_layer_of_a_new_trainer_has_zero_b():
