@@ -26,7 +26,7 @@ from qlora_lite.errors import ModelError
 
 from .lora.inject import linear_layers
 from .method import AdapterMethod
-from .prompt import TENSOR, SwitchedTokens, VirtualTokens, add_part, drawn_embeddings, virtual_tokens
+from .prompt import TENSOR, SwitchedTokens, VirtualPlaces, add_part, count_in, drawn_embeddings, switched_tokens
 
 if TYPE_CHECKING:
     from .lora.switch import Switch
@@ -43,7 +43,7 @@ class PrefixLinear(nn.Module):
         begin: the first outputs [k, F], float32.
     """
 
-    def __init__(self, base: nn.Module, tokens: VirtualTokens, begin: torch.Tensor):
+    def __init__(self, base: nn.Module, tokens: VirtualPlaces, begin: torch.Tensor):
         super().__init__()
         self.base = base.requires_grad_(False)
         self._tokens = (tokens,)  # a tuple hides it from registration
@@ -100,9 +100,8 @@ class PrefixTuning(AdapterMethod):
         layers = _layers_of(model)
         model.requires_grad_(False)
         begin = drawn_embeddings(model, self.virtual_tokens, self.init_ids)
-        part = VirtualTokens(torch.zeros_like(begin))
+        part = VirtualPlaces(self.virtual_tokens)
         add_part(model, part)
-        part.requires_grad_(False)
         unit = begin * begin.square().mean(1, keepdim=True).add(1e-6).rsqrt()  # as a norm before the layer gives it
         for path, layer in layers.items():
             with torch.no_grad():
@@ -127,10 +126,7 @@ class PrefixTuning(AdapterMethod):
         Raises:
             ModelError: it describes none.
         """
-        count = config.get("num_virtual_tokens")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ModelError(f"num_virtual_tokens must be a whole number of at least 1, not {count!r:.80}")
-        return cls(count)
+        return cls(count_in(config))
 
     def files(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return all keys, rotated, and values as peft has them, [k, 2 L F]: of one layer behind those of another."""
@@ -158,14 +154,10 @@ class PrefixTuning(AdapterMethod):
         self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
     ) -> None:  # fmt: skip
         """See ``AdapterMethod``."""
-        part = virtual_tokens(model)
-        if part is None:
-            part = SwitchedTokens(switch)
-            add_part(model, part)
+        part = switched_tokens(model, switch)
+        part.counts[name] = self.virtual_tokens
         there = {path: module for path, module in model.named_modules() if isinstance(module, SwitchPrefix)}
         layers = there or _layers_of(model)
-        width = model.get_input_embeddings().weight.shape[1]
-        part.by_name[name] = torch.zeros(self.virtual_tokens, width, device=model.device)
         for path, prefix in _by_layer(model, list(layers), tensors[TENSOR]):
             if path not in there:
                 model.set_submodule(path, SwitchPrefix(layers[path], part, {}))

@@ -34,10 +34,29 @@ _NAME = "virtual_tokens"  # of the decoder's part
 TENSOR = "prompt_embeddings"  # in adapter files, [k, D]
 
 
-class _Placed(nn.Module):
-    """Knows the ids of the pass under way, int64 [rows, T], of which the negative ones are virtual tokens."""
+class VirtualPlaces(nn.Module):
+    """The places of a decoder's virtual tokens, which is what this is a part of.
+
+    It knows the ids of the pass under way, int64 [rows, T], of which the negative ones are virtual tokens.
+
+    Args:
+        count: k.
+    """
 
     ids: torch.Tensor
+
+    def __init__(self, count: int = 0):
+        super().__init__()
+        self._count = count
+
+    @property
+    def count(self) -> int:
+        """How many of them a row wants."""
+        return self._count
+
+    def in_use(self) -> torch.Tensor | None:
+        """Return their embeddings e; None where they may be any."""
+        return None
 
     def replaced(self, found: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return a tensor [rows, T, F] with ``own`` [k, F] in the places of virtual tokens."""
@@ -45,8 +64,8 @@ class _Placed(nn.Module):
         return torch.where((self.ids < 0)[..., None], mine, found)
 
 
-class VirtualTokens(_Placed):
-    """The virtual tokens of a decoder, which is what this is a part of.
+class VirtualTokens(VirtualPlaces):
+    """Virtual tokens whose embeddings are trained.
 
     Args:
         begin: what their embeddings begin as [k, D], float32.
@@ -54,7 +73,7 @@ class VirtualTokens(_Placed):
     """
 
     def __init__(self, begin: torch.Tensor, encoder_width: int | None = None):
-        super().__init__()
+        super().__init__(len(begin))
         self.embeddings = nn.Parameter(begin)
         self.encoder: nn.Module = nn.Identity()
         if encoder_width:
@@ -72,7 +91,7 @@ class VirtualTokens(_Placed):
         return self()
 
 
-class SwitchedTokens(_Placed):
+class SwitchedTokens(VirtualPlaces):
     """The virtual tokens of several adapters, those used that a switch says (``lora.switch``). Only for inference.
 
     Args:
@@ -82,7 +101,13 @@ class SwitchedTokens(_Placed):
     def __init__(self, switch: "Switch"):
         super().__init__()
         self.switch = switch
-        self.by_name: dict[str, torch.Tensor] = {}  # e of each adapter
+        self.counts: dict[str, int] = {}
+        self.by_name: dict[str, torch.Tensor] = {}  # e of each adapter that has its own
+
+    @property
+    def count(self) -> int:
+        """How many a row wants, by the adapter in use."""
+        return self.counts.get(self.name_in_use() or "", 0)
 
     def in_use(self) -> torch.Tensor | None:
         """Return e of the adapter in use; None where that has none."""
@@ -94,7 +119,7 @@ class SwitchedTokens(_Placed):
         return None if isinstance(rows, tuple) else rows
 
 
-def virtual_tokens(model: nn.Module) -> VirtualTokens | SwitchedTokens | None:
+def virtual_tokens(model: nn.Module) -> VirtualPlaces | None:
     """Return the part of a model that has its virtual tokens; None where it has none."""
     return getattr(model.base_model, _NAME, None)
 
@@ -102,11 +127,31 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens | SwitchedTokens | None:
 def count_virtual(model: nn.Module) -> int:
     """Return how many virtual tokens a model wants before every row, by the adapter in use."""
     part = virtual_tokens(model)
-    own = part.in_use() if part else None
-    return 0 if own is None else len(own)
+    return part.count if part else 0
 
 
-def add_part(model: nn.Module, part: VirtualTokens | SwitchedTokens) -> None:
+def count_in(config: Mapping) -> int:
+    """Return how many virtual tokens an adapter's configuration says, peft's too.
+
+    Raises:
+        ModelError: it says none.
+    """
+    count = config.get("num_virtual_tokens")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ModelError(f"num_virtual_tokens must be a whole number of at least 1, not {count!r:.80}")
+    return count
+
+
+def switched_tokens(model: nn.Module, switch: "Switch") -> SwitchedTokens:
+    """Return the part of a model for the virtual tokens of several adapters, added to it where it is not there."""
+    part = virtual_tokens(model)
+    if not isinstance(part, SwitchedTokens):
+        part = SwitchedTokens(switch)
+        add_part(model, part)
+    return part
+
+
+def add_part(model: nn.Module, part: VirtualPlaces) -> None:
     """Give a decoder virtual tokens.
 
     Raises:
@@ -198,10 +243,7 @@ class PromptTuning(AdapterMethod):
         Raises:
             ModelError: it describes none.
         """
-        count = config.get("num_virtual_tokens")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ModelError(f"num_virtual_tokens must be a whole number of at least 1, not {count!r:.80}")
-        return cls(count)
+        return cls(count_in(config))
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return P, and the weights of p-tuning's network."""
@@ -222,11 +264,8 @@ class PromptTuning(AdapterMethod):
         self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
     ) -> None:  # fmt: skip
         """See ``AdapterMethod``."""
-        part = virtual_tokens(model)
-        if part is None:
-            part = SwitchedTokens(switch)
-            add_part(model, part)
-        part.by_name[name] = tensors[TENSOR].to(model.device)
+        part = switched_tokens(model, switch)
+        part.counts[name], part.by_name[name] = self.virtual_tokens, tensors[TENSOR].to(model.device)
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
