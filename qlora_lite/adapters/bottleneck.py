@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError
 from qlora_lite.quant.linear import frozen_weight
 
 from .checkpoint_names import inside, outside
-from .lora.inject import linear_layers, require_base
+from .lora.inject import blocks_of, linear_layers, require_base
 from .method import AdapterMethod
 
 if TYPE_CHECKING:
@@ -153,8 +152,7 @@ class Bottleneck(AdapterMethod):
         if any(bottleneck_layers(model)):
             raise ModelError("the model has bottleneck adapters already; load the base model again")
         layers, found = linear_layers(model), []
-        blocks = [path for path, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
-        for block in blocks:
+        for block in blocks_of(model):
             for names in PLACEMENTS[self.placement]:
                 here = [f"{block}.{name}" for name in names if f"{block}.{name}" in layers]
                 if len(here) != 1:

@@ -3,9 +3,15 @@
 Weights stay in the type that the model computes in: bfloat16, rounded stochastically after an update in float32
 (``train.rounding``), or float32. There is no float32 master copy of bfloat16 weights, which would take twice their
 memory once more.
+
+With ``switch_every`` one block learns at a time, for so many steps, and then another, in an order that is drawn anew
+once all have had their turn; the optimizer begins afresh with each (BAdam, arXiv 2404.02827, algorithm 1). Gradients
+and optimizer states are one block's, and backward ends there. Embeddings, head and what else lies outside of blocks
+stay as they are.
 """
 
 import logging
+import random
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +21,7 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.quant.packed import PackedWeight
 
-from .lora.inject import in_blocks
+from .lora.inject import blocks_of, in_blocks
 from .method import AdapterMethod
 
 log = logging.getLogger("qlora_lite")
@@ -23,16 +29,28 @@ log = logging.getLogger("qlora_lite")
 
 @dataclass(frozen=True)
 class Full(AdapterMethod):
-    """Train the model itself. Its weights have their own names in files."""
+    """Train the model itself. Its weights have their own names in files.
+
+    ``switch_every``: steps after which another block is trained; 0 trains all weights at all times.
+    """
+
+    switch_every: int = 0
 
     trains_base = True
     size_setting = ""
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether one block at a time is trained."""
+        return self.switch_every > 0
+
     def apply(self, model: nn.Module) -> None:
         """Let every weight learn.
 
+        Of blocks in turn the first one, whose backward pass is the longest: what it needs is most.
+
         Raises:
-            ModelError: the model has weights in 4 bit, or in float16.
+            ModelError: the model has weights in 4 bit, or in float16; or its blocks, in turn, are of unequal sizes.
         """
         if any(isinstance(module, PackedWeight) for module in model.modules()):
             raise ModelError("full fine-tuning trains 16-bit weights, and the model has some in 4 bit: load it with "
@@ -40,22 +58,50 @@ class Full(AdapterMethod):
         if model.dtype == torch.float16:
             raise ModelError("full fine-tuning has no updates of float16 weights: set model.compute_dtype to bfloat16 "
                              "or float32")  # fmt: skip
-        model.requires_grad_(True)
+        model.requires_grad_(not self.switch_every)
+        if self.switch_every:
+            found = list(blocks_of(model).values())
+            if not found or len({sum(p.numel() for p in block.parameters()) for block in found}) > 1:
+                raise ModelError("adapter.switch_every is for models whose blocks all have the same number of weights: "
+                                 "set it to 0")  # fmt: skip
+            found[0].requires_grad_(True)
+
+    def take_turn(self, model: nn.Module, step: int) -> bool:
+        """Let the block learn whose turn a step is in; return whether it is another than before."""
+        if not self.switch_every:
+            return False
+        found, turn = list(blocks_of(model).values()), (step - 1) // self.switch_every
+        cycle, place = divmod(turn, len(found))
+        chosen = found[random.Random(cycle).sample(range(len(found)), len(found))[place]]
+        if next(chosen.parameters()).requires_grad:
+            return False
+        for block in found:
+            block.requires_grad_(block is chosen)
+        return True
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return what a checkpoint says of its weights."""
         return {"method": "full", "base_model_name_or_path": base_model}
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield all weights, tied ones once: first those outside of blocks, so that a deeper model's begin alike."""
+        """Yield what is trained at present, as ``_all`` does."""
+        return ((name, parameter) for name, parameter in self._all(model) if parameter.requires_grad)
+
+    def _all(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all that is trained in a run, tied weights once: first those outside of blocks, so that a deeper
+        model's begin alike."""
         inside = in_blocks(model)
         named = [(not _lies_in(inside, name), name, parameter) for name, parameter in model.named_parameters()]
-        for is_outside in (True, False):
+        for is_outside in (False,) if self.switch_every else (True, False):
             yield from ((name, parameter) for outside, name, parameter in named if outside == is_outside)
 
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return all that is trained in a run, whoever's turn it is."""
+        return {name: parameter.detach() for name, parameter in self._all(model)}
+
     def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """Yield all weights."""
-        return model.parameters()
+        """Yield all that is trained in a run."""
+        return (parameter for _, parameter in self._all(model))
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]

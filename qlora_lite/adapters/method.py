@@ -31,6 +31,11 @@ class AdapterMethod:
     trains_base = False
 
     @property
+    def in_turn(self) -> bool:
+        """Whether one block at a time is trained; see ``take_turn``."""
+        return False
+
+    @property
     def trained_tables(self) -> frozenset[str]:
         """Which of "embeddings" and "head" are trained, so that they cannot lie in host memory."""
         return frozenset()
@@ -50,11 +55,22 @@ class AdapterMethod:
         raise NotImplementedError
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what is trained, with its names, always in the same order."""
+        """Yield what is trained at present, with its names, always in the same order."""
         return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
+    def take_turn(self, model: nn.Module, step: int) -> bool:
+        """Free and freeze weights for a step, where not all that a run trains is trained at all times.
+
+        Args:
+            step: counted from 1. What is trained is a function of it.
+
+        Returns:
+            Whether ``parameters`` are others now, for which an optimizer begins afresh.
+        """
+        return False
+
     def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """Yield those of the trained weights that are the base model's own."""
+        """Yield those of the weights that a run trains that are the base model's own."""
         return iter(())
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
 
 def _title(settings, machine) -> str:
     sizes = {
-        "full": "all weights trained",
+        "full": "one block at a time trained" if settings.adapter.switch_every else "all weights trained",
         "bottleneck": f"width {settings.bottleneck.width}",
         **dict.fromkeys(WITH_VIRTUAL_TOKENS, f"{settings.virtual_tokens} virtual tokens"),
     }

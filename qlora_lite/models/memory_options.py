@@ -267,7 +267,9 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
         block.gradient_checkpointing = number < checkpointed or options.compile
         # the place that transformers documents for it
         around = _keeping(options, stay=False)  # until the block's own backward
-        checkpoint = Checkpoint(number, host, skipping[type(block)], around, selective, options.compile, segments)
+        checkpoint = Checkpoint(
+            number, host, skipping[type(block)], around, selective, options.compile, segments, partial(_trains, block)
+        )
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
     use_kernels(model, options.allowed_kernels)
     outside = [decoder(model)] if of_model is None else []  # of blocks
@@ -275,6 +277,10 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     if options.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
                          "set memory.tile_tokens to off")  # fmt: skip
+
+
+def _trains(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 def _keeping(options: MemoryOptions, stay: bool) -> Callable[[], AbstractContextManager]:

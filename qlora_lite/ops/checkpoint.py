@@ -200,17 +200,21 @@ class Checkpoint:
         keeps_attention: keep the results of attention's fused kernels too; see ``ops.kept_attention``.
         compiling: run the block compiled (``ops.compiled``), its recomputation and its gradients as one graph.
         segments: shared by the blocks of a model; without, each block keeps its input.
+        trains: whether anything in the block is trained; where not, and no input needs a gradient, nothing is kept.
     """
 
     def __init__(
         self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
         around: Callable[[], AbstractContextManager] = nullcontext, keeps_attention: bool = False,
-        compiling: bool = False, segments: Segments | None = None,
+        compiling: bool = False, segments: Segments | None = None, trains: Callable[[], bool] = lambda: True,
     ):  # fmt: skip
         self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
         self.keeps_attention, self.compiling, self.segments = keeps_attention, compiling, segments or Segments()
+        self.trains = trains
 
     def __call__(self, block: Callable, *inputs):
+        if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs) and not self.trains():
+            return compiled.value(block, *inputs) if self.compiling else block(*inputs)
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
         anchor = torch.empty(0, requires_grad=True)
         return _Checkpoint.apply(self, block, anchor, *inputs)

@@ -277,7 +277,6 @@ class BlockStream:
         self._leaving: dict[int, list[_Leaving]] = {}  # gradients, by the block that they are of
         self.sizes = [block.size for block in self._blocks]
         self.placement = placement(self._blocks, self.side)
-        self.trained = [place.tensor for block in self._blocks for place in block.places if place.tensor.requires_grad]
         self._homes = {_home(place.tensor) for block in self._blocks for place in block.places}
         with category("base weights"):
             self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
@@ -348,14 +347,19 @@ class BlockStream:
     def end_backward(self) -> None:
         """Give all trained weights their gradients, and forget copies of them: they have been updated since."""
         self._hand_over(before=None)
-        self.settle()
+        if self.trained:
+            self.settle()
 
     def settle(self) -> None:
-        """Let modules hold their trained weights again, in place of copies on the device."""
-        if self.trained:
-            for block in self._blocks:
-                block.show(None)
-            self._in_slot, self._current = [None] * SLOTS, None
+        """Let modules hold their own weights again, in place of copies on the device."""
+        for block in self._blocks:
+            block.show(None)
+        self._in_slot, self._current = [None] * SLOTS, None
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """The weights that are trained at present."""
+        return [place.tensor for block in self._blocks for place in block.places if place.tensor.requires_grad]
 
     def _is_elsewhere(self, number: int) -> bool:
         return 0 <= number < len(self._blocks) and number not in self._in_slot

@@ -45,7 +45,7 @@ class Prediction:
         job, sizes = self.job, self.simulation.streamed_sizes
         if not sizes or not job.workload.method.trains_base:
             return 0
-        streamed = job.options.streamed_of(job.workload.depth)
+        streamed = 1 if job.workload.method.in_turn else job.options.streamed_of(job.workload.depth)
         return streamed * sum(sizes) // len(sizes) // job.workload.compute_dtype.itemsize
 
     def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
@@ -86,6 +86,6 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
 def copied_bytes(job: Job, simulation: Simulation) -> int:
     """Return what is copied for a checkpoint: of a whole model the best weights so far alone, see ``train.state``."""
     if job.workload.method.trains_base:
-        return max(0, job.saved_adapters - 1) * simulation.trained_bytes
+        return max(0, job.saved_adapters - 1) * simulation.saved_bytes
     held = simulation.resident.breakdown
     return job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from math import lcm, prod
+from math import lcm
 from operator import attrgetter
 from typing import Literal, NamedTuple, overload
 
@@ -102,14 +102,11 @@ class Simulation:
     offloaded_bytes: int = 0  # most that lay in host memory
     folder_bytes: int = 0  # most that lay in files of ``options.offload_folder``
     frozen_bytes: int = 0  # the model without the adapter, wherever it lies
+    saved_bytes: int = 0  # of all that a run trains, as its files hold it
+    state_bytes: int = 0  # of optimizer states, wherever they lie
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
     streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
     trained: tuple["Trained", ...] = ()
-
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes of what is trained, wherever it lies."""
-        return sum(prod(each.shape) * each.dtype.itemsize for each in self.trained)
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -280,11 +277,16 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
+    saved = sum(tensor.nbytes for tensor in workload.method.tensors(model).values())
+    states = sum(
+        value.nbytes for state in optimizer.state.values() for key, value in state.items()
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap")
+    )  # fmt: skip
     work = counter.work._replace(operations=0) if job.options.compile else counter.work  # how few it has is not known
     stream = stream_of(model)
     simulation = Simulation(
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
-        ledger.disk_peak_bytes - in_files, frozen,
+        ledger.disk_peak_bytes - in_files, frozen, saved, states,
         measured_because, tuple(stream.sizes) if stream else (),
         tuple(Trained(p.shape, p.dtype, ratio) for p, ratio in zip(parameters, lr_ratios, strict=True)),
     )  # fmt: skip
@@ -308,7 +310,7 @@ def _at_depth(job: Job, layers: int) -> Job:
     return replace(job, workload=job.workload.at_depth(layers))
 
 
-_ELSEWHERE = attrgetter("offloaded_bytes", "folder_bytes", "frozen_bytes")
+_ELSEWHERE = attrgetter("offloaded_bytes", "folder_bytes", "frozen_bytes", "saved_bytes", "state_bytes")
 _BLOCK = re.compile(r"\.(\d+)(?=\.|$)")
 
 

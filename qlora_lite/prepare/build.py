@@ -158,7 +158,7 @@ def method_of(recipe: Recipe) -> AdapterMethod:
         begin = p.virtual_tokens, tuple(init.input_ids) if init else ()
         return PrefixTuning(*begin) if recipe.adapter.method == "prefix" else PromptTuning(*begin, p.encoder_width)
     if recipe.adapter.method == "full":
-        return Full()
+        return Full(recipe.adapter.switch_every)
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
     also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio, *tokens_of(recipe)

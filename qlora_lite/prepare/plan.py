@@ -404,11 +404,8 @@ def disk_bytes(plan: Plan) -> int:
     Of a model that memory has no room for, the weights lie there twice while it is prepared.
     """
     simulation = plan.chosen.prediction.simulation
-    held, with_evaluation = simulation.resident.breakdown, plan.step.job.eval_shape is not None
-    trained, states = sum(held.get(name, 0) for name in TRAINED), held.get("optimizer", 0)
-    if plan.step.job.workload.method.trains_base:  # some of both may lie in host memory
-        states += trained + held.get("offloaded", 0) - simulation.trained_bytes
-        trained = simulation.trained_bytes
-    space = Space(trained, states, with_evaluation, plan.kept_checkpoints)
+    with_evaluation = plan.step.job.eval_shape is not None
+    space = Space(simulation.saved_bytes, simulation.state_bytes, with_evaluation, plan.kept_checkpoints)
     times = 2 if plan.chosen.options.weights_on_disk else 1
-    return times * simulation.frozen_bytes + space.whole_bytes()
+    prepared = 0 if plan.step.job.workload.method.trains_base else times * simulation.frozen_bytes
+    return prepared + space.whole_bytes()

@@ -222,7 +222,7 @@ def _stream_from(value: _Value) -> _Found:
 def _other_methods(value: _Value) -> _Found:
     method, of_lora = value("adapter", "method") or "lora", ("lora", "dora")
     own = {name: Recipe.model_fields[name].default.model_dump() for name in ("lora", "bottleneck", "prompt", "adapter")}
-    del own["adapter"]["method"]
+    del own["adapter"]["method"], own["adapter"]["switch_every"]
     whose = {"lora": of_lora, "adapter": of_lora, "bottleneck": ("bottleneck",), "prompt": WITH_VIRTUAL_TOKENS}
     for section, methods in whose.items():
         if method in methods:
@@ -241,8 +241,17 @@ def _known_rate(value: _Value) -> _Found:
 
 
 def _full(value: _Value) -> _Found:
+    switches = value("adapter", "switch_every") not in (None, 0)
     if value("adapter", "method") != "full":
+        if switches:
+            yield (
+                ("adapter", "switch_every"),
+                "adapter.switch_every: only with adapter.method full; remove one of the two",
+            )
         return
+    if switches and value("train", "compile") is True:
+        message = "adapter.switch_every: not possible with train.compile, which would compile every block once a turn"
+        yield ("adapter", "switch_every"), f"{message}; remove one of the two"
     if (quant := value("model", "quant")) != "none":
         said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
         yield (

@@ -38,6 +38,8 @@ _RENAMED = {
         "model_revision revision_of_model",
     "adapter.method":
         "dora use_dora peft_use_dora lora_use_dora",
+    "adapter.switch_every":
+        "badam_switch_interval badam_switch_interval_every switch_block_every",
     "adapter.train_also":
         "modules_to_save lora_modules_to_save additional_target",
     "lora.rank":
@@ -265,8 +267,10 @@ _NOT_OFFERED = {
     "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
     "remove it; the loss is plain cross-entropy":
         "label_smoothing label_smoothing_factor loss_type dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
+    "write adapter.method: full with adapter.switch_every; blocks learn in an order that is drawn":
+        "use_badam badam_mode badam_switch_mode badam_start_block",
     "remove it; weights are updated by train.optimizer alone":
-        "galore_* use_galore apollo_* use_apollo badam_* use_badam lisa_* relora_* use_muon use_adam_mini "
+        "galore_* use_galore apollo_* use_apollo lisa_* relora_* use_muon use_adam_mini "
         "torchdistx_path",
     "remove it; examples are mixed by the weight of their source in data.train":
         "mix_strategy interleave_probs data_mixture min_sample_len dataset_exact_deduplication",

@@ -164,6 +164,10 @@ class Adapter(_Section):
     bottleneck and prompt say; none of these can be merged or exported, and all slow down answers. full trains all
     weights of a 16-bit model (model.quant none) in model.compute_dtype, and leaves a model folder (qlora-lite explain
     full)."""
+    switch_every: Count = 0
+    """Steps of adapter.method full after which another block is trained, all others frozen (BAdam): gradients and
+    optimizer states are those of one block. 0 trains all weights in every step. Embeddings and head stay as they are;
+    50 to 100 are usual, and each block should have its turn a few times."""
     train_also: Annotated[
         tuple[_Part, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Part))}"),

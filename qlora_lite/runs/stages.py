@@ -229,7 +229,8 @@ def load(planned: Planned) -> Loaded:
         "compute type": str(model.dtype).removeprefix("torch."),
     }  # fmt: skip
     known = vars(planned) | {"identity": planned.identity | identity}
-    loaded = Loaded(**known, model=model, trainer=trainer, checksum=frozen_checksum(model))
+    checksum = frozen_checksum(model, trainer.workload.method.trained_base(model))
+    loaded = Loaded(**known, model=model, trainer=trainer, checksum=checksum)
     _describe_model(loaded, fingerprint)
     if continuation:
         continuation.compare_identity(identity)

@@ -167,7 +167,7 @@ class Training:
                 if cut.stop is not self.stop:  # a second signal, by the caller's handler: perhaps in half a step
                     raise
                 raise self._interrupted(str(cut)) from None
-        check_frozen(self.model, self.proven.checksum)
+        check_frozen(self.model, self.proven.checksum, self.method.trained_base(self.model))
         self._save_adapter(self.best)
         if self.method.trains_base:  # what an earlier stop may have left
             shutil.rmtree(self.run.path / self.last, ignore_errors=True)

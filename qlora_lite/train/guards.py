@@ -5,7 +5,7 @@ module. (The adapter method says whether every layer took part; ``text_guards`` 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -29,25 +29,26 @@ def check_trainable(model: nn.Module, announced: int) -> None:
         raise TrainingError(f"{trainable} weights are trainable, {announced} were announced")
 
 
-def frozen_checksum(model: nn.Module) -> str:
+def frozen_checksum(model: nn.Module, in_turn: Iterable[nn.Parameter] = ()) -> str:
     """Return a checksum over the bits of every frozen weight, computed where they lie.
 
     Not of tables that are made from the configuration: a forward pass may change those (rotary frequencies that
     follow the longest row).
     """
     weights = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # shared ones once
-    tensors = [tensor for tensor in weights.values() if not tensor.requires_grad and tensor.numel()]
+    trained = {id(parameter) for parameter in in_turn}
+    tensors = [t for key, t in weights.items() if not t.requires_grad and key not in trained and t.numel()]
     sums = [f"{tuple(tensor.shape)} {bit_sums(tensor)}" for tensor in tensors]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
-def check_frozen(model: nn.Module, checksum: str) -> None:
+def check_frozen(model: nn.Module, checksum: str, in_turn: Iterable[nn.Parameter] = ()) -> None:
     """Check that the frozen weights still have the checksum they had.
 
     Raises:
         TrainingError: a bit has changed.
     """
-    if frozen_checksum(model) != checksum:
+    if frozen_checksum(model, in_turn) != checksum:
         raise TrainingError("a frozen weight changed during training; the adapter does not belong to the base model")
 
 

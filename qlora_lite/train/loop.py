@@ -100,18 +100,8 @@ class Trainer:
         self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
-        trained = dict(workload.method.parameters(model))
-        if not trained:
-            raise ModelError("there is nothing to train: the adapter method gives no parameter of this model")
         self.device = workload.device(model)
-        self.lr_ratios = workload.method.lr_ratios(list(trained), settings.loraplus_lr_ratio)
-        self.optimizer = build_optimizer(
-            trained.values(), settings.optimizer, settings.learning_rate, settings.weight_decay,
-            settings.stochastic_rounding, self.lr_ratios, trained_on_host(model),
-        )  # fmt: skip
-        self.parameters = parameters_of(self.optimizer)
-        names = {parameter: name for name, parameter in trained.items()}
-        self.names = [names[parameter] for parameter in self.parameters]
+        self._take_parameters()
         self.total_steps = self.epochs.total_steps()
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
@@ -126,6 +116,29 @@ class Trainer:
         self._is_checked = False
         self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
+
+    def _take_parameters(self) -> None:
+        """Take what the adapter method trains now, with an optimizer that begins afresh."""
+        s, method = self.settings, self.workload.method
+        trained = dict(method.parameters(self.model))
+        if not trained:
+            raise ModelError("there is nothing to train: the adapter method gives no parameter of this model")
+        self.lr_ratios = method.lr_ratios(list(trained), s.loraplus_lr_ratio)
+        self.optimizer = build_optimizer(
+            trained.values(), s.optimizer, s.learning_rate, s.weight_decay, s.stochastic_rounding, self.lr_ratios,
+            trained_on_host(self.model),
+        )  # fmt: skip
+        self.parameters = parameters_of(self.optimizer)
+        names = {parameter: name for name, parameter in trained.items()}
+        self.names = [names[parameter] for parameter in self.parameters]
+
+    def take_turn(self, step: int) -> None:
+        """Train what a step trains, where the adapter method trains weights in turn (``AdapterMethod.take_turn``)."""
+        if self.workload.method.trains_base:
+            settle(self.model)
+        if self.workload.method.take_turn(self.model, step):
+            self.optimizer.state.clear()  # before the next one's is made
+            self._take_parameters()
 
     def check(self) -> None:
         """Set the memory options, and check that training computes what the model computes; all else does it first.
@@ -245,6 +258,7 @@ class Trainer:
         started, s = time.perf_counter(), self.settings
         retries = self.meter.allocation_retries()
         self.step += 1
+        self.take_turn(self.step)
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         set_learning_rate(self.optimizer, rate)
         whole = s.options.optimizer_in_backward

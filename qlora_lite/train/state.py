@@ -97,7 +97,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         CheckpointError: a tensor is missing or too much, or has another shape or type.
     """
     state, saved = numbers_of(checkpoint), checkpoint.tensors
-    settle(trainer.model)
+    trainer.take_turn(max(1, state["step"]))
     compare_tensors(saved[WEIGHTS_NAME], trainer.workload.method.tensors(trainer.model), WEIGHTS_NAME)
     if saved[OPTIMIZER]:
         _make_states(trainer)

@@ -32,26 +32,36 @@ from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.workload import BatchShape
 
 WORK = CausalLM(method=Full())
+IN_TURN = CausalLM(method=Full(switch_every=2))
 IN_BACKWARD = dict(gradient_accumulation_steps=1, max_grad_norm=0.0, options=MemoryOptions(optimizer_in_backward=True))
 TIED = dict(tie_word_embeddings=True)
+DEEP = dict(num_hidden_layers=6)
 
 
-def trainer(name="llama", dtype=torch.float32, model=None, **changes):
+def trainer(name="llama", dtype=torch.float32, model=None, work=WORK, **changes):
     """A trainer of all weights of a tiny model; equal arguments give equal ones."""
     settings = {key: changes.pop(key) for key in changes.keys() & SETTINGS.keys() | {"options"} & changes.keys()}
     model = model or build_tiny(name, dtype, **changes)
-    WORK.method.apply(adopt(model))
-    training = Trainer(model, examples(), TrainSettings(**(SETTINGS | settings)), workload=WORK)
+    work.method.apply(adopt(model))
+    training = Trainer(model, examples(), TrainSettings(**(SETTINGS | settings)), workload=work)
     training.check()
     return training
 
 
-def plain_steps(model, training):
-    """Train a copy of a model as anyone would write it: each row by itself, no packing, no recomputed blocks."""
-    model.requires_grad_(True)
-    s = training.settings
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, foreach=False)
-    for step in [step for epoch in range(s.max_steps) for step in training.epochs.steps(epoch)][: s.max_steps]:
+def plain_steps(model, training, turns=None):
+    """Train a copy of a model as anyone would write it: each row by itself, no packing, no recomputed blocks.
+
+    Args:
+        turns: the module that each step trains; None trains all of the model.
+    """
+    s, optimizer, before = training.settings, None, None
+    steps = [step for epoch in range(s.max_steps) for step in training.epochs.steps(epoch)][: s.max_steps]
+    for step, learns in zip(steps, turns or [model] * s.max_steps, strict=True):
+        if learns is not before:
+            model.requires_grad_(False)
+            weights = learns.requires_grad_(True).parameters()
+            optimizer = torch.optim.AdamW(weights, lr=s.learning_rate, weight_decay=s.weight_decay, foreach=False)
+            before = learns
         rows = [training.examples[row] for micro_batch in step for row in micro_batch]
         loss = 0.0
         for row in rows:
@@ -64,6 +74,35 @@ def plain_steps(model, training):
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+@pytest.mark.parametrize("settings", [{}, IN_BACKWARD], ids=["", "in backward"])
+def test_blocks_in_turn_become_what_an_adamw_for_each_makes_of_them(settings):
+    training = trainer(work=IN_TURN, num_hidden_layers=3, learning_rate=1e-3, max_steps=5, **settings)
+    plain, turns = build_tiny("llama", num_hidden_layers=3), []
+    for step in range(1, 6):
+        IN_TURN.method.take_turn(model := build_tiny("llama", num_hidden_layers=3), step)
+        (learns,) = (i for i, block in enumerate(model.model.layers) if block.mlp.up_proj.weight.requires_grad)
+        turns.append(plain.model.layers[learns])
+    assert len(set(turns)) == 3 and turns[0] is turns[1] is not turns[2] is turns[3] is not turns[4]
+    before = copy.deepcopy(training.model.state_dict())
+    wanted = plain_steps(plain, training, turns).state_dict()
+    list(training)
+    for key, value in training.model.state_dict().items():
+        assert torch.equal(value, before[key]) == ("layers" not in key), key
+        assert (value - wanted[key]).norm() <= 1e-5 * wanted[key].norm().clamp(min=1.0), key
+
+
+def test_backward_ends_at_the_block_whose_turn_it_is():
+    """Blocks before it are not recomputed, and no state or gradient is there of any other."""
+    training, runs = trainer(work=IN_TURN, num_hidden_layers=4, max_steps=8, gradient_accumulation_steps=1), []
+    for number, block in enumerate(training.model.model.layers):
+        block.mlp.register_forward_hook(lambda *_, number=number: runs.append(number))
+    for _ in training:
+        (learns,) = (i for i, block in enumerate(training.model.model.layers) if block.mlp.up_proj.weight.requires_grad)
+        assert runs == [0, 1, 2, 3, *range(3, learns - 1, -1)]
+        assert len(training.optimizer.state) == 9 and all(f"layers.{learns}." in name for name in training.names)
+        runs.clear()
 
 
 TILES = dict(options=MemoryOptions(tile_tokens=4, loss_chunk_tokens=5))
@@ -116,7 +155,7 @@ def ledger_of(training):
 
 def job_of(training, config):
     s = training.settings
-    work = replace(WORK, spec=replace(new_job(config, None).workload.spec, quant="none",
+    work = replace(training.workload, spec=replace(new_job(config, None).workload.spec, quant="none",
                                       compute_dtype=training.model.dtype))  # fmt: skip
     largest, evaluation = largest_batches(work, training.examples, training.examples, training.epochs)
     return Job(work, work.shape(largest), work.shape(evaluation), optimizer=s.optimizer, max_grad_norm=s.max_grad_norm,
@@ -125,8 +164,11 @@ def job_of(training, config):
 
 @pytest.mark.parametrize(
     ("settings", "dtype", "changes"),
-    [({}, torch.bfloat16, {}), (TIED, torch.float32, {}), (TIED, torch.bfloat16, IN_BACKWARD)],
-    ids=["bf16", "tied", "tied, updated in backward"],
+    [
+        ({}, torch.bfloat16, {}), (TIED, torch.float32, {}), (TIED, torch.bfloat16, IN_BACKWARD),
+        (DEEP, torch.bfloat16, dict(work=IN_TURN)), (DEEP, torch.bfloat16, dict(work=IN_TURN) | IN_BACKWARD),
+    ],
+    ids=["bf16", "tied", "tied, updated in backward", "in turn", "in turn, updated in backward"],
 )  # fmt: skip
 def test_the_plan_is_what_the_ledger_finds_with_weights_gradients_and_states(settings, dtype, changes):
     training = trainer(dtype=dtype, optimizer="adamw_8bit", vocab_size=4096, **settings, **changes)
@@ -134,34 +176,46 @@ def test_the_plan_is_what_the_ledger_finds_with_weights_gradients_and_states(set
     weights = sum(p.nbytes for p in training.parameters)
     assert planned.peak().total == pytest.approx(found.total, rel=0.01)
     for name in ("trained weights", "gradients", "optimizer"):
-        assert planned.peak().breakdown[name] == pytest.approx(found.breakdown[name], rel=0.01), name
-    assert planned.resident.breakdown["trained weights"] == pytest.approx(weights, rel=0.01)
+        here, there = (moment.breakdown.get(name, 0) for moment in (planned.peak(), found))
+        assert here == pytest.approx(there, rel=0.01, abs=2048), name  # two code tables of 8-bit states
+    # the optimizer lays norms out in whole blocks of 256 values
+    assert planned.resident.breakdown["trained weights"] == pytest.approx(weights, rel=0.01, abs=1024)
     most = max(moment.breakdown.get("gradients", 0) for moment in planned.moments.values())
-    assert most < 0.9 * weights if changes else most >= weights
+    assert most < 0.9 * weights if "options" in changes else most >= weights
+    saved = training.workload.method.tensors(training.model).values()
+    assert planned.saved_bytes == sum(tensor.nbytes for tensor in saved)
+    assert planned.state_bytes == pytest.approx(training.optimizer_bytes, rel=0.2)
 
 
-@pytest.mark.parametrize(("settings", "optimizer"), [({}, "adamw_8bit"), (TIED, "adamw_torch")], ids=["", "tied"])
-def test_a_deep_model_is_continued_from_shallow_ones(settings, optimizer):
+@pytest.mark.parametrize(
+    ("settings", "optimizer", "work"),
+    [({}, "adamw_8bit", WORK), (TIED, "adamw_torch", WORK), ({}, "adamw_8bit", IN_TURN)],
+    ids=["", "tied", "in turn"],
+)  # fmt: skip
+def test_a_deep_model_is_continued_from_shallow_ones(settings, optimizer, work):
     config = AutoConfig.for_model("llama", **(ARCHITECTURES["llama"] | settings | dict(num_hidden_layers=9)))
-    job = replace(job_of(trainer(optimizer=optimizer), config), eval_shape=None)
+    job = replace(job_of(trainer(work=work, optimizer=optimizer), config), eval_shape=None)
     short, whole = simulate(job), simulate_whole(job)
+    assert (short.saved_bytes, short.state_bytes) == (whole.saved_bytes, whole.state_bytes)
     assert sorted(map(str, short.trained)) == sorted(map(str, whole.trained))
     assert short.peak().bytes == whole.peak().bytes and short.peak("optimizer").bytes == whole.peak("optimizer").bytes
 
 
-@pytest.mark.parametrize("changes", [{}, IN_BACKWARD], ids=["plain", "updated in backward"])
+@pytest.mark.parametrize(
+    "changes", [{}, IN_BACKWARD, dict(work=IN_TURN)], ids=["plain", "updated in backward", "in turn"]
+)
 def test_killed_and_resumed_it_goes_on_to_the_bit(changes, tmp_path):
     make = lambda: trainer(dtype=torch.bfloat16, optimizer="adamw_8bit", **changes)  # noqa: E731
     whole, first = make(), make()
     losses = [step.loss for step in whole]
     steps = iter(first)
-    next(steps), next(steps)
+    next(steps), next(steps)  # the last of a block's turn
     tensors, state = capture(first, copies=False)
     folder = write_checkpoint(tmp_path / "checkpoints", Checkpoint(2, tensors, {STATE: state}), {}, "")
     resumed = make()
     restore(resumed, read_checkpoint(folder))
     assert [step.loss for step in resumed] == losses[2:]
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text", "qwen3_moe"])
@@ -214,8 +268,9 @@ def test_the_automatic_rate_is_a_tenth_of_loras():
         assert full_learning_rate(family, width) == pytest.approx(lora / 10, rel=0.02)
 
 
-def test_a_plan_of_streamed_weights_is_what_the_ledger_finds():
-    training = streamed(STREAMED, vocab_size=4096)
+@pytest.mark.parametrize("work", [WORK, IN_TURN], ids=["", "in turn"])
+def test_a_plan_of_streamed_weights_is_what_the_ledger_finds(work):
+    training = streamed(STREAMED, work=work, vocab_size=4096)
     planned, found = simulate(job_of(training, training.model.config)), ledger_of(training)
     assert planned.peak().total == pytest.approx(found.peak.total, rel=0.01)
     assert planned.offloaded_bytes == pytest.approx(found.offloaded_peak_bytes, rel=0.01)
@@ -229,15 +284,19 @@ def test_llama_8b_is_trained_whole_on_a_gpu_of_8_gib_beside_40_gib_of_host_memor
     assert planned.peak_bytes <= 8 * 2**30 and planned.host_bytes <= 40 * 2**30
     blocks = 32 * 2 * 218_112_000  # bfloat16 weights of the blocks, and as many bytes of optimizer states
     assert planned.host_bytes > 2 * blocks
+    job = replace(job, workload=replace(work, method=Full(switch_every=50)))
+    planned = predict(job)
+    assert planned.peak_bytes <= 5 * 2**30 and planned.host_bytes <= 20 * 2**30
+    assert planned.host_updates == blocks // (2 * 32)
 
 
-def streamed(options, dtype=torch.bfloat16, optimizer="adamw_8bit", **settings):
+def streamed(options, dtype=torch.bfloat16, optimizer="adamw_8bit", work=WORK, **settings):
     """A trainer whose blocks' weights lie in host memory, but for those of the options' last ones."""
     model = adopt(build_tiny("llama", dtype, num_hidden_layers=4, **settings))
-    WORK.method.apply(model)
+    work.method.apply(model)
     place(model, torch.device("cpu"), options, trains_base=True)
     changes = SETTINGS | IN_BACKWARD | dict(optimizer=optimizer, options=options)
-    training = Trainer(model, examples(), TrainSettings(**changes), workload=WORK)
+    training = Trainer(model, examples(), TrainSettings(**changes), workload=work)
     training.check()
     return training
 
@@ -245,15 +304,19 @@ def streamed(options, dtype=torch.bfloat16, optimizer="adamw_8bit", **settings):
 STREAMED = MemoryOptions(optimizer_in_backward=True, resident_layers=0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch", "lion_8bit"])
+@pytest.mark.parametrize(
+    ("optimizer", "work"),
+    [("adamw_8bit", WORK), ("adamw_torch", WORK), ("lion_8bit", WORK), ("adamw_8bit", IN_TURN)],
+)
 @pytest.mark.parametrize(
     "options",
     [STREAMED, replace(STREAMED, resident_layers=2, tile_tokens=5), replace(STREAMED, offload_checkpoints=True)],
     ids=["all", "two, in tiles", "checkpoints offloaded"],
 )  # fmt: skip
-def test_streamed_weights_are_trained_as_resident_ones_to_the_bit(optimizer, options):
-    pair = [streamed(each, optimizer=optimizer) for each in (replace(options, resident_layers=None), options)]
-    assert len(stream_of(pair[1].model).trained) == 9 * (4 - options.resident_layers)
+def test_streamed_weights_are_trained_as_resident_ones_to_the_bit(optimizer, work, options):
+    both = replace(options, resident_layers=None), options
+    pair = [streamed(each, optimizer=optimizer, work=work) for each in both]
+    assert len(stream_of(pair[1].model).trained) == 9 * (1 if work is IN_TURN else 4 - options.resident_layers)
     pair[1].probe_memory(pair[1].examples)
     steps = [list(training) for training in pair]
     for ours, theirs in zip(*steps, strict=True):

@@ -71,12 +71,19 @@ def test_it_is_evaluated_answers_and_is_served_from_its_model(run):
     assert Engine(session.tasks, 1).names == (run.name,)
 
 
-def test_a_stopped_run_is_resumed_to_the_bit_and_can_be_used_meanwhile(run, model_folder, tmp_path):
+@pytest.mark.parametrize("overrides", [[], ["adapter.switch_every=2"]], ids=["", "blocks in turn"])
+def test_a_stopped_run_is_resumed_to_the_bit_and_can_be_used_meanwhile(run, model_folder, tmp_path, overrides):
     def stop(metrics, _total):
         if metrics.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    recipe = full_recipe(tmp_path, model_folder)
+    if overrides:
+        run = run_recipe(full_recipe(tmp_path / "whole", model_folder, *overrides))
+        before, after = (load_file(at / "model.safetensors") for at in (model_folder, run / "model"))
+        assert [name for name in after if torch.equal(after[name], before[name])] == [
+            name for name in after if "layers" not in name
+        ]
+    recipe = full_recipe(tmp_path, model_folder, *overrides)
     with pytest.raises(Interrupted):
         run_recipe(recipe, stop)
     assert open_run(tmp_path / "out").adapter.name == "model-last"
@@ -129,6 +136,8 @@ def test_a_damaged_model_and_a_run_without_one_are_refused(run, model_folder, tm
         (["memory.head=host"], "memory.head = host: not possible with adapter.method full; write device"),
         (["memory.resident_layers=1"], "memory.resident_layers: streamed weights are trained one at a time"),
         (["memory.optimizer_in_backward=true"], "write train.max_grad_norm: 0"),
+        (["adapter.switch_every=5", "train.compile=true"], "adapter.switch_every: not possible with train.compile"),
+        (["adapter.switch_every=5", "adapter.method=lora"], "adapter.switch_every: only with adapter.method full"),
     ],
 )  # fmt: skip
 def test_settings_that_it_cannot_have_are_faults_of_the_recipe(model_folder, tmp_path, overrides, said):

@@ -44,12 +44,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
             if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
 
 
-def in_blocks(model: nn.Module) -> set[str]:
-    """Return the paths of everything inside the blocks of a model, which transformers marks by their class.
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of a model, which transformers marks by their class, by path, in order."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
 
-    All of its paths, where nothing is marked.
-    """
-    blocks = {path: m for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+
+def in_blocks(model: nn.Module) -> set[str]:
+    """Return the paths of everything inside the blocks of a model; all of its paths, where nothing is marked."""
+    blocks = blocks_of(model)
     if not blocks:
         return {path for path, _ in model.named_modules()}
     return {f"{path}.{name}" for path, block in blocks.items() for name, _ in block.named_modules()}
