@@ -34,10 +34,9 @@ from common.memory_options import by_saving, measure, memory_option_cases, resid
 from common.models import DEMO_MODELS, config_of, dtype_of
 from gpu.caps import CappedDevice, chosen_row, length_rows, machine_at_hand, plan_below
 from gpu.numbers import gradient_rows, lengths_row, rate_rows
-from gpu.peers import SIDES, STEPS, WARMUP, Comparison, compare_losses
+from gpu.peers import SIDES, STEPS, WARMUP, Comparison, compare_losses, why_not_compiled
 from gpu.process import LIMIT_SECONDS
 from qlora_lite.adapters.lora.inject import lora_parameters
-from qlora_lite.compilers import missing_for_compile
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.inference.decode import decode
 from qlora_lite.memory.meter import free_bytes
@@ -427,8 +426,8 @@ def options(scale: Scale) -> Iterator[dict]:
 
 def option_row(case: dict, steps: int, machine: Machine) -> dict:
     """Measure a row of the memory option table."""
-    if case.get("compile") and (missing := missing_for_compile(machine.device_type)):
-        return {"side": case["option"], "skipped": f"{missing} is missing"}
+    if case.get("compile") and (reason := why_not_compiled(machine.device_type)):
+        return {"side": case["option"], "skipped": reason}
     try:
         row = measure(case, warmup=1, steps=steps)
     except QloraLiteError as error:  # blocks that cannot be compiled here
