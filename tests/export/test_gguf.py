@@ -171,6 +171,26 @@ def test_of_a_larger_model_the_file_holds_the_language_model_alone(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_were_added_are_in_the_file_with_their_rows(tied, run_of, tmp_path):
+    run = run_of("llama", tie_word_embeddings=tied, overrides=['adapter.train_tokens=["<|new|>"]'])
+    tokenizer = load_tokenizer(str(tmp_path / "model"), None, ["<|new|>"])
+    tokenizer.save_pretrained(run / "adapter")
+    export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
+    merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    read = read_gguf(tmp_path / "gguf")
+    assert read.get_input_embeddings().weight.shape == merged.get_input_embeddings().weight.shape
+    assert torch.equal(read.get_input_embeddings().weight, merged.get_input_embeddings().weight)
+    assert torch.equal(read.get_output_embeddings().weight, merged.get_output_embeddings().weight)
+    assert greedy(read, 2) == greedy(merged, 2)
+    number = tokenizer.convert_tokens_to_ids("<|new|>")
+    again = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file=MODEL_FILE)
+    assert again("a<|new|>b").input_ids == tokenizer("a<|new|>b").input_ids
+    assert number in again("a<|new|>b").input_ids and number < read.config.vocab_size
+
+
+@torch.no_grad()
 def test_a_run_on_a_gguf_base_is_exported_and_merged(run_of, tmp_path):
     export_run(run_of("llama", tie_word_embeddings=True), tmp_path / "first", ExportSettings("gguf", dtype="q8_0"))
     run = make_run(tmp_path / "second", tmp_path / "first" / MODEL_FILE, seed=5)
