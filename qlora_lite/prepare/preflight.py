@@ -46,6 +46,7 @@ RENDERED = "rendered chat in a document"
 UNUSED_ANSWER = "answer beside plain text"
 FEW_TOKENS = 10_000  # fewer than the LoRA weights of any model worth training
 CAPACITY = "more target tokens than LoRA weights"
+ABSENT = "tokens of adapter.train_tokens that no row has"
 SEAM = "line end before an answer that begins with white space"
 
 
@@ -136,7 +137,8 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
-    warned = (*_broken_seams(data), *_unused_answers(recipe), *_more_than_weights_hold(recipe, data))
+    warned = (*_broken_seams(data), *_unused_answers(recipe), *_more_than_weights_hold(recipe, data),
+              *_absent_tokens(recipe, tokenizer, data))  # fmt: skip
     problems += [problem_entry(problem, False) for problem in warned]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
@@ -234,6 +236,22 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
                    f"learn; rank {factor * x.rank} suffices, and takes {format_bytes(more)} more for weights, "
                    "gradients and optimizer states")  # fmt: skip
         yield RowProblem("lora.rank", CAPACITY, message)
+
+
+def _absent_tokens(recipe: Recipe, tokenizer, data: Dataset) -> Iterator[RowProblem]:
+    """Yield a warning of tokens whose rows are to be trained and that no training row has."""
+    wanted = {tokenizer.convert_tokens_to_ids(token): token for token in recipe.adapter.train_tokens}
+    if recipe.data.streaming:
+        return
+    for example in data.examples:
+        if not wanted:
+            return
+        for token_id in wanted.keys() & set(example.token_ids.tolist()):
+            del wanted[token_id]
+    if wanted:
+        message = (f"no training row has {', '.join(map(repr, wanted.values()))}, so that nothing is learned of "
+                   f"{'it' if len(wanted) == 1 else 'them'}")  # fmt: skip
+        yield RowProblem("adapter.train_tokens", ABSENT, message)
 
 
 def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> Iterator[tuple[RowProblem, bool]]:

@@ -11,6 +11,7 @@ from qlora_lite.cli.data import _text
 from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data.row_formats import BAD_ANSWER
 from qlora_lite.errors import DataError
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.preflight import CAPACITY, first_places, line_of_problem, preflight
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting.data_page import render
@@ -93,6 +94,21 @@ def test_more_target_tokens_than_lora_weights_warn_with_a_rank_that_suffices_and
         assert tokens <= factor * weights < 2 * tokens
     else:
         assert lines == []
+
+
+def test_tokens_that_are_to_be_trained_and_that_no_row_has_warn(tmp_path, model_folder):
+    path = write_recipe(tmp_path, model_folder, adapter={"train_tokens": ["<|call|>", "e", "<|end_call|>"]})
+    tokenizer = load_tokenizer(model_folder, None, ["<|call|>", "<|end_call|>"])
+    found = preflight(load_recipe(path), tokenizer, 0)
+    found.raise_if_unusable()
+    assert [line_of_problem(problem) for problem in found.report["problems"]] == [
+        "adapter.train_tokens: no training row has '<|call|>', '<|end_call|>', so that nothing is learned of them"
+    ]
+    turns = [("user", "<|call|>"), ("assistant", "x<|end_call|>")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    rows = (tmp_path / "train.jsonl").read_text().rstrip()
+    (tmp_path / "train.jsonl").write_text(f"{rows}\n{json.dumps(row)}\n")
+    assert preflight(load_recipe(path), tokenizer, 0).report["problems"] == []
 
 
 def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):
