@@ -1,5 +1,6 @@
 """Fixtures and markers shared by all tests."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -7,6 +8,13 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
+gc.disable()  # until all tests are imported and collected, which leaves no garbage
+
+
+def pytest_collection_finish():
+    """Leave the million objects that are there now out of every later search for cycles."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser):
