@@ -30,13 +30,9 @@ def remember_simulations(setattr_=setattr) -> dict:
     return known
 
 
-def remember_predictions(setattr_=setattr) -> None:
-    """Remember simulations, and measure this machine once.
-
-    Args:
-        setattr_: see ``remember_simulations``.
-    """
-    remember_simulations(setattr_)
+def remember_predictions(setattr_=setattr) -> dict:
+    """Remember simulations, and measure this machine once; arguments and result as of ``remember_simulations``."""
+    known = remember_simulations(setattr_)
     machines = {}
     real = qlora_lite.prepare.plan.this_machine
 
@@ -46,3 +42,4 @@ def remember_predictions(setattr_=setattr) -> None:
         return machines[arguments]
 
     setattr_(qlora_lite.prepare.plan, "this_machine", measured_once)
+    return known

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from remembered_plans import remember_predictions
 from safetensors.torch import load_file
 from tiny_files import save_tiny, write_recipe, write_rows
 
@@ -39,13 +38,6 @@ TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "metrics_sha256", "started", "resumed", "plan", "memory_table"}  # of the summary
 STEPS = {"max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003}
 WHOLE = {"train": STEPS, "lora": {"rank": 64, "dropout": 0.1}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _planned_once():
-    with pytest.MonkeyPatch.context() as patch:
-        remember_predictions(patch.setattr)
-        yield
 
 
 class Lab:

@@ -173,11 +173,13 @@ def test_a_model_whose_sequences_cannot_be_packed_is_planned_so_before_it_is_loa
 
 
 def test_a_plan_of_packed_sequences_is_proved_where_only_the_loaded_model_shows_that_it_cannot_have_them(
-    plans_of, monkeypatch, caplog
+    plans_of, simulations, monkeypatch, caplog
 ):
     for user in ("train.causal_lm", "train.text_guards", "runs.stages"):
         monkeypatch.setattr(f"qlora_lite.{user}.why_unpacked", lambda *_: "")
+    simulations.clear()  # of steps of rows one by one
     made, summary = plans_of("bloom")
+    simulations.clear()
     assert len(made) == 1 and summary["status"] == "complete"
     assert sum("is of packed sequences, but the loaded model shows" in message for message in caplog.messages) == 1
 
@@ -611,13 +613,20 @@ def test_memory_that_runs_out_in_loading_is_not_blamed_on_the_rows(run, monkeypa
         run()
 
 
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    """A model whose blocks keep far more than their inputs."""
+    folder = tmp_path_factory.mktemp("wide")
+    save_tiny(folder, intermediate_size=8192, num_hidden_layers=4)
+    return folder
+
+
 @pytest.fixture
-def wide_run(tmp_path, monkeypatch):
-    """Train a model whose blocks keep far more than their inputs, with a memory probe that takes what ``more`` says.
+def wide_run(wide_folder, tmp_path, monkeypatch):
+    """Train the wide model with a memory probe that takes what ``more`` says.
 
     ``wide_run.budget`` is for the process as it is, and as much as any plan of this model needs.
     """
-    save_tiny(tmp_path / "wide", intermediate_size=8192, num_hidden_layers=4)
     probe_memory, train = Trainer.probe_memory, {"max_steps": 2, "micro_batch_size": 4}
     free_cached_memory(CPU)
 
@@ -629,7 +638,7 @@ def wide_run(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Trainer, "probe_memory", rehearse_with_more)
         memory = {"budget": f"{call.budget}B"} | memory
-        file = write_recipe(tmp_path, tmp_path / "wide", train=train, memory=memory)
+        file = write_recipe(tmp_path, wide_folder, train=train, memory=memory)
         return summary_of(qlora_lite.run_recipe(load_recipe(file)))
 
     call.folder, call.budget = tmp_path / "out", held_bytes(CPU) + 1100 * 2**20

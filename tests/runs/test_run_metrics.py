@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from remembered_plans import remember_predictions
 from tiny_files import write_recipe
 from tiny_runs import summary_of
 
@@ -16,13 +15,6 @@ from qlora_lite.recipe.load import load_recipe
 ALL = ["exact_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 SCORES = ["exact_match", "accuracy_likelihood", "accuracy_generated", "bleu", "chrf", "rouge1", "rouge2", "rougeL",
           "answer_loss"]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _planned_once():
-    with pytest.MonkeyPatch.context() as patch:
-        remember_predictions(patch.setattr)
-        yield
 
 
 @pytest.fixture
