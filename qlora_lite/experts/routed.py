@@ -27,7 +27,7 @@ from torch.nn.functional import linear, pad
 from qlora_lite.memory.marks import repeated
 from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_rows, pieces
-from qlora_lite.quant.nf4 import Packed, dequantize_rows
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.product import WeightSpec
 
 from . import grouped
@@ -207,7 +207,7 @@ def _weights(
         return [weight[share.expert].to(dtype) for share in group.shares]
     count, *shape = spec.shape
     which = group.neighbours or numbers
-    rows = dequantize_rows(Packed(*tensors), (count, prod(shape)), which, dtype, spec.quant_type)
+    rows = FORMATS[spec.quant_type].dequantize_rows(tensors, (count, prod(shape)), which, dtype)
     return rows.view(-1, *shape)
 
 

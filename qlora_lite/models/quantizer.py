@@ -25,7 +25,7 @@ from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place
 from qlora_lite.ops.offload import disk_memory
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
 from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
-from qlora_lite.quant.packed import PACKED_BUFFERS, PackedWeight
+from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.units import format_bytes
 
 METHOD = "qlora_lite"
@@ -114,9 +114,9 @@ class QuantizeOnArrival(ConversionOps):
             except ModelError as error:
                 self.problems.append(f"{name}: {error}")
                 continue
-            for buffer, tensor in zip(PACKED_BUFFERS, packed, strict=True):
-                if tensor is not None:
-                    result[f"{path}.{buffer}"] = tensor
+            stored = [tensor for tensor in packed if tensor is not None]
+            for (buffer, _), tensor in zip(self.layers[path].named_buffers(recurse=False), stored, strict=True):
+                result[f"{path}.{buffer}"] = tensor
         return result
 
 

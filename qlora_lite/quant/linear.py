@@ -10,13 +10,15 @@ Source: QLoRA, arXiv 2305.14314, section 3.
 
 import logging
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from qlora_lite.memory.meter import free_bytes
 
-from .nf4 import BLOCK_SIZE, Packed, dequantize_rows, quantize
+from .formats import FORMATS, FOUR_BIT
+from .nf4 import BLOCK_SIZE, Packed, quantize
 from .packed import PackedWeight
 from .product import FrozenMatmul, WeightSpec, materialize
 from .small_batch import (
@@ -38,7 +40,7 @@ WEIGHTS_AT_ONCE = 1 << 22  # whose squares are summed, in float32
 
 
 class QuantLinear(PackedWeight):
-    """A frozen linear layer whose weight [out, in] is stored in 4 bits; ``bias`` [out], if any, is a frozen parameter.
+    """A frozen linear layer whose weight [out, in] is packed; ``bias`` [out], if any, is a frozen parameter.
 
     ``replaces`` is the name of the class that stood here before; ``arranged`` is a second form of the weight for
     products of few rows, made by ``arrange_weights``.
@@ -52,7 +54,7 @@ class QuantLinear(PackedWeight):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
 
-    def set_packed(self, packed: Packed) -> None:
+    def set_packed(self, packed: Sequence[torch.Tensor | None]) -> None:
         """Take over packed tensors of this layer's shape, without a copy."""
         self.arranged = None
         super().set_packed(packed)
@@ -65,9 +67,9 @@ class QuantLinear(PackedWeight):
 
     @classmethod
     def from_packed(cls, packed, shape, bias, quant_type, dtype):
-        """Build the layer around tensors that are packed already."""
+        """Build the layer around tensors that are packed already: the parts of a format, in its order."""
         out_features, in_features = shape
-        double_quant = packed.absmax_code is not None
+        double_quant = isinstance(packed, Packed) and packed.absmax_code is not None
         layer = cls(in_features, out_features, False, quant_type, double_quant, dtype, device="meta")
         layer.set_packed(packed)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), False)
@@ -90,10 +92,10 @@ class WeightRows:
 
     def __init__(self, layer: QuantLinear, dtype: torch.dtype):
         self.shape = (layer.out_features, layer.in_features)
-        self._packed, self._quant_type, self._dtype = layer.packed, layer.quant_type, dtype
+        self._format, self._tensors, self._dtype = FORMATS[layer.quant_type], layer.described[1], dtype
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        return dequantize_rows(self._packed, self.shape, rows, self._dtype, self._quant_type)
+        return self._format.dequantize_rows(self._tensors, self.shape, rows, self._dtype)
 
 
 def routers(model: nn.Module) -> set[str]:
@@ -158,7 +160,7 @@ def squared_row_norms(module: nn.Module) -> torch.Tensor:
     squares = torch.empty(out_features, dtype=torch.float32, device=tensors[0].device)
     if squares.is_meta:
         return squares
-    by_rows = isinstance(module, QuantLinear) and in_features % BLOCK_SIZE == 0
+    by_rows = isinstance(module, QuantLinear) and in_features % FORMATS[module.quant_type].block == 0
     dtype = torch.float32 if isinstance(module, QuantLinear) else tensors[0].dtype
     rows = WeightRows(module, dtype) if by_rows else materialize(spec, tensors, dtype)
     at_once = max(1, WEIGHTS_AT_ONCE // in_features)
@@ -180,7 +182,8 @@ def arrange_weights(model: nn.Module) -> int:
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:  # the kernel would round all inputs to it
         return 0
     layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
-    layers = [layer for layer in layers if can_arrange((layer.out_features, layer.in_features), layer.weight.device)]
+    layers = [layer for layer in layers if layer.quant_type in FOUR_BIT
+              and can_arrange((layer.out_features, layer.in_features), layer.weight.device)]  # fmt: skip
     if layers and not kernel_takes_our_order():
         log.warning("generation dequantises weights for every token: this bitsandbytes orders them otherwise on a CPU")
         return 0
@@ -199,6 +202,8 @@ def small_batch_product(module: nn.Module, x: torch.Tensor, with_bias: bool = Tr
     to it, as in a merged 16-bit model.
     """
     if torch.is_grad_enabled() or module.training or not isinstance(module, QuantLinear) or not few(x):
+        return None
+    if module.quant_type not in FOUR_BIT:
         return None
     shape = module.out_features, module.in_features
     if module.arranged is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu":

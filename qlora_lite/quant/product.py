@@ -18,13 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .nf4 import Packed, dequantize
+from .formats import FORMATS
 
 
 class WeightSpec(NamedTuple):
     """How a tuple of tensors becomes a weight [out, in].
 
-    ``quant_type`` None means that the tuple holds the weight itself, stored [in, out] if ``transposed``.
+    ``quant_type`` is the name of a format of ``quant.formats``; None means that the tuple holds the weight itself,
+    stored [in, out] if ``transposed``.
     """
 
     shape: tuple[int, ...]
@@ -112,7 +113,7 @@ def materialize(
     if spec.quant_type is not None:
         if kept is not None:
             return kept.weight(spec, tensors, dtype, again)
-        return dequantize(Packed(*tensors), spec.shape, dtype, spec.quant_type)
+        return FORMATS[spec.quant_type].dequantize(tensors, spec.shape, dtype)
     weight = tensors[0].to(dtype)
     return weight.t() if spec.transposed else weight
 

@@ -11,6 +11,7 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.memory.bar import TRAINED
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.memory_options import on_disk, on_host, stream_of
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
 
@@ -66,7 +67,7 @@ def _category(module, name, tensor, embedding, head, trains_base) -> tuple[str, 
     if module is head and isinstance(module, QuantLinear):
         return "head", f"{module.quant_type}, because of model.quant_head"
     if isinstance(module, PackedWeight) and name == "weight":
-        return "base weights", f"{module.quant_type} codes, two per byte, never dequantised for longer than a product"
+        return "base weights", f"{FORMATS[module.quant_type].about}, never dequantised for longer than a product"
     if isinstance(module, PackedWeight) and name != "bias":
         return "quantisation constants", "absmax of 64 weights, quantised again if model.double_quant"
     if module is embedding:

@@ -28,6 +28,7 @@ from qlora_lite.ops.attention import _gradient_operator, _rows_operator
 from qlora_lite.ops.checkpoint import Run, running
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant import product
+from qlora_lite.quant.formats import four_bit
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import prepare
@@ -165,9 +166,9 @@ def test_compiled_blocks_keep_no_unpacked_weight_and_no_more_than_the_blocks(gra
 
 
 def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(graphs, monkeypatch):
-    model, dequantized, dequantize = build(), [], product.dequantize
+    model, dequantized, dequantize = build(), [], four_bit.dequantize
     set_memory_options(model, MemoryOptions(compile=True, cache_dequantized=True))
-    monkeypatch.setattr(product, "dequantize", lambda *arguments: dequantized.append(1) or dequantize(*arguments))
+    monkeypatch.setattr(four_bit, "dequantize", lambda *arguments: dequantized.append(1) or dequantize(*arguments))
     accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
     assert len(dequantized) == 2 * len(list(lora_layers(model)))
 
