@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from .four_bit import FOUR_BIT
+from .gguf_blocks import GGUF_BLOCKS
 
 Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
 
@@ -46,4 +47,4 @@ class Format(Protocol):
         """Return rows of a weight [out, in], those of a slice or of numbers int64 [n], without dequantising others."""
 
 
-FORMATS: Mapping[str, Format] = {**FOUR_BIT}
+FORMATS: Mapping[str, Format] = {**FOUR_BIT, **GGUF_BLOCKS}
