@@ -29,6 +29,7 @@ from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged, writ
 from qlora_lite.models.save import SHARD_BYTES, save_quantized
 from qlora_lite.prepare.build import build_to_use, train_settings
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.out_of_memory import explaining_memory
@@ -57,7 +58,7 @@ class MergeSettings:
 
     Args:
         base: "nf4" or "fp4" for the 4-bit weights that the run saw, "original" for those of the files; None takes
-            the first if the run was quantised.
+            what the run saw.
         dtype: a key of DTYPES; of the merged weights.
         quantize: write the merged model as a 4-bit checkpoint of this type; None for none.
         rows: held-out rows to measure on; 0 measures nothing, and goes without ``quantize`` only.
@@ -131,7 +132,7 @@ def check_choice(trained: TrainedRun, base: str | None) -> str:
     """
     quant, _ = trained.quantization
     if base in (None, quant):
-        return TRAINED if base or quant != "none" else ORIGINAL
+        return TRAINED if base or quant in FOUR_BIT else ORIGINAL
     if base != "original":
         raise ModelError(f"the run trained on {quant} weights, not on {base}: leave out --base, or choose original")
     return ORIGINAL
@@ -190,7 +191,7 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
     notes = []
     if trained.is_alone and merged.onto == TRAINED:
         notes.append(UNKNOWN_BASE)
-    if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] != "none":
+    if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] in FOUR_BIT:
         notes.append("the adapter was trained on the quantised weights; on the original ones the model differs")
     if merged.has_new_tokens:
         notes.append("nothing was measured, since the base model has no rows for the new tokens")
@@ -289,7 +290,7 @@ def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, se
     m, dtype = trained.recipe.model, DTYPES[settings.dtype]
     if dtype == torch.float16 and trained.device.type == "cpu":
         dtype = torch.float32  # CPUs multiply float16 far slower; its values are exact in float32
-    again = settings.quantize or (m.quant if m.quant != "none" else "nf4")
+    again = settings.quantize or (m.quant if m.quant in FOUR_BIT else "nf4")
 
     def dense_model(quant: str, dtype: torch.dtype) -> Outputs:
         gc.collect()  # the model before this one

@@ -86,7 +86,7 @@ def _methods(recipe: Recipe) -> list[str]:
 def _introduction(facts: CardFacts) -> str:
     quant = facts.recipe.model.quant
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A base model"
-    weights = "16-bit weights" if quant == "none" else f"{quant.upper()} weights"
+    weights = _weights(quant)
     kind = _name_of_method(facts.recipe)
     if facts.merged_into:
         what = (
@@ -96,6 +96,11 @@ def _introduction(facts: CardFacts) -> str:
         what = f"A {kind} adapter for {base}, trained on {weights}"
     unfinished = "" if facts.summary.get("status") == "complete" else " The run did not finish."
     return f"{what} with {PROJECT}.{unfinished}"
+
+
+def _weights(quant: str) -> str:
+    known = {"none": "16-bit weights", "keep": "the weights of its GGUF file"}
+    return known.get(quant, f"{quant.upper()} weights")
 
 
 def _name_of_method(recipe: Recipe) -> str:
@@ -123,7 +128,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_spe
 
 def _as_in_training(facts: CardFacts) -> str:
     quant = facts.recipe.model.quant
-    if quant == "none" or facts.merged_into:
+    if quant in ("none", "keep") or facts.merged_into:
         return ""
     double = str(facts.recipe.model.double_quant)
     return (
@@ -172,7 +177,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
         ("target tokens", _count(counted.get("learned_tokens"))),
-        ("base weights", "16 bit" if r.model.quant == "none" else
+        ("base weights", {"none": "16 bit", "keep": "codes of its GGUF file"}.get(r.model.quant) or
          f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"),
         (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"

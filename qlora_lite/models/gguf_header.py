@@ -13,6 +13,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 MAGIC, VERSIONS, ALIGNMENT, DEFAULT_ALIGNMENT = 0x46554747, (2, 3), "general.alignment", 32
@@ -28,13 +29,13 @@ class Header:
 
     Args:
         values: of all keys but those of arrays.
-        tensors: where each begins in the file, in bytes, its type and its number of elements, by name.
+        tensors: where each begins in the file, in bytes, its type and its shape [out, in], by name.
         end: size in bytes that the file must have for all tensors.
         sha256: of the header's bytes, 64 hexadecimal digits.
     """
 
     values: dict[str, object]
-    tensors: dict[str, tuple[int, int, int]]
+    tensors: dict[str, tuple[int, int, tuple[int, ...]]]
     end: int
     sha256: str
 
@@ -77,7 +78,7 @@ class _Walk:
         alignment = values.get(ALIGNMENT, DEFAULT_ALIGNMENT)
         start = -(-self.place // alignment) * alignment
         end = start + max(offset + size for offset, size, *_ in found.values())
-        places = {name: (start + offset, kind, elements) for name, (offset, _, kind, elements) in found.items()}
+        places = {name: (start + offset, kind, shape) for name, (offset, _, kind, shape) in found.items()}
         return Header(values, places, end, digest)
 
     def skip(self, size: int) -> int:
@@ -136,8 +137,8 @@ class _Walk:
         else:
             raise ValueError(f"it has an array of the unknown type {kind}")
 
-    def tensors(self, count: int) -> dict[str, tuple[int, int, int, int]]:
-        """Walk over the list of tensors; return their offsets and sizes in bytes, types and numbers of elements."""
+    def tensors(self, count: int) -> dict[str, tuple[int, int, int, tuple[int, ...]]]:
+        """Walk over the list of tensors; return their offsets and sizes in bytes, types and shapes."""
         from gguf.constants import GGML_QUANT_SIZES
 
         found = {}
@@ -145,16 +146,15 @@ class _Walk:
             name, dimensions = self.text(), self.u32()
             if name in found or dimensions > MAX_DIMENSIONS:
                 raise ValueError(f"its tensor {name[:80]!r} is there twice, or has {dimensions} dimensions")
-            elements = 1
-            for _ in range(dimensions):
-                elements *= self.u64()
+            shape = tuple(self.u64() for _ in range(dimensions))[::-1]
+            elements = prod(shape)
             kind, offset = self.u32(), self.u64()
             if kind not in GGML_QUANT_SIZES:
                 raise ValueError(f"its tensor {name[:80]!r} is of the unknown type {kind}")
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            if not elements or elements % block:
-                raise ValueError(f"its tensor {name[:80]!r} has {elements} values, not whole blocks of {block}")
-            found[name] = offset, elements // block * block_bytes, kind, elements
+            if not elements or (shape or (1,))[-1] % block:
+                raise ValueError(f"its tensor {name[:80]!r} has {elements} values, not rows of whole blocks of {block}")
+            found[name] = offset, elements // block * block_bytes, kind, shape
         if not found:
             raise ValueError("it has no tensors")
         return found

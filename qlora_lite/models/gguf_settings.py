@@ -98,10 +98,10 @@ def as_the_file_says(config, path: Path):
 
 
 def _factors(header: Header, path: Path) -> torch.Tensor | None:
-    place, kind, count = header.tensors.get(ROPE_FACTORS, (0, _FLOAT32, 0))
-    if not count or kind != _FLOAT32:
+    place, kind, shape = header.tensors.get(ROPE_FACTORS, (0, _FLOAT32, (0,)))
+    if not math.prod(shape) or kind != _FLOAT32:
         return None
-    return torch.from_numpy(np.fromfile(path, np.float32, count, offset=place))
+    return torch.from_numpy(np.fromfile(path, np.float32, math.prod(shape), offset=place))
 
 
 def _take_attention(config, said: dict[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
 """Load a base model as frozen 4-bit layers.
 
-Four ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
+Five ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
 are quantised weight by weight while they are read; a checkpoint that is bitsandbytes 4-bit already is read
-as it is; a GGUF file is dequantised by transformers and quantised again; and whatever was quantised here
-before comes from the cache.
+as it is; a GGUF file is dequantised by transformers and quantised again, or keeps its codes (``gguf_codes``);
+and whatever was quantised here before comes from the cache.
 
 Weights of the head, the embeddings and the norms keep the compute type; tied weights stay tied. Of a larger model the
 language model alone is loaded (``nested``).
@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -36,17 +36,19 @@ from qlora_lite.quant.nf4 import from_bnb_state
 from qlora_lite.units import format_bytes
 
 from .cache import cache_entry, check_sums
+from .gguf_codes import kept_formats, read_codes
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
-from .pretrained import model_of
-from .quantizer import QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
+from .pretrained import model_of, model_with
+from .quantizer import InFiles, QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
 from .unused_gpu import MEANT, fault_of_cuda, unsupported_gpu
 
 log = logging.getLogger("qlora_lite")
 
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)f?")  # as torch names what it was built for; a: that GPU alone
-QUANTS = ("nf4", "fp4", "none")
+KEEP = "keep"
+QUANTS = ("nf4", "fp4", KEEP, "none")
 ROW_ATTENTION = "qlora_lite_rows"
 # What model types begin with whose activations exceed float16, or whose gradients do at any scale of the loss, as users
 # of vLLM and Unsloth found out
@@ -146,7 +148,8 @@ def load_model(
 
     Args:
         path: folder, ``.gguf`` file, ``package:NAME/FILE`` or hub id.
-        quant: ``nf4``, ``fp4`` or ``none`` (16-bit linears); of a checkpoint that is 4-bit already, its own counts.
+        quant: ``nf4``, ``fp4``, ``keep`` (a GGUF file's own codes) or ``none`` (16-bit linears); of a checkpoint that
+            is 4-bit already, its own counts.
         double_quant: quantise the absmax values too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
@@ -171,7 +174,7 @@ def load_model(
     if part.whole is not None and use_cache:
         log.info("%s is a %s: its language model alone is loaded", path, type(part.whole).__name__)
     if stored is not None:
-        if stored != asked:
+        if stored != asked and quant != KEEP:
             log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
                         path, stored[0], str(stored[1]).lower())  # fmt: skip
         quant, double_quant = stored
@@ -179,6 +182,8 @@ def load_model(
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
+    elif quant == KEEP:
+        model = _load_kept(files, part, compute_dtype, device, in_files)
     else:
         model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache, in_files)
     if quant_head:
@@ -240,6 +245,17 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache, 
         else:
             if in_files:
                 return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
+    return model
+
+
+def _load_kept(files, part, dtype, device, in_files):
+    """Load a GGUF file on its own codes, which no cache is needed for."""
+    register()
+    formats = kept_formats(files, part.config)
+    put = InFiles(_folder_for_files()).put if in_files else None
+    state = read_codes(files, part.config, formats, dtype, put)
+    model = _from_pretrained(files, part, dtype, device, QuantizeConfig(formats=dict(formats)), state)
+    _forget_quantizer(model)
     return model
 
 
@@ -323,17 +339,20 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
 
 
 def _from_pretrained(
-    files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None
+    files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, state=None
 ) -> nn.Module:  # fmt: skip
     extra = {"quantization_config": quantization_config} if quantization_config else {}
-    if files.gguf_file:
+    load = partial(model_of, files.folder) if state is None else partial(model_with, part.config, state)
+    if state is not None:
+        pass  # which is all that the files have
+    elif files.gguf_file:
         extra = {"gguf_file": files.gguf_file, "config": part.config, **_gguf_options()}
     else:
         extra |= {"use_safetensors": True, **(_of_language_model(files, part) if part and part.whole else {})}
     try:
         with _without_report() if "key_mapping" in extra else nullcontext():
-            model, info = model_of(
-                files.folder, dtype=dtype, device_map={"": device}, output_loading_info=True,
+            model, info = load(
+                dtype=dtype, device_map={"": device}, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:

@@ -38,6 +38,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import packs_experts
 from qlora_lite.files import require_space
 from qlora_lite.ops.token_rows import RowsOver
+from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
@@ -186,7 +187,8 @@ class Merged:
         weight = tensor.t() if is_conv1d and not is_packed else tensor  # [out, in] from here on
         if self.onto == TRAINED:
             weight = weight.to(self.compute_dtype).contiguous()
-            if isinstance(layer, QuantLinear) and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
+            is_quantized = isinstance(layer, QuantLinear) and layer.quant_type in FOUR_BIT
+            if is_quantized and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
                 packed = quantize(weight, layer.quant_type, layer.double_quant)
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
         before, experts = weight, self.base.experts.get(stored)

@@ -8,6 +8,7 @@ and any "y" there is an answer. It would also fetch the kernels that a ``config.
 import re
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -66,6 +67,17 @@ def model_of(folder: Path, config=None, **options):
     """
     config = config or config_of(folder)
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **_NO_CODE, **options)
+
+
+def model_with(config, state: dict[str, torch.Tensor], **options):
+    """Return transformers' causal language model of a configuration with tensors by the names of its parameters.
+
+    Args:
+        options: of ``from_pretrained``.
+    """
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=state, **_NO_CODE, **options
+    )
 
 
 def model_from(config, auto=AutoModelForCausalLM, **options) -> nn.Module:

@@ -9,6 +9,8 @@ A model that the host's memory has no room for is put into files that the proces
 writes them to the disk and keeps of them in memory what it has room for.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
@@ -23,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 from qlora_lite.ops.offload import disk_memory
+from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
 from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
 from qlora_lite.quant.packed import PackedWeight
@@ -39,11 +42,16 @@ class QuantizeConfig(QuantizationConfigMixin):
 
     Args:
         folder: what comes of it is put into files there (``InFiles``); None leaves it in memory.
+        formats: of layers that arrive packed, by path, in ``quant.formats``; the others stay as they are then.
     """
 
-    def __init__(self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None, **_unused):
+    def __init__(
+        self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None,
+        formats: Mapping[str, str] | None = None, **_unused,
+    ):  # fmt: skip
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.folder = quant_type, double_quant, folder
+        self.formats = formats
 
 
 class InFiles:
@@ -133,14 +141,20 @@ class OnArrivalQuantizer(HfQuantizer):
         self.experts = {f"{projection.path}.{projection.name}": projection for projection in projections(model)}
         for projection in self.experts.values():
             put_empty(projection, config.quant_type, config.double_quant)
-        self.transposed = _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts)
+        self.transposed = _replace_linears(
+            model, config.quant_type, config.double_quant, skip, self.experts, config.formats
+        )
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+        if config.formats is not None:
+            return
         for layer in self.layers.values():
             # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
             layer.weight = layer.weight.to(model.dtype)
 
     def param_needs_quantization(self, model, param_name, **_unused):
         path, _, name = param_name.rpartition(".")
+        if self.quantization_config.formats is not None:
+            return False
         return param_name in self.experts or (name == "weight" and isinstance(model.get_submodule(path), QuantLinear))
 
     def param_element_size(self, model, param_name, param):
@@ -167,11 +181,14 @@ class OnArrivalQuantizer(HfQuantizer):
         return True
 
 
-def replace_weights(model: nn.Module, quant_type: str, double_quant: bool, skip=()) -> None:
+def replace_weights(
+    model: nn.Module, quant_type: str, double_quant: bool, skip=(), formats: Mapping[str, str] | None = None
+) -> None:
     """Put empty packed weights on the meta device in place of a skeleton's linear layers and experts.
 
     Args:
         skip: paths, or last parts of paths, of layers that stay as they are (the head).
+        formats: see ``QuantizeConfig``.
 
     Raises:
         ModelError: weights of the blocks would stay in 16 bit.
@@ -179,10 +196,13 @@ def replace_weights(model: nn.Module, quant_type: str, double_quant: bool, skip=
     for projection in list(projections(model)):
         put_empty(projection, quant_type, double_quant)
         drop_parameter(projection)
-    _replace_linears(model, quant_type, double_quant, skip)
+    _replace_linears(model, quant_type, double_quant, skip, formats=formats)
 
 
-def _replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip=(), experts=()) -> set[str]:
+def _replace_linears(
+    model: nn.Module, quant_type: str, double_quant: bool, skip=(), experts=(),
+    formats: Mapping[str, str] | None = None,
+) -> set[str]:  # fmt: skip
     """Put empty ``QuantLinear`` layers on the meta device in place of a skeleton's linear layers.
 
     Returns:
@@ -193,14 +213,15 @@ def _replace_linears(model: nn.Module, quant_type: str, double_quant: bool, skip
     for name, module in list(model.named_modules()):
         if name in skip or name.rpartition(".")[2] in skip:
             continue
-        if not is_linear_16_bit(module):
+        if not is_linear_16_bit(module) or (formats is not None and name not in formats):
             continue
         if is_conv1d(module):
             transposed.add(name)
         out_features, in_features = frozen_weight(module)[0].shape
         dtype = module.weight.dtype
         with torch.device("meta"):
-            layer = QuantLinear(in_features, out_features, module.bias is not None, quant_type, double_quant, dtype)
+            kind = quant_type if formats is None else formats[name]
+            layer = QuantLinear(in_features, out_features, module.bias is not None, kind, double_quant, dtype)
         layer.replaces = type(module).__name__
         model.set_submodule(name, layer)
     return transposed
@@ -250,12 +271,12 @@ def quantize_head(model: nn.Module, quant: str, double_quant: bool) -> None:
     """Give the model a 4-bit copy of its head; embeddings that were the head stay as they are.
 
     Args:
-        quant: how the blocks are stored; beside 16-bit ones ("none") the head is NF4.
+        quant: how the blocks are stored; beside what is no format to quantise to ("none", "keep") the head is NF4.
 
     Raises:
         ModelError: a row of the head is not made of whole blocks.
     """
-    head, quant_type = model.get_output_embeddings(), "nf4" if quant == "none" else quant
+    head, quant_type = model.get_output_embeddings(), quant if quant in FOUR_BIT else "nf4"
     if head.weight.shape[1] % BLOCK_SIZE:
         raise ModelError(f"a head with rows of {head.weight.shape[1]} weights cannot be read row by row in 4 bit: set "
                          "model.quant_head to false")  # fmt: skip

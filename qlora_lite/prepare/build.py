@@ -25,7 +25,9 @@ from qlora_lite.errors import CheckpointError, DoesNotFitError, ModelError
 from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.gguf_codes import Formats, kept_formats
 from qlora_lite.models.load import (
+    KEEP,
     auto_dtype,
     fast_dtype,
     load_model,
@@ -33,6 +35,7 @@ from qlora_lite.models.load import (
     resolve_device,
     stored_quantization,
 )
+from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
 from qlora_lite.models.tokenizer import load_tokenizer
@@ -214,7 +217,8 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
     """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are."""
     m = recipe.model
     part, dtype = read_part(m.path, m.revision), compute_dtype_of(recipe, resolve_device(m.device))
-    model = meta_model(part.config, *quantization_of(recipe, part.config.to_dict()), dtype, m.quant_head)
+    quantization = quantization_of(recipe, part.config.to_dict())
+    model = meta_model(part.config, *quantization, dtype, m.quant_head, formats_of(recipe, part.config))
     return set_checkpoint_name(model, part.outside)
 
 
@@ -244,7 +248,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         raise ModelError(f"adapter.method full trains 16-bit or 32-bit weights, and the model {what}")
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
-    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens)
+    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens,
+                     formats_of(recipe, config))  # fmt: skip
     return Job(
         CausalLM(method=method, spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
         t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
@@ -259,6 +264,18 @@ def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
         config: what the model's ``config.json`` says.
     """
     return stored_quantization(config) or (recipe.model.quant, recipe.model.double_quant)
+
+
+def formats_of(recipe: Recipe, config) -> Formats:
+    """Return the formats of the layers that keep the codes of the model's file; none without ``model.quant: keep``.
+
+    Raises:
+        ModelError: see ``kept_formats``, and ``locate``.
+    """
+    m = recipe.model
+    if quantization_of(recipe, config.to_dict())[0] != KEEP:
+        return ()
+    return kept_formats(locate(m.path, m.revision, with_weights=False), config)
 
 
 def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:

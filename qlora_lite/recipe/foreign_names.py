@@ -243,9 +243,9 @@ _NOT_OFFERED = {
     "remove it; train.loraplus_lr_ratio gives B another rate, and adapter.train_also_lr_ratio embeddings and other "
     "whole weights":
         "loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale lr_groups lr_scale_b",
-    "remove it; there is no 8-bit base here: model.quant is nf4 or fp4 (4 bit), or none (16 bit)":
+    "remove it; there is no 8-bit base here but a file's own (model.quant keep): it is nf4 or fp4 (4 bit), or none":
         "load_in_8bit load_in_fp8 load_in_16bit",
-    "remove it; models are quantised to NF4 or FP4 here; other formats are not read":
+    "remove it; models are quantised to NF4 or FP4 here, or keep a GGUF file's codes; other formats are not read":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
     "remove it; LoRA weights have no bias": "lora_bias",
     "remove it; new LoRA weights start with B at zero (no PiSSA, OLoRA, EVA or LoftQ); "

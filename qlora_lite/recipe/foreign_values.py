@@ -235,7 +235,8 @@ def _batch(draft: Draft, setting: Setting, key: str) -> None:
 
 def _quant(draft: Draft, setting: Setting, key: str) -> None:
     value = _loose(setting.value)
-    four_bit = {True: "nf4", 4: "nf4", False: "none", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4"}
+    four_bit = {True: "nf4", 4: "nf4", False: "none", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4",
+                "gguf": "keep"}  # fmt: skip
     if value in ("bnb", "bitsandbytes"):
         return
     if isinstance(value, bool | int | str) and value in four_bit:

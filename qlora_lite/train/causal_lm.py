@@ -18,6 +18,7 @@ from qlora_lite.data.storage import Example, learned_counts, row_lengths, with_v
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
+from qlora_lite.models.gguf_codes import Formats
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
@@ -88,6 +89,7 @@ class ModelSpec:
     Args:
         config: transformers'.
         quant, double_quant, quant_head, compute_dtype: as in the recipe's model section.
+        formats: of layers that keep the codes of their file, by path.
         longest: tokens of the longest row that there may be.
     """
 
@@ -97,6 +99,7 @@ class ModelSpec:
     quant_head: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
     longest: int = 0
+    formats: Formats = ()
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ class CausalLM(Workload):
     def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
         """See ``Workload``."""
         spec = self.spec
-        model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head)
+        model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head,
+                          spec.formats)  # fmt: skip
         check_shared_keys(model)
         if device.type != "meta":
             give_storage(model, device)
@@ -248,7 +252,7 @@ class CausalLM(Workload):
 
     def pattern(self) -> tuple[int, int]:
         """See ``models.skeleton.block_pattern``."""
-        return block_pattern(self.spec.config, self.method)
+        return block_pattern(self.spec.config, self.method, self.spec.formats)
 
     def at_depth(self, depth: int) -> Self:
         """Return the workload with fewer blocks."""

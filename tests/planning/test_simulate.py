@@ -6,17 +6,20 @@ import pytest
 import torch
 from jobs import changed, new_job
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny
+from tiny_gguf import write_tiny_gguf
 from transformers import AutoConfig
 
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.data.batch import Batch
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.models.load import adopt, use_row_attention
+from qlora_lite.models.gguf_codes import kept_formats
+from qlora_lite.models.load import adopt, load_model, use_row_attention
+from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_in_place
-from qlora_lite.models.skeleton import block_pattern
+from qlora_lite.models.skeleton import block_pattern, read_config
 from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
@@ -54,10 +57,14 @@ def job_for(config, **changes):
     return changed(new_job(config, rows, rows), **own | changes)
 
 
-def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, **changes):
-    """Return the ledger of the last of some real training steps, of rows of such lengths, and an evaluation."""
-    model = build_tiny(model_type, **changes)
-    if job.workload.spec.quant != "none":
+def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, loaded=None, **changes):
+    """Return the ledger of the last of some real training steps, of rows of such lengths, and an evaluation.
+
+    Args:
+        loaded: the model, if it is not a random one.
+    """
+    model = loaded or build_tiny(model_type, **changes)
+    if job.workload.spec.quant != "none" and loaded is None:
         quantize_in_place(model, job.workload.spec.quant, job.workload.spec.double_quant)
     adopt(model)
     job.workload.method.apply(model)
@@ -132,6 +139,18 @@ def test_the_predicted_peak_with_rows_of_tokens_trained_is_the_measured_one(mode
     options = MemoryOptions(loss_chunk_tokens=8)
     job = job_for(config_of(model_type), options=options, tokens=(4, 90, 165), known_tokens=160)
     assert_predicted(job, measured(job, model_type))
+
+
+@pytest.mark.parametrize("options", [MemoryOptions(), MemoryOptions("none")], ids=str)
+@pytest.mark.parametrize("types", [("q4_k", "q6_k", "q8_0"), ("q4_0", "q4_1", "q5_0", "q5_k", "f16")])
+def test_the_predicted_peak_on_a_gguf_file_s_codes_is_the_measured_one(types, options, tmp_path):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", types=types)
+    config, loaded = read_config(str(path)), load_model(path, "keep", compute_dtype=torch.float32)
+    formats = kept_formats(locate(path), config)
+    job = job_for(config, options=replace(options, loss_chunk_tokens=8), quant="keep", formats=formats)
+    predicted, whole = simulate(job), simulate_whole(job)
+    assert_predicted(job, measured(job, "llama", loaded=loaded))
+    assert predicted.peak().bytes == whole.peak().bytes and predicted.frozen_bytes == whole.frozen_bytes
 
 
 def test_dora_needs_what_lora_does_and_its_magnitudes_and_products_of_one_block():

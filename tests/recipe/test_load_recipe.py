@@ -82,7 +82,7 @@ memory: {loss_chunk_tokens: 0, budget: 8}
 """
     expected = [
         "r.yaml:2: model.path = ./nothing.gguf: no such model in ",
-        "r.yaml:3: model.quant = nf5: must be nf4, fp4 or none; did you mean nf4?",
+        "r.yaml:3: model.quant = nf5: must be nf4, fp4, keep or none; did you mean nf4?",
         "r.yaml:4: model.double_quant = NO: must be true or false; write false",
         "r.yaml:6: lora.rank = 012: must be a whole number of at least 1; write 12",
         "r.yaml:7: lora.rnak is not a setting; did you mean lora.rank?",

@@ -24,7 +24,7 @@ KEYS = st.sampled_from(NAMES) | st.sampled_from(sorted(_ANSWERS)) | TRAPS
 OVERRIDE_KEYS = st.sampled_from(reference.known_keys()) | KEYS | st.text(max_size=8)
 ODD = "ab:-[]{},&*!|>'\"%@`#?~<=\n\t \\\r\ufeff\x85\u2028é1.e_"
 GOOD = {
-    "model.quant": ["nf4", "none"],
+    "model.quant": ["nf4", "keep", "none"],
     "model.double_quant": ["true", "false"],
     "lora.rank": ["1", "64", "2e1"],
     "lora.alpha": ["1", "1e-5", "16.5"],

@@ -36,7 +36,7 @@ def test_every_setting_has_a_description_and_is_in_the_reference_of_its_section(
         "- `train.warmup_ratio`: a number from 0 to 1; default `0.03`.",
         "- `train.max_steps`: a whole number of at least 1, or null; default `null`.",
         "- `model.path`: text; required.",
-        "- `model.quant`: nf4, fp4 or none; default `nf4`.",
+        "- `model.quant`: nf4, fp4, keep or none; default `nf4`.",
         "- `lora.targets`: all-linear, experts, or a list of names, glob patterns and {pattern, rank, alpha}; default",
         "- `lora.targets.pattern`: text; required.",
         "- `data.eval.weight`: a number above 0; default `1`.",
