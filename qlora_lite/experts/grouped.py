@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from qlora_lite.ops.grouped_product import Pairs, add_grouped_sums, grouped_product, pairs_by_expert
 from qlora_lite.ops.shapes import pieces
+from qlora_lite.quant.formats import FORMATS, FOUR_BIT
 from qlora_lite.quant.nf4 import Packed, absmax_of, dequantize
 from qlora_lite.quant.product import WeightSpec
 
@@ -158,7 +159,7 @@ class _Weights(NamedTuple):
     """One projection of all experts.
 
     Args:
-        stored: the weight in 16 bit; or codes, and absmax in float32.
+        stored: the weight in 16 bit; or codes, and absmax in float32; or the parts of another format.
         bias: [E, out], where it has one.
         lora: LoRA weights, where it has some.
     """
@@ -203,9 +204,13 @@ class _Weights(NamedTuple):
             weight = self.stored[0][group].to(dtype)
             return weight.transpose(1, 2) if self.spec.transposed else weight
         count, *shape = self.spec.shape
+        if self.spec.quant_type not in FOUR_BIT:
+            kind = FORMATS[self.spec.quant_type]
+            rows = kind.dequantize_rows(self.stored, (count, prod(shape)), group, dtype)
+            return rows.view(-1, *shape)
         codes, absmax = (tensor.view(count, -1)[group] for tensor in self.stored)
         some = Packed(codes.reshape(-1, 1), absmax.reshape(-1))
-        return dequantize(some, (len(codes), *shape), dtype, str(self.spec.quant_type))
+        return dequantize(some, (len(codes), *shape), dtype, self.spec.quant_type)
 
 
 def even_size(count: int, most_bytes: int, bytes_of_one: int) -> int:
@@ -218,7 +223,7 @@ def _both(experts: Experts, tensors: Sequence[torch.Tensor], dtype: torch.dtype)
     parts = parts_of(experts, tensors, dtype)
 
     def weights(spec: WeightSpec, stored: Sequence[torch.Tensor], number: int) -> _Weights:
-        if spec.quant_type is not None:
+        if spec.quant_type in FOUR_BIT:
             stored = Packed(*stored).codes, absmax_of(Packed(*stored))
         return _Weights(spec, stored, parts.biases[number], parts.lora[number])
 

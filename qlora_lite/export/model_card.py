@@ -99,7 +99,7 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _weights(quant: str) -> str:
-    known = {"none": "16-bit weights", "keep": "the weights of its GGUF file"}
+    known = {"none": "16-bit weights", "keep": "its own packed weights"}
     return known.get(quant, f"{quant.upper()} weights")
 
 
@@ -177,7 +177,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
         ("target tokens", _count(counted.get("learned_tokens"))),
-        ("base weights", {"none": "16 bit", "keep": "codes of its GGUF file"}.get(r.model.quant) or
+        ("base weights", {"none": "16 bit", "keep": "as published, packed"}.get(r.model.quant) or
          f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"),
         (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"

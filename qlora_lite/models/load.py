@@ -9,10 +9,12 @@ Weights of the head, the embeddings and the norms keep the compute type; tied we
 language model alone is loaded (``nested``).
 """
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from .gguf_codes import kept_formats, read_codes
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
 from .pretrained import model_of, model_with
+from .published import is_published, published_formats, published_state
 from .quantizer import InFiles, QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
 from .unused_gpu import MEANT, fault_of_cuda, unsupported_gpu
@@ -174,16 +177,19 @@ def load_model(
     if part.whole is not None and use_cache:
         log.info("%s is a %s: its language model alone is loaded", path, type(part.whole).__name__)
     if stored is not None:
-        if stored != asked and quant != KEEP:
+        if stored[0] == KEEP != quant:
+            log.warning("%s is quantised already and keeps its codes: model.quant keep", path)
+        elif stored != asked and quant != KEEP:
             log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
                         path, stored[0], str(stored[1]).lower())  # fmt: skip
         quant, double_quant = stored
+    if quant == KEEP:
+        model = _load_kept(files, part, compute_dtype, device, in_files)
+    elif stored is not None:
         _refuse_stored_experts(path, part)
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
-    elif quant == KEEP:
-        model = _load_kept(files, part, compute_dtype, device, in_files)
     else:
         model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache, in_files)
     if quant_head:
@@ -249,12 +255,18 @@ def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache, 
 
 
 def _load_kept(files, part, dtype, device, in_files):
-    """Load a GGUF file on its own codes, which no cache is needed for."""
+    """Load a model on its own codes, which no cache is needed for."""
     register()
-    formats = kept_formats(files, part.config)
-    put = InFiles(_folder_for_files()).put if in_files else None
-    state = read_codes(files, part.config, formats, dtype, put)
-    model = _from_pretrained(files, part, dtype, device, QuantizeConfig(formats=dict(formats)), state)
+    with ExitStack() as stack:
+        if formats := published_formats(part.config):
+            state = published_state(files, part, formats, stack)
+            part = replace(part, config=copy.deepcopy(part.config))
+            del part.config.quantization_config  # what is loaded says the rest
+        else:
+            formats = kept_formats(files, part.config)
+            put = InFiles(_folder_for_files()).put if in_files else None
+            state = read_codes(files, part.config, formats, dtype, put)
+        model = _from_pretrained(files, part, dtype, device, QuantizeConfig(formats=dict(formats)), state)
     _forget_quantizer(model)
     return model
 
@@ -301,7 +313,8 @@ def _is_whole(entry: Path) -> bool:
 
 
 def stored_quantization(config: dict) -> tuple[str, bool] | None:
-    """Return (quant type, double quantisation) of a checkpoint that is bitsandbytes 4-bit already, else None.
+    """Return (quant type, double quantisation) of a checkpoint that is bitsandbytes 4-bit already, (KEEP, False) of one
+    whose codes are kept (``published``), else None.
 
     Args:
         config: what ``config.json`` says.
@@ -314,6 +327,8 @@ def stored_quantization(config: dict) -> tuple[str, bool] | None:
         return None
     if not isinstance(stored, dict):
         raise ModelError(f"quantization_config in config.json must be an object, not {stored!r}")
+    if is_published(stored):
+        return KEEP, False
     if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit", stored.get("_load_in_4bit")):
         raise ModelError(f"the model is quantised with {stored.get('quant_method')}; use the 16-bit model instead")
     return stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant"))

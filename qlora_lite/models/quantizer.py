@@ -96,6 +96,8 @@ class QuantizeOnArrival(ConversionOps):
         self.files = files
 
     def convert(self, input_dict, **_unused):
+        if self.config.formats is not None:
+            return input_dict  # a placeholder: all that is packed goes where it belongs
         result = {}
         for name, value in input_dict.items():
             if self.files and self.files.is_full:
@@ -139,14 +141,17 @@ class OnArrivalQuantizer(HfQuantizer):
         self.problems: list[str] = []
         self.files = config.folder and InFiles(config.folder)
         self.experts = {f"{projection.path}.{projection.name}": projection for projection in projections(model)}
+        if config.formats is not None:
+            self.experts = {name: each for name, each in self.experts.items() if name in config.formats}
+            for name, projection in self.experts.items():
+                put_empty(projection, config.formats[name], config.double_quant)
+            _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts, config.formats)
+            self.layers, self.transposed = {}, set()
+            return
         for projection in self.experts.values():
             put_empty(projection, config.quant_type, config.double_quant)
-        self.transposed = _replace_linears(
-            model, config.quant_type, config.double_quant, skip, self.experts, config.formats
-        )
+        self.transposed = _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
-        if config.formats is not None:
-            return
         for layer in self.layers.values():
             # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
             layer.weight = layer.weight.to(model.dtype)
@@ -154,7 +159,7 @@ class OnArrivalQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name, **_unused):
         path, _, name = param_name.rpartition(".")
         if self.quantization_config.formats is not None:
-            return False
+            return param_name in self.experts
         return param_name in self.experts or (name == "weight" and isinstance(model.get_submodule(path), QuantLinear))
 
     def param_element_size(self, model, param_name, param):
@@ -162,6 +167,8 @@ class OnArrivalQuantizer(HfQuantizer):
         if param_name in self.experts:  # what stands for it is asked for too
             return 0
         path, _, name = param_name.rpartition(".")
+        if self.quantization_config.formats is not None:
+            return param.element_size()
         return 1 if name == "weight" and path in self.layers else param.element_size()
 
     def get_quantize_ops(self):
@@ -194,8 +201,10 @@ def replace_weights(
         ModelError: weights of the blocks would stay in 16 bit.
     """
     for projection in list(projections(model)):
-        put_empty(projection, quant_type, double_quant)
-        drop_parameter(projection)
+        kind = quant_type if formats is None else formats.get(f"{projection.path}.{projection.name}")
+        if kind is not None:
+            put_empty(projection, kind, double_quant)
+            drop_parameter(projection)
     _replace_linears(model, quant_type, double_quant, skip, formats=formats)
 
 

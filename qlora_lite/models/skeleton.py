@@ -114,8 +114,8 @@ def _kinds_of_blocks(config, method: AdapterMethod | None, formats: Formats) -> 
     model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
     found, layers, experts = blocks(model), linear_layers(model), expert_weights(model)
     adapted = method.layer_kinds(list(layers), list(experts), in_blocks(model)) if method else {}
-    matched: dict[nn.Module, tuple] = {layers[path]: (kind,) for path, kind in formats}
-    for name, kind in adapted.items():
+    matched: dict[nn.Module, tuple] = {}
+    for name, kind in (*formats, *adapted.items()):
         module = layers[name] if name in layers else experts[name].experts
         matched[module] = (*matched.get(module, ()), kind)
     types = getattr(config, "layer_types", None) or [None] * depth

@@ -32,6 +32,7 @@ from .gguf_names import gguf_names
 from .load import load_model
 from .locate import ModelFiles, check_gguf
 from .nested import names_in_model, read_language_part, stacking_rules
+from .published import is_published
 
 log = logging.getLogger("qlora_lite")
 
@@ -84,6 +85,9 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
     Raises:
         ModelError: a file cannot be read.
     """
+    if is_published(files.config.get("quantization_config") or {}):
+        raise ModelError(f"the weights of {files.name} are published packed, and nothing is merged into codes: use the "
+                         "adapter beside them")  # fmt: skip
     if files.gguf_file:
         return _gguf_file(files, skeleton) or _whole_model(files)
     places, entries = _index(files)

@@ -37,6 +37,7 @@ from qlora_lite.models.load import (
 )
 from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
+from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
@@ -267,7 +268,7 @@ def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
 
 
 def formats_of(recipe: Recipe, config) -> Formats:
-    """Return the formats of the layers that keep the codes of the model's file; none without ``model.quant: keep``.
+    """Return the formats of the layers that keep the codes of the model's files; none where all are quantised here.
 
     Raises:
         ModelError: see ``kept_formats``, and ``locate``.
@@ -275,7 +276,7 @@ def formats_of(recipe: Recipe, config) -> Formats:
     m = recipe.model
     if quantization_of(recipe, config.to_dict())[0] != KEEP:
         return ()
-    return kept_formats(locate(m.path, m.revision, with_weights=False), config)
+    return published_formats(config) or kept_formats(locate(m.path, m.revision, with_weights=False), config)
 
 
 def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:

@@ -1,0 +1,140 @@
+"""Read safetensors whose weights are published packed, and train on their codes as they are.
+
+``config.json`` says how (``quantization_config``), so that a plan knows each layer's format before anything is
+downloaded. What the parts of a weight are called in files stands here, what they mean in ``quant.formats``. Parts are
+read where they lie, as memory-mapped slices, and never rewritten.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qlora_lite.adapters.lora.inject import linear_layers
+from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import PACKED, placeholder, projections
+from qlora_lite.quant.formats import FORMATS
+from qlora_lite.quant.tensor_file import DTYPES
+
+from .gguf_codes import Formats
+from .locate import ModelFiles
+from .nested import LanguagePart, without_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """How a method of quantisation is found in files.
+
+    Args:
+        format_of: returns the name of the format of layers from what ``quantization_config`` says.
+        parts: what each part of the format is called behind the path of a weight; of experts, of its parameter.
+        experts: fused experts are packed, and linear layers are not.
+    """
+
+    format_of: Callable[[Mapping[str, Any]], str]
+    parts: Mapping[str, str]
+    experts: bool = False
+
+
+METHODS: Mapping[str, Published] = {
+    "mxfp4": Published(lambda said: "mxfp4", {"weight": "_blocks", "scales": "_scales"}, experts=True),
+}
+
+
+def is_published(said: Mapping[str, Any]) -> bool:
+    """Return whether what a ``quantization_config`` says is a method whose codes are kept."""
+    return said.get("quant_method") in METHODS
+
+
+def published_formats(config) -> Formats:
+    """Return the formats of a model's packed weights by path; nothing for one that is not published in a known form.
+
+    Args:
+        config: transformers configuration of the language model.
+
+    Raises:
+        ModelError: the method is known, and not what it says of block sizes; or experts are packed one by one.
+    """
+    said = getattr(config, "quantization_config", None)
+    if not isinstance(said, dict) or not is_published(said):
+        return ()
+    method = METHODS[said["quant_method"]]
+    skeleton, kind = without_weights(config), method.format_of(said)
+    if kind not in FORMATS:
+        raise ModelError(f"the model is quantised with {said['quant_method']} as {kind}, which is not known here; use "
+                         "the 16-bit model instead")  # fmt: skip
+    experts = {f"{each.path}.{each.name}": each for each in projections(skeleton)}
+    if method.experts:
+        return tuple((path, kind) for path in experts)
+    if experts:
+        raise ModelError(f"the model's experts are quantised with {said['quant_method']} one by one, which is not "
+                         "known here; use the 16-bit model instead")  # fmt: skip
+    skipped = said.get("modules_to_not_convert") or said.get("llm_int8_skip_modules") or []
+    return tuple((path, kind) for path in linear_layers(skeleton) if not _is_skipped(path, skipped))
+
+
+def _is_skipped(path: str, skipped: Iterable[str]) -> bool:
+    """Return whether a list of paths, or of parts of paths, of layers in 16 bit names a layer."""
+    return any(f".{name}." in f".{path}." or fnmatch(path, name) for name in skipped)
+
+
+def published_state(
+    files: ModelFiles, part: LanguagePart, formats: Formats, stack: ExitStack
+) -> dict[str, Any]:  # fmt: skip
+    """Return what transformers' loader takes for a model's tensors, packed parts under the names of their modules.
+
+    Args:
+        stack: closes the files.
+
+    Raises:
+        ModelError: a part is missing, or has another type or shape than the format's.
+    """
+    if part.whole is not None:
+        raise ModelError(f"{files.name} holds its language model among other parts, which is not read packed; use the "
+                         "16-bit model instead")  # fmt: skip
+    method = METHODS[part.config.quantization_config["quant_method"]]
+    state, where = {}, {}
+    for path in files.weights:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                state[name], where[name] = file.get_slice(name), path
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from None
+    shapes = _shapes(without_weights(part.config), method)
+    for path, kind in formats:
+        module = _module(path, method)
+        for name, wanted in FORMATS[kind].parts(shapes[path]).items():
+            stored = f"{path}{method.parts[name]}"
+            if stored not in state:
+                raise ModelError(f"{files.name}: no file has the tensor {stored}")
+            found = state.pop(stored)
+            is_of = DTYPES.get(found.get_dtype()), tuple(found.get_shape())
+            if is_of != wanted:
+                raise ModelError(f"{where[stored]}: the tensor {stored} is {_said(*is_of)}, and {_said(*wanted)} is "
+                                 "needed")  # fmt: skip
+            state[f"{module}.{name}"] = found
+        if method.experts:
+            state[path] = placeholder()
+    return state
+
+
+def _module(path: str, method: Published) -> str:
+    """Return the path of the module that holds a weight's parts."""
+    outer, _, name = path.rpartition(".")
+    return f"{outer}.{PACKED}{name}" if method.experts else path
+
+
+def _shapes(skeleton: nn.Module, method: Published) -> dict[str, tuple[int, ...]]:
+    if method.experts:
+        return {f"{each.path}.{each.name}": each.described[0].shape for each in projections(skeleton)}
+    return {path: (layer.out_features, layer.in_features) for path, layer in linear_layers(skeleton).items()}
+
+
+def _said(dtype: torch.dtype | None, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
