@@ -25,6 +25,8 @@ from .gguf_codes import Formats
 from .locate import ModelFiles
 from .nested import LanguagePart, without_weights
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -34,21 +36,34 @@ class Published:
         format_of: returns the name of the format of layers from what ``quantization_config`` says.
         parts: what each part of the format is called behind the path of a weight; of experts, of its parameter.
         experts: fused experts are packed, and linear layers are not.
+        unused: what else files have of a weight, and is not needed.
     """
 
     format_of: Callable[[Mapping[str, Any]], str]
     parts: Mapping[str, str]
     experts: bool = False
+    unused: Sequence[str] = ()
+
+
+def _fp8(said: Mapping[str, Any]) -> str:
+    sides, scales = said.get("weight_block_size") or ["a whole weight"], said.get("scale_fmt", "float")
+    return f"fp8_{'x'.join(map(str, sides))}{'' if scales == 'float' else f' with scales in {scales}'}"
 
 
 METHODS: Mapping[str, Published] = {
     "mxfp4": Published(lambda said: "mxfp4", {"weight": "_blocks", "scales": "_scales"}, experts=True),
+    "bitsandbytes": Published(lambda said: "int8", {"weight": ".weight", "scales": ".SCB"}, unused=(".weight_format",)),
+    "fp8": Published(_fp8, {"weight": ".weight", "scales": ".weight_scale_inv"}, unused=(".activation_scale",)),
 }
 
 
 def is_published(said: Mapping[str, Any]) -> bool:
-    """Return whether what a ``quantization_config`` says is a method whose codes are kept."""
-    return said.get("quant_method") in METHODS
+    """Return whether what a ``quantization_config`` says is a method whose codes are kept here.
+
+    bitsandbytes' 4 bits are not: they are the NF4 and FP4 of this package (``quant.nf4``).
+    """
+    method, in_8_bit = said.get("quant_method"), said.get("load_in_8bit", said.get("_load_in_8bit"))
+    return method in METHODS and (method != "bitsandbytes" or bool(in_8_bit))
 
 
 def published_formats(config) -> Formats:
@@ -115,12 +130,20 @@ def published_state(
                 raise ModelError(f"{files.name}: no file has the tensor {stored}")
             found = state.pop(stored)
             is_of = DTYPES.get(found.get_dtype()), tuple(found.get_shape())
-            if is_of != wanted:
+            both_floats = is_of[0] in _FLOATS and wanted[0] in _FLOATS  # scales, which are read as float32
+            if is_of[1] != wanted[1] or not (is_of[0] == wanted[0] or both_floats):
                 raise ModelError(f"{where[stored]}: the tensor {stored} is {_said(*is_of)}, and {_said(*wanted)} is "
                                  "needed")  # fmt: skip
             state[f"{module}.{name}"] = found
+        for name in method.unused:
+            state.pop(f"{path}{name}", None)
         if method.experts:
             state[path] = placeholder()
+    packed = {f"{_module(path, method)}.{name}" for path, kind in formats for name in method.parts}
+    for name in state.keys() - packed:
+        if name in where and DTYPES.get(state[name].get_dtype()) not in _FLOATS:
+            raise ModelError(f"{where[name]}: the tensor {name} is packed, and what quantization_config says of the "
+                             "model's layers does not say so")  # fmt: skip
     return state
 
 

@@ -1,6 +1,7 @@
 """A checkpoint that is published packed is trained on its own codes, with the logits of the dequantised model."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -21,8 +22,11 @@ from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config
-from qlora_lite.quant.formats import FORMATS
+from qlora_lite.quant.bnb import functional
+from qlora_lite.quant.formats import FORMATS, scaled
+from qlora_lite.quant.linear import WeightRows, frozen_weight
 from qlora_lite.quant.packed import PackedWeight
+from qlora_lite.quant.product import materialize
 
 
 def random_mxfp4(experts: int, out: int, width: int, generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +46,45 @@ def mxfp4(model, generator):
     return packed, values, said
 
 
-CASES = {"mxfp4": ("gpt_oss", mxfp4, {})}
+def linear_weights(model):
+    return {name: parameter for name, parameter in model.named_parameters() if "_proj.weight" in name}
+
+
+def int8(model, generator):
+    """Pack the linear layers as bitsandbytes does, with its own dequantised values."""
+    packed, values = {}, {}
+    for name, weight in linear_weights(model).items():
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.detach().half())
+        packed |= {name: codes, name.replace("weight", "SCB"): scales}
+        packed[name.replace("weight", "weight_format")] = torch.tensor(0, dtype=torch.uint8)
+        values[name] = functional.int8_vectorwise_dequant(codes, scales)
+    return packed, values, {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}
+
+
+def fp8(model, generator):
+    """Pack the linear layers but two in blocks of 128 by 128, with values block by block."""
+    packed, values = {}, {}
+    for name, weight in linear_weights(model).items():
+        if "layers.1.self_attn.o_proj" in name:
+            continue
+        codes = torch.randn(weight.shape, generator=generator).to(torch.float8_e4m3fn)
+        sizes = [-(-size // 128) for size in weight.shape]
+        scales = torch.rand(sizes, generator=generator).to(torch.bfloat16) * 0.05
+        packed |= {name: codes, f"{name}_scale_inv": scales}
+        values[name] = codes.float()
+        for row, column in itertools.product(*map(range, sizes)):
+            block = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+            values[name][block] *= scales[row, column].float()
+    skipped = ["lm_head", "model.layers.1.self_attn.o_proj"]
+    said = {"activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": skipped}
+    return packed, values, {"quant_method": "fp8", **said}
+
+
+CASES = {
+    "mxfp4": ("gpt_oss", mxfp4, {}),
+    "int8": ("llama", int8, {}),
+    "fp8": ("qwen3", fp8, {"hidden_size": 192, "intermediate_size": 320}),  # blocks at the edges are smaller
+}  # fmt: skip
 
 
 def save_published(folder, case):
@@ -128,6 +170,38 @@ def test_a_run_trains_beside_its_codes_and_is_not_merged_into_them(published, tm
         merge_run(run, tmp_path / "merged", MergeSettings(rows=0))
 
 
+@pytest.mark.parametrize("case", ["int8", "fp8"])
+def test_every_bit_is_that_of_the_reference_whole_or_some_rows_at_a_time(case, tmp_path, monkeypatch):
+    plain = save_published(tmp_path, case)
+    layer = load(tmp_path).model.layers[0].mlp.up_proj
+    expected, rows = plain.model.layers[0].mlp.up_proj.weight, torch.tensor([9, 0, 95, 9])
+    assert torch.equal(WeightRows(layer, torch.float32)[rows], expected[rows])
+    for at_once in (scaled.AT_ONCE, 5 * expected.shape[1]):
+        monkeypatch.setattr(scaled, "AT_ONCE", at_once)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(materialize(*frozen_weight(layer), dtype), expected.to(dtype))
+
+
+def test_a_packed_layer_of_which_the_configuration_does_not_say_so_is_an_error(tmp_path):
+    save_published(tmp_path, "fp8")
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"lm_head"', '"model.layers.0.mlp"'))
+    with pytest.raises(ModelError, match=r"tensor model\.layers\.0\.mlp\.\w+\.weight\w* is packed"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    ({"quant_method": "fp8"}, "quantised with fp8 as fp8_a whole weight, which is not known here"),
+    ({"quant_method": "fp8", "weight_block_size": [1, 32]}, "as fp8_1x32, which"),
+])  # fmt: skip
+def test_blocks_of_another_size_are_refused(said, message, tmp_path):
+    save_published(tmp_path, "fp8")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("fault", ["missing", "shape"])
 def test_a_file_without_a_part_or_with_another_shape_is_one_error_that_names_both(published, fault, tmp_path):
     _, folder, _ = published
@@ -135,7 +209,7 @@ def test_a_file_without_a_part_or_with_another_shape_is_one_error_that_names_bot
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tensors = load_file(folder / "model.safetensors")
     kind = dict(published_formats(read_config(str(folder))))
-    name = next(name for name in tensors if any(name.startswith((f"{path}.", f"{path}_blocks")) for path in kind))
+    name = next(name for name in tensors if any(name.startswith((f"{path}.weight", f"{path}_blocks")) for path in kind))
     tensor = tensors.pop(name)
     if fault == "shape":
         tensors[name] = tensor[:-1].contiguous()

@@ -13,6 +13,7 @@ import torch
 from .four_bit import FOUR_BIT
 from .gguf_blocks import GGUF_BLOCKS
 from .mxfp4 import MXFP4
+from .scaled import SCALED
 
 Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
 
@@ -48,4 +49,4 @@ class Format(Protocol):
         """Return rows of a weight [out, in], those of a slice or of numbers int64 [n], without dequantising others."""
 
 
-FORMATS: Mapping[str, Format] = {**FOUR_BIT, **GGUF_BLOCKS, **MXFP4}
+FORMATS: Mapping[str, Format] = {**FOUR_BIT, **GGUF_BLOCKS, **MXFP4, **SCALED}
