@@ -14,13 +14,15 @@ from .output import echo, prepare
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--quant", type=click.Choice(["nf4", "fp4"]), default="nf4", show_default=True)
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True)
-def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
+@click.option("--keep-16bit", multiple=True, metavar="PATTERN", help="Layers that stay in 16 bit; may be repeated.")
+def quantize(model: str, out: Path, quant: str, double_quant: bool, keep_16bit: tuple[str, ...]) -> None:
     """Write MODEL (as in model.path) as an ordinary bitsandbytes 4-bit checkpoint."""
     require_empty(out)
     prepare()
     import torch
 
     from qlora_lite.export.merge import loses_its_update
+    from qlora_lite.models.kept import check_kept
     from qlora_lite.models.load import load_model
     from qlora_lite.models.locate import locate
     from qlora_lite.models.nested import read_language_part
@@ -33,7 +35,9 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool) -> None:
                    "--quantize measures that, and refuses where the update is lost", err=True)  # fmt: skip
     files = locate(model)
     config = read_language_part(files.folder, model, files.gguf_file).config
-    bnb_config(meta_model(config, quant, double_quant, torch.bfloat16))  # refuses before anything large is read
-    loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False)
+    check_kept(config, keep_16bit, model)
+    skeleton = meta_model(config, quant, double_quant, torch.bfloat16, keep_16bit=keep_16bit)
+    bnb_config(skeleton)  # refuses before anything large is read
+    loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False, keep_16bit=keep_16bit)
     save_quantized(loaded, out, load_tokenizer(model))
     echo(f"wrote {out}")

@@ -5,7 +5,7 @@ compute with it by name (``ExpertsInterface``, its documented extension). Here a
 parameter's place, and the name is ``routed``'s, as it is for experts in 16 bit that have LoRA weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -47,6 +47,11 @@ class Projection(NamedTuple):
         return getattr(self.experts, self.name)
 
     @property
+    def parameter_path(self) -> str:
+        """The path of the weight in 16 bit."""
+        return f"{self.path}.{self.name}"
+
+    @property
     def packed(self) -> str:
         """The path of what takes its place."""
         return f"{self.path}.{PACKED}{self.name}"
@@ -80,7 +85,7 @@ def expert_weights(model: nn.Module) -> dict[str, Projection]:
     """Return the weights of experts by path, packed or in 16 bit: those that LoRA may adapt."""
     found: dict[str, Projection] = {}
     for path, module in model.named_modules():
-        names = both_names(module) if hasattr(module, f"{PACKED}down_proj") else _names(module)
+        names = both_names(module) if _is_packed(module) else _names(module)
         found |= {f"{path}.{name}": Projection(path, module, name) for name in names}
     return found
 
@@ -88,6 +93,11 @@ def expert_weights(model: nn.Module) -> dict[str, Projection]:
 def both_names(experts: nn.Module) -> tuple[str, str]:
     """Return the names of a block's two projections, the first of them first."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Return whether one of the two projections at least is in 4 bits."""
+    return hasattr(module, "has_gate") and any(hasattr(module, PACKED + name) for name in both_names(module))
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
@@ -124,7 +134,7 @@ def placeholders(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def packs_experts(model: nn.Module) -> bool:
     """Return whether a model, or a skeleton, has experts in 4 bits."""
-    return any(hasattr(module, f"{PACKED}down_proj") for module in model.modules())
+    return any(map(_is_packed, model.modules()))
 
 
 def drop_parameter(projection: Projection) -> None:
@@ -132,9 +142,9 @@ def drop_parameter(projection: Projection) -> None:
     delattr(projection.experts, projection.name)
 
 
-def pack_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None:
-    """Quantise the experts of a model that is in memory, one projection at a time."""
-    for projection in list(projections(model)):
+def pack_in_place(model: nn.Module, quant_type: str, double_quant: bool, skip: Container[str] = ()) -> None:
+    """Quantise the experts of a model that is in memory, one projection at a time, but for paths to skip."""
+    for projection in [each for each in projections(model) if each.parameter_path not in skip]:
         weight = projection.straight(projection.parameter.detach())
         put_empty(projection, quant_type, double_quant).set_packed(quantize(weight, quant_type, double_quant))
         drop_parameter(projection)
@@ -168,7 +178,7 @@ def compute_experts(
 
 def first_experts(model: nn.Module) -> nn.Module | None:
     """Return the first module that holds experts which are packed, or have LoRA weights."""
-    own = (hasattr(module, f"{PACKED}down_proj") or _adapts(module) for module in model.modules())
+    own = (_is_packed(module) or _adapts(module) for module in model.modules())
     return next((module for module, is_own in zip(model.modules(), own, strict=True) if is_own), None)
 
 

@@ -277,7 +277,10 @@ def _check_quantized(models: dict, quant: str) -> None:
 
 def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
     require_space(out, sum(file.stat().st_size for file in dense.glob("*.safetensors")) // 3)
-    model = load_model(str(dense), quant, trained.recipe.model.double_quant, torch.bfloat16, use_cache=False)
+    m = trained.recipe.model
+    model = load_model(
+        str(dense), quant, m.double_quant, torch.bfloat16, use_cache=False, keep_16bit=m.keep_16bit
+    )  # fmt: skip
     save_quantized(model, out, trained.tokenizer())
 
 
@@ -295,6 +298,7 @@ def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, se
     def dense_model(quant: str, dtype: torch.dtype) -> Outputs:
         gc.collect()  # the model before this one
         here = {"path": str(dense), "revision": None, "quant": quant, "quant_head": False,
+                "keep_16bit": () if quant == "none" else m.keep_16bit,
                 "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
         return outputs(build_to_use(recipe, use_cache=False), rows.batches)

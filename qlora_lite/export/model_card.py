@@ -131,9 +131,11 @@ def _as_in_training(facts: CardFacts) -> str:
     if quant in ("none", "keep") or facts.merged_into:
         return ""
     double = str(facts.recipe.model.double_quant)
+    skipped = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in facts.recipe.model.keep_16bit]
+    kept = f", llm_int8_skip_modules={['lm_head', *skipped]}" if skipped else ""
     return (
         "For the weights that training saw, give `from_pretrained` also `quantization_config=BitsAndBytesConfig("
-        f'load_in_4bit=True, bnb_4bit_quant_type="{quant}", bnb_4bit_use_double_quant={double})` of transformers.'
+        f'load_in_4bit=True, bnb_4bit_quant_type="{quant}", bnb_4bit_use_double_quant={double}{kept})` of transformers.'
     )
 
 
@@ -178,7 +180,8 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         ("examples", _count(counted.get("rows_kept"))),
         ("target tokens", _count(counted.get("learned_tokens"))),
         ("base weights", {"none": "16 bit", "keep": "as published, packed"}.get(r.model.quant) or
-         f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"),
+         f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"
+         f"{', but for ' + ', '.join(f'`{each}`' for each in kept) if (kept := r.model.keep_16bit) else ''}"),
         (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
          f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"),

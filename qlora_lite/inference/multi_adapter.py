@@ -218,14 +218,16 @@ def _check_one_base(runs: Sequence[TrainedRun]) -> None:
     """Raise unless all runs were trained on the same weights, quantised in the same way."""
 
     def words(found: tuple) -> str:
-        fingerprint, quant, double_quant, head, dtype = found
+        fingerprint, quant, double_quant, kept, head, dtype = found
         return (f"fingerprint {fingerprint}, model.quant {quant}{' with double_quant' if double_quant else ''}"
-                f"{', 4-bit head' if head else ''}, computed in {str(dtype).removeprefix('torch.')}")  # fmt: skip
+                f"{f', keep_16bit {list(kept)}' if kept else ''}{', 4-bit head' if head else ''}, computed in "
+                f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
 
     def base(run: TrainedRun) -> tuple:
         quant, double_quant = run.quantization
-        head = run.recipe.model.quant_head
-        return base_fingerprint(run.files), quant, double_quant if quant != "none" else None, head, run.compute_dtype
+        m, double_quant = run.recipe.model, double_quant if quant != "none" else None
+        kept = tuple(sorted(m.keep_16bit))
+        return base_fingerprint(run.files), quant, double_quant, kept, m.quant_head, run.compute_dtype
 
     first = runs[0]
     for run in runs[1:]:

@@ -157,7 +157,7 @@ def _about(trained: TrainedRun, template: Template, settings: PredictSettings) -
         "model": trained.name, "base_fingerprint": base_fingerprint(trained.files),
         "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
         "template_sha256": hashlib.sha256((template.begin + template.source).encode()).hexdigest(),
-        "quant": list(trained.quantization), "quant_head": m.quant_head,
+        "quant": list(trained.quantization), "quant_head": m.quant_head, "keep_16bit": list(m.keep_16bit),
         "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
     }  # fmt: skip
     return about | {"max_new_tokens": settings.max_new_tokens, **asdict(settings.sampling)}

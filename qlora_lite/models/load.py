@@ -12,7 +12,7 @@ language model alone is loaded (``nested``).
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -33,12 +33,14 @@ from qlora_lite.memory.meter import free_bytes, grow_segments
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.gated import use_lean_mlps
 from qlora_lite.ops.norm import use_lean_norms
+from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
 from qlora_lite.units import format_bytes
 
 from .cache import cache_entry, check_sums
 from .gguf_codes import kept_formats, read_codes
+from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
 from .pretrained import model_of, model_with
@@ -145,7 +147,7 @@ def resolve_compute_dtype(name: str, device: torch.device, model_type: str = "")
 def load_model(
     path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
-    in_files: bool = False,
+    in_files: bool = False, keep_16bit: Sequence[str] = (),
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
 
@@ -161,10 +163,12 @@ def load_model(
             in its memory: they stay in files that the process sees as memory, those of the cache if it is used, also
             while they are made. (A GGUF file is dequantised in memory first; what is stored in 4 bit stays where it
             is.)
+        keep_16bit: names and glob patterns, as of LoRA's targets, of layers and weights of experts that stay in 16 bit
+            while the others are quantised.
 
     Raises:
-        ModelError: files are missing or broken, part of the model would silently stay in 16 bit, or there is no such
-            type or device.
+        ModelError: files are missing or broken, part of the model would silently stay in 16 bit, a pattern of
+            ``keep_16bit`` matches no layer, or there is no such type or device.
     """
     require_one_of("quant", quant, QUANTS)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
@@ -174,6 +178,9 @@ def load_model(
     path = files.name
     stored, asked = stored_quantization(files.config), (quant, double_quant)
     part = read_language_part(files.folder, path, files.gguf_file)
+    if keep_16bit and stored is None and quant not in FOUR_BIT:
+        raise ModelError(f"keep_16bit is for a model that is quantised here, and quant is {quant}")
+    check_kept(part.config, keep_16bit, path)
     if part.whole is not None and use_cache:
         log.info("%s is a %s: its language model alone is loaded", path, type(part.whole).__name__)
     if stored is not None:
@@ -191,7 +198,8 @@ def load_model(
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
     else:
-        model = _load_quantized(files, part, quant, double_quant, compute_dtype, device, use_cache, in_files)
+        config = QuantizeConfig(quant, double_quant, keep_16bit=keep_16bit)
+        model = _load_quantized(files, part, config, compute_dtype, device, use_cache, in_files)
     if quant_head:
         quantize_head(model, quant, double_quant)
     return adopt(set_checkpoint_name(model, part.outside))
@@ -228,18 +236,21 @@ def adopt(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load_quantized(files, part, quant, double_quant, dtype, device, use_cache, in_files):
+def _load_quantized(files, part, config: QuantizeConfig, dtype, device, use_cache, in_files):
     register()
-    entry = cache_entry(files, quant=quant, double_quant=double_quant, dtype=str(dtype)) if use_cache else None
+    how = {"quant": config.quant_type, "double_quant": config.double_quant, "dtype": str(dtype)}
+    if config.keep_16bit:
+        how["keep_16bit"] = sorted(kept_layers(without_weights(part.config), config.keep_16bit))
+    entry = cache_entry(files, **how) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
         return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
     if files.gguf_file:
         model = _from_pretrained(files, part, dtype, "cpu")
-        quantize_in_place(model, quant, double_quant)
+        quantize_in_place(model, config.quant_type, config.double_quant, config.keep_16bit)
         model.to(device)
     else:
-        place = device if _has_room(part, quant, double_quant, dtype, device) else "cpu"
-        config = QuantizeConfig(quant, double_quant, _folder_for_files() if in_files else None)
+        place = device if _has_room(part, config, dtype, device) else "cpu"
+        config.folder = _folder_for_files() if in_files else None
         model = _from_pretrained(files, part, dtype, place, config)
         _forget_quantizer(model)
         model.to(device)
@@ -278,7 +289,7 @@ def _folder_for_files() -> str:
     return str(folder)
 
 
-def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device) -> bool:
+def _has_room(part: LanguagePart, config: QuantizeConfig, dtype, device) -> bool:
     """Return whether a device has room for what loading takes there for a moment.
 
     Beside the weights that is little, but for experts: transformers puts those of a block together in 16 bit.
@@ -290,8 +301,7 @@ def _has_room(part: LanguagePart, quant: str, double_quant: bool, dtype, device)
     stacked = max((each.stacking_bytes for each in projections(model)), default=0)
     if not stacked:
         return True
-    head = model.get_output_embeddings()
-    replace_weights(model, quant, double_quant, [name for name, module in model.named_modules() if module is head])
+    replace_weights(model, config.quant_type, config.double_quant, kept_layers(model, config.keep_16bit))
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if weights + stacked <= free_bytes(device) + cached:

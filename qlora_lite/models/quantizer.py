@@ -9,7 +9,7 @@ A model that the host's memory has no room for is put into files that the proces
 writes them to the disk and keeps of them in memory what it has room for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.units import format_bytes
 
+from .kept import kept_layers
+
 METHOD = "qlora_lite"
 PART_BYTES = 1 << 28  # of a file: a process may have few open at one time
 ALIGNMENT = 64  # bytes, of a tensor in a file: what any type, and a processor's vectors, are content with
@@ -43,15 +45,16 @@ class QuantizeConfig(QuantizationConfigMixin):
     Args:
         folder: what comes of it is put into files there (``InFiles``); None leaves it in memory.
         formats: of layers that arrive packed, by path, in ``quant.formats``; the others stay as they are then.
+        keep_16bit: see ``kept.kept_layers``.
     """
 
     def __init__(
         self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None,
-        formats: Mapping[str, str] | None = None, **_unused,
+        formats: Mapping[str, str] | None = None, keep_16bit: Sequence[str] = (), **_unused,
     ):  # fmt: skip
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.folder = quant_type, double_quant, folder
-        self.formats = formats
+        self.formats, self.keep_16bit = formats, list(keep_16bit)
 
 
 class InFiles:
@@ -90,10 +93,11 @@ class QuantizeOnArrival(ConversionOps):
     def __init__(
         self, config: QuantizeConfig, layers: dict[str, PackedWeight], transposed: set[str],
         experts: dict[str, Projection], problems: list, files: InFiles | None = None,
+        kept: dict[str, torch.dtype] | None = None,
     ):  # fmt: skip
         self.config, self.layers, self.transposed = config, layers, transposed
         self.experts, self.problems = experts, problems
-        self.files = files
+        self.files, self.kept = files, kept or {}
 
     def convert(self, input_dict, **_unused):
         if self.config.formats is not None:
@@ -104,6 +108,12 @@ class QuantizeOnArrival(ConversionOps):
                 continue
             weight = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
+            if dtype := self.kept.get(name):
+                try:
+                    result[name] = self.files.put(weight.to(dtype))
+                except OutputError as error:
+                    self.problems.insert(0, f"{name}: {error}")
+                continue
             if path in self.transposed:
                 weight = weight.t().contiguous()
             if projection := self.experts.get(name):
@@ -140,16 +150,23 @@ class OnArrivalQuantizer(HfQuantizer):
         config = self.quantization_config
         self.problems: list[str] = []
         self.files = config.folder and InFiles(config.folder)
-        self.experts = {f"{projection.path}.{projection.name}": projection for projection in projections(model)}
+        self.kept: dict[str, torch.dtype] = {}
+        kept = kept_layers(model, config.keep_16bit)
+        self.experts = {each.parameter_path: each for each in projections(model) if each.parameter_path not in kept}
         if config.formats is not None:
             self.experts = {name: each for name, each in self.experts.items() if name in config.formats}
             for name, projection in self.experts.items():
                 put_empty(projection, config.formats[name], config.double_quant)
-            _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts, config.formats)
+            known = {*self.experts, *skip}
+            _replace_linears(model, config.quant_type, config.double_quant, known, self.experts, config.formats)
             self.layers, self.transposed = {}, set()
             return
         for projection in self.experts.values():
             put_empty(projection, config.quant_type, config.double_quant)
+        # by name, those that go into files as they are
+        weights = dict(model.named_parameters()) if self.files else {}
+        self.kept = {name: model.dtype for path in kept for name in (path, f"{path}.weight") if name in weights}
+        skip = {*skip, *kept}
         self.transposed = _replace_linears(model, config.quant_type, config.double_quant, skip, self.experts)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
         for layer in self.layers.values():
@@ -160,7 +177,8 @@ class OnArrivalQuantizer(HfQuantizer):
         path, _, name = param_name.rpartition(".")
         if self.quantization_config.formats is not None:
             return param_name in self.experts
-        return param_name in self.experts or (name == "weight" and isinstance(model.get_submodule(path), QuantLinear))
+        is_packed = name == "weight" and isinstance(model.get_submodule(path), QuantLinear)
+        return is_packed or param_name in self.experts or param_name in self.kept
 
     def param_element_size(self, model, param_name, param):
         # what transformers reserves on a GPU before it loads, and keeps; codes stand here, in the model's type
@@ -173,7 +191,7 @@ class OnArrivalQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         return QuantizeOnArrival(
-            self.quantization_config, self.layers, self.transposed, self.experts, self.problems, self.files
+            self.quantization_config, self.layers, self.transposed, self.experts, self.problems, self.files, self.kept
         )  # fmt: skip
 
     def _process_model_after_weight_loading(self, model, **_unused):
@@ -189,35 +207,41 @@ class OnArrivalQuantizer(HfQuantizer):
 
 
 def replace_weights(
-    model: nn.Module, quant_type: str, double_quant: bool, skip=(), formats: Mapping[str, str] | None = None
-) -> None:
-    """Put empty packed weights on the meta device in place of a skeleton's linear layers and experts.
+    model: nn.Module, quant_type: str, double_quant: bool, kept: Collection[str] = (),
+    formats: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Put empty packed weights on the meta device in place of a skeleton's experts and linear layers but for its head.
 
     Args:
-        skip: paths, or last parts of paths, of layers that stay as they are (the head).
+        kept: paths of those that stay in 16 bit.
         formats: see ``QuantizeConfig``.
 
     Raises:
-        ModelError: weights of the blocks would stay in 16 bit.
+        ModelError: other weights of the blocks would stay in 16 bit.
     """
-    for projection in list(projections(model)):
-        kind = quant_type if formats is None else formats.get(f"{projection.path}.{projection.name}")
+    for projection in [each for each in projections(model) if each.parameter_path not in kept]:
+        kind = quant_type if formats is None else formats.get(projection.parameter_path)
         if kind is not None:
             put_empty(projection, kind, double_quant)
             drop_parameter(projection)
-    _replace_linears(model, quant_type, double_quant, skip, formats=formats)
+    head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
+    _replace_linears(model, quant_type, double_quant, head.union(kept), formats=formats)
 
 
 def _replace_linears(
-    model: nn.Module, quant_type: str, double_quant: bool, skip=(), experts=(),
+    model: nn.Module, quant_type: str, double_quant: bool, skip: set[str], experts: Collection[str] = (),
     formats: Mapping[str, str] | None = None,
 ) -> set[str]:  # fmt: skip
     """Put empty ``QuantLinear`` layers on the meta device in place of a skeleton's linear layers.
 
+    Args:
+        skip: paths, or last parts of paths, of layers, and paths of weights of experts, that stay as they are.
+        experts: paths of weights of experts for which there is a packed weight.
+
     Returns:
         The paths of the layers whose weight is stored [in, out] in checkpoints (``Conv1D``).
     """
-    _refuse_16_bit(model, experts)
+    _refuse_16_bit(model, {*experts, *skip})
     transposed, skip = set(), {*skip, *routers(model)}
     for name, module in list(model.named_modules()):
         if name in skip or name.rpartition(".")[2] in skip:
@@ -236,11 +260,11 @@ def _replace_linears(
     return transposed
 
 
-def _refuse_16_bit(model: nn.Module, packed=()) -> None:
+def _refuse_16_bit(model: nn.Module, known: Collection[str] = ()) -> None:
     """Raise if the blocks hold weights that are neither linear layers nor small; convolutions stay in 16 bit.
 
     Args:
-        packed: paths of parameters for which there is a packed weight.
+        known: paths of parameters for which there is a packed weight, or that are to stay in 16 bit.
 
     Raises:
         ModelError: naming the modules and the bytes that 4-bit loading would silently leave in 16 bit.
@@ -248,7 +272,7 @@ def _refuse_16_bit(model: nn.Module, packed=()) -> None:
     stacked = [
         (f"{path}.{leaf}", p) for path, module in model.named_modules() if not isinstance(module, CONVOLUTIONS)
         for leaf, p in module.named_parameters(recurse=False)
-        if p.ndim >= 3 and p.numel() > 2**16 and f"{path}.{leaf}" not in packed
+        if p.ndim >= 3 and p.numel() > 2**16 and f"{path}.{leaf}" not in known
     ]  # fmt: skip
     if stacked:
         size = format_bytes(sum(p.numel() * 2 for _, p in stacked))
@@ -259,14 +283,15 @@ def _refuse_16_bit(model: nn.Module, packed=()) -> None:
         )
 
 
-def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool) -> None:
+def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool, keep_16bit: Sequence[str] = ()) -> None:
     """Quantise the linear layers and experts of a model that is in memory already, one at a time.
 
-    The head and routers stay as they are.
+    The head, routers and what ``kept.kept_layers`` says stay as they are.
     """
-    pack_in_place(model, quant_type, double_quant)
-    _refuse_16_bit(model)
-    head, skip = model.get_output_embeddings(), routers(model)
+    kept = kept_layers(model, keep_16bit)
+    pack_in_place(model, quant_type, double_quant, kept)
+    _refuse_16_bit(model, kept)
+    head, skip = model.get_output_embeddings(), routers(model) | kept
     for name, module in list(model.named_modules()):
         if module is head or name in skip or not is_linear_16_bit(module):
             continue

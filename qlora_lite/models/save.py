@@ -14,10 +14,11 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlora_lite.adapters.checkpoint_names import prefixes_of
+from qlora_lite.adapters.lora.inject import linear_layers
 from qlora_lite.errors import ModelError
-from qlora_lite.experts.packing import packs_experts, placeholders
+from qlora_lite.experts.packing import expert_weights, packs_experts, placeholders
 from qlora_lite.files import replacing_folder
-from qlora_lite.quant.linear import QuantLinear, is_conv1d
+from qlora_lite.quant.linear import QuantLinear, is_conv1d, is_linear_16_bit
 from qlora_lite.quant.nf4 import to_bnb_state
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.tensor_file import write_tensors
@@ -102,7 +103,9 @@ def save_for_cache(model: nn.Module, folder: Path) -> None:
     """
     if missing := placeholders(model):
         packed = next(module for module in model.modules() if isinstance(module, PackedWeight))
-        config = QuantizeConfig(packed.quant_type, packed.double_quant).to_dict()
+        kept = [path for path, layer in linear_layers(model).items() if is_linear_16_bit(layer)]
+        kept += [path for path, each in expert_weights(model).items() if each.described[0].quant_type is None]
+        config = QuantizeConfig(packed.quant_type, packed.double_quant, keep_16bit=kept).to_dict()
         state = _each_once(model) | missing
     else:
         config, state = bnb_config(model), quantized_state(model)

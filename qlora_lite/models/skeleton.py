@@ -8,7 +8,7 @@ it.
 import copy
 import logging
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from qlora_lite.experts.packing import expert_weights
 from .anatomy import blocks
 from .families import CONFIG_IS_ENOUGH, known_config, namesake, nearest
 from .gguf_codes import Formats
+from .kept import kept_layers
 from .load import KEEP, adopt
 from .locate import locate
 from .nested import LanguagePart, language_part, read_language_part, without_weights
@@ -89,19 +90,21 @@ def shallow_config(config, layers: int):
     return config
 
 
-def block_pattern(config, method: AdapterMethod | None = None, formats: Formats = ()) -> tuple[int, int]:
+def block_pattern(
+    config, method: AdapterMethod | None = None, keep_16bit: tuple[str, ...] = (), formats: Formats = ()
+) -> tuple[int, int]:
     """Return how many of the first blocks are kinds of their own, and after how many the others repeat to the last.
 
     (0, 1) for equal blocks, (0, 6) for 12 of Gemma-3's, (3, 1) for DeepSeek-V3's, whose first three have no experts.
     Asked of the modules, since configurations have many words for it; the fewest blocks that show it count. Blocks
-    whose layers are adapted differently, or packed differently, are of another kind too.
+    whose layers are adapted differently, packed differently or stay in 16 bit are of another kind too.
 
     Raises:
         ModelError: see ``meta_model``.
     """
-    key = config.to_json_string(use_diff=False), method, formats
+    key = config.to_json_string(use_diff=False), method, keep_16bit, formats
     if key not in _patterns:
-        kinds = _kinds_of_blocks(config, method, formats)
+        kinds = _kinds_of_blocks(config, method, keep_16bit, formats)
         depth = len(kinds)
         found = [(first, n) for n in range(1, depth + 1) for first in range(depth % n, depth, n)
                  if kinds[first:] == kinds[first : first + n] * ((depth - first) // n)]  # fmt: skip
@@ -109,13 +112,16 @@ def block_pattern(config, method: AdapterMethod | None = None, formats: Formats 
     return _patterns[key]
 
 
-def _kinds_of_blocks(config, method: AdapterMethod | None, formats: Formats) -> list[int]:
+def _kinds_of_blocks(
+    config, method: AdapterMethod | None, keep_16bit: tuple[str, ...], formats: Formats
+) -> list[int]:  # fmt: skip
     """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
     model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
     found, layers, experts = blocks(model), linear_layers(model), expert_weights(model)
     adapted = method.layer_kinds(list(layers), list(experts), in_blocks(model)) if method else {}
     matched: dict[nn.Module, tuple] = {}
-    for name, kind in (*formats, *adapted.items()):
+    kept = dict.fromkeys(kept_layers(model, keep_16bit, config), "16 bit")
+    for name, kind in (*formats, *adapted.items(), *kept.items()):
         module = layers[name] if name in layers else experts[name].experts
         matched[module] = (*matched.get(module, ()), kind)
     types = getattr(config, "layer_types", None) or [None] * depth
@@ -143,14 +149,16 @@ def _facts(block: nn.Module, matched: Mapping[nn.Module, Hashable]) -> dict:
 
 
 def meta_model(
-    config, quant: str, double_quant: bool, dtype: torch.dtype, quant_head: bool = False, formats: Formats = ()
-) -> nn.Module:
+    config, quant: str, double_quant: bool, dtype: torch.dtype, quant_head: bool = False,
+    keep_16bit: Sequence[str] = (), formats: Formats = (),
+) -> nn.Module:  # fmt: skip
     """Build a frozen model on the meta device, its linears as loading would leave them.
 
     Args:
         config: transformers configuration of a causal language model.
         quant: ``nf4``, ``fp4``, ``keep`` or ``none``.
         quant_head: the head is in 4 bit too.
+        keep_16bit: see ``kept.kept_layers``.
         formats: of layers whose codes are kept.
 
     Raises:
@@ -162,9 +170,8 @@ def meta_model(
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"no causal language model can be built from this configuration: {reason}") from error
     if quant != "none":
-        head = model.get_output_embeddings()
-        skip = [name for name, m in model.named_modules() if m is head]
-        replace_weights(model, quant, double_quant, skip, dict(formats) if quant == KEEP else None)
+        kept = kept_layers(model, keep_16bit, config)
+        replace_weights(model, quant, double_quant, kept, dict(formats) if quant == KEEP else None)
     if quant_head:
         quantize_head(model, quant, double_quant)
     return adopt(model)

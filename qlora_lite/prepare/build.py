@@ -26,6 +26,7 @@ from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.gguf_codes import Formats, kept_formats
+from qlora_lite.models.kept import check_kept
 from qlora_lite.models.load import (
     KEEP,
     auto_dtype,
@@ -109,7 +110,7 @@ def build_model(recipe: Recipe, options: MemoryOptions | None = None, adapter: P
     options = options or MemoryOptions()
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
-        quant_head=m.quant_head, in_files=options.weights_on_disk,
+        quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if not options.places_weights:
@@ -198,7 +199,7 @@ def build_to_use(
         options = placement(skeleton, context_tokens or recipe.data.max_tokens, memory, free_bytes(torch.device("cpu")))
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
-        quant_head=m.quant_head, in_files=options.weights_on_disk,
+        quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
     )  # fmt: skip
     if options.resident_layers is not None and any(map(changes_base, adapters)):
         raise DoesNotFitError("the GPU has no room for all weights, and those of an adapter that has norms, biases or "
@@ -215,11 +216,17 @@ def build_to_use(
 
 
 def build_skeleton(recipe: Recipe) -> nn.Module:
-    """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are."""
+    """Return a recipe's base model on the meta device, its layers in 4 bit where those of the loaded one are.
+
+    Raises:
+        ModelError: a pattern of model.keep_16bit matches no layer, or the model has one in 4 bit only.
+    """
     m = recipe.model
     part, dtype = read_part(m.path, m.revision), compute_dtype_of(recipe, resolve_device(m.device))
+    check_kept(part.config, m.keep_16bit, m.path)
     quantization = quantization_of(recipe, part.config.to_dict())
-    model = meta_model(part.config, *quantization, dtype, m.quant_head, formats_of(recipe, part.config))
+    formats = formats_of(recipe, part.config)
+    model = meta_model(part.config, *quantization, dtype, m.quant_head, m.keep_16bit, formats)
     return set_checkpoint_name(model, part.outside)
 
 
@@ -233,7 +240,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
 
     Raises:
         ModelError: the machine is a GPU that has no bfloat16, and the recipe asks for it; or the step is to
-            compute in float16 and update LoRA weights in backward.
+            compute in float16 and update LoRA weights in backward; or see ``build_skeleton``.
     """
     m, t = recipe.model, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())
@@ -249,7 +256,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         raise ModelError(f"adapter.method full trains 16-bit or 32-bit weights, and the model {what}")
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
-    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens,
+    check_kept(config, m.keep_16bit, m.path)
+    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
     return Job(
         CausalLM(method=method, spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,

@@ -31,7 +31,7 @@ _Value = Callable[..., object]
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
-        _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
+        _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual,
     ):  # fmt: skip
         yield from check(value)
@@ -77,6 +77,14 @@ def _virtual(value: _Value) -> _Found:
     if room - tokens < SHORTEST_ROW:
         message = f"prompt.virtual_tokens = {tokens}: leaves {room - tokens} of data.max_tokens {room} for a row"
         yield ("prompt", "virtual_tokens"), f"{message}; raise data.max_tokens"
+
+
+def _kept_16_bit(value: _Value) -> _Found:
+    packs = {"none": "all layers are in 16 bit", "keep": "the model's files say what is packed"}
+    why = packs.get(str(value("model", "quant")))
+    if why and value("model", "keep_16bit") not in (None, []):
+        message = f"model.keep_16bit: with model.quant {value('model', 'quant')} {why}"
+        yield ("model", "keep_16bit"), f"{message}; remove one of the two"
 
 
 def _patience(value: _Value) -> _Found:

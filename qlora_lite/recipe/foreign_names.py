@@ -29,6 +29,8 @@ _RENAMED = {
         "quant_type quantization_method quantization_type",
     "model.double_quant":
         "double_quantization bnb_4bit_use_double_quant use_double_quant",
+    "model.keep_16bit":
+        "llm_int8_skip_modules modules_to_not_convert bnb_4bit_skip_modules",
     "model.compute_dtype":
         "bf16 fp16 bf16_true precision torch_dtype bnb_4bit_compute_dtype float16 bfloat16 pure_bf16 float32 "
         "mixed_precision half_precision",

@@ -129,6 +129,13 @@ class Model(_Section):
     """Quantise the head to 4 bit too: less memory, and a model that answers a little differently, before training and
     after (qlora-lite explain memory-options). With tied embeddings their 16-bit table stays, and this saves memory only
     with memory.embeddings host."""
+    keep_16bit: Annotated[
+        tuple[Text, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        Rule("a name or glob pattern of layers, or a list of them"),
+    ] = ()  # fmt: skip
+    """Layers and weights of experts that stay in 16 bit while the others are quantised, by name or glob pattern as in
+    lora.targets: [v_proj, "model.layers.0.*"]. They get LoRA weights like the others. qlora-lite damage measures which
+    are worth their memory."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of activations and matrix products. auto is bfloat16 on devices that are fast at it, float16 on GPUs of
     compute capability 7.0 to 7.5, else float32, which those GPUs also use for models whose activations exceed float16

@@ -88,7 +88,7 @@ class ModelSpec:
 
     Args:
         config: transformers'.
-        quant, double_quant, quant_head, compute_dtype: as in the recipe's model section.
+        quant, double_quant, quant_head, compute_dtype, keep_16bit: as in the recipe's model section.
         formats: of layers that keep the codes of their file, by path.
         longest: tokens of the longest row that there may be.
     """
@@ -99,6 +99,7 @@ class ModelSpec:
     quant_head: bool = False
     compute_dtype: torch.dtype = torch.bfloat16
     longest: int = 0
+    keep_16bit: tuple[str, ...] = ()
     formats: Formats = ()
 
 
@@ -235,8 +236,8 @@ class CausalLM(Workload):
     def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
         """See ``Workload``."""
         spec = self.spec
-        model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head,
-                          spec.formats)  # fmt: skip
+        how = spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head, spec.keep_16bit, spec.formats
+        model = meta_copy(spec.config, *how)
         check_shared_keys(model)
         if device.type != "meta":
             give_storage(model, device)
@@ -252,7 +253,7 @@ class CausalLM(Workload):
 
     def pattern(self) -> tuple[int, int]:
         """See ``models.skeleton.block_pattern``."""
-        return block_pattern(self.spec.config, self.method, self.spec.formats)
+        return block_pattern(self.spec.config, self.method, self.spec.keep_16bit, self.spec.formats)
 
     def at_depth(self, depth: int) -> Self:
         """Return the workload with fewer blocks."""

@@ -63,9 +63,9 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, loaded=None, 
     Args:
         loaded: the model, if it is not a random one.
     """
-    model = loaded or build_tiny(model_type, **changes)
-    if job.workload.spec.quant != "none" and loaded is None:
-        quantize_in_place(model, job.workload.spec.quant, job.workload.spec.double_quant)
+    model, spec = loaded or build_tiny(model_type, **changes), job.workload.spec
+    if spec.quant != "none" and loaded is None:
+        quantize_in_place(model, spec.quant, spec.double_quant, spec.keep_16bit)
     adopt(model)
     job.workload.method.apply(model)
     check_forward(model, max(job.shape.lengths))
@@ -85,6 +85,18 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, loaded=None, 
             optimizer.zero_grad(set_to_none=True)
         evaluate_loss(CausalLM().with_options(job.options), model, [batch])
     return ledger
+
+
+@pytest.mark.parametrize(("model_type", "keep", "options"), [
+    ("llama", ("v_proj", "model.layers.0.*"), MemoryOptions()),
+    ("qwen2", ("down_proj",), MemoryOptions("none")), ("gpt2", ("c_fc",), MemoryOptions()),
+    ("llama", ("q_proj", "*.1.mlp.*"), MemoryOptions(cache_dequantized=True)),
+    ("qwen3_moe", ("down_proj",), MemoryOptions()),
+])  # fmt: skip
+def test_the_predicted_peak_with_layers_in_16_bit_is_the_measured_one(model_type, keep, options):
+    options = replace(options, loss_chunk_tokens=8)
+    job = job_for(config_of(model_type), options=options, keep_16bit=keep)
+    assert_predicted(job, measured(job, model_type))
 
 
 INPUT_BYTES = (
@@ -474,6 +486,22 @@ def test_blocks_that_other_targets_match_are_planned_with_the_weights_they_get(t
     assert block_pattern(config, Lora(tuple(targets))) == pattern and block_pattern(config) == (0, 1)
     assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
     assert short.resident.bytes == whole.resident.bytes
+
+
+@pytest.mark.parametrize("options", [
+    MemoryOptions(), MemoryOptions(resident_layers=3), MemoryOptions(resident_layers=3, stream_from_disk=True),
+], ids=["resident", "streamed", "from disk"])  # fmt: skip
+@pytest.mark.parametrize(("keep", "pattern"), [
+    (("v_proj",), (0, 1)), (("model.layers.0.*",), (1, 1)), (("model.layers.*[02468].*",), (0, 2)),
+])  # fmt: skip
+def test_blocks_of_which_others_stay_in_16_bit_are_planned_with_the_bytes_they_have(keep, pattern, options):
+    config = config_of("llama", num_hidden_layers=12)
+    job = job_for(config, options=options, keep_16bit=keep, device_type="cuda")
+    short, whole = simulate(job), simulate_whole(job)
+    assert block_pattern(config, None, keep) == pattern
+    assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
+    assert short.resident.bytes == whole.resident.bytes and short.offloaded_bytes == whole.offloaded_bytes
+    assert short.frozen_bytes > simulate(job_for(config)).frozen_bytes
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -136,6 +136,21 @@ def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_fold
     assert_same_run(lab, other)
 
 
+def test_a_run_with_layers_in_16_bit_goes_on_to_the_very_same_end_and_not_with_others(tmp_path, model_folder):
+    keep = ['model.keep_16bit=[v_proj, "model.layers.0.*"]']
+    whole, lab = (Lab(tmp_path / name, model_folder, keep) for name in ("whole", "lab"))
+    whole.run()
+    lab.stop(3)
+    lab.overrides = ["model.keep_16bit=v_proj"]
+    with pytest.raises(CheckpointError, match=r"model.keep_16bit: \['v_proj', 'model.layers.0.\*'\] -> \['v_proj'\]"):
+        lab.run(resume="")
+    lab.overrides = keep
+    lab.run(resume="")
+    assert_same_run(lab, whole)
+    kinds = {entry["why"] for entry in lab.summary["memory_table"]}
+    assert "frozen, not quantised" in kinds and any("nf4 codes" in kind for kind in kinds)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", [
     {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},

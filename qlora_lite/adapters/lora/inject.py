@@ -80,14 +80,16 @@ def matching(
 
 
 def choose_layers(
-    linear: Collection[str], experts: Collection[str], targets: Sequence[Target], inside: Container[str]
-) -> dict[str, Target]:
+    linear: Collection[str], experts: Collection[str], targets: Sequence[Target], inside: Container[str],
+    setting: str = "lora.targets",
+) -> dict[str, Target]:  # fmt: skip
     """Return the target of each chosen layer, and of each chosen weight of experts.
 
     Args:
         linear: paths of the layers there are.
         experts: paths of the weights of experts.
         inside: the paths that "all-linear" means.
+        setting: that the targets are of, for messages.
 
     Raises:
         ModelError: targets that match no layer, all of them at once, each with the nearest names.
@@ -100,7 +102,7 @@ def choose_layers(
         listed = ", ".join(repr(pattern) for pattern in unmatched)
         hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(known)}"
         what = "linear layer or weight of experts" if experts else "linear layer"
-        raise ModelError(f"lora.targets: {listed} matches no {what} of this model; {hint}")
+        raise ModelError(f"{setting}: {listed} matches no {what} of this model; {hint}")
     return {name: targets[numbers[-1]] for name, numbers in found.items() if numbers}
 
 
