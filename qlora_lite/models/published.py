@@ -50,10 +50,23 @@ def _fp8(said: Mapping[str, Any]) -> str:
     return f"fp8_{'x'.join(map(str, sides))}{'' if scales == 'float' else f' with scales in {scales}'}"
 
 
+def _groups(said: Mapping[str, Any]) -> str:
+    size, form = said.get("group_size"), said.get("checkpoint_format", "gptq")
+    return f"{form}_{said.get('bits')}_{'row' if size == -1 else size}"
+
+
+def _awq(said: Mapping[str, Any]) -> str:
+    layout = said.get("version", "gemm")
+    return f"awq_{said.get('bits')}_{said.get('group_size')}{'' if layout == 'gemm' else f' for {layout}'}"
+
+
+_OF_GROUPS = {"weight": ".qweight", "zeros": ".qzeros", "scales": ".scales"}
 METHODS: Mapping[str, Published] = {
     "mxfp4": Published(lambda said: "mxfp4", {"weight": "_blocks", "scales": "_scales"}, experts=True),
     "bitsandbytes": Published(lambda said: "int8", {"weight": ".weight", "scales": ".SCB"}, unused=(".weight_format",)),
     "fp8": Published(_fp8, {"weight": ".weight", "scales": ".weight_scale_inv"}, unused=(".activation_scale",)),
+    "gptq": Published(_groups, _OF_GROUPS | {"group": ".g_idx"}),
+    "awq": Published(_awq, _OF_GROUPS),
 }
 
 
@@ -130,8 +143,8 @@ def published_state(
                 raise ModelError(f"{files.name}: no file has the tensor {stored}")
             found = state.pop(stored)
             is_of = DTYPES.get(found.get_dtype()), tuple(found.get_shape())
-            both_floats = is_of[0] in _FLOATS and wanted[0] in _FLOATS  # scales, which are read as float32
-            if is_of[1] != wanted[1] or not (is_of[0] == wanted[0] or both_floats):
+            is_exact = is_of[0] in _FLOATS and wanted[0] == torch.float32  # of scales, which are read so
+            if is_of[1] != wanted[1] or not (is_of[0] == wanted[0] or is_exact):
                 raise ModelError(f"{where[stored]}: the tensor {stored} is {_said(*is_of)}, and {_said(*wanted)} is "
                                  "needed")  # fmt: skip
             state[f"{module}.{name}"] = found

@@ -247,7 +247,7 @@ _NOT_OFFERED = {
         "loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale lr_groups lr_scale_b",
     "remove it; there is no 8-bit base here but a file's own (model.quant keep): it is nf4 or fp4 (4 bit), or none":
         "load_in_8bit load_in_fp8 load_in_16bit",
-    "remove it; models are quantised to NF4 or FP4 here, or keep a GGUF file's codes; other formats are not read":
+    "remove it; models are quantised to NF4 or FP4 here, and those that are published packed keep their codes":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
     "remove it; LoRA weights have no bias": "lora_bias",
     "remove it; new LoRA weights start with B at zero (no PiSSA, OLoRA, EVA or LoftQ); "

@@ -122,7 +122,8 @@ class Model(_Section):
     quant: Literal["nf4", "fp4", "keep", "none"] = "nf4"
     """How the frozen linear layers and experts are stored: 4-bit NF4 or FP4 as in bitsandbytes, or none for 16 bit.
     keep trains on a GGUF file's own codes (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K; its other layers in 16 bit),
-    so that the adapter fits the very file that llama.cpp or Ollama serves (qlora-lite explain export)."""
+    so that the adapter fits the very file that llama.cpp or Ollama serves. A checkpoint that is published packed (NF4,
+    int8, FP8, GPTQ, AWQ, MXFP4) keeps its codes whatever this says (qlora-lite explain export)."""
     double_quant: bool = True
     """Quantise the absmax values too: 4.13 bits per weight instead of 4.5."""
     quant_head: bool = False

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.quant.bnb import functional
-from qlora_lite.quant.formats import FORMATS, scaled
+from qlora_lite.quant.formats import FORMATS, grouped, scaled
 from qlora_lite.quant.linear import WeightRows, frozen_weight
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.product import materialize
@@ -80,7 +81,48 @@ def fp8(model, generator):
     return packed, values, {"quant_method": "fp8", **said}
 
 
+def words(codes):
+    """Pack eight codes of 4 bits, the last dimension of [..., n, 8], the first lowest."""
+    packed = (codes.long() << torch.arange(0, 32, 4)).sum(-1)
+    return (packed - ((packed >> 31) << 32)).to(torch.int32)
+
+
+def in_groups(model, generator, is_awq):
+    """Pack the linear layers in groups of 32, of GPTQ in an order of its own (act-order)."""
+    packed, values = {}, {}
+    for name, weight in linear_weights(model).items():
+        out, width = weight.shape
+        path, groups = name.removesuffix(".weight"), torch.arange(width) // 32
+        if not is_awq:
+            groups = groups[torch.randperm(width, generator=generator)]
+        codes = torch.randint(0, 16, (width, out), generator=generator)
+        zeros = torch.randint(0, 16, (width // 32, out), generator=generator)
+        scales = (torch.rand(zeros.shape, generator=generator) * 0.03).half()
+        order = (0, 2, 4, 6, 1, 3, 5, 7) if is_awq else range(8)
+        packed[f"{path}.qzeros"] = words(zeros.view(-1, out // 8, 8)[..., order])
+        packed[f"{path}.scales"] = scales
+        if is_awq:
+            packed[f"{path}.qweight"] = words(codes.view(width, out // 8, 8)[..., order])
+        else:
+            packed[f"{path}.qweight"] = words(codes.view(width // 8, 8, out).transpose(1, 2))
+            packed[f"{path}.g_idx"] = groups.int()
+        values[name] = (scales.float()[groups] * (codes - zeros[groups] - (0 if is_awq else 1))).t().contiguous()
+    return packed, values, {"bits": 4, "group_size": 32}
+
+
+def gptq(model, generator):
+    packed, values, said = in_groups(model, generator, is_awq=False)
+    return packed, values, said | {"quant_method": "gptq", "desc_act": True}
+
+
+def awq(model, generator):
+    packed, values, said = in_groups(model, generator, is_awq=True)
+    return packed, values, said | {"quant_method": "awq", "version": "gemm", "zero_point": True}
+
+
 CASES = {
+    "gptq": ("llama", gptq, {}),
+    "awq": ("llama", awq, {}),
     "mxfp4": ("gpt_oss", mxfp4, {}),
     "int8": ("llama", int8, {}),
     "fp8": ("qwen3", fp8, {"hidden_size": 192, "intermediate_size": 320}),  # blocks at the edges are smaller
@@ -170,14 +212,14 @@ def test_a_run_trains_beside_its_codes_and_is_not_merged_into_them(published, tm
         merge_run(run, tmp_path / "merged", MergeSettings(rows=0))
 
 
-@pytest.mark.parametrize("case", ["int8", "fp8"])
-def test_every_bit_is_that_of_the_reference_whole_or_some_rows_at_a_time(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("case", "module"), [("int8", scaled), ("fp8", scaled), ("gptq", grouped), ("awq", grouped)])
+def test_every_bit_is_that_of_the_reference_whole_or_some_rows_at_a_time(case, module, tmp_path, monkeypatch):
     plain = save_published(tmp_path, case)
     layer = load(tmp_path).model.layers[0].mlp.up_proj
     expected, rows = plain.model.layers[0].mlp.up_proj.weight, torch.tensor([9, 0, 95, 9])
     assert torch.equal(WeightRows(layer, torch.float32)[rows], expected[rows])
-    for at_once in (scaled.AT_ONCE, 5 * expected.shape[1]):
-        monkeypatch.setattr(scaled, "AT_ONCE", at_once)
+    for at_once in (module.AT_ONCE, 5 * expected.shape[1]):
+        monkeypatch.setattr(module, "AT_ONCE", at_once)
         for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(materialize(*frozen_weight(layer), dtype), expected.to(dtype))
 
@@ -193,6 +235,8 @@ def test_a_packed_layer_of_which_the_configuration_does_not_say_so_is_an_error(t
 @pytest.mark.parametrize(("said", "message"), [
     ({"quant_method": "fp8"}, "quantised with fp8 as fp8_a whole weight, which is not known here"),
     ({"quant_method": "fp8", "weight_block_size": [1, 32]}, "as fp8_1x32, which"),
+    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "with gptq as gptq_3_128, which"),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "with awq as awq_4_128 for gemv, which"),
 ])  # fmt: skip
 def test_blocks_of_another_size_are_refused(said, message, tmp_path):
     save_published(tmp_path, "fp8")
@@ -208,8 +252,8 @@ def test_a_file_without_a_part_or_with_another_shape_is_one_error_that_names_bot
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tensors = load_file(folder / "model.safetensors")
-    kind = dict(published_formats(read_config(str(folder))))
-    name = next(name for name in tensors if any(name.startswith((f"{path}.weight", f"{path}_blocks")) for path in kind))
+    first = published_formats(read_config(str(folder)))[0][0]
+    name = next(name for name in tensors if re.fullmatch(rf"{re.escape(first)}(\.q?weight|_blocks)", name))
     tensor = tensors.pop(name)
     if fault == "shape":
         tensors[name] = tensor[:-1].contiguous()

@@ -12,6 +12,7 @@ import torch
 
 from .four_bit import FOUR_BIT
 from .gguf_blocks import GGUF_BLOCKS
+from .grouped import GROUPED
 from .mxfp4 import MXFP4
 from .scaled import SCALED
 
@@ -49,4 +50,4 @@ class Format(Protocol):
         """Return rows of a weight [out, in], those of a slice or of numbers int64 [n], without dequantising others."""
 
 
-FORMATS: Mapping[str, Format] = {**FOUR_BIT, **GGUF_BLOCKS, **MXFP4, **SCALED}
+FORMATS: Mapping[str, Format] = {**FOUR_BIT, **GGUF_BLOCKS, **MXFP4, **SCALED, **GROUPED}
