@@ -27,6 +27,7 @@ COMMANDS = {
     "sweep": "Train a recipe along axes of its settings, and compare the runs.",
     "data": "Show a recipe's data as training sees it, and what is wrong with it.",
     "profile": "Run a few steps and show what used the memory and the time.",
+    "damage": "Measure what four bits cost, and which layers to leave in 16 bit for it.",
     "evaluate": "Measure loss, perplexity and metrics of a run or a recipe's base model.",
     "generate": "Answer a prompt, or a file of prompts, with a run's adapter or a base model.",
     "chat": "Chat with the adapters of one or more runs, or with a base model.",

@@ -18,15 +18,16 @@ from .pretrained import model_from
 Read = Callable[[str], torch.Tensor]
 
 
-def streamed_model(config, read: Read) -> nn.Module:
-    """Build a float32 model that reads its weights when they are needed; adapters may be attached to it.
+def streamed_model(config, read: Read, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a model that reads its weights when they are needed; adapters may be attached to it.
 
     Args:
         config: transformers configuration.
-        read: returns the float32 weight of a parameter's name; a tied head's is asked for under the embeddings' name.
+        read: returns the weight of a parameter's name; a tied head's is asked for under the embeddings' name.
+        dtype: of the weights.
     """
     with init_empty_weights(include_buffers=False):
-        model = model_from(config, dtype=torch.float32)
+        model = model_from(config, dtype=dtype)
     model.tie_weights()
     adopt(model)
     names: dict[int, str] = {}

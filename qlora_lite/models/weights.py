@@ -11,7 +11,7 @@ Names: "stored" is a tensor's name in the files, "parameter" its name in the mod
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -56,6 +56,25 @@ class BaseWeights:
     packed: frozenset[str] = frozenset()
     in_memory: bool = False
     experts: Mapping[str, "OfExperts"] = field(default_factory=dict)
+
+    def reader(self) -> Callable[[str], torch.Tensor]:
+        """Return a function that reads a parameter of the model by its name, the experts of one put together."""
+        stored, parts = {parameter: name for name, parameter in self.parameters.items()}, defaultdict(dict)
+        for name, each in self.experts.items():
+            if each.expert is None:
+                stored[each.path] = name
+            else:
+                parts[each.path].setdefault(each.expert, {})[each.part] = name
+
+        def read(parameter: str) -> torch.Tensor:
+            if parameter in stored:
+                return self.read(stored[parameter])
+            if parameter not in parts:
+                raise ModelError(f"the files hold no weight {parameter} of its own")
+            experts = [by_part for _, by_part in sorted(parts[parameter].items())]
+            return torch.stack([torch.cat([self.read(n) for _, n in sorted(each.items())]) for each in experts])
+
+        return read
 
 
 class OfExperts(NamedTuple):

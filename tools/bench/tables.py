@@ -24,6 +24,29 @@ def head_table(result: Mapping) -> list[str]:
     return lines
 
 
+def damage_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench/damage``."""
+    lines = ["| model, task, rows | what is in 16 bit | more bytes: of the 4-bit layers, of the base | KL on these "
+             "rows, on others | closed | loss on these rows, on others | closed |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for case in result["cases"]:
+        plain, four, *rest = case["checked"]
+        title = f"{_name(case)}, {case['task'].upper()}, {case['rows']} and {case['rows'] * result['other_rows']}"
+        more = {"nothing": 0} | {each["asked"]: each["more_bytes"] for each in case["sets"]}
+        for row, (asked, size) in zip([four, *rest], more.items(), strict=True):
+            shares = ", ".join(f"{size / case[whole]:.1%}" for whole in ("packed_bytes", "base_bytes"))
+            kept = ", ".join(f"`{pattern}`" for pattern in row["keep_16bit"])
+            cells = [title, f"{asked}: {kept}" if kept else asked, shares if size else ""]
+            for key in ("kl", "loss"):
+                figures = [[each[part][key] for part in ("rows", "others")] for each in (plain, four, row)]
+                gaps = [(was - now) / (was - best) for best, was, now in zip(*figures, strict=True)]
+                cells += [", ".join(f"{value:.4f}" for value in figures[2]), ", ".join(f"{gap:.0%}" for gap in gaps)]
+            lines.append(f"| {' | '.join(cells)} |")
+        losses = ", ".join(f"{plain[part]['loss']:.4f}" for part in ("rows", "others"))
+        lines.append(f"| {title} | all | | | | {losses} | |")
+    return lines
+
+
 def limit_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/limit``, a column for each case and a row for each part."""
     cases = result["cases"]
@@ -146,6 +169,9 @@ TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
               "warm, times its count. What the rest of the step takes is told by place.", limit_table),
     "limit_no_amx": ("The same without the processor's matrix unit, as on one that has none:", limit_table),
+    "damage": ("What four bits cost, and what the sets of `model.keep_16bit` that `qlora-lite damage` recommends give "
+               "back: chosen on a few rows, then loaded as any model and measured on these and on three times as many "
+               "others. Both models come from 4-bit GGUF files, so that 16 bit is what those hold.", damage_table),
     "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
              "same, on text that neither was trained on.", head_table),
     "learning_rates": ("Held-out loss after 40 steps by learning rate, mean and standard deviation of three seeds; the "
