@@ -11,9 +11,8 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.files import sha256
-from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.locate import locate
-from qlora_lite.prepare.build import build_model
+from qlora_lite.prepare.build import build_model, fingerprint_of
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 
 END_OF_ANSWER = 4  # <|im_end|> of the byte tokenizer
@@ -36,7 +35,7 @@ def make_run(
     digest = save_adapter(adapted, run / "adapter", str(base), byte_tokenizer(template))
     summary = {
         "status": status, "name": "run", "model": str(base), "data": {"end_token_ids": [END_OF_ANSWER]},
-        "adapter_sha256": digest, "base_fingerprint": base_fingerprint(locate(str(base))),
+        "adapter_sha256": digest, "base_fingerprint": fingerprint_of(recipe, locate(str(base))),
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary))
     return run

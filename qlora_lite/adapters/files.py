@@ -9,6 +9,7 @@ from collections.abc import Collection, Container, Hashable, Iterator, Mapping, 
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
-from qlora_lite.quant.tensor_file import write_tensors
+from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
 from .checkpoint_names import outside
 from .lora.dora import DoraLinear
@@ -35,6 +36,7 @@ from .lora.inject import (
 )
 from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
+from .lora.start import First, Start, base_of, take_first
 from .method import AdapterMethod
 from .parts import (
     EMBEDDINGS,
@@ -111,6 +113,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         **({"use_dora": True} if _is_dora(layers) else {}),
         "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in linear.values()),
         **_trained_beside(model, linear),
+        **({"init_lora_weights": base_of(model)} if base_of(model) else {}),
         "inference_mode": True,
     }
 
@@ -161,6 +164,7 @@ class Lora(AdapterMethod):
         also_lr_ratio: how many times the LoRA weights' learning rate that of ``also`` is.
         tokens: whose rows of embeddings and head are trained, rising; see ``parts.train_tokens``.
         known_tokens: how many the tokenizer had without new ones.
+        split: what the weights of the model were split by when it was loaded; None if they were not.
     """
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
@@ -174,6 +178,7 @@ class Lora(AdapterMethod):
     also_lr_ratio: float = 0.1
     tokens: tuple[int, ...] = ()
     known_tokens: int = 0
+    split: Start | None = None
 
     @property
     def trained_tables(self) -> frozenset[str]:
@@ -181,8 +186,17 @@ class Lora(AdapterMethod):
         return frozenset({EMBEDDINGS, HEAD} if self.tokens else self.also) & {EMBEDDINGS, HEAD}
 
     def apply(self, model: nn.Module) -> None:
-        """See ``add_lora`` and ``train_parts``."""
+        """See ``add_lora`` and ``train_parts``; the LoRA weights begin as the model's weights were split for.
+
+        Raises:
+            ModelError: see ``add_lora``; the weights were not split, or are to be those of experts.
+        """
+        if self.split:
+            self.split.ranks(model)
+            if base_of(model) is None and model.device.type != "meta":
+                raise ModelError(f"the model was loaded without the start {self.split.kind}")
         add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
+        _begin(model, take_first(model))
         train_parts(model, self.also)
         train_tokens(model, self.tokens, self.known_tokens, self.dtype)
 
@@ -236,7 +250,9 @@ class Lora(AdapterMethod):
         return [next((r for end, r in added.items() if name.endswith(end)), self.also_lr_ratio) for name in names]
 
     def does_nothing(self, model: nn.Module) -> bool:
-        """Return whether every B is still zero."""
+        """Return whether every B is still as it began."""
+        if self.split:
+            return _begun.get(model) == _sums_of_b(model)
         return not any(layer.lora_B.any() for _, layer in lora_layers(model))
 
     def layer_kinds(
@@ -248,6 +264,26 @@ class Lora(AdapterMethod):
     def forget_pass(self, model: nn.Module) -> None:
         """Drop products that layers with one input had begun together."""
         forget_begun(model)
+
+
+_begun: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # ``_sums_of_b`` by model, of a start
+
+
+def _begin(model: nn.Module, first: First) -> None:
+    """Copy what LoRA weights begin as into them; DoRA's magnitudes are the norms with them."""
+    with torch.no_grad():
+        for path, (lora_a, lora_b) in first.items():
+            layer = model.get_submodule(path)
+            layer.lora_A.copy_(lora_a)
+            layer.lora_B.copy_(lora_b)
+            if isinstance(layer, DoraLinear):
+                layer.lora_magnitude_vector.copy_(layer.norms(torch.float32))
+    if first:
+        _begun[model] = _sums_of_b(model)
+
+
+def _sums_of_b(model: nn.Module) -> list:
+    return [bit_sums(layer.lora_B.detach()) for _, layer in lora_layers(model)]
 
 
 def save_adapter(

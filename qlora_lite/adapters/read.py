@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import Collection, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
@@ -34,6 +34,7 @@ from qlora_lite.quant.packed import PackedWeight
 from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
+from .lora.start import base_of
 from .parts import TOKEN_ROWS, is_tied
 from .saved import METHODS, Saved, checked, read_method
 
@@ -45,6 +46,7 @@ REFUSED_KEYS = (
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_OWN_BASE = re.compile(r"(loftq|pissa|olora):[0-9a-f]{16}")  # as ``lora.start.base_of`` names one; peft refuses it
 # Of processor time, for all patterns of an adapter file on all paths: far more than honest ones take.
 MATCH_SECONDS = 1.0
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -96,6 +98,12 @@ class Factors:
         """Return what the product of the factors is multiplied by."""
         return lora_scale(self.alpha, self.rank, self.rslora)
 
+    def without(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> "Factors":
+        """Return factors of rank 2 r whose product is that of these less that of others of the same rank and scale."""
+        alpha = self.alpha * (2**0.5 if self.rslora else 2)
+        both = torch.cat([self.lora_A, lora_a.to(self.lora_A.dtype)]), torch.cat([self.lora_B, -lora_b], 1)
+        return replace(self, lora_A=both[0], lora_B=both[1].to(self.lora_B.dtype), alpha=alpha)
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
@@ -143,6 +151,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
+    _require_base(base_of(model), config, folder)
     if config["peft_type"] in METHODS:
         method = read_method(config, folder / CONFIG_NAME)
         return checked(model, folder, method, _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES))
@@ -168,6 +177,17 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
         alpha, rslora = alphas.get(full_path, config["lora_alpha"]), bool(config.get("use_rslora"))
         factors[inside[name]] = Factors(lora_a, lora_b, alpha, rslora, magnitude, layers[name][0])
     return Adapter(factors, config.get("lora_dropout", 0.0), weights, tokens)
+
+
+def _require_base(base: str | None, config: dict, folder: Path) -> None:
+    """Check that an adapter is of a base whose weights were split as the model's were, or not at all."""
+    start = str(config.get("init_lora_weights"))
+    own = start if _OWN_BASE.fullmatch(start) else None
+    if own != base:
+        made, here = (f"the base {name} of lora.start" if name else "the model as its files have it"
+                      for name in (own, base))  # fmt: skip
+        raise ModelError(f"the adapter {folder} belongs to {made}, and this is {here}: use the folder of the run that "
+                         "trained it, or `qlora-lite export --to peft`, which fits the model's files")  # fmt: skip
 
 
 def named_base(folder: str | Path) -> tuple[str | None, str | None]:
@@ -302,7 +322,9 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _refuse_unsupported(config: dict, path: Path) -> None:
     refused = {key: config.get(key) for key in REFUSED_KEYS}
     start = config.get("init_lora_weights")
-    refused["init_lora_weights"] = start if str(start).startswith(REFUSED_INITS) else None
+    refused["init_lora_weights"] = (
+        start if str(start).startswith(REFUSED_INITS) and not _OWN_BASE.fullmatch(str(start)) else None
+    )
     used = [f"{key}={short(value)}" for key, value in refused.items() if value]
     if used:
         raise ModelError(f"{path}: {', '.join(used)} is not supported; train without it or merge with peft")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qlora_lite.adapters.lora.start import take_first
 from qlora_lite.adapters.read import Adapter as ReadAdapter
 from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens
 from qlora_lite.adapters.saved import Saved
@@ -25,12 +26,20 @@ from qlora_lite.data.render import end_of_answers
 from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
-from qlora_lite.models.cache import base_fingerprint
-from qlora_lite.models.load import resolve_device
+from qlora_lite.models.load import load_model, resolve_device
 from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import build_skeleton, build_to_use, compute_dtype_of, quantization_of, with_plan
+from qlora_lite.prepare.build import (
+    build_skeleton,
+    build_to_use,
+    compute_dtype_of,
+    fingerprint_of,
+    quantization_of,
+    start_of,
+    with_plan,
+    without_start,
+)
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Adapter, Data, Model, Recipe
@@ -103,6 +112,11 @@ class TrainedRun:
         return compute_dtype_of(self.recipe, self.device)
 
     @property
+    def fingerprint(self) -> str:
+        """Return what names the base model by its content, and by how its weights were split."""
+        return fingerprint_of(self.recipe, self.files)
+
+    @property
     def quantization(self) -> tuple[str, bool]:
         """Return how the run saw the linear layers: their type, and whether their absmax values were quantised too."""
         return quantization_of(self.recipe, self.files.config)
@@ -168,6 +182,30 @@ class TrainedRun:
             raise ModelError(f"the adapter {self.adapter} changes nothing: every lora_B is zero; was it trained?")
         return adapter
 
+    def split_base(self) -> nn.Module | None:
+        """Load the base model as the run saw it into host memory, from the cache if it is there; None where its weights
+        were not split (``lora.start``)."""
+        if (start := start_of(self.recipe)) is None:
+            return None
+        m = self.recipe.model
+        return load_model(
+            m.path, m.quant, m.double_quant, self.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit, start=start
+        )  # fmt: skip
+
+    def for_files(self, adapter: ReadAdapter) -> ReadAdapter:
+        """Return an adapter for the model as its files have it, in 16 bit: of a base whose weights were split, that is
+        the difference to what its LoRA weights began as.
+
+        Args:
+            adapter: the run's.
+        """
+        if (base := self.split_base()) is None:
+            return adapter
+        first = take_first(base)
+        own = adapter.layers.items()
+        layers = {path: factors.without(*first[path]) if path in first else factors for path, factors in own}
+        return replace(adapter, layers=layers)
+
     def build_base(self) -> nn.Module:
         """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
         return build_to_use(self.recipe, [self.adapter] if self.adapter else [])
@@ -205,7 +243,7 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
         raise ModelError(moved if model_path else f"{moved}. Give its new location with --model PATH") from error
-    _check_base(opened.summary, files, folder, "--model PATH")
+    _check_base(opened.summary, fingerprint_of(recipe, files), files, folder, "--model PATH")
     name = folder.resolve().name
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
 
@@ -279,7 +317,7 @@ def open_model(
             raise RecipeError(f"{name} has a chat template of its own; --template is for a recipe or a model")
         return open_trained(path, model_path, unfinished)
     if is_recipe:
-        recipe = load_recipe(path, overrides, check_files=False)
+        recipe = without_start(load_recipe(path, overrides, check_files=False))
     else:
         recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
     recipe = _where_it_lies_now(recipe, model_path)
@@ -314,7 +352,9 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
             check_adapter(folder)
             return folder
         opened = open_run(folder)
-        _check_base(opened.summary, locate(recipe.model.path, recipe.model.revision), folder, "model.path")
+        files = locate(recipe.model.path, recipe.model.revision)
+        where = "model.path, and the settings of its lora.start"
+        _check_base(opened.summary, fingerprint_of(recipe, files), files, folder, where)
     except (RecipeError, ModelError) as error:
         raise ModelError(f"lora.init_from: {error}") from error
     return opened.adapter
@@ -335,11 +375,10 @@ def _where_it_lies_now(recipe: Recipe, model_path: str | None) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
 
 
-def _check_base(summary: dict, files: ModelFiles, folder: Path, where: str) -> None:
+def _check_base(summary: dict, found: str, files: ModelFiles, folder: Path, where: str) -> None:
     recorded = summary.get("base_fingerprint")
     if recorded is None:  # a run of an earlier version; shapes are still compared
         return
-    found = base_fingerprint(files)
     if found != recorded:
         raise ModelError(
             f"{folder} was trained on {summary.get('model')} with fingerprint {recorded}; {files.name} has fingerprint "

@@ -84,7 +84,7 @@ def check_merged(
         ModelError: one of them is out of bounds.
     """
     exported = exported[:, : change.base.shape[1]]
-    share, distance = share_of(change, exported, rounded), _distance(exported, change.adapted)
+    share, distance = share_of(change, exported, rounded), distance_of(exported, change.adapted)
     if not (abs(share - 1) <= SHARE and distance <= limit):
         raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")
     return share, distance
@@ -99,13 +99,14 @@ def check_model(own: torch.Tensor, exported: torch.Tensor, what: str, limit: flo
     Raises:
         ModelError: it is farther away.
     """
-    if not (distance := _distance(exported, own)) <= limit:
+    if not (distance := distance_of(exported, own)) <= limit:
         found = f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed"
         raise ModelError(f"{what}, loaded back, does not do what the model does: {found}. Please report this")
     return distance
 
 
-def _distance(exported: torch.Tensor, wanted: torch.Tensor) -> float:
+def distance_of(exported: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return how far logits are from others, of the size of those."""
     return ((exported - wanted).norm() / wanted.norm()).item()
 
 

@@ -22,17 +22,17 @@ from qlora_lite.files import replacing_folder, require_empty, write_text
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate, read_json
-from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged
+from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
-from qlora_lite.prepare.build import build_to_use
+from qlora_lite.prepare.build import build_to_use, start_of, without_start
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
-from .check import Change, change_of, check_change, check_merged, check_model, logits_of
+from .check import Change, change_of, check_change, check_merged, check_model, distance_of, logits_of
 from .gguf_model import MODEL_FILE, as_read, write_gguf
-from .merge import BASES, UNKNOWN_BASE, check_choice
+from .merge import BASES, UNKNOWN_BASE, check_choice, open_for_merge
 from .ollama import check_template, go_template, modelfile, pieces_of
 
 REPORT = "export_report.json"
@@ -88,7 +88,7 @@ def export_run(
     if settings.to not in ("gguf", "ollama"):
         trained.require_adapter("transformers and vLLM load it as it is, --to gguf and ollama convert it")
     skeleton = trained.skeleton()
-    job = _Job(trained, skeleton, trained.adapter_to_merge(skeleton), settings, out)
+    job, notes = _for_files(_Job(trained, skeleton, trained.adapter_to_merge(skeleton), settings, out))
     with ExitStack() as unproven:  # new or empty before: what is not proven, or stopped, is not left lying around
         unproven.callback(shutil.rmtree, out, ignore_errors=True)
         found = FORMS[settings.to](job)
@@ -96,9 +96,26 @@ def export_run(
     report = {
         "run": trained.name, "form": settings.to, "base_model": trained.files.name, "layers": len(job.adapter.layers),
         "size_bytes": sum(file.stat().st_size for file in out.iterdir()), **found,
+        "notes": [*notes, *found.get("notes", [])],
     }  # fmt: skip
     write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _for_files(job: _Job) -> tuple[_Job, list[str]]:
+    """Return a job whose adapter fits the model as its files have it, for programs that load that, and notes."""
+    trained, start = job.trained, start_of(job.trained.recipe)
+    if start is None or job.settings.to in ("gguf", "ollama"):
+        return job, []
+    adapter = trained.for_files(job.adapter)
+    plain = without_start(trained.recipe)
+    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"quant": "none"})})
+    own = logits_of(attach_adapter(_base(job), job.adapter))
+    fitted = replace(trained, recipe=plain)
+    job = replace(job, trained=fitted, skeleton=fitted.skeleton(), adapter=adapter)
+    distance = distance_of(logits_of(attach_adapter(_base(job), adapter)), own)
+    return job, [f"the run began with lora.start {start.kind}: this adapter, of twice the rank, is for the model's "
+                 f"16-bit files, where its logits are {distance:.1e} of their size from those of the run"]  # fmt: skip
 
 
 def _peft(job: _Job) -> dict:
@@ -204,7 +221,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     """Write and check ``model.gguf``; ``write_beside`` adds files to the folder."""
     trained, kind = job.trained, job.settings.dtype or "f16"
     onto = check_choice(trained, job.settings.base)
-    merged = open_merged(trained.files, job.skeleton, job.adapter, onto, trained.compute_dtype)
+    merged = open_for_merge(trained, job.skeleton, job.adapter, onto)
     with replacing_folder(job.out) as new:
         notes = write_gguf(
             merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qlora_lite.adapters.files import attach_adapter
+from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import replacing_folder, require_empty, require_space, write_text
@@ -27,9 +29,10 @@ from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged, write_merged
 from qlora_lite.models.save import SHARD_BYTES, save_quantized
-from qlora_lite.prepare.build import build_to_use, train_settings
+from qlora_lite.prepare.build import build_to_use, start_of, train_settings
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.formats import FOUR_BIT
+from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.out_of_memory import explaining_memory
@@ -139,10 +142,21 @@ def check_choice(trained: TrainedRun, base: str | None) -> str:
 
 
 def prepare_merge(trained: TrainedRun, onto: str) -> Merged:
-    """Open a run's base model and adapter for merging; nothing large is loaded."""
+    """Open a run's base model and adapter for merging; nothing large is loaded, but for a base that was split."""
     skeleton = trained.skeleton()
     adapter = trained.adapter_to_merge(skeleton)
-    return open_merged(trained.files, skeleton, adapter, onto, trained.compute_dtype)
+    return open_for_merge(trained, skeleton, adapter, onto)
+
+
+def open_for_merge(trained: TrainedRun, skeleton: nn.Module, adapter: Adapter, onto: str) -> Merged:
+    """Open a run's base model for merging its adapter; see ``open_merged``."""
+    packed = None
+    if onto == ORIGINAL:
+        adapter = trained.for_files(adapter)
+    elif (base := trained.split_base()) is not None:
+        layers = ((path, base.get_submodule(path)) for path in adapter.layers)
+        packed = {path: layer.packed for path, layer in layers if isinstance(layer, QuantLinear)}
+    return open_merged(trained.files, skeleton, adapter, onto, trained.compute_dtype, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +300,10 @@ def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) ->
 
 def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings) -> dict:
     """Compare base, merged and merged-then-quantised models with the one that was trained."""
+    base = outputs(build_to_use(trained.recipe), rows.batches) if start_of(trained.recipe) else None
     model = trained.build_base()
-    base = outputs(model, rows.batches)
-    reference = outputs(attach_adapter(model, merged.adapter), rows.batches)
+    base = base or outputs(model, rows.batches)
+    reference = outputs(attach_adapter(model, trained.adapter_to_merge(trained.skeleton())), rows.batches)
     del model
     m, dtype = trained.recipe.model, DTYPES[settings.dtype]
     if dtype == torch.float16 and trained.device.type == "cpu":

@@ -20,7 +20,6 @@ from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, ModelError, RecipeError
-from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import build_to_use
 from qlora_lite.quant.linear import arrange_weights
@@ -227,7 +226,7 @@ def _check_one_base(runs: Sequence[TrainedRun]) -> None:
         quant, double_quant = run.quantization
         m, double_quant = run.recipe.model, double_quant if quant != "none" else None
         kept = tuple(sorted(m.keep_16bit))
-        return base_fingerprint(run.files), quant, double_quant, kept, m.quant_head, run.compute_dtype
+        return run.fingerprint, quant, double_quant, kept, m.quant_head, run.compute_dtype
 
     first = runs[0]
     for run in runs[1:]:

@@ -24,7 +24,6 @@ from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, Interrupted, ModelError, OutputError, tokenizer_faults
 from qlora_lite.files import explain_write_errors, flush_to_disk, locked, sha256, write_text
 from qlora_lite.models.anatomy import position_limit, text_config
-from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_sources
 
@@ -154,7 +153,7 @@ def _about(trained: TrainedRun, template: Template, settings: PredictSettings) -
     m = trained.recipe.model
     weights = None if settings.base or not trained.adapter else trained.adapter / WEIGHTS_NAME
     about = {
-        "model": trained.name, "base_fingerprint": base_fingerprint(trained.files),
+        "model": trained.name, "base_fingerprint": trained.fingerprint,
         "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
         "template_sha256": hashlib.sha256((template.begin + template.source).encode()).hexdigest(),
         "quant": list(trained.quantization), "quant_head": m.quant_head, "keep_16bit": list(m.keep_16bit),

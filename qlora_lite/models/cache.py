@@ -17,7 +17,7 @@ at a time: one that started beside it would do the same work, and move its entry
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -103,9 +103,15 @@ def _is_whole(entry: Path) -> bool:
     return True
 
 
-def base_fingerprint(files: ModelFiles) -> str:
-    """Return 16 hexadecimal digits that name a model by its content: weights and configuration."""
-    return hashlib.sha256(json.dumps(_digests(files)).encode()).hexdigest()[:16]
+def base_fingerprint(files: ModelFiles, start: Mapping[str, object] | None = None) -> str:
+    """Return 16 hexadecimal digits that name a model by its content: weights and configuration.
+
+    Args:
+        start: settings that decide how its weights were split (``lora.start``), and stored; None if they were not.
+    """
+    digests = _digests(files)
+    named = digests if start is None else [digests, start]
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digests(files: ModelFiles) -> list[str]:

@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
+from qlora_lite.adapters.lora.start import First, Start, set_base
 from qlora_lite.errors import ModelError, OutputError, require_one_of
 from qlora_lite.experts.packing import projections, use_experts
 from qlora_lite.files import cache_root, explain_write_errors
@@ -38,7 +39,7 @@ from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
 from qlora_lite.units import format_bytes
 
-from .cache import cache_entry, check_sums
+from .cache import base_fingerprint, cache_entry, check_sums
 from .gguf_codes import kept_formats, read_codes
 from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
@@ -47,6 +48,7 @@ from .pretrained import model_of, model_with
 from .published import is_published, published_formats, published_state
 from .quantizer import InFiles, QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
+from .split import read_first, save_first, split_in_place
 from .unused_gpu import MEANT, fault_of_cuda, unsupported_gpu
 
 log = logging.getLogger("qlora_lite")
@@ -147,7 +149,7 @@ def resolve_compute_dtype(name: str, device: torch.device, model_type: str = "")
 def load_model(
     path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
-    in_files: bool = False, keep_16bit: Sequence[str] = (),
+    in_files: bool = False, keep_16bit: Sequence[str] = (), start: Start | None = None,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, frozen, in training mode off.
 
@@ -165,10 +167,13 @@ def load_model(
             is.)
         keep_16bit: names and glob patterns, as of LoRA's targets, of layers and weights of experts that stay in 16 bit
             while the others are quantised.
+        start: how weights are split between the base, which is loaded, and what its LoRA weights begin as
+            (``adapters.lora.start.take_first``).
 
     Raises:
         ModelError: files are missing or broken, part of the model would silently stay in 16 bit, a pattern of
-            ``keep_16bit`` matches no layer, or there is no such type or device.
+            ``keep_16bit`` matches no layer, there is no such type or device, or weights that are packed already are to
+            be split.
     """
     require_one_of("quant", quant, QUANTS)
     if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
@@ -191,18 +196,57 @@ def load_model(
                         path, stored[0], str(stored[1]).lower())  # fmt: skip
         quant, double_quant = stored
     if quant == KEEP:
+        refuse_stored(start, (KEEP, False))
         model = _load_kept(files, part, compute_dtype, device, in_files)
     elif stored is not None:
         _refuse_stored_experts(path, part)
+        refuse_stored(start, stored)
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
+        first = _split(model, files, start, use_cache) if start else None
     else:
-        config = QuantizeConfig(quant, double_quant, keep_16bit=keep_16bit)
-        model = _load_quantized(files, part, config, compute_dtype, device, use_cache, in_files)
+        config = QuantizeConfig(quant, double_quant, keep_16bit=keep_16bit, start=start)
+        model, first = _load_quantized(files, part, config, compute_dtype, device, use_cache, in_files)
+    if start:
+        set_base(model, name_of_base(files, start, quant, double_quant), first)
     if quant_head:
         quantize_head(model, quant, double_quant)
     return adopt(set_checkpoint_name(model, part.outside))
+
+
+def refuse_stored(start: Start | None, stored: tuple[str, bool] | None) -> None:
+    """Refuse to split weights that are in 4 bit in their files: what was lost is not there.
+
+    Raises:
+        ModelError: they are.
+    """
+    if start and stored:
+        what = "packed" if stored[0] == KEEP else f"in {stored[0]}"
+        raise ModelError(f"lora.start {start.kind} needs the 16-bit weights, and the model's files have them {what}: "
+                         "name its 16-bit files in model.path, or set lora.start to kaiming")  # fmt: skip
+
+
+def name_of_base(files: ModelFiles, start: Start, quant: str, double_quant: bool) -> str:
+    """Return what ``adapters.lora.start.base_of`` does of a model that is loaded so."""
+    return f"{start.kind}:{base_fingerprint(files, _with_quantization(start, quant, double_quant))}"
+
+
+def _with_quantization(start: Start, quant: str, double_quant: bool) -> dict:
+    return start.settings() | {"quant": quant, "double_quant": quant != "none" and double_quant}
+
+
+def _split(model: nn.Module, files: ModelFiles, start: Start, use_cache: bool) -> First:
+    """Split the weights of a model in 16 bit or more, by what the cache has if it is to be used."""
+    entry = cache_entry(files, start=start.settings(), dtype=str(model.dtype))
+    known = read_first(entry, start, model) if use_cache else None
+    first = split_in_place(model, start, known)
+    if use_cache and known is None:
+        try:
+            save_first(entry, first)
+        except OutputError as error:
+            log.warning("what the LoRA weights begin as is not cached: %s", error)
+    return first
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -236,33 +280,40 @@ def adopt(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load_quantized(files, part, config: QuantizeConfig, dtype, device, use_cache, in_files):
+def _load_quantized(
+    files, part, config: QuantizeConfig, dtype, device, use_cache, in_files
+) -> tuple[nn.Module, First | None]:  # fmt: skip
     register()
-    how = {"quant": config.quant_type, "double_quant": config.double_quant, "dtype": str(dtype)}
+    start, how = config.start, {"quant": config.quant_type, "double_quant": config.double_quant, "dtype": str(dtype)}
     if config.keep_16bit:
         how["keep_16bit"] = sorted(kept_layers(without_weights(part.config), config.keep_16bit))
+    if start:
+        how["start"] = start.settings()
     entry = cache_entry(files, **how) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
-        return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
+        model = _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
+        if start is None or (first := read_first(entry, start, model)) is not None:
+            return model, first if start else None
     if files.gguf_file:
         model = _from_pretrained(files, part, dtype, "cpu")
-        quantize_in_place(model, config.quant_type, config.double_quant, config.keep_16bit)
+        first = quantize_in_place(model, config.quant_type, config.double_quant, config.keep_16bit, start)
         model.to(device)
     else:
         place = device if _has_room(part, config, dtype, device) else "cpu"
         config.folder = _folder_for_files() if in_files else None
         model = _from_pretrained(files, part, dtype, place, config)
+        first = model.hf_quantizer.splitter.first
         _forget_quantizer(model)
         model.to(device)
     if entry is not None:
         try:
-            save_for_cache(model, entry)
+            save_for_cache(model, entry, first if start else None)
         except (OutputError, ModelError) as error:
             log.warning("the quantised model is not cached: %s", error)
         else:
             if in_files:
-                return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
-    return model
+                return _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device), first
+    return model, first
 
 
 def _load_kept(files, part, dtype, device, in_files):

@@ -22,7 +22,8 @@ their rows scaled to the learned norms, arXiv 2402.09353, section 4.1.
 import copy
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from shutil import copyfile
@@ -40,7 +41,7 @@ from qlora_lite.files import require_space
 from qlora_lite.ops.token_rows import RowsOver
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
-from qlora_lite.quant.nf4 import dequantize, quantize
+from qlora_lite.quant.nf4 import Packed, dequantize, quantize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
 from .locate import INDEX_NAME, ModelFiles, read_json
@@ -130,6 +131,7 @@ class Merged:
         onto: ``TRAINED`` or ``ORIGINAL``.
         compute_dtype: that the run computed in.
         packs_experts: whether the run quantised experts, which are here as the files have them.
+        packed: weights that the run saw instead of quantised ones, by the path of the layer.
     """
 
     files: ModelFiles
@@ -141,6 +143,7 @@ class Merged:
     onto: str
     compute_dtype: torch.dtype
     packs_experts: bool
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
     @property
     def has_new_tokens(self) -> bool:
@@ -189,7 +192,7 @@ class Merged:
             weight = weight.to(self.compute_dtype).contiguous()
             is_quantized = isinstance(layer, QuantLinear) and layer.quant_type in FOUR_BIT
             if is_quantized and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
-                packed = quantize(weight, layer.quant_type, layer.double_quant)
+                packed = self.packed.get(path) or quantize(weight, layer.quant_type, layer.double_quant)
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
         before, experts = weight, self.base.experts.get(stored)
         if layer is not None and path in self.adapter.layers:
@@ -212,13 +215,15 @@ class Merged:
 
 
 def open_merged(
-    files: ModelFiles, skeleton: nn.Module, adapter: Adapter, onto: str, compute_dtype: torch.dtype
-) -> Merged:
+    files: ModelFiles, skeleton: nn.Module, adapter: Adapter, onto: str, compute_dtype: torch.dtype,
+    packed: Mapping[str, Packed] | None = None,
+) -> Merged:  # fmt: skip
     """Open a base model for merging.
 
     Args:
         skeleton: the model on the meta device with the layers that the run quantised.
         adapter: read for this model.
+        packed: see ``Merged``.
 
     Raises:
         ModelError: the files cannot be read, hold no weight for an adapted layer, or no original weights.
@@ -245,7 +250,7 @@ def open_merged(
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
     return Merged(
-        files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton)
+        files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton), packed or {}
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qlora_lite.adapters.lora.start import First, Start
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 from qlora_lite.ops.offload import disk_memory
@@ -46,15 +47,17 @@ class QuantizeConfig(QuantizationConfigMixin):
         folder: what comes of it is put into files there (``InFiles``); None leaves it in memory.
         formats: of layers that arrive packed, by path, in ``quant.formats``; the others stay as they are then.
         keep_16bit: see ``kept.kept_layers``.
+        start: how weights are split between the base and LoRA weights; None leaves them whole.
     """
 
     def __init__(
         self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None,
-        formats: Mapping[str, str] | None = None, keep_16bit: Sequence[str] = (), **_unused,
+        formats: Mapping[str, str] | None = None, keep_16bit: Sequence[str] = (), start: Start | None = None,
+        **_unused,
     ):  # fmt: skip
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.folder = quant_type, double_quant, folder
-        self.formats, self.keep_16bit = formats, list(keep_16bit)
+        self.formats, self.keep_16bit, self.start = formats, list(keep_16bit), start
 
 
 class InFiles:
@@ -83,6 +86,34 @@ class InFiles:
         return here.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
+class Splitter:
+    """Pack weights, those of some layers without what their LoRA weights begin as, which is then in ``first``.
+
+    Args:
+        start: None packs all as they are.
+        model: that they are of; a skeleton is enough.
+    """
+
+    def __init__(
+        self, quant_type: str, double_quant: bool, start: Start | None = None, model: nn.Module | None = None
+    ):  # fmt: skip
+        self._quant, self._start = (quant_type, double_quant), start
+        self.first: First = {}
+        self._ranks = start.ranks(model) if start and model else {}
+
+    def pack(self, path: str, weight: torch.Tensor) -> Packed:
+        """Pack the weight of a path.
+
+        Raises:
+            ModelError: see ``quantize``.
+        """
+        if self._start is None or path not in self._ranks:
+            return quantize(weight, *self._quant)
+        lora_a, lora_b, packed = self._start.split(weight, *self._ranks[path], *self._quant)
+        self.first[path] = lora_a.cpu(), lora_b.cpu()
+        return packed
+
+
 class QuantizeOnArrival(ConversionOps):
     """Replace one checkpoint weight by its packed tensors.
 
@@ -93,11 +124,12 @@ class QuantizeOnArrival(ConversionOps):
     def __init__(
         self, config: QuantizeConfig, layers: dict[str, PackedWeight], transposed: set[str],
         experts: dict[str, Projection], problems: list, files: InFiles | None = None,
-        kept: dict[str, torch.dtype] | None = None,
+        kept: dict[str, torch.dtype] | None = None, splitter: "Splitter | None" = None,
     ):  # fmt: skip
         self.config, self.layers, self.transposed = config, layers, transposed
         self.experts, self.problems = experts, problems
         self.files, self.kept = files, kept or {}
+        self.splitter = splitter or Splitter(config.quant_type, config.double_quant)
 
     def convert(self, input_dict, **_unused):
         if self.config.formats is not None:
@@ -125,7 +157,7 @@ class QuantizeOnArrival(ConversionOps):
                 self.problems.append(f"{name}: has the shape {tuple(weight.shape)}, and {shape} is needed")
                 continue
             try:
-                packed = quantize(weight, self.config.quant_type, self.config.double_quant)
+                packed = self.splitter.pack(path, weight)
                 if self.files:
                     packed = Packed(*(part if part is None else self.files.put(part) for part in packed))
             except OutputError as error:
@@ -149,6 +181,7 @@ class OnArrivalQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         config = self.quantization_config
         self.problems: list[str] = []
+        self.splitter = Splitter(config.quant_type, config.double_quant, config.start, model)
         self.files = config.folder and InFiles(config.folder)
         self.kept: dict[str, torch.dtype] = {}
         kept = kept_layers(model, config.keep_16bit)
@@ -191,7 +224,8 @@ class OnArrivalQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         return QuantizeOnArrival(
-            self.quantization_config, self.layers, self.transposed, self.experts, self.problems, self.files, self.kept
+            self.quantization_config, self.layers, self.transposed, self.experts, self.problems, self.files, self.kept,
+            self.splitter,
         )  # fmt: skip
 
     def _process_model_after_weight_loading(self, model, **_unused):
@@ -283,12 +317,20 @@ def _refuse_16_bit(model: nn.Module, known: Collection[str] = ()) -> None:
         )
 
 
-def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool, keep_16bit: Sequence[str] = ()) -> None:
+def quantize_in_place(
+    model: nn.Module, quant_type: str, double_quant: bool, keep_16bit: Sequence[str] = (), start: Start | None = None
+) -> First:  # fmt: skip
     """Quantise the linear layers and experts of a model that is in memory already, one at a time.
 
     The head, routers and what ``kept.kept_layers`` says stay as they are.
+
+    Args:
+        start: see ``QuantizeConfig``.
+
+    Returns:
+        What the LoRA weights begin as.
     """
-    kept = kept_layers(model, keep_16bit)
+    splitter, kept = Splitter(quant_type, double_quant, start, model), kept_layers(model, keep_16bit)
     pack_in_place(model, quant_type, double_quant, kept)
     _refuse_16_bit(model, kept)
     head, skip = model.get_output_embeddings(), routers(model) | kept
@@ -296,9 +338,11 @@ def quantize_in_place(model: nn.Module, quant_type: str, double_quant: bool, kee
         if module is head or name in skip or not is_linear_16_bit(module):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()
-        layer = QuantLinear.from_weight(weight, module.bias, quant_type, double_quant)
+        packed = splitter.pack(name, weight)
+        layer = QuantLinear.from_packed(packed, tuple(weight.shape), module.bias, quant_type, weight.dtype)
         layer.replaces = type(module).__name__
         model.set_submodule(name, layer)
+    return splitter.first
 
 
 def quantize_head(model: nn.Module, quant: str, double_quant: bool) -> None:

@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qlora_lite.adapters.checkpoint_names import prefixes_of
 from qlora_lite.adapters.lora.inject import linear_layers
+from qlora_lite.adapters.lora.start import First
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights, packs_experts, placeholders
 from qlora_lite.files import replacing_folder
@@ -26,6 +27,7 @@ from qlora_lite.quant.tensor_file import write_tensors
 from .cache import write_sums
 from .locate import INDEX_NAME
 from .quantizer import QuantizeConfig
+from .split import write_first
 
 SHARD_BYTES = 4 * 2**30
 
@@ -95,8 +97,11 @@ def save_quantized(model: nn.Module, folder: Path, tokenizer=None) -> None:
     _write(model, folder, bnb_config(model), quantized_state(model), tokenizer)
 
 
-def save_for_cache(model: nn.Module, folder: Path) -> None:
+def save_for_cache(model: nn.Module, folder: Path, first: First | None = None) -> None:
     """Write the model for ``load`` alone: as ``save_quantized`` does, or, with experts in 4 bit, under our own names.
+
+    Args:
+        first: what its LoRA weights begin as, of a model whose weights were split.
 
     Raises:
         ModelError, OutputError: see ``save_quantized``.
@@ -109,7 +114,7 @@ def save_for_cache(model: nn.Module, folder: Path) -> None:
         state = _each_once(model) | missing
     else:
         config, state = bnb_config(model), quantized_state(model)
-    _write(model, folder, config, state, with_sums=True)
+    _write(model, folder, config, state, with_sums=True, first=first)
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer, end_token_ids: Collection[int] = ()) -> None:
@@ -138,7 +143,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer, end_token_ids: Collect
 
 def _write(
     model: nn.Module, folder: Path, quantization: dict | None, state: dict[str, torch.Tensor], tokenizer=None,
-    with_sums=False, generation: dict | None = None,
+    with_sums=False, generation: dict | None = None, first: First | None = None,
 ) -> None:  # fmt: skip
     config = {**model.config.to_diff_dict(), "use_cache": True, "architectures": [type(model).__name__]}
     if quantization is None:
@@ -160,5 +165,7 @@ def _write(
             model.generation_config.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        if first is not None:
+            write_first(new, first)
         if with_sums:
             write_sums(new)

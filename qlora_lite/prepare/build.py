@@ -16,6 +16,7 @@ from qlora_lite.adapters.files import Lora, begin_with
 from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
+from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, Start, set_base, take_first
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning
@@ -25,6 +26,7 @@ from qlora_lite.errors import CheckpointError, DoesNotFitError, ModelError
 from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
+from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.gguf_codes import Formats, kept_formats
 from qlora_lite.models.kept import check_kept
 from qlora_lite.models.load import (
@@ -32,11 +34,13 @@ from qlora_lite.models.load import (
     auto_dtype,
     fast_dtype,
     load_model,
+    name_of_base,
+    refuse_stored,
     resolve_compute_dtype,
     resolve_device,
     stored_quantization,
 )
-from qlora_lite.models.locate import locate
+from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
@@ -110,7 +114,7 @@ def build_model(recipe: Recipe, options: MemoryOptions | None = None, adapter: P
     options = options or MemoryOptions()
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
-        quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
+        quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit, start=start_of(recipe),
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if not options.places_weights:
@@ -152,6 +156,35 @@ def tokens_of(recipe: Recipe) -> tuple[tuple[int, ...], int]:
     return tuple(sorted({*found})), known
 
 
+def start_of(recipe: Recipe) -> Start | None:
+    """Return what splits a recipe's weights between base and LoRA weights; None if nothing does."""
+    x = recipe.lora
+    if x.start == KAIMING or (x.start == LOFTQ and not x.start_alternations):
+        return None
+    return Start(
+        x.start, x.start_alternations, targets_of(recipe), x.rank, x.alpha, x.rslora, getattr(torch, x.dtype),
+        recipe.model.keep_16bit,
+    )  # fmt: skip
+
+
+def without_start(recipe: Recipe) -> Recipe:
+    """Return a recipe whose base is the model as its files have it."""
+    unset = {name: Recipe.model_fields["lora"].default.model_dump()[name] for name in ("start", "start_alternations")}
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update=unset)})
+
+
+def fingerprint_of(recipe: Recipe, files: ModelFiles) -> str:
+    """Return what names the base that a recipe's LoRA weights belong to, by its content and how it was split."""
+    if (start := start_of(recipe)) is None:
+        return base_fingerprint(files)
+    return name_of_base(files, start, *quantization_of(recipe, files.config))
+
+
+def targets_of(recipe: Recipe) -> tuple[Target, ...]:
+    """Return what lora.targets names."""
+    return tuple(Target(t.pattern, t.rank, t.alpha) for t in recipe.lora.targets)
+
+
 def method_of(recipe: Recipe) -> AdapterMethod:
     """Return the adapter method that a recipe describes."""
     if recipe.adapter.method == "bottleneck":
@@ -165,9 +198,9 @@ def method_of(recipe: Recipe) -> AdapterMethod:
     if recipe.adapter.method == "full":
         return Full(recipe.adapter.switch_every)
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
-    targets = tuple(Target(t.pattern, t.rank, t.alpha) for t in x.targets)
     also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio, *tokens_of(recipe)
-    return Lora(targets, x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora, *also)
+    how = x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora
+    return Lora(targets_of(recipe), *how, *also, start_of(recipe))
 
 
 def build_to_use(
@@ -178,7 +211,8 @@ def build_to_use(
     From then on the process is capped at ``memory.budget``.
 
     Args:
-        adapters: folders of those that the device must have room for; they are for the caller to attach.
+        adapters: folders of those that the device must have room for; they are for the caller to attach. Without any,
+            the model is loaded as its files have it, whatever lora.start is.
         context_tokens: of the longest prompt with its answer that it must have room for; None is data.max_tokens.
         use_cache: keep and reuse the quantised model on disk.
     """
@@ -200,7 +234,9 @@ def build_to_use(
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
         quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
+        start=start_of(recipe) if adapters else None,
     )  # fmt: skip
+    take_first(model)  # which training alone begins with
     if options.resident_layers is not None and any(map(changes_base, adapters)):
         raise DoesNotFitError("the GPU has no room for all weights, and those of an adapter that has norms, biases or "
                               "tables of its own cannot be brought to it one block at a time: merge it (qlora-lite "
@@ -227,6 +263,8 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
     quantization = quantization_of(recipe, part.config.to_dict())
     formats = formats_of(recipe, part.config)
     model = meta_model(part.config, *quantization, dtype, m.quant_head, m.keep_16bit, formats)
+    if start := start_of(recipe):
+        set_base(model, name_of_base(locate(m.path, m.revision), start, *quantization))
     return set_checkpoint_name(model, part.outside)
 
 
@@ -244,6 +282,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     """
     m, t = recipe.model, recipe.train
     quant, double_quant = quantization_of(recipe, config.to_dict())
+    refuse_stored(start_of(recipe), stored_quantization(config.to_dict()))
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:

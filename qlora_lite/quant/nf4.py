@@ -39,6 +39,7 @@ ABSMAX_BLOCK_SIZE = 256  # absmax values that share one scale under double quant
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' guard against dividing by zero
 _CHUNK_WEIGHTS = 1 << 18  # a chunk needs 25 bytes a weight, 6.5 MiB; smaller ones pay more for calls
 MAX_KERNEL_WEIGHTS = 1 << 30  # whole blocks; bitsandbytes' CUDA functions count in int32, and more wraps without error
+_FEW_CHUNKS = 4  # new threads, and their first memory, cost as much as two
 _MAX_THREADS = 8  # bounds the memory of all chunks at work
 
 
@@ -294,11 +295,14 @@ def _quantize_on_cpu(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
         packed = (two << 4 | two >> 8).astype(np.uint8)
         codes[start // 2 : stop // 2, 0] = torch.from_numpy(packed if quant_type == "nf4" else pairs[packed])
 
-    threads = torch.get_num_threads()
+    threads, starts = torch.get_num_threads(), range(0, complete, _CHUNK_WEIGHTS)
     workers = min(threads, _MAX_THREADS)
     try:  # torch's own threads inside each worker would be more than there are cores
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(pack_chunk, range(0, complete, _CHUNK_WEIGHTS)))
+        if workers == 1 or len(starts) <= _FEW_CHUNKS:
+            list(map(pack_chunk, starts))
+        else:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(pack_chunk, starts))
     finally:
         torch.set_num_threads(threads)  # it is a thread's own, but new threads start with the last one set
     if complete < len(flat):

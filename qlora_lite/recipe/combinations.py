@@ -15,7 +15,7 @@ from qlora_lite.constraints import (
 )
 
 from .reference import written
-from .schema import SHORTEST_ROW, WITH_VIRTUAL_TOKENS, Data, Memory, Prompt, Recipe
+from .schema import SHORTEST_ROW, WITH_VIRTUAL_TOKENS, Data, Lora, Memory, Prompt, Recipe
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
@@ -32,7 +32,7 @@ def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
-        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual,
+        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
     ):  # fmt: skip
         yield from check(value)
 
@@ -239,6 +239,21 @@ def _other_methods(value: _Value) -> _Found:
             if value(section, name) not in (None, unset, list(unset) if isinstance(unset, tuple) else unset):
                 message = f"{section}.{name}: only with adapter.method {' or '.join(methods)}"
                 yield (section, name), f"{message}; remove one of the two"
+
+
+def _start(value: _Value) -> _Found:
+    if value("lora", "start") == "loftq" and value("model", "quant") == "none":
+        message = "lora.start = loftq: begins with the error of 4 bits, and model.quant none has none"
+        yield ("lora", "start"), f"{message}; write pissa, or remove one of the two"
+    if value("lora", "start") not in (None, "kaiming") and value("model", "quant") == "keep":
+        message = (
+            f"lora.start = {written(value('lora', 'start'))}: splits 16-bit weights, and quant keep has none"
+        )
+        yield ("lora", "start"), f"{message}; remove one of the two"
+    usual = None, Lora.model_fields["start_alternations"].default
+    if value("lora", "start") != "loftq" and value("lora", "start_alternations") not in usual:
+        message = "lora.start_alternations: only with lora.start loftq"
+        yield ("lora", "start_alternations"), f"{message}; remove one of the two"
 
 
 def _known_rate(value: _Value) -> _Found:

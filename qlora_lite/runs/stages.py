@@ -32,12 +32,18 @@ from qlora_lite.files import Space, write_text
 from qlora_lite.inference.evaluate import Measured, Watch
 from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.locate import locate
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton, learning_rate_of, with_plan
+from qlora_lite.prepare.build import (
+    add_adapter,
+    build_model,
+    build_skeleton,
+    fingerprint_of,
+    learning_rate_of,
+    with_plan,
+)
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak, plan_run
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
@@ -223,7 +229,7 @@ def load(planned: Planned) -> Loaded:
                     "that it cannot have them: the next step measures what it takes")  # fmt: skip
     if continuation:
         trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
-    fingerprint = base_fingerprint(locate(recipe.model.path, recipe.model.revision))
+    fingerprint = fingerprint_of(recipe, locate(recipe.model.path, recipe.model.revision))
     identity = {
         BASE_MODEL: fingerprint, "type of device": device_of(model).type,
         "compute type": str(model.dtype).removeprefix("torch."),

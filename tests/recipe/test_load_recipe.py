@@ -172,7 +172,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("new_tokens: [x]", "which adds those"), ("resize_token_embeddings: true", "adapter.train_tokens adds"),
         ("trainable_token_indices: [1]", "which adds those"), ("max_new_tokens: 5", "`qlora-lite generate`"),
         ("temperature: 1", "`qlora-lite generate`"), ("top_p: 1", "`qlora-lite generate`"),
-        ("lora: {init: pissa}", "(no PiSSA, OLoRA,"), ("init_lora_weights: pissa", "(no PiSSA, OLoRA,"),
+        ("lora: {init: pissa}", "lora.start is kaiming,"), ("init_lora_weights: pissa", "lora.start is kaiming,"),
         ("lora: {loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio"),
         ("embedding_learning_rate: 1", "adapter.train_also_lr_ratio embeddings"),
         ("lora: {target_parameters: [x]}", "add experts to lora.targets"),

@@ -1,0 +1,199 @@
+"""Starts that give the LoRA weights a part of the model, and the base what is left: LoftQ, PiSSA, OLoRA.
+
+    W ~ Q + scale * B A,      Q what is stored in place of W, in 4 bit or in 16
+
+- ``loftq``: Q and B A are found in turn, each as the nearest to what the other one leaves of W: Q = quantize(W - B A),
+  B A = the largest singular triplets of W - Q. So the first forward is nearer to the 16-bit model's than that of a
+  quantised model alone. None at all is Q = quantize(W), and one leaves that Q and only begins with its error.
+- ``pissa``: B A are the largest singular triplets of W, and Q = W - scale * B A, quantised if the model is.
+- ``olora``: likewise, with the first columns of W's orthonormal basis: W = B R, A the first rows of R.
+
+Singular triplets come from a few steps of subspace iteration, which begin with those of the alternation before
+(a whole decomposition of a weight takes seconds; torch.svd_lowrank begins afresh each time). Random numbers have a seed
+of their own, so that Q depends on the weight and these settings, not on the seed of a training, and can be cached. A
+and B are rounded to their type before Q is taken, which makes up for it. What the weights of a run began as is found
+again from the same weight, or from the cache.
+
+Such a Q belongs to its LoRA weights and to no others: models are marked with the name of their base (``set_base``), and
+``adapters.read`` compares it.
+
+Shapes: W, Q [out, in], A [r, in], B [out, r].
+Source: LoftQ, arXiv 2310.08659, algorithm 1; PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775; subspace iteration,
+arXiv 0909.4061, algorithm 4.4.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.experts.packing import expert_weights
+from qlora_lite.quant.nf4 import Packed, dequantize, quantize
+
+from .inject import Target, choose_layers, in_blocks, linear_layers, matching
+from .layer import lora_scale
+
+KAIMING, LOFTQ, PISSA, OLORA = "kaiming", "loftq", "pissa", "olora"
+STEPS = {LOFTQ: 1, PISSA: 4}  # of subspace iteration for a weight, of LoftQ for each alternation
+First = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A and B by the path of the layer
+
+
+_bases: WeakKeyDictionary[nn.Module, tuple[str, First]] = WeakKeyDictionary()  # by model, see ``set_base``
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How the weights of a model's layers are split; arguments are those of ``add_lora``.
+
+    Args:
+        kind: "loftq", "pissa" or "olora".
+        alternations: of LoftQ, at least 1.
+        kept: patterns of layers that are not split, being in 16 bit beside 4-bit ones; their LoRA weights begin as
+            without a start.
+    """
+
+    kind: str
+    alternations: int = 5
+    targets: tuple[Target, ...] = (Target("all-linear"),)
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    kept: tuple[str, ...] = ()
+
+    def settings(self) -> dict:
+        """Return all that decides about the result, for JSON."""
+        said = asdict(self) | {"dtype": str(self.dtype)}
+        return said if self.kind == LOFTQ else said | {"alternations": None}
+
+    def ranks(self, model: nn.Module) -> dict[str, tuple[int, float]]:
+        """Return rank and scale by the path of each layer that is split; a skeleton is enough.
+
+        Raises:
+            ModelError: see ``choose_layers``; or a target names experts.
+        """
+        layers, experts = linear_layers(model), expert_weights(model)
+        chosen = choose_layers(layers, experts, self.targets, in_blocks(model))
+        kept = matching(layers, experts, [Target(pattern) for pattern in self.kept], in_blocks(model))
+        if adapted := experts.keys() & chosen.keys():
+            raise ModelError(f"lora.start {self.kind} is for linear layers, and lora.targets name experts too, such as "
+                             f"{min(adapted)}: set it to kaiming, or leave the experts out")  # fmt: skip
+        wanted = {path: (target.rank or self.rank, target.alpha or self.alpha)
+                  for path, target in chosen.items() if not kept[path]}  # fmt: skip
+        return {path: (rank, lora_scale(alpha, rank, self.rslora)) for path, (rank, alpha) in wanted.items()}
+
+    @torch.no_grad()
+    def split(
+        self, weight: torch.Tensor, rank: int, scale: float, quant_type: str | None = None, double_quant: bool = True
+    ) -> "Started":  # fmt: skip
+        """Split a weight; beside it that takes memory for two of its shape in float32.
+
+        Args:
+            weight: [out, in], any float type; left as it is.
+            rank: of A and B, whose last rows and columns are zeros where the weight is smaller.
+            scale: that ``B A`` will be multiplied by.
+            quant_type, double_quant: how what is left is packed; None leaves it in float32.
+
+        Raises:
+            ModelError: the weight is not finite.
+        """
+        if not torch.stack(torch.aminmax(weight)).isfinite().all():
+            raise ModelError("lora.start: a weight holds NaN or infinity: the checkpoint is damaged")
+        found, packed = min(rank, *weight.shape), None
+        if quant_type is not None and self.kind == LOFTQ:
+            lora_a, lora_b, packed = self._alternate(weight, found, quant_type, double_quant)
+        elif self.kind == PISSA:
+            lora_a, lora_b = _balanced(*_largest(weight.float(), _random(weight, found), STEPS[PISSA]))
+        else:
+            lora_b = torch.linalg.qr(weight[:, :found].float()).Q
+            lora_a = lora_b.t() @ weight.float()
+        share = 1.0 if self.kind == OLORA else scale**0.5  # an orthonormal B stays so
+        lora_a = _padded(lora_a * (share / scale), rank, 0).to(self.dtype)
+        lora_b = _padded(lora_b / share, rank, 1).to(self.dtype)
+        if packed is not None:
+            return Started(lora_a, lora_b, packed)
+        left = without_update(weight, lora_a, lora_b, scale)
+        return Started(lora_a, lora_b, left if quant_type is None else quantize(left, quant_type, double_quant))
+
+    def _alternate(self, weight, rank, quant_type, double_quant):
+        right, left = _random(weight, rank), None
+        for done in range(1, self.alternations + 1):
+            rest = weight if left is None else torch.addmm(weight.float(), left, right.t(), alpha=-1)
+            packed = quantize(rest, quant_type, double_quant and done == self.alternations)  # which takes its time
+            error = dequantize(packed, weight.shape, torch.float32, quant_type)
+            torch.sub(weight, error, out=error)
+            left, right = _largest(error, right, STEPS[LOFTQ] + (left is None))
+        return *_balanced(left, right), packed
+
+
+class Started(NamedTuple):
+    """A weight that was split: the first LoRA weights, and what is left, packed or in float32."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    left: Packed | torch.Tensor
+
+
+def without_update(
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+) -> torch.Tensor:  # fmt: skip
+    """Return ``weight - scale * B A`` in float32."""
+    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=-scale)
+
+
+def set_base(model: nn.Module, name: str | None, first: First | None = None) -> nn.Module:
+    """Say that a model's weights were split, and what the LoRA weights begin as; return the model.
+
+    Args:
+        name: of the base, see ``base_of``; None of a model whose weights are the files'.
+    """
+    _bases.pop(model, None)
+    if name is not None:
+        _bases[model] = name, first or {}
+    return model
+
+
+def base_of(model: nn.Module) -> str | None:
+    """Return the name of a model whose weights were split, START:FINGERPRINT; None of any other."""
+    return _bases[model][0] if model in _bases else None
+
+
+def take_first(model: nn.Module) -> First:
+    """Return what the LoRA weights of a model begin as, and let go of it."""
+    name, first = _bases.get(model, (None, {}))
+    set_base(model, name)
+    return first
+
+
+def _random(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return an orthonormal basis [in, rank], drawn in host memory and always the same."""
+    drawn = torch.randn(weight.shape[1], rank, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(drawn.to(weight.device)).Q
+
+
+def _largest(matrix: torch.Tensor, right: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return left [out, r] and an orthonormal right [in, r] whose product is near to the matrix's best of rank r.
+
+    Args:
+        matrix: float32 [out, in].
+        right: orthonormal, where the iteration begins.
+    """
+    for _ in range(steps):
+        right = torch.linalg.qr(((matrix @ right).t() @ matrix).t()).Q
+    return matrix @ right, right
+
+
+def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B whose product is ``left right^T``, with singular vectors times roots of singular values."""
+    u, s, v = torch.linalg.svd(left, full_matrices=False)
+    root = s.sqrt()
+    return root[:, None] * (v @ right.t()), u * root
+
+
+def _padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    missing = [*tensor.shape]
+    missing[dim] = size - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor

@@ -1,0 +1,73 @@
+"""Split the weights of a 16-bit model in place, and keep what the LoRA weights begin as beside the cached model.
+
+See ``adapters.lora.start``. Of a model that stays in 16 bit the cache has those LoRA weights alone: the base is what
+they leave of the files' weights.
+"""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from qlora_lite.adapters.lora.start import First, Start, without_update
+from qlora_lite.errors import ModelError
+from qlora_lite.files import replacing_folder
+from qlora_lite.quant.linear import is_conv1d
+from qlora_lite.quant.tensor_file import write_tensors
+
+from .cache import check_sums, write_sums
+
+FIRST_NAME = "first_lora_weights.safetensors"
+
+
+def split_in_place(model: nn.Module, start: Start, first: First | None = None) -> First:
+    """Put what is left of the weights of a model in 16 bit or more in their place, one at a time.
+
+    Args:
+        first: what the LoRA weights begin as; None finds it.
+
+    Returns:
+        It.
+    """
+    found: First = {}
+    for path, (rank, scale) in start.ranks(model).items():
+        layer = model.get_submodule(path)
+        weight = layer.weight.detach()
+        weight = weight.t() if is_conv1d(layer) else weight
+        if first is None:
+            lora_a, lora_b, left = start.split(weight, rank, scale)
+        else:
+            lora_a, lora_b = first[path]
+            left = without_update(weight, lora_a.to(weight.device), lora_b.to(weight.device), scale)
+        weight.copy_(left)
+        found[path] = lora_a.cpu(), lora_b.cpu()
+    return found
+
+
+def write_first(folder: Path, first: First) -> None:
+    """Write what LoRA weights begin as into a folder."""
+    named = {f"{path}.{leaf}": tensor.contiguous() for path, pair in first.items()
+             for leaf, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}  # fmt: skip
+    write_tensors(folder / FIRST_NAME, named)
+
+
+def save_first(folder: Path, first: First) -> None:
+    """Write a folder of the cache that holds what LoRA weights begin as, and nothing else.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replacing_folder(folder) as new:
+        write_first(new, first)
+        write_sums(new)
+
+
+def read_first(folder: Path, start: Start, model: nn.Module) -> First | None:
+    """Read what a model's LoRA weights begin as from a folder of the cache; None if it is not there whole."""
+    try:
+        check_sums(folder)
+        tensors = load_file(folder / FIRST_NAME)
+        return {path: (tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in start.ranks(model)}
+    except (ModelError, OSError, SafetensorError, KeyError):
+        return None
