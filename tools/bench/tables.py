@@ -164,6 +164,19 @@ def _score(row: Mapping, key: str, digits: int) -> str:
     return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
+def starts_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench/starts``: each start at its own best rate, by model and steps."""
+    lines = ["| model | steps | start | before | after | learning rate |", "|---" * 6 + "|"]
+    for model, by_steps in result["models"].items():
+        for steps, rows in by_steps.items():
+            for start in dict.fromkeys(row["start"] for row in rows):
+                best = min((row for row in rows if row["start"] == start), key=lambda row: row["loss"])
+                spread = "" if best["standard_deviation"] is None else f" ± {best['standard_deviation']:.4f}"
+                lines.append(f"| {NAMES[model]} | {int(steps):,} | {start} | {best['before']:.4f} "
+                             f"| {best['loss']:.4f}{spread} | {best['rate']:g} |")  # fmt: skip
+    return lines
+
+
 # The result's name -> what stands above its table, and the function that makes the table's lines.
 TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
@@ -180,6 +193,9 @@ TABLES = {
     "study": ("Held-out loss and scores of runs of 40 steps, mean and standard deviation of three seeds, best loss "
               "first. Memory is the peak of the process; time is that of the whole run, on a machine that others used "
               "too.", study_tables),
+    "starts": ("What LoRA weights begin as (`lora.start`): held-out loss on GSM8K, mean and standard deviation of "
+               "three seeds, each start at its own best learning rate, on NF4; 16 bit with the plain start.",
+               starts_table),
 }  # fmt: skip
 
 

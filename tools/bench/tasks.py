@@ -47,7 +47,7 @@ def sst2(data: Path) -> Iterator[tuple[str, str]]:
 TASKS = {"e2e": e2e, "gsm8k": gsm8k, "sst2": sst2}
 
 
-def write_rows(folder: Path, data: Path, task: str, held_out: int = HELD_OUT) -> None:
+def write_rows(folder: Path, data: Path, task: str, held_out: int = HELD_OUT, trained_rows: int = TRAINED) -> None:
     """Write a task's rows to train on, and one row of each of some other prompts to evaluate on.
 
     Args:
@@ -61,7 +61,7 @@ def write_rows(folder: Path, data: Path, task: str, held_out: int = HELD_OUT) ->
     evaluated = [(prompt, answers[prompt][0]) for prompt in prompts[:held_out]]
     trained = [(prompt, answer) for prompt in prompts[held_out:] for answer in answers[prompt]]
     random.Random(0).shuffle(trained)
-    for name, rows in (("train", trained[:TRAINED]), ("eval", evaluated)):
+    for name, rows in (("train", trained[:trained_rows]), ("eval", evaluated)):
         lines = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows)
         (folder / f"{task}-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
