@@ -399,13 +399,14 @@ def host_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Room on the disk: the quantised model in the cache, and what the run writes.
+    """Room on the disk: the quantised model in the cache, if it is not trained on codes as they are, and what the run
+    writes.
 
     Of a model that memory has no room for, the weights lie there twice while it is prepared.
     """
     simulation = plan.chosen.prediction.simulation
-    with_evaluation = plan.step.job.eval_shape is not None
+    work, with_evaluation = plan.step.job.workload, plan.step.job.eval_shape is not None
     space = Space(simulation.saved_bytes, simulation.state_bytes, with_evaluation, plan.kept_checkpoints)
+    is_prepared = not (work.method.trains_base or work.keeps_codes)
     times = 2 if plan.chosen.options.weights_on_disk else 1
-    prepared = 0 if plan.step.job.workload.method.trains_base else times * simulation.frozen_bytes
-    return prepared + space.whole_bytes()
+    return is_prepared * times * simulation.frozen_bytes + space.whole_bytes()

@@ -211,8 +211,13 @@ class CausalLM(Workload):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether linear layers are in 4 bit."""
+        """Whether linear layers are packed."""
         return self.spec.quant != "none"
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether layers keep the codes of their file."""
+        return bool(self.spec.formats)
 
     @property
     def fixed_options(self) -> Mapping[str, object]:

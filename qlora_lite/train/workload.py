@@ -98,7 +98,8 @@ class Workload:
     most_tokens: int | None = None  # that the model can compute at once, where anything limits them
     most_positions: int | None = None  # that the model was made for, so that a plan warns of longer examples
     compute_dtype: torch.dtype = torch.bfloat16  # of a planned model
-    is_quantized: bool = False  # whether any weight is packed in 4 bit
+    is_quantized: bool = False  # whether any weight is packed
+    keeps_codes: bool = False  # whether packed weights are those of the model's files, so that nothing is prepared
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
     movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
     tables_are_tied: bool = False  # so that they lie in one place

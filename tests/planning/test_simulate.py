@@ -7,17 +7,20 @@ import torch
 from jobs import changed, new_job
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny
 from tiny_gguf import write_tiny_gguf
+from tiny_published import CASES, save_published
 from transformers import AutoConfig
 
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.data.batch import Batch
+from qlora_lite.experts import routed
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.gguf_codes import kept_formats
 from qlora_lite.models.load import adopt, load_model, use_row_attention
 from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.packing import runs_unpacked
+from qlora_lite.models.published import published_formats
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import block_pattern, read_config
 from qlora_lite.ops.offload import pinned_bytes
@@ -163,6 +166,19 @@ def test_the_predicted_peak_on_a_gguf_file_s_codes_is_the_measured_one(types, op
     predicted, whole = simulate(job), simulate_whole(job)
     assert_predicted(job, measured(job, "llama", loaded=loaded))
     assert predicted.peak().bytes == whole.peak().bytes and predicted.frozen_bytes == whole.frozen_bytes
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_predicted_peak_on_codes_as_published_is_the_measured_one(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(routed, "DEQUANTIZED_BYTES", 1)
+    save_published(tmp_path, case)
+    config, loaded = read_config(str(tmp_path)), load_model(tmp_path, compute_dtype=torch.float32)
+    for block in loaded.model.layers if case == "mxfp4" else ():
+        block.mlp.router.weight.zero_()  # the plan is for tokens that choose the same experts
+        block.mlp.router.bias.zero_()
+    options, formats = MemoryOptions(loss_chunk_tokens=8), published_formats(config)
+    job = job_for(config, options=options, quant="keep", double_quant=False, formats=formats)
+    assert_predicted(job, measured(job, config.model_type, loaded=loaded))
 
 
 def test_dora_needs_what_lora_does_and_its_magnitudes_and_products_of_one_block():
