@@ -11,7 +11,7 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.memory.bar import TRAINED
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.memory_options import on_disk, on_host, stream_of
-from qlora_lite.quant.formats import FORMATS
+from qlora_lite.quant.formats import FORMATS, FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
 
@@ -69,7 +69,8 @@ def _category(module, name, tensor, embedding, head, trains_base) -> tuple[str, 
     if isinstance(module, PackedWeight) and name == "weight":
         return "base weights", f"{FORMATS[module.quant_type].about}, never dequantised for longer than a product"
     if isinstance(module, PackedWeight) and name != "bias":
-        return "quantisation constants", "absmax of 64 weights, quantised again if model.double_quant"
+        constants = "absmax of 64 weights, quantised again if model.double_quant"
+        return "quantisation constants", constants if module.quant_type in FOUR_BIT else "of the codes, as published"
     if module is embedding:
         tied = head is not None and getattr(head, "weight", None) is tensor
         return "embeddings", "the compute type; " + ("also the head (tied)" if tied else "only rows are read")

@@ -65,6 +65,8 @@ def test_its_parts_are_counted_by_their_bytes_and_keep_their_types():
     numbers = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantLinear))
     entries = [entry for entry in inventory(CausalLM(), model) if entry.why.startswith("halves of weights")]
     assert [(entry.bytes, entry.dtype) for entry in entries] == [(8 * numbers, "float64")]
+    constants = [entry for entry in inventory(CausalLM(), model) if entry.group == "quantisation constants"]
+    assert [(entry.dtype, entry.why) for entry in constants] == [("int16", "of the codes, as published")]
     layer = next(module for module in model.half().modules() if isinstance(module, QuantLinear))
     assert [tensor.dtype for tensor in layer.described[1]] == [torch.float64, torch.int16]
     assert materialize(*frozen_weight(layer), torch.float32).shape == layer.shape
