@@ -46,9 +46,6 @@ def kept_formats(files: ModelFiles, config) -> Formats:
     if not formats:
         raise ModelError(f"{_KEEP}, and {files.name} has none in its linear layers that is known here (its types are "
                          f"{', '.join(sorted({*found.values()}))}); write nf4, fp4 or none")  # fmt: skip
-    if others := Counter(kind for kind in found.values() if kind not in GGUF_BLOCKS and kind not in _FLOATS):
-        said = ", ".join(f"{count} of type {kind}" for kind, count in others.items())
-        log.warning("linear layers of %s whose codes are not known here are in 16 bit: %s", files.name, said)
     return formats
 
 
@@ -66,17 +63,22 @@ def read_codes(
     """
     names, places, header = _contents(files, without_weights(config))
     content, kept = np.memmap(files.weights[0], np.uint8, mode="c"), dict(formats)  # what is written stays in memory
-    state = {}
+    state, others = {}, Counter[str]()
     for name, parameter in places.items():
         (start, number, shape), (path, _, leaf) = header.tensors[name], parameter.rpartition(".")
         stored = torch.from_numpy(content[start : start + _bytes(number, shape)])
         if leaf != "weight" or path not in kept:
             state[parameter] = _dense(names, parameter, stored, number, shape, dtype)
+            others[_kind(number)] += 1
             continue
         (_, size) = GGUF_BLOCKS[kept[path]].parts(shape)["weight"]
         codes = names.from_gguf(parameter, stored.view(size))
         is_moved = codes.data_ptr() != stored.data_ptr()
         state[parameter] = put(codes) if put is not None and is_moved else codes
+    unknown = {kind: count for kind, count in others.items() if kind not in _FLOATS and kind not in GGUF_BLOCKS}
+    if unknown:
+        said = ", ".join(f"{count} of type {kind}" for kind, count in unknown.items())
+        log.warning("weights of %s whose codes are not known here are in 16 bit: %s", files.name, said)
     return state
 
 

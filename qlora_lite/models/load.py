@@ -1,9 +1,9 @@
 """Load a base model as frozen 4-bit layers.
 
-Five ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
-are quantised weight by weight while they are read; a checkpoint that is bitsandbytes 4-bit already is read
-as it is; a GGUF file is dequantised by transformers and quantised again, or keeps its codes (``gguf_codes``);
-and whatever was quantised here before comes from the cache.
+Several ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
+are quantised weight by weight while they are read; a checkpoint that is packed already is read as it is
+(bitsandbytes' 4 bit here, others by ``published``); a GGUF file is dequantised by transformers and quantised
+again, or keeps its codes (``gguf_codes``); and whatever was quantised here before comes from the cache.
 
 Weights of the head, the embeddings and the norms keep the compute type; tied weights stay tied. Of a larger model the
 language model alone is loaded (``nested``).
@@ -156,7 +156,7 @@ def load_model(
     Args:
         path: folder, ``.gguf`` file, ``package:NAME/FILE`` or hub id.
         quant: ``nf4``, ``fp4``, ``keep`` (a GGUF file's own codes) or ``none`` (16-bit linears); of a checkpoint that
-            is 4-bit already, its own counts.
+            is packed already, its own counts.
         double_quant: quantise the absmax values too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.

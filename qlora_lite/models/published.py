@@ -19,6 +19,7 @@ from qlora_lite.adapters.lora.inject import linear_layers
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import PACKED, placeholder, projections
 from qlora_lite.quant.formats import FORMATS
+from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.tensor_file import DTYPES
 
 from .gguf_codes import Formats
@@ -169,7 +170,7 @@ def _module(path: str, method: Published) -> str:
 def _shapes(skeleton: nn.Module, method: Published) -> dict[str, tuple[int, ...]]:
     if method.experts:
         return {f"{each.path}.{each.name}": each.described[0].shape for each in projections(skeleton)}
-    return {path: (layer.out_features, layer.in_features) for path, layer in linear_layers(skeleton).items()}
+    return {path: frozen_weight(layer)[0].shape for path, layer in linear_layers(skeleton).items()}
 
 
 def _said(dtype: torch.dtype | None, shape: Sequence[int]) -> str:

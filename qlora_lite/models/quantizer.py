@@ -218,8 +218,6 @@ class OnArrivalQuantizer(HfQuantizer):
         if param_name in self.experts:  # what stands for it is asked for too
             return 0
         path, _, name = param_name.rpartition(".")
-        if self.quantization_config.formats is not None:
-            return param.element_size()
         return 1 if name == "weight" and path in self.layers else param.element_size()
 
     def get_quantize_ops(self):
