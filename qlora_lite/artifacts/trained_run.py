@@ -78,12 +78,21 @@ class TrainedRun:
         """Whether this is an adapter or a model alone, which names no rows."""
         return not self.recipe.data.train
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the model is its base model where the adapter is left out."""
+        return not self.began_as and (self.adapter is None or start_of(self.recipe) is None)
+
     def require_base(self) -> None:
         """Check that the base model is there without what was trained.
 
         Raises:
-            ModelError: all weights of it were.
+            ModelError: all weights of it were, or a part of each is in the LoRA weights.
         """
+        if not self.has_base and not self.began_as:
+            m, start = self.recipe.model.path, self.recipe.lora.start
+            raise ModelError(f"{self.name} began with lora.start {start}, and its base without the LoRA weights is no "
+                             f"model: use the model by its own name, {m}")  # fmt: skip
         if self.began_as:
             raise ModelError(f"{self.name} trained all weights of its base model, which is another model now: use that "
                              f"by its own name, {self.began_as}")  # fmt: skip

@@ -76,13 +76,14 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
             raise click.UsageError("--side-by-side and --shots are for a run folder, without --base and --out")
         prepare(verbose=False)
         trained, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
+        adapter = None if base else trained.adapter
         if base or side_by_side or shots:
-            trained.require_base()
+            replace(trained, adapter=adapter).require_base()
         without = "none: all weights were trained" if trained.began_as else without
         if side_by_side or shots:
             _compare(trained, shots, rows, as_json)
             return
-        recipe, adapter = trained.recipe, None if base else trained.adapter
+        recipe = trained.recipe
     else:
         if base or side_by_side or shots or model_path or unfinished:
             raise click.UsageError(

@@ -287,6 +287,8 @@ def evaluate_tasks(
     opened = open_runs(runs, model_path, unfinished)
     if BASE in opened and with_base:
         raise ModelError(f"a run folder is called {BASE!r}, which names the base model here; rename it")
+    for run in opened.values() if with_base else ():
+        run.require_base()
     random.seed(0)
     np.random.seed(NUMPY_SEED)  # which tasks may draw from
     found = _load(tasks, fewshot)

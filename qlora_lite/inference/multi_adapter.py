@@ -67,7 +67,7 @@ class Tasks:
     @property
     def has_base(self) -> bool:
         """Whether the base model is there without what was trained."""
-        return not any(task.run.began_as for task in self.by_name.values())
+        return all(task.run.has_base for task in self.by_name.values())
 
     def task(self, name: str | None) -> Task:
         """Return a task; None is the bare base, prompted as the first task is.

@@ -343,13 +343,16 @@ def _folder_for_files() -> str:
 def _has_room(part: LanguagePart, config: QuantizeConfig, dtype, device) -> bool:
     """Return whether a device has room for what loading takes there for a moment.
 
-    Beside the weights that is little, but for experts: transformers puts those of a block together in 16 bit.
+    Beside the weights that is little, but for experts, those of a block of which transformers puts together in 16 bit,
+    and for weights that are split, in float32.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return True
     model = without_weights(part.config, dtype=dtype)
     stacked = max((each.stacking_bytes for each in projections(model)), default=0)
+    split = config.start.ranks(model) if config.start else ()
+    stacked = max([stacked, *(2 * 4 * model.get_submodule(path).weight.numel() for path in split)])
     if not stacked:
         return True
     replace_weights(model, config.quant_type, config.double_quant, kept_layers(model, config.keep_16bit))
@@ -357,7 +360,8 @@ def _has_room(part: LanguagePart, config: QuantizeConfig, dtype, device) -> bool
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if weights + stacked <= free_bytes(device) + cached:
         return True
-    log.info("the model is quantised in host memory: a block's experts in 16 bit take %s more on the GPU for a moment",
+    what = "split weights in float32" if stacked in split else "a block's experts in 16 bit"
+    log.info("the model is quantised in host memory: %s take %s more on the GPU for a moment", what,
              format_bytes(stacked))  # fmt: skip
     return False
 

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.adapters.lora.start import First, Start
@@ -332,7 +333,7 @@ def quantize_in_place(
     pack_in_place(model, quant_type, double_quant, kept)
     _refuse_16_bit(model, kept)
     head, skip = model.get_output_embeddings(), routers(model) | kept
-    for name, module in list(model.named_modules()):
+    for name, module in tqdm(list(model.named_modules()), desc="Splitting weights", disable=start is None):
         if module is head or name in skip or not is_linear_16_bit(module):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()

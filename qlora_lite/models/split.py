@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.lora.start import First, Start, without_update
 from qlora_lite.errors import ModelError
@@ -31,7 +32,7 @@ def split_in_place(model: nn.Module, start: Start, first: First | None = None) -
         It.
     """
     found: First = {}
-    for path, (rank, scale) in start.ranks(model).items():
+    for path, (rank, scale) in tqdm(start.ranks(model).items(), desc="Splitting weights"):
         layer = model.get_submodule(path)
         weight = layer.weight.detach()
         weight = weight.t() if is_conv1d(layer) else weight

@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM
 from qlora_lite.adapters.files import load_adapter, save_adapter
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.adapters.lora.start import Start, base_of, take_first
-from qlora_lite.artifacts.trained_run import adapter_to_begin_with, open_trained
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with, open_model, open_trained
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.files import cache_root
+from qlora_lite.inference.chat import open_session
+from qlora_lite.inference.compare import compare_runs
+from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.models.load import load_model
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.save import save_quantized
@@ -369,6 +372,18 @@ def test_another_start_is_another_base_and_refused(trained, tmp_path):
 
 def load_again(recipe):
     return build_to_use(recipe, ["some adapter"]) if recipe.lora.start != "kaiming" else build_to_use(recipe)
+
+
+def test_what_is_left_of_a_model_is_never_taken_for_its_base(trained, tmp_path):
+    folder, run, _ = trained
+    tasks = open_tasks(run)
+    assert not tasks.has_base
+    for refused in (lambda: compare_runs(run, with_base=True), lambda: open_session(run, None, 8, base=True)):
+        with pytest.raises(ModelError, match="its base without the LoRA weights is no model: use the"):
+            refused()
+    bare = open_model(folder / "model")
+    with pytest.raises(ModelError, match="different bases and cannot share one"):
+        open_tasks([str(run), bare])
 
 
 def test_an_adapter_of_the_same_base_may_be_trained_on(trained):
