@@ -246,9 +246,7 @@ def _start(value: _Value) -> _Found:
         message = "lora.start = loftq: begins with the error of 4 bits, and model.quant none has none"
         yield ("lora", "start"), f"{message}; write pissa, or remove one of the two"
     if value("lora", "start") not in (None, "kaiming") and value("model", "quant") == "keep":
-        message = (
-            f"lora.start = {written(value('lora', 'start'))}: splits 16-bit weights, and quant keep has none"
-        )
+        message = f"lora.start = {written(value('lora', 'start'))}: splits 16-bit weights, and quant keep has none"
         yield ("lora", "start"), f"{message}; remove one of the two"
     usual = None, Lora.model_fields["start_alternations"].default
     if value("lora", "start") != "loftq" and value("lora", "start_alternations") not in usual:
