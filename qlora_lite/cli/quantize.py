@@ -23,9 +23,10 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool, keep_16bit: 
 
     from qlora_lite.export.merge import loses_its_update
     from qlora_lite.models.kept import check_kept
-    from qlora_lite.models.load import load_model
+    from qlora_lite.models.load import KEEP, load_model
     from qlora_lite.models.locate import locate
     from qlora_lite.models.nested import read_language_part
+    from qlora_lite.models.published import published_formats
     from qlora_lite.models.save import bnb_config, save_quantized
     from qlora_lite.models.skeleton import meta_model
     from qlora_lite.models.tokenizer import load_tokenizer
@@ -36,8 +37,9 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool, keep_16bit: 
     files = locate(model)
     config = read_language_part(files.folder, model, files.gguf_file).config
     check_kept(config, keep_16bit, model)
-    skeleton = meta_model(config, quant, double_quant, torch.bfloat16, keep_16bit=keep_16bit)
-    bnb_config(skeleton)  # refuses before anything large is read
+    formats = published_formats(config)
+    how = KEEP if formats else quant, double_quant, torch.bfloat16, False, keep_16bit, formats
+    bnb_config(meta_model(config, *how))  # refuses before anything large is read
     loaded = load_model(model, quant, double_quant, torch.bfloat16, use_cache=False, keep_16bit=keep_16bit)
     save_quantized(loaded, out, load_tokenizer(model))
     echo(f"wrote {out}")

@@ -19,6 +19,7 @@ from qlora_lite.adapters.lora.start import First
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights, packs_experts, placeholders
 from qlora_lite.files import replacing_folder
+from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, is_conv1d, is_linear_16_bit
 from qlora_lite.quant.nf4 import to_bnb_state
 from qlora_lite.quant.packed import PackedWeight
@@ -64,11 +65,14 @@ def bnb_config(model: nn.Module) -> dict:
     """Return what a checkpoint's configuration says of a model's 4-bit layers; a skeleton is enough.
 
     Raises:
-        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's, experts).
+        ModelError: the model has no 4-bit layers, or some that transformers could not load (Falcon's, experts), or it
+            keeps codes of other formats.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     if not layers:
         raise ModelError("the model has no 4-bit layers to save")
+    if kept := sorted({layer.quant_type for layer in layers} - FOUR_BIT.keys()):
+        raise ModelError(f"the model is quantised already, and keeps its codes ({', '.join(kept)})")
     foreign = sorted({layer.replaces for layer in layers} - {"Linear", "Conv1D"})
     if packs_experts(model):
         raise ModelError("transformers does not load experts in 4 bit; qlora-lite quantises the 16-bit model itself")

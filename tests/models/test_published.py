@@ -125,6 +125,14 @@ def test_blocks_of_another_size_are_refused(said, message, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("case", "said"), [("awq", r"quantised already, and keeps its codes \(awq_4_32\)"),
+                                            ("mxfp4", "no 4-bit layers to save")])  # fmt: skip
+def test_it_is_not_quantised_a_second_time(case, said, tmp_path, command):
+    save_published(tmp_path / "model", case)
+    code, _, error = command("quantize", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
+    assert code == 2 and re.search(said, error) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("fault", ["missing", "shape"])
 def test_a_file_without_a_part_or_with_another_shape_is_one_error_that_names_both(published, fault, tmp_path):
     _, folder, _ = published
