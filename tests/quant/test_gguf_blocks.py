@@ -66,3 +66,11 @@ def test_codes_keep_their_type_when_a_model_changes_its():
     packed = layer("q6_k", random_codes("q6_k", SHAPE))
     assert packed.to(torch.float16).weight.dtype == torch.uint8
     assert torch.equal(packed.half().weight, random_codes("q6_k", SHAPE))
+
+
+@pytest.mark.parametrize("name", GGUF_BLOCKS)
+def test_a_single_block_anywhere_in_memory_is_dequantised(name):
+    shape = (1, FORMATS[name].block)
+    codes = random_codes(name, (4, shape[1]))[3:].clone()
+    moved = torch.cat([torch.zeros(2, dtype=torch.uint8), codes.view(-1)])[2:].view(codes.shape)
+    assert torch.equal(FORMATS[name].dequantize([moved], shape, torch.float32), reference(name, codes))

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
+_LOW = 0x0F0F0F0F0F0F0F0F  # the low halves of eight bytes
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """Return the low halves of bytes [..., n], then the high ones, [..., 2 n]."""
-    return torch.cat((codes & 15, codes >> 4), -1)
+    """Return the low halves of bytes [..., n], then the high ones, [..., 2 n]; eight at a time."""
+    eight = codes.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    return torch.cat((eight & _LOW, (eight >> 4) & _LOW), -1).view(torch.uint8)
 
 
 def _bits(codes: Tensor, each: int) -> Tensor:
