@@ -70,7 +70,7 @@ def test_an_evaluation_without_rows(place):
 
 
 @pytest.mark.parametrize(("options", "text"), [
-    ({"quant": "nf5"}, "quant is 'nf5'; choose one of nf4, fp4, none"), ({"quant": None}, "quant is None"),
+    ({"quant": "nf5"}, "quant is 'nf5'; choose one of nf4, fp4, keep, none"), ({"quant": None}, "quant is None"),
     ({"compute_dtype": "float33"}, "compute_dtype is 'float33'"), ({"compute_dtype": torch.int8}, "torch.int8; give"),
     ({"device": "gpu"}, "device is 'gpu'; give cpu or cuda"), ({"device": None, "path": "/nowhere"}, "device is None"),
     ({"path": "/nowhere"}, "no folder '/nowhere' here"),
