@@ -30,6 +30,7 @@ from qlora_lite.planning import plan_ledger
 from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.simulate import TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
+from qlora_lite.quant.formats import gguf_blocks
 from qlora_lite.train import flat
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised
@@ -158,7 +159,9 @@ def test_the_predicted_peak_with_rows_of_tokens_trained_is_the_measured_one(mode
 
 @pytest.mark.parametrize("options", [MemoryOptions(), MemoryOptions("none")], ids=str)
 @pytest.mark.parametrize("types", [("q4_k", "q6_k", "q8_0"), ("q4_0", "q4_1", "q5_0", "q5_k", "f16")])
-def test_the_predicted_peak_on_a_gguf_file_s_codes_is_the_measured_one(types, options, tmp_path):
+@pytest.mark.parametrize("at_once", [gguf_blocks.AT_ONCE, 24 * 256])  # in the second, several pieces and a rest
+def test_the_predicted_peak_on_a_gguf_file_s_codes_is_the_measured_one(types, options, at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_blocks, "AT_ONCE", at_once)
     path = write_tiny_gguf(tmp_path / "tiny.gguf", types=types)
     config, loaded = read_config(str(path)), load_model(path, "keep", compute_dtype=torch.float32)
     formats = kept_formats(locate(path), config)

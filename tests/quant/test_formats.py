@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from counted import counted
 from memory_option_cases import CPU, PLAIN, gradients
 from tiny import build_tiny, random_factors
 
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, place
-from qlora_lite.quant.formats import FORMATS
+from qlora_lite.quant.formats import FORMATS, gguf_blocks, grouped, mxfp4, scaled
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 from qlora_lite.train.causal_lm import CausalLM
@@ -70,6 +71,21 @@ def test_its_parts_are_counted_by_their_bytes_and_keep_their_types():
     layer = next(module for module in model.half().modules() if isinstance(module, QuantLinear))
     assert [tensor.dtype for tensor in layer.described[1]] == [torch.float64, torch.int16]
     assert materialize(*frozen_weight(layer), torch.float32).shape == layer.shape
+
+
+@pytest.mark.parametrize("kind", [gguf_blocks, scaled, grouped, mxfp4])
+def test_a_plan_counts_the_work_of_all_pieces_though_it_runs_few(kind, monkeypatch):
+    name = {gguf_blocks: "q6_k", scaled: "fp8_128x128", grouped: "gptq_4_128", mxfp4: "mxfp4"}[kind]
+    monkeypatch.setattr(kind, "AT_ONCE", 700 if kind is mxfp4 else 700 * 32)  # blocks, or weights: pieces and a rest
+
+    def work(device):
+        tensors = [torch.zeros(size, dtype=dtype, device=device)
+                   for dtype, size in FORMATS[name].parts((256, 512)).values()]  # fmt: skip
+        with counted() as counter:
+            FORMATS[name].dequantize(tensors, (256, 512), torch.bfloat16)
+        return counter.work
+
+    assert work("meta") == work("cpu")
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_lite.quant.pieces import pieces
+
 AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
 _LOW = 0x0F0F0F0F0F0F0F0F  # the low halves of eight bytes
 
@@ -123,10 +125,9 @@ class GgufBlocks:
     def dequantize(self, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
         weight = torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device)
-        at_once = AT_ONCE // self.block
         stored, found = tensors[0].view(-1, self.block_bytes), weight.view(-1, self.block)
-        for blocks, part in zip(stored.split(at_once), found.split(at_once), strict=True):
-            part.copy_(self.values(blocks).view(-1, self.block))
+        for some in pieces(len(stored), AT_ONCE // self.block, stored.is_meta):
+            found[some].copy_(self.values(stored[some]).view(-1, self.block))
         return weight
 
     def dequantize_rows(

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_lite.quant.pieces import pieces
+
 AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
 _WORD = 32
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of 8 rows in a word
@@ -52,9 +54,7 @@ class Grouped:
     def dequantize(self, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
         weight = torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device)
-        at_once = max(1, AT_ONCE // shape[1])
-        for start in range(0, shape[0], at_once):
-            some = slice(start, min(start + at_once, shape[0]))
+        for some in pieces(shape[0], max(1, AT_ONCE // shape[1]), weight.is_meta):
             weight[some] = self.dequantize_rows(tensors, shape, some, torch.float32)
         return weight
 

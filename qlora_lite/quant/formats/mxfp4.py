@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_lite.quant.pieces import pieces
+
 AT_ONCE = 1 << 16  # blocks, whose weights take 8 MiB in float32
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
@@ -39,9 +41,10 @@ class Mxfp4:
         values = torch.cat((values, -values))
         pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), 1).view(torch.int64).view(-1)  # of bytes
         found = weight.view(-1, self.block)
-        for part, some, exponents in zip(*(each.split(AT_ONCE) for each in (found, codes, scales)), strict=True):
-            both = pairs.index_select(0, some.reshape(-1).int()).view(torch.float32).view(-1, self.block)
-            part.copy_(torch.ldexp(both, exponents.int() - _BIAS))
+        for some in pieces(len(codes), AT_ONCE, codes.is_meta):
+            both = pairs.index_select(0, codes[some].reshape(-1).int()).view(torch.float32).view(-1, self.block)
+            found[some].copy_(torch.ldexp(both, scales[some].int() - _BIAS))
+            del both  # before the next
         return weight
 
     def dequantize_rows(
