@@ -51,7 +51,7 @@ def no_quantising(monkeypatch):
         def fail(*args, **kwargs):
             raise AssertionError("the cache missed")
 
-        monkeypatch.setattr(loading, "QuantizeConfig", fail)
+        monkeypatch.setattr(loading, "save_for_cache", fail)  # which a miss does
         monkeypatch.setattr(loading, "quantize_in_place", fail)
 
     return forbid
