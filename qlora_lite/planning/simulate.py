@@ -179,7 +179,8 @@ def _last_blocks(job: Job) -> int | None:
 def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     """Return a function that simulates the job with another number of last blocks that are kept (or resident).
 
-    It grows in a straight line with the blocks of either kind: three small models show both slopes.
+    It grows in a straight line with the blocks of either kind: three small models show both slopes, and two where there
+    are so few of the first kind that they are all in them.
     """
     depth, (unlike, pattern) = job.workload.depth, _pattern(job)
 
@@ -195,15 +196,17 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     few = front + 1
     if pattern > 1 or depth < few + 4:
         return lambda count: simulate_whole(with_last(count, depth))
-    small, more_first, more_last = (
-        _ends(_on_meta(with_last(last, first + last)), first + last, last, (front, 1))
-        for first, last in ((few, 2), (few + 1, 2), (few, 3))
-    )
+
+    @cache
+    def of(first: int, last: int) -> _Ends:
+        return _ends(_on_meta(with_last(last, first + last)), first + last, last, (front, 1))
 
     def at(count: int) -> Simulation:
-        if not 2 <= count <= depth - few:
+        if not 2 <= count <= depth - max(1, unlike):  # else some of the last blocks are of another kind
             return simulate_whole(with_last(count, depth))
-        found = _continued(job, small, [(more_first, depth - count - few), (more_last, count - 2)], count)
+        first = min(few, depth - count)
+        more = ((first + 1, 2), depth - count - first), ((first, 3), count - 2)
+        found = _continued(job, of(first, 2), [(of(*sizes), steps) for sizes, steps in more if steps], count)
         return _as_allocated(with_last(count, depth), found)
 
     return at
