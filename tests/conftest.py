@@ -28,7 +28,10 @@ def pytest_xdist_auto_num_workers():
     """Take a process per core, but few for a small machine, and one beside a GPU, which tests must not share."""
     import torch
 
-    return 0 if torch.cuda.is_available() else min(4, os.cpu_count())
+    if torch.cuda.is_available():
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: more only wait for one another on the same cores
+    return min(4, os.cpu_count())
 
 
 def pytest_collection_modifyitems(config, items):

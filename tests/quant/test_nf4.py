@@ -29,6 +29,15 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 single_and_double = pytest.mark.parametrize("double_quant", [False, True], ids=("single", "double"))
 
 
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """Pack with two threads, which a test process of several may not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def normal(shape, dtype=torch.float32, seed=0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
 
