@@ -25,6 +25,7 @@ from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.compare import compare_runs
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.models.load import load_model
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.split import FIRST_NAME
@@ -253,6 +254,18 @@ def test_layers_that_stay_in_16_bit_begin_as_without_a_start(kind, tmp_path):
 def test_a_start_does_not_depend_on_the_seed_of_the_training(tmp_path):
     one, other = (build_model(recipe_of(tmp_path, "loftq", [f"train.seed={seed}"])) for seed in (1, 2))
     assert torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("options", [
+    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(resident_layers=1, stream_from_disk=True),
+], ids=["host", "disk"])  # fmt: skip
+def test_streamed_weights_are_split_as_resident_ones_are(options, tmp_path):
+    recipe = recipe_of(tmp_path, "loftq")
+    streamed, resident = build_model(recipe, options), build_model(recipe)
+    assert options.places_weights and base_of(streamed) == base_of(resident)
+    for (path, one), (_, other) in zip(lora_layers(streamed), lora_layers(resident), strict=True):
+        assert torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B), path
+    assert torch.equal(logits(streamed), logits(resident))
 
 
 def test_an_adapter_that_did_not_learn_is_known_by_its_first_weights(tmp_path):

@@ -106,10 +106,12 @@ class Start:
         if quant_type is not None and self.kind == LOFTQ:
             lora_a, lora_b, packed = self._alternate(weight, found, quant_type, double_quant)
         elif self.kind == PISSA:
-            lora_a, lora_b = _balanced(*_largest(weight.float(), _random(weight, found), STEPS[PISSA]))
+            weight = weight.float()
+            lora_a, lora_b = _balanced(*_largest(weight, _random(weight, found), STEPS[PISSA]))
         else:
-            lora_b = torch.linalg.qr(weight[:, :found].float()).Q
-            lora_a = lora_b.t() @ weight.float()
+            weight = weight.float()
+            lora_b = torch.linalg.qr(weight[:, :found]).Q
+            lora_a = lora_b.t() @ weight
         share = 1.0 if self.kind == OLORA else scale**0.5  # an orthonormal B stays so
         lora_a = _padded(lora_a * (share / scale), rank, 0).to(self.dtype)
         lora_b = _padded(lora_b / share, rank, 1).to(self.dtype)
@@ -119,13 +121,14 @@ class Start:
         return Started(lora_a, lora_b, left if quant_type is None else quantize(left, quant_type, double_quant))
 
     def _alternate(self, weight, rank, quant_type, double_quant):
-        right, left = _random(weight, rank), None
-        for done in range(1, self.alternations + 1):
-            rest = weight if left is None else torch.addmm(weight.float(), left, right.t(), alpha=-1)
-            packed = quantize(rest, quant_type, double_quant and done == self.alternations)  # which takes its time
-            error = dequantize(packed, weight.shape, torch.float32, quant_type)
-            torch.sub(weight, error, out=error)
-            left, right = _largest(error, right, STEPS[LOFTQ] + (left is None))
+        left, right, rest = None, _random(weight, rank), weight.to(torch.float32, copy=True)
+        for number in range(self.alternations):
+            if left is not None:
+                rest.copy_(weight).addmm_(left, right.t(), alpha=-1)
+            is_last = number == self.alternations - 1
+            packed = quantize(rest, quant_type, double_quant and is_last)  # which takes its time
+            torch.sub(weight, dequantize(packed, weight.shape, torch.float32, quant_type), out=rest)
+            left, right = _largest(rest, right, STEPS[LOFTQ] + (number == 0))
         return *_balanced(left, right), packed
 
 
