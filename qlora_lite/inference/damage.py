@@ -11,6 +11,7 @@ NF4 but for its 15th block had 68 % of the loss gap closed, and 1 % of the diver
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ ROWS = 32
 # What is recommended without a wish: the cheapest set for a share of the divergence, the best for shares of the bytes.
 CLOSE, BYTES_SHARES = 0.5, (0.1, 0.25)
 TRIES = 3  # sets that are measured until one closes the share that was asked for
-OWN, CHOSEN = "as the recipe says", "chosen"
+OWN = "as the recipe says"
 
 
 class Candidate(NamedTuple):
@@ -58,6 +59,28 @@ def candidates_of(base: StreamedBase) -> dict[str, Candidate]:
         kept = base.kept(patterns)
         candidates[name] = Candidate(group, patterns, kept, base.more_bytes(kept))
     return candidates
+
+
+@dataclass(slots=True)
+class _Wish:
+    """A set that is asked for, by the share of the divergence to close or by its bytes, and the one that was chosen.
+
+    ``beyond`` is how many nats more than the share are guessed for it, after a set fell short.
+    """
+
+    close: float | None = None
+    most_bytes: int | None = None
+    beyond: float = 0.0
+    names: tuple[str, ...] = ()
+    guessed: float = 0.0
+    kept: frozenset[str] = frozenset()
+
+    @property
+    def asked(self) -> str:
+        """What is asked for, in words."""
+        if self.most_bytes is None:
+            return f"{self.close:.0%} of the divergence closed"
+        return f"at most {format_bytes(self.most_bytes)} more"
 
 
 def choose(
@@ -139,26 +162,28 @@ def measure_damage(
         "packed_bytes": packed, "base_bytes": base.base_bytes, "models": models, "sets": [],
     }  # fmt: skip
     gains = {name: four["kl"] - found[name]["kl"] for name in candidates}
-    wishes = [(close, most_bytes)] if close or most_bytes else [
-        (CLOSE, None), *((None, int(share * packed)) for share in BYTES_SHARES)
+    wishes = [_Wish(close, most_bytes)] if close or most_bytes else [
+        _Wish(CLOSE), *(_Wish(most_bytes=int(share * packed)) for share in BYTES_SHARES)
     ]  # fmt: skip
-    measured: dict[frozenset[str], dict[str, float]] = {frozenset(): four}
-    for share, limit in wishes if four["kl"] > 0 else []:
-        asked = f"at most {format_bytes(limit)} more" if share is None else f"{share:.0%} of the divergence closed"
-        goal = None if share is None else share * four["kl"]
-        for _ in range(TRIES):
-            names, guessed = choose(base, gains, candidates, limit, goal)
-            kept = frozenset[str]().union(*(candidates[name].kept for name in names))
-            if kept not in measured:
-                chosen = {quant: Variant(quant), CHOSEN: Variant(quant, kept)}
-                measured[kept] = base.measure(chosen, "checking a set")[CHOSEN]
-            short = 0 if goal is None else measured[kept]["kl"] - (1 - share) * four["kl"]
-            if short <= 0 or guessed < goal:
-                break
-            goal = guessed + short
-        patterns = [pattern for name in names for pattern in candidates[name].patterns]
-        said = {"asked": asked, "keep_16bit": patterns, "guessed": guessed / four["kl"]}
-        result["sets"].append(said | figures(measured[kept], kept))
+    measured, pending = {frozenset[str](): four}, wishes if four["kl"] > 0 else []
+    for _ in range(TRIES):
+        for wish in pending:
+            goal = None if wish.close is None else wish.close * four["kl"] + wish.beyond
+            wish.names, wish.guessed = choose(base, gains, candidates, wish.most_bytes, goal)
+            wish.kept = frozenset[str]().union(*(candidates[name].kept for name in wish.names))
+        if new := {wish.asked: Variant(quant, wish.kept) for wish in pending if wish.kept not in measured}:
+            seen = base.measure({quant: Variant(quant)} | new, "checking sets")
+            measured |= {each.kept: seen[asked] for asked, each in new.items()}
+        short = {
+            wish.asked: measured[wish.kept]["kl"] - (1 - wish.close) * four["kl"] for wish in pending if wish.close
+        }
+        pending = [wish for wish in pending if short.get(wish.asked, 0) > 0 and len(wish.kept) < len(base.weights)]
+        for wish in pending:
+            wish.beyond = wish.guessed - wish.close * four["kl"] + short[wish.asked]
+    for wish in wishes if four["kl"] > 0 else []:
+        patterns = [pattern for name in wish.names for pattern in candidates[name].patterns]
+        said = {"asked": wish.asked, "keep_16bit": patterns, "guessed": wish.guessed / four["kl"]}
+        result["sets"].append(said | figures(measured[wish.kept], wish.kept))
     return result
 
 

@@ -102,7 +102,7 @@ class _Pass:
     """The hidden states [1, T, D] of all variants while they go through the blocks of a model, on the host.
 
     Args:
-        begun: by name; a variant that is not in it has had the weights of ``base`` so far.
+        begun: by name; a variant that is not in it has had the weights of the one called like its type so far.
     """
 
     variants: Mapping[str, Variant]

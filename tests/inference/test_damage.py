@@ -123,16 +123,16 @@ def test_a_set_is_measured_and_a_dearer_one_is_tried_until_one_closes_what_was_a
     def measured(self, given, what):
         asked.append([name for name in given if name not in (SIXTEEN, "nf4", "fp4")])
         kl = {SIXTEEN: 0.0, "nf4": 0.1, "fp4": 0.2}
-        if "chosen" in given:  # half of what the single gains promise
-            kinds = {path.rpartition(".")[2] for path in given["chosen"].kept}
-            kl["chosen"] = 0.1 - sum(gains[kind] for kind in kinds) / 2
+        if (chosen := "60% of the divergence closed") in given:  # half of what the single gains promise
+            kinds = {path.rpartition(".")[2] for path in given[chosen].kept}
+            kl[chosen] = 0.1 - sum(gains[kind] for kind in kinds) / 2
         found = {name: kl.get(name, 0.1 - gains.get(name, -0.01)) for name in (SIXTEEN, *given)}
         return {name: {"loss": 1 - value, "kl": value} for name, value in found.items()}
 
     monkeypatch.setattr(StreamedBase, "measure", measured)
     result = measure_damage(recipe, close=0.6)
     (found,) = result["sets"]
-    assert asked[1:] == [["chosen"]] * (len(asked) - 1) and 2 < len(asked) <= 1 + damage.TRIES
+    assert asked[1:] == [["60% of the divergence closed"]] * (len(asked) - 1) and 2 < len(asked) <= 1 + damage.TRIES
     assert found["closed"] >= 0.6 and found["guessed"] == pytest.approx(2 * found["closed"])
     assert {*found["keep_16bit"]} <= gains.keys() and found["asked"] == "60% of the divergence closed"
     assert found["loss_closed"] is None, "the loss is lower in 4 bit"

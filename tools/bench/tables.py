@@ -31,7 +31,7 @@ def damage_table(result: Mapping) -> list[str]:
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for case in result["cases"]:
         plain, four, *rest = case["checked"]
-        title = f"{_name(case)}, {case['task'].upper()}, {case['rows']} and {case['rows'] * result['other_rows']}"
+        title = f"{_name(case)}, {case['task'].upper()}, {case['rows']} and {case['other_rows']}"
         more = {"nothing": 0} | {each["asked"]: each["more_bytes"] for each in case["sets"]}
         for row, (asked, size) in zip([four, *rest], more.items(), strict=True):
             shares = ", ".join(f"{size / case[whole]:.1%}" for whole in ("packed_bytes", "base_bytes"))
