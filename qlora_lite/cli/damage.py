@@ -39,7 +39,7 @@ def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int |
     """Measure what four bits cost on the evaluation examples of RECIPE, and which layers are worth 16 bit.
 
     Without --bytes and --close, the cheapest set of kinds of layer and blocks that closes half of the divergence from
-    the 16-bit model is recommended, and the best for a tenth and a quarter more bytes than the 4-bit layers take. Each
+    the 16-bit model is recommended, and the best for a tenth and a quarter more bytes than the whole base takes. Each
     was measured. KEY=VALUE replaces a setting of the recipe.
     """
     if most_bytes is not None and close is not None:

@@ -26,7 +26,8 @@ from .evaluate import Watch
 from .variants import SIXTEEN, StreamedBase, Variant
 
 ROWS = 32
-# What is recommended without a wish: the cheapest set for a share of the divergence, the best for shares of the bytes.
+# What is recommended without a wish: the cheapest set for a share of the divergence, and the best for shares of the
+# bytes of the whole base in 4 bit.
 CLOSE, BYTES_SHARES = 0.5, (0.1, 0.25)
 TRIES = 3  # sets that are measured until one closes the share that was asked for
 OWN = "as the recipe says"
@@ -121,7 +122,7 @@ def measure_damage(
         rows: at most, to measure on.
         most_bytes: the set to recommend is the best for so many more bytes.
         close: it is the cheapest that closes this share of the divergence. Without either, those for ``CLOSE`` and
-            for ``BYTES_SHARES`` of the layers in 4 bit are.
+            for ``BYTES_SHARES`` of the whole base in 4 bit are.
         watch: told how far it is.
 
     Returns:
@@ -163,7 +164,7 @@ def measure_damage(
     }  # fmt: skip
     gains = {name: four["kl"] - found[name]["kl"] for name in candidates}
     wishes = [_Wish(close, most_bytes)] if close or most_bytes else [
-        _Wish(CLOSE), *(_Wish(most_bytes=int(share * packed)) for share in BYTES_SHARES)
+        _Wish(CLOSE), *(_Wish(most_bytes=int(share * base.base_bytes)) for share in BYTES_SHARES)
     ]  # fmt: skip
     measured, pending = {frozenset[str](): four}, wishes if four["kl"] > 0 else []
     for _ in range(TRIES):
