@@ -39,8 +39,9 @@ def damage_table(result: Mapping) -> list[str]:
             cells = [title, f"{asked}: {kept}" if kept else asked, shares if size else ""]
             for key in ("kl", "loss"):
                 figures = [[each[part][key] for part in ("rows", "others")] for each in (plain, four, row)]
-                gaps = [(was - now) / (was - best) for best, was, now in zip(*figures, strict=True)]
-                cells += [", ".join(f"{value:.4f}" for value in figures[2]), ", ".join(f"{gap:.0%}" for gap in gaps)]
+                gaps = [f"{(was - now) / (was - best):.0%}" if was > best else "no gap"
+                        for best, was, now in zip(*figures, strict=True)]  # fmt: skip
+                cells += [", ".join(f"{value:.4f}" for value in figures[2]), ", ".join(gaps)]
             lines.append(f"| {' | '.join(cells)} |")
         losses = ", ".join(f"{plain[part]['loss']:.4f}" for part in ("rows", "others"))
         lines.append(f"| {title} | all | | | | {losses} | |")
