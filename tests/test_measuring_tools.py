@@ -37,7 +37,7 @@ from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.machine import machine_of_gpu
-from simulated_gpu.runtime import card_environment
+from simulated_gpu.runtime import LIBRARY, card_environment
 
 TOOLS = Path(__file__).parent.parent / "tools"
 MIB = 2**20
@@ -306,8 +306,10 @@ def test_blocks_that_cannot_be_compiled_are_a_problem_and_without_a_compiler_ski
     monkeypatch.setattr(sections, "measure", measured)
     case, machine = resident_cases("tiny", 64)[-1], SimpleNamespace(device_type="cpu")
     for missing, said in (("", {"problem": "blocks cannot be compiled here"}), ("g++", {"skipped": "g++ is missing"})):
-        monkeypatch.setattr(sections, "missing_for_compile", lambda _, missing=missing: missing)
+        monkeypatch.setattr(peers, "missing_for_compile", lambda _, missing=missing: missing)
         assert said.items() <= sections.option_row(case, 1, machine).items()
+    monkeypatch.setenv(LIBRARY, "simulated")
+    assert "simulated GPU" in sections.option_row(case, 1, machine)["skipped"]
 
 
 def test_where_nothing_can_be_paged_it_is_said(monkeypatch):
