@@ -66,18 +66,17 @@ class Full(AdapterMethod):
                                  "set it to 0")  # fmt: skip
             found[0].requires_grad_(True)
 
-    def take_turn(self, model: nn.Module, step: int) -> bool:
-        """Let the block learn whose turn a step is in; return whether it is another than before."""
-        if not self.switch_every:
-            return False
-        found, turn = list(blocks_of(model).values()), (step - 1) // self.switch_every
-        cycle, place = divmod(turn, len(found))
+    def turn_begins(self, step: int) -> int:
+        """See ``AdapterMethod``."""
+        return (step - 1) // self.switch_every * self.switch_every + 1 if self.switch_every else 1
+
+    def take_turn(self, model: nn.Module, step: int) -> None:
+        """Let the block learn whose turn a step is in."""
+        found = list(blocks_of(model).values())
+        cycle, place = divmod((step - 1) // self.switch_every, len(found))
         chosen = found[random.Random(cycle).sample(range(len(found)), len(found))[place]]
-        if next(chosen.parameters()).requires_grad:
-            return False
         for block in found:
             block.requires_grad_(block is chosen)
-        return True
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return what a checkpoint says of its weights."""

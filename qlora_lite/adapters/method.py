@@ -58,16 +58,12 @@ class AdapterMethod:
         """Yield what is trained at present, with its names, always in the same order."""
         return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
-    def take_turn(self, model: nn.Module, step: int) -> bool:
-        """Free and freeze weights for a step, where not all that a run trains is trained at all times.
+    def turn_begins(self, step: int) -> int:
+        """Return the first step of the turn that a step is in, counted from 1; an optimizer begins afresh with each."""
+        return 1
 
-        Args:
-            step: counted from 1. What is trained is a function of it.
-
-        Returns:
-            Whether ``parameters`` are others now, for which an optimizer begins afresh.
-        """
-        return False
+    def take_turn(self, model: nn.Module, step: int) -> None:
+        """Free and freeze weights for the turn that a step is in, where not all is trained at all times."""
 
     def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield those of the weights that a run trains that are the base model's own."""

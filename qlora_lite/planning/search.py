@@ -151,9 +151,7 @@ def smaller(step: Step) -> Iterator[MemoryOptions]:
         if tables and not step.job.workload.tables_are_tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
         if options.recomputes:  # blocks that keep their activations must stay where they are
-            streamed = (
-                [{"resident_layers": options.uncheckpointed_layers}] if options.layers_per_checkpoint == 1 else []
-            )
+            streamed = [{"resident_layers": options.uncheckpointed_layers}] if _may_stream(step, options) else []
             changes += [{"offload_checkpoints": True}, *tables, *streamed]
         else:
             changes += tables
@@ -247,7 +245,7 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
         if not options.compile and not options.uses_disk:  # which would have to take twice as much
             changes.append({"checkpointing": "selective" if options.checkpointing == "block" else "block"})
         changes.append({"offload_checkpoints": not options.offload_checkpoints})
-        if options.layers_per_checkpoint == 1:
+        if _may_stream(step, options):
             changes.append(
                 {"resident_layers": options.uncheckpointed_layers if options.resident_layers is None else None}
             )
@@ -256,6 +254,16 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
     for change in changes:
         if not change.keys() & step.fixed.keys():
             yield settled(step, replace(options, **change))
+
+
+def _may_stream(step: Step, options: MemoryOptions) -> bool:
+    """Return whether all blocks but the uncheckpointed ones may be streamed.
+
+    Of blocks that learn in turn all are, or none: a plan is that of the first block's turn, and gradients and states of
+    a resident one lie on the device.
+    """
+    in_turn = step.job.workload.method.in_turn
+    return options.layers_per_checkpoint == 1 and not (in_turn and options.uncheckpointed_layers)
 
 
 def _moved_to_host(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
@@ -314,7 +322,7 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     if best.options.resident_layers is not None:  # of the same last blocks, so not where the user fixed some
         ways = (
             []
-            if best.options.uncheckpointed_layers
+            if best.options.uncheckpointed_layers or step.job.workload.method.in_turn
             else [("resident_layers",), ("resident_layers", "uncheckpointed_layers")]
         )
     ways = [names for names in ways if not step.fixed.keys() & {*names}]

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from math import lcm
+from math import lcm, prod
 from operator import attrgetter
 from typing import Literal, NamedTuple, overload
 
@@ -107,6 +107,11 @@ class Simulation:
     measured_because: str = ""  # the operator that cannot run without values, where real tensors were measured
     streamed_sizes: tuple[int, ...] = ()  # bytes of the first streamed blocks, of each kind at least one
     trained: tuple["Trained", ...] = ()
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of what is trained at a time, wherever it lies."""
+        return sum(prod(each.shape) * each.dtype.itemsize for each in self.trained)
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""

@@ -406,7 +406,9 @@ def disk_bytes(plan: Plan) -> int:
     """
     simulation = plan.chosen.prediction.simulation
     work, with_evaluation = plan.step.job.workload, plan.step.job.eval_shape is not None
-    space = Space(simulation.saved_bytes, simulation.state_bytes, with_evaluation, plan.kept_checkpoints)
+    # all of a model is in its folder, trained or not
+    written = simulation.trained_bytes + simulation.frozen_bytes if work.method.trains_base else simulation.saved_bytes
+    space = Space(written, simulation.state_bytes, with_evaluation, plan.kept_checkpoints)
     is_prepared = not (work.method.trains_base or work.keeps_codes)
     times = 2 if plan.chosen.options.weights_on_disk else 1
     return is_prepared * times * simulation.frozen_bytes + space.whole_bytes()

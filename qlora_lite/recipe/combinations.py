@@ -279,6 +279,15 @@ def _full(value: _Value) -> _Found:
             ("model", "quant") if quant else ("adapter", "method"),
             f"{said}: full fine-tuning trains 16-bit weights; write model.quant: none",
         )
+    resident, optimizer = value("memory", "resident_layers"), value("train", "optimizer")
+    if switches and isinstance(resident, int) and resident > 0:
+        message = f"memory.resident_layers = {resident}: with adapter.switch_every all blocks are streamed, or none"
+        yield ("memory", "resident_layers"), f"{message}; write 0 or all"
+    if switches and isinstance(optimizer, str) and optimizer.startswith("paged_"):
+        message = (
+            f"train.optimizer = {optimizer}: paged memory is never given back, and each block has states of its own"
+        )
+        yield ("train", "optimizer"), f"{message} (adapter.switch_every); write {optimizer.removeprefix('paged_')}"
     for (section, name), only in WITH_FULL.items():
         if (given := value(section, name)) not in (None, "auto", only):
             message = f"{section}.{name} = {written(given)}: not possible with adapter.method full"

@@ -200,7 +200,9 @@ def prove(prepared: Prepared) -> Proven:
         except DoesNotFitError as error:
             raise too_much from error
     has_evaluation, keep = prepared.data.eval_data is not None, prepared.recipe.train.keep_checkpoints
-    weights = sum(parameter.nbytes for parameter in outcome.trainer.parameters)
+    method, model = outcome.trainer.workload.method, outcome.trainer.model
+    written = model.parameters() if method.trains_base else outcome.trainer.parameters
+    weights = sum(tensor.nbytes for tensor in written)
     check_space(prepared.run.path, Space(weights, outcome.trainer.optimizer_bytes, has_evaluation, keep))
     return outcome
 

@@ -112,10 +112,15 @@ class _Flat:
     Args:
         stochastic_rounding: update bfloat16 weights in float32 and round them stochastically; see ``rounding``.
         on_host: parameters that are updated alone, and stay where they lie.
+        steps_before: see ``optim.build_optimizer``.
     """
 
-    def __init__(self, *args, stochastic_rounding: bool, on_host: frozenset[Tensor] = frozenset(), **kwargs):
+    def __init__(
+        self, *args, stochastic_rounding: bool, on_host: frozenset[Tensor] = frozenset(), steps_before: int = 0,
+        **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        self._steps_before = steps_before
         self.stochastic_rounding, self.on_host = stochastic_rounding, on_host
         self._chunks = [
             _chunks([p for p in group["params"] if p not in on_host], self.args.min_8bit_size)
@@ -200,7 +205,7 @@ class _Flat:
         for tensor in stored if before else ():
             torch.where(take, tensor, before.pop(0), out=tensor)
         if rounds:
-            values = round_stochastically(values, state["step"], place)
+            values = round_stochastically(values, self._steps_before + state["step"], place)
         if take is not None:
             torch.where(take, values, weights, out=weights)
         elif rounds:

@@ -102,6 +102,7 @@ class Trainer:
         self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
         self.device = workload.device(model)
         self._take_parameters()
+        self._turn = 0  # the first step of the turn that is trained, where weights are trained in turn
         self.total_steps = self.epochs.total_steps()
         self.step = self.skipped = 0
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
@@ -117,8 +118,8 @@ class Trainer:
         self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
 
-    def _take_parameters(self) -> None:
-        """Take what the adapter method trains now, with an optimizer that begins afresh."""
+    def _take_parameters(self, steps_before: int = 0) -> None:
+        """Take what the adapter method trains now, with an optimizer that begins afresh after some steps."""
         s, method = self.settings, self.workload.method
         trained = dict(method.parameters(self.model))
         if not trained:
@@ -126,7 +127,7 @@ class Trainer:
         self.lr_ratios = method.lr_ratios(list(trained), s.loraplus_lr_ratio)
         self.optimizer = build_optimizer(
             trained.values(), s.optimizer, s.learning_rate, s.weight_decay, s.stochastic_rounding, self.lr_ratios,
-            trained_on_host(self.model),
+            trained_on_host(self.model), steps_before,
         )  # fmt: skip
         self.parameters = parameters_of(self.optimizer)
         names = {parameter: name for name, parameter in trained.items()}
@@ -134,11 +135,12 @@ class Trainer:
 
     def take_turn(self, step: int) -> None:
         """Train what a step trains, where the adapter method trains weights in turn (``AdapterMethod.take_turn``)."""
-        if self.workload.method.trains_base:
+        method = self.workload.method
+        if method.in_turn and self._turn != (begins := method.turn_begins(step)):
             settle(self.model)
-        if self.workload.method.take_turn(self.model, step):
-            self.optimizer.state.clear()  # before the next one's is made
-            self._take_parameters()
+            method.take_turn(self.model, step)
+            self._take_parameters(steps_before=begins - 1)
+            self._turn = begins
 
     def check(self) -> None:
         """Set the memory options, and check that training computes what the model computes; all else does it first.

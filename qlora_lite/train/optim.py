@@ -41,7 +41,7 @@ BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
     stochastic_rounding: bool = True, lr_ratios: Iterable[float] | None = None,
-    on_host: Collection[torch.nn.Parameter] = (),
+    on_host: Collection[torch.nn.Parameter] = (), steps_before: int = 0,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Build an optimizer over what an adapter method trains; nothing else is decayed.
 
@@ -52,6 +52,7 @@ def build_optimizer(
         lr_ratios: what the learning rate of each parameter is multiplied by, as in LoRA+ (arXiv 2402.12354); None is 1.
             Parameters of one ratio are a group.
         on_host: parameters in host memory beside a GPU, which are updated there, each where it lies.
+        steps_before: of the run: stochastic rounding draws by the run's step, and never twice alike.
 
     Returns:
         One that may lay the factors end to end, and whose step can scale gradients and be left out; see ``flat``.
@@ -61,7 +62,7 @@ def build_optimizer(
         by_ratio.setdefault(ratio, []).append(parameter)
     groups = [{"params": some, LR_RATIO: ratio, "lr": learning_rate * ratio} for ratio, some in by_ratio.items()]
     if name == "adamw_torch":
-        optimizer = TorchAdamW(groups, stochastic_rounding, lr=learning_rate, weight_decay=weight_decay)
+        optimizer = TorchAdamW(groups, stochastic_rounding, steps_before, lr=learning_rate, weight_decay=weight_decay)
         optimizer.on_host = frozenset(on_host)
         return optimizer
     from . import flat
@@ -76,7 +77,7 @@ def build_optimizer(
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
     return optimizer_class(
         groups, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding,
-        on_host=frozenset(on_host),
+        on_host=frozenset(on_host), steps_before=steps_before,
     )  # fmt: skip
 
 
@@ -110,12 +111,14 @@ class TorchAdamW(torch.optim.AdamW):
 
     Args:
         stochastic: float32 states for bfloat16 parameters, which are updated in float32 and rounded stochastically.
+        steps_before: see ``build_optimizer``.
     """
 
-    def __init__(self, groups: Sequence[dict], stochastic: bool, **settings):
+    def __init__(self, groups: Sequence[dict], stochastic: bool, steps_before: int, **settings):
         # one factor after the other on a GPU too: all at once hold further values of each
         super().__init__(groups, foreach=False, **settings)
         self._rounded = dict(enumerate(parameters_of(self))) if stochastic else {}
+        self._steps_before = steps_before
 
     def step(self, if_finite: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> None:
         """Update every parameter that has a gradient, which is scaled first; see ``flat``. The host looks at once."""
@@ -123,7 +126,7 @@ class TorchAdamW(torch.optim.AdamW):
             return
         if scale is not None:
             torch._foreach_mul_([p.grad for p in parameters_of(self)], scale)
-        with in_float32(self._rounded, lambda p: int(self.state[p]["step"])):
+        with in_float32(self._rounded, lambda p: self._steps_before + int(self.state[p]["step"])):
             super().step()
 
     def forget_step(self) -> None:

@@ -15,18 +15,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.adapters.full import Full
 from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.families import known_config
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, place, settle, stream_of
 from qlora_lite.models.save import save_model
+from qlora_lite.planning.candidate import Step
+from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
+from qlora_lite.planning.search import search
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
+from qlora_lite.train.rounding import round_stochastically
 from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.workload import BatchShape
@@ -91,6 +96,32 @@ def test_blocks_in_turn_become_what_an_adamw_for_each_makes_of_them(settings):
     for key, value in training.model.state_dict().items():
         assert torch.equal(value, before[key]) == ("layers" not in key), key
         assert (value - wanted[key]).norm() <= 1e-5 * wanted[key].norm().clamp(min=1.0), key
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
+def test_no_turn_of_a_block_is_rounded_by_the_chances_of_an_earlier_one(optimizer, monkeypatch):
+    drawn = []
+
+    def noted(values, step, place):
+        drawn.append((step, place))
+        return round_stochastically(values, step, place)
+
+    monkeypatch.setattr("qlora_lite.train.flat.round_stochastically", noted)
+    monkeypatch.setattr("qlora_lite.train.rounding.round_stochastically", noted)
+    list(trainer(work=IN_TURN, dtype=torch.bfloat16, optimizer=optimizer, max_steps=8))
+    assert {step for step, _ in drawn} == {*range(1, 9)} and len(drawn) == len({*drawn})
+
+
+def test_of_blocks_in_turn_all_are_streamed_or_none():
+    work = new_job(AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B")), None, quant="none").workload
+    job = Job(replace(work, method=Full(switch_every=50)), BatchShape((2048,), 2047), None, "cuda", max_grad_norm=0.0)
+    step = Step(job, job.shape, 1, 1, {"optimizer_in_backward": True}, False)
+    gpu = find_gpu("rtx-4090")
+    machine = machine_of_gpu(gpu)
+    for gib in (6, 12):
+        found = search(step, machine, gib * 2**30 - machine.base_bytes)
+        assert {candidate.options.resident_layers for candidate in found} <= {None, 0}
+        assert any(candidate.options.resident_layers == 0 for candidate in found)
 
 
 def test_backward_ends_at_the_block_whose_turn_it_is():

@@ -137,6 +137,8 @@ def test_a_damaged_model_and_a_run_without_one_are_refused(run, model_folder, tm
         (["memory.resident_layers=1"], "memory.resident_layers: streamed weights are trained one at a time"),
         (["memory.optimizer_in_backward=true"], "write train.max_grad_norm: 0"),
         (["adapter.switch_every=5", "train.compile=true"], "adapter.switch_every: not possible with train.compile"),
+        (["adapter.switch_every=5", "memory.resident_layers=1"], "all blocks are streamed, or none; write 0 or all"),
+        (["adapter.switch_every=5", "train.optimizer=paged_adamw_8bit"], "paged memory is never given back"),
         (["adapter.switch_every=5", "adapter.method=lora"], "adapter.switch_every: only with adapter.method full"),
     ],
 )  # fmt: skip
