@@ -29,7 +29,7 @@ class _Size(click.ParamType):
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Most examples to measure on.")
 @click.option("--bytes", "most_bytes", type=_Size(), metavar="SIZE",
               help="Recommend the best set for so much more memory, such as 30MiB.")  # fmt: skip
-@click.option("--close", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+@click.option("--close", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
               help="Recommend the cheapest set that closes this share of the divergence, such as 0.5.")  # fmt: skip
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Page to write (.html), with the figures as .json beside it.")  # fmt: skip
@@ -39,8 +39,8 @@ def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int |
     """Measure what four bits cost on the evaluation examples of RECIPE, and which layers are worth 16 bit.
 
     Without --bytes and --close, the cheapest set of kinds of layer and blocks that closes half of the divergence from
-    the 16-bit model is recommended, and the best for a tenth and a quarter more bytes than the whole base takes. Each
-    was measured. KEY=VALUE replaces a setting of the recipe.
+    the 16-bit model is recommended, and the best for a tenth and a quarter of the whole base's bytes more. Each was
+    measured. KEY=VALUE replaces a setting of the recipe.
     """
     if most_bytes is not None and close is not None:
         raise click.UsageError("give --bytes or --close, not both")

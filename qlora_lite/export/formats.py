@@ -109,7 +109,7 @@ def _for_files(job: _Job) -> tuple[_Job, list[str]]:
         return job, []
     adapter = trained.for_files(job.adapter)
     plain = without_start(trained.recipe)
-    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"quant": "none"})})
+    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"quant": "none", "keep_16bit": ()})})
     own = logits_of(attach_adapter(_base(job), job.adapter))
     fitted = replace(trained, recipe=plain)
     job = replace(job, trained=fitted, skeleton=fitted.skeleton(), adapter=adapter)

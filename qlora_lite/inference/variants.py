@@ -35,6 +35,7 @@ from qlora_lite.models.weights import open_weights
 from qlora_lite.ops.loss import Head, head_logits
 from qlora_lite.prepare.build import compute_dtype_of
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import is_conv1d
 from qlora_lite.quant.nf4 import dequantize, empty_packed, quantize
 from qlora_lite.recipe.schema import Recipe
@@ -198,13 +199,14 @@ class StreamedBase:
 
     def __init__(self, recipe: Recipe, rows: int, watch: Watch | None = None):
         m = recipe.model
-        if m.quant == "none":
-            raise RecipeError("model.quant is none, so that nothing is in 4 bit: set it to nf4 to see what that costs")
+        if m.quant not in FOUR_BIT:
+            raise RecipeError(f"model.quant is {m.quant}, so that nothing is quantised: set it to nf4 to see what that "
+                              "costs")  # fmt: skip
         if not recipe.data.has_eval:
             raise RecipeError("there are no held-out rows to measure on: write data.eval or data.eval_share")
         files, part = locate(m.path, m.revision), read_part(m.path, m.revision)
         if stored_quantization(files.config):
-            raise ModelError(f"{m.path} is in 4 bit itself, and what that cost cannot be measured without the 16-bit "
+            raise ModelError(f"{m.path} is published packed, and what that cost cannot be measured without the 16-bit "
                              "model")  # fmt: skip
         self.recipe, self.watch, self.name = recipe, watch, files.name
         self.device, dtype = resolve_device(m.device), compute_dtype_of(recipe, resolve_device(m.device))

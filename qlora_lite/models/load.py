@@ -351,8 +351,10 @@ def _has_room(part: LanguagePart, config: QuantizeConfig, dtype, device) -> bool
         return True
     model = without_weights(part.config, dtype=dtype)
     stacked = max((each.stacking_bytes for each in projections(model)), default=0)
-    split = config.start.ranks(model) if config.start else ()
-    stacked = max([stacked, *(2 * 4 * model.get_submodule(path).weight.numel() for path in split)])
+    paths = config.start.ranks(model) if config.start else ()
+    split = max((2 * 4 * model.get_submodule(path).weight.numel() for path in paths), default=0)
+    what = "split weights in float32" if split > stacked else "a block's experts in 16 bit"
+    stacked = max(stacked, split)
     if not stacked:
         return True
     replace_weights(model, config.quant_type, config.double_quant, kept_layers(model, config.keep_16bit))
@@ -360,7 +362,6 @@ def _has_room(part: LanguagePart, config: QuantizeConfig, dtype, device) -> bool
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if weights + stacked <= free_bytes(device) + cached:
         return True
-    what = "split weights in float32" if stacked in split else "a block's experts in 16 bit"
     log.info("the model is quantised in host memory: %s take %s more on the GPU for a moment", what,
              format_bytes(stacked))  # fmt: skip
     return False

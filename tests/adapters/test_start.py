@@ -331,6 +331,8 @@ def trained(request, tmp_path_factory):
     """A folder with a model, and a run of it that began with a start and was resumed after it was stopped."""
     folder, (kind, quant) = tmp_path_factory.mktemp("trained"), request.param.split("-")
     overrides = [f"model.quant={quant}", "train.learning_rate=0.003", "train.save_every_steps=2"]
+    if quant == "nf4":
+        overrides.append("model.keep_16bit=[v_proj]")
     recipe = recipe_of(folder, kind, overrides)
     whole = run_recipe(recipe.model_copy(update={"output": Output(dir=str(folder / "whole"))}))
 

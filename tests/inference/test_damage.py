@@ -143,7 +143,8 @@ def test_a_set_is_measured_and_a_dearer_one_is_tried_until_one_closes_what_was_a
 
 @pytest.mark.parametrize(("error", "overrides", "options", "text"), [
     (RecipeError, ["data.eval=null"], {}, "no held-out rows to measure on: write data.eval or data.eval_share"),
-    (RecipeError, ["model.quant=none"], {}, "nothing is in 4 bit"),
+    (RecipeError, ["model.quant=none"], {}, "nothing is quantised"),
+    (RecipeError, ["model.quant=keep"], {}, "nothing is quantised"),
     (RecipeError, [], {"most_bytes": 100}, r"nothing fits in 100 B: the smallest, k_proj, takes 11.9 KiB more"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_error(error, overrides, options, text, tmp_path):
@@ -156,7 +157,7 @@ def test_a_4_bit_checkpoint_and_too_little_host_memory_are_errors_before_anythin
     recipe = recipe_of(tmp_path)
     save_quantized(load_model(str(tmp_path / "model"), compute_dtype=torch.float32), tmp_path / "packed")
     packed = recipe.model.model_copy(update={"path": str(tmp_path / "packed")})
-    with pytest.raises(ModelError, match="is in 4 bit itself"):
+    with pytest.raises(ModelError, match="is published packed"):
         measure_damage(recipe.model_copy(update={"model": packed}))
     monkeypatch.setattr(variants, "free_bytes", lambda device: 200_000)
     with pytest.raises(DoesNotFitError, match=r"models on 6 rows have no room in host memory: --rows \d"):

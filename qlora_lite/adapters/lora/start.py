@@ -102,8 +102,10 @@ class Start:
         """
         if not torch.stack(torch.aminmax(weight)).isfinite().all():
             raise ModelError("lora.start: a weight holds NaN or infinity: the checkpoint is damaged")
+        if self.kind == LOFTQ and quant_type is None:
+            raise ModelError("lora.start loftq begins with the error of 4 bits, and the weights are in 16: take pissa")
         found, packed = min(rank, *weight.shape), None
-        if quant_type is not None and self.kind == LOFTQ:
+        if self.kind == LOFTQ:
             lora_a, lora_b, packed = self._alternate(weight, found, quant_type, double_quant)
         elif self.kind == PISSA:
             weight = weight.float()
