@@ -1,8 +1,23 @@
 """Cut a weight into pieces that are dequantised one after the other, so that float32 is there of one piece alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 
 from qlora_lite.memory.marks import repeated
+
+ROWS_AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
+
+
+def by_rows(
+    dequantize_rows: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """Dequantise a weight [out, in] some rows at a time, by a format's ``dequantize_rows``."""
+    weight = torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device)
+    for some in pieces(shape[0], max(1, ROWS_AT_ONCE // shape[1]), weight.is_meta):
+        weight[some] = dequantize_rows(tensors, shape, some, torch.float32)
+    return weight
 
 
 def pieces(length: int, at_once: int, is_meta: bool) -> Iterator[slice]:

@@ -20,7 +20,8 @@ from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config
-from qlora_lite.quant.formats import FORMATS, grouped, scaled
+from qlora_lite.quant import pieces
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.linear import WeightRows, frozen_weight
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.product import materialize
@@ -91,14 +92,14 @@ def test_a_run_trains_beside_its_codes_and_is_not_merged_into_them(published, tm
         merge_run(run, tmp_path / "merged", MergeSettings(rows=0))
 
 
-@pytest.mark.parametrize(("case", "module"), [("int8", scaled), ("fp8", scaled), ("gptq", grouped), ("awq", grouped)])
-def test_every_bit_is_that_of_the_reference_whole_or_some_rows_at_a_time(case, module, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", ["int8", "fp8", "gptq", "awq"])
+def test_every_bit_is_that_of_the_reference_whole_or_some_rows_at_a_time(case, tmp_path, monkeypatch):
     plain = save_published(tmp_path, case)
     layer = load(tmp_path).model.layers[0].mlp.up_proj
     expected, rows = plain.model.layers[0].mlp.up_proj.weight, torch.tensor([9, 0, 95, 9])
     assert torch.equal(WeightRows(layer, torch.float32)[rows], expected[rows])
-    for at_once in (module.AT_ONCE, 5 * expected.shape[1]):
-        monkeypatch.setattr(module, "AT_ONCE", at_once)
+    for at_once in (pieces.ROWS_AT_ONCE, 5 * expected.shape[1]):
+        monkeypatch.setattr(pieces, "ROWS_AT_ONCE", at_once)
         for dtype in (torch.float32, torch.bfloat16):
             assert torch.equal(materialize(*frozen_weight(layer), dtype), expected.to(dtype))
 

@@ -11,7 +11,7 @@ from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, place
-from qlora_lite.quant.formats import FORMATS, gguf_blocks, grouped, mxfp4, scaled
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 from qlora_lite.train.causal_lm import CausalLM
@@ -75,10 +75,13 @@ def test_its_parts_are_counted_by_their_bytes_and_keep_their_types():
     assert materialize(*frozen_weight(layer), torch.float32).shape == layer.shape
 
 
-@pytest.mark.parametrize("kind", [gguf_blocks, scaled, grouped, mxfp4])
-def test_a_plan_counts_the_work_of_all_pieces_though_it_runs_few(kind, monkeypatch):
-    name = {gguf_blocks: "q6_k", scaled: "fp8_128x128", grouped: "gptq_4_128", mxfp4: "mxfp4"}[kind]
-    monkeypatch.setattr(kind, "AT_ONCE", 700 if kind is mxfp4 else 700 * 32)  # blocks, or weights: pieces and a rest
+@pytest.mark.parametrize(("name", "at_once"), [
+    ("q6_k", "formats.gguf_blocks.AT_ONCE"), ("fp8_128x128", "pieces.ROWS_AT_ONCE"),
+    ("gptq_4_128", "pieces.ROWS_AT_ONCE"), ("mxfp4", "formats.mxfp4.AT_ONCE"),
+])  # fmt: skip
+def test_a_plan_counts_the_work_of_all_pieces_though_it_runs_few(name, at_once, monkeypatch):
+    # blocks, or weights: pieces and a rest
+    monkeypatch.setattr(f"qlora_lite.quant.{at_once}", 700 if name == "mxfp4" else 700 * 32)
 
     def work(device):
         tensors = [torch.zeros(size, dtype=dtype, device=device)

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.quant.pieces import pieces
+from qlora_lite.quant.pieces import by_rows
 
-AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
 _WORD = 32
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of 8 rows in a word
 
@@ -53,10 +52,7 @@ class Grouped:
 
     def dequantize(self, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
-        weight = torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device)
-        for some in pieces(shape[0], max(1, AT_ONCE // shape[1]), weight.is_meta):
-            weight[some] = self.dequantize_rows(tensors, shape, some, torch.float32)
-        return weight
+        return by_rows(self.dequantize_rows, tensors, shape, dtype)
 
     def dequantize_rows(
         self, tensors: Sequence[Tensor], shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype

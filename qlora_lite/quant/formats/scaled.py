@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.quant.pieces import pieces
-
-AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
+from qlora_lite.quant.pieces import by_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +41,7 @@ class Scaled:
 
     def dequantize(self, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
-        weight = torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device)
-        for some in pieces(shape[0], max(1, AT_ONCE // shape[1]), weight.is_meta):
-            weight[some] = self.dequantize_rows(tensors, shape, some, torch.float32)
-        return weight
+        return by_rows(self.dequantize_rows, tensors, shape, dtype)
 
     def dequantize_rows(
         self, tensors: Sequence[Tensor], shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype
