@@ -93,7 +93,13 @@ def _stored_paths(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_config(model: nn.Module, base_model: str) -> dict:
     """Return the content of ``adapter_config.json``: the commonest rank and alpha, patterns for the rest."""
     layers = {outside(model, name): layer for name, layer in lora_layers(model)}
-    first = next(iter(layers.values()))
+    first = next(iter(layers.values()), None)
+    if first is None:  # weights of the base alone were trained; the name stands for no layer, to peft too
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+            "r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "target_modules": "dummy-target-modules",
+            **_trained_beside(model, ()), "inference_mode": True,
+        }  # fmt: skip
     ranks, alphas = [layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()]
     rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
@@ -195,7 +201,11 @@ class Lora(AdapterMethod):
             self.split.ranks(model)
             if base_of(model) is None and model.device.type != "meta":
                 raise ModelError(f"the model was loaded without the start {self.split.kind}")
-        add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
+        if self.targets:
+            add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
+        else:
+            require_base(model)
+            model.requires_grad_(False)
         _begin(model, take_first(model))
         train_parts(model, self.also)
         train_tokens(model, self.tokens, self.known_tokens, self.dtype)
@@ -211,8 +221,8 @@ class Lora(AdapterMethod):
         Raises:
             ModelError: the model has no LoRA layers.
         """
-        require_lora(model)
         if not self.also and not self.tokens:
+            require_lora(model)
             yield from lora_parameters(model)
             return
         inside, added = in_blocks(model), {parameter: name for name, parameter in lora_parameters(model)}
@@ -229,9 +239,10 @@ class Lora(AdapterMethod):
         """Return the weights under the names of the PEFT format.
 
         Raises:
-            ModelError: the model has no LoRA layers.
+            ModelError: the model has no LoRA layers, and nothing else is trained.
         """
-        require_lora(model)
+        if not any(trained_weights(model)):
+            require_lora(model)
         return adapter_tensors(model)
 
     def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:
@@ -250,10 +261,10 @@ class Lora(AdapterMethod):
         return [next((r for end, r in added.items() if name.endswith(end)), self.also_lr_ratio) for name in names]
 
     def does_nothing(self, model: nn.Module) -> bool:
-        """Return whether every B is still as it began."""
+        """Return whether every B is still as it began; False where no layer has one."""
         if self.split:
             return _begun.get(model) == _sums_of_b(model)
-        return not any(layer.lora_B.any() for _, layer in lora_layers(model))
+        return bool(self.targets) and not any(layer.lora_B.any() for _, layer in lora_layers(model))
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
@@ -353,10 +364,11 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     if isinstance(adapter, Saved):
         return adapter.attach(model)
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
-    first = next(iter(adapter.layers.values()))
-    add_lora(
-        model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype, dora=adapter.is_dora
-    )
+    model.requires_grad_(False)
+    for first in [*adapter.layers.values()][:1]:  # none, where weights of the base alone were trained
+        add_lora(
+            model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype, dora=adapter.is_dora
+        )
     where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))

@@ -164,6 +164,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     tokens, rows, of_rows = _take_rows(tensors, config, model)
     weights, problems = weights | rows, problems + of_rows
     ranks, of_layers = _check(tensors, layers, bool(config.get("use_dora")))
+    if not tensors and not weights:
+        of_layers = ["it has no LoRA weights"]
     problems += of_layers + _without_factors(config, layers, ranks)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
@@ -478,7 +480,7 @@ def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:
         problems += [f"{key} is not finite" for key in keys if not tensors[key].isfinite().all()]
         ranks[name] = rows // experts
     problems += [f"{name[:200]} belongs to no linear layer" for name in sorted(set(tensors) - known)]
-    return ranks, problems if tensors else ["it has no LoRA weights"]
+    return ranks, problems
 
 
 def _without_factors(config: dict, layers, ranks) -> list[str]:

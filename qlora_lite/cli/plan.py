@@ -126,7 +126,8 @@ def _title(settings, machine) -> str:
         "bottleneck": f"width {settings.bottleneck.width}",
         **dict.fromkeys(WITH_VIRTUAL_TOKENS, f"{settings.virtual_tokens} virtual tokens"),
     }
-    size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}")
+    alone = f"{', '.join(settings.adapter.train_also) or 'rows of tokens'} alone"
+    size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}" if settings.lora.targets else alone)
     rows = f"{settings.data.max_tokens:,} tokens, {size}"
     return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
 

@@ -184,7 +184,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
          f"{', but for ' + ', '.join(f'`{each}`' for each in kept) if (kept := r.model.keep_16bit) else ''}"),
         (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
          f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
-         f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"),
+         f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}" if targets else "-"),
         ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
         ("tokens with rows of their own", ", ".join(f"`{token}`" for token in r.adapter.train_tokens) or "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),

@@ -33,6 +33,7 @@ def conflicts(value: _Value) -> _Found:
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
+        _no_layers,
     ):  # fmt: skip
         yield from check(value)
 
@@ -77,6 +78,16 @@ def _virtual(value: _Value) -> _Found:
     if room - tokens < SHORTEST_ROW:
         message = f"prompt.virtual_tokens = {tokens}: leaves {room - tokens} of data.max_tokens {room} for a row"
         yield ("prompt", "virtual_tokens"), f"{message}; raise data.max_tokens"
+
+
+def _no_layers(value: _Value) -> _Found:
+    if value("lora", "targets") != []:
+        return
+    for (section, name), usual in {("adapter", "method"): "lora", ("lora", "start"): "kaiming"}.items():
+        if (given := value(section, name)) not in (None, usual):
+            yield (section, name), f"{section}.{name} = {written(given)}: needs layers, and lora.targets is []"
+    if not value("adapter", "train_also") and not value("adapter", "train_tokens"):
+        yield ("lora", "targets"), "lora.targets = []: nothing is trained; write adapter.train_also, or train_tokens"
 
 
 def _kept_16_bit(value: _Value) -> _Found:

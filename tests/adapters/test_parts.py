@@ -17,7 +17,7 @@ from qlora_lite.adapters.files import (
     save_adapter,
     weights_before,
 )
-from qlora_lite.adapters.lora.inject import Target
+from qlora_lite.adapters.lora.inject import Target, lora_layers
 from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.parts import BIASES, EMBEDDINGS, HEAD, NORMS, NormInFloat32, trained_weights
 from qlora_lite.adapters.read import read_adapter
@@ -52,8 +52,9 @@ CASES = {  # the model, what is trained, and peft's settings for it
 ATTENTION = {"gpt2": "c_attn"}
 
 
-def method(also, model_type="llama", **options):
-    return Lora((Target(ATTENTION.get(model_type, "q_proj")),), 3, 6.0, dtype=torch.float32, also=also, **options)
+def method(also, model_type="llama", targets=None, **options):
+    targets = (Target(ATTENTION.get(model_type, "q_proj")),) if targets is None else targets
+    return Lora(targets, 3, 6.0, dtype=torch.float32, also=also, **options)
 
 
 @torch.no_grad()
@@ -131,10 +132,10 @@ def test_gradients_are_those_of_plain_autograd(case):
         assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
 
 
-def new_trainer(also, model_type="llama", compute_dtype=torch.float32, head=False, **changes):
+def new_trainer(also, model_type="llama", compute_dtype=torch.float32, head=False, targets=None, **changes):
     """A trainer of a tiny 4-bit model; equal arguments give equal ones."""
     model = quantized_pair(model_type, dtype=compute_dtype)[0]
-    how = method(also, model_type, also_lr_ratio=1.0)
+    how = method(also, model_type, targets, also_lr_ratio=1.0)
     torch.manual_seed(0)
     how.apply(model)
     place(model, CPU, changes.get("options", MemoryOptions()))
@@ -205,6 +206,35 @@ def test_updates_in_backward_are_those_of_a_step():
     steps = list(plain)
     other = new_trainer((EMBEDDINGS, NORMS), "gemma2", options=MemoryOptions(optimizer_in_backward=True), **settings)
     assert [step.loss for step in other] == [step.loss for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "also"), [("qwen2", (BIASES,)), ("gpt2", (NORMS, BIASES)), ("gemma2", (NORMS,))]
+)
+def test_without_lora_layers_the_others_alone_are_trained(model_type, also, tmp_path):
+    def new():
+        return new_trainer(also, model_type, targets=())
+
+    whole = new()
+    frozen = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}
+    assert not any(True for _ in lora_layers(whole.model)) and frozen
+    begun = [parameter.detach().clone() for parameter in whole.parameters]
+    steps = list(whole)
+    assert begun and not any(torch.equal(a, b) for a, b in zip(whole.parameters, begun, strict=True))
+    assert all(torch.equal(whole.model.get_parameter(name), p) for name, p in frozen.items())
+    first, resumed = new(), new()
+    metrics = iter(first)
+    next(metrics), next(metrics)
+    tensors, numbers = capture(first)
+    restore(resumed, Checkpoint(first.step, tensors, {STATE: numbers}))
+    assert [step.loss for step in resumed] == [step.loss for step in steps[2:]]
+    save_adapter(whole.model, tmp_path, method=whole.workload.method)
+    again = load_adapter(quantized_pair(model_type)[0], tmp_path)
+    assert torch.equal(logits(again), logits(whole.model))
+    theirs = peft.PeftModel.from_pretrained(build_tiny(model_type), tmp_path)
+    assert torch.allclose(logits(theirs), logits(load_adapter(build_tiny(model_type), tmp_path)), atol=2e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(logits(load_adapter(quantized_pair(model_type)[0], tmp_path / "theirs")), logits(whole.model))
 
 
 def test_rows_of_a_batch_have_their_own_weights(tmp_path):
