@@ -2,8 +2,9 @@
 
     {"model": "llama-8b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024}
 
-Keys beside these: the other memory options by their names, quant_head, optimizer, accumulation, rank and rows. Every
-tool that measures a step builds it here, so that all of them measure the same thing.
+Keys beside these: the other memory options by their names, quant, keep_16bit, quant_head, method (see ``METHODS``),
+optimizer, accumulation, rank and rows. Every tool that measures a step builds it here, so that all of them measure the
+same thing.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.models import DEMO_MODELS, build, installed
+from common.models import DEMO_MODELS, build, installed, path_of
+from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.files import Lora
-from qlora_lite.adapters.lora.inject import add_lora
+from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.adapters.prefix import PrefixTuning
+from qlora_lite.adapters.prompt import PromptTuning
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes
+from qlora_lite.models.gguf_codes import kept_formats
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.load import resolve_device
+from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
@@ -56,13 +62,18 @@ CASE_KEYS = (
     "tokens",
     "checkpointing",
     *OPTION_KEYS,
+    "quant",
+    "keep_16bit",
     "quant_head",
+    "method",
     "optimizer",
     "accumulation",
     "rank",
     "rows",
 )
+BASE_KEYS = "model", "quant", "keep_16bit"  # by which bases in the cache differ
 RANK, OPTIMIZER = 16, "adamw_8bit"
+METHODS = {"bottleneck": Bottleneck, "prompt": PromptTuning, "prefix": PrefixTuning}
 
 
 def plan_cases(cuda: bool) -> list[dict]:
@@ -89,6 +100,13 @@ def plan_cases(cuda: bool) -> list[dict]:
         {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "cache_dequantized": True},
         {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "optimizer_in_backward": True},
     ]
+    options += [
+        {"model": "gemma3-270m", "tokens": 512, "checkpointing": "block", "quant": "keep"},  # Q4_K and Q5_0 codes
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "quant": "keep"},  # Q4_1
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "keep_16bit": ["v_proj", "down_proj"]},
+    ]
+    options += [{"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": method}
+                for method in ("dora", "bottleneck", "prompt", "prefix")]  # fmt: skip
     options += [
         {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
         for model in ("smollm2-135m", "gemma3-270m")
@@ -121,12 +139,25 @@ def memory_options_of(case: dict) -> MemoryOptions:
     return MemoryOptions(case["checkpointing"], **{key: case[key] for key in OPTION_KEYS if key in case})
 
 
+def method_of(case: dict) -> AdapterMethod:
+    """Return the adapter method of a case."""
+    name = case.get("method", "lora")
+    return METHODS[name]() if name in METHODS else Lora(rank=case.get("rank", RANK), dora=name == "dora")
+
+
+def base_of(case: dict, device: torch.device):
+    """Return the case's model, without an adapter."""
+    base = case.get("quant_head", False), case.get("quant", "nf4"), case.get("keep_16bit", ())
+    return build(case["model"], device, *base)
+
+
 def model_of(case: dict, device: torch.device):
-    """Return the case's model with LoRA weights, its weights where its memory options want them.
+    """Return the case's model with its adapter, its weights where its memory options want them.
 
     Random weights are made on the device even if some of them go to the host afterwards: a GPU is much faster at it.
     """
-    model = add_lora(build(case["model"], device, case.get("quant_head", False)), rank=case.get("rank", RANK))
+    model = base_of(case, device)
+    method_of(case).apply(model)
     return rearranged(model, device, memory_options_of(case))
 
 
@@ -151,7 +182,8 @@ def examples_of(case: dict) -> list[Example]:
     A case with "lengths" has one row of each length, and a micro-batch for each.
     """
     rows = case.get("rows", 1)
-    lengths = case.get("lengths") or [case["tokens"] // rows] * 4 * rows
+    tokens = case["tokens"] - method_of(case).virtual_tokens
+    lengths = case.get("lengths") or [tokens // rows] * 4 * rows
     random = np.random.default_rng(0)
     ids = [random.integers(5, 1000, length, dtype=np.int32) for length in lengths]
     return [Example(row, np.arange(len(row)) > 0, "", "", f"row {number}") for number, row in enumerate(ids)]
@@ -176,7 +208,7 @@ def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trai
         max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", options=memory_options_of(case),
         on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
     )  # fmt: skip
-    trainer = Trainer(model, examples_of(case), settings)
+    trainer = Trainer(model, examples_of(case), settings, workload=CausalLM(method=method_of(case)))
     if computes:
         trainer.check()
     else:
@@ -187,11 +219,15 @@ def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trai
 
 def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     """Describe the case's step for the planner."""
-    model = trainer.model
-    largest = CausalLM().shape(largest_batches(CausalLM(), trainer.examples, (), trainer.epochs)[0])
-    spec = ModelSpec(model.config, quant_head=case.get("quant_head", False), compute_dtype=model.dtype)
+    model, work, quant = trainer.model, trainer.workload, case.get("quant", "nf4")
+    largest = work.shape(largest_batches(work, trainer.examples, (), trainer.epochs)[0])
+    formats = kept_formats(locate(path_of(case["model"])), model.config) if quant == "keep" else ()
+    spec = ModelSpec(
+        model.config, quant, quant_head=case.get("quant_head", False), compute_dtype=model.dtype,
+        keep_16bit=tuple(case.get("keep_16bit", ())), formats=formats,
+    )  # fmt: skip
     return Job(
-        CausalLM(method=Lora(rank=case.get("rank", RANK)), spec=spec), largest, largest if evaluates else None,
+        replace(work, spec=spec), largest, largest if evaluates else None,
         resolve_device().type, optimizer=trainer.settings.optimizer, max_grad_norm=trainer.settings.max_grad_norm,
         accumulating=case.get("accumulation", 1) > 1, options=memory_options_of(case),
     )  # fmt: skip
@@ -202,7 +238,7 @@ def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
     device = resolve_device()
     set_memory_options(trainer.model, replace(trainer.settings.options, compile=False))
     with Ledger(allocation_bytes=ALLOCATION_BYTES[device.type]) as ledger:
-        for tensor, category, _ in categorised(CausalLM(), trainer.model):
+        for tensor, category, _ in categorised(trainer.workload, trainer.model):
             ledger.claim([tensor], category)
         ledger.watch(trainer.model)
         trainer.probe_memory(evaluation)
@@ -252,12 +288,15 @@ def seconds_of(action: Callable[[], object], device: torch.device = CPU) -> floa
 
 
 def estimates(model, case: dict) -> dict:
-    """Return what two other ways of predicting say about the same model and step.
+    """Return what two other ways of predicting say about the same model and step; nothing where they are for another.
 
     "accelerate": the size that ``accelerate estimate-memory`` reports for int4 weights, and for training with Adam.
     "formula": 4-bit weights, factors with gradients and 8-bit states, block inputs and one block's activations of a
     checkpointed step (2 T D L + 34 T D bytes; arXiv 2205.05198, section 5), and the logits in 16 and 32 bit.
     """
+    if {"quant", "keep_16bit", "method"} & case.keys():
+        return {}
+
     from accelerate import init_empty_weights
     from accelerate.utils import calculate_maximum_sizes
     from transformers import AutoModelForCausalLM

@@ -7,6 +7,7 @@ Random weights are made in NF4 at once, on the device asked for: an 8B model on 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from transformers import AutoConfig
@@ -57,19 +58,23 @@ def dtype_of(config) -> torch.dtype:
     return auto_dtype(fast_dtype(device), config.model_type) if device.type == "cuda" else torch.bfloat16
 
 
-def build(name: str, device: torch.device | str, quant_head: bool = False):
-    """Return a model in NF4 with its weights in memory of its own.
+def build(
+    name: str, device: torch.device | str, quant_head: bool = False, quant: str = "nf4", keep_16bit: Sequence[str] = ()
+):
+    """Return a model with its weights in memory of its own.
 
     Args:
         name: a key of ``MODELS``.
         quant_head: its head is in 4 bit too.
+        quant, keep_16bit: as the recipe's settings; of demo models alone, the others are in NF4.
     """
     if name not in DEMO_MODELS:
         config = config_of(name)
         model = give_storage(meta_model(config, "nf4", True, dtype_of(config), quant_head), device)
         fill(model, config)
         return model
-    model = load_model(path_of(name), compute_dtype=dtype_of(config_of(name)), device=device)
+    dtype = dtype_of(config_of(name))
+    model = load_model(path_of(name), quant, compute_dtype=dtype, device=device, keep_16bit=keep_16bit)
     with torch.no_grad():  # weights from the cache are mapped from its file
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
