@@ -206,7 +206,8 @@ def give_storage(model: nn.Module, device: torch.device | str = "cpu") -> nn.Mod
                 if tensor is None:
                     continue
                 if id(tensor) not in replaced:  # tied weights stay tied
+                    is_parameter = isinstance(tensor, nn.Parameter)
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    replaced[id(tensor)] = nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+                    replaced[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                 registry[name] = replaced[id(tensor)]
     return model

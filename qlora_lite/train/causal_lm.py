@@ -244,9 +244,9 @@ class CausalLM(Workload):
         how = spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head, spec.keep_16bit, spec.formats
         model = meta_copy(spec.config, *how)
         check_shared_keys(model)
+        self.method.apply(model)
         if device.type != "meta":
             give_storage(model, device)
-        self.method.apply(model)
         place(model, device, options, trains_base=self.method.trains_base)
         if why_unpacked(model, max(spec.longest, *shape.lengths)):
             run_unpacked(model)

@@ -326,6 +326,16 @@ def test_a_start_changes_nothing_of_what_a_step_takes(tmp_path):
     assert taken[0] == taken[1] and split.chosen.settings == plain.chosen.settings
 
 
+def test_a_step_that_is_measured_on_real_tensors_needs_no_weights_that_were_split(tmp_path):
+    job = plan_of(recipe_of(tmp_path, "loftq")).chosen.prediction.job
+    sizes = [
+        {name: (p.shape, p.requires_grad) for name, p in
+         job.workload.planned_model(torch.device(device), job.options, job.shape).named_parameters()}
+        for device in ("meta", "cpu")
+    ]  # fmt: skip
+    assert sizes[0] == sizes[1] and any(trains for _, trains in sizes[0].values())
+
+
 @pytest.fixture(scope="module", params=["loftq-nf4", "pissa-none"])
 def trained(request, tmp_path_factory):
     """A folder with a model, and a run of it that began with a start and was resumed after it was stopped."""
