@@ -17,7 +17,7 @@ import torch
 from .process import ALLOCATOR_VARIABLES, CUDA_CONTEXT_BYTES, GROWING, segments_grow
 
 SAMPLE_SECONDS = 0.01
-_STATUS = Path("/proc/self/status")
+_STATUS, _PAGES = Path("/proc/self/status"), Path("/proc/self/smaps")
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _CGROUP_NAMES = {  # of a group's limit and use, and in its memory.stat of the file pages that can be dropped; by root
     ".": ("memory.max", "memory.current", "inactive_file"),
@@ -81,14 +81,23 @@ def set_memory_limit(device: torch.device, budget_bytes: int | None) -> None:
 
 
 def mapped_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of tensors that are file pages (weights mapped from disk), which no process memory is for."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    """Return the bytes of tensors that are file pages (weights mapped from disk), which no process memory is for.
+
+    A page that was written to is the process's own, unless the file is shared: of a mapping, what tensors have at most
+    is what was not.
+    """
+    if not _PAGES.exists():
         return 0
-    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
-    files = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if len(line) > 5 and line[4] != "0"]
+    files: list[list[int]] = []  # start and end of mappings, and what of each was not written to
+    for line in (text.split(maxsplit=5) for text in _PAGES.read_text().splitlines()):
+        if not line[0].endswith(":"):
+            start, end = (int(number, 16) for number in line[0].split("-"))
+            files.append([start, end, end - start if len(line) > 5 and line[4] != "0" else 0])
+        elif line[0] == "Anonymous:":
+            files[-1][2] = max(0, files[-1][2] - int(line[1]) * 1024)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
-    return sum(size for place, size in storages.items() if any(start <= place < end for start, end in files))
+    sizes = [sum(size for place, size in storages.items() if start <= place < end) for start, end, _ in files]
+    return sum(min(size, unwritten) for size, (_, _, unwritten) in zip(sizes, files, strict=True))
 
 
 class PeakMeter:

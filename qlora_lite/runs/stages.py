@@ -257,8 +257,9 @@ def probe(loaded: Loaded) -> Proven | Overrun:
         trainer.workload, loaded.rows, loaded.eval_examples, trainer.epochs, trainer.most_tokens
     )  # fmt: skip
     expected = expected_peak(loaded.plan, *batches)
-    # what is trained is written to, so that no file page stands for it any more
-    weights = [tensor for tensor in (*loaded.model.parameters(), *loaded.model.buffers()) if not tensor.requires_grad]
+    # what is trained, now or in a later turn, is written to, so that no file page stands for it any more
+    parameters = () if trainer.workload.method.trains_base else loaded.model.parameters()
+    weights = [*(each for each in parameters if not each.requires_grad), *loaded.model.buffers()]
     mapped = mapped_bytes(weights) if device.type == "cpu" else 0
     predicted = as_measured(loaded.plan, expected) - mapped
     if loaded.settings.options.compile:

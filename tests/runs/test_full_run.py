@@ -23,6 +23,7 @@ from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.serve.engine import Engine
 from qlora_lite.prepare.build import learning_rate_of
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs import stages
 from qlora_lite.runs.run import run_recipe
 
 
@@ -90,6 +91,13 @@ def test_a_stopped_run_is_resumed_to_the_bit_and_can_be_used_meanwhile(run, mode
     run_recipe(recipe, resume="")
     assert sha256(tmp_path / "out/model/model.safetensors") == sha256(run / "model/model.safetensors")
     assert open_run(tmp_path / "out").adapter.name == "model" and not (tmp_path / "out" / "model-last").exists()
+
+
+def test_blocks_that_are_trained_in_turn_are_counted_as_memory_from_the_first_on(model_folder, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(stages, "mapped_bytes", lambda tensors: counted.append([*tensors]) or 0)
+    run_recipe(full_recipe(tmp_path, model_folder, "adapter.switch_every=2", "train.max_steps=1"))
+    assert counted and not any(isinstance(tensor, torch.nn.Parameter) for tensors in counted for tensor in tensors)
 
 
 def test_what_needs_an_adapter_or_the_base_model_is_refused_with_what_to_do(run, tmp_path):

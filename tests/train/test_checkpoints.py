@@ -66,6 +66,8 @@ def test_a_checkpoint_that_is_read_takes_pages_of_its_files_and_no_memory(tmp_pa
     write_checkpoint(tmp_path, Checkpoint(1, tensors, {}), {"torch": "1"}, "abc")
     read = read_checkpoint(folder_of(tmp_path, 1)).tensors["optimizer.safetensors"]
     assert mapped_bytes(read.values()) == 4 * 2**20
+    read["state"][: 2**19] = 1
+    assert mapped_bytes(read.values()) == pytest.approx(2 * 2**20, abs=2**13), "pages that were written to are memory"
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_the_newest_is_found(root):
