@@ -1,7 +1,7 @@
 """Which linear layers and weights of experts stay in 16 bit in a model whose others are in 4 bit: ``model.keep_16bit``.
 
-Patterns are those of ``lora.targets``. A 4-bit checkpoint leaves out what its configuration says (transformers'
-``llm_int8_skip_modules``), and nothing can be added to that.
+Patterns are those of ``lora.targets``. A checkpoint that is packed already leaves out what its configuration says, and
+nothing can be added to that.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
 
 from .nested import without_weights
+from .published import published_formats
 
 
 def kept_layers(model: nn.Module, patterns: Sequence[str], config=None) -> set[str]:
@@ -22,7 +23,7 @@ def kept_layers(model: nn.Module, patterns: Sequence[str], config=None) -> set[s
     Args:
         model: in 16 bit; a skeleton is enough, and one with fewer blocks than the patterns name.
         patterns: names and glob patterns; those that match nothing are passed over.
-        config: of the model; None where it is no 4-bit checkpoint.
+        config: of the model; None where it is no packed checkpoint.
     """
     layers, experts = linear_layers(model), expert_weights(model)
     found = matching(layers, experts, [Target(pattern) for pattern in patterns], in_blocks(model))
@@ -30,14 +31,16 @@ def kept_layers(model: nn.Module, patterns: Sequence[str], config=None) -> set[s
 
 
 def left_out(layers, config) -> set[str]:
-    """Return those of the layers that a 4-bit checkpoint has in 16 bit, as its configuration says."""
+    """Return those of the layers that a packed checkpoint has in 16 bit, as its configuration says."""
+    if packed := dict(published_formats(config)):
+        return {*layers} - packed.keys()
     stored = getattr(config, "quantization_config", None)
     skipped = stored.get("llm_int8_skip_modules") if isinstance(stored, dict) else None
     return {name for name in layers if not should_convert_module(name, skipped)} if skipped else set()
 
 
 def check_kept(config, patterns: Sequence[str], name: str) -> None:
-    """Check that patterns name layers of a model, leave others in 4 bit, and fit what a 4-bit checkpoint holds.
+    """Check that patterns name layers of a model, leave others packed, and fit what a packed checkpoint holds.
 
     Args:
         config: of the model.
@@ -54,7 +57,7 @@ def check_kept(config, patterns: Sequence[str], name: str) -> None:
     kept = choose_layers(layers, experts, targets, in_blocks(model), setting)
     if hasattr(config, "quantization_config"):
         if missing := sorted(kept.keys() - left_out(layers, config)):
-            raise ModelError(f"{setting}: {name} is a 4-bit checkpoint that has {len(missing)} of these layers in 4 "
-                             f"bit, such as {missing[0]}: leave them out, or use the 16-bit model")  # fmt: skip
+            raise ModelError(f"{setting}: {name} is published with {len(missing)} of these layers packed, such as "
+                             f"{missing[0]}: leave them out, or use the 16-bit model")  # fmt: skip
     elif not (layers.keys() & in_blocks(model) | experts.keys()) - kept.keys():
         raise ModelError(f"{setting} leaves no layer in 4 bit: that is model.quant none")

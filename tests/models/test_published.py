@@ -59,6 +59,15 @@ def test_it_gives_the_logits_and_gradients_of_the_dequantised_model(published, c
     assert kinds == {kind for _, kind in published_formats(read_config(str(folder)))}
 
 
+def test_layers_that_are_published_in_16_bit_may_be_named_and_others_are_refused(tmp_path):
+    plain = save_published(tmp_path, "fp8")
+    model = load(tmp_path, keep_16bit=["model.layers.1.self_attn.o_proj"])
+    assert torch.equal(logits(model), logits(load(tmp_path)))
+    assert torch.allclose(logits(model), logits(plain), atol=1e-5)
+    with pytest.raises(ModelError, match=r"published with 1 of these layers packed, such as model.layers.0.self_attn"):
+        load(tmp_path, keep_16bit=["o_proj"])
+
+
 def test_groups_of_experts_are_dequantised_without_the_others(tmp_path):
     plain = save_published(tmp_path, "mxfp4")
     described, tensors = described_experts(first_experts(load(tmp_path)))
