@@ -399,8 +399,7 @@ def host_bytes(plan: Plan) -> int:
 
 
 def disk_bytes(plan: Plan) -> int:
-    """Room on the disk: the quantised model in the cache, if it is not trained on codes as they are, and what the run
-    writes.
+    """Room on the disk: the quantised model in the cache, where it is quantised here, and what the run writes.
 
     Of a model that memory has no room for, the weights lie there twice while it is prepared.
     """
@@ -409,6 +408,6 @@ def disk_bytes(plan: Plan) -> int:
     # all of a model is in its folder, trained or not
     written = simulation.trained_bytes + simulation.frozen_bytes if work.method.trains_base else simulation.saved_bytes
     space = Space(written, simulation.state_bytes, with_evaluation, plan.kept_checkpoints)
-    is_prepared = not (work.method.trains_base or work.keeps_codes)
+    is_prepared = work.is_quantized and not work.keeps_codes
     times = 2 if plan.chosen.options.weights_on_disk else 1
     return is_prepared * times * simulation.frozen_bytes + space.whole_bytes()

@@ -217,7 +217,7 @@ class CausalLM(Workload):
     @property
     def keeps_codes(self) -> bool:
         """Whether layers keep the codes of their file."""
-        return bool(self.spec.formats)
+        return bool(self.spec.formats) or hasattr(self.spec.config, "quantization_config")
 
     @property
     def fixed_options(self) -> Mapping[str, object]:

@@ -723,6 +723,19 @@ def test_a_slower_machine_is_estimated_slower(recipe):
     assert 2 < times[1] / times[0] < 10
 
 
+def test_the_disk_needs_room_for_a_model_that_is_quantised_here_alone(recipe, tmp_path):
+    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"])
+    config.save_pretrained(tmp_path / "plain")
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config.save_pretrained(tmp_path / "packed")
+    quantised, plain, packed = (
+        planner.plan_recipe(recipe(f"model.path={tmp_path / name}", f"model.quant={quant}", "data.max_tokens=64"),
+                            CARD, 8 * GIB) for name, quant in (("plain", "nf4"), ("plain", "none"), ("packed", "nf4"))
+    )  # fmt: skip
+    written = quantised.chosen.prediction.simulation.frozen_bytes
+    assert planner.disk_bytes(quantised) - written == planner.disk_bytes(plain) == planner.disk_bytes(packed) > 0
+
+
 def test_an_unknown_model_names_the_nearest(recipe):
     with pytest.raises(ModelError, match=r"nearest known models are .*Llama-3\.2-1B"):
         planner.plan_recipe(recipe("model.path=someone/Llama-3.2-1"), CARD, GIB)
