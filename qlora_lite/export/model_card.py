@@ -31,6 +31,8 @@ class CardFacts:
         merged_into: for a merged model what it was merged into ("nf4", "original"); None for an adapter.
         has_template: the tokenizer beside it has a chat template.
         notes: what a user of the files has to know.
+        packed_as: how the files of the base model have the weights that were trained on; empty where they are in 16
+            bit.
     """
 
     repo: str
@@ -41,6 +43,7 @@ class CardFacts:
     merged_into: str | None
     has_template: bool
     notes: tuple[str, ...] = ()
+    packed_as: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -71,22 +74,22 @@ def _metadata(facts: CardFacts) -> dict:
         "base_model_relation": facts.base_model and ("finetune" if facts.merged_into else "adapter"),
         "library_name": "transformers" if facts.merged_into else "peft",
         "pipeline_tag": "text-generation",
-        "tags": [*_methods(facts.recipe), PROJECT],
+        "tags": [*_methods(facts), PROJECT],
         "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
     }
     return {key: value for key, value in {**found, **facts.licence}.items() if value}
 
 
-def _methods(recipe: Recipe) -> list[str]:
+def _methods(facts: CardFacts) -> list[str]:
     """Return what the hub calls the ways in which a run was trained."""
-    names = ["lora", "dora"] if recipe.adapter.method == "dora" else ["lora"]
-    return names if recipe.model.quant == "none" else [*names, *(f"q{name}" for name in names)]
+    names = ["lora", "dora"] if facts.recipe.adapter.method == "dora" else ["lora"]
+    is_plain = facts.recipe.model.quant == "none" and not facts.packed_as
+    return names if is_plain else [*names, *(f"q{name}" for name in names)]
 
 
 def _introduction(facts: CardFacts) -> str:
-    quant = facts.recipe.model.quant
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A base model"
-    weights = _weights(quant)
+    weights = _weights(facts)
     kind = _name_of_method(facts.recipe)
     if facts.merged_into:
         what = (
@@ -98,9 +101,9 @@ def _introduction(facts: CardFacts) -> str:
     return f"{what} with {PROJECT}.{unfinished}"
 
 
-def _weights(quant: str) -> str:
-    known = {"none": "16-bit weights", "keep": "its own packed weights"}
-    return known.get(quant, f"{quant.upper()} weights")
+def _weights(facts: CardFacts) -> str:
+    quant = facts.recipe.model.quant
+    return facts.packed_as or ("16-bit weights" if quant == "none" else f"{quant.upper()} weights")
 
 
 def _name_of_method(recipe: Recipe) -> str:
@@ -128,7 +131,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_spe
 
 def _as_in_training(facts: CardFacts) -> str:
     quant = facts.recipe.model.quant
-    if quant in ("none", "keep") or facts.merged_into:
+    if quant == "none" or facts.packed_as or facts.merged_into:
         return ""
     double = str(facts.recipe.model.double_quant)
     skipped = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in facts.recipe.model.keep_16bit]
@@ -179,7 +182,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
         ("target tokens", _count(counted.get("learned_tokens"))),
-        ("base weights", {"none": "16 bit", "keep": "as published, packed"}.get(r.model.quant) or
+        ("base weights", facts.packed_as or "16 bit" * (r.model.quant == "none") or
          f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"
          f"{', but for ' + ', '.join(f'`{each}`' for each in kept) if (kept := r.model.keep_16bit) else ''}"),
         (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"

@@ -28,7 +28,11 @@ from qlora_lite.adapters.read import CONFIG_NAME
 from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.errors import ModelError, OutputError, RecipeError
+from qlora_lite.models.load import KEEP, stored_quantization
 from qlora_lite.models.locate import read_json
+from qlora_lite.models.skeleton import read_config
+from qlora_lite.prepare.build import formats_of
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.train.out_of_memory import first_line
 
 from .formats import ExportSettings, export_run
@@ -147,7 +151,7 @@ def prepare_push(
     if settings.merged and left_out:
         notes.append(f"not sent: {', '.join(left_out)}")
     facts = CardFacts(settings.repo, base_model, licence, opened.recipe, opened.summary, merged_into,
-                      "chat_template.jinja" in files, about_files)  # fmt: skip
+                      "chat_template.jinja" in files, about_files, _packed_as(trained))  # fmt: skip
     card: dict[str, Path | bytes] = {README: model_card(facts).encode()}
     return Push(settings.repo, card | files, private, there, tuple(notes))
 
@@ -163,6 +167,15 @@ def send(push: Push, api: HfApi) -> str:
         if push.there is None:
             api.create_repo(push.repo, private=push.private)
         return api.create_commit(push.repo, operations, commit_message=f"Upload {push.repo} with qlora-lite").commit_url
+
+
+def _packed_as(trained: TrainedRun) -> str:
+    """Return how the base model's files have the weights that a run was trained on; "" where they are in 16 bit."""
+    m, (quant, _) = trained.recipe.model, trained.quantization
+    if quant == KEEP:
+        kinds = {kind for _, kind in formats_of(trained.recipe, read_config(m.path, m.revision))}
+        return ", ".join(sorted({FORMATS[kind].about for kind in kinds}))
+    return f"{quant} codes as published" if stored_quantization(trained.files.config) else ""
 
 
 def _is_hub_name(name: str) -> bool:

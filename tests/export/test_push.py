@@ -11,12 +11,16 @@ import pytest
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from tiny_files import byte_tokenizer, save_tiny
+from tiny_published import save_published
 from tiny_runs import make_run, tiny_run
 
 from qlora_lite.errors import OutputError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.export.model_card import CardFacts, model_card
 from qlora_lite.export.push import Push, send
+from qlora_lite.models.load import load_model
+from qlora_lite.models.save import save_quantized
 from qlora_lite.recipe.load import load_recipe, recipe_of
 
 REPO, BASE = "me/orders", "them/Base-1B"
@@ -271,6 +275,18 @@ def test_the_card_of_dora_names_it_and_the_rate_of_b(tmp_path, quant, tags):
     assert yaml.safe_load(card.split("---\n")[1])["tags"] == [*tags, "qlora-lite"]
     assert "A DoRA adapter for" in card and "\n| DoRA | rank 8," in card
     assert "\n| learning rate | 0.0015, cosine, warm-up 3%, 16 times that for B |" in card
+
+
+def test_the_card_says_what_the_files_of_the_base_have_packed(hub, command, tmp_path):
+    save_published(tmp_path / "fp8", "fp8")
+    save_tiny(tmp_path / "plain", intermediate_size=128)
+    save_quantized(load_model(str(tmp_path / "plain"), "fp4"), tmp_path / "fp4", byte_tokenizer())
+    for name, words in (("fp8", "fp8 (E4M3) codes as published"), ("fp4", "fp4 codes as published")):
+        run = make_run(tmp_path / f"of {name}", tmp_path / name, lora={"rank": 4, "alpha": 8})
+        code, out, err = command("push", run, REPO, "--base-model", BASE, "--dry-run")
+        assert code == 0, err
+        assert f"| base weights | {words} |" in out and f", trained on {words} with" in out
+        assert "- qlora\n" in out and "BitsAndBytesConfig" not in out and "NF4" not in out
 
 
 def test_a_gpu_leaves_out_what_the_run_did_not_measure(tmp_path):
