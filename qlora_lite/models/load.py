@@ -161,10 +161,10 @@ def load_model(
         compute_dtype: of activations, head, embeddings and norms.
         use_cache: keep and reuse the quantised model on disk.
         quant_head: keep a 4-bit copy of the head.
-        in_files: where the device is the host and weights are quantised from 16-bit safetensors, never have all of them
-            in its memory: they stay in files that the process sees as memory, those of the cache if it is used, also
-            while they are made. (A GGUF file is dequantised in memory first; what is stored in 4 bit stays where it
-            is.)
+        in_files: where the device is the host and weights are quantised, or split, from 16-bit safetensors, never have
+            all of them in its memory: they stay in files that the process sees as memory, those of the cache if it is
+            used, also while they are made. (A GGUF file is dequantised in memory first; what is stored in 4 bit stays
+            where it is.)
         keep_16bit: names and glob patterns, as of LoRA's targets, of layers and weights of experts that stay in 16 bit
             while the others are quantised.
         start: how weights are split between the base, which is loaded, and what its LoRA weights begin as
@@ -204,7 +204,7 @@ def load_model(
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
-        first = _split(model, files, start, use_cache) if start else None
+        first = _split(model, files, start, use_cache, in_files) if start else None
     else:
         config = QuantizeConfig(quant, double_quant, keep_16bit=keep_16bit, start=start)
         model, first = _load_quantized(files, part, config, compute_dtype, device, use_cache, in_files)
@@ -236,11 +236,11 @@ def _with_quantization(start: Start, quant: str, double_quant: bool) -> dict:
     return start.settings() | {"quant": quant, "double_quant": quant != "none" and double_quant}
 
 
-def _split(model: nn.Module, files: ModelFiles, start: Start, use_cache: bool) -> First:
+def _split(model: nn.Module, files: ModelFiles, start: Start, use_cache: bool, in_files: bool) -> First:
     """Split the weights of a model in 16 bit or more, by what the cache has if it is to be used."""
     entry = cache_entry(files, start=start.settings(), dtype=str(model.dtype))
     known = read_first(entry, start, model) if use_cache else None
-    first = split_in_place(model, start, known)
+    first = split_in_place(model, start, known, InFiles(_folder_for_files()) if in_files else None)
     if use_cache and known is None:
         try:
             save_first(entry, first)

@@ -18,15 +18,19 @@ from qlora_lite.quant.linear import is_conv1d
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .cache import check_sums, write_sums
+from .quantizer import InFiles
 
 FIRST_NAME = "first_lora_weights.safetensors"
 
 
-def split_in_place(model: nn.Module, start: Start, first: First | None = None) -> First:
+def split_in_place(
+    model: nn.Module, start: Start, first: First | None = None, files: InFiles | None = None
+) -> First:  # fmt: skip
     """Put what is left of the weights of a model in 16 bit or more in their place, one at a time.
 
     Args:
         first: what the LoRA weights begin as; None finds it.
+        files: what is left is put there; in memory pages of the model's own files would be copied when written to.
 
     Returns:
         It.
@@ -34,6 +38,8 @@ def split_in_place(model: nn.Module, start: Start, first: First | None = None) -
     found: First = {}
     for path, (rank, scale) in tqdm(start.ranks(model).items(), desc="Splitting weights"):
         layer = model.get_submodule(path)
+        if files:
+            layer.weight.data = files.put(layer.weight.data)
         weight = layer.weight.detach()
         weight = weight.t() if is_conv1d(layer) else weight
         if first is None:

@@ -26,7 +26,7 @@ from qlora_lite.inference.compare import compare_runs
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.split import FIRST_NAME
 from qlora_lite.prepare.build import build_model, build_skeleton, build_to_use, fingerprint_of, method_of, without_start
@@ -266,6 +266,17 @@ def test_streamed_weights_are_split_as_resident_ones_are(options, tmp_path):
     for (path, one), (_, other) in zip(lora_layers(streamed), lora_layers(resident), strict=True):
         assert torch.equal(one.lora_A, other.lora_A) and torch.equal(one.lora_B, other.lora_B), path
     assert torch.equal(logits(streamed), logits(resident))
+
+
+def test_a_16_bit_model_that_is_split_stays_on_the_disk_where_memory_has_no_room(tmp_path, monkeypatch):
+    put, own = {}, InFiles.put
+    monkeypatch.setattr(InFiles, "put", lambda self, tensor: put.setdefault(id(tensor), own(self, tensor)))
+    save_tiny(tmp_path / "model", "gpt2")
+    how = {"start": start("pissa"), "compute_dtype": torch.float32}
+    in_files, in_memory = (load_model(str(tmp_path / "model"), "none", in_files=on, **how) for on in (True, False))
+    inside = {tensor.data_ptr() for tensor in put.values()}
+    assert inside == {in_files.get_submodule(path).weight.data_ptr() for path in how["start"].ranks(in_files)}
+    assert torch.equal(logits(in_files), logits(in_memory))
 
 
 def test_an_adapter_that_did_not_learn_is_known_by_its_first_weights(tmp_path):
