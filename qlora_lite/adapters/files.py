@@ -36,7 +36,7 @@ from .lora.inject import (
 )
 from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
-from .lora.start import First, Start, base_of, take_first
+from .lora.start import First, Start, base_of, first_sum_of, take_first
 from .method import AdapterMethod
 from .parts import (
     EMBEDDINGS,
@@ -119,7 +119,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         **({"use_dora": True} if _is_dora(layers) else {}),
         "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in linear.values()),
         **_trained_beside(model, linear),
-        **({"init_lora_weights": base_of(model)} if base_of(model) else {}),
+        **({"init_lora_weights": f"{base_of(model)}:{first_sum_of(model)}"} if base_of(model) else {}),
         "inference_mode": True,
     }
 

@@ -12,6 +12,7 @@ adapted, the first one's has ``.base_layer`` after it.
 """
 
 import json
+import logging
 import re
 import time
 from collections.abc import Collection, Container, Iterator
@@ -34,11 +35,12 @@ from qlora_lite.quant.packed import PackedWeight
 from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
-from .lora.start import base_of
+from .lora.start import base_of, first_sum_of
 from .parts import TOKEN_ROWS, is_tied
 from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+log = logging.getLogger("qlora_lite")
 PREFIX = "base_model.model."
 # Settings of peft that change what an adapter computes, and the starts of values that change the base model.
 REFUSED_KEYS = (
@@ -46,7 +48,8 @@ REFUSED_KEYS = (
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_OWN_BASE = re.compile(r"(loftq|pissa|olora):[0-9a-f]{16}")  # as ``lora.start.base_of`` names one; peft refuses it
+# What ``lora.start.base_of`` and ``first_sum_of`` say of a base, which peft refuses; earlier versions wrote no sum
+_OWN_BASE = re.compile(r"((?:loftq|pissa|olora):[0-9a-f]{16})(?::([0-9a-f]{16})?)?")
 # Of processor time, for all patterns of an adapter file on all paths: far more than honest ones take.
 MATCH_SECONDS = 1.0
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -152,6 +155,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
             raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
     _require_base(base_of(model), config, folder)
+    warn_of_other_split(folder, first_sum_of(model))
     if config["peft_type"] in METHODS:
         method = read_method(config, folder / CONFIG_NAME)
         return checked(model, folder, method, _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES))
@@ -183,13 +187,34 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
 
 def _require_base(base: str | None, config: dict, folder: Path) -> None:
     """Check that an adapter is of a base whose weights were split as the model's were, or not at all."""
-    start = str(config.get("init_lora_weights"))
-    own = start if _OWN_BASE.fullmatch(start) else None
+    own, _ = _own_base(config)
     if own != base:
         made, here = (f"the base {name} of lora.start" if name else "the model as its files have it"
                       for name in (own, base))  # fmt: skip
         raise ModelError(f"the adapter {folder} belongs to {made}, and this is {here}: use the folder of the run that "
                          "trained it, or `qlora-lite export --to peft`, which fits the model's files")  # fmt: skip
+
+
+def _own_base(config: dict) -> tuple[str | None, str | None]:
+    """Return the name of the base that an adapter was split from, and the sum of what it began as."""
+    found = _OWN_BASE.fullmatch(str(config.get("init_lora_weights")))
+    return (found[1], found[2]) if found else (None, None)
+
+
+def warn_of_other_split(folder: str | Path, first_sum: str) -> None:
+    """Warn where a base whose weights were split came out otherwise than when an adapter was trained on it.
+
+    Args:
+        first_sum: of the base here, see ``lora.start.sum_of``; "" where it is not known.
+
+    Raises:
+        ModelError: the configuration is broken, or of what this package cannot compute.
+    """
+    _, recorded = _own_base(_read_config(Path(folder)))
+    if recorded and first_sum and recorded != first_sum:
+        log.warning("the adapter %s was trained on another split of these weights than this machine, type or version "
+                    "of torch makes: the base has a few other codes, and results differ slightly (bring the cache of "
+                    "the machine that trained it for the same base)", folder)  # fmt: skip
 
 
 def named_base(folder: str | Path) -> tuple[str | None, str | None]:

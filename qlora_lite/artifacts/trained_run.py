@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite.adapters.lora.start import take_first
+from qlora_lite.adapters.lora.start import first_sum_of, take_first
 from qlora_lite.adapters.read import Adapter as ReadAdapter
-from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens
+from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.render import end_of_answers
@@ -197,9 +197,15 @@ class TrainedRun:
         if (start := start_of(self.recipe)) is None:
             return None
         m = self.recipe.model
-        return load_model(
+        base = load_model(
             m.path, m.quant, m.double_quant, self.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit, start=start
         )  # fmt: skip
+        self._check_split(base)
+        return base
+
+    def _check_split(self, base: nn.Module) -> None:
+        if self.adapter:
+            warn_of_other_split(self.adapter, first_sum_of(base))
 
     def for_files(self, adapter: ReadAdapter) -> ReadAdapter:
         """Return an adapter for the model as its files have it, in 16 bit: of a base whose weights were split, that is
@@ -217,7 +223,9 @@ class TrainedRun:
 
     def build_base(self) -> nn.Module:
         """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
-        return build_to_use(self.recipe, [self.adapter] if self.adapter else [])
+        model = build_to_use(self.recipe, [self.adapter] if self.adapter else [])
+        self._check_split(model)
+        return model
 
 
 def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:

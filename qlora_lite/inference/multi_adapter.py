@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
+from qlora_lite.adapters.lora.start import first_sum_of
 from qlora_lite.adapters.lora.switch import Switch, add_switch
 from qlora_lite.adapters.prompt import count_virtual
-from qlora_lite.adapters.read import Adapter
+from qlora_lite.adapters.read import Adapter, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
 from qlora_lite.data.render import render_prompt
@@ -208,6 +209,8 @@ def load_switched(
     longest = max(context_tokens_of(run.recipe) for run in opened.values())
     with_adapter = [run.adapter for run in opened.values() if run.adapter]
     model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
+    for folder in with_adapter:
+        warn_of_other_split(folder, first_sum_of(model))
     switch = add_switch(model, adapters)
     arrange_weights(model)
     return model, switch, adapters

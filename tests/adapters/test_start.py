@@ -14,6 +14,7 @@ from tiny_runs import logits
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.files import load_adapter, save_adapter
+from qlora_lite.adapters.lora import start as start_module
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.adapters.lora.start import Start, base_of, take_first
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, open_model, open_trained
@@ -381,7 +382,7 @@ def test_another_start_is_another_base_and_refused(trained, tmp_path):
     mine = opened.fingerprint
     assert mine == json.loads((run / "summary.json").read_text())["base_fingerprint"]
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    assert config["init_lora_weights"] == mine
+    assert config["init_lora_weights"].startswith(f"{mine}:")
     with pytest.raises(ValueError, match=r"init_lora_weights should be|nknown initiali"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), run / "adapter")
     recipe = opened.recipe
@@ -404,6 +405,29 @@ def test_another_start_is_another_base_and_refused(trained, tmp_path):
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
     with pytest.raises(ModelError, match=f"belongs to the base {mine} of lora.start"):
         merge_run(alone, tmp_path / "out", MergeSettings(rows=0))
+
+
+def test_a_base_that_another_machine_splits_otherwise_is_named_wherever_it_is_used(
+    trained, tmp_path, monkeypatch, caplog
+):  # fmt: skip
+    _, run, _ = trained
+    opened = open_trained(run)
+    uses = {
+        "answers": lambda: open_tasks(run),
+        "evaluation": lambda: load_adapter(load_again(opened.recipe), run / "adapter"),
+        "merge": lambda: merge_run(run, tmp_path / f"merged {len(seen)}", MergeSettings(rows=0)),
+        "export": lambda: opened.for_files(opened.adapter_to_merge(opened.skeleton())),
+    }
+    seen, own = [], start_module._random
+    for other in (False, True):
+        if other:  # where sums are taken in another order
+            monkeypatch.setattr(start_module, "_random", lambda weight, rank: own(weight, rank).flip(1))
+            monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "other"))
+        for use in uses.values():
+            caplog.clear()
+            use()
+            seen.append(caplog.text.count("was trained on another split of these weights than this machine"))
+    assert seen == [0] * len(uses) + [1] * len(uses)
 
 
 def load_again(recipe):

@@ -15,13 +15,16 @@ and B are rounded to their type before Q is taken, which makes up for it. What t
 again from the same weight, or from the cache.
 
 Such a Q belongs to its LoRA weights and to no others: models are marked with the name of their base (``set_base``), and
-``adapters.read`` compares it.
+``adapters.read`` compares it. The name is one of content and settings, and decompositions round otherwise on another
+machine or in another version of torch, so that Q has a few other codes there; a sum over what the LoRA weights began
+as, which is beside the name, shows it.
 
 Shapes: W, Q [out, in], A [r, in], B [out, r].
 Source: LoftQ, arXiv 2310.08659, algorithm 1; PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775; subspace iteration,
 arXiv 0909.4061, algorithm 4.4.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -32,6 +35,7 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.nf4 import Packed, dequantize, quantize
+from qlora_lite.quant.tensor_file import bit_sums
 
 from .inject import Target, choose_layers, in_blocks, linear_layers, matching
 from .layer import lora_scale
@@ -41,7 +45,13 @@ STEPS = {LOFTQ: 1, PISSA: 4}  # of subspace iteration for a weight, of LoftQ for
 First = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A and B by the path of the layer
 
 
-_bases: WeakKeyDictionary[nn.Module, tuple[str, First]] = WeakKeyDictionary()  # by model, see ``set_base``
+class _Base(NamedTuple):
+    name: str
+    first: First
+    first_sum: str
+
+
+_bases: WeakKeyDictionary[nn.Module, _Base] = WeakKeyDictionary()  # by model, see ``set_base``
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +167,33 @@ def set_base(model: nn.Module, name: str | None, first: First | None = None) -> 
     """
     _bases.pop(model, None)
     if name is not None:
-        _bases[model] = name, first or {}
+        _bases[model] = _Base(name, first or {}, sum_of(first) if first else "")
     return model
 
 
 def base_of(model: nn.Module) -> str | None:
     """Return the name of a model whose weights were split, START:FINGERPRINT; None of any other."""
-    return _bases[model][0] if model in _bases else None
+    return _bases[model].name if model in _bases else None
+
+
+def first_sum_of(model: nn.Module) -> str:
+    """Return ``sum_of`` what the LoRA weights of a model began as; "" where that is not known, as of a skeleton."""
+    return _bases[model].first_sum if model in _bases else ""
+
+
+def sum_of(first: First) -> str:
+    """Return 16 hexadecimal digits that change with any bit of what LoRA weights begin as."""
+    sums = [(path, *map(bit_sums, pair)) for path, pair in sorted(first.items())]
+    return hashlib.sha256(str(sums).encode()).hexdigest()[:16]
 
 
 def take_first(model: nn.Module) -> First:
     """Return what the LoRA weights of a model begin as, and let go of it."""
-    name, first = _bases.get(model, (None, {}))
-    set_base(model, name)
-    return first
+    if model not in _bases:
+        return {}
+    base = _bases[model]
+    _bases[model] = base._replace(first={})
+    return base.first
 
 
 def _random(weight: torch.Tensor, rank: int) -> torch.Tensor:
