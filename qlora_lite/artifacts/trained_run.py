@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora_lite.adapters.lora.start import first_sum_of, take_first
+from qlora_lite.adapters.lora.start import first_sum_of, sum_of
 from qlora_lite.adapters.read import Adapter as ReadAdapter
 from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
@@ -30,6 +30,7 @@ from qlora_lite.models.load import load_model, resolve_device
 from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.models.weights import first_lora_weights
 from qlora_lite.prepare.build import (
     build_skeleton,
     build_to_use,
@@ -214,9 +215,12 @@ class TrainedRun:
         Args:
             adapter: the run's.
         """
-        if (base := self.split_base()) is None:
+        if (start := start_of(self.recipe)) is None:
             return adapter
-        first = take_first(base)
+        m = self.recipe.model
+        first = first_lora_weights(self.files, start, m.quant, m.double_quant, self.compute_dtype, m.keep_16bit)
+        if self.adapter:
+            warn_of_other_split(self.adapter, sum_of(first))
         own = adapter.layers.items()
         layers = {path: factors.without(*first[path]) if path in first else factors for path, factors in own}
         return replace(adapter, layers=layers)

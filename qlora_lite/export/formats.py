@@ -110,7 +110,7 @@ def _for_files(job: _Job) -> tuple[_Job, list[str]]:
     adapter = trained.for_files(job.adapter)
     plain = without_start(trained.recipe)
     plain = plain.model_copy(update={"model": plain.model.model_copy(update={"quant": "none", "keep_16bit": ()})})
-    own = logits_of(attach_adapter(_base(job), job.adapter))
+    own = logits_of(attach_adapter(trained.build_base(), job.adapter))  # in the run's type, which the cache has
     fitted = replace(trained, recipe=plain)
     job = replace(job, trained=fitted, skeleton=fitted.skeleton(), adapter=adapter)
     distance = distance_of(logits_of(attach_adapter(_base(job), adapter)), own)
@@ -240,10 +240,11 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         return {"distance": check_model(own, logits, what, LIMITS[kind]), "dtype": kind, "notes": notes}
     if is_large:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
+    if is_large or start_of(trained.recipe):  # in float32 another base would be split for it
         change = change_of(_streamed_base(merged, config, torch.Tensor.float), merged.adapter)
-        logits = logits_of(_streamed_file(Path(what), config))
     else:
-        change, logits = _merged_change(job, merged), _gguf_logits(job)
+        change = _merged_change(job, merged)
+    logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
     rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
     # as the file's weights are, where the base beside them dequantises its own in float32
     seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16

@@ -236,9 +236,29 @@ def _with_quantization(start: Start, quant: str, double_quant: bool) -> dict:
     return start.settings() | {"quant": quant, "double_quant": quant != "none" and double_quant}
 
 
+def entry_of(
+    files: ModelFiles, config, quant: str, double_quant: bool, dtype: torch.dtype, keep_16bit: Sequence[str] = (),
+    start: Start | None = None,
+) -> Path:  # fmt: skip
+    """Return the cache's folder of a model that is quantised, or split, here; arguments are those of ``load_model``.
+
+    Args:
+        config: of the language model in the files.
+        quant: how it is stored here, and not in its files.
+    """
+    if quant == "none":
+        return cache_entry(files, start=start and start.settings(), dtype=str(dtype))
+    how: dict[str, object] = {"quant": quant, "double_quant": double_quant, "dtype": str(dtype)}
+    if keep_16bit:
+        how["keep_16bit"] = sorted(kept_layers(without_weights(config), keep_16bit))
+    if start:
+        how["start"] = start.settings()
+    return cache_entry(files, **how)
+
+
 def _split(model: nn.Module, files: ModelFiles, start: Start, use_cache: bool, in_files: bool) -> First:
     """Split the weights of a model in 16 bit or more, by what the cache has if it is to be used."""
-    entry = cache_entry(files, start=start.settings(), dtype=str(model.dtype))
+    entry = entry_of(files, model.config, "none", False, model.dtype, start=start)
     known = read_first(entry, start, model) if use_cache else None
     first = split_in_place(model, start, known, InFiles(_folder_for_files()) if in_files else None)
     if use_cache and known is None:
@@ -284,12 +304,8 @@ def _load_quantized(
     files, part, config: QuantizeConfig, dtype, device, use_cache, in_files
 ) -> tuple[nn.Module, First | None]:  # fmt: skip
     register()
-    start, how = config.start, {"quant": config.quant_type, "double_quant": config.double_quant, "dtype": str(dtype)}
-    if config.keep_16bit:
-        how["keep_16bit"] = sorted(kept_layers(without_weights(part.config), config.keep_16bit))
-    if start:
-        how["start"] = start.settings()
-    entry = cache_entry(files, **how) if use_cache else None
+    start, how = config.start, (config.quant_type, config.double_quant, dtype, config.keep_16bit, config.start)
+    entry = entry_of(files, part.config, *how) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
         model = _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
         if start is None or (first := read_first(entry, start, model)) is not None:

@@ -12,7 +12,7 @@ Names: "stored" is a tensor's name in the files, "parameter" its name in the mod
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,18 +21,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
+from transformers.utils.logging import tqdm
 
+from qlora_lite.adapters.lora.start import First, Start
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
-from qlora_lite.quant.linear import is_linear
+from qlora_lite.quant.linear import is_conv1d, is_linear
 from qlora_lite.quant.nf4 import dequantize, from_bnb_state
 from qlora_lite.quant.tensor_file import DTYPES, Entries
 
 from .gguf_names import gguf_names
-from .load import load_model
+from .load import entry_of, load_model
 from .locate import ModelFiles, check_gguf
-from .nested import names_in_model, read_language_part, stacking_rules
+from .nested import names_in_model, read_language_part, stacking_rules, without_weights
 from .published import is_published
+from .split import read_first
 
 log = logging.getLogger("qlora_lite")
 
@@ -116,6 +119,31 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
     if any(".quant_state." in name for name in entries):
         return _packed_files(places, entries, names, compute_dtype)
     return _plain_files(places, entries, names, experts) or _whole_model(files)
+
+
+def first_lora_weights(
+    files: ModelFiles, start: Start, quant: str, double_quant: bool, dtype: torch.dtype, keep_16bit: Sequence[str] = ()
+) -> First:  # fmt: skip
+    """Return what the LoRA weights of a model that is split begin as: from the cache, or of one weight after the other.
+
+    Args:
+        start, quant, double_quant, dtype, keep_16bit: that the model is loaded with, see ``load_model``.
+
+    Raises:
+        ModelError: see ``open_weights`` and ``Start.split``.
+    """
+    config = read_language_part(files.folder, files.name, files.gguf_file).config
+    skeleton = without_weights(config, dtype=dtype)
+    entry = entry_of(files, config, quant, double_quant, dtype, keep_16bit, start)
+    if (found := read_first(entry, start, skeleton)) is not None:
+        return found
+    found, read = {}, open_weights(files, skeleton, dtype).reader()
+    for path, (rank, scale) in tqdm(start.ranks(skeleton).items(), desc="Splitting weights"):
+        weight = read(f"{path}.weight").to(dtype)
+        weight = weight.t() if is_conv1d(skeleton.get_submodule(path)) else weight
+        lora_a, lora_b, _ = start.split(weight, rank, scale, None if quant == "none" else quant, double_quant)
+        found[path] = lora_a, lora_b
+    return found
 
 
 def _whole_model(files: ModelFiles) -> BaseWeights:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_files import byte_tokenizer, save_tiny, write_recipe
-from tiny_runs import logits
+from tiny_files import MERGES, byte_tokenizer, save_tiny, write_recipe
+from tiny_runs import logits, make_run
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.files import load_adapter, save_adapter
@@ -30,7 +30,16 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.split import FIRST_NAME
-from qlora_lite.prepare.build import build_model, build_skeleton, build_to_use, fingerprint_of, method_of, without_start
+from qlora_lite.models.weights import first_lora_weights
+from qlora_lite.prepare.build import (
+    build_model,
+    build_skeleton,
+    build_to_use,
+    fingerprint_of,
+    method_of,
+    start_of,
+    without_start,
+)
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.plan import plan_run
 from qlora_lite.quant.linear import QuantLinear
@@ -374,6 +383,35 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(trained):
     summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, resumed)]
     assert summaries[0]["eval_loss_after"] == summaries[1]["eval_loss_after"] < summaries[0]["eval_loss_before"]
     assert summaries[0]["base_fingerprint"] == summaries[1]["base_fingerprint"]
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_an_export_finds_the_first_lora_weights_in_the_cache_or_splits_one_weight_at_a_time(
+    trained, is_cached, tmp_path, monkeypatch
+):  # fmt: skip
+    _, run, _ = trained
+    opened = open_trained(run)
+    m = opened.recipe.model
+    kept = {"keep_16bit": m.keep_16bit, "start": start_of(opened.recipe)}
+    wanted = take_first(load_model(m.path, m.quant, compute_dtype=opened.compute_dtype, **kept))
+    split, own = [], Start.split
+    monkeypatch.setattr(Start, "split", lambda self, weight, *how: split.append(1) or own(self, weight, *how))
+    monkeypatch.setattr("qlora_lite.models.load.model_of", None)
+    if not is_cached:
+        monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path))
+    found = first_lora_weights(opened.files, kept["start"], m.quant, True, opened.compute_dtype, m.keep_16bit)
+    assert len(split) == (0 if is_cached else len(wanted)) and found.keys() == wanted.keys()
+    assert all(torch.equal(a, b) for path in wanted for a, b in zip(wanted[path], found[path], strict=True))
+
+
+def test_an_export_splits_no_weight_again(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", merges=MERGES)
+    run = make_run(tmp_path / "made", tmp_path / "model", ["model.compute_dtype=bfloat16"], lora=lora("loftq"))
+    monkeypatch.setattr(Start, "split", None)
+    for form in ("peft", "gguf-adapter", "gguf"):
+        report = export_run(run, tmp_path / form, ExportSettings(form))
+    assert abs(report["share"] - 1) < 0.1
+    merge_run(run, tmp_path / "merged", MergeSettings(rows=0))
 
 
 def test_another_start_is_another_base_and_refused(trained, tmp_path):
