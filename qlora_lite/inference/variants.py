@@ -3,14 +3,15 @@
 Each block's 16-bit weights are read from the model's files and quantised, and the hidden states of every variant go
 through the block with the weights that it has there. In memory are one block in 16 bit and once more dequantised, the
 largest table, and the hidden states of all variants on the host, so that the 16-bit model may be larger than the
-machine. A variant that has had no other weights so far shares the hidden states of the 4-bit model: one that has its 16
+machine. Rows that the device has no room for at once go through in several passes, each of which reads the files. A
+variant that has had no other weights so far shares the hidden states of the 4-bit model: one that has its 16
 bit in block j is computed from block j on.
 
 Legend: T tokens, N target tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,10 +22,10 @@ from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.data.batch import Batch
 from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
 from qlora_lite.experts.packing import expert_weights
-from qlora_lite.memory.meter import free_bytes
+from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.models.anatomy import blocks, decoder, head
 from qlora_lite.models.kept import kept_layers
-from qlora_lite.models.load import resolve_device, stored_quantization
+from qlora_lite.models.load import adopt, resolve_device, stored_quantization
 from qlora_lite.models.locate import locate
 from qlora_lite.models.nested import without_weights
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, why_unpacked
@@ -33,7 +34,9 @@ from qlora_lite.models.streamed import Read, streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.ops.loss import Head, head_logits
-from qlora_lite.prepare.build import compute_dtype_of
+from qlora_lite.planning.answering import UNPLANNED, memory_to_use, prompt_bytes
+from qlora_lite.planning.meta_results import NeedsValuesError
+from qlora_lite.prepare.build import compute_dtype_of, train_settings
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import is_conv1d
@@ -41,11 +44,13 @@ from qlora_lite.quant.nf4 import dequantize, empty_packed, quantize
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
+from qlora_lite.train.loop import eval_batches
 
 from .evaluate import Watch
 
 CHUNK_TOKENS = 64  # of logits at once
 HOST_SHARE = 0.5  # of the free host memory, that hidden states may take
+TIMES_THERE = 3  # that the weights of a block are there at one time: as they are, dequantised, and while packed
 SIXTEEN = "16 bit"
 
 
@@ -185,6 +190,25 @@ class _Behind:
         return hidden
 
 
+def tokens_at_once(
+    skeleton: nn.Module, lengths: Sequence[int], room_bytes: int, device_type: str, unknown: int
+) -> int:  # fmt: skip
+    """Return how many tokens of rows can go through a model's blocks together; at least the longest row.
+
+    Args:
+        skeleton: on the meta device.
+        lengths: of the rows.
+        unknown: returned, if it is more than that, where the model cannot be planned.
+    """
+    most, longest = sum(lengths), max(lengths)
+    try:
+        while most > longest and UNPLANNED * prompt_bytes(skeleton, most, 1, device_type) > room_bytes:
+            most = max(most // 2, longest)
+    except NeedsValuesError:
+        return max(unknown, longest)
+    return most
+
+
 class StreamedBase:
     """A base model in 16 bit, read from its files block by block, and the rows that it is measured on.
 
@@ -221,14 +245,26 @@ class StreamedBase:
         if why_unpacked(self.model, max(CausalLM().lengths(examples))):
             run_unpacked(self.model)
         work = CausalLM()
-        self.batches: list[Batch] = [work.collate([one]) for one in examples] if runs_unpacked(self.model) else [
-            work.collate(examples)
-        ]  # fmt: skip
+        self.batches: list[Batch] = [work.collate([one]) for one in examples]
+        if not runs_unpacked(self.model):
+            lengths, plan = work.lengths(examples), adopt(without_weights(part.config, dtype=dtype))
+            most = tokens_at_once(plan, lengths, self._room(plan), self.device.type, recipe.data.max_tokens)
+            self.batches = [*eval_batches(work, examples, replace(train_settings(recipe), max_tokens=most))]
         self.blocks, own = blocks(self.model), weights_of(self.model)
         paths = {id(block): path for path, block in self.model.named_modules()}
         self.block_paths = [paths[id(block)] for block in self.blocks]
         self._in_block = [{path: weight for path, weight in own.items() if path.startswith(f"{block}.")}
                           for block in self.block_paths]  # fmt: skip
+
+    def _room(self, skeleton: nn.Module) -> int:
+        """Return the bytes that the device has for rows, beside the weights that are there at one time."""
+        budget, host = self.recipe.memory.budget_bytes, torch.device("cpu")
+        if (memory := memory_to_use(self.device, budget)) is None:
+            memory = int((1 - HOST_SHARE) * free_bytes(host))
+            memory = memory if budget is None else min(memory, budget - held_bytes(host))
+        largest = max(sum(weight.nbytes for weight in block.parameters()) for block in blocks(skeleton))
+        tables = skeleton.get_input_embeddings().weight, skeleton.get_output_embeddings().weight
+        return memory - TIMES_THERE * largest - max(table.nbytes for table in tables)
 
     def _fill_buffers(self, stored: Read) -> None:
         """Give buffers that files hold (the bias of a router) their values, and bring all to the device."""

@@ -14,9 +14,11 @@ from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.inference import damage, variants
 from qlora_lite.inference.damage import Candidate, candidates_of, choose, measure_damage
-from qlora_lite.inference.variants import SIXTEEN, StreamedBase, Variant
+from qlora_lite.inference.variants import SIXTEEN, StreamedBase, Variant, tokens_at_once
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
+from qlora_lite.models.skeleton import meta_model
+from qlora_lite.planning.answering import prompt_bytes
 from qlora_lite.prepare.build import build_to_use
 from qlora_lite.recipe.load import load_recipe
 
@@ -97,6 +99,25 @@ def test_each_weight_is_read_once_for_all_variants_and_none_stays(tmp_path, monk
     of_blocks = [name for name, _ in base.model.named_parameters() if "layers" in name]
     assert sorted(name for name in read if "layers" in name) == sorted(of_blocks) and max(there) <= 1
     assert all(parameter.is_meta for parameter in base.model.parameters())
+
+
+def test_rows_that_have_no_room_together_go_through_in_several_passes_with_the_same_figures(tmp_path):
+    recipe, small = (recipe_of(tmp_path, overrides=overrides) for overrides in ([], ["memory.budget=1MiB"]))
+    whole, apart = (StreamedBase(each, rows=5) for each in (recipe, small))
+    assert (len(whole.batches), len(apart.batches)) == (1, 5)
+    given = {"nf4": Variant("nf4"), "v_proj": Variant("nf4", whole.kept(["v_proj"]))}
+    found, expected = (base.measure(given, "") for base in (apart, whole))
+    for name, figures in expected.items():
+        assert found[name] == pytest.approx(figures, rel=1e-4, abs=1e-7), name
+
+
+def test_as_many_rows_go_through_together_as_the_device_has_room_for(tmp_path):
+    plan = meta_model(save_tiny(tmp_path, "llama").config, "none", False, torch.bfloat16)
+    lengths = [300_000, 200_000, 100_000, 300_000]
+    needed = {tokens: prompt_bytes(plan, tokens) for tokens in (300_000, 450_000, 900_000)}
+    assert needed[900_000] > 1.5 * needed[450_000]
+    for room, tokens in ((0, 300_000), (int(1.3 * needed[450_000]), 450_000), (int(1.3 * needed[900_000]), 900_000)):
+        assert tokens_at_once(plan, lengths, room, "cuda", 0) == tokens
 
 
 def fake_base(sizes):
