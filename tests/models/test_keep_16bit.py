@@ -10,7 +10,7 @@ from tiny_files import MERGES, save_tiny, write_recipe
 from tiny_runs import logits, make_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_lite.adapters.lora.inject import add_lora, lora_layers
+from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
@@ -21,7 +21,7 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import block_pattern, meta_model
-from qlora_lite.prepare.build import build_skeleton, build_to_use
+from qlora_lite.prepare.build import build_model, build_skeleton, build_to_use
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.product import materialize
@@ -217,6 +217,7 @@ def test_merged_and_quantised_again_the_same_layers_stay_in_16_bit(tmp_path):
 
 
 def test_lora_weights_go_on_layers_in_16_bit_too(tmp_path):
-    save_tiny(tmp_path / "model")
-    model = add_lora(load(tmp_path / "model", KEEP), rank=2)
-    assert len(dict(lora_layers(model))) == 14
+    plain = save_tiny(tmp_path / "model")
+    layers = dict(lora_layers(build_model(recipe_of(tmp_path, tmp_path / "model", KEEP))))
+    assert len(layers) == 14
+    assert {path for path, layer in layers.items() if layer.base.weight.is_floating_point()} == kept_layers(plain, KEEP)
