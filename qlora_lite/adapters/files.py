@@ -206,7 +206,7 @@ class Lora(AdapterMethod):
         else:
             require_base(model)
             model.requires_grad_(False)
-        _begin(model, take_first(model))
+        begin_at(model, take_first(model))
         train_parts(model, self.also)
         train_tokens(model, self.tokens, self.known_tokens, self.dtype)
 
@@ -280,8 +280,8 @@ class Lora(AdapterMethod):
 _begun: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # ``_sums_of_b`` by model, of a start
 
 
-def _begin(model: nn.Module, first: First) -> None:
-    """Copy what LoRA weights begin as into them; DoRA's magnitudes are the norms with them."""
+def begin_at(model: nn.Module, first: First) -> None:
+    """Copy what LoRA weights begin as into those of a model; DoRA's magnitudes are the norms with them."""
     with torch.no_grad():
         for path, (lora_a, lora_b) in first.items():
             layer = model.get_submodule(path)

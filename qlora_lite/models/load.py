@@ -259,7 +259,7 @@ def entry_of(
 def _split(model: nn.Module, files: ModelFiles, start: Start, use_cache: bool, in_files: bool) -> First:
     """Split the weights of a model in 16 bit or more, by what the cache has if it is to be used."""
     entry = entry_of(files, model.config, "none", False, model.dtype, start=start)
-    known = read_first(entry, start, model) if use_cache else None
+    known = read_first(entry) if use_cache else None
     first = split_in_place(model, start, known, InFiles(_folder_for_files()) if in_files else None)
     if use_cache and known is None:
         try:
@@ -308,7 +308,7 @@ def _load_quantized(
     entry = entry_of(files, part.config, *how) if use_cache else None
     if entry is not None and entry.exists() and _is_whole(entry):
         model = _load_prequantized(ModelFiles(str(entry), entry, ()), None, dtype, device)
-        if start is None or (first := read_first(entry, start, model)) is not None:
+        if start is None or (first := read_first(entry)) is not None:
             return model, first if start else None
     if files.gguf_file:
         model = _from_pretrained(files, part, dtype, "cpu")

@@ -70,11 +70,12 @@ def save_first(folder: Path, first: First) -> None:
         write_sums(new)
 
 
-def read_first(folder: Path, start: Start, model: nn.Module) -> First | None:
+def read_first(folder: Path) -> First | None:
     """Read what a model's LoRA weights begin as from a folder of the cache; None if it is not there whole."""
     try:
         check_sums(folder)
         tensors = load_file(folder / FIRST_NAME)
-        return {path: (tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in start.ranks(model)}
-    except (ModelError, OSError, SafetensorError, KeyError):
+    except (ModelError, OSError, SafetensorError):
         return None
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    return {path: (tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}

@@ -135,7 +135,7 @@ def first_lora_weights(
     config = read_language_part(files.folder, files.name, files.gguf_file).config
     skeleton = without_weights(config, dtype=dtype)
     entry = entry_of(files, config, quant, double_quant, dtype, keep_16bit, start)
-    if (found := read_first(entry, start, skeleton)) is not None:
+    if (found := read_first(entry)) is not None:
         return found
     found, read = {}, open_weights(files, skeleton, dtype).reader()
     for path, (rank, scale) in tqdm(start.ranks(skeleton).items(), desc="Splitting weights"):

@@ -12,11 +12,12 @@ from torch import nn
 
 from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
-from qlora_lite.adapters.files import Lora, begin_with
+from qlora_lite.adapters.files import Lora, begin_at, begin_with
 from qlora_lite.adapters.full import Full
+from qlora_lite.adapters.lora.eva import EVA, chosen_layers
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
-from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, Start, set_base, take_first
+from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, First, Start, set_base, take_first
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning
@@ -42,6 +43,7 @@ from qlora_lite.models.load import (
 )
 from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
+from qlora_lite.models.nested import without_weights
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
 from qlora_lite.models.tokenizer import load_tokenizer
@@ -101,12 +103,15 @@ def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_compute_dtype(m.compute_dtype, device, read_config(m.path, m.revision).model_type if asks else "")
 
 
-def build_model(recipe: Recipe, options: MemoryOptions | None = None, adapter: Path | None = None) -> nn.Module:
+def build_model(
+    recipe: Recipe, options: MemoryOptions | None = None, adapter: Path | None = None, first: First | None = None
+) -> nn.Module:  # fmt: skip
     """Load a recipe's base model on its device, with LoRA weights, for training.
 
     Args:
         options: which of its weights stay in host memory.
         adapter: see ``add_adapter``.
+        first: what the LoRA weights begin as, of lora.start eva.
     """
     m = recipe.model
     device = resolve_device(m.device)
@@ -117,6 +122,8 @@ def build_model(recipe: Recipe, options: MemoryOptions | None = None, adapter: P
         quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit, start=start_of(recipe),
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
+    if first:
+        begin_at(model, first)
     if not options.places_weights:
         return model
     return place(model, device, options, trains_base=method_of(recipe).trains_base)
@@ -159,7 +166,7 @@ def tokens_of(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 def start_of(recipe: Recipe) -> Start | None:
     """Return what splits a recipe's weights between base and LoRA weights; None if nothing does."""
     x = recipe.lora
-    if x.start == KAIMING or (x.start == LOFTQ and not x.start_alternations):
+    if x.start in (KAIMING, EVA) or (x.start == LOFTQ and not x.start_alternations):
         return None
     return Start(
         x.start, x.start_alternations, targets_of(recipe), x.rank, x.alpha, x.rslora, getattr(torch, x.dtype),
@@ -296,6 +303,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     check_kept(config, m.keep_16bit, m.path)
+    if recipe.lora.start == EVA:
+        chosen_layers(without_weights(config), targets_of(recipe), recipe.lora.rank, recipe.lora.alpha)
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
     return Job(

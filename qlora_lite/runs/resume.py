@@ -86,6 +86,20 @@ class Continuation:
         """The peak learning rate that the run began with."""
         return self.run["recipe"]["train"]["learning_rate"]
 
+    @property
+    def ranks(self) -> dict[str, tuple[int, float]]:
+        """Rank and alpha by path of the layers of a run with lora.start eva.
+
+        Raises:
+            CheckpointError: the checkpoint does not say them.
+        """
+        try:
+            return {
+                path: (int(rank), float(alpha)) for path, (rank, alpha) in self.run["summary"]["lora_ranks"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not say the ranks of its layers: {error!r}") from None
+
     def compare_settings(self, recipe: Recipe) -> None:
         """Compare the recipe with the run's.
 

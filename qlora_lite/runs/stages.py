@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from qlora_lite.adapters.lora.eva import EVA
+from qlora_lite.adapters.lora.start import First
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.data.metrics import check_packages
@@ -45,6 +47,7 @@ from qlora_lite.prepare.build import (
     with_plan,
 )
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
+from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak, plan_run
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.recipe.schema import Recipe
@@ -90,12 +93,19 @@ class Prepared:
     data: Preflight
     rows: Sequence[Example]  # whose largest micro-batch decides what fits
     first_adapter: Path | None  # whose weights training begins with
+    first: First | None  # what the LoRA weights begin as, of lora.start eva
+    ranks: Ranks | None  # of which each layer is then
     identity: dict  # see ``Continuation.compare_identity``
 
     @property
     def eval_examples(self) -> Sequence[Example]:
         """The evaluation rows, none if there is no evaluation."""
         return self.data.eval_data.examples if self.data.eval_data else ()
+
+    @property
+    def with_ranks(self) -> Recipe:
+        """The recipe with the ranks that layers have."""
+        return with_ranks(self.recipe, self.ranks) if self.ranks else self.recipe
 
 
 @dataclass(frozen=True)
@@ -172,9 +182,17 @@ def prepare(
     if continuation:
         continuation.compare_identity(identity)
     rows = rows_to_plan(recipe, found.data)
+    first: First | None = None
+    ranks: Ranks | None = None
+    if recipe.lora.start == EVA and continuation:
+        ranks = continuation.ranks
+    elif recipe.lora.start == EVA:
+        first = first_of(recipe, found.data.examples)
+        ranks = ranks_of(recipe, first)
     return Prepared(
-        recipe, run, continuation, stop, meter, progress, watch, tokenizer, found, rows, first_adapter, identity
-    )
+        recipe, run, continuation, stop, meter, progress, watch, tokenizer, found, rows, first_adapter, first, ranks,
+        identity,
+    )  # fmt: skip
 
 
 def prove(prepared: Prepared) -> Proven:
@@ -209,7 +227,7 @@ def prove(prepared: Prepared) -> Proven:
 
 def plan(prepared: Prepared, headroom: int = 0) -> Planned:
     """Choose how to run the step before anything large is loaded, and leave so many bytes of the budget as headroom."""
-    recipe, earlier = prepared.recipe, prepared.continuation
+    recipe, earlier = prepared.with_ranks, prepared.continuation
     if earlier and earlier.keeps_plan:
         recipe = with_plan(recipe, earlier.run["plan"])
     found, settings = plan_run(recipe, prepared.rows, prepared.eval_examples, headroom)
@@ -222,7 +240,7 @@ def load(planned: Planned) -> Loaded:
     recipe, continuation = planned.recipe, planned.continuation
     with explaining_memory("close other programs, or choose a smaller model",
                            "memory ran out while the model was loaded"):  # fmt: skip
-        model = build_model(recipe, planned.settings.options, planned.first_adapter)
+        model = build_model(planned.with_ranks, planned.settings.options, planned.first_adapter, planned.first)
     work, stream = planned.plan.step.job.workload, build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work)
     trainer.check()
@@ -338,7 +356,7 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
         device=_device_name(device_of(loaded.model)), trainable_parameters=trainable,
         memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
         other_results=[what for what, is_set in changing.items() if is_set],
-        learning_rate=loaded.settings.learning_rate,
+        learning_rate=loaded.settings.learning_rate, **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
     )  # fmt: skip
 
 
