@@ -35,11 +35,13 @@ def examples(count=12):
 
 
 def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-linear", rows=None, rank=4,
-            stream=None, device="cpu", compute_dtype=torch.float32, dora=False, **changes):  # fmt: skip
+            stream=None, device="cpu", compute_dtype=torch.float32, dora=False, merge_aware="off",
+            **changes):  # fmt: skip
     """A trainer of a tiny quantised model; equal arguments give equal ones."""
     model, _ = quantized_pair(model_type, dtype=compute_dtype)
     torch.manual_seed(0)
-    add_lora(model, targets, rank=rank, alpha=8, dropout=dropout, dtype=dtype, dora=dora)
+    add_lora(model, targets, rank=rank, alpha=8, dropout=dropout, dtype=dtype, dora=dora,
+             merge_aware=merge_aware)  # fmt: skip
     place(model, torch.device(device), changes.get("options", MemoryOptions()))
     training = Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)), stream)
     training.check()

@@ -6,7 +6,7 @@ The files fit what ``AutoModelForCausalLM`` makes of the base model's files: see
 
 import json
 from collections.abc import Collection, Container, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
+from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
 from .checkpoint_names import outside
@@ -171,6 +172,7 @@ class Lora(AdapterMethod):
         tokens: whose rows of embeddings and head are trained, rising; see ``parts.train_tokens``.
         known_tokens: how many the tokenizer had without new ones.
         split: what the weights of the model were split by when it was loaded; None if they were not.
+        merge_aware: see ``add_lora``.
     """
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
@@ -185,6 +187,7 @@ class Lora(AdapterMethod):
     tokens: tuple[int, ...] = ()
     known_tokens: int = 0
     split: Start | None = None
+    merge_aware: str = OFF
 
     @property
     def trained_tables(self) -> frozenset[str]:
@@ -202,7 +205,8 @@ class Lora(AdapterMethod):
             if base_of(model) is None and model.device.type != "meta":
                 raise ModelError(f"the model was loaded without the start {self.split.kind}")
         if self.targets:
-            add_lora(model, self.targets, self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora)
+            how = self.rank, self.alpha, self.dropout, self.rslora, self.dtype, self.dora, self.merge_aware
+            add_lora(model, self.targets, *how)
         else:
             require_base(model)
             model.requires_grad_(False)
@@ -344,18 +348,20 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, 
             tokenizer.save_pretrained(new)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, folder: str | Path, merge_aware: str = OFF) -> nn.Module:
     """Add the layers that an adapter folder describes and fill them; return the model.
 
     Args:
         model: a base model without LoRA layers.
         folder: written by ``save_adapter`` or by peft.
+        merge_aware: what it was trained to be merged into, see ``add_lora``.
 
     Raises:
         ModelError: see ``read_adapter``; or the model has LoRA layers already.
     """
     require_base(model)
-    return attach_adapter(model, read_adapter(model, folder))
+    adapter = read_adapter(model, folder)
+    return attach_adapter(model, adapter if isinstance(adapter, Saved) else replace(adapter, merge_aware=merge_aware))
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
@@ -366,9 +372,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     model.requires_grad_(False)
     for first in [*adapter.layers.values()][:1]:  # none, where weights of the base alone were trained
-        add_lora(
-            model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype, dora=adapter.is_dora
-        )
+        add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype,
+                 dora=adapter.is_dora, merge_aware=adapter.merge_aware)  # fmt: skip
     where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))

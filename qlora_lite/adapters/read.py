@@ -30,6 +30,7 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, expert_weights
 from qlora_lite.quant.linear import frozen_weight
+from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.packed import PackedWeight
 
 from .checkpoint_names import outside
@@ -117,12 +118,14 @@ class Adapter:
         weights: those of the base model that were trained beside them, by their paths there; a tied table's is there
             for the embeddings and for the head. Rows of tokens are PATH.token_rows.
         tokens: those that have rows of their own, rising, by the path of the table's module.
+        merge_aware: what it was trained to be merged into, see ``add_lora``; its run says it, not its files.
     """
 
     layers: dict[str, Factors]
     dropout: float
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    merge_aware: str = OFF
 
     @property
     def nbytes(self) -> int:

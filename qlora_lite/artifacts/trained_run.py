@@ -175,7 +175,10 @@ class TrainedRun:
         Raises:
             ModelError: it does not fit, or holds NaN.
         """
-        return read_adapter(skeleton, self.adapter) if self.adapter else ReadAdapter({}, 0.0)
+        if self.adapter is None:
+            return ReadAdapter({}, 0.0)
+        adapter = read_adapter(skeleton, self.adapter)
+        return adapter if isinstance(adapter, Saved) else replace(adapter, merge_aware=self.recipe.train.merge_aware)
 
     def adapter_to_merge(self, skeleton: nn.Module) -> ReadAdapter:
         """Read the adapter for a merge or an export.

@@ -301,7 +301,7 @@ def evaluate_recipe(
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
     if adapter:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, recipe.train.merge_aware)
     check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
     work = CausalLM(virtual=count_virtual(model)).with_options(settings.options)

@@ -207,7 +207,7 @@ def method_of(recipe: Recipe) -> AdapterMethod:
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio, *tokens_of(recipe)
     how = x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora
-    return Lora(targets_of(recipe), *how, *also, start_of(recipe))
+    return Lora(targets_of(recipe), *how, *also, start_of(recipe), recipe.train.merge_aware)
 
 
 def build_to_use(

@@ -19,18 +19,22 @@ import torch
 from torch import nn
 
 from .formats import FORMATS
+from .merging import NF4, Merging, merged_blocks, merged_codes
+from .nf4 import Packed
 
 
 class WeightSpec(NamedTuple):
     """How a tuple of tensors becomes a weight [out, in].
 
     ``quant_type`` is the name of a format of ``quant.formats``; None means that the tuple holds the weight itself,
-    stored [in, out] if ``transposed``.
+    stored [in, out] if ``transposed``. With ``merging`` the tuple ends with LoRA weights A and B, which are merged into
+    that weight as it says.
     """
 
     shape: tuple[int, ...]
     quant_type: str | None
     transposed: bool = False
+    merging: Merging | None = None
 
 
 class KeptWeights:
@@ -110,12 +114,26 @@ def materialize(
         kept: from ``kept_for``.
         again: it will be needed once more.
     """
+    if kept is not None and (spec.quant_type or spec.merging):
+        return kept.weight(spec, tensors, dtype, again)
+    if spec.merging is not None:
+        return _merged(spec, spec.merging, tensors, dtype)
     if spec.quant_type is not None:
-        if kept is not None:
-            return kept.weight(spec, tensors, dtype, again)
         return FORMATS[spec.quant_type].dequantize(tensors, spec.shape, dtype)
     weight = tensors[0].to(dtype)
     return weight.t() if spec.transposed else weight
+
+
+def _merged(
+    spec: WeightSpec, merging: Merging, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> torch.Tensor:  # fmt: skip
+    *frozen, lora_a, lora_b = tensors
+    if merging.to == NF4:
+        packed = merged_codes(merging, Packed(*frozen), lora_a, lora_b)
+        return FORMATS[NF4].dequantize(packed, spec.shape, dtype)
+    made_in = frozen[0].dtype if spec.quant_type is None else torch.float32
+    weight = materialize(spec._replace(merging=None), tuple(frozen), made_in)
+    return merged_blocks(merging, weight, lora_a, lora_b, dtype)
 
 
 def product(

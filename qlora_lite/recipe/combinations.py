@@ -33,7 +33,7 @@ def conflicts(value: _Value) -> _Found:
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
-        _no_layers,
+        _no_layers, _merge_aware,
     ):  # fmt: skip
         yield from check(value)
 
@@ -83,7 +83,8 @@ def _virtual(value: _Value) -> _Found:
 def _no_layers(value: _Value) -> _Found:
     if value("lora", "targets") != []:
         return
-    for (section, name), usual in {("adapter", "method"): "lora", ("lora", "start"): "kaiming"}.items():
+    plain = {("adapter", "method"): "lora", ("lora", "start"): "kaiming", ("train", "merge_aware"): "off"}
+    for (section, name), usual in plain.items():
         if (given := value(section, name)) not in (None, usual):
             yield (section, name), f"{section}.{name} = {written(given)}: needs layers, and lora.targets is []"
     if not value("adapter", "train_also") and not value("adapter", "train_tokens"):
@@ -266,6 +267,21 @@ def _start(value: _Value) -> _Found:
     if value("lora", "start") != "loftq" and value("lora", "start_alternations") not in usual:
         message = "lora.start_alternations: only with lora.start loftq"
         yield ("lora", "start_alternations"), f"{message}; remove one of the two"
+
+
+def _merge_aware(value: _Value) -> _Found:
+    if (to := value("train", "merge_aware")) in (None, "off"):
+        return
+    needs = {("adapter", "method"): "lora", ("lora", "dropout"): 0, ("lora", "start"): "kaiming",
+             ("train", "compile"): False}  # fmt: skip
+    if to == "nf4":
+        needs["model", "quant"] = "nf4"
+    elif value("model", "quant") == "keep":
+        needs["model", "quant"] = "none"
+    for location, only in needs.items():
+        if (given := value(*location)) not in (None, only):
+            message = f"{'.'.join(location)} = {written(given)}: not possible with train.merge_aware {to}; write "
+            yield location, f"{message}{written(only)} here, or train.merge_aware: off"
 
 
 def _known_rate(value: _Value) -> _Found:

@@ -30,6 +30,7 @@ from qlora_lite.planning import plan_ledger
 from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.simulate import TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
+from qlora_lite.quant import merging
 from qlora_lite.quant.formats import gguf_blocks
 from qlora_lite.train import flat
 from qlora_lite.train.causal_lm import CausalLM
@@ -133,6 +134,18 @@ def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, optio
     options = replace(options, loss_chunk_tokens=8)
     job = job_for(config_of(model_type), options=options, dora=True, quant=quant)
     assert_predicted(job, measured(job, model_type))
+
+
+@pytest.mark.parametrize(("quant", "merge_aware", "options"), [
+    ("nf4", "nf4", MemoryOptions()), ("nf4", "nf4", MemoryOptions("none")),
+    ("nf4", "nf4", MemoryOptions(cache_dequantized=True, tile_tokens=16)), ("nf4", "q4_0", MemoryOptions()),
+    ("none", "q8_0", MemoryOptions()),
+])  # fmt: skip
+def test_the_predicted_peak_of_merge_aware_training_is_the_measured_one(quant, merge_aware, options, monkeypatch):
+    monkeypatch.setattr(merging, "AT_ONCE", 64 * 64)  # larger weights go in pieces
+    options = replace(options, loss_chunk_tokens=8)
+    job = job_for(config_of("llama"), options=options, quant=quant, merge_aware=merge_aware)
+    assert_predicted(job, measured(job, "llama"))
 
 
 @pytest.mark.parametrize(("model_type", "also", "options"), [

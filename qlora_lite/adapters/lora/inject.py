@@ -17,12 +17,14 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, require_one_of
 from qlora_lite.experts.packing import LORA, expert_weights, use_experts
-from qlora_lite.quant.linear import is_linear, routers
+from qlora_lite.quant.formats import FOUR_BIT
+from qlora_lite.quant.linear import frozen_weight, is_linear, routers
+from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
 
 from .dora import DoraLinear
-from .layer import LoraExperts, LoraLinear, LoraWeights
+from .layer import LoraExperts, LoraLinear, LoraWeights, merging_of
 from .shared import share_inputs
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
@@ -109,6 +111,7 @@ def choose_layers(
 def add_lora(
     model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
     dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, dora: bool = False,
+    merge_aware: str = OFF,
 ) -> nn.Module:  # fmt: skip
     """Freeze the model, wrap the chosen linear layers in place and adapt the chosen experts; return the model.
 
@@ -116,6 +119,8 @@ def add_lora(
         targets: ``"all-linear"``, ``"experts"``, or names, glob patterns and ``Target`` objects.
         rank, alpha, dropout, rslora, dtype: see ``LoraLinear``.
         dora: learn the norms of the adapted weights' rows too; see ``dora``.
+        merge_aware: "off", or "nf4", "q4_0" or "q8_0" to compute with the weights that merging into that format will
+            leave; see ``quant.merging``. Layers in 16 bit beside NF4 ones have their updates beside them.
 
     Raises:
         ModelError: a target matches no layer, there are LoRA layers already, or an argument is invalid, such as
@@ -131,6 +136,8 @@ def add_lora(
         is_set, cure = ("adapter.method dora", "to lora") if dora else (f"lora.dropout {dropout:g}", "to 0")
         raise ModelError(f"{is_set} is for linear layers, and lora.targets name experts too, such as {min(adapted)}: "
                          f"set it {cure}, or leave the experts out")  # fmt: skip
+    if merge_aware != OFF:
+        _check_merging(merge_aware, [layers[path] for path in chosen.keys() - adapted], adapted or dropout or dora)
     model.requires_grad_(False)
     for name, target in chosen.items():
         if projection := experts.get(name):
@@ -139,12 +146,35 @@ def add_lora(
             continue
         wrapped = kind(layers[name], target.rank or rank, target.alpha or alpha, dropout, rslora, dtype)
         wrapped.path = name
+        wrapped.merging = merging_of(layers[name], merge_aware, wrapped.scale, name)
         wrapped.train(model.training)
         model.set_submodule(name, wrapped)
     share_inputs(model)
     if adapted:
         use_experts(model)
     return model
+
+
+def _check_merging(to: str, layers: Sequence[nn.Module], not_plain: object) -> None:
+    """Check that the updates of layers can be merged into a format while they are trained.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    require_one_of("merge_aware", to, (OFF, NF4, *GGUF))
+    if not_plain:
+        raise ModelError(f"train.merge_aware {to} is for LoRA beside linear layers, without dropout, DoRA or experts; "
+                         "set it to off")  # fmt: skip
+    specs = [frozen_weight(layer)[0] for layer in layers]
+    kinds = {spec.quant_type for spec in specs}
+    if kinds - {None, *([NF4] if to == NF4 else FOUR_BIT)} or (to == NF4 and NF4 not in kinds):
+        found = ", ".join(sorted(kind or "16 bit" for kind in kinds))
+        raise ModelError(f"train.merge_aware {to}: the adapted weights are in {found} and would be quantised twice; "
+                         "set it to off")  # fmt: skip
+    multiple = 2 if to == NF4 else GGUF_BLOCK
+    if odd := {spec.shape[1] for spec in specs if spec.shape[1] % multiple}:
+        raise ModelError(f"train.merge_aware {to}: a weight has rows of {min(odd)}, no multiple of {multiple}; set it "
+                         "to off")  # fmt: skip
 
 
 def require_model(model: object) -> nn.Module:

@@ -29,7 +29,16 @@ from qlora_lite.experts.packing import Projection
 from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import on_gpu
 from qlora_lite.quant.linear import frozen_weight, small_batch_product
-from qlora_lite.quant.product import FrozenMatmul, KeptWeights, WeightSpec, add_product, kept_for, product_beside
+from qlora_lite.quant.merging import GGUF, NF4, Merging
+from qlora_lite.quant.product import (
+    FrozenMatmul,
+    KeptWeights,
+    WeightSpec,
+    add_product,
+    kept_for,
+    product,
+    product_beside,
+)
 
 if TYPE_CHECKING:
     from .shared import SharedInput
@@ -38,6 +47,19 @@ if TYPE_CHECKING:
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
     """Return ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
     return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def merging_of(layer: nn.Module, to: str, scale: float, path: str) -> Merging | None:
+    """Return how the update of a linear layer is merged into its weight; None where it stays beside it.
+
+    Args:
+        layer: without LoRA weights, on any device.
+        to: see ``inject.add_lora``; a layer that is in 16 bit beside NF4 ones stays so.
+        scale: of the update.
+        path: of the layer in the model.
+    """
+    is_merged = to in GGUF or (to == NF4 and frozen_weight(layer)[0].quant_type == NF4)
+    return Merging(to, scale, path) if is_merged else None
 
 
 def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
@@ -67,7 +89,7 @@ class Begun(NamedTuple):
 
 def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
     """Begin the products of x with layers of one scale: their low-rank parts, and their place in the graph."""
-    weights, kept = [frozen_weight(layer.base) for layer in layers], kept_for(x)
+    weights, kept = [layer.described for layer in layers], kept_for(x)
     specs, counts = [spec for spec, _ in weights], [len(frozen) for _, frozen in weights]
     tensors = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers),
                *(tensor for _, frozen in weights for tensor in frozen)]  # fmt: skip
@@ -115,10 +137,12 @@ class _LoraGradient(torch.autograd.Function):
         grad_low = _joined([grads[number] @ factors_b[number].to(dtype) for number in used], 1, dtype).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            # the first product is rounded with what it is added to, which under torch.compile needs one operator
             factor, first = _joined([factors_a[number] for number in used], 0, dtype).t(), used[0]
-            inputs = grad_low, factor, grads[first], ctx.specs[first], frozen[first]
-            grad_x = product_beside(*inputs, None, ctx.kept, again=False, of_gradient=True)
+            inputs = grads[first], ctx.specs[first], frozen[first]
+            if ctx.specs[first].merging:  # the update is in the weight
+                grad_x = product(*inputs, kept=ctx.kept, of_gradient=True)
+            else:  # rounded with what it is added to, which under torch.compile needs one operator
+                grad_x = product_beside(grad_low, factor, *inputs, None, ctx.kept, again=False, of_gradient=True)
             for number in used[1:]:
                 add_product(grad_x, grads[number], ctx.specs[number], frozen[number], kept=ctx.kept, of_gradient=True)
             grad_x = grad_x.view(*shape, grad_x.shape[-1])
@@ -143,6 +167,8 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, low, x, lora_b, bias, spec, kept, *frozen):
+        if spec.merging:
+            return product(x, spec, frozen, bias, kept, again=True)
         return product_beside(low, lora_b.to(x.dtype), x, spec, frozen, bias, kept, again=True)
 
     @staticmethod
@@ -207,11 +233,13 @@ class LoraLinear(LoraWeights):
         rank, alpha, dropout, rslora, dtype: see ``LoraWeights``.
 
     ``shared`` is the set of layers that this one's input is shared with, if any; see ``shared``. ``path`` is its
-    name in the model.
+    name in the model. ``merging`` says into what the update is merged in the weight that the layer computes with; None
+    adds it to the frozen weight's product.
     """
 
     shared: "SharedInput | None" = None
     path = "a layer"
+    merging: Merging | None = None
 
     def __init__(self, base, rank, alpha, dropout, rslora, dtype):
         shape = frozen_weight(base)[0].shape
@@ -230,6 +258,14 @@ class LoraLinear(LoraWeights):
         raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA weights: "
                          f"leave it out of lora.targets{codes}")  # fmt: skip
 
+    @property
+    def described(self) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
+        """The weight that is multiplied by, as spec and tensors."""
+        spec, frozen = frozen_weight(self.base)
+        if self.merging is None:
+            return spec, frozen
+        return spec._replace(merging=self.merging), (*frozen, self.lora_A.detach(), self.lora_B.detach())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.base.bias
         is_trained = bias is not None and bias.requires_grad  # for which the fused path has no gradient
@@ -241,7 +277,7 @@ class LoraLinear(LoraWeights):
 
     def adapted_product(self, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """Return y by the fused path; without dropout."""
-        y = small_batch_product(self.base, x, with_bias)
+        y = small_batch_product(self.base, x, with_bias) if self.merging is None else None
         if y is not None:
             return add_update(y, x, self.lora_A, self.lora_B, self.scale)
         begun, number = (begin(x, [self]), 0) if self.shared is None else self.shared.begun_for(self, x)

@@ -31,11 +31,12 @@ from qlora_lite.experts.packing import both_names, compute_experts, expert_weigh
 from qlora_lite.ops.around import Around
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
+from qlora_lite.quant.merging import Merging
 from qlora_lite.quant.product import add_product, materialize
 
 from .dora import adapted_norms, excess_of
 from .inject import linear_layers
-from .layer import add_update
+from .layer import add_update, merging_of
 
 
 class Switch:
@@ -95,14 +96,16 @@ class SwitchLinear(nn.Module):
     Args:
         dtype: that the model computes in.
         biases: of the adapters that have one of their own, by adapter.
+        merging: of the adapters whose updates are merged into the weight, by adapter; what is merged is computed anew
+            for each product.
     """
 
     def __init__(
         self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype,
-        biases: Mapping[str, torch.Tensor],
+        biases: Mapping[str, torch.Tensor], merging: Mapping[str, Merging],
     ):  # fmt: skip
         super().__init__()
-        self.base, self.switch = base.requires_grad_(False), switch
+        self.base, self.switch, self.merging = base.requires_grad_(False), switch, merging
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
@@ -121,8 +124,14 @@ class SwitchLinear(nn.Module):
         spec, frozen = frozen_weight(self.base)
         rows, bias = self.switch.rows, self.base.bias
         used = set(rows if isinstance(rows, tuple) else [rows])
+        if isinstance(rows, tuple) and self.merging.keys() & used:
+            return self._apart(x, used)
         scaled, own_bias = self.excess.keys() & used, self.biases.keys() & used
         is_late = scaled or own_bias
+        if isinstance(rows, str) and rows in self.merging:
+            spec, frozen = spec._replace(merging=self.merging[rows]), (*frozen, *self.factors[rows][:2])
+            y = functional.linear(x, materialize(spec, frozen, x.dtype), None if is_late else bias)
+            return y.add_(self.biases[rows]) if is_late else y
         y = small_batch_product(self.base, x, with_bias=not is_late)
         if y is not None and not isinstance(rows, tuple):
             y = add_update(y, x, *self.factors[rows]) if rows in self.factors else y
@@ -138,6 +147,14 @@ class SwitchLinear(nn.Module):
             each = [self.biases.get(name or "", bias) for name in (rows if isinstance(rows, tuple) else [rows])]
             bias = torch.stack(each).view(len(each), *(1,) * (y.ndim - 2), -1)
         return y.add_(bias) if is_late and bias is not None else y
+
+    def _apart(self, x: torch.Tensor, names: Iterable[str | None]) -> torch.Tensor:
+        """Return y of rows that use several adapters, each adapter's computed by itself."""
+        y = x.new_empty(*x.shape[:-1], frozen_weight(self.base)[0].shape[0])
+        for name, places in [(name, self.switch.places(name, x.device)) for name in names]:
+            with self.switch.using(name):
+                y.index_copy_(0, places, self(x.index_select(0, places)))
+        return y
 
     def _scale(self, y: torch.Tensor, name: str) -> None:
         """Multiply what an adapter's rows have by ``m / |V|``, in place."""
@@ -263,7 +280,9 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
         factors = {name: adapter.layers[path] for name, adapter in of_lora.items() if path in adapter.layers}
         biases = {name: leaves["bias"] for name, leaves in weights.pop(path, {}).items()}
         if factors or biases:
-            model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype, biases))
+            merging = {name: merged for name, each in factors.items()
+                       if (merged := merging_of(layer, of_lora[name].merge_aware, each.scale, path))}  # fmt: skip
+            model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype, biases, merging))
     for path, of_adapters in weights.items():
         module = model.get_submodule(path)
         own = {}

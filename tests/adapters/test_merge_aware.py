@@ -1,0 +1,162 @@
+"""LoRA layers that compute with the weights a merge will leave: values, gradients, ways to train and to use them."""
+
+import re
+
+import pytest
+import torch
+from test_layer import check_against_formula, make_layer, random_input
+from tiny import build_tiny, quantized_pair
+from tiny_files import write_recipe
+from tiny_trainer import trainer
+
+from qlora_lite.adapters.files import attach_adapter
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers
+from qlora_lite.adapters.lora.layer import merging_of
+from qlora_lite.adapters.lora.switch import add_switch
+from qlora_lite.adapters.read import Adapter, Factors
+from qlora_lite.errors import ModelError, RecipeError
+from qlora_lite.models.load import adopt
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.product import materialize
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.train.checkpoints import Checkpoint
+from qlora_lite.train.state import STATE, capture, restore
+
+KINDS = ["nf4", "q4_0", "q8_0"]
+
+
+@pytest.mark.parametrize("to", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_are_those_of_the_merged_weight_and_gradients_those_of_lora_through_it(to, bias):
+    chance = torch.Generator().manual_seed(0)
+    offset = torch.randn(80, generator=chance) if bias else None
+    layer = make_layer(QuantLinear.from_weight(torch.randn(80, 96, generator=chance), offset, "nf4", True))
+    layer.lora_B.data.mul_(0.02)
+    without = materialize(*layer.described, torch.float32)
+    layer.merging = merging_of(layer.base, to, layer.scale, "a_proj")
+    weight = materialize(*layer.described, torch.float32)
+    assert not torch.equal(weight, without)
+
+    def formula(layer, x):
+        leaves = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+        update = layer.scale * leaves[2] @ leaves[1]
+        y = leaves[0] @ (weight.double() + update - update.detach()).t()
+        return (y if offset is None else y + offset.double()), leaves
+
+    check_against_formula(layer, random_input(3, 7, 96), 1e-6, formula)
+
+
+@pytest.mark.parametrize("keep", [(), ("v_proj",)])
+def test_layers_of_one_input_have_the_gradients_that_each_has_by_itself(keep):
+    models = [build_tiny("llama") for _ in range(2)]
+    for model in models:
+        quantize_in_place(model, "nf4", True, keep)
+        adopt(model)
+        torch.manual_seed(0)
+        add_lora(model, rank=4, alpha=8, merge_aware="nf4")
+        for number, (_, layer) in enumerate(lora_layers(model)):
+            layer.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    assert any(layer.shared for _, layer in lora_layers(models[0]))
+    for _, layer in lora_layers(models[1]):
+        layer.shared = None
+    ids = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
+    losses = [model(input_ids=ids, labels=ids).loss for model in models]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for (_, one), (_, other) in zip(lora_layers(models[0]), lora_layers(models[1]), strict=True):
+        assert torch.allclose(one.lora_A.grad, other.lora_A.grad, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(one.lora_B.grad, other.lora_B.grad, rtol=1e-4, atol=1e-6)
+
+
+OPTIONS = [
+    MemoryOptions("none"), MemoryOptions(cache_dequantized=True), MemoryOptions(layers_per_checkpoint=2),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(uncheckpointed_layers=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_memory_options_and_streaming_change_no_bit(options):
+    plain = trainer(merge_aware="nf4")
+    steps, other = list(plain), trainer(merge_aware="nf4", options=options)
+    assert [step.loss for step in other] == [step.loss for step in steps]
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters, plain.parameters, strict=True))
+    assert [step.loss for step in trainer()] != [step.loss for step in steps]
+
+
+def test_killed_and_resumed_it_goes_on_to_the_bit():
+    settings = dict(merge_aware="nf4", optimizer="adamw_8bit", dtype=torch.bfloat16, rank=64)
+    whole = trainer(**settings)
+    steps = list(whole)
+    first, resumed = trainer(**settings), trainer(**settings)
+    metrics = iter(first)
+    next(metrics), next(metrics)
+    tensors, numbers = capture(first)
+    restore(resumed, Checkpoint(first.step, tensors, {STATE: numbers}))
+    assert [step.loss for step in resumed] == [step.loss for step in steps[2:]]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
+
+
+def adapters_of(model, names="ab"):
+    """Two adapters of all layers with random factors, of which the second adds its update beside the weight."""
+    found = {}
+    for number, name in enumerate(names):
+        chance = torch.Generator().manual_seed(number)
+        layers = {path: Factors(0.1 * torch.randn(4, layer.base.in_features, generator=chance),
+                                0.05 * torch.randn(layer.base.out_features, 4, generator=chance), 8.0)
+                  for path, layer in lora_layers(model)}  # fmt: skip
+        found[name] = Adapter(layers, 0.0, merge_aware="nf4" if number == 0 else "off")
+    return found
+
+
+def test_rows_of_a_batch_that_use_several_adapters_have_each_its_own_weights():
+    base = lambda: quantized_pair("llama")[0].eval()  # noqa: E731
+    adapters = adapters_of(add_lora(base(), rank=1))
+    ids = torch.randint(3, 160, (3, 11), generator=torch.Generator().manual_seed(0))
+    alone = {name: attach_adapter(base(), adapter).eval() for name, adapter in adapters.items()} | {None: base()}
+    model = base()
+    switch = add_switch(model, adapters)
+    switch.use_rows(["a", None, "b"])
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        for row, name in enumerate(["a", None, "b"]):
+            assert torch.allclose(found[row], alone[name](input_ids=ids[row : row + 1]).logits[0], atol=1e-5)
+        switch.use("a")
+        assert torch.equal(model(input_ids=ids).logits, alone["a"](input_ids=ids).logits)
+        assert not torch.allclose(
+            found[0], attach_adapter(base(), adapters["b"])(input_ids=ids[:1]).logits[0], atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(("section", "name", "value"), [
+    ("adapter", "method", "dora"), ("lora", "dropout", "0.1"), ("lora", "start", "loftq"),
+    ("train", "compile", "true"),
+    ("model", "quant", "fp4"), ("model", "quant", "none"),
+])  # fmt: skip
+def test_what_cannot_be_trained_so_is_an_error_of_the_recipe(section, name, value, tmp_path):
+    path = write_recipe(tmp_path, "model", train={"merge_aware": "nf4"})
+    with pytest.raises(RecipeError, match=rf"{section}.{name} = .*: not possible with train.merge_aware nf4; write"):
+        load_recipe(path, [f"{section}.{name}={value}"], check_files=False)
+
+
+@pytest.mark.parametrize(("model_type", "options", "text"), [
+    ("llama", {"dropout": 0.1}, "is for LoRA beside linear layers"), ("llama", {"dora": True}, "is for LoRA beside"),
+    ("qwen3_moe", {"targets": ["experts"]}, "without dropout, DoRA or experts"),
+    ("llama", {"merge_aware": "q5_0"}, "choose one of off, nf4, q4_0, q8_0"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_trained_so_is_refused_in_a_sentence(model_type, options, text):
+    model, _ = quantized_pair(model_type)
+    with pytest.raises(ModelError, match=re.escape(text)):
+        add_lora(model, **({"merge_aware": "nf4"} | options))
+    assert not any(lora_layers(model))
+
+
+@pytest.mark.parametrize(("quant", "to", "text"), [
+    ("fp4", "nf4", "are in fp4"), ("none", "nf4", "are in 16 bit"), ("none", "q4_0", "rows of 98, no multiple of 32"),
+])  # fmt: skip
+def test_weights_of_another_format_or_size_are_refused(quant, to, text):
+    model = build_tiny("llama", intermediate_size=98) if quant == "none" else quantized_pair("llama", quant)[0]
+    with pytest.raises(ModelError, match=text):
+        add_lora(model, merge_aware=to)
