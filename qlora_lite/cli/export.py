@@ -16,8 +16,8 @@ from .output import echo, prepare
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
               help="gguf, ollama: merge into the run's 4-bit weights (default), or the original ones.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0"]),
-              help="gguf, ollama: type of the matrices (default f16).")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0", "q4_0"]),
+              help="gguf, ollama: type of the matrices (default f16, or that of train.merge_aware).")  # fmt: skip
 @of_a_run
 def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, model_path: str | None,
            unfinished: bool) -> None:  # fmt: skip

@@ -28,16 +28,17 @@ from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import build_to_use, start_of, without_start
+from qlora_lite.quant.merging import OFF
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
 from .check import Change, change_of, check_change, check_merged, check_model, distance_of, logits_of
-from .gguf_model import MODEL_FILE, as_read, write_gguf
+from .gguf_model import KINDS, MODEL_FILE, as_read, write_gguf
 from .merge import BASES, UNKNOWN_BASE, check_choice, open_for_merge
 from .ollama import check_template, go_template, modelfile, pieces_of
 
 REPORT = "export_report.json"
 # Distance of logits that rounding every weight of a file explains, see ``check.check_merged``.
-LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2}
+LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2, "q4_0": 0.5}
 # In float32: a larger model is not loaded as a whole for the check, but read block by block, see ``models.streamed``.
 WHOLE_BYTES = 4 * 2**30
 
@@ -49,7 +50,8 @@ class ExportSettings:
     Args:
         to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama".
         base: of a merged model, see ``export.merge.MergeSettings``.
-        dtype: of a GGUF model's matrices: "f16", "bf16" or "q8_0"; None takes "f16".
+        dtype: of a GGUF model's matrices: "f16", "bf16", "q8_0" or "q4_0"; None takes what the run was trained to be
+            merged into (``train.merge_aware``), else "f16".
     """
 
     to: str
@@ -105,7 +107,13 @@ def export_run(
 def _for_files(job: _Job) -> tuple[_Job, list[str]]:
     """Return a job whose adapter fits the model as its files have it, for programs that load that, and notes."""
     trained, start = job.trained, start_of(job.trained.recipe)
-    if start is None or job.settings.to in ("gguf", "ollama"):
+    if job.settings.to in ("gguf", "ollama"):
+        return job, []
+    if (aware := job.adapter.merge_aware) != OFF:
+        job = replace(job, adapter=replace(job.adapter, merge_aware=OFF))
+        return job, [f"the run was trained to be merged into {aware} weights (train.merge_aware): as an adapter beside "
+                     "the model it is not quite what was trained"]  # fmt: skip
+    if start is None:
         return job, []
     adapter = trained.for_files(job.adapter)
     plain = without_start(trained.recipe)
@@ -219,7 +227,8 @@ def _check_folder(job: _Job, change: Change) -> float:
 
 def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin: bool | None) -> dict:
     """Write and check ``model.gguf``; ``write_beside`` adds files to the folder."""
-    trained, kind = job.trained, job.settings.dtype or "f16"
+    trained, aware = job.trained, job.adapter.merge_aware
+    kind = job.settings.dtype or (aware if aware in KINDS else "f16")
     onto = check_choice(trained, job.settings.base)
     merged = open_for_merge(trained, job.skeleton, job.adapter, onto)
     with replacing_folder(job.out) as new:
@@ -235,17 +244,20 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     entries = merged.entries(torch.float32)
     is_large = sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES
     if trained.began_as:
-        own = logits_of(_streamed_base(merged, config, torch.Tensor.float))
+        own = logits_of(_streamed_base(merged, config, _in_float32))
         logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
         return {"distance": check_model(own, logits, what, LIMITS[kind]), "dtype": kind, "notes": notes}
     if is_large:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
     if is_large or start_of(trained.recipe):  # in float32 another base would be split for it
-        change = change_of(_streamed_base(merged, config, torch.Tensor.float), merged.adapter)
+        change = change_of(_streamed_base(merged, config, _in_float32), merged.adapter)
     else:
         change = _merged_change(job, merged)
     logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
-    rounded = logits_of(_streamed_base(merged, config, lambda weight: as_read(weight, kind)))
+    if kind == aware:  # the run's own weights, but for tables
+        distance = check_model(change.adapted, logits, what, LIMITS["q8_0"])
+        return {"distance": distance, "dtype": kind, "merged_into": trained.quantization[0], "notes": notes}
+    rounded = logits_of(_streamed_base(merged, config, lambda name, weight: as_read(name, weight, kind)))
     # as the file's weights are, where the base beside them dequantises its own in float32
     seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16
     limit = max(LIMITS[kind], LIMITS["bf16"] * seen_rounded)
@@ -254,7 +266,11 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
 
 
-def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+def _in_float32(_name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight.float()
+
+
+def _streamed_base(merged: Merged, config, rounded: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
     """Return the base that the adapter was merged into, its weights rounded (in float32)."""
     base = replace(merged, adapter=replace(merged.adapter, layers={}, weights={}, tokens={}))
     stored = {parameter: name for name, parameter in merged.base.parameters.items()}
@@ -262,7 +278,7 @@ def _streamed_base(merged: Merged, config, rounded: Callable[[torch.Tensor], tor
     def read(parameter: str) -> torch.Tensor:
         name = stored[parameter]  # taken in the type that it has, not in float32: a large one is not held twice
         dtype = merged.compute_dtype if merged.onto == TRAINED else merged.base.entries[name][0]
-        return rounded(base.weight(name, dtype))
+        return rounded(parameter, base.weight(name, dtype))
 
     return streamed_model(config, read)
 

@@ -22,7 +22,8 @@ from .gguf_config import write_config
 from .gguf_tokenizer import write_tokenizer
 
 MODEL_FILE = "model.gguf"
-KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}  # -> llama.cpp's name of the file type
+# -> llama.cpp's name of the file type
+KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 SPARE_BYTES = 32 * 2**20  # of disk: tokenizer and settings
 CHUNK_ROWS = 2048  # quantised or read back at once; the package makes several copies
 
@@ -82,14 +83,19 @@ def _planned(merged: Merged, kind: str) -> Iterator[tuple]:
     for stored, parameter in merged.base.parameters.items():
         if parameter != "lm_head.weight" or not merged.config.tie_word_embeddings:
             shape = entries[stored][1]
-            yield stored, parameter, shape, _stored_type(shape, kind)
+            yield stored, parameter, shape, _stored_type(parameter, shape, kind)
 
 
-def _stored_type(shape: tuple[int, ...], kind: str):
-    """Return the GGUF type of a tensor of a shape, as llama.cpp's own converter chooses it."""
+def _stored_type(parameter: str, shape: tuple[int, ...], kind: str):
+    """Return the GGUF type of a tensor, as llama.cpp's own converter chooses it.
+
+    Embeddings and head have 8 bits beside 4-bit layers: llama.cpp gives them 6, which the ``gguf`` package does
+    not write.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    wanted = GGMLQuantizationType[kind.upper()]
+    is_table = parameter.endswith(("embed_tokens.weight", "lm_head.weight"))
+    wanted = GGMLQuantizationType["Q8_0" if kind == "q4_0" and is_table else kind.upper()]
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted  # no whole blocks in a row
@@ -103,11 +109,11 @@ def _made_in(stored_as) -> torch.dtype:
     return halves.get(stored_as, torch.float32)
 
 
-def as_read(weight: torch.Tensor, kind: str) -> torch.Tensor:
+def as_read(parameter: str, weight: torch.Tensor, kind: str) -> torch.Tensor:
     """Return what a reader gets of a weight that a file of a kind holds, in float32; beside it, memory for a chunk."""
     from gguf import dequantize
 
-    stored_as = _stored_type(tuple(weight.shape), kind)
+    stored_as = _stored_type(parameter, tuple(weight.shape), kind)
     read = torch.empty(weight.shape, dtype=torch.float32)
     for part, chunk in zip(read.split(CHUNK_ROWS), weight.split(CHUNK_ROWS), strict=True):
         stored = _as_stored(chunk.float(), stored_as, "it")
