@@ -15,7 +15,8 @@ from .output import echo, prepare
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
               help="Merge into the run's 4-bit weights (default), or into the original ones.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), default="bf16", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bf16", "f16", "f32"]), default="auto", show_default=True,
+              help="auto is f16, or bf16 where that does not hold the weights or what the model computes.")  # fmt: skip
 @click.option("--quantize", "quantize_to", type=click.Choice(["nf4", "fp4"]), help="Write a 4-bit checkpoint.")
 @click.option("--rows", type=click.IntRange(min=0), default=32, show_default=True,
               help="Held-out examples to measure on; 0 measures nothing (not with --quantize).")  # fmt: skip

@@ -3,9 +3,14 @@
 Nobody says how much a merge loses; here the merged model, and the merged model quantised again, are compared with the
 model as it was trained on rows that training did not see. The figures and every choice are in ``merge_report.json``.
 
-bf16 is the default although f16 keeps more of an update, since it holds whatever the model computes: the activations of
-some (Gemma) leave f16's range. The report has both shares. (SmolLM2 after one step: KL to the trained model 1.1e-1 as
-bf16, 1.3e-2 as f16.)
+Where it is not said, the type is f16, which keeps more of an update than bf16 does (SmolLM2 after one step: KL to the
+trained model 1.3e-2, as bf16 1.1e-1), but bf16 where f16 does not hold a weight, or the activations of the family leave
+its range (Gemma). The report has both shares.
+
+A run with ``train.merge_aware`` computed with weights that are on the grid of a 4-bit format already. They are written
+as they are: their codes as a 4-bit checkpoint, or their values in the type that the run computed in. An update that was
+trained beside NF4 codes is put into them in the same way (``quant.merging``). Merging first and quantising then loses
+it: SmolLM2 on GSM8K has a loss of 0.894, so 0.941, and merged first and quantised then KL 0.69 to the trained model.
 """
 
 import gc
@@ -14,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,13 +31,23 @@ from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import replacing_folder, require_empty, require_space, write_text
 from qlora_lite.memory.meter import PeakMeter
-from qlora_lite.models.load import load_model
-from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged, open_merged, write_merged
+from qlora_lite.models.load import auto_dtype, load_model
+from qlora_lite.models.merge import (
+    ORIGINAL,
+    TRAINED,
+    BeyondRange,
+    Merged,
+    merged_weight,
+    open_merged,
+    write_merged,
+)
 from qlora_lite.models.save import SHARD_BYTES, save_quantized
 from qlora_lite.prepare.build import build_to_use, start_of, train_settings
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.formats import FOUR_BIT
-from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.quant.merging import NF4, OFF, merged_codes
+from qlora_lite.quant.product import materialize
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.out_of_memory import explaining_memory
@@ -45,6 +60,7 @@ UNKNOWN_BASE = "the adapter does not say what it was trained on; if that was a 1
 _UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
 BASES = (None, "nf4", "fp4", "original")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+AUTO = "auto"
 
 
 def loses_its_update(model_path: str) -> bool:
@@ -62,21 +78,21 @@ class MergeSettings:
     Args:
         base: "nf4" or "fp4" for the 4-bit weights that the run saw, "original" for those of the files; None takes
             what the run saw.
-        dtype: a key of DTYPES; of the merged weights.
+        dtype: a key of DTYPES, of the merged weights; "auto" as this module says.
         quantize: write the merged model as a 4-bit checkpoint of this type; None for none.
         rows: held-out rows to measure on; 0 measures nothing, and goes without ``quantize`` only.
         shard_bytes: of a weights file.
     """
 
     base: str | None = None
-    dtype: str = "bf16"
+    dtype: str = AUTO
     quantize: str | None = None
     rows: int = 32
     shard_bytes: int = SHARD_BYTES
 
     def __post_init__(self) -> None:
         require_one_of("base", self.base, BASES)
-        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("dtype", self.dtype, (AUTO, *DTYPES))
         require_one_of("quantize", self.quantize, (None, "nf4", "fp4"))
         if not isinstance(self.rows, int) or self.rows < 0:
             raise ModelError(f"rows is {self.rows!r}; give a whole number of at least 0")
@@ -110,18 +126,22 @@ def merge_run(
         rows = None
     if settings.quantize and merged.packs_experts:
         raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
-    report = _describe(trained, merged, settings)
     with PeakMeter("cpu") as meter, replacing_folder(out) as new, _place_of_dense_model(new, settings) as dense:
         before_bytes = meter.peak_bytes()
-        report["update_kept"] = _write_dense(trained, merged, dense, settings)
+        settings, kept = _write_dense(trained, merged, dense, settings)
+        report = _describe(trained, merged, settings) | {"update_kept": kept}
+        on_codes = _keeps_codes(trained, merged, settings)
+        if on_codes:
+            _write_codes(trained, merged.adapter, new)
         report["notes"] = _notes(trained, merged, settings, report["update_kept"])
         report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
         if rows is not None:
             report |= {"measured_on": rows.where, "rows": rows.rows}
             with _measuring():
-                report["models"] = _measure(trained, merged, dense, rows, settings)
+                report["models"] = _measure(trained, merged, dense, rows, settings, new if on_codes else None)
         if settings.quantize:
             _check_quantized(report["models"], settings.quantize)
+        if settings.quantize and not on_codes:
             _write_quantized(trained, dense, new, settings.quantize)
         write_text(new / REPORT, json.dumps(report, indent=2) + "\n")
     return report
@@ -134,6 +154,9 @@ def check_choice(trained: TrainedRun, base: str | None) -> str:
         ModelError: the run did not see such weights.
     """
     quant, _ = trained.quantization
+    if base == "original" and quant in FOUR_BIT and (aware := trained.recipe.train.merge_aware) != OFF:
+        raise ModelError(f"the run was trained to be merged into its {quant} weights (train.merge_aware {aware}): "
+                         "leave out --base")  # fmt: skip
     if base in (None, quant):
         return TRAINED if base or quant in FOUR_BIT else ORIGINAL
     if base != "original":
@@ -213,7 +236,10 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
         notes.append("the experts are in 16 bit, as the files have them; the run computed with them in 4 bit")
     if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
         notes.append("the run computed with a 4-bit copy of the head; the merged model has the original head")
-    if settings.dtype != "f32":
+    aware = trained.recipe.train.merge_aware
+    if aware != OFF:
+        notes.append(f"the weights are the {aware} ones that the run computed with (train.merge_aware)")
+    elif settings.dtype != "f32":
         half = settings.dtype
         share = f"{kept[half]:.1%} of the update" + (_of_f16(kept) if half == "bf16" else "")
         notes.append(f"the sum of weight and update is rounded once, to {half}, which keeps {share}; "
@@ -221,7 +247,11 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
     if merged.base.in_memory:
         notes.append("the tensors have the names and layout that transformers uses in memory: other programs may not "
                      "recognise the model")  # fmt: skip
-    if settings.quantize:
+    if _keeps_codes(trained, merged, settings):
+        if aware == OFF:
+            notes.append("the update was put into the run's own codes by stochastic rounding, which adds noise; with "
+                         "train.merge_aware: nf4 the run would have trained these very weights")  # fmt: skip
+    elif settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
     elif merged.onto == TRAINED:
         notes.append("use it with model.quant: none; quantised again it loses much or all of the update")
@@ -268,10 +298,59 @@ def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_dense(trained: TrainedRun, merged: Merged, folder: Path, settings: MergeSettings) -> dict:
+def _write_dense(
+    trained: TrainedRun, merged: Merged, folder: Path, settings: MergeSettings
+) -> tuple[MergeSettings, dict]:  # fmt: skip
+    """Write the model in 16 or 32 bit; return the settings with the type that it has now, and what that kept."""
     tokenizer = trained.tokenizer()
     ends = sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None})
-    return write_merged(merged, folder, DTYPES[settings.dtype], tokenizer, ends, settings.shard_bytes)
+    *first, last = _dtypes(trained, merged) if settings.dtype == AUTO else (settings.dtype,)
+
+    def write(name: str) -> tuple[MergeSettings, dict]:
+        kept = write_merged(merged, folder, DTYPES[name], tokenizer, ends, settings.shard_bytes)
+        return replace(settings, dtype=name), kept
+
+    for name in first:
+        try:
+            return write(name)
+        except BeyondRange:
+            for file in folder.iterdir():
+                file.unlink()
+    return write(last)
+
+
+def _dtypes(trained: TrainedRun, merged: Merged) -> tuple[str, ...]:
+    """Return the types to try, in this order."""
+    if trained.recipe.train.merge_aware != OFF:
+        return (next(name for name, dtype in DTYPES.items() if dtype == trained.compute_dtype),)
+    fits = auto_dtype(torch.float16, merged.config.model_type) == torch.float16
+    return ("f16", "bf16") if fits else ("bf16",)
+
+
+def _keeps_codes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> bool:
+    """Return whether the update is put into the run's own NF4 codes, as ``quant.merging`` does."""
+    own = settings.quantize == NF4 == trained.quantization[0] and merged.onto == TRAINED
+    return own and not merged.adapter.is_dora and merged.adapter.merge_aware in (OFF, NF4)
+
+
+@torch.no_grad()
+def _write_codes(trained: TrainedRun, adapter: Adapter, out: Path) -> None:
+    """Write a run's NF4 codes with the update in them as a 4-bit checkpoint."""
+    m = trained.recipe.model
+    model = load_model(
+        m.path, m.quant, m.double_quant, trained.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit,
+        start=start_of(trained.recipe),
+    )  # fmt: skip
+    attach_adapter(model, replace(adapter, dropout=0.0, merge_aware=NF4))
+    for path, factors in adapter.layers.items():
+        layer = model.get_submodule(path)
+        if layer.merging:
+            layer.base.set_packed(merged_codes(layer.merging, layer.base.packed, layer.lora_A, layer.lora_B))
+        else:
+            weight = materialize(*frozen_weight(layer.base), layer.base.weight.dtype)
+            weight.copy_(merged_weight(weight, factors))
+        model.set_submodule(path, layer.base)
+    save_quantized(model, out, trained.tokenizer())
 
 
 def _check_quantized(models: dict, quant: str) -> None:
@@ -298,8 +377,15 @@ def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) ->
     save_quantized(model, out, trained.tokenizer())
 
 
-def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings) -> dict:
-    """Compare base, merged and merged-then-quantised models with the one that was trained."""
+def _measure(
+    trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings, codes: Path | None
+) -> dict:  # fmt: skip
+    """Compare base, merged and merged-then-quantised models with the one that was trained.
+
+    Args:
+        dense: folder of the merged model in 16 or 32 bit.
+        codes: folder of the 4-bit one where it is written already; None quantises the dense one.
+    """
     base = outputs(build_to_use(trained.recipe), rows.batches) if start_of(trained.recipe) else None
     model = trained.build_base()
     base = base or outputs(model, rows.batches)
@@ -310,14 +396,14 @@ def _measure(trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, se
         dtype = torch.float32  # CPUs multiply float16 far slower; its values are exact in float32
     again = settings.quantize or (m.quant if m.quant in FOUR_BIT else "nf4")
 
-    def dense_model(quant: str, dtype: torch.dtype) -> Outputs:
+    def written(quant: str, dtype: torch.dtype, folder: Path = dense) -> Outputs:
         gc.collect()  # the model before this one
-        here = {"path": str(dense), "revision": None, "quant": quant, "quant_head": False,
-                "keep_16bit": () if quant == "none" else m.keep_16bit,
+        here = {"path": str(folder), "revision": None, "quant": quant, "quant_head": False,
+                "keep_16bit": () if quant == "none" or folder == codes else m.keep_16bit,
                 "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
         return outputs(build_to_use(recipe, use_cache=False), rows.batches)
 
-    found = {"base": base, "trained": reference, "merged": dense_model("none", dtype)}
-    found[f"merged, then {again}"] = dense_model(again, trained.compute_dtype)
+    found = {"base": base, "trained": reference, "merged": written("none", dtype)}
+    found[f"merged, then {again}"] = written(again, trained.compute_dtype, codes or dense)
     return {name: compare(reference, each)._asdict() for name, each in found.items()}

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from qlora_lite.adapters.lora.inject import linear_layers
+from qlora_lite.adapters.lora.layer import merging_of
 from qlora_lite.adapters.parts import TOKEN_ROWS
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
@@ -42,6 +43,7 @@ from qlora_lite.ops.token_rows import RowsOver
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import Packed, dequantize, quantize
+from qlora_lite.quant.product import WeightSpec, materialize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
 from .locate import INDEX_NAME, ModelFiles, read_json
@@ -53,6 +55,10 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_p
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 ROUNDING_CHUNK = 1 << 18  # weights whose rounding is measured at once, in 4 MiB
 SPARE_BYTES = 64 * 2**20  # of disk, beside the weights: tokenizer, configurations, index
+
+
+class BeyondRange(ModelError):
+    """Report a number that a type cannot hold."""
 
 
 class Rounding:
@@ -180,7 +186,7 @@ class Merged:
             rounding: counts the tensor before that.
 
         Raises:
-            ModelError: a number is too large for the type.
+            BeyondRange: a number is too large for the type.
         """
         tensor = self.base.read(stored)
         if not tensor.is_floating_point():
@@ -188,15 +194,25 @@ class Merged:
         path, layer = self._layer(stored)
         is_conv1d, is_packed = self._is_conv1d(stored), stored in self.base.packed
         weight = tensor.t() if is_conv1d and not is_packed else tensor  # [out, in] from here on
+        packed: Packed | None = None
         if self.onto == TRAINED:
             weight = weight.to(self.compute_dtype).contiguous()
             is_quantized = isinstance(layer, QuantLinear) and layer.quant_type in FOUR_BIT
-            if is_quantized and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
+            if is_packed:
+                packed = self.base.read_packed(stored)
+            elif is_quantized and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
                 packed = self.packed.get(path) or quantize(weight, layer.quant_type, layer.double_quant)
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
         before, experts = weight, self.base.experts.get(stored)
-        if layer is not None and path in self.adapter.layers:
-            weight = merged_weight(weight, self.adapter.layers[path])
+        factors = self.adapter.layers.get(path)
+        if layer is not None and factors is not None:
+            if merging := merging_of(layer, self.adapter.merge_aware, factors.scale, path):
+                own = (weight.to(self.compute_dtype),) if packed is None else tuple(x for x in packed if x is not None)
+                quant_type = None if packed is None else layer.quant_type
+                spec = WeightSpec(tuple(weight.shape), quant_type, merging=merging)
+                weight = materialize(spec, (*own, factors.lora_A, factors.lora_B), torch.float32)
+            else:
+                weight = merged_weight(weight, factors)
         elif experts is not None and experts.path in self.adapter.layers:
             weight = merged_experts(weight, self.adapter.layers[experts.path], experts)
         trained = self.adapter.weights.get(self.base.parameters.get(stored, ""))
@@ -208,7 +224,7 @@ class Merged:
         rounded = (weight.t() if is_conv1d else weight).to(dtype).contiguous()
         if rounded.numel() and not torch.stack(torch.aminmax(rounded)).isfinite().all():  # isfinite alone copies it
             name = str(dtype).removeprefix("torch.")
-            raise ModelError(
+            raise BeyondRange(
                 f"a number of {stored} is too large for {name}, or not finite; choose another --dtype, such as bf16"
             )
         return rounded
@@ -267,6 +283,7 @@ def write_merged(
         shard_bytes: at most, of a weights file; a larger tensor gets a file of its own.
 
     Raises:
+        BeyondRange: a number is too large for the type.
         OutputError: the disk has no room.
         OSError: it cannot be written.
     """

@@ -27,7 +27,7 @@ from qlora_lite.adapters.lora.start import First, Start
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.linear import is_conv1d, is_linear
-from qlora_lite.quant.nf4 import dequantize, from_bnb_state
+from qlora_lite.quant.nf4 import Packed, dequantize, from_bnb_state
 from qlora_lite.quant.tensor_file import DTYPES, Entries
 
 from .gguf_names import gguf_names
@@ -51,6 +51,7 @@ class BaseWeights:
         packed: stored names of 4-bit weights, which ``read`` dequantises to [out, in] in the compute type.
         in_memory: the stored names are transformers' own, and not those of ordinary files.
         experts: what a stored name has of a weight of fused experts.
+        read_packed: returns the codes and constants of one of ``packed``.
     """
 
     entries: Entries
@@ -59,6 +60,7 @@ class BaseWeights:
     packed: frozenset[str] = frozenset()
     in_memory: bool = False
     experts: Mapping[str, "OfExperts"] = field(default_factory=dict)
+    read_packed: Callable[[str], Packed] | None = None
 
     def reader(self) -> Callable[[str], torch.Tensor]:
         """Return a function that reads a parameter of the model by its name, the experts of one put together."""
@@ -248,19 +250,25 @@ def _packed_files(
     state_of = {name.rpartition(".quant_state.")[0]: name for name in stored if ".quant_state." in name}
     parts = {name: [part for part in stored if part == name or part.startswith(f"{name}.")] for name in state_of}
 
+    def state_of_weight(name: str) -> dict[str, torch.Tensor]:
+        return {part.removeprefix(name).removeprefix("."): places[part].get_tensor(part) for part in parts[name]}
+
     def read(name: str) -> torch.Tensor:
         if name not in parts:
             return places[name].get_tensor(name)
-        state = {part.removeprefix(name).removeprefix("."): places[part].get_tensor(part) for part in parts[name]}
-        packed, shape, _, quant_type = from_bnb_state(state)
+        packed, shape, _, quant_type = from_bnb_state(state_of_weight(name))
         return dequantize(packed, shape, compute_dtype, quant_type)
+
+    def read_packed(name: str) -> Packed:
+        return from_bnb_state(state_of_weight(name))[0]
 
     inside = {part for listed in parts.values() for part in listed} - parts.keys()
     entries = {name: entry for name, entry in stored.items() if name not in inside}
     for name, state in state_of.items():
         entries[name] = compute_dtype, _shape_before_packing(places[state].get_tensor(state), name)
     parameters = names or {name: name for name in entries}
-    return BaseWeights(entries, {name: p for name, p in parameters.items() if name in entries}, read, frozenset(parts))
+    there = {name: p for name, p in parameters.items() if name in entries}
+    return BaseWeights(entries, there, read, frozenset(parts), read_packed=read_packed)
 
 
 def _shape_before_packing(state: torch.Tensor, name: str) -> tuple[int, ...]:

@@ -103,8 +103,12 @@ def test_a_run_of_a_4_bit_checkpoint_is_merged_into_its_weights_whatever_was_ask
         assert report["merged_into"] == "fp4" and report["models"]["merged"]["kl"] < 1e-7
 
 
-def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(run, tmp_path):
-    report = merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=4))
+@pytest.mark.parametrize("base", [None, "original"])
+def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(base, run, tmp_path):
+    path = run / "adapter" / "adapter_model.safetensors"
+    replace_adapter(run, {name: tensor * (4 if "lora_B" in name else 1) for name, tensor in load_file(path).items()})
+    report = merge_run(run, tmp_path / "out", MergeSettings(base, quantize="nf4", rows=4))
+    assert any("stochastic rounding" in note for note in report["notes"]) == (base is None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any(type(module).__name__ == "Linear4bit" for module in loaded.modules())
     assert (tmp_path / "out" / "tokenizer.json").exists() and (tmp_path / "out" / "merge_report.json").exists()
