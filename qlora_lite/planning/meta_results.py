@@ -3,8 +3,8 @@
 torch finds the shape of most results in Python, 50 to 100 microseconds an operator, and a plan asks for the same ones
 in every block and every candidate. Here an operator that makes new tensors runs once for each combination of shapes,
 strides, types and other arguments; after that its results are made from what is known of them. One that writes into
-its first argument gives that back. Views, whatever else returns memory that it was given, and what makes or changes
-real tensors (small tables, an optimizer's count of steps) always run.
+its first argument, or into one that is named for its result, gives that back. Views, whatever else returns memory that
+it was given, and what makes or changes real tensors (small tables, an optimizer's count of steps) always run.
 
 Places of tokens follow from the lengths of rows: what is counted with ``arange``, and what is made of nothing else, can
 have its values beside it, so that transformers' own attention can be told whether several rows are concatenated.
@@ -28,7 +28,7 @@ class _Like(NamedTuple):
     dtype: torch.dtype
 
 
-_FIRST_ARGUMENT, _UNSEEN = "first argument", "unseen"
+_MAKES, _FIRST_ARGUMENT, _UNSEEN = "makes", "first argument", "unseen"
 MAX_KNOWN = 1 << 16  # results; a plan with its alternatives makes some hundreds
 
 
@@ -93,15 +93,16 @@ class MetaResults:
         key = (func, *_key(args), *_key(kwargs.items()))
         known = self._known.get(key)
         if known is None:
+            shape = None if kind is _MAKES else _written(kind, args, kwargs).shape
             result = _run(func, args, kwargs)
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            if kind == "makes" and _is_new(result, args):
+            if shape is None and _is_new(result, args):
                 self._known[key] = _likes(result)
-            elif kind == "writes" and args[0].is_meta:
-                self._known[key] = _FIRST_ARGUMENT
+            elif shape is not None and result.is_meta and result.shape == shape:  # else it was resized
+                self._known[key] = kind
             return result
-        return args[0] if known is _FIRST_ARGUMENT else _made(known)
+        return _written(kind, args, kwargs) if known is kind else _made(known)
 
 
 def _run(func, args: tuple, kwargs: dict):
@@ -112,16 +113,24 @@ def _run(func, args: tuple, kwargs: dict):
         raise NeedsValuesError(f"{func} cannot run without values ({why[:200]})") from error
 
 
+def _written(kind: str, args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if kind is _FIRST_ARGUMENT else kwargs[kind]
+
+
 def _kind(func) -> str | None:
-    """Return "makes" for an operator with new results, "writes" for one that changes its first argument's values."""
+    """Return ``_MAKES`` for an operator with new results; for one that changes the values of an argument and returns it
+    ``_FIRST_ARGUMENT``, or the name of that argument."""
     returns = func._schema.returns
     if not func._schema.is_mutable:
         makes = all(str(r.type) == "Tensor" and r.alias_info is None for r in returns)
-        return "makes" if returns and makes else None
+        return _MAKES if returns and makes else None
     arguments = func._schema.arguments
     written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    writes = len(returns) == 1 and returns[0].alias_info is not None and written == [arguments[0]]
-    return "writes" if writes and torch.Tag.inplace_view not in func.tags else None
+    if len(returns) != 1 or len(written) != 1 or returns[0].alias_info is None or torch.Tag.inplace_view in func.tags:
+        return None
+    if written[0].kwarg_only:
+        return written[0].name
+    return _FIRST_ARGUMENT if written == [arguments[0]] else None
 
 
 def _key(values: Iterable) -> list:

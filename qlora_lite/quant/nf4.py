@@ -134,7 +134,9 @@ def dequantize(packed: Packed, shape: Sequence[int], dtype: torch.dtype, quant_t
     values = torch.ops.bitsandbytes.dequantize_4bit(
         packed.codes, absmax_of(packed), BLOCK_SIZE, quant_type, rows, dtype
     )
-    return values.view(-1)[:weights].view(tuple(shape))
+    if values.numel() > weights:
+        values = values.view(-1)[:weights]
+    return values.view(tuple(shape))
 
 
 def absmax_of(packed: Packed) -> Tensor:

@@ -73,7 +73,7 @@ class _Chunk:
     def views(self, joined: Tensor) -> list[Tensor]:
         """Return the part of each factor, in its shape, of a tensor of their values [sum of sizes]."""
         parts = zip(self.parameters, joined.split(list(self.sizes)), strict=True)
-        return [part[: p.numel()].view(p.shape) for p, part in parts]
+        return [(part if len(part) == p.numel() else part[: p.numel()]).view(p.shape) for p, part in parts]
 
     def gradients(self, piece: slice, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
         """Return a piece of the gradients [sum of sizes], scaled, with zeros between them; a factor's own where that
@@ -223,15 +223,14 @@ class _Flat:
         parts = dict(zip(sizes, storage.split(list(sizes.values())), strict=True))
         chunk.stored = [storage]
         chunk.state = form | {key: _of(storage, part.view(form[key].dtype)) for key, part in parts.items()}
-        start = 0
-        for p, size in zip(chunk.parameters, chunk.sizes, strict=True):
+        for p in chunk.parameters:
             self.state[p] = dict(chunk.state)
-            for key in parts:
-                joined = chunk.state[key]
-                begin, count = (-(-number * joined.numel() // values) for number in (start, p.numel()))
-                shape = p.shape if joined.numel() == values else (count,)
-                self.state[p][key] = _of(storage, joined[begin : begin + count].view(shape))
-            start += size
+        for key in parts:
+            joined = chunk.state[key]
+            blocks = [size * joined.numel() // values for size in chunk.sizes]
+            views = chunk.views(joined) if joined.numel() == values else joined.split(blocks)
+            for p, view in zip(chunk.parameters, views, strict=True):
+                self.state[p][key] = _of(storage, view)
 
     def _alone(self, p: Tensor) -> _Chunk:
         """Return a chunk of a single factor."""

@@ -78,6 +78,23 @@ def test_what_writes_into_its_first_argument_gives_that_back():
             assert x.copy_(meta(4)) is x
 
 
+def test_what_writes_into_an_argument_that_is_named_for_it_gives_that_back_in_its_shape():
+    with Remembering():
+        for _ in range(2):
+            x, y = meta(3, 4), meta(0)
+            assert torch.maximum(meta(4), meta(3, 1), out=x) is x and x.shape == (3, 4)
+            assert torch.mm(meta(3, 5), meta(5, 4), out=y) is y and y.shape == (3, 4)
+
+
+def test_an_operator_that_writes_into_a_named_argument_runs_once_for_its_shapes():
+    with Remembering() as ours:
+        for _ in range(3):
+            torch.ops.aten.silu_backward(meta(3, 4), meta(3, 4), grad_input=meta(3, 4))
+            torch.mm(meta(3, 5), meta(5, 4), out=meta(3, 4))
+    known = [key[0] for key in ours.results._known]
+    assert known.count(torch.ops.aten.silu_backward.grad_input) == known.count(torch.ops.aten.mm.out) == 1
+
+
 def test_real_tensors_keep_their_values():
     with Remembering():
         for _ in range(2):
