@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -73,6 +73,8 @@ def few_blocks(tmp_path_factory):
 
 
 CARD = machine_of_gpu(find_gpu("rtx-4060"))
+# What a test is not about: for each option that is open, candidates with it and without it are simulated.
+SETTLED = "memory.checkpointing=block", "memory.uncheckpointed_layers=0", "memory.cache_dequantized=false"
 EVERYTHING_SET = (
     "memory.checkpointing=block", "memory.loss_chunk_tokens=100", "train.micro_batch_size=2",
     "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given", "memory.uncheckpointed_layers=1",
@@ -114,14 +116,15 @@ def test_no_setting_that_fits_makes_a_faster_plan(recipe, few_blocks):
     assert roomier.chosen.options.checkpointing == "none" and roomier.chosen.options.host_embeddings
 
 
-def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, monkeypatch):
+def test_no_job_is_simulated_twice_for_a_plan_and_its_alternatives(recipe, few_blocks, monkeypatch):
     asked = []
     monkeypatch.setattr("qlora_lite.planning.candidate.predict", lambda job: asked.append(repr(job)) or predict(job))
-    plan = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, int(2.4 * GIB))
+    settings = recipe(few_blocks(), "train.gradient_accumulation_steps=4")
+    plan = planner.plan_recipe(settings, CARD, int(1.3 * GIB))
     list(planner.alternatives(plan))
     assert len(asked) == len({*asked}) > 10
     step, chosen = plan.step, plan.chosen
-    shallow = replace(step, job=changed(step.job, config=shallow_config(step.job.workload.spec.config, 8)))
+    shallow = replace(step, job=changed(step.job, config=shallow_config(step.job.workload.spec.config, 3)))
     smaller, same = (build_candidate(each, CARD, chosen.options, chosen.packs) for each in (shallow, step))
     assert smaller.peak_bytes < same.peak_bytes == chosen.peak_bytes
 
@@ -320,9 +323,10 @@ def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_t
     assert tight.fits and not tight.chosen.options.cache_dequantized
 
 
-def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe):
-    long, on_device = "data.max_tokens=32768", "memory.offload_checkpoints=false"
-    roomy = planner.plan_recipe(recipe(long, on_device), CARD, 16 * GIB)
+def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe, few_blocks):
+    recipe, long = partial(recipe, few_blocks(), *SETTLED[1:]), "data.max_tokens=32768"
+    on_device = "memory.offload_checkpoints=false"
+    roomy = planner.plan_recipe(recipe(long, on_device), CARD, 8 * GIB)
     assert roomy.chosen.options.checkpointing == "selective"
     assert "checkpointing selective" in plan_text.reason(roomy)
     (block,) = (
@@ -330,7 +334,8 @@ def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_me
             roomy.chosen.options, checkpointing="block")
     )  # fmt: skip
     assert EQUALLY_FAST * roomy.chosen.step_seconds < block.step_seconds
-    kept = 32768 * (2 * 2048 + 4 * 32) * 16  # of 16 blocks: a hidden state in bf16 and a float for each of 32 heads
+    # of 3 blocks, beside the one that runs and has it either way: a hidden state in bf16, a float for each of 32 heads
+    kept = 32768 * (2 * 2048 + 4 * 32) * 3
     assert roomy.chosen.peak_bytes - block.peak_bytes == pytest.approx(kept, rel=0.1)
     changes = {a.change: a for a in planner.alternatives(roomy)}
     assert changes["memory.checkpointing=block"].step_seconds == block.step_seconds
@@ -338,9 +343,9 @@ def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_me
     frees = tight.chosen.options.tile_tokens is not None or tight.chosen.options.host_embeddings
     assert tight.fits and (tight.chosen.options.checkpointing == "block" or frees)
     assert tight.chosen.step_seconds <= EQUALLY_FAST * block.step_seconds
-    fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 16 * GIB)
+    fixed = planner.plan_recipe(recipe(long, "memory.checkpointing=block"), CARD, 8 * GIB)
     assert not any(c.options.checkpointing == "selective" for c in fixed.found)
-    short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, 2 * GIB)
+    short = planner.plan_recipe(recipe("data.max_tokens=1024"), CARD, int(1.1 * GIB))
     assert short.chosen.options.checkpointing == "block"
 
 
@@ -357,7 +362,7 @@ def test_attention_is_kept_on_the_host_where_the_device_has_no_room_and_the_host
 def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they_are_the_same(
     recipe, few_blocks, model, moved
 ):
-    here, long = few_blocks(model), "data.max_tokens=16384"
+    recipe, here, long = partial(recipe, *SETTLED), few_blocks(model), "data.max_tokens=16384"
     without = planner.plan_recipe(recipe(here, long, "memory.head=device", "memory.resident_layers=all"), CARD, GIB)
     assert not without.fits and not any(candidate.options.host_head for candidate in without.found)
     budget = without.peak_bytes - 100 * 2**20
@@ -371,28 +376,29 @@ def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they
     assert any(candidate.options.host_head for candidate in kept.found) is (moved == {"head"})
 
 
-def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe):
-    long, host = "data.max_tokens=32768", "memory.host_budget={}GiB".format
-    free = planner.plan_recipe(recipe(long), CARD, 3 * GIB)
+def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe, few_blocks):
+    recipe, long = partial(recipe, few_blocks(), *SETTLED), "data.max_tokens=32768"
+    host, tight = "memory.host_budget={}GiB".format, int(2.45 * GIB)
+    free = planner.plan_recipe(recipe(long), CARD, tight)
     assert free.fits and free.chosen.options.offload_checkpoints
     needed = free.chosen.prediction.host_bytes
-    assert needed == planner.host_bytes(free) > 3.9 * GIB
+    assert needed == planner.host_bytes(free) > 2.4 * GIB
 
-    enough = planner.plan_recipe(recipe(long, host(5)), CARD, 3 * GIB)
+    enough = planner.plan_recipe(recipe(long, host(3)), CARD, tight)
     assert enough.chosen.settings == free.chosen.settings
-    assert "of 5.0 GiB" in plan_text.describe(enough, [])
-    little = planner.plan_recipe(recipe(long, host(3.2)), CARD, 3 * GIB)
+    assert "of 3.0 GiB" in plan_text.describe(enough, [])
+    little = planner.plan_recipe(recipe(long, host(2.2)), CARD, tight)
     assert not little.fits and little.chosen.fits_host and not little.chosen.options.offload_checkpoints
     said = str(planner.does_not_fit(little, []))
     assert "too much" in said and "memory.offload_checkpoints=true" in said
-    assert "4.0 GiB of host memory where 3.2 GiB may be used: raise memory.host_budget, or name a disk" in said
-    roomy = planner.plan_recipe(recipe(long, host(3.2)), CARD, 6 * GIB)
+    assert "2.5 GiB of host memory where 2.2 GiB may be used: raise memory.host_budget, or name a disk" in said
+    roomy = planner.plan_recipe(recipe(long, host(2.2)), CARD, 6 * GIB)
     assert roomy.fits and roomy.chosen.fits_host
 
     offloading = "memory.offload_checkpoints=true", "memory.layers_per_checkpoint=1"
-    fixed = planner.plan_recipe(recipe(long, host(2), *offloading), CARD, 8 * GIB)
+    fixed = planner.plan_recipe(recipe(long, host(1.9), *offloading), CARD, 8 * GIB)
     assert not fixed.fits and fixed.peak_bytes <= fixed.budget_bytes
-    assert "GiB of host memory where 2.0 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
+    assert "GiB of host memory where 1.9 GiB may be used beside RTX 4060" in str(planner.does_not_fit(fixed, []))
     assert "does not fit[/] in host memory" in plan_text.describe(fixed, [])
     only = replace(fixed, found=(fixed.chosen,))  # as of a resumed run, whose plan is given
     assert "may be used beside RTX 4060; free host memory, or raise memory.host_budget" in str(
@@ -400,9 +406,10 @@ def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe):
     )
 
 
-def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(recipe):
-    long, offloading = "data.max_tokens=32768", ("memory.offload_checkpoints=true", "memory.host_budget=2GiB")
-    for_host = planner.plan_recipe(recipe(long, *offloading), CARD, 8 * GIB)
+def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(recipe, few_blocks):
+    recipe, long = partial(recipe, *SETTLED), "data.max_tokens=32768"
+    offloading = "memory.offload_checkpoints=true", "memory.host_budget=1.9GiB"
+    for_host = planner.plan_recipe(recipe(few_blocks(), long, *offloading), CARD, 8 * GIB)
     assert (
         for_host.fits
         and for_host.chosen.options.layers_per_checkpoint > 1
@@ -415,14 +422,13 @@ def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(reci
     budget = each.peak_bytes - 50 * 2**20
     for_device = planner.plan_recipe(recipe(*here), CARD, budget)
     assert not each.fits and for_device.fits and for_device.chosen.options.layers_per_checkpoint == 2
-    lengths = [planner.max_tokens(replace(plan, budget_bytes=budget)) for plan in (each, for_device)]
-    assert lengths[0] < 32768 <= lengths[1]
+    assert planner.max_tokens(for_device) >= 32768
     streamed = planner.plan_recipe(recipe(long, "memory.layers_per_checkpoint=2"), CARD, GIB)
     assert not streamed.fits and all(c.options.resident_layers is None for c in streamed.found)
 
 
 def test_as_many_blocks_stay_on_the_gpu_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
-    big = "model.path=meta-llama/Llama-3.1-8B", "memory.embeddings=device", "memory.head=device"
+    big = *SETTLED, "model.path=meta-llama/Llama-3.1-8B", "memory.embeddings=device", "memory.head=device"
     free = planner.plan_recipe(recipe(*big, "memory.resident_layers=0"), CARD, 5 * GIB)
     needed = free.chosen.prediction.host_bytes / GIB
     plan = planner.plan_recipe(recipe(*big, f"memory.host_budget={needed - 1:.2f}GiB"), CARD, 5 * GIB)
@@ -430,16 +436,18 @@ def test_as_many_blocks_stay_on_the_gpu_as_it_has_room_for_where_the_host_has_no
     assert 0 < plan.chosen.options.resident_layers < 32
 
 
-def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(recipe):
-    big = "model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=2048"
-    free = planner.plan_recipe(recipe(*big), CARD, 3 * GIB)
+def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(recipe, few_blocks):
+    tables = "memory.embeddings=device", "memory.head=device"
+    big = *SETTLED, *tables, few_blocks("Llama-3.1-8B"), "data.max_tokens=2048"
+    budget = planner.plan_recipe(recipe(*big, "memory.resident_layers=all"), CARD, GIB).peak_bytes - 100 * 2**20
+    free = planner.plan_recipe(recipe(*big), CARD, budget)
     assert free.chosen.options.resident_layers is not None and not free.chosen.options.weights_on_disk
     assert "from the disk" not in plan_text.transfers(free)
-    needed = free.chosen.prediction.host_bytes / GIB
-    small = [f"memory.host_budget={0.6 * needed:.2f}GiB"]
-    plan = planner.plan_recipe(recipe(*big, *small), CARD, 3 * GIB)
+    room = free.chosen.prediction.host_bytes / GIB - 0.2
+    small = [f"memory.host_budget={room:.2f}GiB"]
+    plan = planner.plan_recipe(recipe(*big, *small), CARD, budget)
     work, host = plan.chosen.prediction.simulation.work, plan.chosen.prediction.host_bytes
-    assert plan.fits and plan.chosen.options.weights_on_disk and host <= 0.6 * needed * GIB
+    assert plan.fits and plan.chosen.options.weights_on_disk and host <= room * GIB
     seconds = plan.chosen.micro_batches * work.disk_bytes / DISK_BYTES_PER_SECOND
     assert plan.chosen.step_seconds >= seconds > 0
     said = plan_text.describe(plan, [])
@@ -455,13 +463,17 @@ def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(re
     assert whole.chosen.settings["memory.stream_from"] == "host", "nothing is streamed"
     for each in (plan, whole):
         assert all(c.options.stream_from_disk == c.options.weights_on_disk for c in each.found)
-    refused = planner.plan_recipe(recipe(*big, *small, "memory.stream_from=host"), CARD, 3 * GIB)
+    refused = planner.plan_recipe(recipe(*big, *small, "memory.stream_from=host"), CARD, budget)
     assert not refused.fits
     assert "set memory.stream_from to auto" in str(planner.does_not_fit(refused, []))
 
 
 def test_where_weights_are_streamed_the_last_blocks_stay_and_keep_all_if_that_is_faster(recipe):
-    big = recipe("model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=512")
+    settled = (
+        "memory.checkpointing=block", "memory.cache_dequantized=false", "memory.tile_tokens=off",
+        "memory.offload_checkpoints=true", "memory.embeddings=host", "memory.head=host",
+    )  # fmt: skip
+    big = recipe("model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=512", *settled)
     plan = planner.plan_recipe(big, CARD, 4 * GIB)
     options = plan.chosen.options
     assert plan.fits and 2 <= options.uncheckpointed_layers == options.resident_layers < 32
@@ -497,19 +509,20 @@ def test_checkpoints_on_a_disk_need_its_room_and_not_the_host_s(recipe, tmp_path
     assert "offload folder" not in plan_text.describe(in_memory, [])
 
 
-def test_a_disk_is_for_what_fits_in_no_other_way(recipe, tmp_path):
-    long, folder = "data.max_tokens=32768", f"memory.offload_folder={tmp_path}"
-    in_memory = planner.plan_recipe(recipe(long), CARD, 6 * GIB)  # as fast, or faster
+def test_a_disk_is_for_what_fits_in_no_other_way(recipe, few_blocks, tmp_path):
+    recipe = partial(recipe, few_blocks(), "data.max_tokens=32768", "memory.cache_dequantized=false")
+    folder = f"memory.offload_folder={tmp_path}"
+    in_memory = planner.plan_recipe(recipe(), CARD, 3 * GIB)  # as fast, or faster
     assert in_memory.chosen.options.offload_checkpoints
-    without = planner.plan_recipe(recipe(long, "memory.offload_checkpoints=false"), CARD, 6 * GIB)
-    assert planner.plan_recipe(recipe(long, folder), CARD, 6 * GIB).chosen.settings == without.chosen.settings
-    for gib in (3, 4):
-        tight = planner.plan_recipe(recipe(long, folder), CARD, int(gib * GIB))
+    without = planner.plan_recipe(recipe("memory.offload_checkpoints=false"), CARD, 3 * GIB)
+    assert planner.plan_recipe(recipe(folder), CARD, 3 * GIB).chosen.settings == without.chosen.settings
+    for gib in (2.3, 2.4):
+        tight = planner.plan_recipe(recipe(folder), CARD, int(gib * GIB))
         assert tight.fits and tight.chosen.options.uses_disk and tight.chosen.options.checkpointing == "block"
 
 
-def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
-    block = "memory.checkpointing=block", "memory.layers_per_checkpoint=1"
+def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe, few_blocks):
+    block = *SETTLED, few_blocks(), "data.max_tokens=4096", "memory.layers_per_checkpoint=1"
     offloading = *block, "memory.offload_checkpoints=true", "memory.host_budget=1.55GiB"
     for embeddings, helps in (("device", True), ("host", False)):
         plan = planner.plan_recipe(recipe(*offloading, f"memory.embeddings={embeddings}"), CARD, 8 * GIB)
@@ -520,7 +533,7 @@ def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe):
 def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_named(recipe, few_blocks, tmp_path):
     def plan(gib, *more):
         cpu = Machine("a CPU", "cpu", gib * GIB, 0, 1e11, 1e10, 1e10)
-        settings = recipe(few_blocks(), "memory.checkpointing=block", "data.max_tokens=2048", *more)
+        settings = recipe(few_blocks(), *SETTLED, "data.max_tokens=2048", *more)
         return planner.plan_recipe(settings, cpu, gib * GIB)
 
     folder = f"memory.offload_folder={tmp_path}"
@@ -557,10 +570,8 @@ def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_memory_
 
 
 @pytest.mark.parametrize(("tokens", "warned"), [(8192, False), (8256, True)])
-def test_rows_longer_than_the_model_was_made_for_are_warned_of(recipe, caplog, tokens, warned):
-    settings = recipe(
-        "model.path=meta-llama/Meta-Llama-3-8B", f"data.max_tokens={tokens}", "memory.checkpointing=block"
-    )
+def test_rows_longer_than_the_model_was_made_for_are_warned_of(recipe, few_blocks, caplog, tokens, warned):
+    settings = recipe(few_blocks("Meta-Llama-3-8B"), f"data.max_tokens={tokens}", *SETTLED)
     plan = planner.plan_recipe(settings, CARD, 8 * GIB)
     assert ("a row of 8,256 tokens is longer than the 8,192 that the model was made for" in caplog.text) == warned
     longest = planner.max_tokens(plan)
@@ -600,14 +611,15 @@ def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):
 
 
 def test_a_head_in_four_bits_is_never_planned_for_the_host(recipe):
-    plan = planner.plan_recipe(recipe("model.path=meta-llama/Llama-3.1-8B", "model.quant_head=true"), CARD, GIB)
+    big = "model.path=meta-llama/Llama-3.1-8B", "model.quant_head=true"
+    plan = planner.plan_recipe(recipe(*big, *SETTLED), CARD, GIB)
     assert not any(candidate.options.host_head for candidate in plan.found)
     assert not any("memory.head" in alternative.change for alternative in planner.alternatives(plan))
 
 
 @pytest.mark.parametrize("budget", [24, 4, 2.2])
-def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, budget):
-    long = "data.max_tokens=16384"
+def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, few_blocks, budget):
+    recipe, long = partial(recipe, few_blocks()), "data.max_tokens=16384"
     plan = planner.plan_recipe(recipe("train.compile=true", long), replace(CARD, host_bytes=64 * GIB), budget * GIB)
     for candidate in plan.found:
         x = candidate.options
@@ -630,7 +642,7 @@ def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):
 
 
 def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
-    streamed = planner.plan_recipe(recipe("data.max_tokens=32768"), CARD, 2.5 * GIB)
+    streamed = planner.plan_recipe(recipe("data.max_tokens=32768", *SETTLED), CARD, 2.5 * GIB)
     assert streamed.chosen.prediction.simulation.offloaded_bytes > GIB
     assert sum(streamed.breakdown.values()) == streamed.peak_bytes <= streamed.budget_bytes
     page = plan_text.page_record(streamed, [], "a plan")
@@ -649,12 +661,13 @@ def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe):
     assert json.loads(json.dumps(values)) == values
 
 
-def test_max_tokens_is_the_longest_that_fits(recipe):
-    plan = planner.plan_recipe(recipe(), CARD, 4 * GIB)
+def test_max_tokens_is_the_longest_that_fits(recipe, few_blocks):
+    recipe, budget = partial(recipe, few_blocks(), *SETTLED), int(1.5 * GIB)
+    plan = planner.plan_recipe(recipe(), CARD, budget)
     longest = planner.max_tokens(plan)
     for tokens, fits in ((longest, True), (longest + 64, False)):
         settings = recipe("memory.loss_chunk_tokens=1024", f"data.max_tokens={tokens}")
-        again = planner.plan_recipe(settings, CARD, 4 * GIB)
+        again = planner.plan_recipe(settings, CARD, budget)
         assert again.fits is fits
 
 
@@ -677,8 +690,8 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries(limit, steps_o
     ("paged_adamw_8bit", "adamw_32bit"), ("adamw_32bit", "adamw_8bit"), ("paged_lion_8bit", "lion_32bit"),
     ("lion_32bit", "lion_8bit"), ("adamw_torch", "adamw_8bit"),
 ])  # fmt: skip
-def test_the_optimizer_that_is_offered_is_of_the_same_family(recipe, optimizer, other):
-    plan = planner.plan_recipe(recipe(f"train.optimizer={optimizer}"), CARD, 24 * GIB)
+def test_the_optimizer_that_is_offered_is_of_the_same_family(recipe, few_blocks, optimizer, other):
+    plan = planner.plan_recipe(recipe(few_blocks(), f"train.optimizer={optimizer}"), CARD, 24 * GIB)
     assert [a.change for a in planner.alternatives(plan) if "optimizer" in a.change] == [f"train.optimizer={other}"]
 
 
@@ -705,11 +718,11 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
     ("rank", "budget_gib", "said"),
     [
         (20000, 4, "what is trained and its optimizer alone take"),
-        (1000, 3, "weights, adapter, optimizer and constants alone"),
+        (4000, 3, "weights, adapter, optimizer and constants alone"),
     ],
 )
-def test_a_rank_that_alone_is_too_much_is_what_to_lower(recipe, rank, budget_gib, said):
-    plan = planner.plan_recipe(recipe(f"lora.rank={rank}"), CARD, budget_gib * GIB)
+def test_a_rank_that_alone_is_too_much_is_what_to_lower(recipe, few_blocks, rank, budget_gib, said):
+    plan = planner.plan_recipe(recipe(few_blocks(), f"lora.rank={rank}", *SETTLED), CARD, budget_gib * GIB)
     error = str(planner.does_not_fit(plan, list(planner.alternatives(plan))))
     assert said in error and error.endswith(": lower lora.rank")
 
@@ -745,7 +758,7 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
     recipe, simulations, tmp_path, monkeypatch, caplog
 ):  # fmt: skip
     AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
-    settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.checkpointing=block")
+    settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", *SETTLED)
     planned = planner.plan_recipe(settings, CARD, 8 * GIB)
     plain_step = simulate.probe_step
 
@@ -809,8 +822,8 @@ class TestCommand:
         _, out, _ = self.call(capsys, file, "--gpu", "rtx-4060", "--max-batch")
         assert out == f"largest micro-batch of packed sequences that fits, with all options that save memory: {shown}\n"
 
-    def test_json_is_one_object_and_nothing_else(self, capsys, file):
-        code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens")
+    def test_json_is_one_object_and_nothing_else(self, capsys, file, few_blocks):
+        code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens", few_blocks(), *SETTLED)
         values = json.loads(out)
         assert code == 3 and values["fits"] is False and values["max_tokens"] is None
 
@@ -895,12 +908,12 @@ def test_a_run_keeps_to_its_plan_and_writes_predicted_beside_measured(tmp_path):
 def test_the_command_says_what_the_longest_sequence_takes_of_host_and_time(tmp_path, command):
     file = tmp_path / "recipe.yaml"
     file.write_text("model:\n  path: meta-llama/Llama-3.2-1B\ndata:\n  train: rows.jsonl\n  max_tokens: 256\n")
-    code, out, _ = command("plan", file, "--gpu", "rtx-4060", "--max-tokens", "--json")
+    code, out, _ = command("plan", file, "--gpu", "rtx-4060", "--max-tokens", "--json", *SETTLED)
     found = json.loads(out)
     assert code == 0 and found["max_tokens"] > 1024 and found["max_tokens"] % LENGTH_STEP == 0
     assert found["max_tokens_host_bytes"] > found["host_bytes"]
     assert found["max_tokens_step_seconds"] > found["step_seconds_estimate"]
-    code, out, _ = command("plan", file, "--gpu", "rtx-4060", "--max-tokens")
+    code, out, _ = command("plan", file, "--gpu", "rtx-4060", "--max-tokens", *SETTLED)
     price = f"{found['max_tokens']} ({format_bytes(found['max_tokens_host_bytes'])} of host memory, about "
     assert price + format_seconds(found["max_tokens_step_seconds"]) in out
 
@@ -909,7 +922,7 @@ def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process
     file = tmp_path / "recipe.yaml"
     shape = "model:\n  path: HuggingFaceTB/SmolLM2-135M\n  device: cpu\ndata:\n  train: rows.jsonl\n  max_tokens: 64\n"
     file.write_text(f"{shape}memory:\n  budget: 1GiB\n")
-    command = [sys.executable, "-m", "qlora_lite", "plan", str(file), "--max-tokens", "--json"]
+    command = [sys.executable, "-m", "qlora_lite", "plan", str(file), "--max-tokens", "--json", *SETTLED]
     found = json.loads(
         subprocess.run(command, capture_output=True, check=True).stdout
     )  # in as small a process as a user's
