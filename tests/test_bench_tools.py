@@ -139,8 +139,7 @@ def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_
     monkeypatch.setattr(products, "BATCH_SECONDS", 1e-4)
     limit = tool("limit")
     monkeypatch.setattr(limit, "STEPS", 1)
-    cases = [limit.measure({"model": "tiny", "tokens": 64, "checkpointing": kind, "rounds": 1})
-             for kind in limit.KINDS]  # fmt: skip
+    cases = [limit.measure({"model": "tiny", "tokens": 64, "checkpointing": kind, "rounds": 1}) for kind in limit.KINDS]
     limit.add_needed_shares(cases)
     for case in cases:
         parts = case["limit_seconds"] + case["products_slower_seconds"] + case["rest_seconds"]
@@ -158,9 +157,9 @@ def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_
         key: again["loss"][key] for key in ("alone_seconds", "in_step_seconds")
     }
     assert cases[1]["needed_share"] == cases[1]["share"]
-    assert "**share of the limit of its own products**" in "\n".join(TABLES["limit"][1](
-        {"large_product_flops_per_second": 1e11, "cases": cases}
-    ))  # fmt: skip
+    assert "**share of the limit of its own products**" in "\n".join(
+        TABLES["limit"][1]({"large_product_flops_per_second": 1e11, "cases": cases})
+    )
 
 
 def test_the_distance_to_the_target_is_that_of_the_better_way_to_run_blocks():

@@ -29,7 +29,7 @@ FOREIGN = {
         "tokenizer_config.json": {"tokenizer_class": "Foreign", "auto_map": TOKENIZER_MAP},
     },
     "no language model": {"config.json": {"model_type": "siglip", "auto_map": AUTO_MAP}},
-}  # fmt: skip
+}
 COMMANDS = {
     "data": ["data", "RECIPE"], "plan": ["plan", "RECIPE"], "train": ["train", "RECIPE"],
     "profile": ["profile", "RECIPE", "--out", "OUT"], "evaluate a recipe": ["evaluate", "RECIPE"],

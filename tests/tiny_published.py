@@ -108,7 +108,7 @@ CASES = {
     "mxfp4": ("gpt_oss", mxfp4, {}),
     "int8": ("llama", int8, {}),
     "fp8": ("qwen3", fp8, {"hidden_size": 192, "intermediate_size": 320}),  # blocks at the edges are smaller
-}  # fmt: skip
+}
 
 
 def save_published(folder, case):

@@ -197,9 +197,7 @@ class Bottleneck(AdapterMethod):
         return {f"{outside(model, path)}.{leaf}": shape for path in self.places(model)
                 for leaf, shape in shapes_of(model.get_submodule(path), self.width).items()}  # fmt: skip
 
-    def add_switched(
-        self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
-    ) -> None:  # fmt: skip
+    def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""
         device: torch.device = model.device
         for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
@@ -218,7 +216,7 @@ class Bottleneck(AdapterMethod):
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
-    ) -> Mapping[str, Hashable]:  # fmt: skip
+    ) -> Mapping[str, Hashable]:
         """Return whether an adapter stands behind each layer."""
         ends = tuple(f".{name}" for part in PLACEMENTS[self.placement] for name in part)
         return {name: name in in_blocks and name.endswith(ends) for name in (*linear, *experts)}

@@ -104,7 +104,7 @@ class Full(AdapterMethod):
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
-    ) -> Mapping[str, Hashable]:  # fmt: skip
+    ) -> Mapping[str, Hashable]:
         """Return nothing: no two layers are trained differently."""
         return {}
 

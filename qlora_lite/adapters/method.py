@@ -87,7 +87,7 @@ class AdapterMethod:
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
-    ) -> Mapping[str, Hashable]:  # fmt: skip
+    ) -> Mapping[str, Hashable]:
         """Return what tells apart layers that are adapted differently, so that a plan knows which blocks are alike.
 
         The default says that no two are known to be: then a plan runs every block, which takes it longer.

@@ -150,9 +150,7 @@ class PrefixTuning(AdapterMethod):
             for path, prefix in _by_layer(model, list(found), tensors[TENSOR]):
                 found[path].prefix.copy_(prefix)
 
-    def add_switched(
-        self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
-    ) -> None:  # fmt: skip
+    def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""
         part = switched_tokens(model, switch)
         part.counts[name] = self.virtual_tokens
@@ -165,7 +163,7 @@ class PrefixTuning(AdapterMethod):
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
-    ) -> Mapping[str, Hashable]:  # fmt: skip
+    ) -> Mapping[str, Hashable]:
         """Say which layers have trained outputs."""
         return {name: name.endswith((_KEY, _VALUE)) for name in (*linear, *experts)}
 

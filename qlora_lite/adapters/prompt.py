@@ -260,15 +260,13 @@ class PromptTuning(AdapterMethod):
         """See ``AdapterMethod``."""
         return {TENSOR: (self.virtual_tokens, model.get_input_embeddings().weight.shape[1])}
 
-    def add_switched(
-        self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]
-    ) -> None:  # fmt: skip
+    def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""
         part = switched_tokens(model, switch)
         part.counts[name], part.by_name[name] = self.virtual_tokens, tensors[TENSOR].to(model.device)
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
-    ) -> Mapping[str, Hashable]:  # fmt: skip
+    ) -> Mapping[str, Hashable]:
         """Say that no layer is adapted, so that all are alike."""
         return dict.fromkeys((*linear, *experts))

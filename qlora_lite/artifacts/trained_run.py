@@ -203,7 +203,7 @@ class TrainedRun:
         m = self.recipe.model
         base = load_model(
             m.path, m.quant, m.double_quant, self.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit, start=start
-        )  # fmt: skip
+        )
         self._check_split(base)
         return base
 

@@ -94,7 +94,7 @@ def generate(run: str, prompt: str | None, prompts: str | None, out: str | None,
 
 def _answer_file(
     run: str, prompts: str, out: str, column: str | None, overwrite: bool, base: bool, seed: int, options: dict
-) -> None:  # fmt: skip
+) -> None:
     if options.pop("context_tokens"):
         raise click.UsageError("--context-tokens is for --prompt; with --prompts the longest prompt is known")
     prepare(verbose=False)

@@ -203,7 +203,7 @@ def _known_gpus() -> list[str]:
         f"{known.flops_per_second / 1e12:>7.1f} {short[known.trains_in]}  "
         f"{known.bandwidth_bytes_per_second / 1e9:>5.0f}  {known.memory_source}"
         for known in GPUS
-    ]  # fmt: skip
+    ]
 
 
 def _known_models() -> list[str]:

@@ -149,9 +149,7 @@ class Template:
 
 
 @tokenizer_faults()
-def choose_template(
-    tokenizer: "PreTrainedTokenizerFast", name: str | None = None, own: str | None = None
-) -> Template:  # fmt: skip
+def choose_template(tokenizer: "PreTrainedTokenizerFast", name: str | None = None, own: str | None = None) -> Template:
     """Choose the chat template of a run.
 
     Args:

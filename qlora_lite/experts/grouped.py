@@ -112,7 +112,7 @@ class LowRank(NamedTuple):
 
     def add_gradients_of_pairs(
         self, sums: "LowRank", x: torch.Tensor, grad: torch.Tensor, pairs: Pairs, scale: torch.Tensor
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Add the gradients of A and B from ``scale`` [P] times y's to those of all experts."""
         x, grad, scale = x.contiguous(), grad.contiguous(), scale[:, None]
         add_grouped_sums(sums.lora_a, self.low_gradient_of_pairs(grad, pairs).mul_(scale), x, *pairs)
@@ -260,7 +260,7 @@ def value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[
 
 def gradients(
     grad_TD, hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:
     """Return the gradients of ``routed`` for the hidden states, the router's weights and the LoRA weights."""
     grad_hidden_TD, (up, down) = torch.empty_like(hidden_TD), _both(experts, tensors, hidden_TD.dtype)
     sums_up, sums_down = (weights.lora and weights.lora.zeros() for weights in (up, down))

@@ -196,7 +196,7 @@ def _alike(rows: int, count: int, kinds: int) -> list[_Share]:
 
 def _weights(
     spec: WeightSpec, tensors: Sequence[torch.Tensor], group: _Group, numbers: torch.Tensor, dtype: torch.dtype
-) -> Sequence[torch.Tensor]:  # fmt: skip
+) -> Sequence[torch.Tensor]:
     """Return the weights [out, in] of a group's experts: dequantised, or views of those in 16 bit.
 
     Args:
@@ -228,7 +228,7 @@ def _value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence
 
 def _gradients(
     grad_TD, hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:
     """Return the gradients for the hidden states, the router's weights and LoRA weights, one expert after the other.
 
     Those of an expert that no token chose are zero.

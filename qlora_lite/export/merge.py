@@ -371,9 +371,7 @@ def _check_quantized(models: dict, quant: str) -> None:
 def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
     require_space(out, sum(file.stat().st_size for file in dense.glob("*.safetensors")) // 3)
     m = trained.recipe.model
-    model = load_model(
-        str(dense), quant, m.double_quant, torch.bfloat16, use_cache=False, keep_16bit=m.keep_16bit
-    )  # fmt: skip
+    model = load_model(str(dense), quant, m.double_quant, torch.bfloat16, use_cache=False, keep_16bit=m.keep_16bit)
     save_quantized(model, out, trained.tokenizer())
 
 

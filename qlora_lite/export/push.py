@@ -242,7 +242,7 @@ def _merged_into(folder: Path, trained: TrainedRun) -> str:
 
 def _files(
     folder: Path, base_model: str | None, model_path: str
-) -> tuple[dict[str, Path | bytes], list[str], list[str]]:  # fmt: skip
+) -> tuple[dict[str, Path | bytes], list[str], list[str]]:
     """Return the files of a folder to send, configurations without local paths, the names of the others, and changes.
 
     Args:

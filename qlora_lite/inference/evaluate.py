@@ -171,7 +171,7 @@ def _answer_alone(example: Example, prompt: Sequence[int], ends: Collection[int]
 
 def _likeliest(
     tokenizer, asked: Sequence[Example], choices: Sequence[str], ends: Collection[int], losses: Losses
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Return the answer of a closed set that is likeliest for each example, by the sum over its tokens.
 
     Raises:
@@ -220,9 +220,7 @@ def _record(example: Example, reference: str, answer: Answer, matching: Matching
     return record if matching == WHOLE else record | {"compared_reference": expected, "compared_answer": found}
 
 
-def _most_tokens(
-    model: nn.Module, tokenizer, asked: Sequence[Example], new_tokens: int | None
-) -> tuple[int, int]:  # fmt: skip
+def _most_tokens(model: nn.Module, tokenizer, asked: Sequence[Example], new_tokens: int | None) -> tuple[int, int]:
     """Return the tokens of the longest prompt, and the most that are generated for any.
 
     Raises:

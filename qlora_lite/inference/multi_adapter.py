@@ -201,7 +201,7 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
 
 def load_switched(
     opened: dict[str, TrainedRun], context_tokens: int | None = None
-) -> tuple[nn.Module, Switch, dict[str, Adapter | Saved]]:  # fmt: skip
+) -> tuple[nn.Module, Switch, dict[str, Adapter | Saved]]:
     """Return the base model of open runs with all their adapters, their switch and the adapters; see ``load_tasks``."""
     first = next(iter(opened.values()))
     skeleton = first.skeleton()

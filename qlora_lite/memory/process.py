@@ -85,7 +85,7 @@ class Overhead(NamedTuple):
 
 def overheads(
     device_type: str, moments: Iterable[Moment], resident: Moment, products: int, compiling: bool = False
-) -> tuple[Overhead, ...]:  # fmt: skip
+) -> tuple[Overhead, ...]:
     """Return what comes on top of the tensors at a step's peak.
 
     Args:

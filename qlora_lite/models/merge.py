@@ -267,7 +267,7 @@ def open_merged(
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
     return Merged(
         files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton), packed or {}
-    )  # fmt: skip
+    )
 
 
 def write_merged(

@@ -112,9 +112,7 @@ def _is_skipped(path: str, skipped: Iterable[str]) -> bool:
     return any(f".{name}." in f".{path}." or fnmatch(path, name) for name in skipped)
 
 
-def published_state(
-    files: ModelFiles, part: LanguagePart, formats: Formats, stack: ExitStack
-) -> dict[str, Any]:  # fmt: skip
+def published_state(files: ModelFiles, part: LanguagePart, formats: Formats, stack: ExitStack) -> dict[str, Any]:
     """Return what transformers' loader takes for a model's tensors, packed parts under the names of their modules.
 
     Args:

@@ -112,9 +112,7 @@ def block_pattern(
     return _patterns[key]
 
 
-def _kinds_of_blocks(
-    config, method: AdapterMethod | None, keep_16bit: tuple[str, ...], formats: Formats
-) -> list[int]:  # fmt: skip
+def _kinds_of_blocks(config, method: AdapterMethod | None, keep_16bit: tuple[str, ...], formats: Formats) -> list[int]:
     """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
     model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
     found, layers, experts = blocks(model), linear_layers(model), expert_weights(model)

@@ -243,9 +243,7 @@ def _is_weight(parameter: str) -> bool:
     return parameter.endswith((".weight", ".bias"))
 
 
-def _packed_files(
-    places: dict, stored: dict, names: dict[str, str] | None, compute_dtype: torch.dtype
-) -> BaseWeights:  # fmt: skip
+def _packed_files(places: dict, stored: dict, names: dict[str, str] | None, compute_dtype: torch.dtype) -> BaseWeights:
     """Read a bitsandbytes 4-bit checkpoint, each packed weight under its plain name."""
     state_of = {name.rpartition(".quant_state.")[0]: name for name in stored if ".quant_state." in name}
     parts = {name: [part for part in stored if part == name or part.startswith(f"{name}.")] for name in state_of}

@@ -51,9 +51,7 @@ def kernel_takes(query, key, value, row_lengths: Sequence[int]) -> bool:
     return batch == 1 and BLOCK < sum(row_lengths) == tokens and size in SIZES and size == value.shape[3]
 
 
-def flex_attention(
-    query, key, value, row_lengths, scaling=None, window=None, softcap=None, sinks=None
-) -> torch.Tensor:  # fmt: skip
+def flex_attention(query, key, value, row_lengths, scaling=None, window=None, softcap=None, sinks=None) -> torch.Tensor:
     """Attend causally within each sequence; arguments and result are those of ``block_attention``.
 
     Sinks are frozen here too. See ``kernel_takes``.

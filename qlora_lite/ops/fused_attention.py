@@ -99,7 +99,7 @@ class PlannedAttention(TorchFunctionMode):
 
 def _planned(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     no_kernel = dropout_p or (query.shape[1] != key.shape[1] and not enable_gqa) or query.shape[3] != value.shape[3]
     if no_kernel:  # then torch takes the formula, as it does without values
         return scaled_dot_product_attention(
@@ -137,7 +137,7 @@ class _FewHeadsBackward(torch.autograd.Function):
 
 def over_key_heads(
     at_once: int, gradients: Callable[..., Sequence[torch.Tensor]], grad_out, query, key, value, out
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     """Return the gradients of query, key and value, found for a few key heads at a time; heads are dimension 1.
 
     Args:
@@ -209,7 +209,7 @@ def kernel_of_gpu(dtype: torch.dtype) -> str | None:
 @lru_cache
 def _chosen(
     dtype: torch.dtype, heads: int, key_heads: int, size: int, value_size: int, masked: bool, dropout: float
-) -> int | None:  # fmt: skip
+) -> int | None:
     """Return which of KERNELS torch takes on this machine's GPU for calls of a kind; None where there is no GPU."""
     if not torch.cuda.is_available():
         return None

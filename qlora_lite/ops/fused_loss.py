@@ -62,7 +62,7 @@ def candidates(setting: str, head: Head, device: torch.device) -> list[str]:
 
 def choose_loss(
     names: Sequence[str], hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk_tokens: int
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Return the name of the loss to use in place of ours, None to stay with it; say why.
 
     Args:

@@ -150,7 +150,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _head_gradients(
     hidden, targets, log_sums, head: Head, chunk_tokens: int, grad_total, wants_weight: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of a head's weight and bias.
 
     Args:

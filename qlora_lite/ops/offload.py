@@ -77,9 +77,7 @@ def _say_not_pinned(reason: str) -> None:
     )  # fmt: skip
 
 
-def disk_memory(
-    size: int, folder: str, device: torch.device, setting: str = "memory.offload_folder"
-) -> torch.Tensor:  # fmt: skip
+def disk_memory(size: int, folder: str, device: torch.device, setting: str = "memory.offload_folder") -> torch.Tensor:
     """Return uint8 [size] in a file without a name, which is gone when nobody holds the tensor, or the process ends.
 
     Raises:

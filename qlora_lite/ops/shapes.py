@@ -78,9 +78,7 @@ def pieces(total: int, size: int) -> Iterator[slice]:
         yield slice(whole * size, total)
 
 
-def few_of_many(
-    parts: Sequence[T], average: Callable[[Sequence[T]], T], size: Callable[[T], Hashable]
-) -> Iterator[T]:  # fmt: skip
+def few_of_many(parts: Sequence[T], average: Callable[[Sequence[T]], T], size: Callable[[T], Hashable]) -> Iterator[T]:
     """Yield parts that take more and more memory; in a plan, where they are many, an average one for all but the last
     two.
 

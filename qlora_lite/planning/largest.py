@@ -22,7 +22,7 @@ def most(peak_of: Callable[[int], int], limit_bytes: int, largest: int) -> int:
 
 def longest(
     job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int
-) -> int:  # fmt: skip
+) -> int:
     """Return the largest multiple of ``LENGTH_STEP`` whose job fits, by interpolation and then exactly.
 
     Args:
@@ -51,7 +51,7 @@ def most_packs(job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes:
 
 def _most_that_fit(
     prediction_of: Callable[[int], Prediction], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int
-) -> int:  # fmt: skip
+) -> int:
     smallest = prediction_of(1)
     if not smallest.fits(limit_bytes, host_limit_bytes):
         needed, limit, where = smallest.peak_bytes, limit_bytes, ""

@@ -171,7 +171,7 @@ def movable_tables(step: Step) -> list[dict[str, bool]]:
 
 def _divisions(
     step: Step, machine: Machine, options: MemoryOptions, limit_bytes: int, fewest_packs: int = 1
-) -> list[Candidate]:  # fmt: skip
+) -> list[Candidate]:
     found: list[Candidate] = []
     for packs in (size for size in step.sizes() if size >= fewest_packs or not step.may_split):
         found.append(build_candidate(step, machine, options, packs))
@@ -197,7 +197,7 @@ def _spending(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -
 
 def _freeing_and_spending(
     step: Step, machine: Machine, start: Candidate, best: Candidate, limit_bytes: int
-) -> list[Candidate]:  # fmt: skip
+) -> list[Candidate]:
     """Return candidates that need less than where the spending began, and spend that too, as long as it pays.
 
     Fewer packs at once, and what a GPU has in host memory at next to no cost in time, make room for blocks that are

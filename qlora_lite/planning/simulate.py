@@ -309,7 +309,7 @@ def _as_counted(job: Job) -> MemoryOptions:
 
 def _optimizer(
     job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float], on_host: Sequence[nn.Parameter] = ()
-) -> torch.optim.Optimizer:  # fmt: skip
+) -> torch.optim.Optimizer:
     with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
         return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios, on_host)
 

@@ -271,9 +271,7 @@ def probe(loaded: Loaded) -> Proven | Overrun:
     earlier = loaded.continuation
     free_cached_memory(device)  # of loading
     set_memory_limit(device, budget)
-    batches = largest_batches(
-        trainer.workload, loaded.rows, loaded.eval_examples, trainer.epochs, trainer.most_tokens
-    )  # fmt: skip
+    batches = largest_batches(trainer.workload, loaded.rows, loaded.eval_examples, trainer.epochs, trainer.most_tokens)
     expected = expected_peak(loaded.plan, *batches)
     # what is trained, now or in a later turn, is written to, so that no file page stands for it any more
     parameters = () if trainer.workload.method.trains_base else loaded.model.parameters()

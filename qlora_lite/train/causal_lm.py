@@ -311,7 +311,7 @@ class CausalLM(Workload):
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], Inputs], options: MemoryOptions, recorded: Sequence[str] | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See ``kernels``."""
         on_gpu, allowed = self.device(model).type == "cuda", {*options.allowed_kernels}
         names = allowed if recorded is None else allowed & {*recorded}
@@ -322,9 +322,7 @@ class CausalLM(Workload):
         elif on_gpu and names:
             check_kernels(model, names, largest())
 
-    def choose_loss(
-        self, model: nn.Module, largest: Callable[[], Inputs], setting: str, recorded: str | None
-    ) -> Self:  # fmt: skip
+    def choose_loss(self, model: nn.Module, largest: Callable[[], Inputs], setting: str, recorded: str | None) -> Self:
         """Choose on the hidden states of the largest micro-batch; see ``ops.fused_loss``."""
         its_head, objective = anatomy.head(model), self.objective
         if not isinstance(objective, CrossEntropy):

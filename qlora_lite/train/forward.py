@@ -72,7 +72,7 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 def _decoded(
     model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, row_lengths: tuple[int, ...], **at_once
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the last hidden states of the rows that the tokens begin with.
 
     Args:

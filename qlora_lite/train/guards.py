@@ -54,7 +54,7 @@ def check_frozen(model: nn.Module, checksum: str, in_turn: Iterable[nn.Parameter
 
 def explain_not_finite(
     workload: Workload, model: nn.Module, groups: Sequence[Sequence], step: int, updated: bool = False
-) -> TrainingError:  # fmt: skip
+) -> TrainingError:
     """Run the step's forward again with every module watched, and say where the first bad value stood.
 
     Args:

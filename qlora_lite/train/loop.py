@@ -181,7 +181,7 @@ class Trainer:
             )  # fmt: skip
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-        )  # fmt: skip
+        )
         del optimizer
         if getattr(self.optimizer, "is_paged", False):
             free_cached_memory(device)  # room for the run's own states, which torch's allocator does not take
@@ -375,7 +375,7 @@ class Trainer:
 
     def _over_batches(
         self, examples: Sequence, compute: Callable[..., T], done: Callable[[int], None] | None = None
-    ) -> T:  # fmt: skip
+    ) -> T:
         self.check()
         work = self.workload.plain()
         return self._within_memory(

@@ -52,9 +52,7 @@ def probe_step(
             workload.plain().loss(model.eval(), eval_inputs)
 
 
-def probe_update(
-    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> None:  # fmt: skip
+def probe_update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Clip and update as a step does, with gradients of zero."""
     with phase("optimizer"):
         torch._foreach_zero_([parameter.grad for parameter in parameters])

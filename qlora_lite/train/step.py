@@ -55,9 +55,7 @@ class Means(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-def accumulate_gradients(
-    workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0
-) -> Means:  # fmt: skip
+def accumulate_gradients(workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0) -> Means:
     """Add the gradients of the mean loss over all targets of the batches, times a scale; return the means.
 
     Args:
@@ -116,9 +114,7 @@ def train_step(
     return _result(workload, batches, loss, grad_norm, norms, dict(zip(metrics, values, strict=True)))
 
 
-def train_step_in_backward(
-    workload: Workload, model: nn.Module, batch, optimizer: torch.optim.Optimizer
-) -> StepResult:  # fmt: skip
+def train_step_in_backward(workload: Workload, model: nn.Module, batch, optimizer: torch.optim.Optimizer) -> StepResult:
     """Run one optimizer step whose backward pass updates each parameter; equals ``train_step`` without clipping.
 
     A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so

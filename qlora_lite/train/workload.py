@@ -246,7 +246,7 @@ class Workload:
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], object], options: MemoryOptions, recorded: Sequence[str] | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Try fused kernels on a GPU, or take those that are recorded.
 
         Args:
@@ -256,9 +256,7 @@ class Workload:
             TrainingError: one of those that are recorded does not run here any more.
         """
 
-    def choose_loss(
-        self, model: nn.Module, largest: Callable[[], object], setting: str, recorded: str | None
-    ) -> Self:  # fmt: skip
+    def choose_loss(self, model: nn.Module, largest: Callable[[], object], setting: str, recorded: str | None) -> Self:
         """Return the workload with the loss that is fastest, or with the one that is recorded."""
         return self
 

@@ -143,7 +143,7 @@ TILES = dict(options=MemoryOptions(tile_tokens=4, loss_chunk_tokens=5))
     ("name", "settings"),
     [("llama", {}), ("qwen2", TIED | IN_BACKWARD), ("gemma2", TILES), ("gpt2", TILES)],
     ids=["llama", "qwen2 tied, in backward", "gemma2 in tiles", "gpt2 in tiles"],
-)  # fmt: skip
+)
 def test_weights_after_steps_are_those_of_plain_adamw_in_float32(name, settings):
     training = trainer(name, learning_rate=1e-3, weight_decay=0.1, max_steps=2, **settings)
     before = copy.deepcopy(training.model.state_dict())
@@ -164,7 +164,7 @@ def test_bf16_weights_keep_small_updates_by_stochastic_rounding():
     def moved(stochastic):
         training = trainer(
             dtype=torch.bfloat16, learning_rate=2e-5, stochastic_rounding=stochastic, optimizer="adamw_8bit"
-        )  # fmt: skip
+        )
         weight = training.model.get_parameter("model.layers.0.mlp.up_proj.weight")
         before = weight.detach().float().clone()
         list(training)
@@ -222,7 +222,7 @@ def test_the_plan_is_what_the_ledger_finds_with_weights_gradients_and_states(set
     ("settings", "optimizer", "work"),
     [({}, "adamw_8bit", WORK), (TIED, "adamw_torch", WORK), ({}, "adamw_8bit", IN_TURN)],
     ids=["", "tied", "in turn"],
-)  # fmt: skip
+)
 def test_a_deep_model_is_continued_from_shallow_ones(settings, optimizer, work):
     config = AutoConfig.for_model("llama", **(ARCHITECTURES["llama"] | settings | dict(num_hidden_layers=9)))
     job = replace(job_of(trainer(work=work, optimizer=optimizer), config), eval_shape=None)
@@ -343,7 +343,7 @@ STREAMED = MemoryOptions(optimizer_in_backward=True, resident_layers=0)
     "options",
     [STREAMED, replace(STREAMED, resident_layers=2, tile_tokens=5), replace(STREAMED, offload_checkpoints=True)],
     ids=["all", "two, in tiles", "checkpoints offloaded"],
-)  # fmt: skip
+)
 def test_streamed_weights_are_trained_as_resident_ones_to_the_bit(optimizer, work, options):
     both = replace(options, resident_layers=None), options
     pair = [streamed(each, optimizer=optimizer, work=work) for each in both]

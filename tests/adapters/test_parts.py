@@ -292,7 +292,7 @@ REFUSED = {
     "a tied head alone": ("gemma2", {}, (HEAD,), "write embeddings"),
     "no biases": ("llama", {}, (BIASES,), "has none"),
     "float16": ("llama", {"dtype": torch.float16}, (NORMS,), "compute_dtype to float32"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -321,7 +321,7 @@ def test_a_trained_table_is_not_left_in_host_memory(table):
 UNREADABLE = {
     "a layer trained whole": ("llama", dict(modules_to_save=["up_proj"]), "up_proj.weight was trained whole"),
     "tied tables apart": ("gemma2", dict(modules_to_save=["embed_tokens"]), "apart from each other"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

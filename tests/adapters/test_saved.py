@@ -22,7 +22,7 @@ from qlora_lite.runs.run import run_recipe
 ])  # fmt: skip
 def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(
     tmp_path, command, monkeypatch, method, settings, quant
-):  # fmt: skip
+):
     save_tiny(tmp_path / "model")
     path = write_recipe(
         tmp_path, tmp_path / "model", lora={"rank": 16, "alpha": 32.0}, adapter={"method": method},

@@ -120,9 +120,8 @@ def test_a_model_shares_inputs_where_it_has_separate_projections_and_keeps_its_g
 
 @pytest.mark.parametrize(
     "options",
-    [{"targets": ["q_proj", "k_proj"]}, {"dropout": 0.1},
-     {"targets": ["all-linear", Target("k_proj", 8)]}],
-)  # fmt: skip
+    [{"targets": ["q_proj", "k_proj"]}, {"dropout": 0.1}, {"targets": ["all-linear", Target("k_proj", 8)]}],
+)
 def test_layers_of_another_rank_or_with_dropout_or_missing_are_not_in_a_set(options):
     model = add_lora(build_tiny("llama"), **options)
     shared = {name.rpartition(".")[2] for name, layer in lora_layers(model) if layer.shared is not None}

@@ -150,7 +150,7 @@ FILES = {
     ),
     "an empty file": (lambda w, d: w("rows.jsonl", b""), "has no rows"),
     "a file that is not there": (lambda w, d: str(d / "rows.jsonl"), "no such file.*; check data.train"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.timeout(60)

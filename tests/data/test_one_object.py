@@ -43,7 +43,7 @@ def said(source):
         ({"prompt": {"0": "x", "1": "z"}, "completion": {"0": "y", "1": "w"}}, COLUMNS),
         ({"text": {"3": "x"}}, COLUMNS),
     ],
-)  # fmt: skip
+)
 def test_an_object_is_asked_where_its_rows_are(write, content, asked, indent):
     path = write("a.json", json.dumps(content, indent=indent))
     message = said(Source(path))

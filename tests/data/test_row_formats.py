@@ -81,7 +81,7 @@ def read(write):
         ({"prompt": "q", "completion": "a", "system": ""}, PAIR),
         ({"prompt": "q", "completion": "a", "system": "s"}, WITH_SYSTEM),
     ],
-)  # fmt: skip
+)
 def test_a_row_becomes_turns(read, row, turns):
     (conversation,), problems = read([row])
     assert problems == []
@@ -334,7 +334,7 @@ LEARNED_LAST = (Turn("user", "p"), Turn("assistant", "o", learned=False), *PAIR)
         ({"messages": [user("q")], "chosen": assistant("a"), "rejected": REJECTED}, PAIR),
         ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, PAIR),
     ],
-)  # fmt: skip
+)
 def test_preference_rows_are_named_as_such_and_their_chosen_answers_are_learned_as_the_message_says(write, row, turns):
     """The last shape but two has no answer in its conversation, which must not be what is said of it."""
     path = write("a.jsonl", [row])

@@ -64,15 +64,11 @@ CUT = {
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
         tokens=[AddedToken("<|x|>", rstrip=True, normalized=False)],
     ),
-    "pieces stripped": words_tokenizer(
-        normalizers.Strip(), pre_tokenizers.Metaspace(prepend_scheme="first")
-    ),
+    "pieces stripped": words_tokenizer(normalizers.Strip(), pre_tokenizers.Metaspace(prepend_scheme="first")),
     "white space after": with_tokens(special("<|x|>", rstrip=True)),
-    "ordinary tokens": with_tokens(
-        plain("ab"), plain("\n\n"), plain("a ", lstrip=True), plain("b<", normalized=True)
-    ),
+    "ordinary tokens": with_tokens(plain("ab"), plain("\n\n"), plain("a ", lstrip=True), plain("b<", normalized=True)),
     "one special token longer than another": with_tokens(special("</s>ab")),
-}  # fmt: skip
+}
 # name -> tokenizer whose texts must stay whole, and a text that shows why
 WHOLE = {
     "white space before": (with_tokens(special("<|x|>", lstrip=True)), "a <|x|>"),

@@ -392,7 +392,7 @@ def test_requests_beyond_the_line_are_refused_and_the_line_empties(server, clien
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_conversation_too_long_for_the_memory_is_an_error_of_its_own_and_the_next_is_answered(
     server, client, runs, monkeypatch, stream
-):  # fmt: skip
+):
     def generate(**_options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

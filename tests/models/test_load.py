@@ -424,7 +424,7 @@ def file_of(tensor):
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_a_model_that_memory_has_no_room_for_lies_in_files_from_its_first_weight_on(
     model_type, use_cache, tmp_path, monkeypatch
-):  # fmt: skip
+):
     build_tiny(model_type).save_pretrained(tmp_path / "model")
     expected, made = load(tmp_path / "model"), []
     convert = QuantizeOnArrival.convert

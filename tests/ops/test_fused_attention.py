@@ -216,7 +216,7 @@ def laid_out(key_heads, length, size, dtype, heads_first, device):
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_a_plan_counts_what_flash_attention_s_backward_takes_inside(
     planned_inside, key_heads, repeatable, sums, heads_first
-):  # fmt: skip
+):
     expected = 4 * HEADS * ROWS + 4 * sums * HEADS * ROWS * NUMBERS  # a number and a row of float32 a token and head
     if key_heads != HEADS:
         expected += 2 * COPY  # bfloat16 gradients of key and value for each head of the query

@@ -756,7 +756,7 @@ def test_an_unknown_model_names_the_nearest(recipe):
 
 def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_named(
     recipe, simulations, tmp_path, monkeypatch, caplog
-):  # fmt: skip
+):
     AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
     settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", *SETTLED)
     planned = planner.plan_recipe(settings, CARD, 8 * GIB)
@@ -875,7 +875,7 @@ class TestCommand:
     )  # fmt: skip
     def test_what_is_neither_recipe_nor_model_is_one_line_with_the_way_out(
         self, capsys, named, said, tmp_path, monkeypatch
-    ):  # fmt: skip
+    ):
         monkeypatch.chdir(tmp_path)
         code, _, err = self.call(capsys, named, "--gpu", "rtx-4060")
         last = err.splitlines()[-1]

@@ -26,7 +26,7 @@ def look(tmp_path):
 
     def look_at(
         train=None, evaluation=None, tokenizer=None, source="train.jsonl", exact_rows=0, pattern=None, **settings
-    ):  # fmt: skip
+    ):
         matched = {"metrics_examples": exact_rows, "exact_match_pattern": pattern}
         more = {"data": {"train": source if isinstance(source, list) else str(source)}, "train": matched}
         recipe = write_recipe(tmp_path, "owner/name", **more)

@@ -149,7 +149,7 @@ def test_a_damaged_model_and_a_run_without_one_are_refused(run, model_folder, tm
         (["adapter.switch_every=5", "train.optimizer=paged_adamw_8bit"], "paged memory is never given back"),
         (["adapter.switch_every=5", "adapter.method=lora"], "adapter.switch_every: only with adapter.method full"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_it_cannot_have_are_faults_of_the_recipe(model_folder, tmp_path, overrides, said):
     with pytest.raises(RecipeError) as caught:
         full_recipe(tmp_path, model_folder, *overrides)

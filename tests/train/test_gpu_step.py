@@ -17,7 +17,7 @@ from memory_option_cases import (
     gradients,
     gradients_of_steps,
     losses_without_gradients,
-)  # fmt: skip
+)
 from tiny import build_tiny, quantized_pair, random_batch, random_factors
 from tiny_trainer import SETTINGS, examples
 from transformers import AutoConfig

@@ -94,7 +94,7 @@ def test_a_schedule_warms_up_to_the_peak_and_then_follows_its_name(schedule):
         "constant": lambda i: 1.0,
         "linear": lambda i: 1 - i / 15,
         "cosine": lambda i: (1 + math.cos(math.pi * i / 15)) / 2,
-    }[schedule]  # fmt: skip
+    }[schedule]
     assert factors[5:] == pytest.approx([expected(i) for i in range(15)])
     assert min(factors) > 0, "no step is wasted"
 

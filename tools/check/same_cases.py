@@ -97,7 +97,7 @@ SETTINGS = {
     "lion_8bit": ["train.optimizer=lion_8bit", "lora.rank=64", "train.lr_scheduler=linear"],
     "all tokens, by length": ["data.train_on=all", "data.order=by-length"],
     "streaming": ["data.streaming=true", "data.order=as-is"],
-}  # fmt: skip
+}
 UNQUANTIZED = ["model.quant=none", "lora.targets=[in_proj]"]  # where the architecture reads weights itself
 OF_FAMILIES = {"mamba": UNQUANTIZED, "mamba2": UNQUANTIZED}
 LONGEST = ["--max-tokens"]

@@ -120,7 +120,7 @@ REHEARSAL = Scale(
 
 def resident_task(
     section: str, steps: float, scale: Scale, machine: Machine, parts: tuple[int, ...] = (1, 2, 4)
-) -> tuple[str, int]:  # fmt: skip
+) -> tuple[str, int]:
     """Return the largest model and row that the GPU has room for and, by estimate, time for in half of a section.
 
     Args:

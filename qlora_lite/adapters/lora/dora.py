@@ -35,7 +35,7 @@ SMALLEST = torch.finfo(torch.float32).tiny  # squared norm of a row of zeros, wh
 
 def adapted_norms(
     base: nn.Module, squares: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float, dtype: torch.dtype
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the norms of the rows of ``W + scale * B A``, float32 [out], without gradients.
 
     Args:

@@ -98,7 +98,7 @@ class Start:
     @torch.no_grad()
     def split(
         self, weight: torch.Tensor, rank: int, scale: float, quant_type: str | None = None, double_quant: bool = True
-    ) -> "Started":  # fmt: skip
+    ) -> "Started":
         """Split a weight; beside it that takes memory for two of its shape in float32.
 
         Args:
@@ -152,9 +152,7 @@ class Started(NamedTuple):
     left: Packed | torch.Tensor
 
 
-def without_update(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
-) -> torch.Tensor:  # fmt: skip
+def without_update(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
     """Return ``weight - scale * B A`` in float32."""
     return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=-scale)
 

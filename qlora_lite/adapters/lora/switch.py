@@ -192,7 +192,7 @@ class SwitchExperts(nn.Module):
 
     def __init__(
         self, experts: nn.Module, switch: Switch, factors: Mapping[str, Mapping[str, Factors]], device: torch.device
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.experts, self.switch = experts, switch
         self.lora = {
