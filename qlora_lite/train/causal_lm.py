@@ -284,19 +284,15 @@ class CausalLM(Workload):
         """Return whether the model is in float16."""
         return model.dtype == torch.float16
 
-    def check_arguments(self, model: object, examples: object) -> None:
-        """Check that it is a model of transformers, and that the examples are tokenised rows."""
+    def check_examples(self, model: object, examples: object) -> None:
+        """Check that it is a model of transformers, with embeddings for the tokens of examples that are rows."""
         require_model(model)
         if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), Example | None):
             raise DataError(f"examples is {type(examples).__name__}; give build_examples(...).examples")
-
-    def check_examples(self, model: nn.Module, examples: Sequence[Example]) -> None:
-        """See ``text_guards.check_embeddings``."""
         check_embeddings(model, examples)
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``text_guards``."""
-        self.check_fixed(settings)
         check_shared_keys(model)
         plain = replace(settings.options, kernels="plain")  # until ``choose_kernels`` has tried others
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut

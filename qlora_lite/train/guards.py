@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import TrainingError
+from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.quant.tensor_file import bit_sums
 
 from .workload import Workload
@@ -27,6 +28,17 @@ def check_trainable(model: nn.Module, announced: int) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trainable != announced:
         raise TrainingError(f"{trainable} weights are trainable, {announced} were announced")
+
+
+def check_choice(workload: Workload, options: MemoryOptions) -> None:
+    """Check that no memory option is set that the workload has no choice of.
+
+    Raises:
+        TrainingError: naming those.
+    """
+    wrong = [name for name, only in workload.fixed_options.items() if getattr(options, name) != only]
+    if wrong:
+        raise TrainingError(f"{type(workload).__name__} has no {', '.join(wrong)} to set")
 
 
 def frozen_checksum(model: nn.Module, in_turn: Iterable[nn.Parameter] = ()) -> str:

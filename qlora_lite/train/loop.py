@@ -30,7 +30,7 @@ from qlora_lite.quant.tensor_file import bit_sums
 from .causal_lm import CausalLM, answer_losses
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
-from .guards import check_trainable, explain_not_finite
+from .guards import check_choice, check_trainable, explain_not_finite
 from .loss_scale import LossScale
 from .memory_probe import probe_step
 from .optim import build_optimizer, parameters_of, set_learning_rate
@@ -96,7 +96,7 @@ class Trainer:
         if not isinstance(settings, TrainSettings):
             raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
         workload = workload or CausalLM()
-        workload.check_arguments(model, examples)
+        workload.check_examples(model, examples)
         self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
@@ -112,7 +112,6 @@ class Trainer:
         self._is_still = False  # its gradients are zero, which has been said
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
-        workload.check_examples(model, examples)
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
         self._is_checked = False
         self.meter = PeakMeter(self.device)
@@ -150,6 +149,7 @@ class Trainer:
             TrainingError: the settings are not for this model.
         """
         if not self._is_checked:
+            check_choice(self.workload, self.settings.options)
             self.workload.check_model(self.model, self.settings)
             self._is_checked = True
             self.meter.restart()  # what the check held is no step's

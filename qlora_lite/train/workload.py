@@ -19,7 +19,6 @@ from torch import nn
 
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Extent
-from qlora_lite.errors import TrainingError
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 
 from .settings import TrainSettings
@@ -211,18 +210,11 @@ class Workload:
 
     # What is checked and found out before the first step.
 
-    def check_arguments(self, model: object, examples: object) -> None:
-        """Check that model and examples are of the kind that the workload is for.
+    def check_examples(self, model: object, examples: object) -> None:
+        """Check that model and examples are of the kind that the workload is for, and that one can compute the other.
 
         Raises:
-            ModelError, DataError: they are not.
-        """
-
-    def check_examples(self, model: nn.Module, examples: Sequence) -> None:
-        """Check that a model can compute on examples.
-
-        Raises:
-            DataError: it cannot.
+            ModelError, DataError: they are not, or it cannot.
         """
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
@@ -231,18 +223,7 @@ class Workload:
         Raises:
             ModelError, TrainingError: it would not.
         """
-        self.check_fixed(settings)
         set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
-
-    def check_fixed(self, settings: TrainSettings) -> None:
-        """Check that no memory option is set that the workload has no choice of.
-
-        Raises:
-            TrainingError: naming those.
-        """
-        wrong = [name for name, only in self.fixed_options.items() if getattr(settings.options, name) != only]
-        if wrong:
-            raise TrainingError(f"{type(self).__name__} has no {', '.join(wrong)} to set")
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], object], options: MemoryOptions, recorded: Sequence[str] | None
