@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS_DIGEST = "metrics_sha256"  # of the file's bytes, in the summary of a run that ended and in a checkpoint
+DAMAGE = "damage.json"  # what four bits cost, where `qlora-lite damage` was asked for the run
 FILES = RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
@@ -26,10 +27,11 @@ class RunFiles:
     metrics: list[dict[str, Any]]
     recipe: str
     problems: list[str]
+    damage: dict[str, Any]
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Read the three files of a run, as far as they are there."""
+    """Read the files of a run, as far as they are there."""
     problems: list[str] = []
     summary = _json_object(_read(run_dir / SUMMARY, []))  # whatever is wrong, one line says it below
     if summary is None:
@@ -43,7 +45,8 @@ def read_run(run_dir: Path) -> RunFiles:
     metrics = [row for row in map(_json_object, lines) if row and _is_step(row.get("step"))]
     if len(metrics) < len(lines):
         problems.append(f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read.")
-    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems)
+    damage = _json_object(_read(run_dir / DAMAGE, [])) or {}
+    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, damage)
 
 
 def _read(path: Path, problems: list[str]) -> str:

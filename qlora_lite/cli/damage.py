@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from qlora_lite.artifacts.run_files import DAMAGE, RECIPE
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import parse_bytes
 
@@ -40,18 +41,23 @@ def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int |
 
     Without --bytes and --close, the cheapest set of kinds of layer and blocks that closes half of the divergence from
     the 16-bit model is recommended, and the best for a tenth and a quarter of the whole base's bytes more. Each was
-    measured. KEY=VALUE replaces a setting of the recipe.
+    measured. KEY=VALUE replaces a setting of the recipe. Of a run folder in RECIPE's place, that run's recipe is
+    measured; the figures go there, and into its report.html.
     """
     if most_bytes is not None and close is not None:
         raise click.UsageError("give --bytes or --close, not both")
-    loaded = load_recipe(recipe, overrides)
+    run = Path(recipe) if (Path(recipe) / RECIPE).is_file() else None
+    loaded = load_recipe(run / RECIPE if run else recipe, overrides)
     prepare(verbose=False)
     from qlora_lite.inference.damage import measure_damage, write_damage
     from qlora_lite.reporting.damage_page import GROUPS, HEAD, row_of, set_lines
+    from qlora_lite.reporting.report import write_report
 
     with step_progress("reading the model") as progress:
         result = measure_damage(loaded, rows, most_bytes, close, progress.watch)
     paths = write_damage(result, out) if out else ()
+    if run:
+        paths = (*paths, *write_damage(result, run / DAMAGE), write_report(run))
     if as_json:
         echo_exactly(json.dumps(result))
         return

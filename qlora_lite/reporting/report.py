@@ -61,6 +61,9 @@ def render(run: RunFiles, folder_name: str) -> str:
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Loss", _loss_chart(run)),
         section("Over training", _small_charts(run)),
+        section(
+            "What four bits cost", _damage(run), "Before training, on held-out examples; damage.html has the rest."
+        ),
         section("Answers before and after", _samples(summary), "Held-out examples, greedy decoding."),
         section("Where the memory goes", _memory_table(summary)),
         section("Settings", _settings(run.recipe) + _chosen(summary), "The resolved recipe, defaults included."),
@@ -179,6 +182,18 @@ def _small_charts(run: RunFiles) -> str:
             drawing = line_chart(series, title=f"{title}, over training steps")
             cards += f'<div class="card"><h3>{text(title)}</h3><div class="plot">{drawing}</div></div>'
     return f'<div class="grid2">{cards}</div>' if cards else ""
+
+
+def _damage(run: RunFiles) -> str:
+    """List the whole models that `qlora-lite damage` measured, and the sets that it recommends to leave in 16 bit."""
+    models = [row for row in _dicts(run.damage.get("models")) if row.get("group") == "type"]
+    sets = [row | {"name": f"but for {_plain(row.get('keep_16bit'))}"} for row in _dicts(run.damage.get("sets"))]
+    rows = []
+    for row in (*models, *sets):
+        loss, divergence, more = (number(row.get(key)) for key in ("loss", "kl", "more_bytes"))
+        size = format_bytes(int(more)) if more and math.isfinite(more) else ""
+        rows.append([row.get("name"), *("" if x is None else f"{x:.4f}" for x in (loss, divergence)), size])
+    return table(["model", "loss", "KL to 16 bit", "more bytes"], rows, range(1, 4)) if rows else ""
 
 
 def _samples(summary: dict[str, Any]) -> str:

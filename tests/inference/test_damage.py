@@ -1,5 +1,6 @@
 """What is measured of many variants at once is what loading each gives, and what is recommended was measured."""
 
+import html
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_files import save_tiny, write_recipe
+from tiny_runs import make_run
 
 from qlora_lite.cli.main import cli
 from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
@@ -190,6 +192,20 @@ def test_a_4_bit_checkpoint_and_too_little_host_memory_are_errors_before_anythin
     monkeypatch.setattr(variants, "free_bytes", lambda device: 200_000)
     with pytest.raises(DoesNotFitError, match=r"models on 6 rows have no room in host memory: --rows \d"):
         measure_damage(recipe)
+
+
+def test_of_a_run_it_is_a_part_of_the_report(tmp_path):
+    save_tiny(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model")
+    ended = CliRunner().invoke(cli, ["damage", str(run), "--rows", "2", "--close", "0.1"])
+    assert ended.exit_code == 0, ended.output
+    result, page = json.loads((run / "damage.json").read_text()), (run / "report.html").read_text()
+    assert result["rows"] == 2 and (run / "damage.html").is_file() and f"wrote {run / 'report.html'}" in ended.output
+    assert "What four bits cost" in page and f"but for {json.dumps(result['sets'][0]['keep_16bit'])}" in html.unescape(
+        page
+    )
+    for model in [*(model for model in result["models"] if model["group"] == "type"), *result["sets"]]:
+        assert f">{model['loss']:.4f}<" in page and f">{model['kl']:.4f}<" in page
 
 
 def test_the_command_prints_a_line_for_the_recipe_and_writes_a_page_and_json(tmp_path):

@@ -239,12 +239,16 @@ def test_a_summary_that_is_cut_short_is_said(report, tmp_path):
 
 
 @pytest.mark.parametrize("odd", ["text", 10**400, math.inf, -1, True, [], {}, None])
-def test_values_of_an_odd_type_do_not_break_the_page(report, odd):
+def test_values_of_an_odd_type_do_not_break_the_page(report, tmp_path, odd):
     summary = {key: odd for key in SUMMARY}
     metrics = [{key: odd for key in metric(1, 1.0)} | {"step": 1}, {"step": odd, "loss": 1.0}]
     Elements(report(summary, metrics))
     odd_rows = [{key: odd for key in row} for row in SUMMARY["memory_table"]]
     Elements(report(SUMMARY | {"memory_table": [*odd_rows, odd], "samples": [odd, {"prompt": odd}]}))
+    row = dict.fromkeys(("name", "loss", "kl", "more_bytes", "keep_16bit"), odd)
+    for damage in (odd, {"models": odd, "sets": odd}, {"models": [row | {"group": "type"}, odd], "sets": [row, odd]}):
+        (tmp_path / "damage.json").write_text(json.dumps(damage))
+        Elements(report())
 
 
 def test_a_run_of_one_step_is_a_dot(report):
