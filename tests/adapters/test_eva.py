@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_files import byte_tokenizer, save_tiny, write_recipe
+from tiny_files import VOCABULARY, byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import logits
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +28,7 @@ from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.plan import plan_run
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Output
+from qlora_lite.runs import stages
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
@@ -182,17 +183,22 @@ def test_experts_and_too_few_rows_are_refused(tmp_path):
 
 
 def test_rows_may_have_tokens_that_the_model_lacks(tmp_path):
-    recipe = recipe_of(tmp_path, ["adapter.train_tokens=[<|new|>]"])
-    new = len(load_tokenizer(recipe.model.path))
+    recipe = recipe_of(tmp_path, [f"adapter.train_tokens={[f'<|{number}|>' for number in range(9)]}"])
+    new = len(load_tokenizer(recipe.model.path)) + 8
+    assert new >= VOCABULARY
     examples = [replace(each, token_ids=np.full_like(each.token_ids, new)) for each in examples_of(recipe)]
     with_new = eva.first_of(recipe, [*examples_of(recipe), *examples])
     assert sum(len(lora_a) for lora_a, _ in with_new.values()) == 4 * 14
 
 
-def test_a_run_begins_with_them(tmp_path):
+def test_a_run_is_planned_with_its_ranks_and_begins_with_them(tmp_path, monkeypatch):
+    planned, own = [], stages.plan_run
+    monkeypatch.setattr(stages, "plan_run", lambda recipe, *rest: planned.append(recipe) or own(recipe, *rest))
     recipe = recipe_of(tmp_path, ["train.max_steps=1", "train.learning_rate=1e-9", "train.metrics_examples=0"])
     first = eva.first_of(recipe, examples_of(recipe))
     found = load_file(run_recipe(recipe) / "adapter" / "adapter_model.safetensors")
+    ranks = {target.pattern: target.rank for target in planned[0].lora.targets}
+    assert ranks == {path: len(lora_a) for path, (lora_a, _) in first.items()}
     for path, (lora_a, _) in first.items():
         assert torch.allclose(found[f"base_model.model.{path}.lora_A.weight"], lora_a, atol=1e-6), path
 
@@ -213,7 +219,7 @@ def trained(tmp_path_factory):
         with pytest.raises(Interrupted):
             run_recipe(recipe, stop)
         shutil.rmtree(folder / "cache")
-        patch.setattr(eva, "first_of", None)
+        patch.setattr(stages, "first_of", None)
         return folder, whole, run_recipe(recipe, None, "")
 
 
