@@ -143,7 +143,9 @@ def first_lora_weights(
     for path, (rank, scale) in tqdm(start.ranks(skeleton).items(), desc="Splitting weights"):
         weight = read(f"{path}.weight").to(dtype)
         weight = weight.t() if is_conv1d(skeleton.get_submodule(path)) else weight
-        lora_a, lora_b, _ = start.split(weight, rank, scale, None if quant == "none" else quant, double_quant)
+        packs = quant != "none"
+        weight = weight.contiguous() if packs else weight  # as loading has it, which the last bits depend on
+        lora_a, lora_b, _ = start.split(weight, rank, scale, quant if packs else None, double_quant)
         found[path] = lora_a, lora_b
     return found
 

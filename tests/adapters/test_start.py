@@ -26,6 +26,7 @@ from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.compare import compare_runs
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.models.load import load_model
+from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
@@ -401,6 +402,17 @@ def test_an_export_finds_the_first_lora_weights_in_the_cache_or_splits_one_weigh
         monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path))
     found = first_lora_weights(opened.files, kept["start"], m.quant, True, opened.compute_dtype, m.keep_16bit)
     assert len(split) == (0 if is_cached else len(wanted)) and found.keys() == wanted.keys()
+    assert all(torch.equal(a, b) for path in wanted for a, b in zip(wanted[path], found[path], strict=True))
+
+
+@pytest.mark.parametrize(("quant", "kind"), [("nf4", "loftq"), ("none", "pissa")])
+def test_weights_that_are_stored_transposed_are_split_one_at_a_time_too(quant, kind, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "gpt2")
+    how = {"start": start(kind), "compute_dtype": torch.float32, "use_cache": False}
+    wanted = take_first(load_model(str(tmp_path / "model"), quant, **how))
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    found = first_lora_weights(locate(str(tmp_path / "model")), start(kind), quant, True, torch.float32)
+    assert found.keys() == wanted.keys()
     assert all(torch.equal(a, b) for path in wanted for a, b in zip(wanted[path], found[path], strict=True))
 
 
