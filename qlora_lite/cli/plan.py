@@ -68,6 +68,8 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
         log.warning("model.device cpu: this is the plan of a GPU all the same, which a run would leave alone")
+    if settings.lora.start == "eva":
+        log.warning("lora.start eva: planned with equal ranks; a run finds out each layer's, and then plans with those")
     with importing():
         from qlora_lite.prepare import plan as planner
         from qlora_lite.reporting import plan_text

@@ -801,6 +801,12 @@ class TestCommand:
         assert "<svg" in page.read_text()
         assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
 
+    def test_ranks_that_only_a_run_knows_are_said_to_be_equal_ones(self, capsys, file):
+        eva, plain = (
+            self.call(capsys, file, "--gpu", "rtx-4060", f"lora.start={start}") for start in ("eva", "kaiming")
+        )
+        assert "planned with equal ranks" in eva[2] and eva[1] == plain[1] and "equal ranks" not in plain[2]
+
     @pytest.mark.parametrize("second", ["--gpu", "--card"])
     def test_one_gpu_is_planned_for_and_more_are_not_ignored(self, capsys, file, second):
         code, out, err = self.call(capsys, file, "--gpu", "rtx-3090", second, "rtx-4090")
