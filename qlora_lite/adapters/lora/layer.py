@@ -29,7 +29,8 @@ from qlora_lite.experts.packing import Projection
 from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import on_gpu
 from qlora_lite.quant.linear import frozen_weight, small_batch_product
-from qlora_lite.quant.merging import GGUF, NF4, Merging
+from qlora_lite.quant.merging import GGUF, NF4, Merging, merged_codes
+from qlora_lite.quant.nf4 import Packed
 from qlora_lite.quant.product import (
     FrozenMatmul,
     KeptWeights,
@@ -77,7 +78,7 @@ class Begun(NamedTuple):
     """Products of LoRA layers with one input x, begun by ``begin`` and each ended by ``end``.
 
     Of each layer: low [T, r], a placeholder for y, and its frozen weight. ``kept`` is where dequantised weights are
-    found.
+    found, and ``merged`` where backward finds what forward has merged, by number.
     """
 
     x: torch.Tensor
@@ -85,6 +86,7 @@ class Begun(NamedTuple):
     low: Sequence[torch.Tensor]
     placeholders: Sequence[torch.Tensor]
     weights: Sequence[tuple[WeightSpec, tuple[torch.Tensor, ...]]]
+    merged: dict[int, tuple[WeightSpec, tuple[torch.Tensor, ...]]]
 
 
 def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
@@ -93,8 +95,9 @@ def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
     specs, counts = [spec for spec, _ in weights], [len(frozen) for _, frozen in weights]
     tensors = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers),
                *(tensor for _, frozen in weights for tensor in frozen)]  # fmt: skip
-    low, *placeholders = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, *tensors)
-    return Begun(x, kept, low.chunk(len(layers), dim=1), placeholders, weights)
+    merged: dict[int, tuple[WeightSpec, tuple[torch.Tensor, ...]]] = {}
+    low, *placeholders = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, merged, *tensors)
+    return Begun(x, kept, low.chunk(len(layers), dim=1), placeholders, weights, merged)
 
 
 def end(layer: "LoraLinear", begun: Begun, number: int, with_bias: bool = True) -> torch.Tensor:
@@ -104,7 +107,16 @@ def end(layer: "LoraLinear", begun: Begun, number: int, with_bias: bool = True) 
         number: of the layer, among those that were begun together.
     """
     placeholder, low, (spec, frozen) = begun.placeholders[number], begun.low[number], begun.weights[number]
-    inputs = placeholder, low, begun.x.detach(), layer.lora_B.detach(), layer.base.bias if with_bias else None
+    factor, bias = layer.lora_B.detach(), layer.base.bias if with_bias else None
+    merging = spec.merging
+    if merging is not None:
+        low = factor = None
+    if merging is not None and merging.to == NF4 and begun.kept is None:
+        codes = merged_codes(merging, Packed(*frozen[:-2]), *frozen[-2:])
+        spec, frozen = spec._replace(merging=None), tuple(part for part in codes if part is not None)
+        if placeholder.requires_grad:
+            begun.merged[number] = spec, frozen
+    inputs = placeholder, low, begun.x.detach(), factor, bias
     return product_or_placeholder(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), placeholder)
 
 
@@ -116,10 +128,10 @@ class _LoraGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, specs, counts, kept, *tensors):
+    def forward(ctx, x, scale, specs, counts, kept, merged, *tensors):
         rows = x.reshape(-1, x.shape[-1])
         low = functional.linear(rows, _joined(tensors[: len(specs)], 0, x.dtype)).mul_(scale)
-        ctx.scale, ctx.specs, ctx.counts, ctx.kept = scale, specs, counts, kept
+        ctx.scale, ctx.specs, ctx.counts, ctx.kept, ctx.merged = scale, specs, counts, kept, merged
         ctx.save_for_backward(rows, low, *tensors)
         ctx.mark_non_differentiable(low)
         ctx.set_materialize_grads(False)
@@ -138,19 +150,22 @@ class _LoraGradient(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             factor, first = _joined([factors_a[number] for number in used], 0, dtype).t(), used[0]
-            inputs = grads[first], ctx.specs[first], frozen[first]
+            weights = {number: ctx.merged.pop(number, (ctx.specs[number], frozen[number])) for number in used}
+            spec, own = weights[first]
             if ctx.specs[first].merging:  # the update is in the weight
-                grad_x = product(*inputs, kept=ctx.kept, of_gradient=True)
+                grad_x = product(grads[first], spec, own, kept=ctx.kept, of_gradient=True)
             else:  # rounded with what it is added to, which under torch.compile needs one operator
-                grad_x = product_beside(grad_low, factor, *inputs, None, ctx.kept, again=False, of_gradient=True)
+                inputs = grad_low, factor, grads[first], spec, own
+                grad_x = product_beside(*inputs, None, ctx.kept, again=False, of_gradient=True)
             for number in used[1:]:
-                add_product(grad_x, grads[number], ctx.specs[number], frozen[number], kept=ctx.kept, of_gradient=True)
+                spec, own = weights[number]
+                add_product(grad_x, grads[number], spec, own, kept=ctx.kept, of_gradient=True)
             grad_x = grad_x.view(*shape, grad_x.shape[-1])
         grads_a, grads_b = [None] * layers, [None] * layers
         for number, grad_a in zip(used, (grad_low.t() @ rows).chunk(len(used)), strict=True):
             grads_a[number] = grad_a.to(factors_a[number].dtype)
             grads_b[number] = (grads[number].t() @ lows[number]).to(factors_b[number].dtype)
-        return grad_x, None, None, None, None, *grads_a, *grads_b, *(None for _ in range(sum(ctx.counts)))
+        return grad_x, None, None, None, None, None, *grads_a, *grads_b, *(None for _ in range(sum(ctx.counts)))
 
 
 def _joined(tensors: Sequence[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -167,7 +182,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, low, x, lora_b, bias, spec, kept, *frozen):
-        if spec.merging:
+        if low is None:  # the update is in the weight
             return product(x, spec, frozen, bias, kept, again=True)
         return product_beside(low, lora_b.to(x.dtype), x, spec, frozen, bias, kept, again=True)
 

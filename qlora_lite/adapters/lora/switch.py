@@ -18,6 +18,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -102,7 +103,7 @@ class SwitchLinear(nn.Module):
 
     def __init__(
         self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype,
-        biases: Mapping[str, torch.Tensor], merging: Mapping[str, Merging],
+        biases: Mapping[str, torch.Tensor], merging: Mapping[str, Merging] = MappingProxyType({}),
     ):  # fmt: skip
         super().__init__()
         self.base, self.switch, self.merging = base.requires_grad_(False), switch, merging
