@@ -16,6 +16,8 @@ The hash of row i and column j is the upper bits of a_i b_j mod 2^32, a and b ha
 integers, a tenth of the time of a generator. As a matrix it is as flat in its spectrum as independent numbers; the
 outer sums that quasi-random sequences are made of are waves, whose errors add up.
 
+After training, the same codes can be had with less noise where inputs of the layer are known (``closest_codes``).
+
 Shapes: W [out, in], A [r, in], B [out, r].
 Source: straight-through gradients of quantised weights, arXiv 1308.3432 and 1712.05877; stochastic rounding, arXiv
 1502.02551.
@@ -33,9 +35,12 @@ from .pieces import pieces
 
 OFF, NF4 = "off", "nf4"
 GGUF_BLOCK = 32  # weights of Q4_0 and Q8_0 that share a scale
-AT_ONCE = 1 << 18  # weights, so that a processor's cache holds what is computed of them
+AT_ONCE = 1 << 19  # weights; smaller pieces pay more for calls, larger ones leave a processor's cache
 AT_ONCE_GPU = 1 << 23
 _SMALLEST_ABSMAX = 1e-38
+SWEEPS = 2  # of coordinate descent over all columns of a weight
+COLUMNS = 128  # whose changes are put into the error of all others at once
+DAMPING = 0.01  # of the mean square of an input, added to each: few inputs do not say all
 
 
 class Merging(NamedTuple):
@@ -68,21 +73,66 @@ def merged_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tenso
     # two weights share a byte: those of even columns are computed with apart from those of odd ones
     apart = [(lora_a[:, side::2].float(), of_columns[side::2]) for side in (0, 1)]
     new, at_once = torch.empty_like(codes), AT_ONCE_GPU if codes.is_cuda else AT_ONCE
-    rows = max(1, at_once // columns // BLOCK_SIZE) * BLOCK_SIZE  # whole blocks
+    rows = min(out, max(1, at_once // columns // BLOCK_SIZE) * BLOCK_SIZE)  # whole blocks
+    numbers = torch.empty(2, rows, half, device=codes.device)  # memory that is new for each piece takes longer to get
+    integers = torch.empty(2, rows, half, dtype=torch.int32, device=codes.device)
     for some in pieces(out, rows, codes.is_meta):
         old, sides = codes[some], []
-        places = old.reshape(-1).int()
+        (moves, other), (places, index) = numbers[:, : len(old)], integers[:, : len(old)]
+        places.copy_(old)
         for side, (a, hashes) in enumerate(apart):
-            moves = b[some] @ a
+            torch.mm(b[some], a, out=moves)
             _scale_blocks(moves.view(-1), inverse[some.start * columns // BLOCK_SIZE :])
-            up, down = (torch.index_select(table[side], 0, places).view(-1, half) for table in steps)
-            up.mul_(moves.clamp(min=0))
-            moves.clamp_(max=0).mul_(down).add_(up)
-            moves.add_((of_rows[some] * hashes).float(), alpha=2.0**-32).round_().clamp_(-15, 15)
+            torch.bitwise_right_shift(moves.view(torch.int32), 31, out=index)  # -1 of a negative number, else 0
+            index.bitwise_and_(256).add_(places)
+            torch.index_select(steps[side], 0, index.view(-1), out=other.view(-1))
+            moves.mul_(other)
+            torch.mul(of_rows[some], hashes, out=index)
+            moves.add_(other.copy_(index), alpha=2.0**-32).round_().clamp_(-15, 15)
             number = old >> 4 if side == 0 else old & 15
             sides.append(moves.to(torch.int8).add_(number.view(torch.int8)).clamp_(0, 15).view(torch.uint8))
         torch.bitwise_or(sides[0] << 4, sides[1], out=new[some])
     return packed._replace(codes=new.view_as(packed.codes))
+
+
+def closest_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tensor, gram: Tensor) -> Packed:
+    """Return an NF4 weight with codes whose products with given inputs X are near to those of W + scale * B A.
+
+    From ``merged_codes`` on by coordinate descent: column by column each weight takes the code that is best while all
+    others stay, so that |X (W' - W - scale * B A)^T| never grows. (GPTQ rounds each column once and has later ones make
+    up for it, which moves far more weights of a W that is on the grid already: SmolLM2 on GSM8K has KL 4.9e-2 to the
+    trained model with stochastic rounding, 1.5e-1 with GPTQ, 1.5e-2 so.) Beside the codes that takes memory for five of
+    the weight in float32.
+
+    Args:
+        gram: X^T X, float32 [in, in]; left as it is.
+    """
+    (out, _), columns = lora_b.shape, lora_a.shape[1]
+    table = bnb.get_4bit_type("nf4", device=gram.device)
+    borders = (table[1:] + table[:-1]) / 2
+    size = absmax_of(packed).repeat_interleave(BLOCK_SIZE)[: out * columns].view(out, columns).t().contiguous()
+    size.clamp_(min=_SMALLEST_ABSMAX)
+
+    def values(of: Packed) -> Tensor:  # [in, out]
+        numbers = torch.cat([of.codes >> 4, of.codes & 15], 1).view(-1)[: out * columns].view(out, columns)
+        return table[numbers.t().contiguous().int()].mul_(size)
+
+    weight, gram = values(merged_codes(merging, packed, lora_a, lora_b)), gram.clone()
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean() + _SMALLEST_ABSMAX)
+    error = values(packed).addmm_(lora_a.float().t(), lora_b.float().t(), alpha=merging.scale).sub_(weight)
+    error = gram @ error  # what is missing, as the inputs see it
+    for start in [*range(0, columns, COLUMNS)] * SWEEPS:
+        some = slice(start, min(start + COLUMNS, columns))
+        local, before = error[some].clone(), weight[some].clone()
+        for number in range(len(local)):
+            column = start + number
+            wanted = weight[column] + local[number] / gram[column, column]
+            found = table[torch.bucketize(wanted / size[column], borders)] * size[column]
+            local[number:] -= gram[column : some.stop, column, None] * (found - weight[column])
+            weight[column] = found
+        error -= gram[:, some] @ (weight[some] - before)
+    codes = torch.bucketize(weight / size, borders).t().to(torch.uint8).reshape(-1, 2)
+    return packed._replace(codes=(codes[:, 0] << 4 | codes[:, 1]).unsqueeze(1))
 
 
 def _scale_blocks(halves: Tensor, factors: Tensor) -> None:
@@ -92,15 +142,15 @@ def _scale_blocks(halves: Tensor, factors: Tensor) -> None:
     halves[whole * size :].mul_(factors[whole : whole + 1])
 
 
-def _inverse_steps(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return one over the step to the next larger value of NF4, and to the next smaller one; 0 where there is none.
+def _inverse_steps(device: torch.device) -> Tensor:
+    """Return one over the step from a code of NF4 to the next one up, and behind those of all to the next one down.
 
-    By the byte that two codes share, for the first of them and for the second, [2, 256].
+    By the byte that two codes share, of the first of them and of the second, [2, 512]; 0 where there is no next one.
     """
     table, byte = bnb.get_4bit_type("nf4", device=device), torch.arange(256, device=device)
     steps, none = table.diff().reciprocal(), table.new_zeros(1)
     codes = torch.stack([byte >> 4, byte & 15])
-    return torch.cat([steps, none])[codes], torch.cat([none, steps])[codes]
+    return torch.cat([torch.cat([steps, none])[codes], torch.cat([none, steps])[codes]], 1)
 
 
 def _hashes(count: int, seed: int, device: torch.device) -> Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from qlora_lite.quant import merging
 from qlora_lite.quant.bnb import functional as bnb
-from qlora_lite.quant.merging import AT_ONCE, Merging, merged_blocks, merged_codes
+from qlora_lite.quant.merging import AT_ONCE, Merging, closest_codes, merged_blocks, merged_codes
 from qlora_lite.quant.nf4 import absmax_of, dequantize, quantize
 from qlora_lite.quant.product import WeightSpec, materialize
 
@@ -102,3 +103,32 @@ def test_a_product_s_weight_is_the_merged_one_of_a_4_bit_or_a_transposed_16_bit_
     spec = WeightSpec(shape, None, transposed=True, merging=merging)
     stored = read.t().contiguous()
     assert torch.equal(materialize(spec, (stored, a, b), torch.float32), merged_blocks(merging, read, a, b, read.dtype))
+
+
+@pytest.mark.parametrize("shape", [(16, 96), (40, 160)])
+def test_codes_for_given_inputs_are_ones_that_no_change_of_a_single_weight_makes_better(shape, monkeypatch):
+    monkeypatch.setattr(merging, "SWEEPS", 12)
+    weight, a, b = of_shape(shape, size=0.02)
+    packed, merge = quantize(weight), Merging("nf4", 2.0, "a")
+    inputs = torch.randn(400, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+        8, shape[1], generator=torch.Generator().manual_seed(2)
+    ) + 0.3 * torch.randn(400, shape[1], generator=torch.Generator().manual_seed(3))
+    gram = inputs.t() @ inputs
+    target = dequantize(packed, shape, torch.float32).double() + 2.0 * b.double() @ a.double()
+    damping = merging.DAMPING * gram.diagonal().mean().double()
+
+    def error(of):
+        off = dequantize(of, shape, torch.float32).double() - target
+        return (inputs.double() @ off.t()).square().sum(0) + damping * off.square().sum(1)
+
+    found, before = closest_codes(merge, packed, a, b, gram), merged_codes(merge, packed, a, b)
+    assert error(found).sum() < 0.3 * error(before).sum()
+    numbers, least = codes_of(found, shape), error(found)
+    for column in range(0, shape[1], 7):
+        for step in (-1, 1):
+            changed = numbers.clone()
+            changed[:, column] = (changed[:, column] + step).clamp(0, 15)
+            pairs = changed.view(-1, 2).to(torch.uint8)
+            other = found._replace(codes=(pairs[:, 0] << 4 | pairs[:, 1]).unsqueeze(1))
+            assert (error(other) >= least * (1 - 1e-5)).all()
+    assert found.absmax is packed.absmax

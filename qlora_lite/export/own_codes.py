@@ -1,0 +1,106 @@
+"""Put a run's update into its own NF4 codes, and write them as a 4-bit checkpoint.
+
+A merge-aware run computed with such codes, which are written as they are. Of any other run they are found one block
+after the other, in one forward over rows of the training data: the block computes with its LoRA weights, each layer's
+inputs are seen, codes are chosen for which its products with them change least (``quant.merging.closest_codes``), and
+the blocks behind it get what those give. The memory is that of the 4-bit model, of the forward, and of one block's sums
+X^T X beside what one weight takes.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lite.adapters.files import attach_adapter
+from qlora_lite.adapters.lora.inject import blocks_of
+from qlora_lite.adapters.lora.layer import LoraLinear, merging_of
+from qlora_lite.adapters.read import Adapter
+from qlora_lite.artifacts.trained_run import TrainedRun
+from qlora_lite.data.batch import Batch
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.load import load_model
+from qlora_lite.models.save import save_quantized
+from qlora_lite.prepare.build import start_of, train_settings
+from qlora_lite.prepare.datasets import build_data
+from qlora_lite.quant.linear import frozen_weight
+from qlora_lite.quant.merging import NF4, OFF, closest_codes, merged_codes
+from qlora_lite.quant.product import materialize
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import hidden_states, prepare
+from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.text_guards import check_forward
+
+CALIBRATION_TOKENS = 4096
+
+
+def calibration_rows(trained: TrainedRun) -> Batch:
+    """Return the first rows of a run's training data, as many as there is room for.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    settings = replace(train_settings(trained.recipe), max_tokens=CALIBRATION_TOKENS)
+    examples = build_data(trained.recipe, trained.tokenizer()).examples
+    return next(iter(eval_batches(CausalLM(), examples, settings)))
+
+
+@torch.no_grad()
+def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: Path) -> None:
+    """Write a run's NF4 codes with the update in them.
+
+    Args:
+        adapter: LoRA alone.
+        rows: to choose the codes by, of a run that was not merge-aware.
+    """
+    m = trained.recipe.model
+    model = load_model(
+        m.path, m.quant, m.double_quant, trained.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit,
+        start=start_of(trained.recipe),
+    )  # fmt: skip
+    attach_adapter(model, replace(adapter, dropout=0.0))
+    if adapter.merge_aware == OFF and rows is not None:
+        _merge_block_by_block(model, rows)
+    _merge(model, model, {})
+    save_quantized(model, out, trained.tokenizer())
+
+
+def _merge_block_by_block(model: nn.Module, rows: Batch) -> None:
+    check_forward(model.eval())
+
+    def merge(block: nn.Module, arguments: tuple, named: dict) -> None:
+        grams: dict[nn.Module, Tensor] = {}
+
+        def see(layer: nn.Module, inputs: tuple) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            grams[layer] = grams[layer].addmm_(x.t(), x) if layer in grams else x.t() @ x
+
+        seen = [layer.register_forward_pre_hook(see) for layer in block.modules() if isinstance(layer, LoraLinear)]
+        if seen:
+            block.forward(*arguments, **named)
+        for hook in seen:
+            hook.remove()
+        _merge(model, block, grams)
+
+    hooks = [block.register_forward_pre_hook(merge, with_kwargs=True) for block in blocks_of(model).values()]
+    hidden_states(model, prepare(rows, device_of(model)))
+    for hook in hooks:
+        hook.remove()
+
+
+def _merge(model: nn.Module, inside: nn.Module, grams: dict[nn.Module, Tensor]) -> None:
+    """Put frozen layers with the updates in their weights into the place of LoRA layers inside of a module.
+
+    Args:
+        grams: of a layer's inputs, X^T X, where they are known.
+    """
+    for layer in [module for module in inside.modules() if isinstance(module, LoraLinear)]:
+        if merging := layer.merging or merging_of(layer.base, NF4, layer.scale, layer.path):
+            own = merging, layer.base.packed, layer.lora_A, layer.lora_B
+            layer.base.set_packed(closest_codes(*own, grams[layer]) if layer in grams else merged_codes(*own))
+        else:
+            weight = materialize(*frozen_weight(layer.base), layer.base.weight.dtype)
+            update = layer.lora_B.float(), layer.lora_A.float()
+            weight.copy_(torch.addmm(weight.float(), *update, alpha=layer.scale))
+        model.set_submodule(layer.path, layer.base)
