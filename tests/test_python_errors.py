@@ -162,7 +162,7 @@ def test_gpus_machines_and_budgets(place):
 
 
 @pytest.mark.parametrize(("settings", "options", "text"), [
-    (q.MergeSettings, {"dtype": "f64"}, "dtype is 'f64'; choose one of bf16, f16, f32"),
+    (q.MergeSettings, {"dtype": "f64"}, "dtype is 'f64'; choose one of auto, bf16, f16, f32"),
     (q.MergeSettings, {"base": "int8"}, "base is 'int8'"), (q.MergeSettings, {"quantize": "q4"}, "quantize is 'q4'"),
     (q.MergeSettings, {"rows": -1}, "rows is -1"), (q.MergeSettings, {"rows": None}, "rows is None"),
     (q.ExportSettings, {"to": "onnx"}, "to is 'onnx'; choose one of peft, vllm, gguf"),
