@@ -9,8 +9,9 @@ they are a hash of the weight's name, row and column, the same in every forward,
 W' is a function of W, A and B, and training sees the very codes that a merge writes. Q4_0 and Q8_0 have other grids
 than the base: there Q is what llama.cpp's quantiser does, round to nearest.
 
-W' is computed where W is dequantised, some rows at a time; beside what dequantising takes that is memory for the new
-codes and for one piece. The gradients of A and B are those of W + scale * B A (straight-through).
+W' is computed where W is dequantised, some rows at a time; beside what dequantising takes that is memory for one piece
+and for the new codes, which a layer keeps for backward. The gradients of A and B are those of W + scale * B A
+(straight-through).
 
 The hash of row i and column j is the upper bits of a_i b_j mod 2^32, a and b hashes of their own: an outer product of
 integers, a tenth of the time of a generator. As a matrix it is as flat in its spectrum as independent numbers; the
