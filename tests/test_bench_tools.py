@@ -1,5 +1,6 @@
 """The benchmarks: what they record is the step, statistics are those of pairs, each side has a process of its own."""
 
+import json
 import math
 import os
 import subprocess
@@ -249,3 +250,23 @@ def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkey
     lines = TABLES["starts"][1](written["starts"])
     assert len(lines) == 2 + 15
     assert "| SmolLM2-135M | 1,000 | LoftQ | 1.5000 | 1.0000 ± 0.0100 | 0.0006 |" in lines
+
+
+def test_merges_that_are_there_are_not_made_again_and_each_is_a_line_of_the_table(tmp_path, monkeypatch):
+    bench, called = tool("merged"), []
+    monkeypatch.setattr(bench, "command", lambda *arguments: called.append(arguments))
+    measured = {"trained": {"loss": 1.0}, "merged, then nf4": {"loss": 1.25, "kl": 0.5, "agreement": 0.75}}
+    for aware in bench.RUNS:
+        run = tmp_path / f"smollm2-135m-e2e-{aware}"
+        run.mkdir()
+        (run / "recipe.yaml").write_text("{}")
+        (run / "summary.json").write_text(json.dumps({"status": "complete", "seconds": 8.0, "steps": 4}))
+        for number in range(len(bench.WAYS)):
+            out = tmp_path / f"{run.name}-merged-{number}"
+            out.mkdir()
+            (out / "merge_report.json").write_text(json.dumps({"models": measured}))
+    found = bench.figures("smollm2-135m", "e2e", tmp_path)
+    assert not called and found["seconds_per_step"] == {"off": 2.0, "nf4": 2.0}
+    lines = TABLES["merged"][1]({"models": {"smollm2-135m": {"e2e": found}}})[2:]
+    assert [line.split(" | ")[2] for line in lines] == list(bench.WAYS)
+    assert all(line.endswith("| 1.0000 | 1.2500 | 5.0e-01 | 75.0% |") for line in lines)

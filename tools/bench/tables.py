@@ -178,6 +178,18 @@ def starts_table(result: Mapping) -> list[str]:
     return lines
 
 
+def merged_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench/merged``: each way beside the run that it merges."""
+    lines = ["| model | task | merged | trained: loss | in 4 bit: loss | KL to trained | same first token |",
+             "|---" * 7 + "|"]  # fmt: skip
+    for model, tasks in result["models"].items():
+        for task, found in tasks.items():
+            for way, row in found["ways"].items():
+                lines.append(f"| {NAMES[model]} | {task} | {way} | {row['trained']:.4f} | {row['loss']:.4f} "
+                             f"| {row['kl']:.1e} | {row['agreement']:.1%} |")  # fmt: skip
+    return lines
+
+
 # The result's name -> what stands above its table, and the function that makes the table's lines.
 TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
@@ -197,6 +209,9 @@ TABLES = {
     "starts": ("What LoRA weights begin as (`lora.start`): held-out loss on GSM8K, mean and standard deviation of "
                "three seeds, each start at its own best learning rate, on NF4; 16 bit with the plain start.",
                starts_table),
+    "merged": ("What writing a merged model in NF4 costs, on 32 held-out rows. Merge-aware runs (`train.merge_aware: "
+               "nf4`) trained the weights that are written; the others are merged into the original weights and then "
+               "quantised (`--base original`), or into the codes that they were trained on.", merged_table),
 }  # fmt: skip
 
 
