@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,16 +35,28 @@ from qlora_lite.train.step import Evaluation
 
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "metrics_sha256", "started", "resumed", "plan", "memory_table"}  # of the summary
-STEPS = {"max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003}
+STEPS = {
+    "max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003,
+    "metrics_examples": 0,
+}  # fmt: skip
 WHOLE = {"train": STEPS, "lora": {"rank": 64, "dropout": 0.1}}
 
 
 class Lab:
     """One recipe in a folder of its own, begun and resumed."""
 
-    def __init__(self, folder, model_folder, overrides=()):
+    def __init__(self, folder, model_folder, overrides=(), stopped=None):
         self.folder, self.model, self.out, self.overrides = folder, model_folder, folder / "out", overrides
+        self._stopped = stopped
         folder.mkdir(exist_ok=True)
+
+    def begin_with_stopped(self, step):
+        """Give the folder what it has after ``stop(step)``: the first test that asks for it runs so far."""
+        stopped = self._stopped / f"after-{step}"
+        if not stopped.exists():
+            self.stop(step)
+            shutil.copytree(self.folder, stopped)
+        shutil.copytree(stopped, self.folder, dirs_exist_ok=True)
 
     def recipe(self, **sections):
         merged = {name: {**WHOLE.get(name, {}), **sections.get(name, {})} for name in {*WHOLE, *sections}}
@@ -86,9 +97,16 @@ class Lab:
         return steps_on_disk(self.out / "checkpoints")
 
 
+@pytest.fixture(scope="module")
+def lab_folder(tmp_path_factory):
+    """One folder for all tests, since a run keeps the paths that it began with."""
+    return tmp_path_factory.mktemp("lab")
+
+
 @pytest.fixture
-def lab(tmp_path, model_folder):
-    return Lab(tmp_path / "lab", model_folder)
+def lab(lab_folder, model_folder):
+    shutil.rmtree(lab_folder / "lab", ignore_errors=True)
+    return Lab(lab_folder / "lab", model_folder, stopped=lab_folder)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +144,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_end(lab, whole, stops):
     {"data": {"packing": False}, "train": {"gradient_accumulation_steps": 3, "micro_batch_size": 2, "max_steps": None,
                                           "epochs": 1.5, "optimizer": "adamw_8bit"}},
     {"data": {"eval": None}, "train": {"eval_every_steps": 0, "metrics_examples": 0, "optimizer": "lion_8bit"}},
-    {"train": {"metrics": ["exact_match", "bleu", "answer_loss"], "metrics_every_steps": 2}},
+    {"train": {"metrics": ["exact_match", "bleu", "answer_loss"], "metrics_examples": 2, "metrics_every_steps": 2}},
 ], ids=["streaming", "accumulation", "no evaluation", "metrics"])  # fmt: skip
 def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_folder, sections):
     other = Lab(tmp_path / "whole", model_folder)
@@ -167,7 +185,7 @@ def test_on_a_gpu_a_repeatable_run_goes_on_to_the_very_same_end(tmp_path, model_
 
 
 def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_their_lines_only(lab, whole):
-    lab.stop(5)
+    lab.begin_with_stopped(5)
     shutil.rmtree(folder_of(lab.out / "checkpoints", 5))  # as if the process had been killed instead
     with (lab.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
@@ -180,7 +198,7 @@ def test_a_killed_run_loses_the_steps_since_its_checkpoint_and_their_lines_only(
 
 
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_used(lab, whole, caplog):
-    lab.stop(5)
+    lab.begin_with_stopped(5)
     file = folder_of(lab.out / "checkpoints", 5) / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     lab.run(resume="")
@@ -191,7 +209,7 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_is_u
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_afresh(lab):
-    lab.stop(3)
+    lab.begin_with_stopped(3)
     for step in lab.checkpoints:
         (folder_of(lab.out / "checkpoints", step) / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"no whole checkpoint is left .*manifest.json is missing"):
@@ -263,7 +281,7 @@ def test_a_complete_run_without_checkpoints_is_not_overwritten_by_another_recipe
 
 
 def test_changes_that_make_another_run_are_refused_one_by_one_and_leave_it_as_it_is(lab, whole):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     names = ("metrics.jsonl", "recipe.yaml", "summary.json")
     before = [(lab.out / name).read_bytes() for name in names]
     with pytest.raises(CheckpointError) as caught:
@@ -277,7 +295,7 @@ def test_changes_that_make_another_run_are_refused_one_by_one_and_leave_it_as_it
 
 
 def test_harmless_changes_are_listed_and_change_nothing(lab, whole, caplog):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     lab.run(resume="", train={"save_every_steps": 1, "keep_checkpoints": 1, "max_hours": 3.0})
     assert_same_run(lab, whole)
     (part,) = lab.summary["resumed"]
@@ -349,16 +367,16 @@ def test_paging_is_accepted_and_another_optimizer_is_not(tmp_path):
 
 
 def test_a_forced_change_is_taken_and_the_summary_says_so(lab, whole):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     lab.run(resume="", force=True, lora={"alpha": 16})
     assert lab.summary["resumed"][0]["forced_changes"] == ["lora.alpha: 8.0 -> 16.0"]
     assert lab.digest != whole.digest
     assert "alpha: 16" in (lab.out / "recipe.yaml").read_text()
-    assert "forced" in (lab.out / "report.html").read_text()
+    assert "with --force, despite changes" in (lab.out / "report.html").read_text()
 
 
 def test_a_forced_change_of_the_shape_of_the_weights_is_refused_all_the_same(lab):
-    lab.stop(2)
+    lab.begin_with_stopped(2)
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors does not fit this run"):
         lab.run(resume="", force=True, lora={"rank": 8})
 
@@ -374,7 +392,7 @@ def test_more_steps_give_the_longer_run_where_the_learning_rates_are_the_same(la
 
 
 def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab, monkeypatch):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     monkeypatch.setattr("qlora_lite.runs.stages.load_tokenizer", None)  # before anything is loaded
     with pytest.raises(
         CheckpointError, match=r"steps: 8 -> 11, for which train\.lr_scheduler cosine gives the 4 steps"
@@ -389,7 +407,7 @@ def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab
 
 
 def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab, tmp_path, caplog):
-    lab.stop(2)
+    lab.begin_with_stopped(2)
     rows = write_rows(tmp_path / "other.jsonl", 24, "#")
     with pytest.raises(CheckpointError, match="other training rows than before"):
         lab.run(resume="", data={"train": str(rows)})
@@ -405,7 +423,7 @@ def test_other_rows_another_tokenizer_and_another_model_are_refused_by_name(lab,
 
 
 def test_another_tokenizer_is_refused_by_name_though_the_rows_are_the_same(lab, tmp_path):
-    lab.stop(2)
+    lab.begin_with_stopped(2)
     lab.model = shutil.copytree(lab.model, tmp_path / "model")
     content = json.loads((lab.model / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
@@ -417,7 +435,7 @@ def test_another_tokenizer_is_refused_by_name_though_the_rows_are_the_same(lab, 
 
 
 def test_rows_and_model_that_only_moved_are_the_same(lab, whole, tmp_path):
-    lab.stop(3)
+    lab.begin_with_stopped(3)
     lab.model = shutil.copytree(lab.model, tmp_path / "elsewhere")
     rows = write_rows(tmp_path / "moved.jsonl", 24)
     lab.run(resume="", data={"train": str(rows)})
@@ -454,7 +472,7 @@ def test_weights_whose_last_bit_is_another_machine_s_are_the_same_base_model(
 
 
 def test_another_base_model_than_that_of_an_earlier_version_s_checkpoint_is_refused(lab, tmp_path):
-    lab.stop(3)
+    lab.begin_with_stopped(3)
     rewrite_run(lab, 3, as_an_earlier_version_wrote)
     save_tiny(tmp_path / "model", seed=5)
     lab.model = tmp_path / "model"
@@ -592,7 +610,7 @@ def test_checkpoints_are_due_by_steps_or_by_time(lab):
 
 
 def test_two_runs_cannot_write_one_folder_and_a_killed_one_blocks_nobody(lab):
-    lab.stop(2)
+    lab.begin_with_stopped(2)
     code = (
         "import sys, time, pathlib, qlora_lite.files\n"
         "with qlora_lite.files.locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
@@ -608,7 +626,7 @@ def test_two_runs_cannot_write_one_folder_and_a_killed_one_blocks_nobody(lab):
 
 
 def test_a_run_that_was_killed_can_be_used_with_its_newest_checkpoint(lab):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     for name in ("adapter", "adapter-last"):
         shutil.rmtree(lab.out / name, ignore_errors=True)
     opened = open_run(lab.out)
@@ -625,7 +643,7 @@ def flip_a_bit(path, place=-9):
 
 
 def test_a_damaged_adapter_is_refused_with_what_there_is_instead_and_written_again_by_resume(lab, whole, caplog):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     flip_a_bit(lab.out / "adapter-last" / "adapter_model.safetensors")
     assert open_run(lab.out).adapter.name == "adapter"  # the best one is another file
     (lab.out / "adapter").rename(lab.folder / "best")
@@ -653,7 +671,7 @@ def test_a_damaged_adapter_is_refused_with_what_there_is_instead_and_written_aga
 
 
 def test_damaged_metrics_are_said_by_resume_and_by_the_report(lab, caplog):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     flip_a_bit(lab.out / "metrics.jsonl", lab.out.joinpath("metrics.jsonl").read_text().index("loss") + 7)
     assert any("metrics.jsonl is damaged" in problem for problem in read_run(lab.out).problems)
     lab.run(resume="")
@@ -668,7 +686,7 @@ def test_damaged_metrics_are_said_by_resume_and_by_the_report(lab, caplog):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "checkpoints"])
 def test_nothing_is_written_through_a_link_in_a_run_folder(lab, tmp_path, name):
-    lab.stop(3)
+    lab.begin_with_stopped(3)
     target = (lab.out / name).rename(tmp_path / "elsewhere")
     (lab.out / name).symlink_to(target)
     if target.is_dir():
@@ -689,7 +707,7 @@ def content_of(path):
 
 
 def test_a_lost_recipe_is_recovered_from_the_newest_checkpoint(lab, whole, command):
-    lab.stop(4)
+    lab.begin_with_stopped(4)
     recipe = lab.out / "recipe.yaml"
     before = recipe.read_text()
     with pytest.raises(OutputError, match="its run reached a checkpoint of step 4"):
@@ -720,7 +738,7 @@ def rewrite_run(lab, step, change):
 
 @pytest.mark.parametrize(("name", "value"), [("plan", {}), ("metrics_bytes", -5)])
 def test_what_no_version_writes_of_a_run_is_refused_though_it_is_sealed(lab, name, value):
-    lab.stop(2)
+    lab.begin_with_stopped(2)
     rewrite_run(lab, 2, lambda run: run.update({name: value}))
     with pytest.raises(CheckpointError, match=f"the checkpoint of step 2 lacks {name} in their right form"):
         lab.run(resume="")
@@ -777,7 +795,8 @@ def test_a_resumed_run_ends_early_where_the_uninterrupted_one_does(lab, tmp_path
 
 def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, model_folder, scripted, monkeypatch):
     undisturbed = Lab(tmp_path / "undisturbed", model_folder)
-    undisturbed.run(**PATIENT)
+    answering = {"train": PATIENT["train"] | {"metrics_examples": 2}}
+    undisturbed.run(**answering)
     answer, calls = training.measure, []
 
     def measure(*arguments):
@@ -788,8 +807,8 @@ def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, 
 
     monkeypatch.setattr(training, "measure", measure)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 5; all of it is saved"):
-        lab.run(**PATIENT)
-    lab.run(resume="", **PATIENT)
+        lab.run(**answering)
+    lab.run(resume="", **answering)
     assert_same_run(lab, undisturbed)
 
 
@@ -888,24 +907,27 @@ def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(lab, whole, monke
     assert_same_run(lab, whole)
 
 
-def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, whole, caplog):
-    blocked = lab.out / "checkpoints"
+def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, whole, monkeypatch, caplog):
+    blocked, failed, write = lab.out / "checkpoints", [threading.Event(), threading.Event()], saver.write_checkpoint
+
+    def writing(root, checkpoint, *about):  # in a thread of its own
+        try:
+            write(root, checkpoint, *about)
+        except OutputError:
+            failed[checkpoint.step // 2 - 1].set()
+            raise
 
     def block(step):
         if step == 1:
             blocked.write_text("in the way")
         if step == 5:
-            deadline = time.monotonic() + 30
-            while failures() < 2 and time.monotonic() < deadline:  # each is written by a thread of its own
-                time.sleep(0.01)
+            assert all(each.wait(30) for each in failed)
             blocked.unlink()
 
-    def failures():
-        return sum("no checkpoint was written: cannot write" in message for message in caplog.messages)
-
+    monkeypatch.setattr(saver, "write_checkpoint", writing)
     lab.run(at_step=block)
     assert_same_run(lab, whole)
-    assert failures() == 2
+    assert sum("no checkpoint was written: cannot write" in message for message in caplog.messages) == 2
     assert lab.checkpoints == [8, 6]
 
 
