@@ -86,11 +86,28 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def simulations():
+    """Simulate equal steps of all runs of a file once, and measure the machine once; what is known may be forgotten."""
+    from remembered_plans import remember_predictions
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield remember_predictions(patch.setattr)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keep the quantised models of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_disks():
+    """Wait for no disk: no test cuts the power, and every run asks some seventy times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
         yield
 
 
