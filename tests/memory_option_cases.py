@@ -18,7 +18,7 @@ from qlora_lite.train.step import accumulate_gradients, evaluate_loss, train_ste
 
 PLAIN = MemoryOptions("none")
 CPU = torch.device("cpu")
-DEPTH = 5
+DEPTH = 4
 FOLDER = tempfile.gettempdir()  # for files without a name, which are gone by themselves
 SAME_ARITHMETIC = [
     MemoryOptions(),

@@ -533,7 +533,7 @@ def test_wrong_arguments_end_with_exit_code_2(command, arguments):
     assert code == 2 and out == "" and "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_with_130_and_keeps_the_adapter_so_far(finished, tmp_path, number):
     recipe = write_recipe(tmp_path, finished[1].parent / "model", train={"max_steps": 100_000})
     process = subprocess.Popen([*COMMAND, "train", recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -46,10 +46,11 @@ WITHOUT_AND_WITH_MORE = [
 ])  # fmt: skip
 def test_the_steps_are_those_of_updates_after_backward(optimizer, dtype, options):
     # what is rounded stochastically depends on what is updated together, which adamw_torch's does not
-    settings = dict(optimizer=optimizer, dtype=dtype, rank=64, stochastic_rounding=optimizer == "adamw_torch")
+    rounds = optimizer == "adamw_torch"
+    settings = dict(optimizer=optimizer, dtype=dtype, rank=64, max_steps=2, stochastic_rounding=rounds)
     plain, steps = run(options, **settings)
     training, in_backward = run(replace(options, optimizer_in_backward=True), **settings)
-    assert len(steps) == 4
+    assert len(steps) == 2
     for one, other in zip(in_backward, steps, strict=True):
         assert (one.loss, one.grad_norm, one.tokens) == (other.loss, other.grad_norm, other.tokens)
     assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
