@@ -392,7 +392,7 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
 @pytest.mark.parametrize("call", [1, 2])
 def test_prompts_that_cannot_be_answered_end_the_run_before_training_and_not_after_it(
     run, monkeypatch, caplog, call, fault, raised, said
-):  # fmt: skip
+):
     calls = []
 
     def answers(_model, _tokenizer, prompts, *_, **_options):
@@ -502,7 +502,7 @@ def test_a_start_that_failed_is_no_obstacle_to_the_next_but_a_run_with_steps_is(
 
 def test_a_start_that_failed_leaves_no_folder_that_no_recipe_names_but_a_run_that_trained_does(
     run, tmp_path, monkeypatch
-):  # fmt: skip
+):
     monkeypatch.chdir(tmp_path)
     nowhere = {"dir": None, "name": "night"}
     for failing, error in (
@@ -703,7 +703,7 @@ def test_a_memory_probe_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothi
 ])  # fmt: skip
 def test_memory_of_the_host_that_runs_out_is_a_reason_to_plan_again_on_a_cpu_and_not_beside_a_gpu(
     wide_run, kind, words
-):  # fmt: skip
+):
     tried, error = [], kind(words)
 
     def run_out_of_host_memory(options, _budget):

@@ -24,7 +24,7 @@ from memory_option_cases import (
     gradients_in_backward,
     gradients_of_steps,
     losses_without_gradients,
-)  # fmt: skip
+)
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
 from tiny_trainer import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
