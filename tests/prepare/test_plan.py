@@ -423,7 +423,7 @@ def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(reci
     for_device = planner.plan_recipe(recipe(*here), CARD, budget)
     assert not each.fits and for_device.fits and for_device.chosen.options.layers_per_checkpoint == 2
     assert planner.max_tokens(for_device) >= 32768
-    streamed = planner.plan_recipe(recipe(long, "memory.layers_per_checkpoint=2"), CARD, GIB)
+    streamed = planner.plan_recipe(recipe(few_blocks(), long, "memory.layers_per_checkpoint=2"), CARD, GIB)
     assert not streamed.fits and all(c.options.resident_layers is None for c in streamed.found)
 
 
@@ -556,7 +556,10 @@ def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, caplog, model,
 
 
 @pytest.mark.parametrize(("settings", "adapters"), [((), 1), (("data.eval=rows.jsonl",), 2)])
-def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_memory_probe(recipe, settings, adapters):
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_memory_probe(
+    recipe, few_blocks, settings, adapters
+):
+    recipe = partial(recipe, few_blocks())
     cpu = Machine("a CPU", "cpu", 24 * GIB, 300 * 2**20, 1e11, 1e10, 1e10)
     for where, counted in ((cpu, 1), (CARD, 0)):
         plan = planner.plan_recipe(recipe("lora.rank=64", *settings), where, 24 * GIB)
@@ -635,7 +638,8 @@ def test_a_plan_for_compiled_blocks_leaves_out_what_they_do_not_go_with(recipe, 
 
 
 def test_a_recipe_may_keep_attention_and_the_last_blocks(recipe):
-    settings = recipe("memory.checkpointing=selective", "data.max_tokens=1024", "memory.offload_checkpoints=false")
+    attention = "memory.checkpointing=selective", "memory.cache_dequantized=false", "memory.tile_tokens=off"
+    settings = recipe(*attention, "data.max_tokens=1024", "memory.offload_checkpoints=false")
     plan = planner.plan_recipe(settings, CARD, 3 * GIB)
     assert plan.fits and plan.chosen.options.checkpointing == "selective" and plan.chosen.options.uncheckpointed_layers
     assert f"selective except for the last {plan.chosen.options.uncheckpointed_layers} layers" in plan_text.reason(plan)
