@@ -30,7 +30,6 @@ from qlora_lite.models.weights import open_weights
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}}
 # transformers takes caps, attention scales and Qwen3's head size from a family's defaults and not from the file
 FROM_THE_FILE_ALONE = ("llama", "mistral", "qwen2")
-PROMPTS = 20
 
 
 @pytest.fixture
@@ -39,11 +38,11 @@ def run_of(tmp_path):
     return lambda family, **options: tiny_run(tmp_path, family, merges=MERGES, **(FAMILIES[family] | options))
 
 
-def greedy(model, count=12):
-    """Continue 20 prompts greedily, one at a time, without a cache."""
+def greedy(model, count=12, prompts=5):
+    """Continue prompts greedily, one at a time, without a cache."""
     generator = torch.Generator().manual_seed(7)
     answers = []
-    for length in range(3, 3 + PROMPTS):
+    for length in range(3, 3 + prompts):
         ids = torch.randint(5, VOCABULARY, (1, length), generator=generator)
         for _ in range(count):
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
