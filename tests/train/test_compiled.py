@@ -45,7 +45,10 @@ HOST = MemoryOptions(
     offload_checkpoints=True, host_embeddings=True, host_head=True, cache_dequantized=True, compile=True
 )
 CHECKPOINTED = MemoryOptions(compile=True)
-FAMILIES = {"gemma2": {"layer_types": ["sliding_attention"] * DEPTH}, "gpt2": {}}  # beside other tests'
+FAMILIES = [  # beside other tests'
+    pytest.param("gemma2", {"layer_types": ["sliding_attention"] * DEPTH}, id="gemma2", marks=pytest.mark.slow),
+    pytest.param("gpt2", {}, id="gpt2"),
+]
 
 
 OPERATOR_BY_OPERATOR = aot_autograd(  # torch's "aot_eager"
@@ -105,7 +108,7 @@ def assert_close(found, expected, tolerance=1e-5):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.parametrize("options", [BOTH, HOST])
+@pytest.mark.parametrize("options", [BOTH, pytest.param(HOST, marks=pytest.mark.slow)])
 def test_compiled_blocks_have_the_gradients_of_the_blocks(graphs, options):
     assert_close(gradients(build(options=options), options), gradients(build(), PLAIN))
     assert graphs
@@ -120,7 +123,7 @@ def test_compiled_blocks_go_with_a_head_in_four_bits_files_and_updates_in_backwa
     assert graphs
 
 
-@pytest.mark.parametrize(("model_type", "settings"), FAMILIES.items(), ids=FAMILIES)
+@pytest.mark.parametrize(("model_type", "settings"), FAMILIES)
 def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_blocks(graphs, model_type, settings):
     model, plain = (build(model_type, **settings) for _ in range(2))
     assert_close(gradients(model, CHECKPOINTED), gradients(plain, PLAIN))
@@ -136,7 +139,7 @@ def test_frozen_layers_without_weights_are_compiled_too(graphs):
                 layer.shared = None
         return model
 
-    assert_close(gradients(built(), BOTH), gradients(built(), PLAIN))
+    assert_close(gradients(built(), CHECKPOINTED), gradients(built(), PLAIN))
 
 
 def kept_for_backward(options):
@@ -204,7 +207,11 @@ def test_the_operators_are_what_torch_asks_of_operators():
 
 @pytest.mark.parametrize(
     ("model_type", "options", "spared"),
-    [("llama", CHECKPOINTED, 1), ("gpt_neox", CHECKPOINTED, 2), ("gemma3_text", BOTH, 0)],
+    [
+        pytest.param("llama", CHECKPOINTED, 1, marks=pytest.mark.slow),  # of which machine code is made below
+        ("gpt_neox", CHECKPOINTED, 2),
+        pytest.param("gemma3_text", BOTH, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_what_nobody_reads_is_left_out(graphs, monkeypatch, model_type, options, spared):
     """A recomputation spares its last product; both, of parallel attention and MLP (GPT-NeoX); none before a norm
