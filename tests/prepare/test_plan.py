@@ -171,9 +171,10 @@ def test_more_blocks_than_the_model_has_are_refused(recipe):
         planner.plan_recipe(recipe(f"memory.{name}=16"), CARD, 24 * GIB)
 
 
-def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kept(recipe):
-    roomy = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 24 * GIB)
-    tight = planner.plan_recipe(recipe("train.gradient_accumulation_steps=4"), CARD, 2 * GIB)
+def test_the_fastest_settings_that_fit_are_chosen_and_the_effective_batch_is_kept(recipe, few_blocks):
+    on_device = "memory.embeddings=device", "memory.resident_layers=all", "memory.offload_checkpoints=false"
+    settings = recipe(few_blocks(), "train.gradient_accumulation_steps=4", *on_device)
+    roomy, tight = (planner.plan_recipe(settings, CARD, int(gib * GIB)) for gib in (24, 1.55))
     assert roomy.fits and tight.fits
     assert roomy.chosen.options.checkpointing == "none" and tight.chosen.options.checkpointing == "block"
     assert roomy.chosen.step_seconds < tight.chosen.step_seconds
