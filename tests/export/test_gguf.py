@@ -99,7 +99,7 @@ def test_a_run_that_saw_its_weights_in_bfloat16_may_be_as_far_off_as_that_rounds
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.02), ("q8_0", 0.1)])
+@pytest.mark.parametrize(("kind", "most"), [("bf16", 0.02), ("q8_0", 0.1), ("q4_0", 0.3)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path):
     run = run_of(family)
@@ -114,9 +114,12 @@ def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path
         if tensor.ndim == 1:
             assert torch.allclose(tensor, exact, atol=1e-6), name
             continue
-        step = exact.reshape(-1, 32).abs().amax(1, keepdim=True) / 127
-        assert ((tensor - exact).reshape(-1, 32).abs() <= 0.57 * step).all(), name  # half a step, and a float16 scale
-    assert report["distance"] < most and abs(report["share"] - 1) < 0.05
+        is_4_bit = kind == "q4_0" and "embed" not in name and "lm_head" not in name
+        step = exact.reshape(-1, 32).abs().amax(1, keepdim=True) / (8 if is_4_bit else 127)
+        off = (tensor - exact).reshape(-1, 32).abs()
+        most_steps = 1.01 if is_4_bit else 0.57  # half a step, and a float16 scale; at the end of 4 bits a whole one
+        assert (off <= most_steps * step).all() and (not is_4_bit or (off > 0.1 * step).any()), name
+    assert report["distance"] < most and abs(report["share"] - 1) < (0.2 if kind == "q4_0" else 0.05)
 
 
 @pytest.mark.parametrize("base", ["nf4", "original"])
