@@ -31,7 +31,17 @@ from qlora_lite.prepare.build import build_to_use, start_of, without_start
 from qlora_lite.quant.merging import OFF
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
-from .check import Change, change_of, check_change, check_merged, check_model, distance_of, logits_of
+from .check import (
+    SHARE,
+    SHARE_4_BIT,
+    Change,
+    change_of,
+    check_change,
+    check_merged,
+    check_model,
+    distance_of,
+    logits_of,
+)
 from .gguf_model import KINDS, MODEL_FILE, as_read, write_gguf
 from .merge import BASES, UNKNOWN_BASE, check_choice, open_for_merge
 from .ollama import check_template, go_template, modelfile, pieces_of
@@ -261,7 +271,8 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     # as the file's weights are, where the base beside them dequantises its own in float32
     seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16
     limit = max(LIMITS[kind], LIMITS["bf16"] * seen_rounded)
-    share, distance = check_merged(change, logits, rounded, what, limit)
+    most_off = SHARE_4_BIT if kind == "q4_0" else SHARE
+    share, distance = check_merged(change, logits, rounded, what, limit, most_off)
     into = "original" if onto == ORIGINAL else trained.quantization[0]
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
 
