@@ -126,14 +126,20 @@ def merge_run(
     if settings.quantize and merged.packs_experts:
         raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
     on_codes = _keeps_codes(trained, merged, settings)
-    calibration = calibration_rows(trained) if on_codes and merged.adapter.merge_aware == OFF else None
+    calibration, unread = None, ""
+    if on_codes and merged.adapter.merge_aware == OFF:
+        try:
+            calibration = calibration_rows(trained)
+        except DataError as error:
+            unread = f"the training rows, which codes are chosen by, cannot be read ({error}): updates were rounded "
+            unread += "stochastically instead, which loses about three times as much"
     with PeakMeter("cpu") as meter, replacing_folder(out) as new, _place_of_dense_model(new, settings) as dense:
         before_bytes = meter.peak_bytes()
         settings, kept = _write_dense(trained, merged, dense, settings)
         report = _describe(trained, merged, settings) | {"update_kept": kept}
         if on_codes:
             write_codes(trained, merged.adapter, calibration, new)
-        report["notes"] = _notes(trained, merged, settings, report["update_kept"])
+        report["notes"] = _notes(trained, merged, settings, report["update_kept"]) + [unread] * bool(unread)
         report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
         if rows is not None:
             report |= {"measured_on": rows.where, "rows": rows.rows}
@@ -249,7 +255,7 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
                      "recognise the model")  # fmt: skip
     if _keeps_codes(trained, merged, settings):
         if aware == OFF:
-            notes.append("the update was put into the run's own codes, chosen by training rows, which is never exact; "
+            notes.append("the update was put into the run's own codes, which is never exact; "
                          "with train.merge_aware: nf4 a run trains the very weights that it leaves")  # fmt: skip
     elif settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")

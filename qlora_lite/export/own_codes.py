@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.adapters.lora.inject import blocks_of
@@ -52,7 +53,7 @@ def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: 
 
     Args:
         adapter: LoRA alone.
-        rows: to choose the codes by, of a run that was not merge-aware.
+        rows: to choose the codes by, of a run that was not merge-aware; None rounds stochastically.
     """
     m = trained.recipe.model
     model = load_model(
@@ -68,6 +69,8 @@ def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: 
 
 def _merge_block_by_block(model: nn.Module, rows: Batch) -> None:
     check_forward(model.eval())
+    blocks = blocks_of(model)
+    progress = tqdm(total=len(blocks), desc="Choosing codes")
 
     def merge(block: nn.Module, arguments: tuple, named: dict) -> None:
         grams: dict[nn.Module, Tensor] = {}
@@ -82,9 +85,11 @@ def _merge_block_by_block(model: nn.Module, rows: Batch) -> None:
         for hook in seen:
             hook.remove()
         _merge(model, block, grams)
+        progress.update()
 
-    hooks = [block.register_forward_pre_hook(merge, with_kwargs=True) for block in blocks_of(model).values()]
+    hooks = [block.register_forward_pre_hook(merge, with_kwargs=True) for block in blocks.values()]
     hidden_states(model, prepare(rows, device_of(model)))
+    progress.close()
     for hook in hooks:
         hook.remove()
 

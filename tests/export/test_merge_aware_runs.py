@@ -13,7 +13,6 @@ from tiny_runs import logits, make_run, replace_adapter
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
-from qlora_lite.export import merge
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.merge import MergeSettings, merge_run
@@ -115,14 +114,15 @@ def test_other_weights_than_its_own_are_refused(tmp_path):
         merge_run(run, tmp_path / "out", MergeSettings(base="original", rows=0))
 
 
-def test_codes_that_training_rows_choose_are_nearer_to_the_trained_model_than_stochastic_ones(tmp_path, monkeypatch):
+def test_codes_that_training_rows_choose_are_nearer_to_the_trained_model_than_stochastic_ones(tmp_path):
     save_tiny(tmp_path / "model")
     run = make_run(tmp_path, tmp_path / "model", lora={"rank": 4, "alpha": 8})
     path = run / "adapter" / "adapter_model.safetensors"
     replace_adapter(run, {name: tensor * (4 if "lora_B" in name else 1) for name, tensor in load_file(path).items()})
     report = merge_run(run, tmp_path / "chosen", MergeSettings(quantize="nf4", rows=6))
-    monkeypatch.setattr(merge, "calibration_rows", lambda trained: None)
+    (tmp_path / "train.jsonl").unlink()
     other = merge_run(run, tmp_path / "stochastic", MergeSettings(quantize="nf4", rows=6))
     chosen, stochastic = (found["models"]["merged, then nf4"]["kl"] for found in (report, other))
     assert 0 < chosen < 0.5 * stochastic
-    assert report["notes"][-1].startswith("the update was put into the run's own codes, chosen by training rows")
+    assert not any("stochastically" in note for note in report["notes"])
+    assert "train.jsonl" in other["notes"][-1] and "rounded stochastically instead" in other["notes"][-1]
