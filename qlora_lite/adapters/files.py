@@ -34,6 +34,7 @@ from .lora.inject import (
     matching,
     require_base,
     require_lora,
+    require_model,
 )
 from .lora.layer import LoraLinear, LoraWeights
 from .lora.shared import forget_begun
@@ -245,7 +246,7 @@ class Lora(AdapterMethod):
         Raises:
             ModelError: the model has no LoRA layers, and nothing else is trained.
         """
-        if not any(trained_weights(model)):
+        if not any(trained_weights(require_model(model))):
             require_lora(model)
         return adapter_tensors(model)
 

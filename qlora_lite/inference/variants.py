@@ -342,8 +342,10 @@ class StreamedBase:
             self.watch(what, before + done, total)
 
     def _check_room(self, variants: int) -> None:
-        width, tokens = self.skeleton.get_input_embeddings().weight.shape[1], max(len(b.labels) for b in self.batches)
-        needed, free = variants * width * tokens * self.dtype.itemsize, free_bytes(torch.device("cpu"))
+        width, shapes = self.skeleton.get_input_embeddings().weight.shape[1], map(CausalLM().shape, self.batches)
+        tokens, targets = zip(*((shape.tokens, shape.targets) for shape in shapes), strict=True)
+        states = max(tokens) + sum(targets)  # of one pass, and those at the targets of all
+        needed, free = variants * width * states * self.dtype.itemsize, free_bytes(torch.device("cpu"))
         if needed > HOST_SHARE * free:
             fitting = int(len(self.examples) * HOST_SHARE * free / needed)
             raise DoesNotFitError(f"the hidden states of {variants} models on {len(self.examples)} rows have no room "

@@ -189,7 +189,7 @@ def test_a_4_bit_checkpoint_and_too_little_host_memory_are_errors_before_anythin
     packed = recipe.model.model_copy(update={"path": str(tmp_path / "packed")})
     with pytest.raises(ModelError, match="is published packed"):
         measure_damage(recipe.model_copy(update={"model": packed}))
-    monkeypatch.setattr(variants, "free_bytes", lambda device: 200_000)
+    monkeypatch.setattr(variants, "free_bytes", lambda device: 100_000)
     with pytest.raises(DoesNotFitError, match=r"models on 6 rows have no room in host memory: --rows \d"):
         measure_damage(recipe)
 
