@@ -209,6 +209,14 @@ def test_a_side_is_measured_in_a_process_of_its_own_and_one_that_fails_ends_the_
     assert done.returncode == 1 and "'theirs'} ended with 1" in done.stderr and "KeyError: 'OF_ONE'" in done.stderr
 
 
+def test_the_study_goes_on_with_the_best_learning_rate_of_each_choice():
+    losses = {"LoRA, norms too, 0.1": 2.0, "LoRA, norms too, 0.2": 1.0, "full, 0.1": 0.5, "full, 0.2": 3.0}
+    points = [{"status": "complete", "choice": {"method": name}, "mean": {"eval_loss_after": loss}}
+              for name, loss in losses.items()]  # fmt: skip
+    points.append({"status": "does not fit", "choice": {"method": "prefix tuning, 0.1"}, "mean": {}})
+    assert tool("study").best_rates(points, "method") == {"LoRA, norms too, 0.2", "full, 0.1"}
+
+
 @pytest.mark.parametrize("way", ["merged LoRA", "unmerged LoRA", "pfeiffer", "houlsby"])
 def test_the_ways_of_bottleneck_adapters_are_measured_with_what_they_add(way, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.start", lambda _main, _measure: None)  # the tool's own name for it

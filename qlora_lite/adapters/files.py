@@ -372,7 +372,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
         return adapter.attach(model)
     targets = [Target(name, factors.rank, factors.alpha) for name, factors in adapter.layers.items()]
     model.requires_grad_(False)
-    for first in [*adapter.layers.values()][:1]:  # none, where weights of the base alone were trained
+    if adapter.layers:  # else weights of the base alone were trained
+        first = next(iter(adapter.layers.values()))
         add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype,
                  dora=adapter.is_dora, merge_aware=adapter.merge_aware)  # fmt: skip
     where: torch.device = model.device

