@@ -218,7 +218,7 @@ def test_without_lora_layers_the_others_alone_are_trained(model_type, also, tmp_
     whole = new()
     frozen = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}
     assert not any(True for _ in lora_layers(whole.model)) and frozen
-    method(also, model_type, ()).apply(plain := build_tiny(model_type))  # of which all would be trained
+    method(also, model_type, ()).apply(plain := build_tiny(model_type).requires_grad_(True))
     assert {name for name, p in plain.named_parameters() if p.requires_grad} == {*whole.names}
     begun = [parameter.detach().clone() for parameter in whole.parameters]
     steps = list(whole)
