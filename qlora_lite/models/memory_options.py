@@ -261,14 +261,14 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
                          "memory.uncheckpointed_layers with memory.checkpointing=block or selective")  # fmt: skip
     device = device_of(model) if of_model is None else next(p for p in model.parameters() if p.requires_grad).device
     host = HostStore(device, options.offload_folder) if options.offload_checkpoints else None
-    skipping: dict[type, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its class
+    skipping: dict[tuple, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its kind
     selective, segments = options.checkpointing == "selective", Segments(options.layers_per_checkpoint, checkpointed)
     for number, block in enumerate(found):
         block.gradient_checkpointing = number < checkpointed or options.compile
         # the place that transformers documents for it
         around = _keeping(options, stay=False)  # until the block's own backward
         checkpoint = Checkpoint(
-            number, host, skipping[type(block)], around, selective, options.compile, segments, partial(_trains, block)
+            number, host, skipping[_kind(block)], around, selective, options.compile, segments, partial(_trains, block)
         )
         block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
     use_kernels(model, options.allowed_kernels)
@@ -279,6 +279,11 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
                          "set memory.tile_tokens to off")  # fmt: skip
 
 
+def _kind(module: nn.Module) -> tuple[type, ...]:
+    """Return what tells modules apart that run other products: Qwen3.5's blocks of both kinds are of one class."""
+    return tuple(type(part) for part in module.modules())
+
+
 def _trains(block: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
@@ -287,7 +292,7 @@ def _keeping(options: MemoryOptions, stay: bool) -> Callable[[], AbstractContext
     return partial(keeping_weights, stay) if options.cache_dequantized else nullcontext
 
 
-def _set_tiles(module: nn.Module, options: MemoryOptions, skipping: dict[type, Skipping]) -> int:
+def _set_tiles(module: nn.Module, options: MemoryOptions, skipping: dict[tuple, Skipping]) -> int:
     for name, part in list(module.named_children()):
         if isinstance(part, Tiled):
             setattr(module, name, part.inner)
@@ -297,5 +302,5 @@ def _set_tiles(module: nn.Module, options: MemoryOptions, skipping: dict[type, S
     for name in names:
         part = getattr(module, name)
         around = _keeping(options, stay=True)  # from tile to tile
-        setattr(module, name, Tiled(part, options.tile_tokens, skipping[type(part)], around))
+        setattr(module, name, Tiled(part, options.tile_tokens, skipping[_kind(part)], around))
     return len(names)

@@ -143,7 +143,7 @@ def present_run() -> Run | None:
 
 @dataclass(slots=True)
 class Skipping:
-    """Which product runs for the graph leave out, shared by blocks of a class; see ``recompute_for_backward``."""
+    """Which product runs for the graph leave out, shared by blocks of a kind; see ``recompute_for_backward``."""
 
     product: int | None = None  # its number from 1, 0 for none; None before the first such run has shown it
 
@@ -195,7 +195,7 @@ class Checkpoint:
     Args:
         number: of the block, counted along the model.
         host: where the inputs wait for backward; None keeps them on their device.
-        skipping: shared by blocks of one class; see ``Skipping``.
+        skipping: shared by blocks of one kind; see ``Skipping``.
         around: a context to be in during the recomputation, such as ``quant.product.keeping_weights``.
         keeps_attention: keep the results of attention's fused kernels too; see ``ops.kept_attention``.
         compiling: run the block compiled (``ops.compiled``), its recomputation and its gradients as one graph.
@@ -330,6 +330,7 @@ def recompute_for_backward(
             skipping.product = run.products if spared else 0
         if spared or not left_out:
             return outputs
+        outputs = None  # and all that its graph saved
         if state is not None:
             set_random_state(state)
 

@@ -103,6 +103,13 @@ def test_kept_blocks_are_not_recomputed(model, kept):
     )
 
 
+def test_blocks_of_two_kinds_and_one_class_leave_out_as_much_as_if_each_were_a_class_of_its_own(monkeypatch):
+    model = add_lora(quantized_pair("qwen3_5_text")[0], rank=RANK, dtype=torch.float32)
+    found = step_flops(model, MemoryOptions())
+    monkeypatch.setattr("qlora_lite.models.memory_options._kind", id)
+    assert found == step_flops(model, MemoryOptions())
+
+
 @pytest.mark.parametrize("every", [2, 3, DEPTH])
 def test_of_a_stretch_only_the_last_block_leaves_out_its_last_product(model, every):
     inside = DEPTH - -(-DEPTH // every)  # blocks that are not the last of their segment
