@@ -17,6 +17,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 _COUNTED = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
+_EXPAND = torch.ops.aten.expand.default
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -29,6 +30,7 @@ class _Like(NamedTuple):
 
 
 _MAKES, _FIRST_ARGUMENT, _UNSEEN = "makes", "first argument", "unseen"
+_REPEATED = 4  # times that places are given where text, time, height and width have their own (Qwen3.5)
 MAX_KNOWN = 1 << 16  # results; a plan with its alternatives makes some hundreds
 
 
@@ -67,15 +69,20 @@ class MetaResults:
         return result
 
     def _keep_values(self, func, args: tuple, kwargs: dict, result) -> None:
-        """Compute the values of a result that follows from counted places alone; one larger than they are is left."""
-        given, counted = list(_tensors((args, tuple(kwargs.values())))), func in _COUNTED
+        """Compute the values of a result that follows from counted places alone; a much larger one is left."""
+        counted = func in _COUNTED
+        first = next((value for value in args if isinstance(value, torch.Tensor)), None)
+        if not (counted or func._schema.is_mutable or first is None or first in self._values):
+            return
+        given = list(_tensors((args, tuple(kwargs.values()))))
         known = [tensor for tensor in given if tensor in self._values]
         if known and func._schema.is_mutable:
             self._values.clear()  # of views too
             return
         if not isinstance(result, torch.Tensor) or not result.is_meta:
             return
-        if counted or (given and len(known) == len(given) and result.numel() <= sum(t.numel() for t in given)):
+        most = sum(map(torch.numel, given)) * (_REPEATED if func is _EXPAND else 1)
+        if counted or (given and len(known) == len(given) and result.numel() <= most):
             named = {key: self._real(value) for key, value in kwargs.items() if key != "device"}
             self._values[result] = func(*self._real(args), **named)
 

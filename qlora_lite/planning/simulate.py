@@ -143,7 +143,7 @@ def simulate(job: Job) -> Simulation:
 def _repeating(job: Job) -> Simulation:
     """Simulate a model whose blocks all run in the same way, or in a few ways in turn."""
     depth, (unlike, pattern) = job.workload.depth, _pattern(job)
-    front = unlike + _front(job) * pattern
+    front = unlike + -(-_front(job) // pattern) * pattern
     shallow, deeper = front + pattern, front + 2 * pattern
     if depth <= deeper:
         return _on_meta(job)
@@ -163,7 +163,7 @@ def _pattern(job: Job) -> tuple[int, int]:
 
 
 def _front(job: Job) -> int:
-    """Return how many of the first blocks (times their pattern) need more than those that follow, being of their kind.
+    """Return how many of the first blocks need more than those that follow, being of their kind.
 
     The first has all gradients beside it, but none of its input's: inside attention, of which a GPU's kernel takes
     most, the second can need more. With checkpoints in host memory, that one has the first's input too.

@@ -111,17 +111,20 @@ def plan_recipe(
         raise GpuError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
-    evaluation = eval_shape or (full_pack(d.max_tokens, packing=True) if d.has_eval else None)
     config = read_config(recipe.model.path, recipe.model.revision)
-    job = job_of(recipe, config, machine, evaluation)
+    job = job_of(recipe, config, machine, eval_shape)
+    together = not job.workload.runs_rows_alone(d.max_tokens)
+    if d.has_eval and eval_shape is None:
+        job = replace(job, eval_shape=full_pack(d.max_tokens, packing=together))
     machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
     if job.workload.method.trains_base and not m.optimizer_in_backward:
         fixed["resident_layers"] = None  # see ``constraints.STREAMED_TRAINED``
+    pack = shape or full_pack(d.max_tokens, d.packing and together)
     step = Step(
-        job, shape or full_pack(d.max_tokens, d.packing), t.micro_batch_size, t.gradient_accumulation_steps, fixed,
+        job, pack, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward,
     )  # fmt: skip
     _check_counts(fixed, job.workload.depth)
@@ -235,7 +238,8 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
     tokens, several = step.pack.tokens, len(step.pack.lengths) > 1
     if step.pack == full_pack(tokens, several) and tokens >= 128:
-        half_job = replace(job, eval_shape=full_pack(tokens // 2, packing=True) if job.eval_shape else None)
+        evaluation = full_pack(tokens // 2, len(job.eval_shape.lengths) > 1) if job.eval_shape else None
+        half_job = replace(job, eval_shape=evaluation)
         half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
         changed[f"data.max_tokens={tokens // 2}"] = half
     for change, other_step in changed.items():

@@ -238,17 +238,24 @@ class CausalLM(Workload):
         """Whether the embeddings are the head too, so that they can only lie in one place."""
         return bool(self.spec.config.tie_word_embeddings) and not self.spec.quant_head
 
-    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
-        """See ``Workload``."""
+    def runs_rows_alone(self, longest: int) -> bool:
+        """Whether the model is one that runs the rows of a pack one by one (``why_unpacked``)."""
+        return bool(why_unpacked(self._without_values(), max(self.spec.longest, longest)))
+
+    def _without_values(self) -> nn.Module:
         spec = self.spec
         how = spec.quant, spec.double_quant, spec.compute_dtype, spec.quant_head, spec.keep_16bit, spec.formats
-        model = meta_copy(spec.config, *how)
+        return meta_copy(spec.config, *how)
+
+    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
+        """See ``Workload``."""
+        model = self._without_values()
         check_shared_keys(model)
         self.method.apply(model)
         if device.type != "meta":
             give_storage(model, device)
         place(model, device, options, trains_base=self.method.trains_base)
-        if why_unpacked(model, max(spec.longest, *shape.lengths)):
+        if why_unpacked(model, max(self.spec.longest, *shape.lengths)):
             run_unpacked(model)
         set_memory_options(model, options)
         if device.type == "meta" and not uses_row_attention(model):

@@ -156,7 +156,9 @@ def test_what_is_made_of_counted_places_alone_is_known_and_nothing_else():
             assert not (torch.diff(places, dim=-1) == 1).all()
             assert (torch.diff(places[:, 3:], dim=-1) == 1).all()
             assert places.max().item() == 3
-        for unknown in (meta(7) + places, places[0][:, None] + places, torch.zeros(7, device=META)):
+        assert places.expand(4, -1)[2].max().item() == 3
+        far = places.expand(5, -1), places[0][:, None] + places
+        for unknown in (meta(7) + places, places + meta(7), *far, torch.zeros(7, device=META)):
             with pytest.raises(NeedsValuesError):
                 unknown.sum().item()
         places.add_(1)

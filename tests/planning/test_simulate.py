@@ -502,10 +502,11 @@ LAST_KEPT = MemoryOptions(offload_checkpoints=True, uncheckpointed_layers=3)  # 
 
 @pytest.mark.parametrize(("model_type", "settings", "pattern"), BLOCKS_OF_SEVERAL_KINDS)
 def test_blocks_of_several_kinds_are_continued_as_they_repeat(model_type, settings, pattern):
-    config = AutoConfig.for_model(model_type, **(settings | {"num_hidden_layers": 12}))
+    config = AutoConfig.for_model(model_type, **(settings | {"num_hidden_layers": 16 if pattern == (0, 4) else 12}))
     assert block_pattern(config) == pattern
-    for options in [MemoryOptions(), LAST_KEPT] if pattern == (3, 1) else [MemoryOptions()]:
-        job = job_for(config, options=options, quant="none")
+    on_gpu = dict(device_type="cuda", options=MemoryOptions(offload_checkpoints=True))
+    for changes in {(3, 1): [{}, {"options": LAST_KEPT}], (0, 4): [{}, on_gpu]}.get(pattern, [{}]):
+        job = job_for(config, **changes, quant="none")
         short, whole = simulate(job), simulate_whole(job)
         assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
         assert short.frozen_bytes == whole.frozen_bytes
