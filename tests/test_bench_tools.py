@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from bench import harness, products
 from bench.products import BASE, LOW_RANK, PLACES, StepClock
-from bench.tables import TABLES, limit_sentence
+from bench.tables import TABLES, limit_sentence, study_tables
 from bench.texts import text_windows
 from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import Example
@@ -215,6 +216,28 @@ def test_the_study_goes_on_with_the_best_learning_rate_of_each_choice():
               for name, loss in losses.items()]  # fmt: skip
     points.append({"status": "does not fit", "choice": {"method": "prefix tuning, 0.1"}, "mean": {}})
     assert tool("study").best_rates(points, "method") == {"LoRA, norms too, 0.2", "full, 0.1"}
+
+
+def test_the_study_goes_on_from_a_result_of_its_shape_alone_and_adds_each_sweep_to_it(tmp_path, monkeypatch):
+    study, row = tool("study"), {"choice": {"lora.rank": "1"}, "status": "does not fit"}
+    ran = []
+
+    def run(part, model, task, axes, runs):
+        ran.append((part, model, task))
+        return {"rows": [row], "processor": "a CPU", "date": "2026-01-02"}
+
+    for name, value in {"study": run, "write_rows": lambda *_: None, "RESULTS": tmp_path,
+                        "write_result": partial(study.write_result, folder=tmp_path)}.items():  # fmt: skip
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(sys, "argv", ["study", str(tmp_path), "--runs", str(tmp_path), "--part", "bits"])
+    for _ in range(2):
+        study.main()
+    assert len(ran) == len({*ran}) == 4 and {part for part, *_ in ran} == {"bits"}
+    table = "\n".join(study_tables(json.loads((tmp_path / "study.json").read_text())))
+    assert "**Bits of the base.** SmolLM2-135M, sst2 (a CPU, 2026-01-02):" in table
+    monkeypatch.setattr(study, "STEPS", 41)
+    study.main()
+    assert len(ran) == 8
 
 
 @pytest.mark.parametrize("way", ["merged LoRA", "unmerged LoRA", "pfeiffer", "houlsby"])

@@ -118,27 +118,35 @@ def study_tables(result: Mapping) -> list[str]:
     """Return the lines of the tables of ``tools/bench/study``: for each part, model and task, best loss first."""
     lines: list[str] = []
     for part, title in STUDY.items():
-        for case, rows in result.get(part, {}).items():
-            model, task = case.split(", ")
-            lines += ["", f"**{title}** {NAMES[model]}, {task}:", "", *_study_table(rows)]
-    for case, rows in result.get("few_shot", {}).items():
-        model, task = case.split(", ")
-        scores = list(rows[0]["scores"])
-        lines += ["", f"**Examples in the prompt.** {NAMES[model]}, {task}, one run of LoRA beside:", "",
-                  f"| model | loss | {' | '.join(name.replace('_', ' ') for name in scores)} |",
-                  "|---" * (len(scores) + 2) + "|"]  # fmt: skip
-        for row in rows:
-            cells = [row["name"], f"{row['loss']:.4f}", *(f"{row['scores'][name]:.3f}" for name in scores)]
-            lines.append(f"| {' | '.join(cells)} |")
-    for case, found in result.get("subspaces", {}).items():
-        model, task = case.split(", ")
-        lines += ["", f"**Subspaces of rank 8 and rank 64.** {NAMES[model]}, {task}:", "",
-                  "| first directions of A | shared, mean over the layers |", "|---|---|"]  # fmt: skip
-        lines += [f"| {name} | {share:.2f} |" for name, share in found["first_directions"].items()]
-        lines += [f"| {count} in {count}, both rank 64, of two seeds | {share:.2f} |"
-                  for count, share in found["seeds"].items()]  # fmt: skip
-        lines.append(f"| 8 in 8 by chance | {found['chance_8_in_8']:.2f} |")
+        for case, found in result["cases"].items():
+            its_part, model, task = case.split(", ")
+            if its_part == part:
+                where = f"{NAMES[model]}, {task}"
+                lines += ["", f"**{title}** {where} ({found['processor']}, {found['date']}):", ""]
+                lines += _study_table(found["rows"])
+                lines += _few_shot_table(where, found["few_shot"]) if "few_shot" in found else []
+                lines += _subspaces_table(where, found["subspaces"]) if "subspaces" in found else []
     return lines[1:]
+
+
+def _few_shot_table(where: str, rows: Sequence[Mapping]) -> list[str]:
+    scores = list(rows[0]["scores"])
+    lines = ["", f"**Examples in the prompt.** {where}, one run of LoRA beside:", "",
+             f"| model | loss | {' | '.join(name.replace('_', ' ') for name in scores)} |",
+             "|---" * (len(scores) + 2) + "|"]  # fmt: skip
+    for row in rows:
+        cells = [row["name"], f"{row['loss']:.4f}", *(f"{row['scores'][name]:.3f}" for name in scores)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _subspaces_table(where: str, found: Mapping) -> list[str]:
+    lines = ["", f"**Subspaces of rank 8 and rank 64.** {where}:", "",
+             "| first directions of A | shared, mean over the layers |", "|---|---|"]  # fmt: skip
+    lines += [f"| {name} | {share:.2f} |" for name, share in found["first_directions"].items()]
+    lines += [f"| {count} in {count}, both rank 64, of two seeds | {share:.2f} |"
+              for count, share in found["seeds"].items()]  # fmt: skip
+    return [*lines, f"| 8 in 8 by chance | {found['chance_8_in_8']:.2f} |"]
 
 
 STUDY = {"ranks": "Rank and layers.", "bits": "Bits of the base.", "methods": "Methods."}
