@@ -158,6 +158,15 @@ def test_what_is_set_for_blocks_that_are_recomputed_has_them_recomputed(setting,
     assert plan.chosen.options.recomputes
 
 
+@pytest.mark.parametrize(("model_type", "rows"), [("llama", 8), ("qwen3_5_text", 1)])
+def test_of_a_pack_that_runs_row_by_row_one_row_is_assumed_where_no_data_is_known(tmp_path, recipe, model_type, rows):
+    save_tiny(tmp_path / "model", model_type)
+    fixed = recipe(f"model.path={tmp_path / 'model'}", "data.max_tokens=128", "data.eval=rows.jsonl", *SETTLED)
+    step = planner.plan_recipe(fixed, CARD, 24 * GIB).step
+    assert len(step.pack.lengths) == len(step.job.eval_shape.lengths) == rows
+    assert step.pack.tokens == step.job.eval_shape.tokens == 128
+
+
 def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_gpu_that_computes_in_bfloat16(recipe):
     assert _machine(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
 
