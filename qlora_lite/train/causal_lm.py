@@ -238,7 +238,7 @@ class CausalLM(Workload):
         """Whether the embeddings are the head too, so that they can only lie in one place."""
         return bool(self.spec.config.tie_word_embeddings) and not self.spec.quant_head
 
-    def runs_rows_alone(self, longest: int) -> bool:
+    def runs_row_by_row(self, longest: int) -> bool:
         """Whether the model is one that runs the rows of a pack one by one (``why_unpacked``)."""
         return bool(why_unpacked(self._without_values(), max(self.spec.longest, longest)))
 

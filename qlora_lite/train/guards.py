@@ -14,6 +14,7 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.quant.tensor_file import bit_sums
 
+from .processes import Processes
 from .workload import Workload
 
 FLOAT16_ENDS = "float16 ends at 65,504: set model.compute_dtype to float32"
@@ -39,6 +40,17 @@ def check_choice(workload: Workload, options: MemoryOptions) -> None:
     wrong = [name for name, only in workload.fixed_options.items() if getattr(options, name) != only]
     if wrong:
         raise TrainingError(f"{type(workload).__name__} has no {', '.join(wrong)} to set")
+
+
+def check_shareable(processes: Processes, options: MemoryOptions) -> None:
+    """Check that a step's gradients are all there when several ranks add them up.
+
+    Raises:
+        TrainingError: each is used and dropped in the backward pass.
+    """
+    if processes.world_size > 1 and options.optimizer_in_backward:
+        raise TrainingError("memory.optimizer_in_backward updates each weight before the ranks have added up its "
+                            "gradient: it is for one process")  # fmt: skip
 
 
 def frozen_checksum(model: nn.Module, in_turn: Iterable[nn.Parameter] = ()) -> str:

@@ -30,11 +30,12 @@ from qlora_lite.quant.tensor_file import bit_sums
 from .causal_lm import CausalLM, answer_losses
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
-from .guards import check_choice, check_trainable, explain_not_finite
+from .guards import check_choice, check_shareable, check_trainable, explain_not_finite
 from .loss_scale import LossScale
 from .memory_probe import probe_step
 from .optim import build_optimizer, parameters_of, set_learning_rate
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
+from .processes import ALONE, OtherRankError, Processes
 from .settings import TrainSettings, lr_factor
 from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
 from .workload import Workload
@@ -78,6 +79,7 @@ class Trainer:
         settings: see ``TrainSettings``; a stream needs ``max_steps``.
         stream: gives the rows of an epoch each time it is iterated, to be used in place of ``examples``.
         workload: what is trained; None is a causal language model with LoRA.
+        processes: processes that train the same model on the same examples, each its share of every step.
 
     Raises:
         DataError: the model has no embedding for a token, or the examples are invalid.
@@ -92,6 +94,7 @@ class Trainer:
         settings: TrainSettings,
         stream: Iterable | None = None,
         workload: Workload | None = None,
+        processes: Processes = ALONE,
     ):
         if not isinstance(settings, TrainSettings):
             raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
@@ -99,6 +102,7 @@ class Trainer:
         workload.check_examples(model, examples)
         self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
+        self.processes = processes
         self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
         self.device = workload.device(model)
         self._take_parameters()
@@ -113,6 +117,7 @@ class Trainer:
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
+        check_shareable(processes, settings.options)
         self._is_checked = False
         self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
@@ -176,7 +181,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             probe_step(
                 work, self.model, self.parameters, optimizer, work.inputs(largest, device),
-                evaluation and work.inputs(evaluation, device), s.max_grad_norm, s.gradient_accumulation_steps > 1,
+                evaluation and work.inputs(evaluation, device), s.max_grad_norm,
+                s.gradient_accumulation_steps > self.processes.world_size,
                 s.options.optimizer_in_backward,
             )  # fmt: skip
         self.optimizer_bytes = sum(
@@ -264,7 +270,8 @@ class Trainer:
         rate = s.learning_rate * lr_factor(self.step, self.total_steps, s.lr_scheduler, s.warmup_ratio)
         set_learning_rate(self.optimizer, rate)
         whole = s.options.optimizer_in_backward
-        result = self._whole_step(micro_batches) if whole else self._within_memory(micro_batches, self._step)
+        self.processes.seed(s.seed, self.step, self.device)
+        result = self._whole_step(micro_batches) if whole else self._shared(micro_batches, self._step)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif not self.took_part:
@@ -296,12 +303,14 @@ class Trainer:
             )  # fmt: skip
             self._has_retried = True
 
-    def _step(self, batches: Iterator) -> StepResult:
+    def _step(self, batches: Iterator, counts: bool) -> StepResult:
         s, whole = self.settings, list(batches)
 
         def attempt(scale: float) -> StepResult:
             self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
-            return train_step(self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale)
+            return train_step(
+                self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale, self.processes, counts
+            )
 
         if self.loss_scale is None:
             return attempt(1.0)
@@ -321,28 +330,49 @@ class Trainer:
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
             return train_step_in_backward(self.workload, self.model, self.workload.collate(rows), self.optimizer)
 
-    def _within_memory(self, groups: Sequence[Sequence], compute: Callable[[Iterator], T]) -> T:
+    def _shared(self, groups: Sequence[Sequence], compute: Callable[[Iterator, bool], T]) -> T:
+        """Return what the ranks' ``compute`` makes of their shares of the batches.
+
+        A rank for which there is none computes the first, and is told that it does not count.
+        """
+        own = self.processes.share(groups)
+        return self._within_memory(own or groups[:1], lambda batches: compute(batches, bool(own)), self.processes)
+
+    def _within_memory(
+        self, groups: Sequence[Sequence], compute: Callable[[Iterator], T], processes: Processes = ALONE
+    ) -> T:
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
+
+        Args:
+            processes: those that compute together, and do it again together.
 
         Raises:
             DoesNotFitError: a single row is too large.
         """
         random_states = generator_states(self.device)
         while True:
-            parts = cut(self.workload, groups, self.most_tokens)
+            parts, ran_out, reason = cut(self.workload, groups, self.most_tokens), False, ""
             try:
                 return compute(self.workload.collate(rows) for rows in parts)
+            except OtherRankError:
+                pass
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = first_line(error)  # and not the error, whose trace holds the tensors of the attempt
+                # and not the error, whose trace holds the tensors of the attempt
+                ran_out, reason = True, first_line(error)
             self.optimizer.zero_grad(set_to_none=True)
             self.workload.method.forget_pass(self.model)
             free_cached_memory(self.device)
             restore_generators(random_states, self.device)
-            self.most_tokens = lower_limit(self.workload, parts, reason)
-            log.warning("step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
-                        "with the same rows per step", self.step, reason, self.most_tokens)  # fmt: skip
+            limit: float = self.most_tokens or math.inf
+            if ran_out:
+                limit = lower_limit(self.workload, parts, reason)
+                processes.exchange(failed=True)
+            self.most_tokens = int(min(processes.gather(limit)))
+            if ran_out:
+                log.warning("step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
+                            "with the same rows per step", self.step, reason, self.most_tokens)  # fmt: skip
 
     def _skip_or_stop(self, micro_batches: list[Sequence], updated: bool) -> None:
         """Count a step that was not finite, and end the run if it may not be left out."""
@@ -366,22 +396,25 @@ class Trainer:
         Args:
             done: called after each batch with the number of examples so far.
         """
-        return self._over_batches(examples, evaluate_loss, done)
+        self.check()
+        work = self.workload.plain()
+
+        def of_all(count: int) -> None:
+            if done:
+                done(min(count * self.processes.world_size, len(examples)))
+
+        def compute(batches: Iterator, counts: bool) -> Evaluation:
+            return evaluate_loss(work, self.model, _counted(work, batches, of_all), self.processes, counts)
+
+        return self._shared(list(_eval_rows(work, examples, self.settings)), compute)
 
     @float32_partial_sums()
     def answer_losses(self, examples: Sequence) -> list[list[float]]:
         """Return the losses of each example's target tokens, computed like ``evaluate``'s."""
-        return self._over_batches(examples, answer_losses)
-
-    def _over_batches(
-        self, examples: Sequence, compute: Callable[..., T], done: Callable[[int], None] | None = None
-    ) -> T:
         self.check()
         work = self.workload.plain()
-        return self._within_memory(
-            list(_eval_rows(work, examples, self.settings)),
-            lambda batches: compute(work, self.model, _counted(work, batches, done)),
-        )
+        groups = list(_eval_rows(work, examples, self.settings))
+        return self._within_memory(groups, lambda batches: answer_losses(work, self.model, batches))
 
 
 def _eval_plan(lengths: Sequence[int], settings: TrainSettings) -> list[list[int]]:

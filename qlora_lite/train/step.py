@@ -21,6 +21,7 @@ from qlora_lite.quant.small_batch import plain_products
 from .loss_scale import unscale
 from .optim import UpdatesInBackward, clip_scale, gradient_norms, parameters_of
 from .out_of_memory import no_retry
+from .processes import ALONE, Processes
 from .workload import Workload
 
 
@@ -55,13 +56,17 @@ class Means(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-def accumulate_gradients(workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0) -> Means:
+def accumulate_gradients(
+    workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0, total: float | None = None
+) -> Means:
     """Add the gradients of the mean loss over all targets of the batches, times a scale; return the means.
 
     Args:
         batches: inputs of the workload.
+        total: the weight that losses are divided by, where the step has other batches too.
     """
-    total = sum(workload.weight(batch) for batch in batches)
+    if total is None:
+        total = sum(workload.weight(batch) for batch in batches)
     mean, metrics = torch.zeros((), dtype=torch.float32, device=workload.device(model)), {}
     for batch in batches:
         with phase("forward"):
@@ -81,27 +86,37 @@ def _add(metrics: dict[str, torch.Tensor], found: Mapping[str, torch.Tensor], to
 
 def train_step(
     workload: Workload, model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, max_grad_norm: float,
-    scale: float = 1.0,
+    scale: float = 1.0, processes: Processes = ALONE, counts: bool = True,
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
     A GPU begins to update before the host knows what the step has found; see ``flat``.
 
     Args:
-        batches: the workload's.
+        batches: the workload's; of several ranks, this one's share.
         optimizer: one of ``build_optimizer``'s.
         scale: power of two that the backward pass is run at; see ``loss_scale``.
+        processes: those that the step is shared with.
+        counts: False for a rank that there is no micro-batch left for, and that runs another one's for nothing.
 
     Returns:
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
 
     Raises:
         DoesNotFitError: memory ran out in the update, when some weights may have been changed already.
+        OtherRankError: it ran out on another rank.
     """
     parameters = parameters_of(optimizer)
     inputs = [workload.inputs(batch, workload.device(model)) for batch in batches]
-    mean, metrics = accumulate_gradients(workload, model, inputs, scale)
+    shapes = [workload.shape(batch) for batch in batches]
+    own = [sum(map(workload.weight, inputs)), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)]
+    total, tokens, targets = processes.exchange(*(own if counts else (0, 0, 0)))
+    mean, metrics = accumulate_gradients(workload, model, inputs, scale, total if counts else math.inf)
+    processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
+        with no_retry("while the ranks added up their gradients"):
+            processes.add_up_gradients(parameters)
+            processes.add_up([mean, *metrics.values()])
         unscale(parameters, scale)
         norms = gradient_norms(parameters)
         numbers = torch.stack([mean, torch.linalg.vector_norm(norms), *metrics.values()])
@@ -111,7 +126,7 @@ def train_step(
         loss, grad_norm, *values = read()
         if not math.isfinite(loss + grad_norm):
             optimizer.forget_step()
-    return _result(workload, batches, loss, grad_norm, norms, dict(zip(metrics, values, strict=True)))
+    return StepResult(loss, grad_norm, norms, int(tokens), int(targets), dict(zip(metrics, values, strict=True)))
 
 
 def train_step_in_backward(workload: Workload, model: nn.Module, batch, optimizer: torch.optim.Optimizer) -> StepResult:
@@ -125,15 +140,16 @@ def train_step_in_backward(workload: Workload, model: nn.Module, batch, optimize
     with phase("forward"):
         found, total = workload.loss(model, inputs), workload.weight(inputs)
         loss = found.sum / total
-    value = loss.item()
+    value, shape = loss.item(), workload.shape(batch)
     _add(metrics, found.metrics, total)
     metrics = {name: metric.item() for name, metric in metrics.items()}
     if not math.isfinite(value):
-        return _result(workload, [batch], value, value, loss.detach()[None], metrics)
+        return StepResult(value, value, loss.detach()[None], shape.tokens, shape.targets, metrics)
     with phase("backward"), UpdatesInBackward(optimizer) as updates:
         _backward(model, loss)
     norms = updates.norms()
-    return _result(workload, [batch], value, torch.linalg.vector_norm(norms).item(), norms, metrics)
+    norm = torch.linalg.vector_norm(norms).item()
+    return StepResult(value, norm, norms, shape.tokens, shape.targets, metrics)
 
 
 def _backward(model: nn.Module, loss: torch.Tensor, scale: float = 1.0) -> None:
@@ -157,15 +173,6 @@ def _begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _result(
-    workload: Workload, batches: Sequence, loss: float, grad_norm: float, norms: torch.Tensor,
-    metrics: Mapping[str, float],
-) -> StepResult:  # fmt: skip
-    shapes = [workload.shape(batch) for batch in batches]
-    tokens, targets = (sum(counts) for counts in zip(*((s.tokens, s.targets) for s in shapes), strict=True))
-    return StepResult(loss, grad_norm, norms, tokens, targets, metrics)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Turn dropout off, and compute the losses of short batches too as training does."""
@@ -179,11 +186,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate_loss(workload: Workload, model: nn.Module, batches: Iterable) -> Evaluation:
+def evaluate_loss(
+    workload: Workload, model: nn.Module, batches: Iterable, processes: Processes = ALONE, counts: bool = True
+) -> Evaluation:
     """Return the mean loss over every target of the batches, with dropout off.
 
     Args:
-        batches: the workload's.
+        batches: the workload's; of several ranks, this one's share.
+        processes, counts: see ``train_step``.
     """
     device = workload.device(model)
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
@@ -196,6 +206,11 @@ def evaluate_loss(workload: Workload, model: nn.Module, batches: Iterable) -> Ev
             _add(metrics, found.metrics, 1)
             weight += workload.weight(inputs)
             targets += workload.shape(batch).targets
-    loss, *values = (value.item() / (weight or 1) for value in (total, *metrics.values()))
-    means = dict(zip(metrics, values, strict=True))
-    return Evaluation(loss, math.exp(min(loss, 700.0)), targets, means)
+    own = [total.item(), weight, targets]
+    values = [value.item() for value in metrics.values()]
+    if not counts:
+        own, values = [0, 0, 0], [0] * len(values)
+    total, weight, targets = processes.exchange(*own)
+    values = [processes.exchange(value)[0] for value in values]
+    loss, *means = (value / (weight or 1) for value in (total, *values))
+    return Evaluation(loss, math.exp(min(loss, 700.0)), int(targets), dict(zip(metrics, means, strict=True)))

@@ -172,6 +172,10 @@ class Workload:
         """
         raise NotImplementedError
 
+    def runs_row_by_row(self, longest: int) -> bool:
+        """Whether models of this kind run the rows of a batch one by one, where they may have so many tokens."""
+        return False
+
     def needs_values(self, model: nn.Module) -> bool:
         """Return whether a result's shape may follow from values that a plan has: positions, masks."""
         return False
