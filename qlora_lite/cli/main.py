@@ -14,7 +14,7 @@ import click
 from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
-from qlora_lite.runs.ranks import require_one_process
+from qlora_lite.runs.launch import require_one_process
 from qlora_lite.runs.signals import stop_signals
 from qlora_lite.terminal import printable
 
@@ -42,7 +42,7 @@ COMMANDS = {
     "explain": "Explain a setting, a section of a recipe or a topic.",
     "doctor": "Show versions and devices, and what will be slow.",
 }
-_WITHOUT_A_MODEL = "plan", "data", "report", "recipes", "explain", "doctor"
+_ASKS_NOTHING = "plan", "data", "report", "recipes", "explain", "doctor", "train"  # of a launcher; or on its own
 _MODULES = {name: name for name in COMMANDS} | {"chat": "generate"}
 
 
@@ -85,7 +85,7 @@ class _Commands(click.Group):
 def cli(ctx: click.Context, debug: bool) -> None:
     """Fine-tune a 4-bit language model with LoRA in the memory you have."""
     ctx.obj = {"debug": debug}
-    if ctx.invoked_subcommand not in _WITHOUT_A_MODEL:
+    if ctx.invoked_subcommand not in _ASKS_NOTHING:
         require_one_process()
 
 

@@ -10,6 +10,7 @@ import click
 
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, write_text
+from qlora_lite.memory.gpus import LINKS
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
@@ -43,10 +44,14 @@ class _Size(click.ParamType):
 @click.option("--max-batch", is_flag=True, help="Also find the largest micro-batch of packed sequences that fits.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--gpus", is_flag=True, help="List the known GPUs.")
+@click.option(
+    "--gpus", is_flag=False, flag_value=0, type=click.IntRange(min=0), metavar="[N]",
+    help="Plan for N such GPUs, each with the whole model and its share of every step; without N, list the known GPUs.",
+)  # fmt: skip
+@click.option("--link", type=click.Choice([*LINKS]), help="What joins them; pcie4 if not given.")
 @click.option("--cards", is_flag=True, hidden=True)  # what --gpus was called
 @click.option("--models", is_flag=True, help="List the models that can be planned without a network.")
-def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, cards, models) -> None:
+def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, link, cards, models) -> None:
     """Predict the memory of RECIPE, or of MODEL with a recipe's defaults, and choose the fastest settings that fit.
 
     RECIPE is a file or a built-in recipe's name. MODEL is what model.path takes: a hub id (one of --models, or a copy
@@ -54,16 +59,12 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
 
     Without --vram and --gpu: for the machine at hand.
     """
-    if gpus or cards or models:
+    if gpus == 0 or cards or models:
         echo("\n".join(_known_models() if models else _known_gpus()))
         return
     if named is None:
         raise click.UsageError("name a recipe or a model (or --gpus, --models)")
-    wanted = (*gpu, *card)
-    if len(wanted) > 1:
-        raise click.UsageError("--gpu takes one GPU: plan for one after the other")
-    if vram is not None and wanted:
-        raise click.UsageError("--vram and --gpu exclude each other")
+    _check_machine(wanted := (*gpu, *card), vram, gpus or 1, link)
     settings = _settings(named, overrides)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
@@ -74,8 +75,12 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         from qlora_lite.prepare import plan as planner
         from qlora_lite.reporting import plan_text
 
-    machine = _machine(settings, vram, *wanted)
-    made = planner.plan_recipe(settings, machine, planner.budget_of(settings, machine))
+    one = _machine(settings, vram, *wanted)
+    if one.device_type == "cpu" and (gpus or 1) > 1:
+        raise click.UsageError("--gpus plans several GPUs: say which with --gpu, or how large with --vram")
+    machine = one.shared_by(gpus or 1)
+    share = planner.share_of(settings, gpus or 1)
+    made = planner.plan_recipe(share, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
     others = list(planner.alternatives(made))
     if html is not None:
@@ -85,6 +90,8 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
     if not as_json:  # before what takes longer
         _print(plan_text.describe(made, others))
     found: dict[str, object] = {}
+    if gpus and gpus > 1:
+        found["shared"] = planner.shared(settings, one, made, gpus, link or "pcie4")._asdict()
     if max_tokens:
         found |= _longest(planner, made)
     if max_batch:
@@ -97,6 +104,16 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         if not as_json:
             raise planner.does_not_fit(made, others)
         raise click.exceptions.Exit(3)
+
+
+def _check_machine(wanted: Sequence[str], vram: int | None, gpus: int, link: str | None) -> None:
+    """Check that the options name one kind of machine."""
+    if len(wanted) > 1:
+        raise click.UsageError("--gpu takes one GPU: plan for one after the other")
+    if vram is not None and wanted:
+        raise click.UsageError("--vram and --gpu exclude each other")
+    if link is not None and gpus < 2:
+        raise click.UsageError("--link is what joins several GPUs: say how many with --gpus N")
 
 
 def _settings(named: str, overrides: Sequence[str]) -> Recipe:
@@ -182,6 +199,13 @@ def _print(text: str) -> None:
 
 
 def _show(found: dict, most_packs: int, html: Path | None) -> None:
+    if shared := found.get("shared"):
+        faster = f", {shared['speed_up']:.2f} times as fast as one" if shared["speed_up"] else ""
+        wire = f"{format_bytes(shared['wire_bytes'])} of gradients a step over {shared['link']}"
+        echo(f"{shared['gpus']} GPUs, each {shared['packs']} of a step's packs: about "
+             f"{format_seconds(shared['step_seconds'])} a step{faster}; {wire}, "
+             f"{format_seconds(shared['wire_seconds'])} ({shared['wire_seconds'] / shared['step_seconds']:.1%}), "
+             "calculated from the link's rate")  # fmt: skip
     saving = ", with all options that save memory"
     if "max_tokens" in found:
         price = ""

@@ -8,6 +8,7 @@ import click
 
 from qlora_lite.errors import CheckpointError
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.launch import launched, start
 from qlora_lite.units import format_bytes, format_score, format_seconds
 
 from .output import importing, one_line, prepare, print_result, step_progress
@@ -20,8 +21,12 @@ from .output import importing, one_line, prepare, print_result, step_progress
     "--resume", is_flag=False, flag_value="", metavar="[RUN]",
     help="Resume from the newest complete checkpoint of a run folder; without RUN, of the recipe's newest run.",
 )  # fmt: skip
+@click.option(
+    "--gpus", type=click.IntRange(min=1), metavar="N",
+    help="Train on N GPUs of this machine, each with its share of every step.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="With --resume: resume even if settings or data have changed.")
-def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, force: bool) -> None:
+def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gpus: int | None, force: bool) -> None:
     """Fine-tune a model as RECIPE says; KEY=VALUE replaces a setting, such as lora.rank=32."""
     if resume and "=" in resume and not Path(resume).exists():  # the shell cannot tell an override from a RUN
         overrides, resume = (*overrides, resume), ""
@@ -34,18 +39,25 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, fo
         raise click.UsageError("--force is for --resume: it resumes a run whose settings or data have changed")
     if resume and not Path(resume).is_dir():
         raise CheckpointError(f"--resume {resume}: no such run folder")
-    if resume and not Path(recipe).exists() and Path(recipe) == Path(resume) / "recipe.yaml":
+    is_first = (launched_as := launched()) is None or launched_as.rank == 0
+    if is_first and resume and not Path(recipe).exists() and Path(recipe) == Path(resume) / "recipe.yaml":
         prepare()
         from qlora_lite.runs.resume import recover_recipe
 
         recover_recipe(Path(resume))
     settings = load_recipe(recipe, overrides)
+    if gpus is not None and gpus > 1 and launched_as is None:
+        again = [recipe, *overrides, *([] if resume is None else ["--resume", *filter(None, [resume])])]
+        again += ["--force"] if force else []
+        raise click.exceptions.Exit(start(gpus, ["train", *again], settings.model.device))
     prepare()
     with importing():
         from qlora_lite.runs import run
 
     with step_progress() as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)
+    if not is_first:
+        return
     print_result(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))), folder)
 
 

@@ -46,6 +46,12 @@ RULE_SHARE, RULE_BYTES = 0.02, 288 * 2**20  # withheld where no total was report
 NO_MEANING = re.compile(
     r"nvidia|geforce|rtx|gtx|tesla|quadro|generation|(workstation|server).edition|gpu|sxm\d?|hbm\de?|[^a-z0-9]"
 )
+# Between GPUs, bytes a second in one direction: PCIe with 16 lanes; the bridge of an RTX 3090; NVLink of an A100 and an
+# H100 by their datasheets; networks by their names.
+LINKS = {
+    "pcie3": 15.8e9, "pcie4": 31.5e9, "pcie5": 63e9, "nvlink": 56.25e9, "nvlink-a100": 300e9, "nvlink-h100": 450e9,
+    "ethernet-10g": 1.25e9, "ethernet-25g": 3.125e9, "ethernet-100g": 12.5e9, "infiniband-400g": 50e9,
+}  # fmt: skip
 
 
 class GpuError(QloraLiteError):

@@ -62,6 +62,16 @@ class Machine:
         rate = self.float32_flops_per_second if dtype == torch.float32 else None
         return replace(self, flops_per_second=rate) if rate else self
 
+    def shared_by(self, processes: int) -> "Machine":
+        """Return the part of one of several processes, each of which has a GPU of its own, or none."""
+        if processes == 1:
+            return self
+        name = f"each of {processes}: {self.name}"
+        if self.device_type == "cpu":
+            return self.renamed(name, self.memory_bytes // processes)
+        host_bytes = None if self.host_bytes is None else self.host_bytes // processes
+        return replace(self, name=name, host_bytes=host_bytes)
+
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
         return replace(self, name=name, memory_bytes=memory_bytes)

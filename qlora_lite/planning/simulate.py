@@ -113,6 +113,11 @@ class Simulation:
         """Bytes of what is trained at a time, wherever it lies."""
         return sum(prod(each.shape) * each.dtype.itemsize for each in self.trained)
 
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers are trained at a time."""
+        return sum(prod(each.shape) for each in self.trained)
+
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
         return max((m for m in self.moments.values() if name in (None, m.phase)), key=lambda m: m.total)

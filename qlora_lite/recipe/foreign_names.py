@@ -157,7 +157,7 @@ _NOT_NEEDED = {
         "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank "
         "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_cross_entropy",
     "remove it; evaluation examples are batched like training examples": "eval_sample_packing",
-    "remove it; training runs in one process on one device, which model.device names":
+    "remove it; `qlora-lite train RECIPE --gpus N` trains on several GPUs, with the whole model on each":
         "local_rank num_gpus gpus n_gpus n_gpu num_gpu world_size num_processes nproc_per_node num_nodes num_machines "
         "ddp ddp_* dp_* tensor_parallel* sequence_parallel_degree ring_attn_func heads_k_stride accelerator_config "
         "deepspeed fsdp fsdp_* deepspeed_* gpu_ids use_ray ray_* distributed_backend "

@@ -28,7 +28,7 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
-from qlora_lite.errors import CheckpointError
+from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import settings_to_yaml
@@ -226,6 +226,21 @@ def reopen(path: Path, recipe: Recipe, force: bool) -> tuple[RunFolder, Continua
         continuation.compare_schedule(recipe.train.max_steps, recipe.train)
     run = RunFolder(path, recipe, continuation.run["summary"], continuation.run["metrics_bytes"], proven=False)
     return run, continuation
+
+
+def follow(path: Path, recipe: Recipe, force: bool, step: int) -> Continuation:
+    """Return the checkpoint that the first rank resumes from, as another rank reads it; nothing is written.
+
+    Raises:
+        LaunchError: this rank does not find it.
+        CheckpointError: see ``reopen``.
+    """
+    continuation = _find_checkpoint(path, force)
+    if continuation is None or continuation.checkpoint.step != step:
+        raise LaunchError(f"rank 0 resumes from step {step} in {path}, whose newest checkpoint here is not that one: "
+                          "all ranks must see one run folder")  # fmt: skip
+    continuation.compare_settings(recipe)
+    return continuation
 
 
 def _find_checkpoint(path: Path, force: bool) -> Continuation | None:

@@ -1,8 +1,13 @@
 """From a recipe to a trained adapter: the run's folder, its stages in order, and what is left where one fails."""
 
+import json
 import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from qlora_lite.artifacts.run_folder import (
     COMPLETE,
@@ -18,22 +23,24 @@ from qlora_lite.artifacts.run_folder import (
     undo_start,
 )
 from qlora_lite.data.render import last_turn
-from qlora_lite.errors import CheckpointError, Interrupted, OutputError, QloraLiteError
+from qlora_lite.errors import CheckpointError, Interrupted, LaunchError, OutputError, QloraLiteError
 from qlora_lite.files import locked
 from qlora_lite.inference.evaluate import Watch
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.load import resolve_device
+from qlora_lite.prepare.plan import share_of
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.report import write_report
 from qlora_lite.train.checkpoints import CHECKPOINTS, newest_whole
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.out_of_memory import explaining_memory
+from qlora_lite.train.processes import ALONE, Processes, RankLostError, joined
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.units import format_bytes, format_seconds
 
-from .ranks import require_one_process
-from .resume import Continuation, path_to_continue, reopen
+from .launch import HEARD_SECONDS, launched
+from .resume import Continuation, follow, path_to_continue, reopen
 from .signals import Stop, stop_signals
 from .stages import Progress, Trained, prepare, prove
 from .training import train
@@ -60,7 +67,25 @@ def run_recipe(
         QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted", if the folder is kept.
     """
     require_recipe(recipe)
-    require_one_process()
+    if (found := launched()) is None:
+        return _run(recipe, progress, resume, force, watch)
+    with joined(*found, recipe.model.device) as processes, _speaking(processes):
+        share_of(recipe, processes.world_size)
+        try:
+            if processes.is_first:
+                return _run(recipe, progress, resume, force, watch, processes)
+            return _follow(recipe, force, processes)
+        except Interrupted:
+            with suppress(LaunchError):
+                processes.wait(long=True)  # until the first rank has saved: the end of one is the end of all
+            raise
+
+
+def _run(
+    recipe: Recipe, progress: Progress | None, resume: str | Path | None, force: bool, watch: Watch | None,
+    processes: Processes = ALONE,
+) -> Path:  # fmt: skip
+    """See ``run_recipe``."""
     path = None if resume is None else path_to_continue(recipe, resume)
     was_there = path is not None or bool(recipe.output.dir and Path(recipe.output.dir).exists())
     is_new, path = path is None, path or new_path(recipe)
@@ -70,11 +95,15 @@ def run_recipe(
         with logging_to(path / LOG), stop_signals(recipe.train.max_hours) as stop:
             if run is None and is_complete(path, recipe):
                 log.info("resume: %s is complete", path)
+                processes.tell(json.dumps([str(path.absolute()), COMPLETE]))
                 return path
             if run is None:
                 run, continuation = reopen(path, recipe, force)
+            step = continuation.checkpoint.step if continuation else None
+            processes.tell(json.dumps([str(path.absolute()), step]))
+            processes.wait()  # until the others have read the checkpoint too
             try:
-                _execute(recipe, run, continuation, stop, progress, watch)
+                _execute(recipe, run, continuation, stop, progress, watch, processes)
             except QloraLiteError as error:
                 if was_empty and not run.trains and not isinstance(error, Interrupted):  # the error says it all
                     undo_start(path, was_there)
@@ -82,9 +111,71 @@ def run_recipe(
     return path
 
 
+def _follow(recipe: Recipe, force: bool, processes: Processes) -> Path:
+    """Train beside the first rank, which alone writes the run; what this one would write is for nobody."""
+    with stop_signals(recipe.train.max_hours) as stop, TemporaryDirectory(prefix="qlora-lite-rank-") as own:
+        told, step = json.loads(processes.tell(""))
+        if step != COMPLETE:
+            continuation = None if step is None else follow(Path(told), recipe, force, step)
+            processes.wait()
+            train = recipe.train.model_copy(update={"trackers": []})
+            recipe = recipe.model_copy(update={"train": train})
+            _execute(recipe, create_run(Path(own), recipe), continuation, stop, None, None, processes)
+    return Path(told)
+
+
+@contextmanager
+def _speaking(processes: Processes) -> Iterator[None]:
+    """Let the first rank speak, and another one only where it has a warning or an error that the first has not."""
+    rank = processes.rank
+
+    def heard(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            record.msg = f"rank {rank}: {record.msg}"
+        return record.levelno >= logging.WARNING
+
+    handlers = list(log.handlers) if rank else []
+    for handler in handlers:
+        handler.addFilter(heard)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        if not rank:
+            raise
+        raise _said("", Interrupted.exit_code) from error  # the first rank says it, and what is saved
+    except RankLostError as error:
+        _wait(3 * HEARD_SECONDS)  # for what that rank says itself
+        if not rank:
+            raise
+        raise _said("", error.exit_code) from error
+    except QloraLiteError as error:
+        if not rank:
+            raise
+        # the first rank may have found the same, and its end ends this one
+        raise _said(f"rank {rank}: {error}" if _wait(HEARD_SECONDS) else "", error.exit_code) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(heard)
+
+
+def _said(words: str, exit_code: int) -> LaunchError:
+    error = LaunchError(words)
+    error.exit_code = exit_code
+    return error
+
+
+def _wait(seconds: float) -> bool:
+    """Return whether no signal came within some seconds."""
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
 def _execute(
     recipe: Recipe, run: RunFolder, continuation: Continuation | None, stop: Stop, progress: Progress | None,
-    watch: Watch | None,
+    watch: Watch | None, processes: Processes,
 ) -> None:  # fmt: skip
     """Go through the stages, or leave a summary and a report that say how far the run came and why no further."""
     try:
@@ -93,7 +184,9 @@ def _execute(
         with repeatable, sharing_cores(device.type), PeakMeter(device) as meter:
             with explaining_memory():
                 with stop.at_once():
-                    proven = prove(prepare(recipe, run, continuation, stop, meter, progress, watch))
+                    with processes.one_ahead():
+                        prepared = prepare(recipe, run, continuation, stop, meter, progress, watch, processes)
+                    proven = prove(prepared)
                 trained = train(proven)
             _conclude(trained)
     except KeyboardInterrupt as cut:  # before training, or by a second signal
@@ -114,7 +207,7 @@ def _leave(run: RunFolder, error: BaseException | None) -> None:
     """Write down why the run ended early, if the disk lets us; a run that was not resumed stays as it was."""
     if not run.proven:
         return
-    can_go_on = isinstance(error, Interrupted | CheckpointError)
+    can_go_on = isinstance(error, Interrupted | CheckpointError | LaunchError)
     why = str(error) if isinstance(error, QloraLiteError) else repr(error)
     try:
         run.summary.update(status="interrupted" if can_go_on else "failed", error=why)

@@ -11,7 +11,7 @@ set.
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,15 +46,19 @@ class Stop:
         self._acts_now = False
         self._end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
 
-    def check(self) -> None:
+    def check(self, agreed: Callable[[bool], bool] = bool) -> None:
         """End the run if it should.
+
+        Args:
+            agreed: whether any of the processes that train together should end, given whether this one should.
 
         Raises:
             StopNow: with the signal's name, or that the time is over.
         """
         if self._reason is None and time.monotonic() >= self._end:
             self._reason = "train.max_hours"
-        self._raise()
+        if agreed(self._reason is not None):  # a signal that comes now is for the next time
+            raise StopNow(self._reason or "another process", self)
 
     def _raise(self) -> None:
         if self._reason is not None:

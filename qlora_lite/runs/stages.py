@@ -63,6 +63,7 @@ from qlora_lite.train.out_of_memory import (
     first_line,
     free_cached_memory,
 )
+from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE
 from qlora_lite.units import format_bytes, format_count
@@ -89,6 +90,7 @@ class Prepared:
     meter: PeakMeter
     progress: Progress | None  # called after every step with its metrics and the total number of steps
     watch: Watch | None
+    processes: Processes  # that train together
     tokenizer: PreTrainedTokenizerFast
     data: Preflight
     rows: Sequence[Example]  # whose largest micro-batch decides what fits
@@ -115,6 +117,13 @@ class Planned(Prepared):
     plan: Plan
     settings: TrainSettings
     budget_bytes: int
+
+    @property
+    def chosen(self) -> dict[str, object]:
+        """The plan's settings by the recipe's keys, as a step of all ranks has them."""
+        return self.plan.chosen.settings | {
+            "train.gradient_accumulation_steps": self.settings.gradient_accumulation_steps
+        }
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class Overrun(NamedTuple):
 
 def prepare(
     recipe: Recipe, run: RunFolder, continuation: Continuation | None, stop: Stop, meter: PeakMeter,
-    progress: Progress | None, watch: Watch | None,
+    progress: Progress | None, watch: Watch | None, processes: Processes = ALONE,
 ) -> Prepared:  # fmt: skip
     """Read tokenizer and data, and stop where training on them would be a mistake, or another run than before."""
     check_trackers(recipe.train.trackers)
@@ -190,8 +199,8 @@ def prepare(
         first = first_of(recipe, found.data.examples)
         ranks = ranks_of(recipe, first)
     return Prepared(
-        recipe, run, continuation, stop, meter, progress, watch, tokenizer, found, rows, first_adapter, first, ranks,
-        identity,
+        recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,
+        first, ranks, identity,
     )  # fmt: skip
 
 
@@ -203,7 +212,7 @@ def prove(prepared: Prepared) -> Proven:
     """
     device, shares = prepared.meter.device, iter(HEADROOM)
     free_cached_memory(device)
-    outcome = probe(load(planned := plan(prepared)))
+    outcome = _of_all(probe(load(planned := plan(prepared))), prepared.processes)
     while isinstance(outcome, Overrun):
         too_much = DoesNotFitError(f"{outcome.words}; {CURES}")
         if (share := next(shares, None)) is None:
@@ -214,15 +223,25 @@ def prove(prepared: Prepared) -> Proven:
         free_cached_memory(device)
         prepared.meter.restart()
         try:
-            outcome = probe(load(plan(prepared, headroom)))
+            outcome = _of_all(probe(load(plan(prepared, headroom))), prepared.processes)
         except DoesNotFitError as error:
             raise too_much from error
     has_evaluation, keep = prepared.data.eval_data is not None, prepared.recipe.train.keep_checkpoints
     method, model = outcome.trainer.workload.method, outcome.trainer.model
     written = model.parameters() if method.trains_base else outcome.trainer.parameters
     weights = sum(tensor.nbytes for tensor in written)
-    check_space(prepared.run.path, Space(weights, outcome.trainer.optimizer_bytes, has_evaluation, keep))
+    if prepared.processes.is_first:
+        check_space(prepared.run.path, Space(weights, outcome.trainer.optimizer_bytes, has_evaluation, keep))
     return outcome
+
+
+def _of_all(outcome: Proven | Overrun, processes: Processes) -> Proven | Overrun:
+    """Return an overrun, the largest, if any of the ranks had one: then all plan again."""
+    most = processes.largest(outcome.bytes if isinstance(outcome, Overrun) else -1)
+    if most < 0:
+        return outcome
+    words = outcome.words if isinstance(outcome, Overrun) else "another rank needs more memory than planned"
+    return Overrun(int(most), words)
 
 
 def plan(prepared: Prepared, headroom: int = 0) -> Planned:
@@ -230,7 +249,7 @@ def plan(prepared: Prepared, headroom: int = 0) -> Planned:
     recipe, earlier = prepared.with_ranks, prepared.continuation
     if earlier and earlier.keeps_plan:
         recipe = with_plan(recipe, earlier.run["plan"])
-    found, settings = plan_run(recipe, prepared.rows, prepared.eval_examples, headroom)
+    found, settings = plan_run(recipe, prepared.rows, prepared.eval_examples, headroom, prepared.processes)
     log.info("plan: %s", reason(found))
     return Planned(**vars(prepared), plan=found, settings=settings, budget_bytes=found.budget_bytes + headroom)
 
@@ -238,11 +257,12 @@ def plan(prepared: Prepared, headroom: int = 0) -> Planned:
 def load(planned: Planned) -> Loaded:
     """Load the model as planned, make its trainer, and stop where either is not that of the run to resume."""
     recipe, continuation = planned.recipe, planned.continuation
-    with explaining_memory("close other programs, or choose a smaller model",
-                           "memory ran out while the model was loaded"):  # fmt: skip
+    ran_out = explaining_memory("close other programs, or choose a smaller model",
+                                "memory ran out while the model was loaded")  # fmt: skip
+    with ran_out, planned.processes.one_ahead():
         model = build_model(planned.with_ranks, planned.settings.options, planned.first_adapter, planned.first)
     work, stream = planned.plan.step.job.workload, build_stream(recipe, planned.tokenizer)
-    trainer = Trainer(model, planned.rows, planned.settings, stream, work)
+    trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
     if runs_unpacked(model) and not why_unpacked(model, recipe.data.max_tokens):
         log.warning("the plan, and the peak that it predicts, is of packed sequences, but the loaded model shows "
@@ -256,6 +276,8 @@ def load(planned: Planned) -> Loaded:
     }  # fmt: skip
     known = vars(planned) | {"identity": planned.identity | identity}
     checksum = frozen_checksum(model, trainer.workload.method.trained_base(model))
+    alike = known["identity"] | {"weights": checksum, "versions": package_versions(), "lora ranks": planned.ranks}
+    planned.processes.require_equal("data, base weights or versions", json.dumps(alike, sort_keys=True, default=str))
     loaded = Loaded(**known, model=model, trainer=trainer, checksum=checksum)
     _describe_model(loaded, fingerprint)
     if continuation:
@@ -282,8 +304,7 @@ def probe(loaded: Loaded) -> Proven | Overrun:
         log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
     try:
         before = earlier.run["environment"] if earlier and earlier.keeps_plan else {}
-        trainer.choose_kernels(before.get("kernels"))
-        trainer.choose_loss(before.get("loss"))
+        _choose(loaded, before.get("kernels"), before.get("loss"))
         trainer.probe_memory(loaded.eval_examples)
     except (RuntimeError, MemoryError) as error:
         if not another_plan_may_help(error, device):
@@ -303,9 +324,23 @@ def probe(loaded: Loaded) -> Proven | Overrun:
     kernels = sorted(kernels_of(loaded.model)) if device.type == "cuda" else []
     loaded.run.update(plan={
         "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
-        "chosen": loaded.plan.chosen.settings, "why": reason(loaded.plan), "loss": loss, "kernels": kernels,
+        "chosen": loaded.chosen, "why": reason(loaded.plan), "loss": loss, "kernels": kernels,
     })  # fmt: skip
     return Proven(**vars(loaded), environment=environment(_device_name(device), loss, kernels, loaded.checksum))
+
+
+def _choose(loaded: Loaded, kernels: list[str] | None, loss: str | None) -> None:
+    """Choose kernels and loss, as recorded where they are given; the first rank's choice is that of all."""
+    trainer, processes, told = loaded.trainer, loaded.processes, "[null, null]"
+    if not processes.is_first:
+        kernels, loss = json.loads(processes.tell(told))
+    try:
+        trainer.choose_kernels(kernels)
+        trainer.choose_loss(loss)
+        told = json.dumps([sorted(kernels_of(loaded.model)), trainer.workload.objective.name])
+    finally:
+        if processes.is_first:
+            processes.tell(told)
 
 
 def _log_data(report: dict) -> None:

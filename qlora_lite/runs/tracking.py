@@ -73,6 +73,7 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
         yield send
     finally:
         try:
-            accelerator.end_training()
+            for tracker in accelerator.trackers:  # end_training would also end the group of processes
+                tracker.finish()
         except failures() as error:
             log.warning("%s did not end well (%s)", ", ".join(trackers), error)

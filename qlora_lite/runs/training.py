@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from qlora_lite.adapters.files import save_adapter
@@ -30,6 +31,7 @@ from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import settle
 from qlora_lite.models.save import save_model
 from qlora_lite.prepare.datasets import measures_of
+from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
@@ -70,7 +72,7 @@ class Training:
         self.model, self.method = proven.model, self.trainer.workload.method
         self.best, self.last = trained_folders(self.recipe)  # names of the folders of what is trained
         self.eval_data, self.stop = proven.data.eval_data, proven.stop
-        self.progress, self.watch = proven.progress, proven.watch
+        self.progress, self.watch, self.processes = proven.progress, proven.watch, proven.processes
         self.best_loss, self.best_step = math.inf, 0
         self.best_factors: Tensors | None = None
         self.evaluated_step = self.measured_step = 0
@@ -102,8 +104,11 @@ class Training:
 
     def _resume(self, continuation: Continuation) -> None:
         """Put everything back to where the checkpoint was made, and write down what is different."""
-        continuation.say_changes(self.proven.environment)
+        if self.processes.is_first:
+            continuation.say_changes(self.proven.environment)
         self.restore(continuation)
+        if not self.processes.is_first:
+            return
         self.run.proven = True
         rewind_run(self.run, self.best_factors is not None, continuation.run.get(METRICS_DIGEST))
         write_data(self.run, self.proven.data)
@@ -156,6 +161,7 @@ class Training:
             self.run.flush_metrics, package_versions(), self.recipe.recipe_hash,
             continuation.checkpoint.step if continuation else None,
         ) as self.saver:  # fmt: skip
+            self._check_alike()
             try:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
                     if continuation is None:
@@ -168,6 +174,9 @@ class Training:
                     raise
                 raise self._interrupted(str(cut)) from None
         check_frozen(self.model, self.proven.checksum, self.method.trained_base(self.model))
+        self._check_alike()
+        if len(peaks := self.processes.gather(self.peak_bytes)) > 1:
+            self.run.summary["ranks"] = [{"peak_bytes": int(peak)} for peak in peaks]
         self._save_adapter(self.best)
         if self.method.trains_base:  # what an earlier stop may have left
             shutil.rmtree(self.run.path / self.last, ignore_errors=True)
@@ -182,12 +191,12 @@ class Training:
         steps = iter(self.trainer)
         while not self.ends_early and (metrics := next(steps, None)):
             self._note(metrics)
-            self.stop.check()
+            self.stop.check(self.processes.any)
             self._evaluate_if_due()
             self._measure_if_due()
             if self.saver.due(metrics.step):
                 self._save_checkpoint()
-            self.stop.check()
+            self.stop.check(self.processes.any)
         if self.ends_early:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
                      "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
@@ -221,12 +230,22 @@ class Training:
         step, every = self.trainer.step, self.recipe.train.eval_every_steps
         due = every > 0 and step % every == 0 and self.evaluated_step < step < self.trainer.total_steps
         if due and self.eval_data is not None:
+            self._check_alike()
             is_better = self._keep_if_best(self._eval_loss(self.eval_data))
             self.evaluations_without_better = 0 if is_better else self.evaluations_without_better + 1
             self.evaluated_step = step
 
+    def _at_once(self) -> AbstractContextManager[None]:
+        """Let a signal end what is left half done by nobody; of several ranks, at the next place where all agree."""
+        return self.stop.at_once() if self.processes.world_size == 1 else nullcontext()
+
+    def _check_alike(self) -> None:
+        """Check that all ranks have learned the same, bit for bit."""
+        sums = list(map(bit_sums, self.trainer.parameters)) if self.processes.world_size > 1 else []
+        self.processes.require_equal("weights", str(sums))
+
     def _eval_loss(self, eval_data: Dataset) -> float:
-        with self.stop.at_once():
+        with self._at_once():
             examples = eval_data.examples
             result = self.trainer.evaluate(examples, watching(self._watch, "evaluation", len(examples)))
         step = self.trainer.step
@@ -264,7 +283,7 @@ class Training:
         if not rows:
             return None
         try:
-            with self.stop.at_once():
+            with self._at_once():
                 at_once = partial(answered_at_once, self.recipe, self.model, self.proven.budget_bytes)
                 result = measure(
                     self.model, self.proven.tokenizer, rows, eval_data.end_token_ids, self.trainer.answer_losses,
@@ -309,6 +328,8 @@ class Training:
         return self._measure("after")
 
     def _save_checkpoint(self) -> None:
+        if not self.processes.is_first:
+            return
         self.saver.save(self.trainer.step, self._capture, copies=not self.method.trains_base)
 
     def _capture(self) -> Checkpoint:
@@ -319,7 +340,7 @@ class Training:
         proven = self.proven
         run = {
             "recipe": self.recipe.model_dump(mode="json"), "identity": proven.identity,
-            "plan": proven.plan.chosen.settings, "environment": proven.environment,
+            "plan": proven.chosen, "environment": proven.environment,
             "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
             METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
         }  # fmt: skip
@@ -328,6 +349,8 @@ class Training:
 
     def _save_adapter(self, name: str) -> None:
         """Write the adapter, or the whole model that was trained, into the run's folder, and note its SHA-256."""
+        if not self.processes.is_first:
+            return
         folder = self.run.path / name
         if self.method.trains_base:
             save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids)

@@ -1,0 +1,112 @@
+"""The processes that a launcher started: how many, and which of them this is.
+
+torchrun and accelerate launch say it in the environment, and say where the processes meet; ``qlora-lite train --gpus``
+starts torchrun's own agent. mpirun's variables are looked at so that its processes are not each a whole training;
+SLURM's are not: its tasks may well be runs of their own. torch is imported where processes are started, because every
+command asks how many there are.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qlora_lite.errors import LaunchError
+
+_SIZES = {"WORLD_SIZE": "RANK", "PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+          "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK"}  # fmt: skip
+_MEETING = "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+HEARD_SECONDS = 1  # torchrun ends all ranks as soon as one has ended
+SAVING_SECONDS = 600  # from a signal until torchrun kills a rank, which ends its step and saves
+
+
+class Launched(NamedTuple):
+    """This process's rank and the number of processes, on this machine and in all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def require_one_process() -> None:
+    """Check that this process is the only one; of several, rank 0 says so and the others end without a word.
+
+    Raises:
+        LaunchError: a launcher started several.
+    """
+    if found := _named():
+        size, rank, count = found
+        _say(rank, f"{count} processes were started ({size}), and only train shares its work among several: start this "
+                   f"command without torchrun, accelerate launch or mpirun, or unset {size}")  # fmt: skip
+
+
+def launched() -> Launched | None:
+    """Return which of several processes this is; None where it is the only one.
+
+    Raises:
+        LaunchError: a launcher started several and does not say where they meet.
+    """
+    if (found := _named()) is None:
+        return None
+    size, rank, count = found
+    if missing := [name for name in _MEETING if not os.environ.get(name)]:
+        _say(rank, f"{count} processes were started ({size}), and nothing says where they meet ({', '.join(missing)}): "
+                   "start them with torchrun or accelerate launch, or with qlora-lite train --gpus")  # fmt: skip
+    return Launched(rank, count, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def _named() -> tuple[str, int, int] | None:
+    """Return the variable that says how many processes were started, this one's rank, and how many; None for one."""
+    for size, rank in _SIZES.items():
+        count, number = os.environ.get(size, ""), os.environ.get(rank, "0")
+        if count.isdecimal() and int(count) > 1:
+            return size, int(number) if number.isdecimal() else 0, int(count)
+    return None
+
+
+def _say(rank: int, words: str) -> None:
+    if rank:
+        time.sleep(HEARD_SECONDS)
+    raise LaunchError("" if rank else words)
+
+
+def start(count: int, arguments: Sequence[str], device: str) -> int:
+    """Run the command line in so many processes on this machine, by torchrun's agent; return the exit code.
+
+    Args:
+        arguments: of ``qlora-lite``.
+        device: auto, cpu or cuda.
+
+    Raises:
+        LaunchError: there are not so many GPUs, or one of the processes was killed.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if gpus and count > gpus:
+        raise LaunchError(f"--gpus {count}: this machine has {gpus}")
+    if not gpus:  # each has its part of the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.disable()  # the agent's words for what a rank says itself
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2, shutdown_timeout=SAVING_SECONDS,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "qlora_lite", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            words = (f"rank {rank} was killed by {failure.signal_name()}, perhaps for the memory that it took; "
+                     "`qlora-lite train RECIPE --resume` resumes the newest checkpoint")  # fmt: skip
+            raise LaunchError(words) from None
+        return failure.exitcode
+    except SignalException:
+        return 130
+    return 0

@@ -1,0 +1,191 @@
+"""Several processes train one run; other commands say that one process is enough, and all end at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+from tiny_files import write_recipe
+from torch.testing import assert_close
+
+from qlora_lite.cli.main import COMMANDS
+from qlora_lite.errors import LaunchError, RecipeError
+from qlora_lite.prepare.plan import share_of
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs import launch
+from qlora_lite.runs.run import run_recipe
+
+VARIABLES = [("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")]
+ASKS_NOTHING = {"plan", "data", "report", "recipes", "explain", "doctor", "train"}
+SECONDS = 120  # for a run of several processes
+TRAIN = {"gradient_accumulation_steps": 4, "max_steps": 8, "eval_every_steps": 4, "save_every_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def slept(monkeypatch):
+    seconds = []
+    monkeypatch.setattr(launch.time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.mark.parametrize(("size", "rank"), VARIABLES)
+def test_rank_0_says_it_in_one_line_and_the_others_nothing_and_no_folder_is_left(
+    size, rank, model_folder, tmp_path, command, monkeypatch, slept
+):
+    recipe = write_recipe(tmp_path, model_folder)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setenv(size, "2")
+    for number in ("0", "1"):
+        monkeypatch.setenv(rank, number)
+        for name in sorted(COMMANDS.keys() - ASKS_NOTHING):
+            code, out, err = command(name, recipe)
+            assert (code, out) == (2, "") and err.count("\n") == (number == "0"), (name, err)
+            assert ("only train shares its work" in err) is (number == "0")
+        with pytest.raises(LaunchError, match="nothing says where they meet" if number == "0" else "^$"):
+            run_recipe(load_recipe(recipe, ["train.trackers=[tensorboard]"]))
+    assert sorted(tmp_path.iterdir()) == before and set(slept) == {launch.HEARD_SECONDS}
+
+
+@pytest.mark.parametrize("size", ["1", "", "x"])
+def test_one_process_of_a_launcher_works_as_ever(size, model_folder, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "0")
+    code, out, _ = command("quantize", model_folder, "--out", tmp_path / "out")
+    assert code == 0 and "wrote" in out
+
+
+def test_what_runs_no_model_asks_nothing_of_the_launcher(model_folder, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("data", write_recipe(tmp_path, model_folder))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "expected"), [((1, 8), 2, (1, 4)), ((3, 2), 3, (2, 1)), ((4, 1), 2, (2, 1))]
+)
+def test_a_rank_has_its_share_of_a_step(given, processes, expected, model_folder, tmp_path):
+    size, steps = given
+    file = write_recipe(tmp_path, model_folder, train={"micro_batch_size": size, "gradient_accumulation_steps": steps})
+    train = share_of(load_recipe(file), processes).train
+    assert (train.micro_batch_size, train.gradient_accumulation_steps) == expected
+    with pytest.raises(RecipeError, match=rf"7 processes cannot share the {size * steps} packs .* to 7 with|to 14"):
+        share_of(load_recipe(file), 7)
+
+
+def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gpus", "2")):
+    """Begin a run of several processes, of one core each."""
+    command = [sys.executable, *module, str(recipe), *map(str, arguments), *ranks]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def ended(process, code=0):
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == code and "Traceback" not in err, err
+    return out, err
+
+
+def adapter(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_two_processes_train_what_one_does_and_one_of_them_writes_and_speaks(model_folder, tmp_path, command):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
+    out, err = ended(start(recipe, f"output.dir={tmp_path / 'two'}"))
+    assert out.count("evaluation loss") == 1 and err.count("step 8/8") == 1 and "rank 1" not in err
+    assert command("train", recipe, f"output.dir={tmp_path / 'one'}")[0] == 0
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert two["eval_loss_after"] == pytest.approx(one["eval_loss_after"], rel=1e-3)
+    for key in ("steps", "tokens", "labelled_tokens", "trainable_parameters", "eval_loss_before"):
+        assert two[key] == pytest.approx(one[key], rel=1e-6), key
+    assert len(two["ranks"]) == 2 and two["ranks"][0]["peak_bytes"] <= two["peak_bytes"] and "ranks" not in one
+    assert two["plan"]["chosen"]["train.gradient_accumulation_steps"] == 4
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    expected, found = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, tensor in found.items():
+        assert_close(tensor, expected[name], rtol=0.05, atol=0.02)  # bfloat16, updated eight times
+
+
+def test_what_a_recipe_has_wrong_for_several_processes_is_said_once(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
+    out, err = ended(start(recipe, ranks=("--gpus", "3")), code=2)
+    assert (out, err.count("\n")) == ("", 1) and "3 processes cannot share the 4 packs of a step" in err, err
+
+
+def stop_when(process, what, how):
+    """Read what a run says until a line has some words; then do something."""
+    for line in process.stderr:
+        if what in line:
+            how()
+            return
+    raise AssertionError(f"it never said {what}")
+
+
+def rank_of(process, rank):
+    """Return the process id of a rank that torchrun's agent has started."""
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(children, encoding="ascii") as file:
+        for child in map(int, file.read().split()):
+            with open(f"/proc/{child}/environ", "rb") as variables:
+                if f"RANK={rank}".encode() in variables.read().split(b"\0"):
+                    return child
+    raise AssertionError("no such rank")
+
+
+LONG = TRAIN | {"max_steps": 60, "eval_every_steps": 0, "save_every_steps": 5}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
+    ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
+    process = start(recipe, f"output.dir={tmp_path / 'cut'}")
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, rank), signal.SIGKILL))
+    began = time.monotonic()
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and time.monotonic() - began < 60 and "Traceback" not in err
+    assert f"rank {rank} was killed by SIGKILL" in err, err
+    _, err = ended(start(recipe, f"output.dir={tmp_path / 'cut'}", "--resume"))
+    assert "rank 1" not in err
+    expected, found = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
+    assert all(tensor.equal(found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_saves_after_the_same_step_everywhere_and_goes_on(number, model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
+    ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
+    process = start(recipe, f"output.dir={tmp_path / 'cut'}")
+    stop_when(process, "checkpoint written", lambda: process.send_signal(number))
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130 and "all of it is saved" in err and "Traceback" not in err, err
+    _, err = ended(start(recipe, f"output.dir={tmp_path / 'cut'}", "--resume"))
+    assert "rank 1" not in err
+    expected, found = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
+    assert all(tensor.equal(found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_time_that_is_over_ends_all_and_a_tracker_ends_none(model_folder, tmp_path):
+    pytest.importorskip("tensorboard")
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"trackers": ["tensorboard"]})
+    _, err = ended(start(recipe, "train.max_hours=0.0000001"), code=130)
+    assert "stopped by train.max_hours after step 1; all of it is saved" in err, err
+    out, _ = ended(start(recipe, "train.max_hours=1", "--resume"))
+    assert "adapter" in out and list((tmp_path / "out").rglob("events.out*"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(model_folder, tmp_path, command):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"gradient_accumulation_steps": 6})
+    path = f"output.dir={tmp_path / 'run'}"
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qlora_lite", "train"
+    ended(start(recipe, path, "train.max_steps=8", module=torchrun, ranks=()))
+    assert command("train", recipe, f"output.dir={tmp_path / 'one'}")[0] == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 8
