@@ -94,6 +94,7 @@ def start(count: int, arguments: Sequence[str], device: str) -> int:
     if not gpus:  # each has its part of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logging.disable()  # the agent's words for what a rank says itself
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # likewise
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2, shutdown_timeout=SAVING_SECONDS,

@@ -194,8 +194,10 @@ class Training:
             self.stop.check(self.processes.any)
             self._evaluate_if_due()
             self._measure_if_due()
-            if self.saver.due(metrics.step):
+            if self.processes.any(self.saver.due(metrics.step)):
                 self._save_checkpoint()
+                if self.method.trains_base:  # which is written at once
+                    self.processes.wait(long=True)
             self.stop.check(self.processes.any)
         if self.ends_early:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
@@ -242,6 +244,7 @@ class Training:
     def _check_alike(self) -> None:
         """Check that all ranks have learned the same, bit for bit."""
         sums = list(map(bit_sums, self.trainer.parameters)) if self.processes.world_size > 1 else []
+        self.processes.wait()
         self.processes.require_equal("weights", str(sums))
 
     def _eval_loss(self, eval_data: Dataset) -> float:

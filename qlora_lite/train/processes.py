@@ -10,7 +10,9 @@ torch's DistributedDataParallel would send gradients while others are still comp
 here a step has one exchange, because adapters are small, and every target counts the same wherever it is.
 """
 
+import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,8 +24,9 @@ import torch.distributed as dist
 from qlora_lite.errors import LaunchError
 
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
-ANSWER = timedelta(minutes=10)  # of a rank that is waited for; the first may write a large checkpoint meanwhile
-LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows or quantises a model for all
+ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step; or five times as long as this one has ever taken
+FIRST_ANSWER = timedelta(minutes=10)  # before that is known
+LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
 T = TypeVar("T")
 
 
@@ -128,13 +131,20 @@ class ProcessGroup(Processes):
     def __init__(self, rank: int, world_size: int, local_world_size: int = 1):
         super().__init__(rank, world_size, local_world_size)
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
+        self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
 
     def exchange(self, *numbers: float, failed: bool = False) -> list[float]:
-        """See ``Processes``."""
+        """See ``Processes``; a rank that hangs is named."""
         vector = torch.zeros(4, dtype=torch.float64)
         vector[: len(numbers) + 1] = torch.tensor([float(failed), *numbers], dtype=torch.float64)
+        passed = time.monotonic() - self._exchanged
+        self._longest_seconds = passed if math.isnan(self._longest_seconds) else max(passed, self._longest_seconds)
+        known = not math.isnan(self._longest_seconds)
+        answer = timedelta(seconds=max(ANSWER_SECONDS, 5 * self._longest_seconds)) if known else FIRST_ANSWER
         with explaining_loss():
+            dist.monitored_barrier(self._patient, answer, wait_all_ranks=True)
             dist.all_reduce(vector)
+        self._exchanged = time.monotonic()
         someone_failed, *sums = vector.tolist()
         if someone_failed and not failed:
             raise OtherRankError
@@ -145,7 +155,7 @@ class ProcessGroup(Processes):
         numbers = torch.zeros(self.world_size, dtype=torch.float64)
         numbers[self.rank] = number
         with explaining_loss():
-            dist.all_reduce(numbers)
+            dist.all_reduce(numbers, group=self._patient)
         return numbers.tolist()
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -178,10 +188,10 @@ class ProcessGroup(Processes):
         told = torch.tensor([*text.encode()], dtype=torch.uint8)
         length = torch.tensor(len(told))
         with explaining_loss():
-            dist.broadcast(length, 0)
+            dist.broadcast(length, 0, self._patient)
             if not self.is_first:
                 told = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(told, 0)
+            dist.broadcast(told, 0, self._patient)
         return told
 
     def wait(self, long: bool = False) -> None:
@@ -251,7 +261,7 @@ def joined(rank: int, world_size: int, local_rank: int, local_world_size: int, d
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
-        dist.init_process_group(backend, timeout=ANSWER, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, timeout=FIRST_ANSWER, rank=rank, world_size=world_size)
         if on_gpu:  # its buffers are there before anybody asks how much memory is free
             dist.all_reduce(torch.zeros(1, device="cuda"))
     except RuntimeError as error:

@@ -157,6 +157,18 @@ def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folde
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_rank_that_hangs_is_named_and_ends_the_run(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=LONG)
+    process = start(recipe)
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, 1), signal.SIGSTOP))
+    began = time.monotonic()
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and "another process of this run has ended or does not answer" in err, err
+    assert "Ranks 1 failed" in err and err.count("\n") < 40 and time.monotonic() - began < 100, err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_saves_after_the_same_step_everywhere_and_goes_on(number, model_folder, tmp_path):
     recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
