@@ -75,7 +75,7 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         from qlora_lite.prepare import plan as planner
         from qlora_lite.reporting import plan_text
 
-    one = _machine(settings, vram, *wanted)
+    one = machine_for(settings, vram, *wanted)
     if one.device_type == "cpu" and (gpus or 1) > 1:
         raise click.UsageError("--gpus plans several GPUs: say which with --gpu, or how large with --vram")
     machine = one.shared_by(gpus or 1)
@@ -151,7 +151,7 @@ def _title(settings, machine) -> str:
     return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
 
 
-def _machine(settings, vram, gpu=None):
+def machine_for(settings, vram=None, gpu=None):
     """Return the machine to plan for."""
     from qlora_lite.memory.gpus import find_gpu, slowest_gpu
     from qlora_lite.models.load import resolve_device

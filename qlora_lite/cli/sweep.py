@@ -4,7 +4,11 @@ from pathlib import Path
 
 import click
 
+from qlora_lite.errors import RecipeError
+from qlora_lite.units import format_bytes, format_seconds
+
 from .output import echo, prepare
+from .plan import machine_for
 
 
 @click.command()
@@ -13,7 +17,8 @@ from .output import echo, prepare
     "--out", type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the runs, sweep.json and sweep.html.  [default: sweeps/NAME of the file's NAME.yaml]",
 )  # fmt: skip
-def sweep(sweep: Path, out: Path | None) -> None:
+@click.option("--plan", "only_plan", is_flag=True, help="Plan the points of a grid for this machine, and train none.")
+def sweep(sweep: Path, out: Path | None, only_plan: bool) -> None:
     """Train every point of SWEEP, a file that names a recipe and values of its settings, and compare them.
 
     The same command continues where it was; what is complete is not run again (qlora-lite explain sweep).
@@ -24,6 +29,9 @@ def sweep(sweep: Path, out: Path | None) -> None:
     from qlora_lite.runs.sweep import PAGE, as_result, run_sweep
 
     wanted = load_sweep(sweep)
+    if only_plan:
+        _plan(wanted)
+        return
     folder = (out or Path("sweeps") / sweep.stem).absolute()
     result = as_result(wanted, run_sweep(wanted, folder, sweep.stem), sweep.stem)
     for point in ranked(result):
@@ -32,3 +40,22 @@ def sweep(sweep: Path, out: Path | None) -> None:
         if point["status"] != "complete":
             echo(f"{point['status']:20} {named(point)}")
     echo(f"\npage: {folder / PAGE}")
+
+
+def _plan(wanted) -> None:
+    """Print the memory and the time of a step of each point."""
+    from qlora_lite.reporting.sweep_page import named
+    from qlora_lite.runs.sweep import planned
+
+    if wanted.search != "grid":
+        raise RecipeError(f"--plan is for a grid: search {wanted.search} chooses each point by what the others found")
+    seconds, repeated = 0.0, len(wanted.seeds)
+    echo(f"{'peak':>10} {'step':>9}")
+    for choice, plan, steps in planned(wanted, machine_for):
+        does_fit = "" if plan.fits else f"  does not fit in {format_bytes(plan.budget_bytes)}"
+        step = plan.chosen.step_seconds
+        echo(f"{format_bytes(plan.peak_bytes):>10} {format_seconds(step):>9}  {named({'choice': choice})}{does_fit}")
+        seconds += step * steps * repeated * plan.fits
+    if seconds:
+        echo(f"\nsteps of all that fit, {repeated} of each: about {format_seconds(seconds)}, without loading and "
+             "evaluation")  # fmt: skip

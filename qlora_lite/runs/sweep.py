@@ -11,7 +11,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +21,10 @@ from qlora_lite.artifacts.run_files import number
 from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, SUMMARY
 from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
 from qlora_lite.files import explain_write_errors, locked, write_text
+from qlora_lite.planning.machine import Machine
+from qlora_lite.prepare.plan import Plan, budget_of, plan_recipe
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, overrides, recipe_of_point
 from qlora_lite.reporting.sweep_page import render_sweep
 
@@ -32,6 +35,10 @@ FIGURES = (
     "eval_loss_before", "eval_loss_after", "seconds", "tokens_per_second", "peak_bytes", "trainable_parameters",
     "learning_rate", "steps",
 )  # fmt: skip
+NOT_PLANNED = {  # what a plan does not depend on
+    "train": {"learning_rate", "seed", "lr_scheduler", "warmup_ratio", "weight_decay", "max_steps"}, "lora": {"alpha"},
+    "output": {"dir", "name"},
+}  # fmt: skip
 DOES_NOT_FIT, FAILED, ELSEWHERE = "does not fit", "failed", "run by another process"
 
 
@@ -114,6 +121,27 @@ def run_sweep(sweep: Sweep, folder: Path, name: str) -> list[Point]:
     else:
         _sample(sweep, runs)
     return runs.points
+
+
+def planned(sweep: Sweep, machine_of: Callable[[Recipe], Machine]) -> Iterator[tuple[dict[str, str], Plan, int]]:
+    """Yield each point of a grid, the plan of its step, and its number of steps (0 where its epochs decide that).
+
+    Points whose plans cannot differ share one.
+
+    Raises:
+        RecipeError: a point's settings are wrong.
+    """
+    plans: dict[str, Plan] = {}
+    for choice in sweep.grid():
+        recipe = recipe_of_point(sweep, sweep.settings(choice) | sweep.seeds[0])
+        said = recipe.model_dump(mode="json")
+        for section, names in NOT_PLANNED.items():
+            said[section] = {name: value for name, value in said[section].items() if name not in names}
+        key = json.dumps(said, sort_keys=True)
+        if key not in plans:
+            machine = machine_of(recipe)
+            plans[key] = plan_recipe(recipe, machine, budget_of(recipe, machine))
+        yield choice, plans[key], recipe.train.max_steps or 0
 
 
 def _sample(sweep: Sweep, runs: _Runs) -> None:

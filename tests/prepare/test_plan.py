@@ -17,7 +17,7 @@ from tiny_trainer import examples
 from transformers import AutoConfig
 
 from qlora_lite.cli.main import main
-from qlora_lite.cli.plan import _machine
+from qlora_lite.cli.plan import machine_for
 from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
@@ -168,7 +168,7 @@ def test_of_a_pack_that_runs_row_by_row_one_row_is_assumed_where_no_data_is_know
 
 
 def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_gpu_that_computes_in_bfloat16(recipe):
-    assert _machine(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
+    assert machine_for(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
 
 
 def test_more_blocks_than_the_model_has_are_refused(recipe):

@@ -13,11 +13,13 @@ from tiny_files import write_recipe
 
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.files import locked
+from qlora_lite.prepare.plan import plan_recipe
 from qlora_lite.recipe.load import resolve_to_yaml
 from qlora_lite.recipe.sweep import load_sweep, recipe_of_point
 from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
 from qlora_lite.runs import sweep as sweeps
 from qlora_lite.runs.sweep import DOES_NOT_FIT, ELSEWHERE, FAILED, as_result, run_sweep
+from qlora_lite.units import format_bytes
 
 AXES = {"lora.rank": [1, 4], "train.learning_rate": ["auto", 1e-3, 2e-5], "train.seed": [0, 1]}
 
@@ -250,3 +252,29 @@ def test_two_points_by_the_command_line(tmp_path, model_folder):
     assert [point["status"] for point in result["points"]] == ["complete", "complete"]
     run = tmp_path / "sweeps" / "small" / result["points"][0]["runs"][0]["run"]
     assert (run / "report.html").is_file() and (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_grid_is_planned_point_by_point_and_what_a_plan_does_not_depend_on_once(lab, command, monkeypatch):
+    made = []
+    monkeypatch.setattr(sweeps, "plan_recipe", lambda *given: made.append(given) or plan_recipe(*given))
+    lab.write(axes={"lora.rank": [1, 4], "train.learning_rate": ["auto", 1e-3], "train.seed": [0, 1]})
+    code, out, err = command("sweep", lab.folder.parent / "sweep.yaml", "--plan")
+    assert code == 0 and len(made) == 2 and not lab.trained, err
+    lines = out.splitlines()
+    assert [line.split("  ")[-1] for line in lines[1:5]] == [
+        f"lora.rank {rank}, train.learning_rate {rate}" for rank in (1, 4) for rate in ("auto", "0.001")
+    ]
+    plan = plan_recipe(*made[0])
+    assert lines[1].split()[:2] == format_bytes(plan.peak_bytes).split() and "2 of each" in out
+
+
+def test_points_that_do_not_fit_are_told_from_others_before_any_is_trained(lab, command):
+    lab.write(axes={"memory.budget": ["200MiB", "8GiB"]})
+    code, out, _ = command("sweep", lab.folder.parent / "sweep.yaml", "--plan")
+    assert code == 0 and re.search(r"memory.budget 200MiB  does not fit in 200.0 MiB\n.* memory.budget 8GiB\n", out)
+
+
+def test_a_search_is_not_planned_beforehand(lab, command):
+    lab.write(search="random", trials=2, axes={"lora.rank": {"from": 1, "to": 9}})
+    code, _, err = command("sweep", lab.folder.parent / "sweep.yaml", "--plan")
+    assert code == 2 and "--plan is for a grid: search random" in err
