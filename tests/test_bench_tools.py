@@ -226,7 +226,8 @@ def test_the_study_goes_on_from_a_result_of_its_shape_alone_and_adds_each_sweep_
         ran.append((part, model, task))
         return {"rows": [row], "processor": "a CPU", "date": "2026-01-02"}
 
-    for name, value in {"study": run, "write_rows": lambda *_: None, "RESULTS": tmp_path,
+    for name, value in {"study": run, "write_rows": lambda *_: None,
+                        "earlier": partial(study.earlier, folder=tmp_path),
                         "write_result": partial(study.write_result, folder=tmp_path)}.items():  # fmt: skip
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(sys, "argv", ["study", str(tmp_path), "--runs", str(tmp_path), "--part", "bits"])

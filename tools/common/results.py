@@ -41,6 +41,22 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
     return path
 
 
+def earlier(name: str, key: str, shape: dict[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
+    """Return what a result has under a key already, if it is of the same shape; nothing otherwise.
+
+    Args:
+        shape: what else must stand in it.
+    """
+    path = folder / f"{name}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return known[key] if shape.items() <= known.items() else {}
+
+
+def today() -> dict[str, str]:
+    """Return the processor and the date, for a part of a result that is measured by itself."""
+    return {"processor": machine()["cpu"], "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of packages that figures depend on."""
     others = {name: _version(name) for name in OTHERS}
