@@ -118,7 +118,7 @@ def plan_recipe(
     job = job_of(recipe, config, machine, eval_shape)
     together = not job.workload.runs_row_by_row(d.max_tokens)
     if d.has_eval and eval_shape is None:
-        job = replace(job, eval_shape=full_pack(d.max_tokens, packing=together))
+        job = job_of(recipe, config, machine, full_pack(d.max_tokens, packing=together))
     machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:

@@ -22,7 +22,7 @@ def test_chunks_of_a_row_equal_one_mask_over_it(kv_heads, batch, window, length)
     found = values_and_gradients(lambda *row: window_attention(attend, *row, window), inputs, upstream)
     expected = values_and_gradients(lambda *row: eager(*row, (length,), 0.3, window), inputs, upstream)
     for tensor, wanted in zip(found, expected, strict=True):
-        assert (tensor - wanted).norm() <= 1e-12 * wanted.norm()
+        assert (tensor - wanted).norm() <= 1e-12 * wanted.norm().clamp(min=1)  # of one key, gradients are 0
 
 
 @pytest.mark.parametrize(("queries", "window"), [(1, 1), (5, 5), (3, 17)])

@@ -548,7 +548,7 @@ def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_name
 
     folder = f"memory.offload_folder={tmp_path}"
     assert not plan(8, folder).chosen.options.offload_checkpoints
-    enough = plan(1, folder).peak_bytes / GIB  # of what needs least
+    enough = plan(0.5, folder).peak_bytes / GIB  # of what needs least
     assert plan(enough, folder).fits and plan(enough, folder).chosen.options.offload_checkpoints
     assert not plan(enough).fits
 

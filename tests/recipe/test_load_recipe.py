@@ -167,7 +167,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("enable_activation_offloading: true", "memory.offload_checkpoints"), ("dtype: bf16", "model.compute_dtype"),
         ("log_every_n_steps: 1", "metrics.jsonl"), ("checkpointer: {}", "model.path says"),
         ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation examples"),
-        ("local_rank: 0", "one device"), ("xformers_attention: true", "fastest attention"),
+        ("local_rank: 0", "with the whole model on each"), ("xformers_attention: true", "fastest attention"),
         ("add_tokens: [x]", "which adds those"), ("tokens: [x]", "adapter.train_tokens, which adds"),
         ("new_tokens: [x]", "which adds those"), ("resize_token_embeddings: true", "adapter.train_tokens adds"),
         ("trainable_token_indices: [1]", "which adds those"), ("max_new_tokens: 5", "`qlora-lite generate`"),

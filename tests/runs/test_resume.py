@@ -1031,8 +1031,12 @@ def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, k
             if step == 3:
                 raise kind("away")
 
-        def end_training(self):
+        def finish(self):
             raise kind("away")
+
+        @property
+        def trackers(self):
+            return [self]
 
     module, name = {"mlflow": ("mlflow.exceptions", "MlflowException"), "wandb": ("wandb.errors", "Error")}[package]
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: TrackersOwn}))

