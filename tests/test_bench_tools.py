@@ -236,6 +236,10 @@ def test_the_study_goes_on_from_a_result_of_its_shape_alone_and_adds_each_sweep_
     assert len(ran) == len({*ran}) == 4 and {part for part, *_ in ran} == {"bits"}
     table = "\n".join(study_tables(json.loads((tmp_path / "study.json").read_text())))
     assert "**Bits of the base.** SmolLM2-135M, sst2 (a CPU, 2026-01-02):" in table
+    found = {"rows": [row], "processor": "a CPU", "date": "2026-01-02"}
+    ranks = {f"rank {rank}, smollm2-135m, e2e": found for rank in (1, 4)}
+    lines = study_tables({"cases": ranks})
+    assert lines[0] == "**Rank and layers.** SmolLM2-135M, e2e (a CPU, 2026-01-02):" and lines[-1].count(";") == 1
     monkeypatch.setattr(study, "STEPS", 41)
     study.main()
     assert len(ran) == 8

@@ -116,16 +116,20 @@ def _loss(row: Mapping, rate: str) -> str:
 
 def study_tables(result: Mapping) -> list[str]:
     """Return the lines of the tables of ``tools/bench/study``: for each part, model and task, best loss first."""
+    tables: dict[tuple[str, str], list[Mapping]] = {}  # a table's title and place, and what it is of: ranks are in one
+    for case, found in result["cases"].items():
+        part, model, task = case.split(", ")
+        title = STUDY["ranks" if part.startswith("rank ") else part]
+        tables.setdefault((title, f"{NAMES[model]}, {task}"), []).append(found)
     lines: list[str] = []
-    for part, title in STUDY.items():
-        for case, found in result["cases"].items():
-            its_part, model, task = case.split(", ")
-            if its_part == part:
-                where = f"{NAMES[model]}, {task}"
-                lines += ["", f"**{title}** {where} ({found['processor']}, {found['date']}):", ""]
-                lines += _study_table(found["rows"])
-                lines += _few_shot_table(where, found["few_shot"]) if "few_shot" in found else []
-                lines += _subspaces_table(where, found["subspaces"]) if "subspaces" in found else []
+    for (title, where), cases in sorted(tables.items()):
+        when = " and ".join(dict.fromkeys(f"{found['processor']}, {found['date']}" for found in cases))
+        lines += ["", f"**{title}** {where} ({when}):", ""]
+        if rows := [row for found in cases for row in found.get("rows", ())]:
+            lines += _study_table(rows)
+        for found in cases:
+            lines += _few_shot_table(where, found["few_shot"]) if "few_shot" in found else []
+            lines += _subspaces_table(found["subspaces"]) if "subspaces" in found else []
     return lines[1:]
 
 
@@ -140,16 +144,16 @@ def _few_shot_table(where: str, rows: Sequence[Mapping]) -> list[str]:
     return lines
 
 
-def _subspaces_table(where: str, found: Mapping) -> list[str]:
-    lines = ["", f"**Subspaces of rank 8 and rank 64.** {where}:", "",
-             "| first directions of A | shared, mean over the layers |", "|---|---|"]  # fmt: skip
+def _subspaces_table(found: Mapping) -> list[str]:
+    lines = ["| first directions of A | shared, mean over the layers |", "|---|---|"]
     lines += [f"| {name} | {share:.2f} |" for name, share in found["first_directions"].items()]
     lines += [f"| {count} in {count}, both rank 64, of two seeds | {share:.2f} |"
               for count, share in found["seeds"].items()]  # fmt: skip
     return [*lines, f"| 8 in 8 by chance | {found['chance_8_in_8']:.2f} |"]
 
 
-STUDY = {"ranks": "Rank and layers.", "bits": "Bits of the base.", "methods": "Methods."}
+STUDY = {"ranks": "Rank and layers.", "bits": "Bits of the base.", "methods": "Methods.",
+         "subspaces": "Subspaces of rank 8 and rank 64."}  # fmt: skip
 
 
 def _study_table(rows: Sequence[Mapping]) -> list[str]:
