@@ -46,7 +46,11 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
 
         recover_recipe(Path(resume))
     settings = load_recipe(recipe, overrides)
-    if gpus is not None and gpus > 1 and launched_as is None:
+    if gpus is not None and launched_as is not None:
+        raise click.UsageError(
+            f"--gpus starts processes, and {launched_as.world_size} were started already: leave it out"
+        )
+    if gpus is not None and gpus > 1:
         again = [recipe, *overrides, *([] if resume is None else ["--resume", *filter(None, [resume])])]
         again += ["--force"] if force else []
         raise click.exceptions.Exit(start(gpus, ["train", *again], settings.model.device))

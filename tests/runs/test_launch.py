@@ -50,6 +50,14 @@ def test_rank_0_says_it_in_one_line_and_the_others_nothing_and_no_folder_is_left
     assert sorted(tmp_path.iterdir()) == before and set(slept) == {launch.HEARD_SECONDS}
 
 
+def test_processes_that_a_launcher_started_start_no_others(model_folder, tmp_path, command, monkeypatch):
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (meeting | {"WORLD_SIZE": "2", "RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    code, _, err = command("train", write_recipe(tmp_path, model_folder), "--gpus", "4")
+    assert code == 2 and "2 were started already: leave it out" in err
+
+
 @pytest.mark.parametrize("size", ["1", "", "x"])
 def test_one_process_of_a_launcher_works_as_ever(size, model_folder, tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
