@@ -427,7 +427,7 @@ def test_each_row_of_the_memory_option_table_adds_one_memory_option_to_the_row_b
             changed = {key for key in after if key != "option" and after[key] != before.get(key)}
             assert len(changed) == 1 or changed in (
                 {"host_embeddings", "host_head"},
-                {"host_head", "offload_folder", "quant_head", "stream_from_disk"},
+                {"host_head", "offload_folder", "quant_head", "stream_from"},
             )
             assert set(before) <= set(after)
     assert {"uncheckpointed_layers", "compile"} <= set(rows[-1])

@@ -8,6 +8,7 @@ from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.data.storage import Example
 from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.train.loop import Trainer
+from qlora_lite.train.processes import ALONE
 from qlora_lite.train.settings import TrainSettings
 
 SETTINGS = dict(
@@ -35,14 +36,15 @@ def examples(count=12):
 
 
 def trainer(model_type="llama", dropout=0.0, dtype=torch.float32, targets="all-linear", rows=None, rank=4,
-            stream=None, device="cpu", compute_dtype=torch.float32, dora=False, merge_aware="off",
+            stream=None, device="cpu", compute_dtype=torch.float32, dora=False, merge_aware="off", processes=ALONE,
             **changes):  # fmt: skip
     """A trainer of a tiny quantised model; equal arguments give equal ones."""
     model, _ = quantized_pair(model_type, dtype=compute_dtype)
     torch.manual_seed(0)
     add_lora(model, targets, rank=rank, alpha=8, dropout=dropout, dtype=dtype, dora=dora,
              merge_aware=merge_aware)  # fmt: skip
-    place(model, torch.device(device), changes.get("options", MemoryOptions()))
-    training = Trainer(model, examples() if rows is None else rows, TrainSettings(**(SETTINGS | changes)), stream)
+    place(model, torch.device(device), changes.get("options", MemoryOptions()), ranks=processes.shards)
+    settings = TrainSettings(**(SETTINGS | changes))
+    training = Trainer(model, examples() if rows is None else rows, settings, stream, processes=processes)
     training.check()
     return training

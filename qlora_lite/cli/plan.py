@@ -10,7 +10,7 @@ import click
 
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, write_text
-from qlora_lite.memory.gpus import LINKS
+from qlora_lite.memory.gpus import LINK, LINKS, REACHED
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
@@ -46,9 +46,9 @@ class _Size(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--gpus", is_flag=False, flag_value=0, type=click.IntRange(min=0), metavar="[N]",
-    help="Plan for N such GPUs, each with the whole model and its share of every step; without N, list the known GPUs.",
+    help="Plan for N such GPUs, which share every step, and the weights if need be; without N, list the known GPUs.",
 )  # fmt: skip
-@click.option("--link", type=click.Choice([*LINKS]), help="What joins them; pcie4 if not given.")
+@click.option("--link", type=click.Choice([*LINKS]), help=f"What joins them; {LINK} if not given.")
 @click.option("--cards", is_flag=True, hidden=True)  # what --gpus was called
 @click.option("--models", is_flag=True, help="List the models that can be planned without a network.")
 def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, link, cards, models) -> None:
@@ -78,7 +78,7 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
     one = machine_for(settings, vram, *wanted)
     if one.device_type == "cpu" and (gpus or 1) > 1:
         raise click.UsageError("--gpus plans several GPUs: say which with --gpu, or how large with --vram")
-    machine = one.shared_by(gpus or 1)
+    machine = one.shared_by(gpus or 1, REACHED * LINKS[link or LINK])
     share = planner.share_of(settings, gpus or 1)
     made = planner.plan_recipe(share, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
@@ -91,7 +91,7 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         _print(plan_text.describe(made, others))
     found: dict[str, object] = {}
     if gpus and gpus > 1:
-        found["shared"] = planner.shared(settings, one, made, gpus, link or "pcie4")._asdict()
+        found["shared"] = planner.shared(settings, one, made, gpus, link or LINK)._asdict()
     if max_tokens:
         found |= _longest(planner, made)
     if max_batch:

@@ -152,7 +152,7 @@ class Work(NamedTuple):
 
     ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``large_products`` is how many
     products of ``LARGE_BYTES`` or more differ in their operator or their shapes. ``disk_bytes`` are those of streamed
-    weights, before they take the bus.
+    weights, before they take the bus. ``link_bytes`` are those of sharded weights that come from other ranks.
     """
 
     flops: int = 0
@@ -161,20 +161,21 @@ class Work(NamedTuple):
     operations: int = 0
     large_products: int = 0
     disk_bytes: int = 0
+    link_bytes: int = 0
 
 
 class WorkCounter:
     """Add up the work of the operations that it is shown, as a ``Ledger`` does with all that run."""
 
     def __init__(self):
-        self._totals, self._disk_bytes = [0, 0, 0, 0], 0
+        self._totals, self._beside = [0, 0, 0, 0], {"on disk": 0, "on other ranks": 0}
         self._products: dict[tuple, int] = {}  # and how many shapes each stands for
 
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
         flops, moved, bus, operations = self._totals
-        return Work(flops, moved, bus, operations, sum(self._products.values()), self._disk_bytes)
+        return Work(flops, moved, bus, operations, sum(self._products.values()), *self._beside.values())
 
     def see(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count an operation that has run."""
@@ -183,8 +184,8 @@ class WorkCounter:
         formula = _formula(func)
         if formula is _no_work:
             return
-        if func is _COPY and marks.category == "on disk":  # by a thread, beside what the host starts
-            self._disk_bytes += marks.repeats * args[0].nbytes if marks.phase != "evaluation" else 0
+        if func is _COPY and marks.category in self._beside:  # by a thread, or as one operation: no work of the host's
+            self._beside[marks.category] += marks.repeats * args[0].nbytes if marks.phase != "evaluation" else 0
             return
         totals = [0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
         totals[3] += marks.repeats if marks.phase != "optimizer" else 0

@@ -18,7 +18,16 @@ from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
 from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
 from qlora_lite.ops.offload import HostStore
-from qlora_lite.ops.stream import BlockStream, InHostMemory, in_files
+from qlora_lite.ops.shapes import is_planned
+from qlora_lite.ops.stream import (
+    BlockStream,
+    InHostMemory,
+    OnAllRanks,
+    PlacementFactory,
+    PlannedRanks,
+    Ranks,
+    in_files,
+)
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.quant.product import keeping_weights
@@ -33,7 +42,6 @@ _IN_A_RECIPE = {
     "host_head": ("head", {False: "device", True: "host"}),
     "tile_tokens": ("tile_tokens", {None: "off"}),
     "resident_layers": ("resident_layers", {None: "all"}),
-    "stream_from_disk": ("stream_from", {False: "host", True: "disk"}),
 }
 _streams: WeakKeyDictionary[nn.Module, BlockStream] = WeakKeyDictionary()  # by model
 
@@ -45,8 +53,9 @@ class MemoryOptions:
     ``uncheckpointed_layers`` and ``layers_per_checkpoint`` count only where blocks are recomputed;
     ``loss_chunk_tokens`` None takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_layers``
     None streams nothing. ``compile`` is the train section's. ``offload_folder`` counts only with
-    ``offload_checkpoints``, and ``stream_from_disk`` only with ``resident_layers``. ``kernels`` "auto" allows a GPU's
-    fused kernels (``models.kernels``), "plain" none.
+    ``offload_checkpoints``, and ``stream_from`` only with ``resident_layers``. ``kernels`` "auto" allows a GPU's
+    fused kernels (``models.kernels``), "plain" none. ``shards`` is no setting: among how many ranks streamed blocks are
+    divided where they come from "ranks".
     """
 
     checkpointing: str = "block"
@@ -62,8 +71,9 @@ class MemoryOptions:
     cache_dequantized: bool = False
     compile: bool = False
     offload_folder: str | None = None
-    stream_from_disk: bool = False
+    stream_from: str = "host"
     kernels: str = "auto"
+    shards: int = 1
 
     @property
     def settings(self) -> dict[str, object]:
@@ -73,6 +83,7 @@ class MemoryOptions:
             key, words = _IN_A_RECIPE.get(field.name, (field.name, {}))
             value = getattr(self, field.name)
             said[key] = words.get(value, value)
+        del said["shards"]
         return said
 
     @property
@@ -104,8 +115,8 @@ class MemoryOptions:
 
     @property
     def host_rank(self) -> tuple[bool, bool, bool, bool, bool]:
-        """What lies on the disk or in host memory: blocks, checkpoints, head, embeddings; larger tuples ask more of the
-        disk or the bus."""
+        """What lies on the disk, in host memory or on other ranks: blocks, checkpoints, head, embeddings; larger tuples
+        ask more of the disk or the bus."""
         streams = self.resident_layers is not None
         return self.weights_on_disk, streams, self.offload_checkpoints, self.host_head, self.host_embeddings
 
@@ -117,11 +128,21 @@ class MemoryOptions:
     @property
     def weights_on_disk(self) -> bool:
         """Whether streamed blocks come from a disk."""
-        return self.stream_from_disk and self.resident_layers is not None
+        return self.stream_from == "disk" and self.resident_layers is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the streamed blocks."""
+        return self.stream_from == "ranks" and self.resident_layers is not None
+
+    @property
+    def loads_from_files(self) -> bool:
+        """Whether streamed blocks stay in the files that they are loaded from."""
+        return self.weights_on_disk or self.is_sharded
 
     @property
     def places_weights(self) -> bool:
-        """Whether ``place`` leaves any weights in host memory, or on a disk."""
+        """Whether ``place`` leaves any weights in host memory, on a disk or on other ranks."""
         return self.host_head or self.host_embeddings or self.resident_layers is not None
 
 
@@ -137,17 +158,19 @@ def memory_options_of(settings: Mapping[str, object]) -> dict[str, object]:
 
 def place(
     model: nn.Module, device: torch.device, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None,
-    trains_base: bool = False,
+    trains_base: bool = False, ranks: Ranks | None = None,
 ) -> nn.Module:  # fmt: skip
     """Move a model from host memory to its device, but for what the memory options keep there; return it.
 
     Args:
         of_model: its blocks; None are those of a causal language model.
         trains_base: stream weights that are trained, too; an adapter's, which are few, stay on the device.
+        ranks: among which sharded blocks are divided; None for a plan.
 
     Raises:
         ModelError: of embeddings that are also the head only one is to stay on the host, the head is no 16-bit
-            linear layer, or a table that is to stay there is trained.
+            linear layer, a table that is to stay there is trained, or blocks are to be divided where there is one
+            process.
     """
     if options.host_embeddings or options.host_head:
         _place_tables(model, device, options)
@@ -161,9 +184,18 @@ def place(
                 if tensor is not None and ((tensor.requires_grad and not trains_base) or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        _streams[model] = BlockStream(streamed, device, in_files if options.stream_from_disk else InHostMemory,
-                                      trains_base)  # fmt: skip
+        _streams[model] = BlockStream(streamed, device, _placement(options, ranks), trains_base)
     return model
+
+
+def _placement(options: MemoryOptions, ranks: Ranks | None) -> PlacementFactory:
+    if options.stream_from == "host":
+        return InHostMemory
+    if options.stream_from == "disk":
+        return in_files
+    if not is_planned() and (ranks is None or ranks.count == 1):
+        raise ModelError("memory.stream_from ranks divides the model among several processes, and this is the only one")
+    return partial(OnAllRanks, ranks=ranks or PlannedRanks(options.shards))
 
 
 def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:
@@ -222,7 +254,7 @@ def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
 
 def on_disk(model: nn.Module, tensor: torch.Tensor) -> bool:
     """Return whether a weight was left by ``place`` in the file that it was loaded from."""
-    return _is_streamed(model, tensor) and stream_of(model).placement.on_disk
+    return _is_streamed(model, tensor) and stream_of(model).placement.in_files
 
 
 def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ import mmap
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -108,14 +108,21 @@ class SideStream:
     @category("offloaded")  # no tensor is born here; the mark tells a ``WorkCounter`` what takes the bus
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> "torch.cuda.Event | None":
         """Copy each (target, source) after what the computation was given so far; return what to wait for."""
-        if self.stream is None:
+
+        def copy() -> None:
             for target, source in pairs:
-                target.copy_(source)
+                target.copy_(source, non_blocking=self.stream is not None)
+
+        return self.launch(copy)
+
+    def launch(self, action: Callable[[], None]) -> "torch.cuda.Event | None":
+        """Do what moves data after what the computation was given so far; return what to wait for."""
+        if self.stream is None:
+            action()
             return None
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+            action()
             return self.stream.record_event()
 
     def wait(self, event: "torch.cuda.Event | None") -> None:

@@ -1,11 +1,12 @@
-"""Keep the weights of blocks in host memory or on a disk, and bring each block to the device when it runs.
+"""Keep the weights of blocks in host memory, on a disk or on other ranks, and bring each to the device when it runs.
 
 In host memory a block's tensors lie in one flat buffer (pinned beside a GPU), so that one copy brings them; several
 blocks share an allocation, since pinned memory comes in whole powers of two. On a disk they stay in the file that they
-were loaded from, which the process sees as memory (``ReadAhead``). The device has two slots: while a block computes in
-one, the next in the direction of travel (the following in forward, the one before in backward) arrives in the other.
-Frozen weights are never written back. 4-bit blocks are what makes this pay: one of an 8B model is 107 MiB, and
-``tools/plan_recipes --limits`` calculates from how many tokens on products hide its copy.
+were loaded from, which the process sees as memory (``ReadAhead``). Of several ranks each has one part of every flat
+buffer on its device, and an all-gather puts a block together (``OnAllRanks``). The device has two slots: while a block
+computes in one, the next in the direction of travel (the following in forward, the one before in backward) arrives in
+the other. Frozen weights are never written back. 4-bit blocks are what makes this pay: one of an 8B model is 107 MiB,
+and ``tools/plan_recipes --limits`` calculates from how many tokens on products hide its copy.
 
 A block's modules hold views of its slot while it is there and otherwise what lies in host memory or in the file, so
 that whatever reads the model's tensors finds the true values. Saved tensors point into a slot: they must be gone
@@ -16,7 +17,12 @@ are copies in its slot; their gradients leave for the host while the block befor
 weights themselves when that has been launched: the update there runs beside it. At most two blocks' gradients are in
 host memory at one time, and one block's on the device.
 
-Source: the idea of layer-to-layer execution, L2L, arXiv 2002.05645.
+torch's own ``fully_shard`` divides blocks among ranks too. It does so parameter by parameter and gathers them through
+buffers of its own, for all blocks or for none, and to plan it takes processes. A block that lies flat and of which
+nothing is trained needs none of that: no gradient has to be divided.
+
+Sources: the idea of layer-to-layer execution, L2L, arXiv 2002.05645; that of dividing weights among ranks which gather
+them block by block, ZeRO's third stage, arXiv 1910.02054.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +87,14 @@ class FlatBlock:
         for place in self.places:
             place.view(flat).copy_(place.tensor.detach())
 
+    def fill_part(self, part: torch.Tensor, start: int) -> None:
+        """Copy to a buffer what lies behind a byte of one for the whole block, and read nothing else."""
+        for place in self.places:
+            first, last = max(start, place.start), min(start + len(part), place.start + place.tensor.nbytes)
+            if first < last:
+                source = place.tensor.detach().contiguous().view(-1).view(torch.uint8)
+                part[first - start : last - start].copy_(source[first - place.start : last - place.start])
+
     def move(self, flat: torch.Tensor) -> None:
         """Let the tensors lie in a buffer for good."""
         self.fill(flat)
@@ -123,14 +137,18 @@ def _home(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class Placement(Protocol):
-    """Where blocks are while the device does not hold them. Host memory and files are built in; a further one (the
-    shards of other ranks, say) needs these members and a place in ``models.memory_options.place``.
+    """Where blocks are while the device does not hold them. A further one needs these members and a place in
+    ``models.memory_options.place``.
 
-    ``buffers`` are host memory beside the blocks' own, uint8; ``on_disk`` tells whether a read comes before the copy.
+    ``buffers`` are host memory beside the blocks' own, uint8; ``shards`` what lies of the blocks on the device beside
+    the slots; ``in_files`` tells whether the blocks' tensors are still where they were loaded from; ``slot_bytes`` is
+    how large a slot must be.
     """
 
     buffers: Sequence[torch.Tensor]
-    on_disk: bool
+    shards: Sequence[torch.Tensor]
+    in_files: bool
+    slot_bytes: int
 
     def begin(self, number: int) -> None:
         """Begin to fetch a block, without waiting."""
@@ -139,14 +157,18 @@ class Placement(Protocol):
         """Copy a block to the begin of a slot on the device; return what ``SideStream.wait`` waits for."""
 
 
+PlacementFactory = Callable[[Sequence[FlatBlock], SideStream], Placement]
+
+
 class InHostMemory:
     """The placement of blocks in host memory, each in one flat buffer."""
 
-    on_disk = False
+    in_files, shards = False, ()
 
     def __init__(self, blocks: Sequence[FlatBlock], side: SideStream):
         self._side, self._flat = side, []
         self.buffers: Sequence[torch.Tensor] = ()  # beside the blocks themselves
+        self.slot_bytes = max(block.size for block in blocks)
         buffers = _host_buffers([block.size for block in blocks], side.device)
         for block, flat in zip(blocks, buffers, strict=True):  # so that no more than a few lie there twice
             block.move(flat)
@@ -189,11 +211,12 @@ class ReadAhead:
         side: the stream of the copies to the device.
     """
 
-    on_disk = True
+    in_files, shards = True, ()
 
     def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
         self._fills, self._sizes, self._side = fills, sizes, side
-        self.buffers = [host_memory(max(sizes), side.device) for _ in range(BUFFERS)]
+        self.slot_bytes = max(sizes)
+        self.buffers = [host_memory(self.slot_bytes, side.device) for _ in range(BUFFERS)]
         self._last_copy: list[object] = [None] * BUFFERS  # the end of the last copy from each
         self._next = 0  # buffer, in turn
         self._reading: dict[int, tuple[int, Future | None]] = {}  # by block: its buffer, and when it is whole
@@ -232,6 +255,57 @@ def in_files(blocks: Sequence[FlatBlock], side: SideStream) -> ReadAhead:
     return ReadAhead([block.fill for block in blocks], [block.size for block in blocks], side)
 
 
+class Ranks(Protocol):
+    """The processes among which blocks are divided: which of how many this one is, and what puts parts together."""
+
+    rank: int
+    count: int
+
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Fill a buffer with the parts of all ranks in order; each calls it for the same buffers in the same order."""
+
+
+class PlannedRanks:
+    """Ranks of a plan, whose tensors have no values: what comes from the others is counted."""
+
+    def __init__(self, count: int):
+        self.rank, self.count = 0, count
+
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """See ``Ranks``."""
+        others = whole[len(own) :]
+        with category("on other ranks"):  # no tensor is born here; the mark tells a ``WorkCounter`` what takes the wire
+            others.copy_(others)
+
+
+class OnAllRanks:
+    """The placement of blocks of which each rank has one part on its device, as large as every other's.
+
+    What a block's modules hold while it is nowhere whole is what they were loaded with: pages of a file.
+    """
+
+    in_files = True
+
+    def __init__(self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks):
+        self._side, self._ranks = side, ranks
+        self.buffers: Sequence[torch.Tensor] = ()
+        self.shards: list[torch.Tensor] = []
+        for block in blocks:
+            size = -(-block.size // (ranks.count * ALIGNMENT)) * ALIGNMENT
+            with category("base weights"):
+                self.shards.append(torch.zeros(size, dtype=torch.uint8, device=side.device))
+            block.fill_part(self.shards[-1], ranks.rank * size)
+        self.slot_bytes = max(map(len, self.shards)) * ranks.count
+
+    def begin(self, number: int) -> None:
+        """Do nothing: a block can be brought at any time."""
+
+    def bring(self, number: int, slot: torch.Tensor) -> object:
+        """Put a block together at the begin of a slot; return what to wait for."""
+        own = self.shards[number]
+        return self._side.launch(partial(self._ranks.gather, slot[: len(own) * self._ranks.count], own))
+
+
 def flat_sizes(blocks: Sequence[nn.Module]) -> list[int]:
     """Return the bytes of each block's frozen tensors in a flat buffer."""
     return [FlatBlock(block).size for block in blocks]
@@ -264,13 +338,13 @@ class BlockStream:
     Args:
         blocks: in the order they run; each must run with checkpointing while it is trained.
         device: where they compute.
-        placement: puts their tensors where they are kept, ``InHostMemory`` or ``in_files``.
+        placement: puts their tensors where they are kept: ``InHostMemory``, ``in_files`` or ``OnAllRanks``.
         trains: stream weights that are trained, too; in host memory only.
     """
 
     def __init__(
         self, blocks: Sequence[nn.Module], device: torch.device,
-        placement: Callable[[Sequence[FlatBlock], SideStream], Placement] = InHostMemory, trains: bool = False,
+        placement: PlacementFactory = InHostMemory, trains: bool = False,
     ):  # fmt: skip
         self.side = SideStream(device)
         self._blocks = [FlatBlock(block, trains, self._leave) for block in blocks]
@@ -279,7 +353,9 @@ class BlockStream:
         self.placement = placement(self._blocks, self.side)
         self._homes = {_home(place.tensor) for block in self._blocks for place in block.places}
         with category("base weights"):
-            self._slots = [torch.empty(max(self.sizes), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+            self._slots = [
+                torch.empty(self.placement.slot_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)
+            ]
         self._in_slot: list[int | None] = [None] * SLOTS
         self._arrival: dict[int, torch.cuda.Event | None] = {}
         self._current: int | None = None
@@ -347,11 +423,15 @@ class BlockStream:
     def end_backward(self) -> None:
         """Give all trained weights their gradients, and forget copies of them: they have been updated since."""
         self._hand_over(before=None)
-        if self.trained:
-            self.settle()
+        self.settle()
 
     def settle(self) -> None:
-        """Let modules hold their own weights again, in place of copies on the device."""
+        """Let modules hold the weights that are trained, in place of copies on the device.
+
+        Frozen ones stay: what one rank alone let go of, it could not get back from the others.
+        """
+        if not self.trained:
+            return
         for block in self._blocks:
             block.show(None)
         self._in_slot, self._current = [None] * SLOTS, None
@@ -381,6 +461,11 @@ class BlockStream:
     def buffers(self) -> Sequence[torch.Tensor]:
         """Host memory that a disk's blocks pass through, uint8."""
         return self.placement.buffers
+
+    @property
+    def shards(self) -> Sequence[torch.Tensor]:
+        """This rank's parts of sharded blocks, uint8."""
+        return self.placement.shards
 
     @property
     def slots(self) -> Sequence[torch.Tensor]:

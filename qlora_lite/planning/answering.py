@@ -58,7 +58,7 @@ def placement(model: nn.Module, tokens: int, memory_bytes: int, host_bytes: int 
             break
     if options.resident_layers is None or host_bytes is None or bytes_on_host(model, options) <= host_bytes:
         return options
-    return replace(options, stream_from_disk=True)
+    return replace(options, stream_from="disk")
 
 
 def prompt_bytes(model: nn.Module, tokens: int, prompts: int = 1, device_type: str = "cuda") -> int:

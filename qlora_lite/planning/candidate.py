@@ -84,10 +84,9 @@ class Candidate:
 
 
 def settled(step: Step, options: MemoryOptions) -> MemoryOptions:
-    """Return the memory options with what is streamed on the disk if the step's is to be, and no disk where nothing
-    is."""
-    on_disk = options.stream_from_disk or bool(step.fixed.get("stream_from_disk"))
-    return replace(options, stream_from_disk=on_disk and options.resident_layers is not None)
+    """Return the memory options with what is streamed from where the step's is to be, if anything is."""
+    source = step.fixed.get("stream_from", options.stream_from)
+    return replace(options, stream_from="host" if options.resident_layers is None else source)
 
 
 def build_candidate(step: Step, machine: Machine, options: MemoryOptions, packs: int) -> Candidate:

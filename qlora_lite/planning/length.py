@@ -64,7 +64,7 @@ def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:
         for number, options in enumerate(reversed([first_options(each), *smaller(each)])):
             yield partial(_one_pack, each, options)
             streams_all = number == 0 and options.resident_layers == 0 and "resident_layers" not in each.fixed
-            if streams_all and host_limit_bytes is not None and not options.stream_from_disk:
+            if streams_all and host_limit_bytes is not None and options.stream_from == "host":
                 yield _partly_streamed(each, options, host_limit_bytes)
             if number == 0:
                 for segments in in_segments(each, options):

@@ -42,7 +42,8 @@ class Machine:
     process may use of the host's memory beside a GPU, None where that is not known. ``dtype`` is what
     ``model.compute_dtype: auto`` becomes there for most models, which ``flops_per_second`` is of;
     ``float32_flops_per_second`` is of float32, where it is another one and known. ``operation_seconds`` is what the
-    host takes to start an operation.
+    host takes to start an operation. It may be one of so many ``ranks`` that can divide a model among them, over a link
+    of which ``link_bytes_per_second`` is known; None is taken for as fast as the bus.
     """
 
     name: str
@@ -56,21 +57,27 @@ class Machine:
     dtype: torch.dtype = torch.bfloat16
     operation_seconds: float = OPERATION_SECONDS
     float32_flops_per_second: float | None = None
+    ranks: int = 1
+    link_bytes_per_second: float | None = None
 
     def computing_in(self, dtype: torch.dtype) -> "Machine":
         """Return the machine with its rate in a type that a step computes in, as far as that is known."""
         rate = self.float32_flops_per_second if dtype == torch.float32 else None
         return replace(self, flops_per_second=rate) if rate else self
 
-    def shared_by(self, processes: int) -> "Machine":
-        """Return the part of one of several processes, each of which has a GPU of its own, or none."""
+    def shared_by(self, processes: int, link_bytes_per_second: float | None = None) -> "Machine":
+        """Return the part of one of several processes, each of which has a GPU of its own, or none.
+
+        Args:
+            link_bytes_per_second: what each gets from the others.
+        """
         if processes == 1:
             return self
-        name = f"each of {processes}: {self.name}"
+        part = replace(self, name=f"each of {processes}: {self.name}", ranks=processes,
+                       link_bytes_per_second=link_bytes_per_second)  # fmt: skip
         if self.device_type == "cpu":
-            return self.renamed(name, self.memory_bytes // processes)
-        host_bytes = None if self.host_bytes is None else self.host_bytes // processes
-        return replace(self, name=name, host_bytes=host_bytes)
+            return replace(part, memory_bytes=self.memory_bytes // processes)
+        return replace(part, host_bytes=None if self.host_bytes is None else self.host_bytes // processes)
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""
@@ -88,6 +95,10 @@ class Machine:
         """Estimate how long the transfers between host and device of the same work take."""
         return work.bus_bytes / self.bus_bytes_per_second
 
+    def link_seconds(self, work: Work) -> float:
+        """Estimate how long the weights that the same work needs of other ranks are on their way."""
+        return work.link_bytes / (self.link_bytes_per_second or self.bus_bytes_per_second)
+
     def disk_seconds(self, work: Work) -> float:
         """Estimate how long a disk takes to give the weights that the same work streams from it."""
         return work.disk_bytes / DISK_BYTES_PER_SECOND
@@ -95,13 +106,13 @@ class Machine:
     def seconds(self, work: Work) -> float:
         """Estimate the time of the same work.
 
-        A GPU computes while the host starts what comes next, and transfers and a disk hide behind both, as far as they
-        can.
+        A GPU computes while the host starts what comes next, and transfers, a disk and other ranks hide behind both, as
+        far as they can.
         """
-        computing, starting = self.computing_seconds(work), self.starting_seconds(work)
+        computing, starting, link = self.computing_seconds(work), self.starting_seconds(work), self.link_seconds(work)
         if self.device_type == "cpu":
-            return computing + starting
-        return max(computing, starting, self.bus_seconds(work), self.disk_seconds(work))
+            return computing + starting + link
+        return max(computing, starting, self.bus_seconds(work), self.disk_seconds(work), link)
 
 
 def machine_of_gpu(gpu: Gpu) -> Machine:

@@ -9,7 +9,8 @@ that moves less to the host, and then the one that needs the least memory.
 The way begins with checkpointing per block. If that fits, keeping everything is tried. Where more packs at once
 would pay and do not fit, or nothing fits at all, come the memory options that save more, in the order of what they
 cost: tiles and, on a GPU, embeddings in host memory; then checkpoints there, the head, and at last the blocks' weights,
-which come from the disk where the host has no room for any other plan.
+which come from the disk where the host has no room for any other plan. Several ranks first divide the blocks' weights
+among them.
 It ends where one more memory option makes nothing better. What memory the best then leaves buys back time: a block's
 weights are dequantised once for its recomputation and its backward; on a GPU attention is not recomputed where rows
 are so long that it shows; and as many of the last blocks are kept, or resident, as fit. More memory is then left, and
@@ -69,8 +70,9 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be; at
     last with streamed weights on the disk, and then with its block inputs on the device."""
     yield step
-    inputs, on_disk = {"offload_checkpoints": False}, {"stream_from_disk": True}
-    weights = {"host_embeddings": False, "host_head": False, "resident_layers": None}
+    inputs, on_disk = {"offload_checkpoints": False}, {"stream_from": "disk"}
+    blocks = {"stream_from": "ranks"} if shards_of(step) > 1 else {"resident_layers": None}
+    weights = {"host_embeddings": False, "host_head": False, **blocks}
     ways = [inputs, inputs | weights]
     if step.job.workload.is_quantized and step.fixed.get("resident_layers", 0) is not None:
         ways += [on_disk, on_disk | inputs]
@@ -146,20 +148,32 @@ def smaller(step: Step) -> Iterator[MemoryOptions]:
     """Yield memory options that need less and less memory, the cheapest in time first."""
     options = first_options(step)
     changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
+    # blocks that keep their activations must stay where they are
+    streamed = [_streamed(step, options)] if options.recomputes and _may_stream(step, options) else []
+    if shards_of(step) > 1:
+        changes += streamed
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
         tables = movable_tables(step)
         if tables and not step.job.workload.tables_are_tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
-        if options.recomputes:  # blocks that keep their activations must stay where they are
-            streamed = [{"resident_layers": options.uncheckpointed_layers}] if _may_stream(step, options) else []
-            changes += [{"offload_checkpoints": True}, *tables, *streamed]
-        else:
-            changes += tables
+        inputs = [{"offload_checkpoints": True}] if options.recomputes else []
+        changes += [*inputs, *tables, *({**each, "stream_from": "host"} for each in streamed)]
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
         earlier, options = options, replace(options, **{k: v for k, v in change.items() if k not in step.fixed})
         if options != earlier:
             yield options
+
+
+def shards_of(step: Step) -> int:
+    """Return among how many ranks blocks can be divided."""
+    return step.fixed.get("shards", 1)
+
+
+def _streamed(step: Step, options: MemoryOptions) -> dict[str, object]:
+    """Return the memory options that stream all blocks but the uncheckpointed ones, from other ranks if there are
+    any."""
+    return {"resident_layers": options.uncheckpointed_layers, "stream_from": "ranks" if options.shards > 1 else "host"}
 
 
 def movable_tables(step: Step) -> list[dict[str, bool]]:
@@ -245,10 +259,12 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
         if not options.compile and not options.uses_disk:  # which would have to take twice as much
             changes.append({"checkpointing": "selective" if options.checkpointing == "block" else "block"})
         changes.append({"offload_checkpoints": not options.offload_checkpoints})
-        if _may_stream(step, options):
-            changes.append(
-                {"resident_layers": options.uncheckpointed_layers if options.resident_layers is None else None}
-            )
+    if (
+        options.recomputes and _may_stream(step, options) and "resident_layers" not in step.fixed
+        and (step.job.device_type == "cuda" or options.shards > 1)
+    ):  # fmt: skip
+        other = _streamed(step, options) if options.resident_layers is None else {"resident_layers": None}
+        changes.append({name: value for name, value in other.items() if name not in step.fixed})
     for table in movable_tables(step) if step.job.device_type == "cuda" else ():
         changes.append({name: not getattr(options, name) for name in table})
     for change in changes:

@@ -6,11 +6,9 @@ step, and none of that is hidden behind computation, because it begins when the 
 
 from typing import NamedTuple
 
-from qlora_lite.memory.gpus import LINKS
+from qlora_lite.memory.gpus import LINKS, REACHED
 
 from .candidate import Candidate
-
-REACHED = 0.8  # of a link's rate, as large copies usually do; assumed
 
 
 class SharedStep(NamedTuple):

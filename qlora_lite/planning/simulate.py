@@ -240,7 +240,7 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
     They are shared between blocks, so that it does not grow in a straight line.
     """
     streamed, sizes = job.options.streamed_of(job.workload.depth), simulation.streamed_sizes
-    if not streamed or job.options.stream_from_disk or job.device_type != "cuda":
+    if not streamed or job.options.stream_from != "host" or job.device_type != "cuda":
         return simulation
     unlike, pattern = _pattern(job)
     kinds = [number if number < unlike else unlike + (number - unlike) % pattern for number in range(streamed)]

@@ -47,6 +47,7 @@ from qlora_lite.models.nested import without_weights
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config, read_part
 from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.ops.stream import Ranks
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
@@ -104,14 +105,16 @@ def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def build_model(
-    recipe: Recipe, options: MemoryOptions | None = None, adapter: Path | None = None, first: First | None = None
+    recipe: Recipe, options: MemoryOptions | None = None, adapter: Path | None = None, first: First | None = None,
+    ranks: Ranks | None = None,
 ) -> nn.Module:  # fmt: skip
     """Load a recipe's base model on its device, with LoRA weights, for training.
 
     Args:
-        options: which of its weights stay in host memory.
+        options: which of its weights stay in host memory, on a disk or on other ranks.
         adapter: see ``add_adapter``.
         first: what the LoRA weights begin as, of lora.start eva.
+        ranks: among which weights are divided.
     """
     m = recipe.model
     device = resolve_device(m.device)
@@ -119,14 +122,14 @@ def build_model(
     options = options or MemoryOptions()
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
-        quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit, start=start_of(recipe),
+        quant_head=m.quant_head, in_files=options.loads_from_files, keep_16bit=m.keep_16bit, start=start_of(recipe),
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if first:
         begin_at(model, first)
     if not options.places_weights:
         return model
-    return place(model, device, options, trains_base=method_of(recipe).trains_base)
+    return place(model, device, options, trains_base=method_of(recipe).trains_base, ranks=ranks)
 
 
 def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:

@@ -123,8 +123,14 @@ def plan_recipe(
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
-    if job.workload.method.trains_base and not m.optimizer_in_backward:
+    trains_base = job.workload.method.trains_base
+    if trains_base and not m.optimizer_in_backward:
         fixed["resident_layers"] = None  # see ``constraints.STREAMED_TRAINED``
+    if machine.ranks > 1 and not trains_base:
+        fixed["shards"] = machine.ranks
+    elif fixed.get("stream_from") == "ranks":
+        raise RecipeError("memory.stream_from ranks divides the weights of layers among several processes, and this is "
+                          "one: start more (qlora-lite train --gpus), or set it to auto")  # fmt: skip
     pack = shape or full_pack(d.max_tokens, d.packing and together)
     step = Step(
         job, pack, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
@@ -190,6 +196,8 @@ def plan_run(
     epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     machine = _smallest(machine.shared_by(processes.local_world_size), processes)
+    shards = processes.shards
+    machine = replace(machine, ranks=shards.count, link_bytes_per_second=shards.bytes_per_second(device))
     left = budget_of(recipe, machine) - machine.base_bytes
     budget_bytes = int(min(processes.gather(left))) + machine.base_bytes - headroom
     own = share_of(recipe, processes.world_size)
@@ -252,7 +260,8 @@ def shared(recipe: Recipe, machine: Machine, made: Plan, gpus: int, link: str) -
     Args:
         machine: that of one GPU alone.
     """
-    alone = plan_recipe(recipe, machine, made.budget_bytes)
+    memory = recipe.memory.model_copy(update={"stream_from": "auto"})
+    alone = plan_recipe(recipe.model_copy(update={"memory": memory}), machine, made.budget_bytes)
     return shared_step(alone.chosen if alone.fits and made.fits else None, made.chosen, gpus, link)
 
 
@@ -442,7 +451,7 @@ def _more_host(plan: Plan, candidate: Candidate) -> str:
     """Say what makes room in host memory for a candidate."""
     on_disk = replace(candidate.options, offload_folder=".")
     disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
-    has_to_hold_all = candidate.options.resident_layers is not None and plan.step.fixed.get("stream_from_disk") is False
+    has_to_hold_all = candidate.options.resident_layers is not None and plan.step.fixed.get("stream_from") is False
     return (
         "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
         + (", or set memory.stream_from to auto" if has_to_hold_all else "")

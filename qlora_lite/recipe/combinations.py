@@ -227,15 +227,17 @@ def _folder(value: _Value) -> _Found:
 
 
 def _stream_from(value: _Value) -> _Found:
-    if value("memory", "stream_from") != "disk":
+    source = value("memory", "stream_from")
+    if source not in ("disk", "ranks"):
         return
     for place, without, why in (
         (("memory", "resident_layers"), "all", "no weights are streamed"),
         (("memory", "checkpointing"), "none", "no weights are streamed"),
-        (("model", "quant"), "none", "weights are not prepared in a file"),
+        (("model", "quant"), "none" if source == "disk" else "", "weights are not prepared in a file"),
+        (("adapter", "method"), "full" if source == "ranks" else "", "all weights are trained, and none are frozen"),
     ):
         if value(*place) == without:
-            message = f"memory.stream_from = disk: with {'.'.join(place)} {without} {why}"
+            message = f"memory.stream_from = {source}: with {'.'.join(place)} {without} {why}"
             yield ("memory", "stream_from"), f"{message}; remove one of the two"
 
 

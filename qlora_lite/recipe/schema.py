@@ -519,14 +519,16 @@ class Memory(_Section):
     resident_layers: Annotated[Count | Literal["auto", "all"], Rule("a whole number of at least 0, auto or all")] = (
         "auto"
     )
-    """How many of the last layers keep their weights on the device; those of the others are in host memory and are
-    copied, one layer ahead, in forward and in backward. Results are the same to the bit. With adapter.method full they
-    are updated there, which needs memory.optimizer_in_backward."""
-    stream_from: Literal["auto", "host", "disk"] = "auto"
-    """Where streamed 4-bit weights wait. host is pinned memory for all of them; disk leaves them in the file of the
+    """How many of the last layers keep their weights on the device; those of the others wait where memory.stream_from
+    says and are copied, one layer ahead, in forward and in backward. Results are the same to the bit. With
+    adapter.method full they are updated in host memory, which needs memory.optimizer_in_backward."""
+    stream_from: Literal["auto", "host", "disk", "ranks"] = "auto"
+    """Where streamed weights wait. host is pinned memory for all of them; disk leaves 4-bit weights in the file of the
     prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two layers, and more where the system
-    has room. auto is disk only if host memory has room for no other plan; estimates of time assume a disk that reads 2
-    GB/s. If the file can no longer be read, the process ends."""
+    has room; ranks divides each layer among the GPUs of this machine (of all machines, where each has one), which put
+    it together when it is needed. auto is ranks where several processes train and one has no room for all weights, and
+    disk only if host memory has room for no other plan; estimates of time assume a disk that reads 2 GB/s. If the file
+    can no longer be read, the process ends."""
     optimizer_in_backward: bool = False
     """Update each LoRA weight as soon as its gradient is computed, so that all gradients never exist at one time.
     Clipping, gradient accumulation and skipped steps need all of them first: only with train.max_grad_norm 0,

@@ -96,11 +96,14 @@ def _type_name(plan: Plan) -> str:
 def _in_words(chosen: Candidate) -> str:
     x = chosen.options
     kept = f" except for the last {x.uncheckpointed_layers} layers" if x.recomputes and x.uncheckpointed_layers else ""
-    source = "disk" if x.stream_from_disk else "host memory"
-    resident = "" if x.resident_layers is None else (
-        f", weights streamed from {source} except for {x.resident_layers} layers" if x.resident_layers
-        else f", weights streamed from {source}"
-    )  # fmt: skip
+    where = {
+        "host": "streamed from host memory", "disk": "streamed from disk", "ranks": f"sharded over {x.shards} ranks",
+    }[x.stream_from]  # fmt: skip
+    resident = (
+        ""
+        if x.resident_layers is None
+        else (f", weights {where} except for {x.resident_layers} layers" if x.resident_layers else f", weights {where}")
+    )
     place = "on disk" if x.uses_disk else "in host memory"
     return (
         f"checkpointing {x.checkpointing}{kept}"
@@ -118,21 +121,23 @@ def _in_words(chosen: Candidate) -> str:
 
 
 def transfers(plan: Plan) -> str | None:
-    """Return how long a step's copies between host and GPU take, and whether they are hidden; None without copies."""
+    """Return how long a step's copies from host or other ranks take, and whether they are hidden; None without any."""
     work, machine, steps = plan.chosen.prediction.simulation.work, plan.machine, plan.chosen.micro_batches
-    if not work.bus_bytes:
-        return None
-    bus, computing, starting = (
-        steps * seconds(work) for seconds in (machine.bus_seconds, machine.computing_seconds, machine.starting_seconds)
+    bus, link, computing, starting = (
+        steps * seconds(work)
+        for seconds in (machine.bus_seconds, machine.link_seconds, machine.computing_seconds, machine.starting_seconds)
     )
-    hidden, what = "hidden behind" if bus <= max(computing, starting) else "longer than", "of computation"
-    if starting > computing:
-        computing, what = starting, "of launching operations"
-    said = f"{format_seconds(bus)} of copies between host and GPU, {hidden} {format_seconds(computing)} {what}"
+    hides, what = max(computing, starting), "of launching operations" if starting > computing else "of computation"
+    parts = []
+    for seconds, of in ((bus, "of copies between host and GPU"), (link, "of weights from the other ranks")):
+        if seconds:
+            hidden = "hidden behind" if seconds <= hides and machine.device_type == "cuda" else (
+                "longer than" if seconds > hides else "beside")  # fmt: skip
+            parts.append(f"{format_seconds(seconds)} {of}, {hidden} {format_seconds(hides)} {what}")
     if work.disk_bytes:
         disk, size = format_seconds(steps * machine.disk_seconds(work)), format_bytes(steps * work.disk_bytes)
-        said += f"; {size} read from disk, {disk} at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s"
-    return said
+        parts.append(f"{size} read from disk, {disk} at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s")
+    return "; ".join(parts) or None
 
 
 def time_of_step(plan: Plan) -> str:

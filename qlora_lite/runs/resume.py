@@ -40,6 +40,7 @@ from qlora_lite.train.state import STATE, numbers_of
 log = logging.getLogger("qlora_lite")
 BASE_MODEL = "base model"  # what names it by its content in a checkpoint's identity
 FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environment
+RANKS = "ranks"  # how many there are, likewise
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
@@ -47,8 +48,9 @@ HARMLESS = {
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
-    "memory.offload_folder", "output.dir", "output.name",
+    "memory.offload_folder", "memory.resident_layers", "memory.stream_from", "output.dir", "output.name",
 }  # fmt: skip
+PLACES = "memory.resident_layers", "memory.stream_from"  # of weights, which change no number
 PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
 _RATE = "train.learning_rate"
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
@@ -80,6 +82,13 @@ class Continuation:
         """Whether steps are run as the checkpoint's plan says, and not as one that forced changes ask for."""
         options = ("memory.", "train.micro_batch_size", "train.gradient_accumulation_steps")
         return not any(change.startswith(options) for change in self.forced)
+
+    def plan_of(self, ranks: int) -> dict[str, object]:
+        """Return the checkpoint's plan, without where weights wait if that, or the number of ranks, is another now."""
+        moved = any(change.startswith(PLACES) for change in self.accepted)
+        if ranks == self.run["environment"][RANKS] and not moved:
+            return self.run["plan"]
+        return {key: value for key, value in self.run["plan"].items() if key not in PLACES}
 
     @property
     def learning_rate(self) -> float:
@@ -285,6 +294,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         run["environment"][FROZEN_WEIGHTS] = run["identity"].get(BASE_MODEL)
         run["identity"][BASE_MODEL] = run["summary"].get("base_fingerprint")
     run["environment"].setdefault("kernels", [])  # earlier versions had none
+    run["environment"].setdefault(RANKS, 1)  # and did not say it
     return checkpoint
 
 
@@ -317,15 +327,18 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
     }
 
 
-def environment(device_name: str, loss: str, kernels: Sequence[str], frozen_weights: str) -> dict[str, object]:
+def environment(
+    device_name: str, loss: str, kernels: Sequence[str], frozen_weights: str, ranks: int = 1
+) -> dict[str, object]:
     """Return what a result's last bits can depend on, by name.
 
     Args:
         loss: whose loss is computed.
         kernels: fused ones that are used, see ``models.kernels``.
         frozen_weights: see ``guards.frozen_checksum``.
+        ranks: that share each step.
     """
     return {
         **package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss,
-        "kernels": [*kernels], FROZEN_WEIGHTS: frozen_weights,
+        "kernels": [*kernels], FROZEN_WEIGHTS: frozen_weights, RANKS: ranks,
     }  # fmt: skip

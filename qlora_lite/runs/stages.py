@@ -34,8 +34,9 @@ from qlora_lite.files import Space, write_text
 from qlora_lite.inference.evaluate import Measured, Watch
 from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.kernels import kernels_of
+from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.locate import locate
+from qlora_lite.models.memory_options import on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import (
@@ -248,7 +249,7 @@ def plan(prepared: Prepared, headroom: int = 0) -> Planned:
     """Choose how to run the step before anything large is loaded, and leave so many bytes of the budget as headroom."""
     recipe, earlier = prepared.with_ranks, prepared.continuation
     if earlier and earlier.keeps_plan:
-        recipe = with_plan(recipe, earlier.run["plan"])
+        recipe = with_plan(recipe, earlier.plan_of(prepared.processes.world_size))
     found, settings = plan_run(recipe, prepared.rows, prepared.eval_examples, headroom, prepared.processes)
     log.info("plan: %s", reason(found))
     return Planned(**vars(prepared), plan=found, settings=settings, budget_bytes=found.budget_bytes + headroom)
@@ -260,7 +261,8 @@ def load(planned: Planned) -> Loaded:
     ran_out = explaining_memory("close other programs, or choose a smaller model",
                                 "memory ran out while the model was loaded")  # fmt: skip
     with ran_out, planned.processes.one_ahead():
-        model = build_model(planned.with_ranks, planned.settings.options, planned.first_adapter, planned.first)
+        options, shards = planned.settings.options, planned.processes.shards
+        model = build_model(planned.with_ranks, options, planned.first_adapter, planned.first, shards)
     work, stream = planned.plan.step.job.workload, build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
@@ -298,7 +300,8 @@ def probe(loaded: Loaded) -> Proven | Overrun:
     # what is trained, now or in a later turn, is written to, so that no file page stands for it any more
     parameters = () if trainer.workload.method.trains_base else loaded.model.parameters()
     weights = [*(each for each in parameters if not each.requires_grad), *loaded.model.buffers()]
-    mapped = mapped_bytes(weights) if device.type == "cpu" else 0
+    planned = [each for each in weights if not on_disk(loaded.model, each)]
+    mapped = mapped_bytes(planned) if device.type == "cpu" else 0
     predicted = as_measured(loaded.plan, expected) - mapped
     if loaded.settings.options.compile:
         log.info("train.compile: compiling the blocks, which takes a minute or so the first time")
@@ -307,7 +310,7 @@ def probe(loaded: Loaded) -> Proven | Overrun:
         _choose(loaded, before.get("kernels"), before.get("loss"))
         trainer.probe_memory(loaded.eval_examples)
     except (RuntimeError, MemoryError) as error:
-        if not another_plan_may_help(error, device):
+        if trainer.is_sharded or not another_plan_may_help(error, device):
             raise
         words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
         return Overrun(budget - loaded.plan.peak_bytes, f"{words} ({first_line(error)})")
@@ -326,21 +329,36 @@ def probe(loaded: Loaded) -> Proven | Overrun:
         "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
         "chosen": loaded.chosen, "why": reason(loaded.plan), "loss": loss, "kernels": kernels,
     })  # fmt: skip
-    return Proven(**vars(loaded), environment=environment(_device_name(device), loss, kernels, loaded.checksum))
+    now = environment(_device_name(device), loss, kernels, loaded.checksum, loaded.processes.world_size)
+    return Proven(**vars(loaded), environment=now)
 
 
 def _choose(loaded: Loaded, kernels: list[str] | None, loss: str | None) -> None:
-    """Choose kernels and loss, as recorded where they are given; the first rank's choice is that of all."""
+    """Choose kernels and loss, as recorded where they are given; the first rank's choice is that of all.
+
+    Ranks that get weights from each other have to try them together.
+    """
     trainer, processes, told = loaded.trainer, loaded.processes, "[null, null]"
+    if trainer.is_sharded:
+        trainer.choose_kernels(kernels)
+        trainer.choose_loss(loss)
+        kernels, loss = json.loads(processes.tell(_chosen(trainer)))
+        use_kernels(loaded.model, kernels)
+        trainer.choose_loss(loss)
+        return
     if not processes.is_first:
         kernels, loss = json.loads(processes.tell(told))
     try:
         trainer.choose_kernels(kernels)
         trainer.choose_loss(loss)
-        told = json.dumps([sorted(kernels_of(loaded.model)), trainer.workload.objective.name])
+        told = _chosen(trainer)
     finally:
         if processes.is_first:
             processes.tell(told)
+
+
+def _chosen(trainer: Trainer) -> str:
+    return json.dumps([sorted(kernels_of(trainer.model)), trainer.workload.objective.name])
 
 
 def _log_data(report: dict) -> None:

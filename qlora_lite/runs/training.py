@@ -9,7 +9,6 @@ import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME
@@ -287,10 +286,9 @@ class Training:
             return None
         try:
             with self._at_once():
-                at_once = partial(answered_at_once, self.recipe, self.model, self.proven.budget_bytes)
                 result = measure(
                     self.model, self.proven.tokenizer, rows, eval_data.end_token_ids, self.trainer.answer_losses,
-                    at_once, measures_of(self.recipe), new_tokens_of(self.recipe), self._watch,
+                    self._prompts_at_once, measures_of(self.recipe), new_tokens_of(self.recipe), self._watch,
                 )  # fmt: skip
         except (DoesNotFitError, ModelError) as error:
             if self.trainer.step:
@@ -307,6 +305,11 @@ class Training:
         said = ", ".join(f"{name} {score}" for name, score in shown.items())
         log.info("metrics %s, %d examples: %s", when, len(result.records), said)
         return result
+
+    def _prompts_at_once(self, tokens: int) -> int:
+        """Return how many prompts all ranks have room for, given the tokens of the longest with its answer."""
+        own = answered_at_once(self.recipe, self.model, self.proven.budget_bytes, tokens)
+        return int(min(self.processes.gather(own)))
 
     def _keep_if_best(self, loss: float) -> bool:
         """Keep the factors if their loss is the best one so far; return whether it is."""

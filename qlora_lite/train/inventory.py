@@ -57,6 +57,8 @@ def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Te
     if stream := stream_of(model):
         for slot in stream.slots:
             yield slot, "base weights", "room for a streamed block"
+        for shard in stream.shards:
+            yield shard, "base weights", "this rank's part of a block, put together when it is needed"
         for buffer in stream.buffers:
             yield buffer, "offloaded", "room for a streamed block that is read from the disk"
 

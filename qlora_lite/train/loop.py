@@ -13,6 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import TypeVar
@@ -23,7 +24,7 @@ from torch import nn
 from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.memory.meter import PeakMeter
-from qlora_lite.models.memory_options import settle, trained_on_host
+from qlora_lite.models.memory_options import settle, stream_of, trained_on_host
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 
@@ -114,6 +115,7 @@ class Trainer:
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
         self._is_still = False  # its gradients are zero, which has been said
+        self.is_sharded = (stream := stream_of(model)) is not None and len(stream.shards) > 0
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
@@ -303,13 +305,13 @@ class Trainer:
             )  # fmt: skip
             self._has_retried = True
 
-    def _step(self, batches: Iterator, counts: bool) -> StepResult:
+    def _step(self, batches: Iterator, counted: int) -> StepResult:
         s, whole = self.settings, list(batches)
 
         def attempt(scale: float) -> StepResult:
             self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
             return train_step(
-                self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale, self.processes, counts
+                self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale, self.processes, counted
             )
 
         if self.loss_scale is None:
@@ -330,30 +332,40 @@ class Trainer:
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
             return train_step_in_backward(self.workload, self.model, self.workload.collate(rows), self.optimizer)
 
-    def _shared(self, groups: Sequence[Sequence], compute: Callable[[Iterator, bool], T]) -> T:
-        """Return what the ranks' ``compute`` makes of their shares of the batches.
+    def _shared(self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T]) -> T:
+        """Return what the ranks' ``compute`` makes of their shares of the batches; it is told how many of them count.
 
-        A rank for which there is none computes the first, and is told that it does not count.
+        A rank for which there is none computes the first for nothing. Ranks that get weights from each other run as
+        many as the one with the most, since each block is put together by all at one time.
         """
         own = self.processes.share(groups)
-        return self._within_memory(own or groups[:1], lambda batches: compute(batches, bool(own)), self.processes)
+
+        def alike(batches: list[Sequence]) -> tuple[list[Sequence], int]:
+            most = int(self.processes.largest(len(batches))) if self.is_sharded else len(batches)
+            return batches + batches[:1] * (most - len(batches)), len(batches) if own else 0
+
+        return self._within_memory(own or groups[:1], compute, self.processes, alike)
 
     def _within_memory(
-        self, groups: Sequence[Sequence], compute: Callable[[Iterator], T], processes: Processes = ALONE
-    ) -> T:
+        self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], processes: Processes = ALONE,
+        alike: Callable[[list[Sequence]], tuple[list[Sequence], int]] = lambda parts: (parts, len(parts)),
+    ) -> T:  # fmt: skip
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
 
         Args:
             processes: those that compute together, and do it again together.
+            alike: returns the batches that are run, and how many of them count.
 
         Raises:
-            DoesNotFitError: a single row is too large.
+            DoesNotFitError: a single row is too large, or other ranks are in the middle of a block.
         """
         random_states = generator_states(self.device)
         while True:
             parts, ran_out, reason = cut(self.workload, groups, self.most_tokens), False, ""
+            run, counted = alike(parts)
             try:
-                return compute(self.workload.collate(rows) for rows in parts)
+                with no_retry("between ranks that wait for each other's weights") if self.is_sharded else nullcontext():
+                    return compute((self.workload.collate(rows) for rows in run), counted)
             except OtherRankError:
                 pass
             except (RuntimeError, MemoryError) as error:
@@ -403,8 +415,8 @@ class Trainer:
             if done:
                 done(min(count * self.processes.world_size, len(examples)))
 
-        def compute(batches: Iterator, counts: bool) -> Evaluation:
-            return evaluate_loss(work, self.model, _counted(work, batches, of_all), self.processes, counts)
+        def compute(batches: Iterator, counted: int) -> Evaluation:
+            return evaluate_loss(work, self.model, _counted(work, batches, of_all), self.processes, counted)
 
         return self._shared(list(_eval_rows(work, examples, self.settings)), compute)
 
@@ -414,7 +426,7 @@ class Trainer:
         self.check()
         work = self.workload.plain()
         groups = list(_eval_rows(work, examples, self.settings))
-        return self._within_memory(groups, lambda batches: answer_losses(work, self.model, batches))
+        return self._within_memory(groups, lambda batches, _: answer_losses(work, self.model, batches))
 
 
 def _eval_plan(lengths: Sequence[int], settings: TrainSettings) -> list[list[int]]:

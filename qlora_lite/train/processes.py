@@ -1,10 +1,10 @@
 """Several processes that train one model together, each on its share of a step's micro-batches (data parallel).
 
-Each holds the whole model and all rows, and goes through the same steps; what differs between them is which
-micro-batches they compute. A step's gradients are added up once, in float32, after the last micro-batch; all that is
-decided from them (clipping, steps that are not finite, an update) is then decided alike everywhere, so that weights and
-optimizer states stay equal without being sent. What only one rank can know (its memory ran out, it got a signal) is
-agreed on in a few numbers that all exchange, in the same places of a step.
+Each holds the model, whole or its part of it, and all rows, and goes through the same steps; what differs between them
+is which micro-batches they compute. A step's gradients are added up once, in float32, after the last micro-batch; all
+that is decided from them (clipping, steps that are not finite, an update) is then decided alike everywhere, so that
+weights and optimizer states stay equal without being sent. What only one rank can know (its memory ran out, it got a
+signal) is agreed on in a few numbers that all exchange, in the same places of a step.
 
 torch's DistributedDataParallel would send gradients while others are still computed, and weight each rank's mean alike;
 here a step has one exchange, because adapters are small, and every target counts the same wherever it is.
@@ -26,8 +26,11 @@ from qlora_lite.errors import LaunchError
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
 ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step; or five times as long as this one has ever taken
 FIRST_ANSWER = timedelta(minutes=10)  # before that is known
+BLOCK_ANSWER = timedelta(seconds=60)  # of ranks in the middle of a step, until all have come to the same block
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
 T = TypeVar("T")
+_MEASURED_BYTES, _MEASUREMENTS = 64 * 2**20, 3  # of a link
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 class RankLostError(LaunchError):
@@ -121,8 +124,46 @@ class Processes:
         One process draws on from where it is.
         """
 
+    @property
+    def shards(self) -> "Shards":
+        """The ranks among which blocks' weights can be divided."""
+        return Shards(0, 1)
+
 
 ALONE = Processes()
+
+
+class Shards:
+    """Ranks that each hold a part of what all need: those of this machine, or where it has one alone, of all machines.
+
+    Args:
+        rank: of this one among them.
+        count: how many they are.
+        group: theirs; None of all processes.
+    """
+
+    def __init__(self, rank: int, count: int, group: dist.ProcessGroup | None = None):
+        self.rank, self.count, self._group = rank, count, group
+
+    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Fill a buffer with the parts of all ranks in order; see ``ops.stream.Ranks``."""
+        with explaining_loss():
+            _all_gather(whole, own, group=self._group)
+
+    def bytes_per_second(self, device: torch.device) -> float | None:
+        """Measure what a rank gets from the others; None where there are none."""
+        if self.count == 1:
+            return None
+        own = torch.zeros(_MEASURED_BYTES // self.count, dtype=torch.uint8, device=device)
+        whole = torch.empty(len(own) * self.count, dtype=torch.uint8, device=device)
+        seconds = []
+        for _ in range(_MEASUREMENTS):
+            started = time.perf_counter()
+            self.gather(whole, own)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return (len(whole) - len(own)) / min(seconds)
 
 
 class ProcessGroup(Processes):
@@ -131,7 +172,16 @@ class ProcessGroup(Processes):
     def __init__(self, rank: int, world_size: int, local_world_size: int = 1):
         super().__init__(rank, world_size, local_world_size)
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
+        self._shards = Shards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
+        if 1 < local_world_size < world_size and world_size % local_world_size == 0:
+            group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
+            self._shards = Shards(rank % local_world_size, local_world_size, group)
         self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
+
+    @property
+    def shards(self) -> Shards:
+        """See ``Processes``."""
+        return self._shards
 
     def exchange(self, *numbers: float, failed: bool = False) -> list[float]:
         """See ``Processes``; a rank that hangs is named."""

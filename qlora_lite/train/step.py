@@ -57,25 +57,28 @@ class Means(NamedTuple):
 
 
 def accumulate_gradients(
-    workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0, total: float | None = None
-) -> Means:
+    workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0, total: float | None = None,
+    counted: int | None = None,
+) -> Means:  # fmt: skip
     """Add the gradients of the mean loss over all targets of the batches, times a scale; return the means.
 
     Args:
         batches: inputs of the workload.
         total: the weight that losses are divided by, where the step has other batches too.
+        counted: how many of the batches, the first ones, count; the others are run for nothing. None counts all.
     """
     if total is None:
         total = sum(workload.weight(batch) for batch in batches)
     mean, metrics = torch.zeros((), dtype=torch.float32, device=workload.device(model)), {}
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        weight = total if counted is None or number < counted else math.inf
         with phase("forward"):
             found = workload.loss(model, batch)
-            loss = found.sum / total
+            loss = found.sum / weight
         with phase("backward"):
             _backward(model, loss, scale)
         mean += loss.detach()
-        _add(metrics, found.metrics, total)
+        _add(metrics, found.metrics, weight)
     return Means(mean, metrics)
 
 
@@ -86,7 +89,7 @@ def _add(metrics: dict[str, torch.Tensor], found: Mapping[str, torch.Tensor], to
 
 def train_step(
     workload: Workload, model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, max_grad_norm: float,
-    scale: float = 1.0, processes: Processes = ALONE, counts: bool = True,
+    scale: float = 1.0, processes: Processes = ALONE, counted: int | None = None,
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
@@ -97,7 +100,7 @@ def train_step(
         optimizer: one of ``build_optimizer``'s.
         scale: power of two that the backward pass is run at; see ``loss_scale``.
         processes: those that the step is shared with.
-        counts: False for a rank that there is no micro-batch left for, and that runs another one's for nothing.
+        counted: see ``accumulate_gradients``; 0 for a rank that there is no micro-batch left for.
 
     Returns:
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
@@ -108,10 +111,10 @@ def train_step(
     """
     parameters = parameters_of(optimizer)
     inputs = [workload.inputs(batch, workload.device(model)) for batch in batches]
-    shapes = [workload.shape(batch) for batch in batches]
-    own = [sum(map(workload.weight, inputs)), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)]
-    total, tokens, targets = processes.exchange(*(own if counts else (0, 0, 0)))
-    mean, metrics = accumulate_gradients(workload, model, inputs, scale, total if counts else math.inf)
+    shapes = [workload.shape(batch) for batch in batches[:counted]]
+    own = sum(map(workload.weight, inputs[:counted])), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)
+    total, tokens, targets = processes.exchange(*own)
+    mean, metrics = accumulate_gradients(workload, model, inputs, scale, total, counted)
     processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
         with no_retry("while the ranks added up their gradients"):
@@ -187,30 +190,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate_loss(
-    workload: Workload, model: nn.Module, batches: Iterable, processes: Processes = ALONE, counts: bool = True
+    workload: Workload, model: nn.Module, batches: Iterable, processes: Processes = ALONE, counted: int | None = None
 ) -> Evaluation:
     """Return the mean loss over every target of the batches, with dropout off.
 
     Args:
         batches: the workload's; of several ranks, this one's share.
-        processes, counts: see ``train_step``.
+        processes, counted: see ``train_step``.
     """
     device = workload.device(model)
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     metrics: dict[str, torch.Tensor] = {}
     with evaluating(model):
-        for batch in batches:
-            inputs = workload.inputs(batch, device)
+        for number, batch in enumerate(batches):
+            inputs, counts = workload.inputs(batch, device), counted is None or number < counted
             found = workload.loss(model, inputs)
-            total += found.sum
-            _add(metrics, found.metrics, 1)
-            weight += workload.weight(inputs)
-            targets += workload.shape(batch).targets
-    own = [total.item(), weight, targets]
-    values = [value.item() for value in metrics.values()]
-    if not counts:
-        own, values = [0, 0, 0], [0] * len(values)
-    total, weight, targets = processes.exchange(*own)
-    values = [processes.exchange(value)[0] for value in values]
+            total += found.sum if counts else 0
+            _add(metrics, found.metrics, 1 if counts else math.inf)
+            weight += workload.weight(inputs) if counts else 0
+            targets += workload.shape(batch).targets if counts else 0
+    total, weight, targets = processes.exchange(total.item(), weight, targets)
+    values = [processes.exchange(value.item())[0] for value in metrics.values()]
     loss, *means = (value / (weight or 1) for value in (total, *values))
     return Evaluation(loss, math.exp(min(loss, 700.0)), int(targets), dict(zip(metrics, means, strict=True)))

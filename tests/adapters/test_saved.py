@@ -50,7 +50,7 @@ def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(
     said = [command("generate", tmp_path / "whole", "--prompt", "3?", *base) for base in ((), ("--base",))]
     assert [code for code, *_ in said] == [0, 0] and said[0][1] != said[1][1]
     monkeypatch.setattr(build, "memory_to_use", lambda *_: 0)
-    for places in (MemoryOptions(resident_layers=0), MemoryOptions(resident_layers=0, stream_from_disk=True)):
+    for places in (MemoryOptions(resident_layers=0), MemoryOptions(resident_layers=0, stream_from="disk")):
         monkeypatch.setattr(build, "placement", lambda *_, places=places: places)
         streamed = evaluate_recipe(whole, tmp_path / "whole" / "adapter", 0)
         assert streamed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)

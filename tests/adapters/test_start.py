@@ -268,7 +268,7 @@ def test_a_start_does_not_depend_on_the_seed_of_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(resident_layers=1, stream_from_disk=True),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(resident_layers=1, stream_from="disk"),
 ], ids=["host", "disk"])  # fmt: skip
 def test_streamed_weights_are_split_as_resident_ones_are(options, tmp_path):
     recipe = recipe_of(tmp_path, "loftq")

@@ -184,7 +184,7 @@ def test_layers_of_a_gguf_file_stay_in_16_bit(tmp_path):
 def test_streamed_blocks_of_two_kinds_give_the_bits_of_resident_ones(on_disk, tmp_path):
     save_tiny(tmp_path / "model", num_hidden_layers=4)
     found = []
-    for options in (MemoryOptions(), MemoryOptions(resident_layers=1, stream_from_disk=on_disk)):
+    for options in (MemoryOptions(), MemoryOptions(resident_layers=1, stream_from="disk" if on_disk else "host")):
         model = load(tmp_path / "model", KEEP, in_files=options.weights_on_disk)
         place(model, torch.device("cpu"), options)
         set_memory_options(model, options)

@@ -114,11 +114,11 @@ def test_its_gradients_are_those_of_the_dequantised_model(llama):
 
 @pytest.mark.parametrize("options", [
     MemoryOptions(cache_dequantized=True), MemoryOptions(resident_layers=0), MemoryOptions(resident_layers=1),
-    MemoryOptions(resident_layers=0, stream_from_disk=True, cache_dequantized=True),
+    MemoryOptions(resident_layers=0, stream_from="disk", cache_dequantized=True),
 ], ids=str)  # fmt: skip
 def test_where_its_codes_lie_changes_no_bit_of_its_gradients(llama, options):
     resident = gradients(adapted(load(llama)), PLAIN)
-    found = gradients(adapted(load(llama, in_files=options.stream_from_disk), options), options)
+    found = gradients(adapted(load(llama, in_files=options.weights_on_disk), options), options)
     assert all(torch.equal(one, other) for one, other in zip(found, resident, strict=True))
 
 

@@ -77,7 +77,7 @@ def test_groups_of_experts_are_dequantised_without_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    MemoryOptions(resident_layers=0, stream_from_disk=True), MemoryOptions(resident_layers=1, cache_dequantized=True),
+    MemoryOptions(resident_layers=0, stream_from="disk"), MemoryOptions(resident_layers=1, cache_dequantized=True),
 ], ids=str)  # fmt: skip
 def test_streamed_it_has_every_bit_of_the_gradients_of_the_resident_one(published, options):
     _, folder, _ = published

@@ -79,10 +79,10 @@ def test_what_only_shares_a_storage_with_a_streamed_weight_is_not_one():
 class Halves:
     """A placement of a caller's own: what another holder has of each block is fetched when it is to be brought."""
 
-    on_disk, buffers = False, ()
+    in_files, buffers, shards = False, (), ()
 
     def __init__(self, blocks, side):
-        self.begun, self._halves = [], []
+        self.begun, self._halves, self.slot_bytes = [], [], max(block.size for block in blocks)
         for block in blocks:
             whole = torch.empty(block.size, dtype=torch.uint8)
             block.fill(whole)

@@ -95,7 +95,7 @@ def test_less_memory_gives_placements_that_need_less_and_fit(model_type, tied):
         on_host = sum(stream_of(streamed).sizes) + spare_bytes(stream_of(streamed).sizes) + pinned
         on_host += table if options.host_embeddings and not (tied and options.host_head) else 0
         assert placement(model, 100, memory, on_host) == options
-        assert placement(model, 100, memory, on_host - 1) == replace(options, stream_from_disk=True)
+        assert placement(model, 100, memory, on_host - 1) == replace(options, stream_from="disk")
     assert placement(model, 10_000, prompt + bytes_on_device(model, MemoryOptions())) == seen[-1], "a longer prompt"
 
 
@@ -283,7 +283,7 @@ def test_a_small_gpu_evaluates_answers_and_compares_as_a_large_one(tmp_path, mon
     chosen = (
         some,
         MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True),
-        replace(some, stream_from_disk=True),
+        replace(some, stream_from="disk"),
     )
     assert placed == [options for options in chosen for _ in range(3)]
 

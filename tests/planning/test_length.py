@@ -91,13 +91,13 @@ def test_the_last_blocks_may_be_kept_beside_a_limit_of_the_host():
     step = step_of(64, uncheckpointed_layers=2, offload_checkpoints=True)
     assert longest_tokens(step, 2**30, 2**31, 64, 512) == 512
     device, host = needs(1024, 2, uncheckpointed_layers=2)
-    without = replace(step, fixed=step.fixed | {"stream_from_disk": False})
+    without = replace(step, fixed=step.fixed | {"stream_from": "host"})
     assert longest_tokens(without, device, host, 64, FAR) >= 1024 > longest_tokens(without, device, host - 1, 64, FAR)
     assert longest_tokens(step, device, host - 1, 64, FAR) >= 1024
 
 
 def test_where_the_host_has_no_room_for_weights_they_are_read_from_the_disk():
-    (device, all_of_them), (_, two) = needs(1024, 0), needs(1024, 0, stream_from_disk=True)
+    (device, all_of_them), (_, two) = needs(1024, 0), needs(1024, 0, stream_from="disk")
     assert two < all_of_them
     assert longest_tokens(step_of(64, **ON_HOST), device, two, 64, FAR) >= 1024
 
@@ -106,7 +106,7 @@ def test_where_the_host_has_no_room_for_weights_they_are_read_from_the_disk():
 def test_only_weights_that_were_prepared_in_a_file_are_read_from_it(quant, ways):
     step = step_of(64)
     step = replace(step, job=changed(step.job, quant=quant))
-    assert sum("stream_from_disk" in each.fixed for each in with_less_on_host(step)) == ways
+    assert sum("stream_from" in each.fixed for each in with_less_on_host(step)) == ways
 
 
 def test_of_a_single_block_nothing_is_streamed_for_the_longest():
@@ -131,7 +131,7 @@ def test_without_a_limit_of_the_host_the_device_s_alone_counts():
 @pytest.mark.parametrize(("less_on_device", "less_on_host", "memory"), [(1, 0, "$"), (0, 1, " host memory$")])
 def test_the_memory_that_has_no_room_for_the_shortest_is_named(less_on_device, less_on_host, memory):
     device, host = needs(LENGTH_STEP, 0)
-    step = step_of(64, resident_layers=0, stream_from_disk=False, **ON_HOST)
+    step = step_of(64, resident_layers=0, stream_from="host", **ON_HOST)
     with pytest.raises(DoesNotFitError, match=f"even the smallest needs .*iB of .*iB{memory}"):
         longest_tokens(step, device - less_on_device, host - less_on_host, 64, FAR)
 

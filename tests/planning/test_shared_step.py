@@ -5,8 +5,7 @@ import json
 import pytest
 from tiny_files import save_tiny
 
-from qlora_lite.memory.gpus import LINKS
-from qlora_lite.planning.shared_step import REACHED
+from qlora_lite.memory.gpus import LINKS, REACHED
 
 
 def planned(command, *arguments):

@@ -300,8 +300,8 @@ def test_the_predicted_peak_of_the_update_of_bfloat16_weights_is_the_measured_on
         {"options": MemoryOptions(resident_layers=6, uncheckpointed_layers=6)},
         {"device_type": "cuda", "options": MemoryOptions("selective", uncheckpointed_layers=5)},
         {"device_type": "cuda", "options": MemoryOptions(resident_layers=6, offload_checkpoints=True)},
-        {"options": MemoryOptions(resident_layers=0, stream_from_disk=True, offload_checkpoints=True)},
-        {"device_type": "cuda", "options": MemoryOptions(resident_layers=3, stream_from_disk=True)},
+        {"options": MemoryOptions(resident_layers=0, stream_from="disk", offload_checkpoints=True)},
+        {"device_type": "cuda", "options": MemoryOptions(resident_layers=3, stream_from="disk")},
         {"options": MemoryOptions(cache_dequantized=True)},
         {"options": MemoryOptions(cache_dequantized=True, uncheckpointed_layers=3)},
         {"options": MemoryOptions(cache_dequantized=True, tile_tokens=8)},
@@ -428,20 +428,20 @@ def test_of_blocks_on_a_disk_the_host_holds_two_and_all_are_read_in_forward_and_
     depth, options = 23, MemoryOptions(resident_layers=resident)
     job = job_for(config_of("llama", num_hidden_layers=depth), options=options, device_type="cuda", eval_shape=None)
     from_host = simulate(job)
-    on_disk = simulate(changed(job, options=replace(options, stream_from_disk=True)))
+    on_disk = simulate(changed(job, options=replace(options, stream_from="disk")))
     (size,) = {*from_host.streamed_sizes}
     assert on_disk.offloaded_bytes == 2 * pinned_bytes(size) < from_host.offloaded_bytes / 4
     assert on_disk.peak().on_device == from_host.peak().on_device and on_disk.frozen_bytes == from_host.frozen_bytes
     assert on_disk.folder_bytes == 0, "their file is there anyway"
     assert on_disk.work._replace(disk_bytes=0) == from_host.work
     assert from_host.work.disk_bytes == 0 and on_disk.work.bus_bytes == (2 * (depth - resident) - 2) * size
-    on_cpu = simulate(changed(job, options=replace(options, stream_from_disk=True), device_type="cpu"))
+    on_cpu = simulate(changed(job, options=replace(options, stream_from="disk"), device_type="cpu"))
     without_gaps = on_cpu.resident.breakdown["on disk"] / (depth - resident)
     assert on_disk.work.disk_bytes / without_gaps - on_disk.work.bus_bytes / size in (0, 1), "one is read in vain"
 
 
 def test_blocks_on_a_disk_hold_of_host_memory_what_is_planned():
-    options = MemoryOptions(resident_layers=1, stream_from_disk=True, loss_chunk_tokens=8)
+    options = MemoryOptions(resident_layers=1, stream_from="disk", loss_chunk_tokens=8)
     job = job_for(config_of("llama", num_hidden_layers=5), options=options)
     planned, real = simulate_whole(job), _run(job, torch.device("cpu"), False)
     assert planned.offloaded_bytes == real.offloaded_bytes > 0
@@ -533,10 +533,10 @@ def test_blocks_that_other_targets_match_are_planned_with_the_weights_they_get(t
 
 
 @pytest.mark.parametrize(("keep", "pattern", "options"), [
-    (("v_proj",), (0, 1), MemoryOptions(resident_layers=3, stream_from_disk=True)),
+    (("v_proj",), (0, 1), MemoryOptions(resident_layers=3, stream_from="disk")),
     (("v_proj",), (0, 1), MemoryOptions()),
     (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3)),
-    (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3, stream_from_disk=True)),
+    (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3, stream_from="disk")),
     (("model.layers.*[02468].*",), (0, 2), MemoryOptions()),
 ])  # fmt: skip
 def test_blocks_of_which_others_stay_in_16_bit_are_planned_with_the_bytes_they_have(keep, pattern, options):

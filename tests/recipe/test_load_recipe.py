@@ -521,16 +521,21 @@ def test_compiled_blocks_say_what_they_do_not_go_with(problems, recipe):
 
 
 def test_weights_that_come_from_a_disk_have_to_be_streamed(problems, recipe):
-    disk = "memory.stream_from=disk"
     for settings in ([], ["memory.resident_layers=2"], ["memory.checkpointing=selective"]):
-        assert recipe(GOOD, disk, *settings).memory.stream_from == "disk"
-    for setting, said in (
-        ("memory.resident_layers=all", "memory.resident_layers all no weights are streamed"),
-        ("memory.checkpointing=none", "memory.checkpointing none no weights are streamed"),
-        ("model.quant=none", "model.quant none weights are not prepared in a file"),
+        for source in ("disk", "ranks"):
+            assert recipe(GOOD, f"memory.stream_from={source}", *settings).memory.stream_from == source
+    for setting, said, of in (
+        ("memory.resident_layers=all", "memory.resident_layers all no weights are streamed", ("disk", "ranks")),
+        ("memory.checkpointing=none", "memory.checkpointing none no weights are streamed", ("disk", "ranks")),
+        ("model.quant=none", "model.quant none weights are not prepared in a file", ("disk",)),
+        ("adapter.method=full", "adapter.method full all weights are trained, and none are frozen", ("ranks",)),
     ):
-        assert f"memory.stream_from = disk: with {said}; remove one of the two" in problems(GOOD, disk, setting)[0]
-        assert recipe(GOOD, "memory.stream_from=host", setting)
+        for source in of:
+            wrong = " ".join(problems(GOOD, f"memory.stream_from={source}", setting))
+            assert f"memory.stream_from = {source}: with {said}; remove one of the two" in wrong
+        if "full" not in setting:
+            assert recipe(GOOD, "memory.stream_from=host", setting)
+    assert recipe(GOOD, "memory.stream_from=ranks", "model.quant=none")
 
 
 def test_the_folder_for_checkpoints_has_to_be_there_and_to_be_used(problems, recipe, tmp_path):

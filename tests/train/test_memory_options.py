@@ -471,7 +471,7 @@ ONE_LEVER = {
     "offload_checkpoints": {"offload_checkpoints": True},
     "resident_layers": {"resident_layers": 2},
     "offload_folder": {"offload_checkpoints": True, "offload_folder": FOLDER},
-    "stream_from_disk": {"resident_layers": 0, "stream_from_disk": True},
+    "stream_from": {"resident_layers": 0, "stream_from": "disk"},
     "optimizer_in_backward": {"optimizer_in_backward": True},
     "cache_dequantized": {"cache_dequantized": True},
     "quant_head": {"quant_head": True},
@@ -479,10 +479,10 @@ ONE_LEVER = {
 REFUSED = {
     ("none", "resident_layers"): "streamed blocks cannot keep",
     ("host_head", "quant_head"): "16-bit head",
-    ("none", "stream_from_disk"): "streamed blocks cannot keep",
-    ("uncheckpointed_layers", "stream_from_disk"): "cannot keep",
+    ("none", "stream_from"): "streamed blocks cannot keep",
+    ("uncheckpointed_layers", "stream_from"): "cannot keep",
     ("layers_per_checkpoint", "resident_layers"): "streamed blocks are recomputed one by one",
-    ("layers_per_checkpoint", "stream_from_disk"): "streamed blocks are recomputed one by one",
+    ("layers_per_checkpoint", "stream_from"): "streamed blocks are recomputed one by one",
 }
 PAIRS = [pair for pair in combinations(ONE_LEVER, 2) if pair != ("none", "selective")]  # two values of one setting
 
@@ -504,7 +504,7 @@ options_strategy = st.builds(
     offload_checkpoints=st.booleans(), resident_layers=st.sampled_from([None, 0, 1, 3, DEPTH]),
     host_embeddings=st.booleans(), host_head=st.booleans(), cache_dequantized=st.booleans(),
     optimizer_in_backward=st.booleans(), offload_folder=st.sampled_from([None, FOLDER]),
-    stream_from_disk=st.booleans(),
+    stream_from=st.sampled_from(["host", "disk"]),
 )  # fmt: skip  # ``compile`` is in tests/train/test_compiled.py: a graph takes seconds
 
 

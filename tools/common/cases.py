@@ -55,7 +55,7 @@ OPTION_KEYS = (
     "optimizer_in_backward",
     "cache_dequantized",
     "compile",
-    "stream_from_disk",
+    "stream_from",
 )
 CASE_KEYS = (
     "model",

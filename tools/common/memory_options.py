@@ -86,9 +86,9 @@ def memory_option_cases(model: str, tokens: int, order: Sequence[str]) -> list[d
         ("weights dequantised once a backward", {"cache_dequantized": True}),
         ("attention's results kept on a GPU", {"checkpointing": "selective"}),
         ("block inputs on a disk instead", {"offload_folder": "."}),
-        ("weights on a disk too", {"stream_from_disk": True}),
+        ("weights on a disk too", {"stream_from": "disk"}),
         ("4-bit head instead (not exact)",
-         {"quant_head": True, "host_head": False, "offload_folder": None, "stream_from_disk": False}),
+         {"quant_head": True, "host_head": False, "offload_folder": None, "stream_from": "host"}),
     ])  # fmt: skip
 
 

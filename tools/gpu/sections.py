@@ -77,7 +77,7 @@ for _ in sys.stdin:
 # which a plan counts apart (``memory.process.GROWING_SEGMENT_BYTES``).
 TENSOR_ERROR, ALLOCATED_ERRORS = 0.03, (-0.03, 0.05)
 HOST_WEIGHTS = MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True)
-FROM_DISK = replace(HOST_WEIGHTS, stream_from_disk=True)  # random weights have no file: what a disk takes is not in it
+FROM_DISK = replace(HOST_WEIGHTS, stream_from="disk")  # random weights have no file: what a disk takes is not in it
 SAME_BITS = (  # weights leave the device once
     MemoryOptions("selective"),
     MemoryOptions("selective", offload_checkpoints=True),

@@ -1,0 +1,119 @@
+"""Ranks that divide the blocks' weights among them train what ranks do that each have the whole model, to the bit."""
+
+import pytest
+import torch
+from rank_processes import together
+from tiny import quantized_pair
+from tiny_trainer import examples, trainer
+
+from qlora_lite.errors import DoesNotFitError, LaunchError, ModelError
+from qlora_lite.models.memory_options import MemoryOptions, place, stream_of
+from qlora_lite.ops.stream import ALIGNMENT, SLOTS, BlockStream, OnAllRanks
+from qlora_lite.train.processes import ProcessGroup
+
+SETTINGS = dict(gradient_accumulation_steps=4, max_steps=5, optimizer="adamw_8bit", weight_decay=0.01)
+CASES = [
+    ("llama", {}, {"resident_layers": 0}, {}),
+    ("gemma2", {"tile_tokens": 7, "cache_dequantized": True, "offload_checkpoints": True}, {"resident_layers": 1}, {}),
+    ("llama", {"checkpointing": "selective"}, {"resident_layers": 0}, {"dropout": 0.2, "optimizer": "adamw_torch"}),
+    ("qwen3_moe", {}, {"resident_layers": 0}, {"gradient_accumulation_steps": 3}),
+    ("llama", {}, {"resident_layers": 0}, {"most_tokens": 9}),
+]
+
+
+def course(training, most_tokens):
+    """Train, evaluate before and after, and return the numbers of it and what was learned."""
+    training.most_tokens = most_tokens
+    found = [training.evaluate(examples()[:5]), *([m.loss, m.grad_norm, m.tokens, m.labelled_tokens] for m in training)]
+    found += [training.evaluate(examples()[:5]), training.answer_losses(examples()[:3])]
+    return found, [parameter.detach().clone() for parameter in training.parameters]
+
+
+def sharded_courses(number, count, folder):
+    """What each process does: every case with whole models and with divided ones."""
+    group = ProcessGroup(number, count)
+    for model_type, options, sharded, changes in CASES:
+        changes = SETTINGS | changes
+        most_tokens = changes.pop("most_tokens", None)
+        found = []
+        for how in ({}, sharded | {"stream_from": "ranks", "shards": count}):
+            training = trainer(model_type, processes=group, options=MemoryOptions(**options, **how), **changes)
+            assert training.is_sharded == bool(how)
+            found.append(course(training, most_tokens))
+        (whole, learned), (divided, other) = found
+        assert whole == divided, (model_type, options)
+        assert all(map(torch.equal, learned, other))
+        stream = stream_of(training.model)
+        own, slots = sum(map(len, stream.shards)), sum(map(len, stream.slots))
+        assert 0 <= own * count - sum(stream.sizes) < len(stream.sizes) * count * ALIGNMENT
+        assert slots <= SLOTS * (max(stream.sizes) + count * ALIGNMENT)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_divided_weights_give_what_whole_ones_do_to_the_bit(count, tmp_path):
+    """With rows that do not divide by the ranks, so that some run a micro-batch for nothing."""
+    together(count, "train.test_sharded", "sharded_courses", tmp_path)
+
+
+def running_out(number, count, folder):
+    group = ProcessGroup(number, count)
+    options = MemoryOptions(resident_layers=0, stream_from="ranks", shards=count)
+    training = trainer(processes=group, options=options, **SETTINGS)
+    if number == 1:
+        loss = training.workload.loss
+
+        def failing(model, inputs):
+            loss(model, inputs)
+            raise MemoryError("no room")
+
+        object.__setattr__(training.workload, "loss", failing)
+        with pytest.raises(DoesNotFitError, match="between ranks that wait for each other's weights"):
+            next(iter(training))
+        return
+    with pytest.raises(LaunchError, match="another process of this run has ended or does not answer"):
+        next(iter(training))
+
+
+def test_memory_that_runs_out_on_one_rank_ends_all(tmp_path):
+    together(2, "train.test_sharded", "running_out", tmp_path)
+
+
+class Together:
+    """The ranks of several streams over one model in one process, whose parts are all at hand."""
+
+    def __init__(self, rank, parts):
+        self.rank, self.count, self.parts = rank, len(parts), parts
+
+    def gather(self, whole, own):
+        number = next(n for n, shard in enumerate(self.parts[self.rank]) if shard is own)
+        whole.copy_(torch.cat([shards[number] for shards in self.parts]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_parts_of_all_ranks_are_the_blocks(count):
+    """Of tensors of several types whose bytes end anywhere, some cut in the middle of a number."""
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(37 + n, 11), torch.nn.LayerNorm(5)) for n in range(3)]
+    for block in blocks:
+        block.requires_grad_(False)
+        block[1].register_buffer("codes", torch.randint(0, 256, (1001,), dtype=torch.uint8))
+        block[1].register_buffer("turned", torch.randn(77, 3).bfloat16().t())
+    expected = [[t.clone() for t in (*block.parameters(), *block.buffers())] for block in blocks]
+    parts = [[] for _ in range(count)]
+    streams = []
+    for rank in range(count):
+        streams.append(
+            BlockStream(blocks, torch.device("cpu"), lambda b, s, r=rank: OnAllRanks(b, s, Together(r, parts)))
+        )
+        parts[rank] += streams[-1].shards
+    for number in (0, 1, 2, 1, 0):
+        streams[-1].enter(number)
+        found = [*blocks[number].parameters(), *blocks[number].buffers()]
+        assert all(map(torch.equal, found, expected[number]))
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(found, expected[number], strict=True))
+
+
+def test_one_process_divides_nothing():
+    model, _ = quantized_pair("llama")
+    with pytest.raises(ModelError, match="this is the only one"):
+        place(model, torch.device("cpu"), MemoryOptions(resident_layers=0, stream_from="ranks"))
