@@ -35,7 +35,8 @@ from qlora_lite.reporting.report import write_report
 from qlora_lite.train.checkpoints import CHECKPOINTS, newest_whole
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.out_of_memory import explaining_memory
-from qlora_lite.train.processes import ALONE, Processes, RankLostError, joined
+from qlora_lite.train.processes import ALONE, Processes, RankLostError
+from qlora_lite.train.rendezvous import joined
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.units import format_bytes, format_seconds
 
@@ -86,6 +87,9 @@ def _run(
     processes: Processes = ALONE,
 ) -> Path:  # fmt: skip
     """See ``run_recipe``."""
+    if (begun := processes.recall(recipe.recipe_hash)) and Path(begun).is_dir():
+        log.info("resume: these processes were started in the place of others, which began %s", begun)
+        resume = begun
     path = None if resume is None else path_to_continue(recipe, resume)
     was_there = path is not None or bool(recipe.output.dir and Path(recipe.output.dir).exists())
     is_new, path = path is None, path or new_path(recipe)
@@ -99,6 +103,7 @@ def _run(
                 return path
             if run is None:
                 run, continuation = reopen(path, recipe, force)
+            processes.remember(recipe.recipe_hash, str(path.absolute()))  # now that it is ours
             step = continuation.checkpoint.step if continuation else None
             processes.tell(json.dumps([str(path.absolute()), step]))
             processes.wait()  # until the others have read the checkpoint too

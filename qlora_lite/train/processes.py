@@ -42,7 +42,7 @@ class Processes:
     """The processes that train together; this class is for one that trains alone, and exchanges nothing.
 
     Args:
-        rank: of this process; rank 0 writes the run's files.
+        rank: of this process; rank 0 writes the run's files. Those of one machine follow one another.
         world_size: how many there are.
         local_world_size: how many of them share this machine.
     """
@@ -54,6 +54,14 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes what all have found."""
         return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this process prepares what those of its machine share.
+
+        Of any n ranks in a row, one is divisible by n, also where machines have different numbers of them.
+        """
+        return self.rank % self.local_world_size == 0
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
         """Return this rank's part of what all compute, in order: none where there are fewer than ranks."""
@@ -99,21 +107,28 @@ class Processes:
         """
         others = [rank for rank, differs in enumerate(self.gather(self.tell(text) != text)) if differs]
         if others:
-            raise LaunchError(f"rank {' and '.join(map(str, others))} has other {what} than rank 0: start all ranks "
-                              "with the same files, recipe and versions")  # fmt: skip
+            raise LaunchError(f"{name_ranks(others)} {'has' if len(others) == 1 else 'have'} other {what} than rank 0: "
+                              "start all ranks with the same files, recipe and versions")  # fmt: skip
 
     @contextmanager
     def one_ahead(self) -> Iterator[None]:
-        """Let the first rank go through first: what it leaves in a cache, the others find there."""
-        if not self.is_first:
+        """Let the first rank of each machine go through first: what it leaves in a cache, the others find there."""
+        if not self.is_first_here:
             self.wait(long=True)
         yield
-        if self.is_first:
+        if self.is_first_here:
             self.wait(long=True)
         self.wait(long=True)  # for the others
 
     def wait(self, long: bool = False) -> None:
         """Return when all ranks have come here, which may take ``long``."""
+
+    def remember(self, key: str, value: str) -> None:
+        """Keep a value for processes that are started in the place of these."""
+
+    def recall(self, key: str) -> str | None:
+        """Return what the processes kept in whose place these were started; None if there was nothing."""
+        return None
 
     def seed(self, seed: int, step: int, device: torch.device) -> None:
         """Begin the random numbers of a step anew, so that no rank draws another's and a resumed run needs no state.
@@ -126,10 +141,16 @@ ALONE = Processes()
 
 
 class ProcessGroup(Processes):
-    """The ranks of torch's default process group."""
+    """The ranks of torch's default process group.
 
-    def __init__(self, rank: int, world_size: int, local_world_size: int = 1):
+    Args:
+        rank: see ``Processes``, as are the next two.
+        store: keeps what is to be remembered; None keeps nothing.
+    """
+
+    def __init__(self, rank: int, world_size: int, local_world_size: int = 1, store: dist.Store | None = None):
         super().__init__(rank, world_size, local_world_size)
+        self._store = store
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
         self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
 
@@ -182,9 +203,6 @@ class ProcessGroup(Processes):
 
     def tell(self, text: str) -> str:
         """See ``Processes``."""
-        return bytes(self._of_first(text).tolist()).decode()
-
-    def _of_first(self, text: str) -> torch.Tensor:
         told = torch.tensor([*text.encode()], dtype=torch.uint8)
         length = torch.tensor(len(told))
         with explaining_loss():
@@ -192,7 +210,7 @@ class ProcessGroup(Processes):
             if not self.is_first:
                 told = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(told, 0, self._patient)
-        return told
+        return bytes(told.tolist()).decode()
 
     def wait(self, long: bool = False) -> None:
         """See ``Processes``."""
@@ -202,12 +220,31 @@ class ProcessGroup(Processes):
         with explaining_loss():
             dist.barrier(self._patient)
 
+    def remember(self, key: str, value: str) -> None:
+        """See ``Processes``."""
+        if self._store is not None:
+            with explaining_loss():
+                self._store.set(key, value)
+
+    def recall(self, key: str) -> str | None:
+        """See ``Processes``."""
+        if self._store is None:
+            return None
+        with explaining_loss():
+            return self._store.get(key).decode() if self._store.check([key]) else None
+
     def seed(self, seed: int, step: int, device: torch.device) -> None:
         """See ``Processes``."""
         number = random.Random(f"{seed} {step} {self.rank}").getrandbits(63)
         torch.default_generator.manual_seed(number)
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(number)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Return "rank 1", or "ranks 1, 2 and 3"."""
+    *others, last = map(str, ranks)
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -241,31 +278,3 @@ def explaining_loss() -> Iterator[None]:
             f"another process of this run has ended or does not answer ({first[:200]}); its own message says why. "
             "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
         ) from None
-
-
-@contextmanager
-def joined(rank: int, world_size: int, local_rank: int, local_world_size: int, device: str) -> Iterator[Processes]:
-    """Join the other processes, each of a machine with a GPU of its own if any is used.
-
-    Args:
-        device: auto, cpu or cuda.
-
-    Raises:
-        LaunchError: there are more than GPUs, or they do not find each other.
-    """
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        if local_world_size > torch.cuda.device_count():
-            raise LaunchError(f"{local_world_size} processes were started on a machine with "
-                              f"{torch.cuda.device_count()} GPUs: start one for each")  # fmt: skip
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=FIRST_ANSWER, rank=rank, world_size=world_size)
-        if on_gpu:  # its buffers are there before anybody asks how much memory is free
-            dist.all_reduce(torch.zeros(1, device="cuda"))
-    except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LaunchError(f"rank {rank} does not find the other processes ({first[:200]})") from None
-    yield ProcessGroup(rank, world_size, local_world_size)
-    dist.destroy_process_group()  # after an error the others may wait for this one, and its end is their answer

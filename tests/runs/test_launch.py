@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +61,25 @@ def test_processes_that_a_launcher_started_start_no_others(model_folder, tmp_pat
     assert code == 2 and "2 were started already: leave it out" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("RANK", "", "nothing says where they meet (RANK)"),
+        ("LOCAL_WORLD_SIZE", "", "nothing says where they meet (LOCAL_WORLD_SIZE)"),
+        ("RANK", "2", "RANK is '2': it must be a number below 2"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK is '-1': it must be a number below 2"),
+        ("LOCAL_WORLD_SIZE", "3", "LOCAL_WORLD_SIZE is '3': it must be a number below 3"),
+        ("MASTER_PORT", "http", "MASTER_PORT is 'http': it must be a number below 65536"),
+    ],
+)
+def test_what_a_launcher_leaves_out_or_has_wrong_is_named_at_once(name, value, says, monkeypatch):
+    given = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for each, number in (given | {"WORLD_SIZE": "2", "RANK": "0"} | {name: value}).items():
+        monkeypatch.setenv(each, number)
+    with pytest.raises(LaunchError, match=re.escape(says)):
+        launch.launched()
+
+
 @pytest.mark.parametrize("size", ["1", "", "x"])
 def test_one_process_of_a_launcher_works_as_ever(size, model_folder, tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
@@ -83,11 +105,11 @@ def test_a_rank_has_its_share_of_a_step(given, processes, expected, model_folder
         share_of(load_recipe(file), 7)
 
 
-def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gpus", "2")):
+def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gpus", "2"), cwd=None, **variables):
     """Begin a run of several processes, of one core each."""
     command = [sys.executable, *module, str(recipe), *map(str, arguments), *ranks]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)  # fmt: skip
 
 
 def ended(process, code=0):
@@ -205,7 +227,60 @@ def test_time_that_is_over_ends_all_and_a_tracker_ends_none(model_folder, tmp_pa
 def test_a_run_goes_on_with_another_number_of_processes(model_folder, tmp_path, command):
     recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"gradient_accumulation_steps": 6})
     path = f"output.dir={tmp_path / 'run'}"
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qlora_lite", "train"
-    ended(start(recipe, path, "train.max_steps=8", module=torchrun, ranks=()))
+    ended(start(recipe, path, "train.max_steps=8", module=torchrun("--standalone", "--nproc-per-node", 2), ranks=()))
     assert command("train", recipe, f"output.dir={tmp_path / 'one'}")[0] == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 8
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def equal(expected, found):
+    expected, found = adapter(expected), adapter(found)
+    return expected.keys() == found.keys() and all(tensor.equal(found[name]) for name, tensor in expected.items())
+
+
+def torchrun(*options):
+    return "-m", "torch.distributed.run", *map(str, options), "-m", "qlora_lite", "train"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_torchrun_starts_again_resume_the_run_that_those_before_them_began(rank, model_folder, tmp_path):
+    """Of a recipe without output.dir, that has another run already, and without --resume."""
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1},
+                          output={"dir": None, "name": "again"})  # fmt: skip
+    ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
+    other = tmp_path / "runs" / "again-99990101-000000"  # newer than any, which --resume would take
+    shutil.copytree(tmp_path / "whole", other)
+    before = (other / "log.txt").read_text()
+    restarting = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
+    process = start(recipe, module=restarting, ranks=(), cwd=tmp_path)
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, rank), signal.SIGKILL))
+    out, err = ended(process)
+    (found,) = set((tmp_path / "runs").iterdir()) - {other}
+    assert f"in the place of others, which began {found}" in err and out.count("evaluation loss") == 1, err
+    summary = json.loads((found / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["steps"] == 60 and len(summary["resumed"]) == 1
+    assert summary["resumed"][0]["after_step"] >= 5 and equal(tmp_path / "whole", found)
+    assert (other / "log.txt").read_text() == before
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_the_run_folder_and_no_cache_train_what_one_machine_does(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
+    ended(start(recipe, f"output.dir={tmp_path / 'one'}"))
+    meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"
+    agents = []
+    for number in range(2):
+        home = {"QLORA_LITE_CACHE": str(tmp_path / f"cache {number}"), "HF_HOME": str(tmp_path / f"hub {number}")}
+        nodes = torchrun("--nnodes", 2, "--nproc-per-node", 1, *meeting)
+        agents.append(start(recipe, f"output.dir={tmp_path / 'two'}", module=nodes, ranks=(), **home))
+    said = [ended(agent) for agent in agents]
+    assert sorted(out.count("evaluation loss") for out, _ in said) == [0, 1]
+    assert equal(tmp_path / "one", tmp_path / "two")
+    held = [{path.name for path in (tmp_path / f"cache {number}").iterdir()} for number in range(2)]
+    assert held[0] == held[1] and held[0], held  # each prepared its own
