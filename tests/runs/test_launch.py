@@ -8,7 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from safetensors.torch import load_file
@@ -154,15 +157,23 @@ def stop_when(process, what, how):
     raise AssertionError(f"it never said {what}")
 
 
-def rank_of(process, rank):
-    """Return the process id of a rank that torchrun's agent has started."""
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(children, encoding="ascii") as file:
-        for child in map(int, file.read().split()):
-            with open(f"/proc/{child}/environ", "rb") as variables:
-                if f"RANK={rank}".encode() in variables.read().split(b"\0"):
-                    return child
+def rank_of(rank, *agents):
+    """Return the process id of a rank that one of torchrun's agents has started, as soon as it has."""
+    for _ in range(10 * SECONDS):
+        for agent in agents:
+            with open(f"/proc/{agent.pid}/task/{agent.pid}/children", encoding="ascii") as file:
+                children = list(map(int, file.read().split()))
+            for child in children:
+                with suppress(FileNotFoundError), open(f"/proc/{child}/environ", "rb") as variables:
+                    if f"RANK={rank}".encode() in variables.read().split(b"\0"):
+                        return child
+        threading.Event().wait(0.1)  # the fixture has taken time.sleep
     raise AssertionError("no such rank")
+
+
+def parent_of(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 LONG = TRAIN | {"max_steps": 60, "eval_every_steps": 0, "save_every_steps": 5}
@@ -175,7 +186,7 @@ def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folde
     recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
     ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
     process = start(recipe, f"output.dir={tmp_path / 'cut'}")
-    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, rank), signal.SIGKILL))
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(rank, process), signal.SIGKILL))
     began = time.monotonic()
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode and time.monotonic() - began < 60 and "Traceback" not in err
@@ -191,7 +202,7 @@ def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folde
 def test_a_rank_that_hangs_is_named_and_ends_the_run(model_folder, tmp_path):
     recipe = write_recipe(tmp_path, model_folder, train=LONG)
     process = start(recipe)
-    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, 1), signal.SIGSTOP))
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(1, process), signal.SIGSTOP))
     began = time.monotonic()
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode and "another process of this run has ended or does not answer" in err, err
@@ -248,8 +259,10 @@ def torchrun(*options):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_torchrun_starts_again_resume_the_run_that_those_before_them_began(rank, model_folder, tmp_path):
+@pytest.mark.parametrize(("rank", "machines"), [(0, 1), (1, 1), (1, 2)])
+def test_processes_that_torchrun_starts_again_resume_the_run_that_those_before_them_began(
+    rank, machines, model_folder, tmp_path
+):
     """Of a recipe without output.dir, that has another run already, and without --resume."""
     recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1},
                           output={"dir": None, "name": "again"})  # fmt: skip
@@ -257,10 +270,16 @@ def test_processes_that_torchrun_starts_again_resume_the_run_that_those_before_t
     other = tmp_path / "runs" / "again-99990101-000000"  # newer than any, which --resume would take
     shutil.copytree(tmp_path / "whole", other)
     before = (other / "log.txt").read_text()
-    restarting = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
-    process = start(recipe, module=restarting, ranks=(), cwd=tmp_path)
-    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, rank), signal.SIGKILL))
-    out, err = ended(process)
+    meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--max-restarts", 1
+    restarting = torchrun("--nnodes", machines, "--nproc-per-node", 2 // machines, *meeting)
+    agents = [start(recipe, module=restarting, ranks=(), cwd=tmp_path) for _ in range(machines)]
+    with ThreadPoolExecutor(machines) as pool:
+        first = next(agent for agent in agents if parent_of(rank_of(0, *agents)) == agent.pid)
+        others = [pool.submit(ended, agent) for agent in agents if agent is not first]
+        killed = rank_of(rank, *agents)
+        stop_when(first, "checkpoint written", lambda: os.kill(killed, signal.SIGKILL))
+        out, err = ended(first)
+        assert not any("evaluation loss" in other.result()[0] for other in others)
     (found,) = set((tmp_path / "runs").iterdir()) - {other}
     assert f"in the place of others, which began {found}" in err and out.count("evaluation loss") == 1, err
     summary = json.loads((found / "summary.json").read_text())
