@@ -31,10 +31,38 @@ def test_each_gpu_plans_its_share_and_the_wire_takes_its_time(gpus, link, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("given", "expected", "slowest"),
+    [
+        (["--gpus", 2, "--nodes", 4], (2, 4, "pcie4", "ethernet-10g"), 1.25e9),
+        (["--nodes", 2, "--network", "infiniband-400g"], (1, 2, None, "infiniband-400g"), 50e9),
+        (["--gpus", 2, "--nodes", 2, "--link", "pcie3", "--network", "infiniband-400g"],
+         (2, 2, "pcie3", "infiniband-400g"), 15.8e9),
+    ],
+)  # fmt: skip
+def test_the_slowest_link_decides_for_a_ring_over_machines(given, expected, slowest, tmp_path, command):
+    """Of 2 * (trained numbers) of 4 bytes, (N - 1) / N go over every link; 80 % of its rate are reached."""
+    save_tiny(tmp_path)
+    model = str(tmp_path), "train.gradient_accumulation_steps=8", "memory.micro_batches=as-given", "lora.rank=4"
+    found = planned(command, *model, *given)
+    shared, ranks = found["shared"], expected[0] * expected[1]
+    assert tuple(shared[key] for key in ("gpus", "nodes", "link", "network")) == expected
+    trained = 4 * 2 * (128 + 96 + 96 + 128 + 160 + 160 + 160)  # rank * layers * (inputs + outputs)
+    assert shared["packs"] == 8 // ranks and shared["wire_bytes"] == 2 * 4 * trained * (ranks - 1) // ranks
+    assert shared["wire_seconds"] == pytest.approx(shared["wire_bytes"] / (0.8 * slowest), rel=1e-12)
+    assert found["machine"] == f"each of {ranks} on {expected[1]} machines: RTX 3090"
+    code, out, _ = command("plan", *model, *given, "--gpu", "rtx-3090")
+    assert code == 0 and f"{ranks} GPUs on {expected[1]} machines, each {8 // ranks} of a step's packs" in out
+    assert f"of gradients a step over {shared['slowest_link']}, " in out
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--link", "nvlink"], "say how many with --gpus N"),
         (["--gpus", "2", "--link", "string"], "'string' is not one of"),
+        (["--nodes", "2", "--link", "nvlink"], "say how many with --gpus N"),
+        (["--gpus", "2", "--network", "nvlink"], "say how many with --nodes M"),
+        (["--gpus", "2", "--nodes", "3"], "6 processes cannot share the 8 packs of a step"),
         (["--gpus", "3"], "3 processes cannot share the 8 packs of a step"),
     ],
 )
