@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,6 +48,11 @@ from .training import train
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4
+TWICE_SECONDS = 5.0
+
+
+class StoppedAtOnce(Interrupted):
+    """A signal has ended the run where the processes had not agreed on it."""
 
 
 def run_recipe(
@@ -76,6 +81,8 @@ def run_recipe(
             if processes.is_first:
                 return _run(recipe, progress, resume, force, watch, processes)
             return _follow(recipe, force, processes)
+        except StoppedAtOnce:  # perhaps alone: the others wait for this rank elsewhere, and its end is their answer
+            raise
         except Interrupted:
             with suppress(LaunchError):
                 processes.wait(long=True)  # until the first rank has saved: the end of one is the end of all
@@ -96,7 +103,7 @@ def _run(
     with locked(path):
         begins, was_empty = is_new or not is_begun(path), not any(path.iterdir())
         run, continuation = create_run(path, recipe, replace=not is_new) if begins else None, None
-        with logging_to(path / LOG), stop_signals(recipe.train.max_hours) as stop:
+        with logging_to(path / LOG), _signals(recipe, processes) as stop:
             if run is None and is_complete(path, recipe):
                 log.info("resume: %s is complete", path)
                 processes.tell(json.dumps([str(path.absolute()), COMPLETE]))
@@ -118,7 +125,7 @@ def _run(
 
 def _follow(recipe: Recipe, force: bool, processes: Processes) -> Path:
     """Train beside the first rank, which alone writes the run; what this one would write is for nobody."""
-    with stop_signals(recipe.train.max_hours) as stop, TemporaryDirectory(prefix="qlora-lite-rank-") as own:
+    with _signals(recipe, processes) as stop, TemporaryDirectory(prefix="qlora-lite-rank-") as own:
         told, step = json.loads(processes.tell(""))
         if step != COMPLETE:
             continuation = None if step is None else follow(Path(told), recipe, force, step)
@@ -127,6 +134,11 @@ def _follow(recipe: Recipe, force: bool, processes: Processes) -> Path:
             recipe = recipe.model_copy(update={"train": train})
             _execute(recipe, create_run(Path(own), recipe), continuation, stop, None, None, processes)
     return Path(told)
+
+
+def _signals(recipe: Recipe, processes: Processes) -> AbstractContextManager[Stop]:
+    """Note signals; one that both a batch system and torchrun's agent send to a rank is one."""
+    return stop_signals(recipe.train.max_hours, TWICE_SECONDS if processes.world_size > 1 else 0.0)
 
 
 @contextmanager
@@ -195,17 +207,28 @@ def _execute(
                 trained = train(proven)
             _conclude(trained)
     except KeyboardInterrupt as cut:  # before training, or by a second signal
-        whole, _ = newest_whole(run.path / CHECKPOINTS)
-        there = newest_checkpoint(whole.step if whole else None)
-        error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}; {there}. {how_to_go_on(run.path)}")
+        processes.announce_stop(reason := str(cut) or "SIGINT")
+        raise _stopped_at_once(run, reason) from None
+    except RankLostError as error:
+        if reason := processes.stop_announced():
+            raise _stopped_at_once(run, reason) from None
         _leave(run, error)
-        raise error from None
+        raise
     except QloraLiteError as error:
         _leave(run, error)
         raise
     finally:
         if run.summary.get("status") == "running":  # what nobody foresaw
             _leave(run, sys.exception())
+
+
+def _stopped_at_once(run: RunFolder, reason: str) -> StoppedAtOnce:
+    """Return the error that says so, after it is written down."""
+    whole, _ = newest_whole(run.path / CHECKPOINTS)
+    there = newest_checkpoint(whole.step if whole else None)
+    error = StoppedAtOnce(f"stopped at once by {reason}; {there}. {how_to_go_on(run.path)}")
+    _leave(run, error)
+    return error
 
 
 def _leave(run: RunFolder, error: BaseException | None) -> None:

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in fl
 ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step; or five times as long as this one has ever taken
 FIRST_ANSWER = timedelta(minutes=10)  # before that is known
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
+STOPPED = "stopped by"
 T = TypeVar("T")
 
 
@@ -49,6 +50,7 @@ class Processes:
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_world_size: int = 1):
         self.rank, self.world_size, self.local_world_size = rank, world_size, local_world_size
+        self.waited_seconds = 0.0  # in exchanges so far, for others and for what is sent
 
     @property
     def is_first(self) -> bool:
@@ -123,6 +125,13 @@ class Processes:
     def wait(self, long: bool = False) -> None:
         """Return when all ranks have come here, which may take ``long``."""
 
+    def announce_stop(self, reason: str) -> None:
+        """Leave word why this process ends at once, for those that then find it gone."""
+
+    def stop_announced(self) -> str | None:
+        """Return the word that another process has left; None if there is none."""
+        return None
+
     def remember(self, key: str, value: str) -> None:
         """Keep a value for processes that are started in the place of these."""
 
@@ -146,11 +155,15 @@ class ProcessGroup(Processes):
     Args:
         rank: see ``Processes``, as are the next two.
         store: keeps what is to be remembered; None keeps nothing.
+        meeting: keeps what only these processes leave for each other; None keeps nothing.
     """
 
-    def __init__(self, rank: int, world_size: int, local_world_size: int = 1, store: dist.Store | None = None):
+    def __init__(
+        self, rank: int, world_size: int, local_world_size: int = 1, store: dist.Store | None = None,
+        meeting: dist.Store | None = None,
+    ):  # fmt: skip
         super().__init__(rank, world_size, local_world_size)
-        self._store = store
+        self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
         self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
 
@@ -162,7 +175,7 @@ class ProcessGroup(Processes):
         self._longest_seconds = passed if math.isnan(self._longest_seconds) else max(passed, self._longest_seconds)
         known = not math.isnan(self._longest_seconds)
         answer = timedelta(seconds=max(ANSWER_SECONDS, 5 * self._longest_seconds)) if known else FIRST_ANSWER
-        with explaining_loss():
+        with self._waiting():
             dist.monitored_barrier(self._patient, answer, wait_all_ranks=True)
             dist.all_reduce(vector)
         self._exchanged = time.monotonic()
@@ -186,7 +199,7 @@ class ProcessGroup(Processes):
             added = torch.empty(sum(sizes), dtype=torch.float32, device=some[0].device)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 place.copy_(piece)
-            with explaining_loss():
+            with self._waiting():
                 dist.all_reduce(added)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 piece.copy_(place)
@@ -194,7 +207,7 @@ class ProcessGroup(Processes):
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """See ``Processes``."""
         reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        with explaining_loss():
+        with self._waiting():
             dist.all_reduce(reached)
         for parameter, by in zip(parameters, reached.tolist(), strict=True):
             if by:
@@ -219,6 +232,28 @@ class ProcessGroup(Processes):
             return
         with explaining_loss():
             dist.barrier(self._patient)
+        if not math.isnan(self._exchanged):  # no step takes as long
+            self._exchanged = time.monotonic()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        with explaining_loss():
+            yield
+        self.waited_seconds += time.monotonic() - began
+
+    def announce_stop(self, reason: str) -> None:
+        """See ``Processes``."""
+        if self._meeting is not None:
+            with suppress(RuntimeError):  # the store ends with rank 0 where no agent keeps it
+                self._meeting.set(STOPPED, reason)
+
+    def stop_announced(self) -> str | None:
+        """See ``Processes``."""
+        with suppress(RuntimeError):
+            if self._meeting is not None and self._meeting.check([STOPPED]):
+                return self._meeting.get(STOPPED).decode()
+        return None
 
     def remember(self, key: str, value: str) -> None:
         """See ``Processes``."""

@@ -61,7 +61,7 @@ def joined(rank: int, world_size: int, local_rank: int, local_world_size: int, d
     except RuntimeError as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise LaunchError(f"rank {rank} does not find the other processes at {where} ({first[:200]})") from None
-    yield ProcessGroup(rank, world_size, local_world_size, dist.PrefixStore(f"run {next(_joins)}", store))
+    yield ProcessGroup(rank, world_size, local_world_size, dist.PrefixStore(f"run {next(_joins)}", store), meeting)
     dist.destroy_process_group()  # after an error the others may wait for this one, and its end is their answer
 
 

@@ -135,6 +135,9 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes_and_speaks(mod
     for key in ("steps", "tokens", "labelled_tokens", "trainable_parameters", "eval_loss_before"):
         assert two[key] == pytest.approx(one[key], rel=1e-6), key
     assert len(two["ranks"]) == 2 and two["ranks"][0]["peak_bytes"] <= two["peak_bytes"] and "ranks" not in one
+    assert all(rank["computing_seconds"] > 0 < rank["waiting_seconds"] for rank in two["ranks"])
+    of_a_step = sum(two["ranks"][0][f"{what}_seconds"] for what in ("computing", "waiting"))
+    assert of_a_step == pytest.approx(two["seconds"] / 8)
     assert two["plan"]["chosen"]["train.gradient_accumulation_steps"] == 4
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     expected, found = adapter(tmp_path / "one"), adapter(tmp_path / "two")
@@ -303,3 +306,45 @@ def test_two_machines_that_share_the_run_folder_and_no_cache_train_what_one_mach
     assert equal(tmp_path / "one", tmp_path / "two")
     held = [{path.name for path in (tmp_path / f"cache {number}").iterdir()} for number in range(2)]
     assert held[0] == held[1] and held[0], held  # each prepared its own
+
+
+PATCHED = """
+import os, signal, sys, time
+from qlora_lite.cli.main import main
+from qlora_lite.runs import async_checkpoint, run
+from qlora_lite.train import processes
+written, proven = async_checkpoint.write_checkpoint, run.prove
+def slow_disk(*arguments):
+    time.sleep(12)
+    written(*arguments)
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return proven(*arguments)
+if sys.argv.pop(1) == "slow disk":
+    processes.ANSWER_SECONDS, async_checkpoint.write_checkpoint = 1.0, slow_disk
+elif os.environ["RANK"] == "1":
+    run.prove = stopped
+main(["train", *sys.argv[1:]])
+"""
+
+
+def patched(tmp_path, what):
+    (tmp_path / "patched.py").write_text(PATCHED)
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "patched.py"), what
+
+
+@pytest.mark.slow
+def test_a_slow_disk_is_not_taken_for_a_rank_that_hangs(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"save_every_steps": 4})
+    _, err = ended(start(recipe, module=patched(tmp_path, "slow disk"), ranks=()))
+    assert err.count("checkpoint written") == 2, err
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_before_the_first_step_is_what_the_others_tell(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
+    process = start(recipe, module=patched(tmp_path, "signal"), ranks=())
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and "stopped at once by SIGTERM; no checkpoint is there. To resume: " in err, err
+    assert "does not answer" not in err, err
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
