@@ -210,8 +210,8 @@ def _execute(
         processes.announce_stop(reason := str(cut) or "SIGINT")
         raise _stopped_at_once(run, reason) from None
     except RankLostError as error:
-        if reason := processes.stop_announced():
-            raise _stopped_at_once(run, reason) from None
+        if announced := processes.stop_announced():
+            raise _stopped_at_once(run, announced) from None
         _leave(run, error)
         raise
     except QloraLiteError as error:

@@ -12,12 +12,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from tiny_files import write_recipe
 from torch.testing import assert_close
 
+from qlora_lite import explain
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.errors import LaunchError, RecipeError
 from qlora_lite.prepare.plan import share_of
@@ -263,9 +265,7 @@ def torchrun(*options):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 @pytest.mark.parametrize(("rank", "machines"), [(0, 1), (1, 1), (1, 2)])
-def test_processes_that_torchrun_starts_again_resume_the_run_that_those_before_them_began(
-    rank, machines, model_folder, tmp_path
-):
+def test_processes_that_are_started_again_resume_the_run_that_was_begun(rank, machines, model_folder, tmp_path):
     """Of a recipe without output.dir, that has another run already, and without --resume."""
     recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1},
                           output={"dir": None, "name": "again"})  # fmt: skip
@@ -348,3 +348,57 @@ def test_a_signal_to_one_rank_before_the_first_step_is_what_the_others_tell(mode
     assert process.returncode and "stopped at once by SIGTERM; no checkpoint is there. To resume: " in err, err
     assert "does not answer" not in err, err
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def slurm_script():
+    page = (Path(explain.__file__).parent / "cluster.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    return script
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash")
+def test_the_slurm_script_is_one_and_its_signal_leaves_time_to_save():
+    subprocess.run(["bash", "-n"], input=slurm_script(), text=True, check=True)
+    given = dict(re.findall(r"(?m)^(?:#SBATCH --|export )(\S+?)=(\S+)", slurm_script()))
+    assert int(given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(given["signal"].removeprefix("B:TERM@"))
+    assert int(given["OMP_NUM_THREADS"]) * int(given["gpus-per-node"]) == int(given["cpus-per-task"])
+
+
+SLURM = {
+    "scontrol": """if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$HERE/requeued"; fi""",
+    "srun": """echo $$ > "$HERE/agent"; exec "$@" """,
+    # as Slurm does: to every process of the step, of which torchrun's agent passes it on to the others once more
+    "scancel": """agent=$(cat "$HERE/agent"); kill -TERM $(cat /proc/$agent/task/$agent/children) $agent""",
+    "torchrun": """exec "$PYTHON" -m torch.distributed.run "$@" """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_the_slurm_script_saves_at_its_signal_and_goes_on_when_it_is_queued_again(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
+    ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = (
+        slurm_script().replace("=recipe.yaml", f"={recipe}").replace("=4\n", "=2\n").replace("THREADS=8", "THREADS=1")
+    )
+    (tmp_path / "job.sh").write_text(script.replace("/shared/runs/my-run", str(tmp_path / "job")))
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "PYTHON": sys.executable,
+        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
+    }  # fmt: skip
+
+    def job():
+        return subprocess.Popen(["bash", tmp_path / "job.sh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env=os.environ | variables)  # fmt: skip
+
+    process = job()
+    stop_when(process, "checkpoint written", lambda: process.send_signal(signal.SIGTERM))
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and "all of it is saved" in err, err
+    assert (tmp_path / "requeued").read_text() == f"requeue {variables['SLURM_JOB_ID']}\n"
+    out, _ = ended(job())
+    assert "evaluation loss" in out and equal(tmp_path / "whole", tmp_path / "job")
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["resumed"][0]["after_step"] < 60
