@@ -24,8 +24,9 @@ import torch.distributed as dist
 from qlora_lite.errors import LaunchError
 
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
-ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step; or five times as long as this one has ever taken
-FIRST_ANSWER = timedelta(minutes=10)  # before that is known
+ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step,
+ANSWER_TIMES = 5  # or so many times as long as this one has ever taken
+FIRST_ANSWER = timedelta(minutes=10)  # before that is known; and of rank 0, which alone can measure a barrier
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
 STOPPED = "stopped by"
 T = TypeVar("T")
@@ -165,6 +166,7 @@ class ProcessGroup(Processes):
         super().__init__(rank, world_size, local_world_size)
         self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
+        self._stepping = dist.new_group(timeout=FIRST_ANSWER, backend="gloo")  # so long do the others wait for rank 0
         self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
 
     def exchange(self, *numbers: float, failed: bool = False) -> list[float]:
@@ -174,9 +176,9 @@ class ProcessGroup(Processes):
         passed = time.monotonic() - self._exchanged
         self._longest_seconds = passed if math.isnan(self._longest_seconds) else max(passed, self._longest_seconds)
         known = not math.isnan(self._longest_seconds)
-        answer = timedelta(seconds=max(ANSWER_SECONDS, 5 * self._longest_seconds)) if known else FIRST_ANSWER
+        answer = timedelta(seconds=max(ANSWER_SECONDS, ANSWER_TIMES * self._longest_seconds)) if known else FIRST_ANSWER
         with self._waiting():
-            dist.monitored_barrier(self._patient, answer, wait_all_ranks=True)
+            dist.monitored_barrier(self._stepping, answer, wait_all_ranks=True)
             dist.all_reduce(vector)
         self._exchanged = time.monotonic()
         someone_failed, *sums = vector.tolist()

@@ -310,18 +310,20 @@ def test_two_machines_that_share_the_run_folder_and_no_cache_train_what_one_mach
 
 PATCHED = """
 import os, signal, sys, time
+from datetime import timedelta
 from qlora_lite.cli.main import main
 from qlora_lite.runs import async_checkpoint, run
 from qlora_lite.train import processes
 written, proven = async_checkpoint.write_checkpoint, run.prove
 def slow_disk(*arguments):
-    time.sleep(12)
+    time.sleep(20)
     written(*arguments)
 def stopped(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
     return proven(*arguments)
 if sys.argv.pop(1) == "slow disk":
-    processes.ANSWER_SECONDS, async_checkpoint.write_checkpoint = 1.0, slow_disk
+    processes.FIRST_ANSWER = timedelta(seconds=10)
+    async_checkpoint.write_checkpoint = slow_disk
 elif os.environ["RANK"] == "1":
     run.prove = stopped
 main(["train", *sys.argv[1:]])
@@ -367,8 +369,10 @@ def test_the_slurm_script_is_one_and_its_signal_leaves_time_to_save():
 SLURM = {
     "scontrol": """if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$HERE/requeued"; fi""",
     "srun": """echo $$ > "$HERE/agent"; exec "$@" """,
-    # as Slurm does: to every process of the step, of which torchrun's agent passes it on to the others once more
-    "scancel": """agent=$(cat "$HERE/agent"); kill -TERM $(cat /proc/$agent/task/$agent/children) $agent""",
+    # to every process of the step, as Slurm does, and not only once: torchrun's agent passes it on once more
+    "scancel": """agent=$(cat "$HERE/agent"); ranks=$(cat /proc/$agent/task/$agent/children)
+        for again in 1 2 3 4 5 6; do kill -TERM $ranks; sleep 0.05; done
+        kill -TERM $agent""",
     "torchrun": """exec "$PYTHON" -m torch.distributed.run "$@" """,
 }
 
