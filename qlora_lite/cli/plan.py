@@ -10,7 +10,7 @@ import click
 
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, write_text
-from qlora_lite.memory.gpus import LINK, LINKS, REACHED
+from qlora_lite.memory.gpus import LINK, LINKS, NETWORK
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
@@ -46,12 +46,18 @@ class _Size(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--gpus", is_flag=False, flag_value=0, type=click.IntRange(min=0), metavar="[N]",
-    help="Plan for N such GPUs, which share every step, and the weights if need be; without N, list the known GPUs.",
+    help="Plan for N such GPUs in a machine, which share every step and, if need be, the weights; without N, list all.",
 )  # fmt: skip
-@click.option("--link", type=click.Choice([*LINKS]), help=f"What joins them; {LINK} if not given.")
+@click.option("--link", type=click.Choice([*LINKS]), help=f"What joins the GPUs of a machine; {LINK} if not given.")
+@click.option(
+    "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Plan for M machines with N GPUs each."
+)
+@click.option("--network", type=click.Choice([*LINKS]), help=f"What joins the machines; {NETWORK} if not given.")
 @click.option("--cards", is_flag=True, hidden=True)  # what --gpus was called
 @click.option("--models", is_flag=True, help="List the models that can be planned without a network.")
-def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, link, cards, models) -> None:
+def plan(
+    named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, link, nodes, network, cards, models
+) -> None:
     """Predict the memory of RECIPE, or of MODEL with a recipe's defaults, and choose the fastest settings that fit.
 
     RECIPE is a file or a built-in recipe's name. MODEL is what model.path takes: a hub id (one of --models, or a copy
@@ -64,7 +70,8 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         return
     if named is None:
         raise click.UsageError("name a recipe or a model (or --gpus, --models)")
-    _check_machine(wanted := (*gpu, *card), vram, gpus or 1, link)
+    _check_machine(wanted := (*gpu, *card), vram)
+    world_size = _check_links(gpus or 1, link, nodes, network)
     settings = _settings(named, overrides)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
@@ -76,10 +83,14 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         from qlora_lite.reporting import plan_text
 
     one = machine_for(settings, vram, *wanted)
-    if one.device_type == "cpu" and (gpus or 1) > 1:
-        raise click.UsageError("--gpus plans several GPUs: say which with --gpu, or how large with --vram")
-    machine = one.shared_by(gpus or 1, REACHED * LINKS[link or LINK])
-    share = planner.share_of(settings, gpus or 1)
+    if one.device_type == "cpu" and world_size > 1:
+        raise click.UsageError("--gpus and --nodes plan several GPUs: say which with --gpu, or how large with --vram")
+    inside, between = gpus or 1, nodes > 1
+    cluster = planner.Cluster(
+        inside, nodes, link or LINK if inside > 1 else None, network or NETWORK if between else None
+    )
+    machine = cluster.part(one)
+    share = planner.share_of(settings, world_size)
     made = planner.plan_recipe(share, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
     others = list(planner.alternatives(made))
@@ -90,8 +101,8 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
     if not as_json:  # before what takes longer
         _print(plan_text.describe(made, others))
     found: dict[str, object] = {}
-    if gpus and gpus > 1:
-        found["shared"] = planner.shared(settings, one, made, gpus, link or LINK)._asdict()
+    if world_size > 1:
+        found["shared"] = planner.shared(settings, one, made, cluster)._asdict()
     if max_tokens:
         found |= _longest(planner, made)
     if max_batch:
@@ -106,14 +117,21 @@ def plan(named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json
         raise click.exceptions.Exit(3)
 
 
-def _check_machine(wanted: Sequence[str], vram: int | None, gpus: int, link: str | None) -> None:
+def _check_machine(wanted: Sequence[str], vram: int | None) -> None:
     """Check that the options name one kind of machine."""
     if len(wanted) > 1:
         raise click.UsageError("--gpu takes one GPU: plan for one after the other")
     if vram is not None and wanted:
         raise click.UsageError("--vram and --gpu exclude each other")
+
+
+def _check_links(gpus: int, link: str | None, nodes: int, network: str | None) -> int:
+    """Return how many GPUs there are on all machines, after a check that each link joins something."""
     if link is not None and gpus < 2:
-        raise click.UsageError("--link is what joins several GPUs: say how many with --gpus N")
+        raise click.UsageError("--link is what joins several GPUs of a machine: say how many with --gpus N")
+    if network is not None and nodes < 2:
+        raise click.UsageError("--network is what joins several machines: say how many with --nodes M")
+    return gpus * nodes
 
 
 def _settings(named: str, overrides: Sequence[str]) -> Recipe:
@@ -201,8 +219,11 @@ def _print(text: str) -> None:
 def _show(found: dict, most_packs: int, html: Path | None) -> None:
     if shared := found.get("shared"):
         faster = f", {shared['speed_up']:.2f} times as fast as one" if shared["speed_up"] else ""
-        wire = f"{format_bytes(shared['wire_bytes'])} of gradients a step over {shared['link']}"
-        echo(f"{shared['gpus']} GPUs, each {shared['packs']} of a step's packs: about "
+        wire = f"{format_bytes(shared['wire_bytes'])} of gradients a step over {shared['slowest_link']}"
+        if shared["weight_bytes"]:
+            wire = f"{format_bytes(shared['weight_bytes'])} of weights from the others, {wire}"
+        nodes = f" on {shared['nodes']} machines" if shared["nodes"] > 1 else ""
+        echo(f"{shared['gpus'] * shared['nodes']} GPUs{nodes}, each {shared['packs']} of a step's packs: about "
              f"{format_seconds(shared['step_seconds'])} a step{faster}; {wire}, "
              f"{format_seconds(shared['wire_seconds'])} ({shared['wire_seconds'] / shared['step_seconds']:.1%}), "
              "calculated from the link's rate")  # fmt: skip

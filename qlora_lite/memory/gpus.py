@@ -52,7 +52,7 @@ LINKS = {
     "pcie3": 15.8e9, "pcie4": 31.5e9, "pcie5": 63e9, "nvlink": 56.25e9, "nvlink-a100": 300e9, "nvlink-h100": 450e9,
     "ethernet-10g": 1.25e9, "ethernet-25g": 3.125e9, "ethernet-100g": 12.5e9, "infiniband-400g": 50e9,
 }  # fmt: skip
-LINK = "pcie4"  # of two GPUs of which nothing is said
+LINK, NETWORK = "pcie4", "ethernet-10g"  # of GPUs, and of machines, of which nothing is said
 REACHED = 0.8  # of a link's rate, as large copies usually do; assumed
 
 

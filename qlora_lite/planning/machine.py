@@ -65,19 +65,15 @@ class Machine:
         rate = self.float32_flops_per_second if dtype == torch.float32 else None
         return replace(self, flops_per_second=rate) if rate else self
 
-    def shared_by(self, processes: int, link_bytes_per_second: float | None = None) -> "Machine":
-        """Return the part of one of several processes, each of which has a GPU of its own, or none.
-
-        Args:
-            link_bytes_per_second: what each gets from the others.
-        """
+    def shared_by(self, processes: int) -> "Machine":
+        """Return the part of one of several processes, each of which has a GPU of its own, or none."""
         if processes == 1:
             return self
-        part = replace(self, name=f"each of {processes}: {self.name}", ranks=processes,
-                       link_bytes_per_second=link_bytes_per_second)  # fmt: skip
+        name = f"each of {processes}: {self.name}"
         if self.device_type == "cpu":
-            return replace(part, memory_bytes=self.memory_bytes // processes)
-        return replace(part, host_bytes=None if self.host_bytes is None else self.host_bytes // processes)
+            return self.renamed(name, self.memory_bytes // processes)
+        host_bytes = None if self.host_bytes is None else self.host_bytes // processes
+        return replace(self, name=name, host_bytes=host_bytes)
 
     def renamed(self, name: str, memory_bytes: int) -> "Machine":
         """Return the same speeds under another name and with another memory."""

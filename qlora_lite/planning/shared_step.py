@@ -1,44 +1,89 @@
-"""What a step takes that several GPUs share, each with the whole model: calculated from counted bytes and link rates.
+"""What a step takes that several GPUs share: calculated from counted bytes and published rates of links.
 
-Nothing here was measured on a network: a ring passes 2 (N - 1) / N of the gradients, in float32, over every link once a
-step, and none of that is hidden behind computation, because it begins when the last micro-batch has ended.
+Nothing here was measured on a network. NCCL joins all GPUs in one ring, which enters and leaves each machine once: each
+GPU passes 2 (N - 1) / N of the gradients, in float32, to the next, all links at once, so that the slowest link decides
+for all N of them. None of that is hidden behind computation, because it begins when the last micro-batch has ended.
+Sums within each machine first, and then between machines, would take the network 2 (M - 1) / M of them for M machines:
+less than the ring by at most the factor 2 - 2 / N, and by hardly anything with many machines. NCCL's trees, which it
+prefers for small messages, pass as many bytes in fewer turns; what a turn costs is not counted.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from qlora_lite.memory.gpus import LINKS, REACHED
 
 from .candidate import Candidate
+from .machine import Machine
+
+
+class Cluster(NamedTuple):
+    """Machines with so many GPUs each, what joins the GPUs of one, and what joins the machines.
+
+    Both are names in ``memory.gpus.LINKS``, None where there is nothing to join.
+    """
+
+    gpus: int
+    nodes: int = 1
+    link: str | None = None
+    network: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        """How many GPUs there are in all."""
+        return self.gpus * self.nodes
+
+    def part(self, one: Machine) -> Machine:
+        """Return one GPU of all, which divides weights with those of its machine; the only one there, with those of
+        all machines."""
+        ranks, joins = (self.gpus, self.link) if self.gpus > 1 else (self.nodes, self.network)
+        if joins is None:
+            return one
+        part = replace(one.shared_by(self.gpus), ranks=ranks, link_bytes_per_second=REACHED * LINKS[joins])
+        if self.nodes == 1:
+            return part
+        return part.renamed(f"each of {self.world_size} on {self.nodes} machines: {one.name}", one.memory_bytes)
+
+    @property
+    def slowest(self) -> str:
+        """The link that a ring over all GPUs waits for."""
+        return min(filter(None, (self.network, self.link)), key=LINKS.__getitem__)
 
 
 class SharedStep(NamedTuple):
     """A step of several GPUs.
 
-    ``wire_bytes`` is what each sends a step, ``wire_seconds`` how long that takes; ``step_seconds`` is that and the
-    share's own time, and ``speed_up`` how many times as fast as one such GPU.
+    ``wire_bytes`` is what each sends of gradients a step, ``wire_seconds`` how long that takes; ``weight_bytes`` is
+    what each gets of divided weights, beside the computation. ``step_seconds`` is ``wire_seconds`` and the share's own
+    time, and ``speed_up`` how many times as fast as one such GPU.
     """
 
-    gpus: int
-    link: str
-    packs: int  # of each, a step
+    gpus: int  # of each machine
+    nodes: int
+    link: str | None
+    network: str | None
+    slowest_link: str
+    packs: int  # of each GPU, a step
     wire_bytes: int
     wire_seconds: float
+    weight_bytes: int
     step_seconds: float
     speed_up: float | None  # None where one GPU has no room for the model
 
 
-def shared_step(alone: Candidate | None, share: Candidate, gpus: int, link: str) -> SharedStep:
+def shared_step(alone: Candidate | None, share: Candidate, cluster: Cluster) -> SharedStep:
     """Return what a step takes.
 
     Args:
         alone: the plan of one GPU for all packs of a step; None without one that fits.
         share: that of one GPU's part of them.
-        link: between the GPUs, one of ``memory.gpus.LINKS``.
+        cluster: the GPUs and their links.
     """
-    trained = share.prediction.simulation.trained_numbers
-    wire_bytes = 4 * trained * 2 * (gpus - 1) // gpus
-    wire_seconds = wire_bytes / (REACHED * LINKS[link])
+    trained, ranks = share.prediction.simulation.trained_numbers, cluster.world_size
+    wire_bytes = 4 * trained * 2 * (ranks - 1) // ranks
+    wire_seconds = wire_bytes / (REACHED * LINKS[cluster.slowest])
     seconds = share.step_seconds + wire_seconds
     packs = share.packs * share.micro_batches
     speed_up = alone.step_seconds / seconds if alone else None
-    return SharedStep(gpus, link, packs, wire_bytes, wire_seconds, seconds, speed_up)
+    weight_bytes = share.micro_batches * share.prediction.simulation.work.link_bytes
+    return SharedStep(*cluster, cluster.slowest, packs, wire_bytes, wire_seconds, weight_bytes, seconds, speed_up)

@@ -26,7 +26,7 @@ from qlora_lite.planning.length import longest_job, packs_at_once
 from qlora_lite.planning.machine import Machine, this_machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search, single_changes, smaller
-from qlora_lite.planning.shared_step import SharedStep, shared_step
+from qlora_lite.planning.shared_step import Cluster, SharedStep, shared_step
 from qlora_lite.planning.simulate import Job, full_pack
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -254,15 +254,17 @@ def _smallest(machine: Machine, processes: Processes) -> Machine:
     return replace(machine, host_bytes=int(min(processes.gather(machine.host_bytes))))
 
 
-def shared(recipe: Recipe, machine: Machine, made: Plan, gpus: int, link: str) -> SharedStep:
+def shared(recipe: Recipe, machine: Machine, made: Plan, cluster: Cluster) -> SharedStep:
     """Return what a step takes whose share is planned; see ``planning.shared_step``.
 
     Args:
         machine: that of one GPU alone.
+        made: the plan of the share.
+        cluster: the GPUs and their links.
     """
     memory = recipe.memory.model_copy(update={"stream_from": "auto"})
     alone = plan_recipe(recipe.model_copy(update={"memory": memory}), machine, made.budget_bytes)
-    return shared_step(alone.chosen if alone.fits and made.fits else None, made.chosen, gpus, link)
+    return shared_step(alone.chosen if alone.fits and made.fits else None, made.chosen, cluster)
 
 
 def expected_peak(plan: Plan, largest, evaluation) -> Prediction:

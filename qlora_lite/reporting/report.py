@@ -66,6 +66,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         ),
         section("Answers before and after", _samples(summary), "Held-out examples, greedy decoding."),
         section("Where the memory goes", _memory_table(summary)),
+        section("Processes", _ranks(summary), "Means of a step; who computes longest lets the others wait."),
         section("Settings", _settings(run.recipe) + _chosen(summary), "The resolved recipe, defaults included."),
         section("Data and versions", _data_and_versions(summary)),
     ]
@@ -232,6 +233,21 @@ def _memory_table(summary: dict[str, Any]) -> str:
     rows += [["total", "", device, format_bytes(size), ""] for device, size in totals.items()]
     head = ["group", "type", "device", "size", "why"]
     return table(head, rows, numeric=3, totals=len(totals)) if rows else ""
+
+
+def _ranks(summary: dict[str, Any]) -> str:
+    """List what each of several processes held and how long it computed; runs of earlier versions have no seconds."""
+
+    def shown(value: object, write: Callable[[float], str]) -> str:
+        known = number(value)
+        return write(known) if known is not None and 0 <= known < math.inf else ""
+
+    rows = [
+        [f"rank {rank}", shown(figures.get("peak_bytes"), lambda peak: format_bytes(int(peak))),
+         *(shown(figures.get(f"{what}_seconds"), format_seconds) for what in ("computing", "waiting"))]
+        for rank, figures in enumerate(_dicts(summary.get("ranks")))
+    ]  # fmt: skip
+    return table(["process", "peak memory", "computing a step", "waiting a step"], rows, range(1, 4)) if rows else ""
 
 
 def _settings(recipe: str) -> str:

@@ -47,15 +47,29 @@ def launched() -> Launched | None:
     """Return which of several processes this is; None where it is the only one.
 
     Raises:
-        LaunchError: a launcher started several and does not say where they meet.
+        LaunchError: a launcher started several and does not say where they meet, or which of them this is.
     """
     if (found := _named()) is None:
         return None
     size, rank, count = found
-    if missing := [name for name in _MEETING if not os.environ.get(name)]:
+    if missing := [name for name in (_SIZES[size], *_MEETING) if not os.environ.get(name)]:
         _say(rank, f"{count} processes were started ({size}), and nothing says where they meet ({', '.join(missing)}): "
                    "start them with torchrun or accelerate launch, or with qlora-lite train --gpus")  # fmt: skip
-    return Launched(rank, count, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    limits = {
+        _SIZES[size]: count, "LOCAL_WORLD_SIZE": count + 1, "LOCAL_RANK": _number("LOCAL_WORLD_SIZE"),
+        "MASTER_PORT": 2**16,
+    }  # fmt: skip
+    for name, limit in limits.items():
+        if not 0 <= _number(name) < limit:
+            raise LaunchError(f"{count} processes were started ({size}), and {name} is {os.environ[name]!r}: "
+                              f"it must be a number below {max(limit, 1)}")  # fmt: skip
+    return Launched(rank, count, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
+
+
+def _number(name: str) -> int:
+    """Return a variable's number, -1 if it is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else -1
 
 
 def _named() -> tuple[str, int, int] | None:

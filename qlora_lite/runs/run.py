@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +35,8 @@ from qlora_lite.reporting.report import write_report
 from qlora_lite.train.checkpoints import CHECKPOINTS, newest_whole
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.out_of_memory import explaining_memory
-from qlora_lite.train.processes import ALONE, Processes, RankLostError, joined
+from qlora_lite.train.processes import ALONE, Processes, RankLostError
+from qlora_lite.train.rendezvous import joined
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.units import format_bytes, format_seconds
 
@@ -47,6 +48,11 @@ from .training import train
 
 log = logging.getLogger("qlora_lite")
 SAMPLES = 4
+TWICE_SECONDS = 5.0
+
+
+class StoppedAtOnce(Interrupted):
+    """A signal has ended the run where the processes had not agreed on it."""
 
 
 def run_recipe(
@@ -75,6 +81,8 @@ def run_recipe(
             if processes.is_first:
                 return _run(recipe, progress, resume, force, watch, processes)
             return _follow(recipe, force, processes)
+        except StoppedAtOnce:  # perhaps alone: the others wait for this rank elsewhere, and its end is their answer
+            raise
         except Interrupted:
             with suppress(LaunchError):
                 processes.wait(long=True)  # until the first rank has saved: the end of one is the end of all
@@ -86,19 +94,23 @@ def _run(
     processes: Processes = ALONE,
 ) -> Path:  # fmt: skip
     """See ``run_recipe``."""
+    if (begun := processes.recall(recipe.recipe_hash)) and Path(begun).is_dir():
+        log.info("resume: these processes were started in the place of others, which began %s", begun)
+        resume = begun
     path = None if resume is None else path_to_continue(recipe, resume)
     was_there = path is not None or bool(recipe.output.dir and Path(recipe.output.dir).exists())
     is_new, path = path is None, path or new_path(recipe)
     with locked(path):
         begins, was_empty = is_new or not is_begun(path), not any(path.iterdir())
         run, continuation = create_run(path, recipe, replace=not is_new) if begins else None, None
-        with logging_to(path / LOG), stop_signals(recipe.train.max_hours) as stop:
+        with logging_to(path / LOG), _signals(recipe, processes) as stop:
             if run is None and is_complete(path, recipe):
                 log.info("resume: %s is complete", path)
                 processes.tell(json.dumps([str(path.absolute()), COMPLETE]))
                 return path
             if run is None:
                 run, continuation = reopen(path, recipe, force)
+            processes.remember(recipe.recipe_hash, str(path.absolute()))  # now that it is ours
             step = continuation.checkpoint.step if continuation else None
             processes.tell(json.dumps([str(path.absolute()), step]))
             processes.wait()  # until the others have read the checkpoint too
@@ -113,7 +125,7 @@ def _run(
 
 def _follow(recipe: Recipe, force: bool, processes: Processes) -> Path:
     """Train beside the first rank, which alone writes the run; what this one would write is for nobody."""
-    with stop_signals(recipe.train.max_hours) as stop, TemporaryDirectory(prefix="qlora-lite-rank-") as own:
+    with _signals(recipe, processes) as stop, TemporaryDirectory(prefix="qlora-lite-rank-") as own:
         told, step = json.loads(processes.tell(""))
         if step != COMPLETE:
             continuation = None if step is None else follow(Path(told), recipe, force, step)
@@ -122,6 +134,11 @@ def _follow(recipe: Recipe, force: bool, processes: Processes) -> Path:
             recipe = recipe.model_copy(update={"train": train})
             _execute(recipe, create_run(Path(own), recipe), continuation, stop, None, None, processes)
     return Path(told)
+
+
+def _signals(recipe: Recipe, processes: Processes) -> AbstractContextManager[Stop]:
+    """Note signals; one that both a batch system and torchrun's agent send to a rank is one."""
+    return stop_signals(recipe.train.max_hours, TWICE_SECONDS if processes.world_size > 1 else 0.0)
 
 
 @contextmanager
@@ -190,17 +207,28 @@ def _execute(
                 trained = train(proven)
             _conclude(trained)
     except KeyboardInterrupt as cut:  # before training, or by a second signal
-        whole, _ = newest_whole(run.path / CHECKPOINTS)
-        there = newest_checkpoint(whole.step if whole else None)
-        error = Interrupted(f"stopped at once by {str(cut) or 'SIGINT'}; {there}. {how_to_go_on(run.path)}")
+        processes.announce_stop(reason := str(cut) or "SIGINT")
+        raise _stopped_at_once(run, reason) from None
+    except RankLostError as error:
+        if announced := processes.stop_announced():
+            raise _stopped_at_once(run, announced) from None
         _leave(run, error)
-        raise error from None
+        raise
     except QloraLiteError as error:
         _leave(run, error)
         raise
     finally:
         if run.summary.get("status") == "running":  # what nobody foresaw
             _leave(run, sys.exception())
+
+
+def _stopped_at_once(run: RunFolder, reason: str) -> StoppedAtOnce:
+    """Return the error that says so, after it is written down."""
+    whole, _ = newest_whole(run.path / CHECKPOINTS)
+    there = newest_checkpoint(whole.step if whole else None)
+    error = StoppedAtOnce(f"stopped at once by {reason}; {there}. {how_to_go_on(run.path)}")
+    _leave(run, error)
+    return error
 
 
 def _leave(run: RunFolder, error: BaseException | None) -> None:

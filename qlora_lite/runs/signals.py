@@ -88,10 +88,14 @@ class Stop:
 
 
 @contextmanager
-def stop_signals(max_hours: float | None) -> Iterator[Stop]:
+def stop_signals(max_hours: float | None, twice_seconds: float = 0.0) -> Iterator[Stop]:
     """Give a ``Stop`` that signals are noted in; the handlers from before come back at the end.
 
     A SIGHUP that is ignored, as nohup has it, stays so.
+
+    Args:
+        max_hours: see ``Stop``.
+        twice_seconds: after a signal in which others are taken for the same one, sent by two senders.
     """
     stop = Stop(max_hours)
     earlier: dict[signal.Signals, Any] = {}
@@ -100,10 +104,23 @@ def stop_signals(max_hours: float | None) -> Iterator[Stop]:
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
-    def on_signal(number, _frame) -> None:
+    first = math.nan  # when it came
+
+    def give_back() -> None:
         for each, handler in earlier.items():
             signal.signal(each, ACTING[each] if handler is signal.SIG_IGN else handler)
-        stop.note(signal.Signals(number).name)
+
+    def on_signal(number, _frame) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if math.isnan(first):
+            first = now
+            if not twice_seconds:
+                give_back()
+            stop.note(signal.Signals(number).name)
+        elif now - first >= twice_seconds:
+            give_back()
+            signal.raise_signal(number)
 
     try:
         for number in ACTING:

@@ -78,6 +78,7 @@ class Training:
         self.evaluations_without_better = 0  # in a row, of those in training
         self.before: Measured | None = None
         self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
+        self.own_steps, self.own_seconds, self.waited_seconds = 0, 0.0, 0.0  # of this part of the run
         self.earlier_peak_bytes = 0
         self.digests: dict[str, str | None] = {}  # of the adapters written, as the summary names them
         self.is_trained = False  # from then on the factors may be the best ones, and not those of the last step
@@ -174,8 +175,8 @@ class Training:
                 raise self._interrupted(str(cut)) from None
         check_frozen(self.model, self.proven.checksum, self.method.trained_base(self.model))
         self._check_alike()
-        if len(peaks := self.processes.gather(self.peak_bytes)) > 1:
-            self.run.summary["ranks"] = [{"peak_bytes": int(peak)} for peak in peaks]
+        if self.processes.world_size > 1:
+            self.run.summary["ranks"] = self._figures_of_ranks()
         self._save_adapter(self.best)
         if self.method.trains_base:  # what an earlier stop may have left
             shutil.rmtree(self.run.path / self.last, ignore_errors=True)
@@ -184,26 +185,38 @@ class Training:
         ended_by = f"train.{'early_stopping_patience' if self.ends_early else limit}"
         return Trained(**vars(self.proven), before=self.before, after=after, adapter_step=step, ended_by=ended_by)
 
+    def _figures_of_ranks(self) -> list[dict]:
+        """Return what differs between ranks: memory, and of a step's mean seconds those it waited for the others."""
+        taken, waited = (seconds / max(1, self.own_steps) for seconds in (self.own_seconds, self.waited_seconds))
+        columns = map(self.processes.gather, (self.peak_bytes, max(0.0, taken - waited), waited))
+        return [
+            {"peak_bytes": int(peak), "computing_seconds": computing, "waiting_seconds": waiting}
+            for peak, computing, waiting in zip(*columns, strict=True)
+        ]
+
     def _train(self) -> None:
         self._evaluate_if_due()  # the run may have been stopped between a step and its evaluation
         self._measure_if_due()
         steps = iter(self.trainer)
+        before = self.processes.waited_seconds
         while not self.ends_early and (metrics := next(steps, None)):
+            self.own_steps, self.own_seconds = self.own_steps + 1, self.own_seconds + metrics.seconds
+            self.waited_seconds += self.processes.waited_seconds - before
             self._note(metrics)
             self.stop.check(self.processes.any)
             self._evaluate_if_due()
             self._measure_if_due()
             if self.processes.any(self.saver.due(metrics.step)):
                 self._save_checkpoint()
-                if self.method.trains_base:  # which is written at once
-                    self.processes.wait(long=True)
             self.stop.check(self.processes.any)
+            before = self.processes.waited_seconds
         if self.ends_early:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
                      "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
         self._save_checkpoint()
         if not self.method.trains_base:  # a whole model is in the checkpoint, and need not be written twice
             self._save_adapter(self.last)
+            self.processes.wait(long=True)
 
     def _note(self, metrics: StepMetrics) -> None:
         values = metrics.line
@@ -334,9 +347,10 @@ class Training:
         return self._measure("after")
 
     def _save_checkpoint(self) -> None:
-        if not self.processes.is_first:
-            return
-        self.saver.save(self.trainer.step, self._capture, copies=not self.method.trains_base)
+        """Begin to write a checkpoint; all wait as long as the one before takes a slow disk."""
+        if self.processes.is_first:
+            self.saver.save(self.trainer.step, self._capture, copies=not self.method.trains_base)
+        self.processes.wait(long=True)
 
     def _capture(self) -> Checkpoint:
         self.run.write_metrics()  # a checkpoint that knows of lines that wait would lose them
@@ -370,6 +384,7 @@ class Training:
             self._save_adapter(name)
         except OutputError as error:
             log.warning("step %d: %s. Training goes on", self.trainer.step, error)
+        self.processes.wait(long=True)
 
     def _interrupted(self, reason: str) -> Interrupted:
         """Save what was learned, and say how to go on."""

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,10 +24,12 @@ import torch.distributed as dist
 from qlora_lite.errors import LaunchError
 
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
-ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step; or five times as long as this one has ever taken
-FIRST_ANSWER = timedelta(minutes=10)  # before that is known
+ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step,
+ANSWER_TIMES = 5  # or so many times as long as this one has ever taken
+FIRST_ANSWER = timedelta(minutes=10)  # before that is known; and of rank 0, which alone can measure a barrier
 BLOCK_ANSWER = timedelta(seconds=60)  # of ranks in the middle of a step, until all have come to the same block
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
+STOPPED = "stopped by"
 T = TypeVar("T")
 _MEASURED_BYTES, _MEASUREMENTS = 64 * 2**20, 3  # of a link
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
@@ -45,18 +47,27 @@ class Processes:
     """The processes that train together; this class is for one that trains alone, and exchanges nothing.
 
     Args:
-        rank: of this process; rank 0 writes the run's files.
+        rank: of this process; rank 0 writes the run's files. Those of one machine follow one another.
         world_size: how many there are.
         local_world_size: how many of them share this machine.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_world_size: int = 1):
         self.rank, self.world_size, self.local_world_size = rank, world_size, local_world_size
+        self.waited_seconds = 0.0  # in exchanges so far, for others and for what is sent
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes what all have found."""
         return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this process prepares what those of its machine share.
+
+        Of any n ranks in a row, one is divisible by n, also where machines have different numbers of them.
+        """
+        return self.rank % self.local_world_size == 0
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
         """Return this rank's part of what all compute, in order: none where there are fewer than ranks."""
@@ -102,21 +113,35 @@ class Processes:
         """
         others = [rank for rank, differs in enumerate(self.gather(self.tell(text) != text)) if differs]
         if others:
-            raise LaunchError(f"rank {' and '.join(map(str, others))} has other {what} than rank 0: start all ranks "
-                              "with the same files, recipe and versions")  # fmt: skip
+            raise LaunchError(f"{name_ranks(others)} {'has' if len(others) == 1 else 'have'} other {what} than rank 0: "
+                              "start all ranks with the same files, recipe and versions")  # fmt: skip
 
     @contextmanager
     def one_ahead(self) -> Iterator[None]:
-        """Let the first rank go through first: what it leaves in a cache, the others find there."""
-        if not self.is_first:
+        """Let the first rank of each machine go through first: what it leaves in a cache, the others find there."""
+        if not self.is_first_here:
             self.wait(long=True)
         yield
-        if self.is_first:
+        if self.is_first_here:
             self.wait(long=True)
         self.wait(long=True)  # for the others
 
     def wait(self, long: bool = False) -> None:
         """Return when all ranks have come here, which may take ``long``."""
+
+    def announce_stop(self, reason: str) -> None:
+        """Leave word why this process ends at once, for those that then find it gone."""
+
+    def stop_announced(self) -> str | None:
+        """Return the word that another process has left; None if there is none."""
+        return None
+
+    def remember(self, key: str, value: str) -> None:
+        """Keep a value for processes that are started in the place of these."""
+
+    def recall(self, key: str) -> str | None:
+        """Return what the processes kept in whose place these were started; None if there was nothing."""
+        return None
 
     def seed(self, seed: int, step: int, device: torch.device) -> None:
         """Begin the random numbers of a step anew, so that no rank draws another's and a resumed run needs no state.
@@ -167,11 +192,22 @@ class Shards:
 
 
 class ProcessGroup(Processes):
-    """The ranks of torch's default process group."""
+    """The ranks of torch's default process group.
 
-    def __init__(self, rank: int, world_size: int, local_world_size: int = 1):
+    Args:
+        rank: see ``Processes``, as are the next two.
+        store: keeps what is to be remembered; None keeps nothing.
+        meeting: keeps what only these processes leave for each other; None keeps nothing.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, local_world_size: int = 1, store: dist.Store | None = None,
+        meeting: dist.Store | None = None,
+    ):  # fmt: skip
         super().__init__(rank, world_size, local_world_size)
+        self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
+        self._stepping = dist.new_group(timeout=FIRST_ANSWER, backend="gloo")  # so long do the others wait for rank 0
         self._shards = Shards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
         if 1 < local_world_size < world_size and world_size % local_world_size == 0:
             group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
@@ -190,9 +226,9 @@ class ProcessGroup(Processes):
         passed = time.monotonic() - self._exchanged
         self._longest_seconds = passed if math.isnan(self._longest_seconds) else max(passed, self._longest_seconds)
         known = not math.isnan(self._longest_seconds)
-        answer = timedelta(seconds=max(ANSWER_SECONDS, 5 * self._longest_seconds)) if known else FIRST_ANSWER
-        with explaining_loss():
-            dist.monitored_barrier(self._patient, answer, wait_all_ranks=True)
+        answer = timedelta(seconds=max(ANSWER_SECONDS, ANSWER_TIMES * self._longest_seconds)) if known else FIRST_ANSWER
+        with self._waiting():
+            dist.monitored_barrier(self._stepping, answer, wait_all_ranks=True)
             dist.all_reduce(vector)
         self._exchanged = time.monotonic()
         someone_failed, *sums = vector.tolist()
@@ -215,7 +251,7 @@ class ProcessGroup(Processes):
             added = torch.empty(sum(sizes), dtype=torch.float32, device=some[0].device)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 place.copy_(piece)
-            with explaining_loss():
+            with self._waiting():
                 dist.all_reduce(added)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 piece.copy_(place)
@@ -223,7 +259,7 @@ class ProcessGroup(Processes):
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """See ``Processes``."""
         reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        with explaining_loss():
+        with self._waiting():
             dist.all_reduce(reached)
         for parameter, by in zip(parameters, reached.tolist(), strict=True):
             if by:
@@ -232,9 +268,6 @@ class ProcessGroup(Processes):
 
     def tell(self, text: str) -> str:
         """See ``Processes``."""
-        return bytes(self._of_first(text).tolist()).decode()
-
-    def _of_first(self, text: str) -> torch.Tensor:
         told = torch.tensor([*text.encode()], dtype=torch.uint8)
         length = torch.tensor(len(told))
         with explaining_loss():
@@ -242,7 +275,7 @@ class ProcessGroup(Processes):
             if not self.is_first:
                 told = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(told, 0, self._patient)
-        return told
+        return bytes(told.tolist()).decode()
 
     def wait(self, long: bool = False) -> None:
         """See ``Processes``."""
@@ -251,6 +284,41 @@ class ProcessGroup(Processes):
             return
         with explaining_loss():
             dist.barrier(self._patient)
+        if not math.isnan(self._exchanged):  # no step takes as long
+            self._exchanged = time.monotonic()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        with explaining_loss():
+            yield
+        self.waited_seconds += time.monotonic() - began
+
+    def announce_stop(self, reason: str) -> None:
+        """See ``Processes``."""
+        if self._meeting is not None:
+            with suppress(RuntimeError):  # the store ends with rank 0 where no agent keeps it
+                self._meeting.set(STOPPED, reason)
+
+    def stop_announced(self) -> str | None:
+        """See ``Processes``."""
+        with suppress(RuntimeError):
+            if self._meeting is not None and self._meeting.check([STOPPED]):
+                return self._meeting.get(STOPPED).decode()
+        return None
+
+    def remember(self, key: str, value: str) -> None:
+        """See ``Processes``."""
+        if self._store is not None:
+            with explaining_loss():
+                self._store.set(key, value)
+
+    def recall(self, key: str) -> str | None:
+        """See ``Processes``."""
+        if self._store is None:
+            return None
+        with explaining_loss():
+            return self._store.get(key).decode() if self._store.check([key]) else None
 
     def seed(self, seed: int, step: int, device: torch.device) -> None:
         """See ``Processes``."""
@@ -258,6 +326,12 @@ class ProcessGroup(Processes):
         torch.default_generator.manual_seed(number)
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(number)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Return "rank 1", or "ranks 1, 2 and 3"."""
+    *others, last = map(str, ranks)
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -291,31 +365,3 @@ def explaining_loss() -> Iterator[None]:
             f"another process of this run has ended or does not answer ({first[:200]}); its own message says why. "
             "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
         ) from None
-
-
-@contextmanager
-def joined(rank: int, world_size: int, local_rank: int, local_world_size: int, device: str) -> Iterator[Processes]:
-    """Join the other processes, each of a machine with a GPU of its own if any is used.
-
-    Args:
-        device: auto, cpu or cuda.
-
-    Raises:
-        LaunchError: there are more than GPUs, or they do not find each other.
-    """
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        if local_world_size > torch.cuda.device_count():
-            raise LaunchError(f"{local_world_size} processes were started on a machine with "
-                              f"{torch.cuda.device_count()} GPUs: start one for each")  # fmt: skip
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=FIRST_ANSWER, rank=rank, world_size=world_size)
-        if on_gpu:  # its buffers are there before anybody asks how much memory is free
-            dist.all_reduce(torch.zeros(1, device="cuda"))
-    except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LaunchError(f"rank {rank} does not find the other processes ({first[:200]})") from None
-    yield ProcessGroup(rank, world_size, local_world_size)
-    dist.destroy_process_group()  # after an error the others may wait for this one, and its end is their answer

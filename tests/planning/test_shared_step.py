@@ -4,8 +4,16 @@ import json
 
 import pytest
 from tiny_files import save_tiny
+from transformers import AutoConfig
 
-from qlora_lite.memory.gpus import LINKS, REACHED
+from qlora_lite.errors import RecipeError
+from qlora_lite.memory.gpus import LINKS, REACHED, find_gpu
+from qlora_lite.ops.stream import ALIGNMENT
+from qlora_lite.planning.machine import machine_of_gpu
+from qlora_lite.planning.shared_step import Cluster
+from qlora_lite.prepare import plan as planner
+from qlora_lite.recipe.load import recipe_of
+from qlora_lite.reporting import plan_text
 
 
 def planned(command, *arguments):
@@ -29,11 +37,77 @@ def test_each_gpu_plans_its_share_and_the_wire_takes_its_time(gpus, link, tmp_pa
     assert shared["speed_up"] == one["step_seconds_estimate"] / shared["step_seconds"]
 
 
+def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
+    """A 24-layer model of 1.4 GiB in 16 bit: whole where it fits, and else what there is no room for."""
+    save_config(tmp_path)
+    settings = "train.gradient_accumulation_steps=8", "model.quant=none", "data.max_tokens=256"
+    recipe = recipe_of({"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}}, settings, "r")
+    card = machine_of_gpu(find_gpu("rtx-3060"))
+
+    def plan(gib, gpus, **memory):
+        own = recipe.model_copy(update={"memory": recipe.memory.model_copy(update=memory)})
+        machine = Cluster(gpus, link="pcie4" if gpus > 1 else None).part(card)
+        return planner.plan_recipe(planner.share_of(own, gpus), machine, int(gib * 2**30))
+
+    whole = plan(8, 2)
+    assert whole.chosen.options.resident_layers is None and whole.chosen.prediction.simulation.work.link_bytes == 0
+    found = {gpus: plan(1.75, gpus) for gpus in (2, 4)}
+    for gpus, each in found.items():
+        options, work = each.chosen.options, each.chosen.prediction.simulation.work
+        assert each.fits and options.is_sharded and options.shards == gpus
+        part = -(-OF_BLOCK // (gpus * ALIGNMENT)) * ALIGNMENT
+        passes = 2 * (24 - options.resident_layers) - 2  # the last of forward is the first of backward, and so on
+        assert work.link_bytes == passes * part * (gpus - 1)
+        assert "of weights from the other ranks" in plan_text.transfers(each)
+    assert found[4].peak_bytes < found[2].peak_bytes
+    from_host = plan(1.75, 2, stream_from="host")
+    assert from_host.fits and from_host.chosen.options.stream_from == "host"
+    with pytest.raises(RecipeError, match="divides the weights of layers among several processes, and this is one"):
+        plan(1.75, 1, stream_from="ranks")
+
+
+OF_BLOCK = 2 * (4 * 1024 * 1024 + 3 * 1024 * 8192 + 2 * 1024)
+
+
+def save_config(folder):
+    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=24,
+                                  num_attention_heads=16, num_key_value_heads=16, vocab_size=4096)  # fmt: skip
+    config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "slowest"),
+    [
+        (["--gpus", 2, "--nodes", 4], (2, 4, "pcie4", "ethernet-10g"), 1.25e9),
+        (["--nodes", 2, "--network", "infiniband-400g"], (1, 2, None, "infiniband-400g"), 50e9),
+        (["--gpus", 2, "--nodes", 2, "--link", "pcie3", "--network", "infiniband-400g"],
+         (2, 2, "pcie3", "infiniband-400g"), 15.8e9),
+    ],
+)  # fmt: skip
+def test_the_slowest_link_decides_for_a_ring_over_machines(given, expected, slowest, tmp_path, command):
+    """Of 2 * (trained numbers) of 4 bytes, (N - 1) / N go over every link; 80 % of its rate are reached."""
+    save_tiny(tmp_path)
+    model = str(tmp_path), "train.gradient_accumulation_steps=8", "memory.micro_batches=as-given", "lora.rank=4"
+    found = planned(command, *model, *given)
+    shared, ranks = found["shared"], expected[0] * expected[1]
+    assert tuple(shared[key] for key in ("gpus", "nodes", "link", "network")) == expected
+    trained = 4 * 2 * (128 + 96 + 96 + 128 + 160 + 160 + 160)  # rank * layers * (inputs + outputs)
+    assert shared["packs"] == 8 // ranks and shared["wire_bytes"] == 2 * 4 * trained * (ranks - 1) // ranks
+    assert shared["wire_seconds"] == pytest.approx(shared["wire_bytes"] / (0.8 * slowest), rel=1e-12)
+    assert found["machine"] == f"each of {ranks} on {expected[1]} machines: RTX 3090"
+    code, out, _ = command("plan", *model, *given, "--gpu", "rtx-3090")
+    assert code == 0 and f"{ranks} GPUs on {expected[1]} machines, each {8 // ranks} of a step's packs" in out
+    assert f"of gradients a step over {shared['slowest_link']}, " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--link", "nvlink"], "say how many with --gpus N"),
         (["--gpus", "2", "--link", "string"], "'string' is not one of"),
+        (["--nodes", "2", "--link", "nvlink"], "say how many with --gpus N"),
+        (["--gpus", "2", "--network", "nvlink"], "say how many with --nodes M"),
+        (["--gpus", "2", "--nodes", "3"], "6 processes cannot share the 8 packs of a step"),
         (["--gpus", "3"], "3 processes cannot share the 8 packs of a step"),
     ],
 )

@@ -348,3 +348,15 @@ def test_scores_stand_before_in_and_after_training_as_far_as_they_are_numbers(re
     assert "31.2" in page and "s:1" in page and "rouge1" not in page and "inf" in page
     for broken in (None, 7, {"before": 3}, {"after": {"bleu": None}}):
         assert "<h2>Scores</h2>" not in report(SUMMARY | {"metrics": broken})
+
+
+def test_several_processes_are_listed_with_what_each_held_and_how_long_it_computed(report):
+    ranks = [{"peak_bytes": 2**30, "computing_seconds": 1.5, "waiting_seconds": 0.25}, {"peak_bytes": 2**29}]
+    page = report(SUMMARY | {"ranks": ranks})
+    for row in (["rank 0", "1.0 GiB", "1.5s", "0.2s"], ["rank 1", "512.0 MiB", "", ""]):
+        assert "".join(f"<td{style}>{cell}</td>" for cell, style in zip(row, RANK_STYLES, strict=True)) in page
+    assert "<h2>Processes</h2>" not in report(SUMMARY)
+    Elements(report(SUMMARY | {"ranks": [{"peak_bytes": math.inf, "waiting_seconds": -1}, 3]}))
+
+
+RANK_STYLES = "", *3 * [' class="number"']

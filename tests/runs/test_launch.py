@@ -2,16 +2,24 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from tiny_files import write_recipe
 from torch.testing import assert_close
 
+from qlora_lite import explain
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.errors import LaunchError, RecipeError
 from qlora_lite.prepare.plan import share_of
@@ -58,6 +66,25 @@ def test_processes_that_a_launcher_started_start_no_others(model_folder, tmp_pat
     assert code == 2 and "2 were started already: leave it out" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("RANK", "", "nothing says where they meet (RANK)"),
+        ("LOCAL_WORLD_SIZE", "", "nothing says where they meet (LOCAL_WORLD_SIZE)"),
+        ("RANK", "2", "RANK is '2': it must be a number below 2"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK is '-1': it must be a number below 2"),
+        ("LOCAL_WORLD_SIZE", "3", "LOCAL_WORLD_SIZE is '3': it must be a number below 3"),
+        ("MASTER_PORT", "http", "MASTER_PORT is 'http': it must be a number below 65536"),
+    ],
+)
+def test_what_a_launcher_leaves_out_or_has_wrong_is_named_at_once(name, value, says, monkeypatch):
+    given = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for each, number in (given | {"WORLD_SIZE": "2", "RANK": "0"} | {name: value}).items():
+        monkeypatch.setenv(each, number)
+    with pytest.raises(LaunchError, match=re.escape(says)):
+        launch.launched()
+
+
 @pytest.mark.parametrize("size", ["1", "", "x"])
 def test_one_process_of_a_launcher_works_as_ever(size, model_folder, tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
@@ -83,11 +110,11 @@ def test_a_rank_has_its_share_of_a_step(given, processes, expected, model_folder
         share_of(load_recipe(file), 7)
 
 
-def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gpus", "2")):
+def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gpus", "2"), cwd=None, **variables):
     """Begin a run of several processes, of one core each."""
     command = [sys.executable, *module, str(recipe), *map(str, arguments), *ranks]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)  # fmt: skip
 
 
 def ended(process, code=0):
@@ -110,6 +137,9 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes_and_speaks(mod
     for key in ("steps", "tokens", "labelled_tokens", "trainable_parameters", "eval_loss_before"):
         assert two[key] == pytest.approx(one[key], rel=1e-6), key
     assert len(two["ranks"]) == 2 and two["ranks"][0]["peak_bytes"] <= two["peak_bytes"] and "ranks" not in one
+    assert all(rank["computing_seconds"] > 0 < rank["waiting_seconds"] for rank in two["ranks"])
+    of_a_step = sum(two["ranks"][0][f"{what}_seconds"] for what in ("computing", "waiting"))
+    assert of_a_step == pytest.approx(two["seconds"] / 8)
     assert two["plan"]["chosen"]["train.gradient_accumulation_steps"] == 4
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     expected, found = adapter(tmp_path / "one"), adapter(tmp_path / "two")
@@ -132,15 +162,23 @@ def stop_when(process, what, how):
     raise AssertionError(f"it never said {what}")
 
 
-def rank_of(process, rank):
-    """Return the process id of a rank that torchrun's agent has started."""
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(children, encoding="ascii") as file:
-        for child in map(int, file.read().split()):
-            with open(f"/proc/{child}/environ", "rb") as variables:
-                if f"RANK={rank}".encode() in variables.read().split(b"\0"):
-                    return child
+def rank_of(rank, *agents):
+    """Return the process id of a rank that one of torchrun's agents has started, as soon as it has."""
+    for _ in range(10 * SECONDS):
+        for agent in agents:
+            with open(f"/proc/{agent.pid}/task/{agent.pid}/children", encoding="ascii") as file:
+                children = list(map(int, file.read().split()))
+            for child in children:
+                with suppress(FileNotFoundError), open(f"/proc/{child}/environ", "rb") as variables:
+                    if f"RANK={rank}".encode() in variables.read().split(b"\0"):
+                        return child
+        threading.Event().wait(0.1)  # the fixture has taken time.sleep
     raise AssertionError("no such rank")
+
+
+def parent_of(pid):
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 LONG = TRAIN | {"max_steps": 60, "eval_every_steps": 0, "save_every_steps": 5}
@@ -153,7 +191,7 @@ def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folde
     recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
     ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
     process = start(recipe, f"output.dir={tmp_path / 'cut'}")
-    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, rank), signal.SIGKILL))
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(rank, process), signal.SIGKILL))
     began = time.monotonic()
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode and time.monotonic() - began < 60 and "Traceback" not in err
@@ -169,7 +207,7 @@ def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folde
 def test_a_rank_that_hangs_is_named_and_ends_the_run(model_folder, tmp_path):
     recipe = write_recipe(tmp_path, model_folder, train=LONG)
     process = start(recipe)
-    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(process, 1), signal.SIGSTOP))
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(1, process), signal.SIGSTOP))
     began = time.monotonic()
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode and "another process of this run has ended or does not answer" in err, err
@@ -205,7 +243,166 @@ def test_time_that_is_over_ends_all_and_a_tracker_ends_none(model_folder, tmp_pa
 def test_a_run_goes_on_with_another_number_of_processes(model_folder, tmp_path, command):
     recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"gradient_accumulation_steps": 6})
     path = f"output.dir={tmp_path / 'run'}"
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qlora_lite", "train"
-    ended(start(recipe, path, "train.max_steps=8", module=torchrun, ranks=()))
+    ended(start(recipe, path, "train.max_steps=8", module=torchrun("--standalone", "--nproc-per-node", 2), ranks=()))
     assert command("train", recipe, f"output.dir={tmp_path / 'one'}")[0] == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 8
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def equal(expected, found):
+    expected, found = adapter(expected), adapter(found)
+    return expected.keys() == found.keys() and all(tensor.equal(found[name]) for name, tensor in expected.items())
+
+
+def torchrun(*options):
+    return "-m", "torch.distributed.run", *map(str, options), "-m", "qlora_lite", "train"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize(("rank", "machines"), [(0, 1), (1, 1), (1, 2)])
+def test_processes_that_are_started_again_resume_the_run_that_was_begun(rank, machines, model_folder, tmp_path):
+    """Of a recipe without output.dir, that has another run already, and without --resume."""
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1},
+                          output={"dir": None, "name": "again"})  # fmt: skip
+    ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
+    other = tmp_path / "runs" / "again-99990101-000000"  # newer than any, which --resume would take
+    shutil.copytree(tmp_path / "whole", other)
+    before = (other / "log.txt").read_text()
+    meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--max-restarts", 1
+    restarting = torchrun("--nnodes", machines, "--nproc-per-node", 2 // machines, *meeting)
+    agents = [start(recipe, module=restarting, ranks=(), cwd=tmp_path) for _ in range(machines)]
+    with ThreadPoolExecutor(machines) as pool:
+        first = next(agent for agent in agents if parent_of(rank_of(0, *agents)) == agent.pid)
+        others = [pool.submit(ended, agent) for agent in agents if agent is not first]
+        killed = rank_of(rank, *agents)
+        stop_when(first, "checkpoint written", lambda: os.kill(killed, signal.SIGKILL))
+        out, err = ended(first)
+        assert not any("evaluation loss" in other.result()[0] for other in others)
+    (found,) = set((tmp_path / "runs").iterdir()) - {other}
+    assert f"in the place of others, which began {found}" in err and out.count("evaluation loss") == 1, err
+    summary = json.loads((found / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["steps"] == 60 and len(summary["resumed"]) == 1
+    assert summary["resumed"][0]["after_step"] >= 5 and equal(tmp_path / "whole", found)
+    assert (other / "log.txt").read_text() == before
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_the_run_folder_and_no_cache_train_what_one_machine_does(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
+    ended(start(recipe, f"output.dir={tmp_path / 'one'}"))
+    meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"
+    agents = []
+    for number in range(2):
+        home = {"QLORA_LITE_CACHE": str(tmp_path / f"cache {number}"), "HF_HOME": str(tmp_path / f"hub {number}")}
+        nodes = torchrun("--nnodes", 2, "--nproc-per-node", 1, *meeting)
+        agents.append(start(recipe, f"output.dir={tmp_path / 'two'}", module=nodes, ranks=(), **home))
+    said = [ended(agent) for agent in agents]
+    assert sorted(out.count("evaluation loss") for out, _ in said) == [0, 1]
+    assert equal(tmp_path / "one", tmp_path / "two")
+    held = [{path.name for path in (tmp_path / f"cache {number}").iterdir()} for number in range(2)]
+    assert held[0] == held[1] and held[0], held  # each prepared its own
+
+
+PATCHED = """
+import os, signal, sys, time
+from datetime import timedelta
+from qlora_lite.cli.main import main
+from qlora_lite.runs import async_checkpoint, run
+from qlora_lite.train import processes
+written, proven = async_checkpoint.write_checkpoint, run.prove
+def slow_disk(*arguments):
+    time.sleep(20)
+    written(*arguments)
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return proven(*arguments)
+if sys.argv.pop(1) == "slow disk":
+    processes.FIRST_ANSWER = timedelta(seconds=10)
+    async_checkpoint.write_checkpoint = slow_disk
+elif os.environ["RANK"] == "1":
+    run.prove = stopped
+main(["train", *sys.argv[1:]])
+"""
+
+
+def patched(tmp_path, what):
+    (tmp_path / "patched.py").write_text(PATCHED)
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "patched.py"), what
+
+
+@pytest.mark.slow
+def test_a_slow_disk_is_not_taken_for_a_rank_that_hangs(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"save_every_steps": 4})
+    _, err = ended(start(recipe, module=patched(tmp_path, "slow disk"), ranks=()))
+    assert err.count("checkpoint written") == 2, err
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_before_the_first_step_is_what_the_others_tell(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
+    process = start(recipe, module=patched(tmp_path, "signal"), ranks=())
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and "stopped at once by SIGTERM; no checkpoint is there. To resume: " in err, err
+    assert "does not answer" not in err, err
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def slurm_script():
+    page = (Path(explain.__file__).parent / "cluster.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    return script
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash")
+def test_the_slurm_script_is_one_and_its_signal_leaves_time_to_save():
+    subprocess.run(["bash", "-n"], input=slurm_script(), text=True, check=True)
+    given = dict(re.findall(r"(?m)^(?:#SBATCH --|export )(\S+?)=(\S+)", slurm_script()))
+    assert int(given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < int(given["signal"].removeprefix("B:TERM@"))
+    assert int(given["OMP_NUM_THREADS"]) * int(given["gpus-per-node"]) == int(given["cpus-per-task"])
+
+
+SLURM = {
+    "scontrol": """if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$HERE/requeued"; fi""",
+    "srun": """echo $$ > "$HERE/agent"; exec "$@" """,
+    # to every process of the step, as Slurm does, and not only once: torchrun's agent passes it on once more
+    "scancel": """agent=$(cat "$HERE/agent"); ranks=$(cat /proc/$agent/task/$agent/children)
+        for again in 1 2 3 4 5 6; do kill -TERM $ranks; sleep 0.05; done
+        kill -TERM $agent""",
+    "torchrun": """exec "$PYTHON" -m torch.distributed.run "$@" """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_the_slurm_script_saves_at_its_signal_and_goes_on_when_it_is_queued_again(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
+    ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = (
+        slurm_script().replace("=recipe.yaml", f"={recipe}").replace("=4\n", "=2\n").replace("THREADS=8", "THREADS=1")
+    )
+    (tmp_path / "job.sh").write_text(script.replace("/shared/runs/my-run", str(tmp_path / "job")))
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "PYTHON": sys.executable,
+        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
+    }  # fmt: skip
+
+    def job():
+        return subprocess.Popen(["bash", tmp_path / "job.sh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env=os.environ | variables)  # fmt: skip
+
+    process = job()
+    stop_when(process, "checkpoint written", lambda: process.send_signal(signal.SIGTERM))
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and "all of it is saved" in err, err
+    assert (tmp_path / "requeued").read_text() == f"requeue {variables['SLURM_JOB_ID']}\n"
+    out, _ = ended(job())
+    assert "evaluation loss" in out and equal(tmp_path / "whole", tmp_path / "job")
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["resumed"][0]["after_step"] < 60

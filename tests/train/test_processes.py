@@ -104,7 +104,7 @@ def agreeing(number, count, folder):
     group = ProcessGroup(number, count)
     assert group.tell(f"from {number}") == "from 0" and group.largest(number) == count - 1
     group.require_equal("data", "same")
-    with pytest.raises(LaunchError, match=r"^rank 1 and 2 has other data than rank 0"):
+    with pytest.raises(LaunchError, match=r"^ranks 1 and 2 have other data than rank 0"):
         group.require_equal("data", "other" if number else "same")
     assert group.any(number == 1) and not group.any(False)
     half, none = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(2))
