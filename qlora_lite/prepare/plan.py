@@ -188,6 +188,7 @@ def plan_run(
         ModelError: see ``plan_recipe``.
     """
     device = resolve_device(recipe.model.device)
+    link = processes.shards.bytes_per_second(device)  # first: what NCCL takes of a GPU is not free for the run
     machine = this_machine(device, compute_dtype_of(recipe, device))
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
@@ -196,8 +197,7 @@ def plan_run(
     epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     machine = _smallest(machine.shared_by(processes.local_world_size), processes)
-    shards = processes.shards
-    machine = replace(machine, ranks=shards.count, link_bytes_per_second=shards.bytes_per_second(device))
+    machine = replace(machine, ranks=processes.shards.count, link_bytes_per_second=link)
     left = budget_of(recipe, machine) - machine.base_bytes
     budget_bytes = int(min(processes.gather(left))) + machine.base_bytes - headroom
     own = share_of(recipe, processes.world_size)
