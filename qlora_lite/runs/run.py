@@ -35,7 +35,7 @@ from qlora_lite.reporting.report import write_report
 from qlora_lite.train.checkpoints import CHECKPOINTS, newest_whole
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.out_of_memory import explaining_memory
-from qlora_lite.train.processes import ALONE, Processes, RankLostError, joined
+from qlora_lite.train.processes import ALONE, FirstRankLostError, Processes, RankLostError, joined
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.units import format_bytes, format_seconds
 
@@ -144,8 +144,8 @@ def _speaking(processes: Processes) -> Iterator[None]:
             raise
         raise _said("", Interrupted.exit_code) from error  # the first rank says it, and what is saved
     except RankLostError as error:
-        _wait(3 * HEARD_SECONDS)  # for what that rank says itself
-        if not rank:
+        is_unheard = _wait(3 * HEARD_SECONDS)  # for what that rank says itself
+        if not rank or (is_unheard and isinstance(error, FirstRankLostError)):  # a first rank that hangs says nothing
             raise
         raise _said("", error.exit_code) from error
     except QloraLiteError as error:

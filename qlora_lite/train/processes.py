@@ -26,12 +26,18 @@ from qlora_lite.errors import LaunchError
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
 ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step; or five times as long as this one has ever taken
 FIRST_ANSWER = timedelta(minutes=10)  # before that is known
+VERDICT_SECONDS = 10.0  # that the others wait longer for the first rank, which names one of them that hangs
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
+HOW_TO_GO_ON = "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
 T = TypeVar("T")
 
 
 class RankLostError(LaunchError):
     """Another rank has ended, or does not answer: what it says itself is the reason."""
+
+
+class FirstRankLostError(RankLostError):
+    """The first rank does not answer, so that another one has to say it."""
 
 
 class OtherRankError(RuntimeError):
@@ -142,13 +148,40 @@ class ProcessGroup(Processes):
         known = not math.isnan(self._longest_seconds)
         answer = timedelta(seconds=max(ANSWER_SECONDS, 5 * self._longest_seconds)) if known else FIRST_ANSWER
         with explaining_loss():
-            dist.monitored_barrier(self._patient, answer, wait_all_ranks=True)
+            self._meet(answer)
             dist.all_reduce(vector)
         self._exchanged = time.monotonic()
         someone_failed, *sums = vector.tolist()
         if someone_failed and not failed:
             raise OtherRankError
         return sums[: len(numbers)]
+
+    def _meet(self, answer: timedelta) -> None:
+        """Return when all ranks have come here; a rank that does not in time is named.
+
+        torch's ``monitored_barrier`` is the known other way: there only the first rank's wait ends in time, so that
+        all wait for a first rank that hangs itself.
+
+        Raises:
+            FirstRankLostError: the first rank has not come.
+            RankLostError: another one has not.
+        """
+        token = torch.zeros(1)
+        if self.is_first:
+            others = range(1, self.world_size)
+            until = time.monotonic() + answer.total_seconds()
+            coming = [dist.irecv(torch.empty(1), rank, self._patient) for rank in others]
+            missing = [str(rank) for rank, work in zip(others, coming, strict=True) if not _ends(work, until)]
+            if missing:
+                raise RankLostError(_silent(" and ".join(missing), answer.total_seconds()))
+            for rank in others:
+                dist.send(token, rank, self._patient)
+            return
+        going = dist.isend(token, 0, self._patient)  # to wait for it is to wait for the first rank
+        seconds = answer.total_seconds() + VERDICT_SECONDS
+        if not _ends(dist.irecv(torch.empty(1), 0, self._patient), time.monotonic() + seconds):
+            raise FirstRankLostError(_silent("0", seconds))
+        going.wait()
 
     def gather(self, number: float) -> list[float]:
         """See ``Processes``."""
@@ -239,8 +272,27 @@ def explaining_loss() -> Iterator[None]:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise RankLostError(
             f"another process of this run has ended or does not answer ({first[:200]}); its own message says why. "
-            "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
+            f"{HOW_TO_GO_ON}"
         ) from None
+
+
+def _ends(work: dist.Work, until: float) -> bool:
+    """Return whether an exchange ends in time, on the clock of ``time.monotonic``.
+
+    Raises:
+        RuntimeError: it cannot end, because the other rank has.
+    """
+    try:
+        work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+    except RuntimeError:
+        if time.monotonic() < until:
+            raise
+        return False
+    return True
+
+
+def _silent(rank: str, seconds: float) -> str:
+    return f"rank {rank} has not answered for {seconds:.0f} s, so that all end; {HOW_TO_GO_ON}"
 
 
 @contextmanager
