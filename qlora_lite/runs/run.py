@@ -144,8 +144,10 @@ def _speaking(processes: Processes) -> Iterator[None]:
             raise
         raise _said("", Interrupted.exit_code) from error  # the first rank says it, and what is saved
     except RankLostError as error:
-        is_unheard = _wait(3 * HEARD_SECONDS)  # for what that rank says itself
-        if not rank or (is_unheard and isinstance(error, FirstRankLostError)):  # a first rank that hangs says nothing
+        # for what that rank says itself, or its launcher, which then ends this one
+        was_told = error.stop is not None and error.stop.has_come
+        is_unheard = not was_told and _wait(3 * HEARD_SECONDS)
+        if is_unheard and (not rank or isinstance(error, FirstRankLostError)):  # a first rank that hangs says nothing
             raise
         raise _said("", error.exit_code) from error
     except QloraLiteError as error:
@@ -196,6 +198,8 @@ def _execute(
         _leave(run, error)
         raise error from None
     except QloraLiteError as error:
+        if isinstance(error, RankLostError):
+            error.stop = stop
         _leave(run, error)
         raise
     finally:

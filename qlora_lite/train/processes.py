@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,12 @@ T = TypeVar("T")
 
 
 class RankLostError(LaunchError):
-    """Another rank has ended, or does not answer: what it says itself is the reason."""
+    """Another rank has ended, or does not answer: what it says itself is the reason.
+
+    ``stop``: what has noted whether this process got a signal too, from a launcher that says it (``runs.signals``).
+    """
+
+    stop: Any = None
 
 
 class FirstRankLostError(RankLostError):

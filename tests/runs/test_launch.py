@@ -16,8 +16,10 @@ from qlora_lite.cli.main import COMMANDS
 from qlora_lite.errors import LaunchError, RecipeError
 from qlora_lite.prepare.plan import share_of
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.runs import launch
+from qlora_lite.runs import launch, run
 from qlora_lite.runs.run import run_recipe
+from qlora_lite.runs.signals import Stop
+from qlora_lite.train.processes import FirstRankLostError, Processes, RankLostError
 
 VARIABLES = [("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")]
 ASKS_NOTHING = {"plan", "data", "report", "recipes", "explain", "doctor", "train"}
@@ -143,6 +145,56 @@ def rank_of(process, rank):
     raise AssertionError("no such rank")
 
 
+def lost(kind, was_told=None):
+    error = kind("lost")
+    error.stop = was_told
+    return error
+
+
+TOLD, UNTOLD = Stop(), Stop()
+TOLD.note("SIGTERM")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "is_signalled", "says"),
+    [
+        (0, lost(RankLostError), False, "lost"),
+        (0, lost(RankLostError, UNTOLD), False, "lost"),
+        (0, lost(RankLostError), True, ""),
+        (0, lost(RankLostError, TOLD), False, ""),
+        (1, lost(RankLostError), False, ""),
+        (1, lost(FirstRankLostError), False, "lost"),
+        (1, lost(FirstRankLostError), True, ""),
+    ],
+)
+def test_that_a_rank_is_lost_is_said_once_and_not_where_a_launcher_says_it(
+    rank, error, is_signalled, says, monkeypatch
+):
+    def sleep(_seconds):
+        if is_signalled:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.time, "sleep", sleep)
+    with pytest.raises(LaunchError, match=f"^{says}$") as caught, run._speaking(Processes(rank, 2)):
+        raise error
+    assert caught.value.exit_code == 2
+
+
+def test_a_rank_that_a_launcher_ends_says_nothing_of_one_that_is_lost(model_folder, tmp_path, monkeypatch):
+    def trained(_proven):
+        raise RankLostError("lost")
+
+    def left(folder, _error):  # a signal comes as a report is written
+        folder.summary["status"] = "interrupted"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "train", trained)
+    monkeypatch.setattr(run, "_leave", left)
+    with pytest.raises(RankLostError) as caught:
+        run_recipe(load_recipe(write_recipe(tmp_path, model_folder)))
+    assert caught.value.stop.has_come
+
+
 LONG = TRAIN | {"max_steps": 60, "eval_every_steps": 0, "save_every_steps": 5}
 
 
@@ -157,7 +209,7 @@ def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folde
     began = time.monotonic()
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode and time.monotonic() - began < 60 and "Traceback" not in err
-    assert f"error: rank {rank} was killed by SIGKILL" in err, err
+    assert f"error: rank {rank} was killed by SIGKILL" in err and err.count("error: ") == 1, err
     _, err = ended(start(recipe, f"output.dir={tmp_path / 'cut'}", "--resume"))
     assert "rank 1" not in err
     expected, found = adapter(tmp_path / "whole"), adapter(tmp_path / "cut")
