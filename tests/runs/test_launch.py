@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_files import write_recipe
 from torch.testing import assert_close
 
+from qlora_lite.cli import main
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.errors import LaunchError, RecipeError
 from qlora_lite.prepare.plan import share_of
@@ -66,6 +67,17 @@ def test_one_process_of_a_launcher_works_as_ever(size, model_folder, tmp_path, c
     monkeypatch.setenv("RANK", "0")
     code, out, _ = command("quantize", model_folder, "--out", tmp_path / "out")
     assert code == 0 and "wrote" in out
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", "interrupted\n"), ("1", "")])
+def test_that_several_processes_were_interrupted_before_they_met_is_said_once(rank, says, command, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.cli, "main", interrupted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert command("train", "recipe.yaml") == (130, "", says)
 
 
 def test_what_runs_no_model_asks_nothing_of_the_launcher(model_folder, tmp_path, command, monkeypatch):
