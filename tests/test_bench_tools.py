@@ -53,7 +53,7 @@ def test_two_processes_compute_the_steps_of_one_and_each_sends_what_is_calculate
     ranks = tool("ranks")
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench" / "ranks")])
     one, two = ranks.one_process(TASK), ranks.two_processes(TASK)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(two["losses"]) == 5
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(two["losses"]) == 6
     wire = ranks.calculated_wire_bytes(one["trained_numbers"])
     assert wire == 4 * one["trained_numbers"] and two["given_bytes"] == wire + 4  # and the loss
     for sent in two["sent_bytes_of_ranks"]:
