@@ -18,9 +18,9 @@ from tiny import build_tiny, random_batch
 from tiny_files import save_tiny
 from torch import nn
 
-from bench import harness, products
+from bench import harness, products, scaling
 from bench.products import BASE, LOW_RANK, PLACES, StepClock
-from bench.tables import TABLES, limit_sentence, study_tables
+from bench.tables import TABLES, limit_sentence, scaling_table, study_tables
 from bench.texts import text_windows
 from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import Example
@@ -42,6 +42,39 @@ def tool(name):
     module = module_from_spec(spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
+
+
+TASK = {"model": "tiny", "tokens": 64, "checkpointing": "block", "accumulation": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel what sockets have sent")
+def test_two_processes_compute_the_steps_of_one_and_each_sends_what_is_calculated(monkeypatch):
+    ranks = tool("ranks")
+    monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench" / "ranks")])
+    one, two = ranks.one_process(TASK), ranks.two_processes(TASK)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(two["losses"]) == 6
+    wire = ranks.calculated_wire_bytes(one["trained_numbers"])
+    assert wire == 4 * one["trained_numbers"] and two["given_bytes"] == wire + 4  # and the loss
+    for sent in two["sent_bytes_of_ranks"]:
+        assert wire < sent < 1.02 * wire + 4096
+
+
+def test_on_paper_packs_are_divided_among_gpus_or_the_step_grows_with_them():
+    cluster = scaling.Cluster("llama3.2-3b", "rtx-4090", "pcie4", "ethernet-10g")
+    half, weak = scaling.scaling_rows([cluster], (2, 24))
+    assert (half["packs_each"], half["packs"], half["weak"], half["link"]) == (4, 8, False, "pcie4")
+    assert (weak["packs_each"], weak["packs"], weak["weak"], weak["link"]) == (1, 24, True, "ethernet-10g")
+    numbers = half["wire_bytes"] // 4
+    assert weak["wire_bytes"] == 4 * numbers * 2 * 23 // 24
+    assert weak["wire_seconds"] == weak["wire_bytes"] / (0.8 * 1.25e9)
+    for row, tokens in ((half, 8 * 2048), (weak, 24 * 2048)):
+        assert row["tokens_per_second"] == pytest.approx(tokens / row["step_seconds"])
+        assert row["of_linear"] == row["tokens_per_second"] / (row["ranks"] * row["alone_tokens_per_second"])
+    plot = scaling.scaling_plot([half, weak])
+    assert plot.count("<polyline") == 1 and plot.count("Calculated, not measured") == 3 and "24 GPUs" in plot
+    lines = scaling_table([half, weak, half | {"between": "nvlink"}])
+    assert len(lines) == 4 and "weak scaling" in lines[3] and "weak" not in lines[2]
 
 
 class Letters:

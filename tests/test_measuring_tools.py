@@ -30,6 +30,7 @@ from common.memory_options import (
 )
 from gpu import caps, numbers, peers, sections
 from gpu.process import LIMIT_SECONDS, run_section
+from gpu.ranks import NOTICED_SECONDS, killed_row, losses_row, run_ranks
 from gpu.sections import CARD, REHEARSAL, SECTIONS, option_problem, resident_task
 from gpu.summary import summary
 from qlora_lite import files
@@ -122,9 +123,46 @@ def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipp
     assert found["status"] == "skipped"
 
 
-def test_all_sections_of_a_gpu_end_within_eight_minutes():
-    assert sum(LIMIT_SECONDS.values()) <= 8 * 60 and list(LIMIT_SECONDS) == list(SECTIONS)
+def test_all_sections_of_one_gpu_end_within_eight_minutes():
+    assert sum(LIMIT_SECONDS.values()) - LIMIT_SECONDS["ranks"] <= 8 * 60 and list(LIMIT_SECONDS) == list(SECTIONS)
     assert set(CARD.caps_bytes) == {n * 2**30 for n in (6, 8, 12, 16, 24)}
+
+
+def test_on_a_machine_with_one_gpu_several_are_skipped_in_one_line(monkeypatch):
+    monkeypatch.setattr(sections, "resolve_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    [row] = sections.ranks(CARD)
+    text = summary({"ranks": {"status": "skipped", "seconds": 1.0, "rows": [row]}})
+    assert text.splitlines()[2:] == ["    skipped:  this machine has one GPU, and two or more can train together"]
+
+
+@pytest.mark.parametrize(("other", "problem"), [(5.004, False), (5.006, True), (float("nan"), True)])
+def test_other_losses_of_several_gpus_are_a_problem(other, problem):
+    row = losses_row([4.0, 5.0], [4.0, other])
+    assert ("problem" in row) is problem and row["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        ({"lost": "rank 1", "seconds": 1.0}, None),
+        ({"lost": "rank 1", "seconds": NOTICED_SECONDS + 1.0}, "noticed after 61 s"),
+        ({"losses": [1.0], "tokens_per_second": 1.0}, "nobody noticed that a rank was killed"),
+        ({"problem": "it did not end"}, "it did not end"),
+    ],
+)
+def test_a_killed_rank_that_nobody_or_late_notices_is_a_problem(found, problem):
+    assert killed_row(found).get("problem") == problem
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_learn_what_one_does_and_notice_one_that_is_killed():
+    case = {"model": "tiny", "tokens": 64, "checkpointing": "block", "accumulation": 2}
+    alone, both = (run_ranks(case, ranks, 3, 120) for ranks in (1, 2))
+    assert "problem" not in losses_row(alone["losses"], both["losses"]) and len(both["losses"]) == 3
+    found = killed_row(run_ranks(case, 2, 4, 120, killed_after=2))
+    assert "problem" not in found and "has ended or does not answer" in found["message"]
+    assert run_ranks(case, 2, 4, 0.1) == {"problem": "2 processes did not end within 0 s"}
 
 
 def test_problems_are_in_the_summary():
@@ -418,6 +456,8 @@ def test_every_section_can_be_rehearsed_without_a_gpu(tmp_path):
     assert len(equal) == 7 and all(row["tensors"] > 10 and row["different"] == 0 for row in equal)
     losses = [row["first_loss"] for row in found["sections"]["peers"]["rows"] if "first_loss" in row]
     assert len(losses) >= 3 and max(losses) == pytest.approx(min(losses), rel=2e-4)
+    kinds = [row["kind"] for row in found["sections"]["ranks"]["rows"]]
+    assert kinds == ["task", "speed", "speed", "losses", "killed"]
     assert sorted((TOOLS / "results").iterdir()) == before
 
 

@@ -14,7 +14,7 @@ import click
 from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
-from qlora_lite.runs.launch import require_one_process
+from qlora_lite.runs.launch import is_first, require_one_process
 from qlora_lite.runs.signals import stop_signals
 from qlora_lite.terminal import printable
 
@@ -107,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
         echo(said.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        echo("interrupted", err=True)
+        if is_first():
+            echo("interrupted", err=True)
         sys.exit(130)
     except QloraLiteError as error:
         if "--debug" in arguments:

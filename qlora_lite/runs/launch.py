@@ -43,6 +43,12 @@ def require_one_process() -> None:
                    f"command without torchrun, accelerate launch or mpirun, or unset {size}")  # fmt: skip
 
 
+def is_first() -> bool:
+    """Return whether this process speaks for all that a launcher started: rank 0, or the only one."""
+    found = _named()
+    return found is None or found[1] == 0
+
+
 def launched() -> Launched | None:
     """Return which of several processes this is; None where it is the only one.
 

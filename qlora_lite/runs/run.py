@@ -35,7 +35,7 @@ from qlora_lite.reporting.report import write_report
 from qlora_lite.train.checkpoints import CHECKPOINTS, newest_whole
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.out_of_memory import explaining_memory
-from qlora_lite.train.processes import ALONE, Processes, RankLostError
+from qlora_lite.train.processes import ALONE, FirstRankLostError, Processes, RankLostError
 from qlora_lite.train.rendezvous import joined
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.units import format_bytes, format_seconds
@@ -161,8 +161,10 @@ def _speaking(processes: Processes) -> Iterator[None]:
             raise
         raise _said("", Interrupted.exit_code) from error  # the first rank says it, and what is saved
     except RankLostError as error:
-        _wait(3 * HEARD_SECONDS)  # for what that rank says itself
-        if not rank:
+        # for what that rank says itself, or its launcher, which then ends this one
+        was_told = error.stop is not None and error.stop.has_come
+        is_unheard = not was_told and _wait(3 * HEARD_SECONDS)
+        if is_unheard and (not rank or isinstance(error, FirstRankLostError)):  # a first rank that hangs says nothing
             raise
         raise _said("", error.exit_code) from error
     except QloraLiteError as error:
@@ -212,6 +214,7 @@ def _execute(
     except RankLostError as error:
         if announced := processes.stop_announced():
             raise _stopped_at_once(run, announced) from None
+        error.stop = stop
         _leave(run, error)
         raise
     except QloraLiteError as error:

@@ -46,6 +46,11 @@ class Stop:
         self._acts_now = False
         self._end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
 
+    @property
+    def has_come(self) -> bool:
+        """Whether a signal was noted, or its time was over when that was asked."""
+        return self._reason is not None
+
     def check(self, agreed: Callable[[bool], bool] = bool) -> None:
         """End the run if it should.
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,17 +26,28 @@ from qlora_lite.errors import LaunchError
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
 ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step,
 ANSWER_TIMES = 5  # or so many times as long as this one has ever taken
-FIRST_ANSWER = timedelta(minutes=10)  # before that is known; and of rank 0, which alone can measure a barrier
+FIRST_ANSWER = timedelta(minutes=10)  # before that is known
+VERDICT_SECONDS = 10.0  # that the others wait longer for the first rank, which names one of them that hangs
 BLOCK_ANSWER = timedelta(seconds=60)  # of ranks in the middle of a step, until all have come to the same block
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
 STOPPED = "stopped by"
+HOW_TO_GO_ON = "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
 T = TypeVar("T")
 _MEASURED_BYTES, _MEASUREMENTS = 64 * 2**20, 3  # of a link
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 class RankLostError(LaunchError):
-    """Another rank has ended, or does not answer: what it says itself is the reason."""
+    """Another rank has ended, or does not answer: what it says itself is the reason.
+
+    ``stop``: what has noted whether this process got a signal too, from a launcher that says it (``runs.signals``).
+    """
+
+    stop: Any = None
+
+
+class FirstRankLostError(RankLostError):
+    """The first rank does not answer, so that another one has to say it."""
 
 
 class OtherRankError(RuntimeError):
@@ -207,7 +218,6 @@ class ProcessGroup(Processes):
         super().__init__(rank, world_size, local_world_size)
         self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
-        self._stepping = dist.new_group(timeout=FIRST_ANSWER, backend="gloo")  # so long do the others wait for rank 0
         self._shards = Shards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
         if 1 < local_world_size < world_size and world_size % local_world_size == 0:
             group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
@@ -228,13 +238,40 @@ class ProcessGroup(Processes):
         known = not math.isnan(self._longest_seconds)
         answer = timedelta(seconds=max(ANSWER_SECONDS, ANSWER_TIMES * self._longest_seconds)) if known else FIRST_ANSWER
         with self._waiting():
-            dist.monitored_barrier(self._stepping, answer, wait_all_ranks=True)
+            self._meet(answer)
             dist.all_reduce(vector)
         self._exchanged = time.monotonic()
         someone_failed, *sums = vector.tolist()
         if someone_failed and not failed:
             raise OtherRankError
         return sums[: len(numbers)]
+
+    def _meet(self, answer: timedelta) -> None:
+        """Return when all ranks have come here; a rank that does not in time is named.
+
+        torch's ``monitored_barrier`` is the known other way: there only the first rank's wait ends in time, so that
+        all wait for a first rank that hangs itself.
+
+        Raises:
+            FirstRankLostError: the first rank has not come.
+            RankLostError: another one has not.
+        """
+        token = torch.zeros(1)
+        if self.is_first:
+            others = range(1, self.world_size)
+            until = time.monotonic() + answer.total_seconds()
+            coming = [dist.irecv(torch.empty(1), rank, self._patient) for rank in others]
+            missing = [str(rank) for rank, work in zip(others, coming, strict=True) if not _ends(work, until)]
+            if missing:
+                raise RankLostError(_silent(" and ".join(missing), answer.total_seconds()))
+            for rank in others:
+                dist.send(token, rank, self._patient)
+            return
+        going = dist.isend(token, 0, self._patient)  # to wait for it is to wait for the first rank
+        seconds = answer.total_seconds() + VERDICT_SECONDS
+        if not _ends(dist.irecv(torch.empty(1), 0, self._patient), time.monotonic() + seconds):
+            raise FirstRankLostError(_silent("0", seconds))
+        going.wait()
 
     def gather(self, number: float) -> list[float]:
         """See ``Processes``."""
@@ -363,5 +400,24 @@ def explaining_loss() -> Iterator[None]:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise RankLostError(
             f"another process of this run has ended or does not answer ({first[:200]}); its own message says why. "
-            "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
+            f"{HOW_TO_GO_ON}"
         ) from None
+
+
+def _ends(work: dist.Work, until: float) -> bool:
+    """Return whether an exchange ends in time, on the clock of ``time.monotonic``.
+
+    Raises:
+        RuntimeError: it cannot end, because the other rank has.
+    """
+    try:
+        work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+    except RuntimeError:
+        if time.monotonic() < until:
+            raise
+        return False
+    return True
+
+
+def _silent(rank: str, seconds: float) -> str:
+    return f"rank {rank} has not answered for {seconds:.0f} s, so that all end; {HOW_TO_GO_ON}"

@@ -1,6 +1,8 @@
 """Several processes train what one would: shared steps, evaluations, and what only one of them meets."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from tiny_trainer import examples, trainer
 from qlora_lite.errors import LaunchError, TrainingError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train import processes
-from qlora_lite.train.processes import ALONE, Processes, ProcessGroup, _buckets
+from qlora_lite.train.processes import ALONE, FirstRankLostError, Processes, ProcessGroup, RankLostError, _buckets
 
 SETTINGS = dict(gradient_accumulation_steps=4, max_steps=7, optimizer="adamw_8bit", weight_decay=0.01)
 EVALUATED = slice(0, 5)
@@ -147,3 +149,21 @@ def test_a_step_that_updates_in_backward_is_not_shared():
 def shared_trainer(options):
     training = trainer(gradient_accumulation_steps=1, options=options, max_grad_norm=0.0)
     return type(training)(training.model, training.examples, training.settings, processes=Processes(0, 2))
+
+
+def waiting_for(number, count, folder, hanging):
+    group = ProcessGroup(number, count)
+    processes.ANSWER_SECONDS, processes.VERDICT_SECONDS = 1.0, 3.0
+    group.exchange(1)
+    group.exchange(1)
+    if number == hanging:
+        time.sleep(8)
+        os._exit(0)
+    with pytest.raises(RankLostError, match=rf"^rank {hanging} has not answered") as caught:
+        group.exchange(1)
+    assert isinstance(caught.value, FirstRankLostError) is (hanging == 0)
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_hangs_is_named_by_another(hanging, tmp_path):
+    together(2, "train.test_processes", "waiting_for", tmp_path, hanging)

@@ -202,6 +202,25 @@ def merged_table(result: Mapping) -> list[str]:
     return lines
 
 
+def scaling_table(rows: Sequence[Mapping]) -> list[str]:
+    """Return the lines of the table of what ``bench.scaling`` calculates."""
+    lines = ["| recipe, GPU | GPUs | link | packs each, a step | gradients sent by each | on the wire "
+             "| step | tokens/s | of so many times one GPU |", "|---" * 9 + "|"]  # fmt: skip
+    shown = set()
+    for row in rows:
+        key = row["recipe"], row["gpu"], row["ranks"], row["link"]
+        if key in shown:  # inside a machine, whatever joins machines
+            continue
+        shown.add(key)
+        packs = f"{row['packs_each']}" + (", weak scaling" if row["weak"] else "")
+        lines.append(
+            f"| `{row['recipe']}`, {row['gpu']} | {row['ranks']:,} | {row['link']} | {packs} "
+            f"| {format_bytes(row['wire_bytes'])} | {_ms(row['wire_seconds'])} ms | {row['step_seconds']:.2f} s "
+            f"| {row['tokens_per_second']:,.0f} | {row['of_linear']:.0%} |"
+        )
+    return lines
+
+
 # The result's name -> what stands above its table, and the function that makes the table's lines.
 TABLES = {
     "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "

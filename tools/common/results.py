@@ -23,7 +23,7 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
 
     Args:
         name: the file's stem.
-        payload: anything JSON can hold; the keys "date", "machine" and "versions" are added.
+        payload: anything JSON can hold; the keys "date", "machine" and "versions" are added where it has none.
         folder: where, if it is not for tools/results.
 
     Returns:
@@ -32,9 +32,9 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     result = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
         **payload,
     }
     write_text(path, json.dumps(result, indent=2) + "\n")
@@ -57,10 +57,19 @@ def today() -> dict[str, str]:
     return {"processor": machine()["cpu"], "date": datetime.now(UTC).strftime("%Y-%m-%d")}
 
 
+def now() -> str:
+    """Return the date and time of a result."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def versions() -> dict[str, str]:
-    """Return the versions of packages that figures depend on."""
+    """Return the versions of Python and of packages that figures depend on."""
     others = {name: _version(name) for name in OTHERS}
-    return {name: _version(name) for name in PACKAGES} | {k: v for k, v in others.items() if v != UNKNOWN}
+    return (
+        {"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES}
+        | {k: v for k, v in others.items() if v != UNKNOWN}
+    )
 
 
 def _version(name: str) -> str:

@@ -7,6 +7,7 @@ package knows nothing of them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -38,6 +39,7 @@ from qlora_lite.models import quantizer
 from qlora_lite.quant import tensor_file
 from qlora_lite.quant.product import FrozenMatmul
 from qlora_lite.train import loop
+from qlora_lite.train.processes import ProcessGroup
 
 tqdm.monitor_interval = 0  # else it has a thread too
 STEPS, SAVE_EVERY = 8, 2
@@ -47,7 +49,7 @@ TRACE_CODE = 99
 CALLS = {
     "forward": (LoraLinear, "forward"), "backward": (FrozenMatmul, "backward"), "save": (tensor_file, "save_file"),
     "load": (quantizer, "quantize"), "rehearsal": (loop, "probe_step"), "step": (loop, "train_step"),
-    "evaluation": (loop, "evaluate_loss"),
+    "evaluation": (loop, "evaluate_loss"), "exchange": (ProcessGroup, "exchange"), "sum": (ProcessGroup, "add_up"),
 }  # fmt: skip
 
 Install = Callable[[], None]
@@ -63,6 +65,8 @@ class Row:
     lost_steps: int = 0
     damaged_results: int = 0
     steps_done_again: int = 0
+    ended_wrongly: int = 0  # of runs of several processes: too late, without some, or with other words
+    longest_end_seconds: float = 0.0  # from a fault until all processes had ended, where it was measured
     failures: list[str] = field(default_factory=list)
 
 
@@ -73,6 +77,8 @@ class Lab:
         folder: an empty folder for everything.
         overrides: settings that replace the recipe's.
     """
+
+    options: tuple[str, ...] = ()  # of the command line, beside the recipe and its settings
 
     def __init__(self, folder: Path, overrides: tuple[str, ...] = ()):
         self.folder, self.overrides = folder, overrides
@@ -90,11 +96,15 @@ class Lab:
         self.calls: dict[str, int] = {}
         started = time.monotonic()
         counts = folder / "counts.json"
-        code = self.wait(self.start(self.whole, install=lambda: _count(counts)))
+        code = self.wait(self.start(self.whole, install=self.counting(counts)))
         assert code == 0, self.log_of(self.whole)
         self.seconds = time.monotonic() - started
         counted = json.loads(counts.read_text())
         self.operations, self.calls = [tuple(pair) for pair in counted["file"]], counted["calls"]
+
+    def counting(self, path: Path) -> Install:
+        """Return what counts an undisturbed run's calls and file operations."""
+        return lambda: count_calls(path)
 
     def _warm_up(self) -> None:
         """Run once in this process, so that the children have its plan and all imports."""
@@ -109,7 +119,7 @@ class Lab:
 
     def start(self, out: Path, resume: bool = False, install: Install | None = None) -> int:
         """Begin, or resume, a run in a child process; return its process id."""
-        arguments = ["train", str(self.recipe), *self.overrides, f"output.dir={out}"]
+        arguments = ["train", str(self.recipe), *self.overrides, *self.options, f"output.dir={out}"]
         arguments += ["--resume", str(out)] if resume else []
         child = os.fork()
         if child:
@@ -236,7 +246,7 @@ def around(owner: object, name: str, before: Callable[..., None]) -> None:
     setattr(owner, name, staticmethod(wrapped) if owner is FrozenMatmul else wrapped)
 
 
-def _count(path: Path) -> None:
+def count_calls(path: Path) -> None:
     """Write down every file operation and count the calls of forward and backward, at the end of the process."""
     operations: list[tuple[str, str]] = []
     calls = dict.fromkeys(CALLS, 0)
@@ -248,10 +258,9 @@ def _count(path: Path) -> None:
         around(os, name, lambda *arguments, name=name: operations.append((name, str(arguments[0]))))
     for kind, (owner, name) in CALLS.items():
         around(owner, name, lambda *_arguments, kind=kind: note(kind))
-    real = os._exit
 
-    def leave(code):
+    def write(*_arguments):
         path.write_text(json.dumps({"file": operations, "calls": calls}))
-        real(code)
 
-    os._exit = leave
+    atexit.register(write)
+    around(os, "_exit", write)  # a forked child's end

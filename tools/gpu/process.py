@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "ROW "
-LIMIT_SECONDS = {  # of the sections of tools/gpu_check, in order of value
+LIMIT_SECONDS = {  # of the sections of tools/gpu_check, in order of value; "ranks" is for several GPUs
     "tests": 95, "streamed": 40, "plan": 50, "numbers": 20, "caps": 80, "peers": 85, "answers": 25, "options": 55,
-    "paged": 20,
+    "paged": 20, "ranks": 100,
 }  # fmt: skip
 TAIL_LINES = 15  # of a failed section's own output
 

@@ -36,6 +36,8 @@ from gpu.caps import CappedDevice, chosen_row, length_rows, machine_at_hand, pla
 from gpu.numbers import gradient_rows, lengths_row, rate_rows
 from gpu.peers import SIDES, STEPS, WARMUP, Comparison, compare_losses, why_not_compiled
 from gpu.process import LIMIT_SECONDS
+from gpu.ranks import STEPS as RANK_STEPS
+from gpu.ranks import rank_rows
 from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.errors import QloraLiteError
 from qlora_lite.inference.decode import decode
@@ -63,6 +65,7 @@ ORDER = "not compiled and not goes_on", "goes_on and not compiled", "compiled"
 EQUAL_SCALE = 2.0**10  # of the loss in float16, so that there are gradients to compare, and finite ones
 COUNTED = 20  # passed tests after which a row says how many, so that it is known where there was no time for all
 PAGED_RANK = 64
+REHEARSED_SECONDS = 180  # of each run of several processes, where nothing is measured
 TIMED = 3  # passes, of which the fastest counts
 ROOT = Path(__file__).resolve().parents[2]
 FREE = """
@@ -522,7 +525,18 @@ def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Ten
     return torch.cat([weight.detach()[:4096].cpu() for weight in weights]), time.perf_counter() - started
 
 
+def ranks(scale: Scale) -> Iterator[dict]:
+    """Compare all GPUs, a process each and data parallel, with one of them; kill one of the processes."""
+    device = resolve_device()
+    count = torch.cuda.device_count() if device.type == "cuda" else 2
+    if count < 2:
+        yield {"skipped": "this machine has one GPU, and two or more can train together"}
+        return
+    name, tokens = resident_task("ranks", RANK_STEPS * (count + 2), scale, machine_at_hand(device))
+    yield from rank_rows(name, tokens, count, REHEARSED_SECONDS if scale.dry_run else LIMIT_SECONDS["ranks"])
+
+
 SECTIONS: dict[str, Callable[[Scale], Iterator[dict]]] = {
     "tests": tests, "streamed": streamed, "plan": plan, "numbers": numbers, "caps": caps, "peers": peers,
-    "answers": answers, "options": options, "paged": paged,
+    "answers": answers, "options": options, "paged": paged, "ranks": ranks,
 }  # fmt: skip

@@ -130,5 +130,18 @@ def _paged(rows: Sequence[Mapping]) -> list[str]:
     ]
 
 
+def _ranks(rows: Sequence[Mapping]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row.get("kind") == "speed":
+            share = f", {row['of_one']:.2f} times as fast as one" if "of_one" in row else ""
+            lines.append(f"{row['tokens_per_second']:,.0f} tokens/s: processes {row['ranks']}{share}")
+        elif row.get("kind") == "losses":
+            lines.append(f"losses of {row['steps']} steps within {row['largest_error']:.1e} of one GPU's")
+        elif row.get("kind") == "killed" and "problem" not in row:
+            lines.append(f"a killed process was noticed after {row['seconds']:.1f} s")
+    return lines
+
+
 _HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "numbers": _numbers, "caps": _caps,
-              "peers": _peers, "answers": _answers, "options": _options, "paged": _paged}  # fmt: skip
+              "peers": _peers, "answers": _answers, "options": _options, "paged": _paged, "ranks": _ranks}  # fmt: skip
