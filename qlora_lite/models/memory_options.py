@@ -55,7 +55,7 @@ class MemoryOptions:
     None streams nothing. ``compile`` is the train section's. ``offload_folder`` counts only with
     ``offload_checkpoints``, and ``stream_from`` only with ``resident_layers``. ``kernels`` "auto" allows a GPU's
     fused kernels (``models.kernels``), "plain" none. ``shards`` is no setting: among how many ranks streamed blocks are
-    divided where they come from "ranks".
+    divided, on their devices ("ranks") or in their host memory.
     """
 
     checkpointing: str = "block"
@@ -133,7 +133,7 @@ class MemoryOptions:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the streamed blocks."""
-        return self.stream_from == "ranks" and self.resident_layers is not None
+        return self.shards > 1 and self.stream_from != "disk" and self.resident_layers is not None
 
     @property
     def loads_from_files(self) -> bool:
@@ -189,13 +189,14 @@ def place(
 
 
 def _placement(options: MemoryOptions, ranks: Ranks | None) -> PlacementFactory:
-    if options.stream_from == "host":
-        return InHostMemory
     if options.stream_from == "disk":
         return in_files
+    if options.stream_from == "host" and options.shards == 1:
+        return InHostMemory
     if not is_planned() and (ranks is None or ranks.count == 1):
         raise ModelError("memory.stream_from ranks divides the model among several processes, and this is the only one")
-    return partial(OnAllRanks, ranks=ranks or PlannedRanks(options.shards))
+    planned = PlannedRanks(options.shards) if is_planned() else ranks
+    return partial(OnAllRanks, ranks=planned, in_host_memory=options.stream_from == "host")
 
 
 def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:

@@ -141,13 +141,14 @@ class Placement(Protocol):
     ``models.memory_options.place``.
 
     ``buffers`` are host memory beside the blocks' own, uint8; ``shards`` what lies of the blocks on the device beside
-    the slots; ``in_files`` tells whether the blocks' tensors are still where they were loaded from; ``slot_bytes`` is
-    how large a slot must be.
+    the slots; ``in_files`` tells whether the blocks' tensors are still where they were loaded from, ``gathers`` whether
+    all ranks have to bring a block together; ``slot_bytes`` is how large a slot must be.
     """
 
     buffers: Sequence[torch.Tensor]
     shards: Sequence[torch.Tensor]
     in_files: bool
+    gathers: bool
     slot_bytes: int
 
     def begin(self, number: int) -> None:
@@ -163,7 +164,7 @@ PlacementFactory = Callable[[Sequence[FlatBlock], SideStream], Placement]
 class InHostMemory:
     """The placement of blocks in host memory, each in one flat buffer."""
 
-    in_files, shards = False, ()
+    in_files, gathers, shards = False, False, ()
 
     def __init__(self, blocks: Sequence[FlatBlock], side: SideStream):
         self._side, self._flat = side, []
@@ -211,7 +212,7 @@ class ReadAhead:
         side: the stream of the copies to the device.
     """
 
-    in_files, shards = True, ()
+    in_files, gathers, shards = True, False, ()
 
     def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
         self._fills, self._sizes, self._side = fills, sizes, side
@@ -279,31 +280,49 @@ class PlannedRanks:
 
 
 class OnAllRanks:
-    """The placement of blocks of which each rank has one part on its device, as large as every other's.
+    """The placement of blocks of which each rank has one part, as large as every other's.
 
     What a block's modules hold while it is nowhere whole is what they were loaded with: pages of a file.
+
+    Args:
+        blocks: see ``PlacementFactory``, as is the next.
+        ranks: all that have a part.
+        in_host_memory: where parts wait, each rank's in its own; else on its device.
     """
 
-    in_files = True
+    in_files = gathers = True
 
-    def __init__(self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks):
-        self._side, self._ranks = side, ranks
-        self.buffers: Sequence[torch.Tensor] = ()
-        self.shards: list[torch.Tensor] = []
-        for block in blocks:
-            size = -(-block.size // (ranks.count * ALIGNMENT)) * ALIGNMENT
-            with category("base weights"):
-                self.shards.append(torch.zeros(size, dtype=torch.uint8, device=side.device))
-            block.fill_part(self.shards[-1], ranks.rank * size)
-        self.slot_bytes = max(map(len, self.shards)) * ranks.count
+    def __init__(self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks, in_host_memory: bool = False):
+        self._side, self._ranks, self._in_host_memory = side, ranks, in_host_memory
+        sizes = [part_bytes(block.size, ranks.count) for block in blocks]
+        self._parts = list(_host_buffers(sizes, side.device) if in_host_memory else _device_buffers(sizes, side.device))
+        for block, part in zip(blocks, self._parts, strict=True):
+            block.fill_part(part, ranks.rank * len(part))
+        self.buffers, self.shards = (self._parts, ()) if in_host_memory else ((), self._parts)
+        self.slot_bytes = max(sizes) * ranks.count
 
     def begin(self, number: int) -> None:
         """Do nothing: a block can be brought at any time."""
 
     def bring(self, number: int, slot: torch.Tensor) -> object:
         """Put a block together at the begin of a slot; return what to wait for."""
-        own = self.shards[number]
-        return self._side.launch(partial(self._ranks.gather, slot[: len(own) * self._ranks.count], own))
+        own = self._parts[number]
+        whole = slot[: len(own) * self._ranks.count]
+        if self._in_host_memory:
+            on_host, own = own, whole[self._ranks.rank * len(own) :][: len(own)]
+            self._side.copy([(own, on_host)])
+        return self._side.launch(partial(self._ranks.gather, whole, own))
+
+
+def part_bytes(size: int, count: int) -> int:
+    """Return how large each of so many ranks' parts of a block is."""
+    return -(-size // (count * ALIGNMENT)) * ALIGNMENT
+
+
+def _device_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
+    for size in sizes:
+        with category("base weights"):
+            yield torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def flat_sizes(blocks: Sequence[nn.Module]) -> list[int]:

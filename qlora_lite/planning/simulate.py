@@ -32,7 +32,7 @@ from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_on_host
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.stream import spare_bytes
+from qlora_lite.ops.stream import part_bytes, spare_bytes
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.memory_probe import probe_step, probe_update
@@ -244,7 +244,8 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
         return simulation
     unlike, pattern = _pattern(job)
     kinds = [number if number < unlike else unlike + (number - unlike) % pattern for number in range(streamed)]
-    spare = spare_bytes([sizes[kind] for kind in kinds])
+    shards = job.options.shards
+    spare = spare_bytes([part_bytes(sizes[kind], shards) if shards > 1 else sizes[kind] for kind in kinds])
     return replace(simulation, offloaded_bytes=simulation.offloaded_bytes + spare)
 
 

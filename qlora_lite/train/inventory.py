@@ -60,7 +60,10 @@ def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Te
         for shard in stream.shards:
             yield shard, "base weights", "this rank's part of a block, put together when it is needed"
         for buffer in stream.buffers:
-            yield buffer, "offloaded", "room for a streamed block that is read from the disk"
+            what = (
+                "this rank's part of a block" if stream.placement.gathers else "room for one that is read from the disk"
+            )
+            yield buffer, "offloaded", f"in host memory: {what}"
 
 
 def _category(module, name, tensor, embedding, head, trains_base) -> tuple[str, str]:

@@ -115,7 +115,7 @@ class Trainer:
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
         self._is_still = False  # its gradients are zero, which has been said
-        self.is_sharded = (stream := stream_of(model)) is not None and len(stream.shards) > 0
+        self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for parameter in self.parameters))

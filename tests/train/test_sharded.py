@@ -1,5 +1,7 @@
 """Ranks that divide the blocks' weights among them train what ranks do that each have the whole model, to the bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from rank_processes import together
@@ -18,6 +20,7 @@ CASES = [
     ("llama", {"checkpointing": "selective"}, {"resident_layers": 0}, {"dropout": 0.2, "optimizer": "adamw_torch"}),
     ("qwen3_moe", {}, {"resident_layers": 0}, {"gradient_accumulation_steps": 3}),
     ("llama", {}, {"resident_layers": 0}, {"most_tokens": 9}),
+    ("llama", {}, {"resident_layers": 0, "stream_from": "host"}, {}),
 ]
 
 
@@ -32,11 +35,11 @@ def course(training, most_tokens):
 def sharded_courses(number, count, folder):
     """What each process does: every case with whole models and with divided ones."""
     group = ProcessGroup(number, count)
-    for model_type, options, sharded, changes in CASES:
+    for model_type, options, sharded, changes in CASES if count == 2 else CASES[-3:]:
         changes = SETTINGS | changes
         most_tokens = changes.pop("most_tokens", None)
         found = []
-        for how in ({}, sharded | {"stream_from": "ranks", "shards": count}):
+        for how in ({}, {"stream_from": "ranks", "shards": count} | sharded):
             training = trainer(model_type, processes=group, options=MemoryOptions(**options, **how), **changes)
             assert training.is_sharded == bool(how)
             found.append(course(training, most_tokens))
@@ -44,7 +47,8 @@ def sharded_courses(number, count, folder):
         assert whole == divided, (model_type, options)
         assert all(map(torch.equal, learned, other))
         stream = stream_of(training.model)
-        own, slots = sum(map(len, stream.shards)), sum(map(len, stream.slots))
+        assert bool(stream.shards) != bool(stream.buffers)
+        own, slots = sum(map(len, (*stream.shards, *stream.buffers))), sum(map(len, stream.slots))
         assert 0 <= own * count - sum(stream.sizes) < len(stream.sizes) * count * ALIGNMENT
         assert slots <= SLOTS * (max(stream.sizes) + count * ALIGNMENT)
 
@@ -82,15 +86,15 @@ class Together:
     """The ranks of several streams over one model in one process, whose parts are all at hand."""
 
     def __init__(self, rank, parts):
-        self.rank, self.count, self.parts = rank, len(parts), parts
+        self.rank, self.count, self.parts, self.number = rank, len(parts), parts, None
 
     def gather(self, whole, own):
-        number = next(n for n, shard in enumerate(self.parts[self.rank]) if shard is own)
-        whole.copy_(torch.cat([shards[number] for shards in self.parts]))
+        assert torch.equal(own, self.parts[self.rank][self.number])
+        whole.copy_(torch.cat([parts[self.number] for parts in self.parts]))
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_the_parts_of_all_ranks_are_the_blocks(count):
+@pytest.mark.parametrize(("count", "in_host_memory"), [(1, False), (2, True), (5, False), (8, True)])
+def test_the_parts_of_all_ranks_are_the_blocks(count, in_host_memory):
     """Of tensors of several types whose bytes end anywhere, some cut in the middle of a number."""
     torch.manual_seed(0)
     blocks = [torch.nn.Sequential(torch.nn.Linear(37 + n, 11), torch.nn.LayerNorm(5)) for n in range(3)]
@@ -100,17 +104,18 @@ def test_the_parts_of_all_ranks_are_the_blocks(count):
         block[1].register_buffer("turned", torch.randn(77, 3).bfloat16().t())
     expected = [[t.clone() for t in (*block.parameters(), *block.buffers())] for block in blocks]
     parts = [[] for _ in range(count)]
-    streams = []
     for rank in range(count):
-        streams.append(
-            BlockStream(blocks, torch.device("cpu"), lambda b, s, r=rank: OnAllRanks(b, s, Together(r, parts)))
-        )
-        parts[rank] += streams[-1].shards
-    for number in (0, 1, 2, 1, 0):
-        streams[-1].enter(number)
-        found = [*blocks[number].parameters(), *blocks[number].buffers()]
-        assert all(map(torch.equal, found, expected[number]))
-        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(found, expected[number], strict=True))
+        ranks = Together(rank, parts)
+        placement = partial(OnAllRanks, ranks=ranks, in_host_memory=in_host_memory)
+        stream = BlockStream(blocks, torch.device("cpu"), placement)
+        parts[rank] += (*stream.shards, *stream.buffers)
+    for ranks.number in range(3):
+        slot = torch.empty(stream.placement.slot_bytes, dtype=torch.uint8)
+        stream.placement.bring(ranks.number, slot)
+        stream._blocks[ranks.number].show(slot)
+        found = [*blocks[ranks.number].parameters(), *blocks[ranks.number].buffers()]
+        assert all(map(torch.equal, found, expected[ranks.number]))
+        stream._blocks[ranks.number].show(None)
 
 
 def test_one_process_divides_nothing():
