@@ -27,7 +27,8 @@ BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in fl
 ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step,
 ANSWER_TIMES = 5  # or so many times as long as this one has ever taken
 FIRST_ANSWER = timedelta(minutes=10)  # before that is known
-VERDICT_SECONDS = 10.0  # that the others wait longer for the first rank, which names one of them that hangs
+VERDICT_SECONDS = 10.0  # that each next rank waits longer than the one before it, whose word and end it may be told
+ROUNDING_SECONDS = 0.1  # by which torch's clock may end a wait before Python's
 BLOCK_ANSWER = timedelta(seconds=60)  # of ranks in the middle of a step, until all have come to the same block
 LONGEST_ANSWER = timedelta(hours=2)  # of one that reads rows, plans, quantises a model or saves one for all
 STOPPED = "stopped by"
@@ -223,6 +224,7 @@ class ProcessGroup(Processes):
             group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
             self._shards = Shards(rank % local_world_size, local_world_size, group)
         self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
+        self._answer_seconds = FIRST_ANSWER.total_seconds()  # of the present step
 
     @property
     def shards(self) -> Shards:
@@ -236,17 +238,38 @@ class ProcessGroup(Processes):
         passed = time.monotonic() - self._exchanged
         self._longest_seconds = passed if math.isnan(self._longest_seconds) else max(passed, self._longest_seconds)
         known = not math.isnan(self._longest_seconds)
-        answer = timedelta(seconds=max(ANSWER_SECONDS, ANSWER_TIMES * self._longest_seconds)) if known else FIRST_ANSWER
+        if known:
+            self._answer_seconds = max(ANSWER_SECONDS, ANSWER_TIMES * self._longest_seconds)
         with self._waiting():
-            self._meet(answer)
-            dist.all_reduce(vector)
+            self._meet()
+            self._sum(vector)
         self._exchanged = time.monotonic()
         someone_failed, *sums = vector.tolist()
         if someone_failed and not failed:
             raise OtherRankError
         return sums[: len(numbers)]
 
-    def _meet(self, answer: timedelta) -> None:
+    @property
+    def _patience_seconds(self) -> float:
+        """How long this rank waits for another in a step: first ranks less, so that one of them says which it was."""
+        return self._answer_seconds + VERDICT_SECONDS * min(self.rank, 3)
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        """Put the sum over all ranks in the place of a tensor.
+
+        Between GPUs, it is NCCL that ends a wait without an answer: the host is not to wait for a GPU here.
+
+        Raises:
+            RankLostError: a rank has not come.
+        """
+        if tensor.device.type != "cpu":
+            dist.all_reduce(tensor)
+        elif not _ends(dist.all_reduce(tensor, async_op=True), time.monotonic() + self._patience_seconds):
+            silent = f"rank {1 - self.rank}" if self.world_size == 2 else "another rank"
+            error = RankLostError if self.is_first else FirstRankLostError  # who has the first rank's word ends before
+            raise error(_silent(silent, self._patience_seconds))
+
+    def _meet(self) -> None:
         """Return when all ranks have come here; a rank that does not in time is named.
 
         torch's ``monitored_barrier`` is the known other way: there only the first rank's wait ends in time, so that
@@ -259,18 +282,16 @@ class ProcessGroup(Processes):
         token = torch.zeros(1)
         if self.is_first:
             others = range(1, self.world_size)
-            until = time.monotonic() + answer.total_seconds()
-            coming = [dist.irecv(torch.empty(1), rank, self._patient) for rank in others]
-            missing = [str(rank) for rank, work in zip(others, coming, strict=True) if not _ends(work, until)]
-            if missing:
-                raise RankLostError(_silent(" and ".join(missing), answer.total_seconds()))
-            for rank in others:
-                dist.send(token, rank, self._patient)
+            until = time.monotonic() + self._patience_seconds
+            for begin in (dist.irecv, dist.isend):
+                works = [begin(token, rank, self._patient) for rank in others]
+                missing = [str(rank) for rank, work in zip(others, works, strict=True) if not _ends(work, until)]
+                if missing:
+                    raise RankLostError(_silent(f"rank {' and '.join(missing)}", self._patience_seconds))
             return
         going = dist.isend(token, 0, self._patient)  # to wait for it is to wait for the first rank
-        seconds = answer.total_seconds() + VERDICT_SECONDS
-        if not _ends(dist.irecv(torch.empty(1), 0, self._patient), time.monotonic() + seconds):
-            raise FirstRankLostError(_silent("0", seconds))
+        if not _ends(dist.irecv(torch.empty(1), 0, self._patient), time.monotonic() + self._patience_seconds):
+            raise FirstRankLostError(_silent("rank 0", self._patience_seconds))
         going.wait()
 
     def gather(self, number: float) -> list[float]:
@@ -289,7 +310,7 @@ class ProcessGroup(Processes):
             for piece, place in zip(some, added.split(sizes), strict=True):
                 place.copy_(piece)
             with self._waiting():
-                dist.all_reduce(added)
+                self._sum(added)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 piece.copy_(place)
 
@@ -297,7 +318,7 @@ class ProcessGroup(Processes):
         """See ``Processes``."""
         reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
         with self._waiting():
-            dist.all_reduce(reached)
+            self._sum(reached)
         for parameter, by in zip(parameters, reached.tolist(), strict=True):
             if by:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
@@ -413,7 +434,7 @@ def _ends(work: dist.Work, until: float) -> bool:
     try:
         work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
     except RuntimeError:
-        if time.monotonic() < until:
+        if time.monotonic() < until - ROUNDING_SECONDS:
             raise
         return False
     return True

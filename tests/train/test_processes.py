@@ -151,7 +151,7 @@ def shared_trainer(options):
     return type(training)(training.model, training.examples, training.settings, processes=Processes(0, 2))
 
 
-def waiting_for(number, count, folder, hanging):
+def waiting_for(number, count, folder, hanging, sums):
     group = ProcessGroup(number, count)
     processes.ANSWER_SECONDS, processes.VERDICT_SECONDS = 1.0, 3.0
     group.exchange(1)
@@ -160,10 +160,10 @@ def waiting_for(number, count, folder, hanging):
         time.sleep(8)
         os._exit(0)
     with pytest.raises(RankLostError, match=rf"^rank {hanging} has not answered") as caught:
-        group.exchange(1)
+        group.add_up([torch.zeros(1)]) if sums else group.exchange(1)
     assert isinstance(caught.value, FirstRankLostError) is (hanging == 0)
 
 
-@pytest.mark.parametrize("hanging", [0, 1])
-def test_a_rank_that_hangs_is_named_by_another(hanging, tmp_path):
-    together(2, "train.test_processes", "waiting_for", tmp_path, hanging)
+@pytest.mark.parametrize(("hanging", "sums"), [(0, False), (1, False), (0, True), (1, True)])
+def test_a_rank_that_hangs_is_named_by_another(hanging, sums, tmp_path):
+    together(2, "train.test_processes", "waiting_for", tmp_path, hanging, sums)
