@@ -440,5 +440,5 @@ def _ends(work: dist.Work, until: float) -> bool:
     return True
 
 
-def _silent(rank: str, seconds: float) -> str:
-    return f"rank {rank} has not answered for {seconds:.0f} s, so that all end; {HOW_TO_GO_ON}"
+def _silent(who: str, seconds: float) -> str:
+    return f"{who} has not answered for {seconds:.0f} s, so that all end; {HOW_TO_GO_ON}"

@@ -245,14 +245,16 @@ def test_a_rank_that_a_launcher_ends_says_nothing_of_one_that_is_lost(model_fold
     assert caught.value.stop.has_come
 
 
+DIVIDED = {"stream_from": "ranks", "resident_layers": 0}
 LONG = TRAIN | {"max_steps": 60, "eval_every_steps": 0, "save_every_steps": 5}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, model_folder, tmp_path):
-    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
+@pytest.mark.parametrize(("rank", "memory"), [(0, {}), (1, {}), (0, DIVIDED), (1, DIVIDED)])
+def test_a_run_one_of_whose_ranks_is_killed_resumes_to_the_bit(rank, memory, model_folder, tmp_path):
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora=lora, memory=memory)
     ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
     process = start(recipe, f"output.dir={tmp_path / 'cut'}")
     stop_when(process, "checkpoint written", lambda: os.kill(rank_of(rank, process), signal.SIGKILL))
