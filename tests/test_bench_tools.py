@@ -54,14 +54,14 @@ def test_two_processes_compute_the_steps_of_one_and_each_sends_what_is_calculate
     monkeypatch.setattr(sys, "argv", [str(TOOLS / "bench" / "ranks")])
     one, two = ranks.one_process(TASK), ranks.two_processes(TASK)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(two["losses"]) == 6
-    wire = ranks.calculated_wire_bytes(one["trained_numbers"])
+    wire = ranks.gradient_bytes(one["trained_numbers"], 2)
     assert wire == 4 * one["trained_numbers"] and two["given_bytes"] == wire + 4  # and the loss
     for sent in two["sent_bytes_of_ranks"]:
         assert wire < sent < 1.02 * wire + 4096
 
 
 def test_on_paper_packs_are_divided_among_gpus_or_the_step_grows_with_them():
-    cluster = scaling.Cluster("llama3.2-3b", "rtx-4090", "pcie4", "ethernet-10g")
+    cluster = scaling.Scaled("llama3.2-3b", "rtx-4090", "pcie4", "ethernet-10g")
     half, weak = scaling.scaling_rows([cluster], (2, 24))
     assert (half["packs_each"], half["packs"], half["weak"], half["link"]) == (4, 8, False, "pcie4")
     assert (weak["packs_each"], weak["packs"], weak["weak"], weak["link"]) == (1, 24, True, "ethernet-10g")

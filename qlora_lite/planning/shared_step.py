@@ -71,6 +71,11 @@ class SharedStep(NamedTuple):
     speed_up: float | None  # None where one GPU has no room for the model
 
 
+def gradient_bytes(trained_numbers: int, ranks: int) -> int:
+    """Return what each rank sends where gradients in float32 are added up in a ring."""
+    return 4 * trained_numbers * 2 * (ranks - 1) // ranks
+
+
 def shared_step(alone: Candidate | None, share: Candidate, cluster: Cluster) -> SharedStep:
     """Return what a step takes.
 
@@ -79,8 +84,7 @@ def shared_step(alone: Candidate | None, share: Candidate, cluster: Cluster) -> 
         share: that of one GPU's part of them.
         cluster: the GPUs and their links.
     """
-    trained, ranks = share.prediction.simulation.trained_numbers, cluster.world_size
-    wire_bytes = 4 * trained * 2 * (ranks - 1) // ranks
+    wire_bytes = gradient_bytes(share.prediction.simulation.trained_numbers, cluster.world_size)
     wire_seconds = wire_bytes / (REACHED * LINKS[cluster.slowest])
     seconds = share.step_seconds + wire_seconds
     packs = share.packs * share.micro_batches

@@ -23,7 +23,7 @@ STYLE = ("text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2
          + "".join(f".line-{n}{{stroke:{c}}}.dot-{n}{{fill:{c}}}" for n, c in enumerate(COLOURS, 1)))  # fmt: skip
 
 
-class Cluster(NamedTuple):
+class Scaled(NamedTuple):
     """GPUs of one kind, with the links inside a machine of eight and between machines."""
 
     recipe: str
@@ -33,23 +33,23 @@ class Cluster(NamedTuple):
 
 
 CLUSTERS = (
-    Cluster("llama3.1-8b", "rtx-4090", "pcie4", "ethernet-10g"),
-    Cluster("llama3.1-8b", "rtx-4090", "pcie4", "ethernet-100g"),
-    Cluster("llama3.1-8b", "h100", "nvlink-h100", "infiniband-400g"),
-    Cluster("llama3.3-70b", "h100", "nvlink-h100", "infiniband-400g"),
+    Scaled("llama3.1-8b", "rtx-4090", "pcie4", "ethernet-10g"),
+    Scaled("llama3.1-8b", "rtx-4090", "pcie4", "ethernet-100g"),
+    Scaled("llama3.1-8b", "h100", "nvlink-h100", "infiniband-400g"),
+    Scaled("llama3.3-70b", "h100", "nvlink-h100", "infiniband-400g"),
 )
 
 
-def scaling_rows(clusters: Sequence[Cluster] = CLUSTERS, ranks: Sequence[int] = RANKS) -> list[dict]:
+def scaling_rows(clusters: Sequence[Scaled] = CLUSTERS, ranks: Sequence[int] = RANKS) -> list[dict]:
     """Return a row for each cluster and number of GPUs: packs, bytes, seconds and tokens a second."""
     plans: dict[tuple, object] = {}
     return [row for cluster in clusters for row in _cluster_rows(cluster, ranks, plans)]
 
 
-def _cluster_rows(cluster: Cluster, ranks: Sequence[int], plans: dict) -> list[dict]:
+def _cluster_rows(cluster: Scaled, ranks: Sequence[int], plans: dict) -> list[dict]:
     from qlora_lite.memory.gpus import find_gpu
     from qlora_lite.planning.machine import machine_of_gpu
-    from qlora_lite.planning.shared_step import shared_step
+    from qlora_lite.planning.shared_step import Cluster, shared_step
     from qlora_lite.prepare.plan import plan_recipe, share_of
     from qlora_lite.recipe.catalog import recipes_folder
     from qlora_lite.recipe.load import load_recipe
@@ -74,8 +74,9 @@ def _cluster_rows(cluster: Cluster, ranks: Sequence[int], plans: dict) -> list[d
     for count in ranks:
         is_divided = whole % count == 0
         share = planned(whole // count if is_divided else 1)
-        link = cluster.inside if count <= ONE_MACHINE else cluster.between
-        step = shared_step(alone.chosen, share.chosen, count, link)
+        gpus = min(count, ONE_MACHINE)
+        all_of_them = Cluster(gpus, count // gpus, cluster.inside, cluster.between if count > gpus else None)
+        step, link = shared_step(alone.chosen, share.chosen, all_of_them), all_of_them.slowest
         found = count * step.packs * tokens / step.step_seconds
         rows.append({
             "recipe": cluster.recipe, "gpu": gpu.name, "between": cluster.between, "ranks": count, "link": link,

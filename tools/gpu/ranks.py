@@ -25,7 +25,8 @@ from common.cases import model_of, trainer_of
 from qlora_lite.errors import LaunchError
 from qlora_lite.models.load import resolve_device
 from qlora_lite.quant.tensor_file import bit_sums
-from qlora_lite.train.processes import ALONE, RankLostError, joined
+from qlora_lite.train.processes import ALONE, RankLostError
+from qlora_lite.train.rendezvous import joined
 
 STEPS, KILLED_STEPS, KILLED_AFTER = 20, 6, 3
 LOSS_ERROR = 1e-3  # of a step's loss, relative: sums are in another order
