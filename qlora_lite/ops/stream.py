@@ -367,6 +367,7 @@ class BlockStream:
     ):  # fmt: skip
         self.side = SideStream(device)
         self._blocks = [FlatBlock(block, trains, self._leave) for block in blocks]
+        self._trains = trains
         self._leaving: dict[int, list[_Leaving]] = {}  # gradients, by the block that they are of
         self.sizes = [block.size for block in self._blocks]
         self.placement = placement(self._blocks, self.side)
@@ -442,14 +443,15 @@ class BlockStream:
     def end_backward(self) -> None:
         """Give all trained weights their gradients, and forget copies of them: they have been updated since."""
         self._hand_over(before=None)
-        self.settle()
+        if self.trained:
+            self.settle()
 
     def settle(self) -> None:
         """Let modules hold the weights that are trained, in place of copies on the device.
 
-        Frozen ones stay: what one rank alone let go of, it could not get back from the others.
+        Where none are, all stays: what one rank alone let go of, it could not get back from the others.
         """
-        if not self.trained:
+        if not self._trains:
             return
         for block in self._blocks:
             block.show(None)

@@ -453,7 +453,7 @@ def _more_host(plan: Plan, candidate: Candidate) -> str:
     """Say what makes room in host memory for a candidate."""
     on_disk = replace(candidate.options, offload_folder=".")
     disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
-    has_to_hold_all = candidate.options.resident_layers is not None and plan.step.fixed.get("stream_from") is False
+    has_to_hold_all = candidate.options.resident_layers is not None and plan.step.fixed.get("stream_from") == "host"
     return (
         "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
         + (", or set memory.stream_from to auto" if has_to_hold_all else "")

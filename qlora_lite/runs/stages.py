@@ -310,10 +310,14 @@ def probe(loaded: Loaded) -> Proven | Overrun:
         _choose(loaded, before.get("kernels"), before.get("loss"))
         trainer.probe_memory(loaded.eval_examples)
     except (RuntimeError, MemoryError) as error:
-        if trainer.is_sharded or not another_plan_may_help(error, device):
+        if not another_plan_may_help(error, device):
             raise
-        words = f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)}"
-        return Overrun(budget - loaded.plan.peak_bytes, f"{words} ({first_line(error)})")
+        words = (
+            f"memory ran out over the largest micro-batch, predicted {format_bytes(predicted)} ({first_line(error)})"
+        )
+        if trainer.is_sharded:  # if it has not on the others, they wait for this one, and end
+            log.warning(words)
+        return Overrun(budget - loaded.plan.peak_bytes, words)
     peak = trainer.meter.peak_bytes()  # without what loading took for a moment
     saving = loaded.plan.chosen.prediction.saving_bytes
     place = expected.simulation.peak()

@@ -379,8 +379,9 @@ PATCHED = """
 import os, signal, sys, time
 from datetime import timedelta
 from qlora_lite.cli.main import main
+from qlora_lite.models.memory_options import stream_of
 from qlora_lite.runs import async_checkpoint, run
-from qlora_lite.train import processes
+from qlora_lite.train import loop, processes
 written, proven = async_checkpoint.write_checkpoint, run.prove
 def slow_disk(*arguments):
     time.sleep(20)
@@ -388,11 +389,22 @@ def slow_disk(*arguments):
 def stopped(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
     return proven(*arguments)
-if sys.argv.pop(1) == "slow disk":
+probe, probed = loop.probe_step, []
+def no_room(workload, model, *arguments):
+    probed.append(1)
+    if len(probed) > 1:
+        return probe(workload, model, *arguments)
+    stream_of(model).enter(0)
+    raise MemoryError("no room")
+what = sys.argv.pop(1)
+if what == "slow disk":
     processes.FIRST_ANSWER = timedelta(seconds=10)
     async_checkpoint.write_checkpoint = slow_disk
-elif os.environ["RANK"] == "1":
+elif what == "signal" and os.environ["RANK"] == "1":
     run.prove = stopped
+elif os.environ["RANK"] in what:
+    processes.BLOCK_ANSWER = timedelta(seconds=10)
+    loop.probe_step = no_room
 main(["train", *sys.argv[1:]])
 """
 
@@ -417,6 +429,18 @@ def test_a_signal_to_one_rank_before_the_first_step_is_what_the_others_tell(mode
     assert process.returncode and "stopped at once by SIGTERM; no checkpoint is there. To resume: " in err, err
     assert "does not answer" not in err, err
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_divided_models_are_planned_again_where_memory_runs_out_on_all_ranks(model_folder, tmp_path):
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN, memory=DIVIDED)
+    _, err = ended(start(recipe, module=patched(tmp_path, "memory of 0 and 1"), ranks=()))
+    assert "planning again with" in err and "step 8/8" in err, err
+    process = start(recipe, f"output.dir={tmp_path / 'one'}", module=patched(tmp_path, "memory of 1"), ranks=())
+    began = time.monotonic()
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode and "rank 1: memory ran out over the largest micro-batch" in err, err
+    assert time.monotonic() - began < 90 and "Traceback (most recent call last):\n  File" not in err, err
 
 
 def slurm_script():

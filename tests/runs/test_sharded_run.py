@@ -63,6 +63,9 @@ def test_a_divided_run_goes_on_with_another_number_of_ranks(recipe, tmp_path):
         assert_close(tensor, expected[name], rtol=0.05, atol=0.02)  # bfloat16, updated six times
 
 
-def test_one_process_says_that_it_divides_nothing(recipe, tmp_path):
-    said = train(1, recipe, *DIVIDED, f"output.dir={tmp_path / 'one'}", code=2)
-    assert "memory.stream_from ranks divides the weights of layers among several processes, and this is one" in said
+def test_one_process_says_that_it_divides_nothing(recipe, tmp_path, command):
+    code, _, said = command("train", recipe, *DIVIDED, f"output.dir={tmp_path / 'one'}")
+    assert (
+        code == 2
+        and "memory.stream_from ranks divides the weights of layers among several processes, and this is one" in said
+    )

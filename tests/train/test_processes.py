@@ -166,7 +166,7 @@ def waiting_for(number, count, folder, hanging, sums):
 
 @pytest.mark.parametrize(
     ("hanging", "sums"),
-    [(0, False), (1, True), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, False), (0, True)))],
+    [(0, False), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, False), (0, True), (1, True)))],
 )
 def test_a_rank_that_hangs_is_named_by_another(hanging, sums, tmp_path):
     together(2, "train.test_processes", "waiting_for", tmp_path, hanging, sums)
