@@ -526,9 +526,9 @@ class Memory(_Section):
     """Where streamed weights wait. host is pinned memory for all of them; disk leaves 4-bit weights in the file of the
     prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two layers, and more where the system
     has room; ranks divides each layer among the GPUs of this machine (of all machines, where each has one), which put
-    it together when it is needed. auto is ranks where several processes train and one has no room for all weights, and
-    disk only if host memory has room for no other plan; estimates of time assume a disk that reads 2 GB/s. If the file
-    can no longer be read, the process ends."""
+    it together when it is needed, and so does host, of several processes, in their host memory. auto is ranks where
+    several processes train and one has no room for all weights, and disk only if host memory has room for no other
+    plan; estimates of time assume a disk that reads 2 GB/s. If the file can no longer be read, the process ends."""
     optimizer_in_backward: bool = False
     """Update each LoRA weight as soon as its gradient is computed, so that all gradients never exist at one time.
     Clipping, gradient accumulation and skipped steps need all of them first: only with train.max_grad_norm 0,
