@@ -42,15 +42,16 @@ BASE_MODEL = "base model"  # what names it by its content in a checkpoint's iden
 FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environment
 RANKS = "ranks"  # how many there are, likewise
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
+PLACES = "memory.resident_layers", "memory.stream_from"  # of weights, which change no number
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
+    *PLACES,
     "model.path", "model.revision", "lora.init_from", "data.train", "data.eval", "data.template", "data.max_bad_rows",
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
-    "memory.offload_folder", "memory.resident_layers", "memory.stream_from", "output.dir", "output.name",
+    "memory.offload_folder", "output.dir", "output.name",
 }  # fmt: skip
-PLACES = "memory.resident_layers", "memory.stream_from"  # of weights, which change no number
 PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
 _RATE = "train.learning_rate"
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,

@@ -219,10 +219,11 @@ class ProcessGroup(Processes):
         super().__init__(rank, world_size, local_world_size)
         self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
-        self._shards = Shards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
         if 1 < local_world_size < world_size and world_size % local_world_size == 0:
             group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
             self._shards = Shards(rank % local_world_size, local_world_size, group)
+        else:
+            self._shards = Shards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
         self._exchanged, self._longest_seconds = math.nan, math.nan  # when last; between two of them
         self._answer_seconds = FIRST_ANSWER.total_seconds()  # of the present step
 
