@@ -32,9 +32,11 @@ def course(training, most_tokens):
     return found, [parameter.detach().clone() for parameter in training.parameters]
 
 
-def sharded_courses(number, count, folder, cases):
+def sharded_courses(number, count, folder, cases, local_count=1):
     """What each process does: each case with whole models and with divided ones."""
-    group = ProcessGroup(number, count)
+    group = ProcessGroup(number, count, local_count)
+    count = local_count if local_count > 1 else count  # among which weights are divided
+    assert (group.shards.rank, group.shards.count) == (number % count, count)
     for model_type, options, sharded, changes in [CASES[case] for case in cases]:
         changes = SETTINGS | changes
         most_tokens = changes.pop("most_tokens", None)
@@ -59,6 +61,12 @@ def sharded_courses(number, count, folder, cases):
 def test_divided_weights_give_what_whole_ones_do_to_the_bit(count, cases, tmp_path):
     """With rows that do not divide by the ranks, so that some run a micro-batch for nothing."""
     together(count, "train.test_sharded", "sharded_courses", tmp_path, cases)
+
+
+@pytest.mark.parametrize("cases", [[5], pytest.param([1, 3], marks=pytest.mark.slow)])
+def test_each_of_two_machines_divides_the_weights_among_its_own_ranks(cases, tmp_path):
+    """Two machines of two ranks, each with the whole model: what four ranks with whole models learn, to the bit."""
+    together(4, "train.test_sharded", "sharded_courses", tmp_path, cases, 2)
 
 
 def running_out(number, count, folder):
