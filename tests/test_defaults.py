@@ -47,4 +47,4 @@ def test_a_default_of_the_python_api_is_the_recipe_s(function, section):
 
 @pytest.mark.parametrize("inner", [LoraLinear, TrainSettings])
 def test_what_only_the_package_calls_has_no_defaults_of_its_own(inner):
-    assert defaults_of(inner).keys() <= {"options"}
+    assert defaults_of(inner).keys() <= {"options", "shares"}

@@ -20,7 +20,9 @@ from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.shapes import is_planned
 from qlora_lite.ops.stream import (
+    UNDIVIDED,
     BlockStream,
+    Division,
     InHostMemory,
     OnAllRanks,
     PlacementFactory,
@@ -54,8 +56,8 @@ class MemoryOptions:
     ``loss_chunk_tokens`` None takes the default, ``tile_tokens`` None runs MLPs and norms whole, ``resident_layers``
     None streams nothing. ``compile`` is the train section's. ``offload_folder`` counts only with
     ``offload_checkpoints``, and ``stream_from`` only with ``resident_layers``. ``kernels`` "auto" allows a GPU's
-    fused kernels (``models.kernels``), "plain" none. ``shards`` is no setting: among how many ranks streamed blocks are
-    divided, on their devices ("ranks") or in their host memory.
+    fused kernels (``models.kernels``), "plain" none. ``shards`` is no setting: how streamed blocks are divided among
+    ranks, on their devices ("ranks") or in their host memory.
     """
 
     checkpointing: str = "block"
@@ -73,7 +75,7 @@ class MemoryOptions:
     offload_folder: str | None = None
     stream_from: str = "host"
     kernels: str = "auto"
-    shards: int = 1
+    shards: Division = UNDIVIDED
 
     @property
     def settings(self) -> dict[str, object]:
@@ -133,7 +135,7 @@ class MemoryOptions:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the streamed blocks."""
-        return self.shards > 1 and self.stream_from != "disk" and self.resident_layers is not None
+        return self.shards.count > 1 and self.stream_from != "disk" and self.resident_layers is not None
 
     @property
     def loads_from_files(self) -> bool:
@@ -191,12 +193,13 @@ def place(
 def _placement(options: MemoryOptions, ranks: Ranks | None) -> PlacementFactory:
     if options.stream_from == "disk":
         return in_files
-    if options.stream_from == "host" and options.shards == 1:
+    if options.stream_from == "host" and options.shards.count == 1:
         return InHostMemory
     if not is_planned() and (ranks is None or ranks.count == 1):
         raise ModelError("memory.stream_from ranks divides the model among several processes, and this is the only one")
-    planned = PlannedRanks(options.shards) if is_planned() else ranks
-    return partial(OnAllRanks, ranks=planned, in_host_memory=options.stream_from == "host")
+    found = PlannedRanks(options.shards) if is_planned() else ranks
+    weights = options.shards.weights
+    return partial(OnAllRanks, ranks=found, weights=weights, in_host_memory=options.stream_from == "host")
 
 
 def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:

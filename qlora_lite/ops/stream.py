@@ -256,23 +256,46 @@ def in_files(blocks: Sequence[FlatBlock], side: SideStream) -> ReadAhead:
     return ReadAhead([block.fill for block in blocks], [block.size for block in blocks], side)
 
 
+class Division(NamedTuple):
+    """How blocks are divided among ranks: the weight of each one's part, and which of them this one is."""
+
+    weights: tuple[int, ...] = (1,)
+    rank: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many ranks there are."""
+        return len(self.weights)
+
+    def sizes(self, size: int) -> list[int]:
+        """Return how large each rank's part of a block is, each rounded up on its own."""
+        return [-(-size * weight // (sum(self.weights) * ALIGNMENT)) * ALIGNMENT for weight in self.weights]
+
+    def own_bytes(self, size: int) -> int:
+        """Return how large this rank's part of a block is."""
+        return self.sizes(size)[self.rank]
+
+
+UNDIVIDED = Division()
+
+
 class Ranks(Protocol):
     """The processes among which blocks are divided: which of how many this one is, and what puts parts together."""
 
     rank: int
     count: int
 
-    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+    def gather(self, whole: torch.Tensor, sizes: Sequence[int], own: torch.Tensor) -> None:
         """Fill a buffer with the parts of all ranks in order; each calls it for the same buffers in the same order."""
 
 
 class PlannedRanks:
     """Ranks of a plan, whose tensors have no values: what comes from the others is counted."""
 
-    def __init__(self, count: int):
-        self.rank, self.count = 0, count
+    def __init__(self, division: Division):
+        self.rank, self.count = division.rank, division.count
 
-    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+    def gather(self, whole: torch.Tensor, sizes: Sequence[int], own: torch.Tensor) -> None:
         """See ``Ranks``."""
         others = whole[len(own) :]
         with category("on other ranks"):  # no tensor is born here; the mark tells a ``WorkCounter`` what takes the wire
@@ -280,43 +303,43 @@ class PlannedRanks:
 
 
 class OnAllRanks:
-    """The placement of blocks of which each rank has one part, as large as every other's.
+    """The placement of blocks of which each rank has one part, as large as its weight says.
 
     What a block's modules hold while it is nowhere whole is what they were loaded with: pages of a file.
 
     Args:
         blocks: see ``PlacementFactory``, as is the next.
         ranks: all that have a part.
+        weights: of their parts.
         in_host_memory: where parts wait, each rank's in its own; else on its device.
     """
 
     in_files = gathers = True
 
-    def __init__(self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks, in_host_memory: bool = False):
+    def __init__(
+        self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks, weights: Sequence[int],
+        in_host_memory: bool = False,
+    ):  # fmt: skip
         self._side, self._ranks, self._in_host_memory = side, ranks, in_host_memory
-        sizes = [part_bytes(block.size, ranks.count) for block in blocks]
-        self._parts = list(_host_buffers(sizes, side.device) if in_host_memory else _device_buffers(sizes, side.device))
-        for block, part in zip(blocks, self._parts, strict=True):
-            block.fill_part(part, ranks.rank * len(part))
+        self._sizes = [Division(tuple(weights)).sizes(block.size) for block in blocks]  # of all ranks
+        own = [sizes[ranks.rank] for sizes in self._sizes]
+        self._parts = list(_host_buffers(own, side.device) if in_host_memory else _device_buffers(own, side.device))
+        for block, part, sizes in zip(blocks, self._parts, self._sizes, strict=True):
+            block.fill_part(part, sum(sizes[: ranks.rank]))
         self.buffers, self.shards = (self._parts, ()) if in_host_memory else ((), self._parts)
-        self.slot_bytes = max(sizes) * ranks.count
+        self.slot_bytes = max(map(sum, self._sizes))
 
     def begin(self, number: int) -> None:
         """Do nothing: a block can be brought at any time."""
 
     def bring(self, number: int, slot: torch.Tensor) -> object:
         """Put a block together at the begin of a slot; return what to wait for."""
-        own = self._parts[number]
-        whole = slot[: len(own) * self._ranks.count]
+        own, sizes = self._parts[number], self._sizes[number]
+        whole = slot[: sum(sizes)]
         if self._in_host_memory:
-            on_host, own = own, whole[self._ranks.rank * len(own) :][: len(own)]
+            on_host, own = own, whole.split(sizes)[self._ranks.rank]
             self._side.copy([(own, on_host)])
-        return self._side.launch(partial(self._ranks.gather, whole, own))
-
-
-def part_bytes(size: int, count: int) -> int:
-    """Return how large each of so many ranks' parts of a block is."""
-    return -(-size // (count * ALIGNMENT)) * ALIGNMENT
+        return self._side.launch(partial(self._ranks.gather, whole, sizes, own))
 
 
 def _device_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:

@@ -16,6 +16,7 @@ from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, on_w
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import fast_dtype
 from qlora_lite.ops.offload import host_memory
+from qlora_lite.ops.stream import UNDIVIDED, Division
 
 BANDWIDTH_REACHED = 0.9  # of a GPU's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
 # Of the host, to start an operation: what tools/bench/limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
@@ -42,7 +43,7 @@ class Machine:
     process may use of the host's memory beside a GPU, None where that is not known. ``dtype`` is what
     ``model.compute_dtype: auto`` becomes there for most models, which ``flops_per_second`` is of;
     ``float32_flops_per_second`` is of float32, where it is another one and known. ``operation_seconds`` is what the
-    host takes to start an operation. It may be one of so many ``ranks`` that can divide a model among them, over a link
+    host takes to start an operation. It may be one of several ranks that can divide a model (``shards``), over a link
     of which ``link_bytes_per_second`` is known; None is taken for as fast as the bus.
     """
 
@@ -57,7 +58,7 @@ class Machine:
     dtype: torch.dtype = torch.bfloat16
     operation_seconds: float = OPERATION_SECONDS
     float32_flops_per_second: float | None = None
-    ranks: int = 1
+    shards: Division = UNDIVIDED
     link_bytes_per_second: float | None = None
 
     def computing_in(self, dtype: torch.dtype) -> "Machine":

@@ -167,13 +167,16 @@ def smaller(step: Step) -> Iterator[MemoryOptions]:
 
 def shards_of(step: Step) -> int:
     """Return among how many ranks blocks can be divided."""
-    return step.fixed.get("shards", 1)
+    return step.fixed["shards"].count if "shards" in step.fixed else 1
 
 
 def _streamed(step: Step, options: MemoryOptions) -> dict[str, object]:
     """Return the memory options that stream all blocks but the uncheckpointed ones, from other ranks if there are
     any."""
-    return {"resident_layers": options.uncheckpointed_layers, "stream_from": "ranks" if options.shards > 1 else "host"}
+    return {
+        "resident_layers": options.uncheckpointed_layers,
+        "stream_from": "ranks" if options.shards.count > 1 else "host",
+    }
 
 
 def movable_tables(step: Step) -> list[dict[str, bool]]:
@@ -261,7 +264,7 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
         changes.append({"offload_checkpoints": not options.offload_checkpoints})
     if (
         options.recomputes and _may_stream(step, options) and "resident_layers" not in step.fixed
-        and (step.job.device_type == "cuda" or options.shards > 1)
+        and (step.job.device_type == "cuda" or options.shards.count > 1)
     ):  # fmt: skip
         other = _streamed(step, options) if options.resident_layers is None else {"resident_layers": None}
         changes.append({name: value for name, value in other.items() if name not in step.fixed})

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qlora_lite.memory.gpus import LINKS, REACHED
+from qlora_lite.ops.stream import Division
 
 from .candidate import Candidate
 from .machine import Machine
@@ -39,7 +40,8 @@ class Cluster(NamedTuple):
         ranks, joins = (self.gpus, self.link) if self.gpus > 1 else (self.nodes, self.network)
         if joins is None:
             return one
-        part = replace(one.shared_by(self.gpus), ranks=ranks, link_bytes_per_second=REACHED * LINKS[joins])
+        shards = Division((1,) * ranks)
+        part = replace(one.shared_by(self.gpus), shards=shards, link_bytes_per_second=REACHED * LINKS[joins])
         if self.nodes == 1:
             return part
         return part.renamed(f"each of {self.world_size} on {self.nodes} machines: {one.name}", one.memory_bytes)

@@ -32,7 +32,7 @@ from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_on_host
 from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.stream import part_bytes, spare_bytes
+from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.memory_probe import probe_step, probe_update
@@ -239,14 +239,17 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
 
     They are shared between blocks, so that it does not grow in a straight line.
     """
-    streamed, sizes = job.options.streamed_of(job.workload.depth), simulation.streamed_sizes
-    if not streamed or job.options.stream_from != "host" or job.device_type != "cuda":
+    sizes = list(map(job.options.shards.own_bytes, streamed_sizes(job, simulation)))
+    if not sizes or job.options.stream_from != "host" or job.device_type != "cuda":
         return simulation
-    unlike, pattern = _pattern(job)
-    kinds = [number if number < unlike else unlike + (number - unlike) % pattern for number in range(streamed)]
-    shards = job.options.shards
-    spare = spare_bytes([part_bytes(sizes[kind], shards) if shards > 1 else sizes[kind] for kind in kinds])
-    return replace(simulation, offloaded_bytes=simulation.offloaded_bytes + spare)
+    return replace(simulation, offloaded_bytes=simulation.offloaded_bytes + spare_bytes(sizes))
+
+
+def streamed_sizes(job: Job, simulation: Simulation) -> list[int]:
+    """Return the bytes of each streamed block of a job's model."""
+    (unlike, pattern), sizes = _pattern(job), simulation.streamed_sizes
+    streamed = job.options.streamed_of(job.workload.depth)
+    return [sizes[n if n < unlike else unlike + (n - unlike) % pattern] for n in range(streamed)]
 
 
 def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:

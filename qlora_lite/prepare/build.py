@@ -70,7 +70,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
     said["options"] = MemoryOptions(**fixed_options(recipe))
     said["learning_rate"] = learning_rate_of(recipe)
-    return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings)})
+    return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings) if field.name in said})
 
 
 def learning_rate_of(recipe: Recipe) -> float:

@@ -20,6 +20,7 @@ from qlora_lite.memory.gpus import GpuError
 from qlora_lite.models.load import resolve_device
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_config
+from qlora_lite.ops.stream import Division
 from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
 from qlora_lite.planning.largest import most_packs
 from qlora_lite.planning.length import longest_job, packs_at_once
@@ -126,8 +127,8 @@ def plan_recipe(
     trains_base = job.workload.method.trains_base
     if trains_base and not m.optimizer_in_backward:
         fixed["resident_layers"] = None  # see ``constraints.STREAMED_TRAINED``
-    if machine.ranks > 1 and not trains_base:
-        fixed["shards"] = machine.ranks
+    if machine.shards.count > 1 and not trains_base:
+        fixed["shards"] = machine.shards
     elif fixed.get("stream_from") == "ranks":
         raise RecipeError("memory.stream_from ranks divides the weights of layers among several processes, and this is "
                           "one: start more (qlora-lite train --gpus), or set it to auto")  # fmt: skip
@@ -197,7 +198,8 @@ def plan_run(
     epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     machine = _smallest(machine.shared_by(processes.local_world_size), processes)
-    machine = replace(machine, ranks=processes.shards.count, link_bytes_per_second=link)
+    shards = Division((1,) * processes.shards.count)
+    machine = replace(machine, shards=shards, link_bytes_per_second=link)
     left = budget_of(recipe, machine) - machine.base_bytes
     budget_bytes = int(min(processes.gather(left))) + machine.base_bytes - headroom
     own = share_of(recipe, processes.world_size)

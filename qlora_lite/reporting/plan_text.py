@@ -97,8 +97,8 @@ def _in_words(chosen: Candidate) -> str:
     x = chosen.options
     kept = f" except for the last {x.uncheckpointed_layers} layers" if x.recomputes and x.uncheckpointed_layers else ""
     where = {
-        "host": "streamed from host memory" + (f" of {x.shards} ranks, each a part" if x.is_sharded else ""),
-        "disk": "streamed from disk", "ranks": f"sharded over {x.shards} ranks",
+        "host": "streamed from host memory" + (f" of {x.shards.count} ranks, each a part" if x.is_sharded else ""),
+        "disk": "streamed from disk", "ranks": f"sharded over {x.shards.count} ranks",
     }[x.stream_from]  # fmt: skip
     resident = (
         ""

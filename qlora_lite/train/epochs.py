@@ -11,6 +11,7 @@ from qlora_lite.data.batch import Extent, extent_of, plan_epoch
 from qlora_lite.errors import TrainingError
 
 from .settings import TrainSettings
+from .shares import own_micro_batches
 
 LOOKED_AT = 1_000_000  # rows of a run, once for each epoch, whose micro-batches are looked at
 
@@ -22,15 +23,16 @@ class Epochs:
         lengths: tokens of each row.
         learned: target tokens of each row.
         settings: see ``TrainSettings``.
+        rank: whose micro-batches they are, where ranks have shares of their own.
 
     Raises:
         TrainingError: there are no rows.
     """
 
-    def __init__(self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings):
+    def __init__(self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings, rank: int = 0):
         if not len(lengths):
             raise TrainingError("there are no rows to train on")
-        self.lengths, self.learned, self.settings = lengths, learned, settings
+        self.lengths, self.learned, self.settings, self.rank = lengths, learned, settings, rank
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
         """Return the rows of each micro-batch of each step of an epoch."""
@@ -61,7 +63,7 @@ class Epochs:
                 steps = steps[: s.max_steps - done]
             elif epochs - epoch < 1:
                 steps = steps[: max(ceil((epochs - epoch) * len(steps)), 0 if done else 1)]
-            micro_batches = [rows for step in steps for rows in step]
+            micro_batches = [rows for step in steps for rows in self._computed(step)]
             if micro_batches:
                 largest = max([largest, *micro_batches], key=self._tokens)
                 extents.append(extent_of(self.lengths, self.learned, micro_batches))
@@ -73,10 +75,16 @@ class Epochs:
 
     def _as_full_as_can_be(self, seen: Extent) -> Extent:
         s, longest = self.settings, max(self.lengths)
-        tokens = s.micro_batch_size * s.max_tokens if s.packing else sum(nlargest(s.micro_batch_size, self.lengths))
+        packs = s.micro_batch_size * (s.shares[self.rank].joined if s.shares else 1)
+        tokens = packs * s.max_tokens if s.packing else sum(nlargest(packs, self.lengths))
         tokens = min(tokens, sum(self.lengths))
         learned = min(seen.learned + tokens - seen.tokens, sum(self.learned))
         return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned)
+
+    def _computed(self, step: list[list[int]]) -> list[list[int]]:
+        """Return the rows of each micro-batch of a step, as far as this rank may compute them."""
+        shares = self.settings.shares
+        return (own_micro_batches(step, shares, self.rank) or step[:1]) if shares else step
 
     def _tokens(self, rows: Sequence[int]) -> int:
         return sum(self.lengths[row] for row in rows)

@@ -38,6 +38,7 @@ from .optim import build_optimizer, parameters_of, set_learning_rate
 from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .processes import ALONE, OtherRankError, Processes
 from .settings import TrainSettings, lr_factor
+from .shares import Share, own_micro_batches
 from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
 from .workload import Workload
 
@@ -104,7 +105,7 @@ class Trainer:
         self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.processes = processes
-        self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings)
+        self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings, processes.rank)
         self.device = workload.device(model)
         self._take_parameters()
         self._turn = 0  # the first step of the turn that is trained, where weights are trained in turn
@@ -184,7 +185,7 @@ class Trainer:
             probe_step(
                 work, self.model, self.parameters, optimizer, work.inputs(largest, device),
                 evaluation and work.inputs(evaluation, device), s.max_grad_norm,
-                s.gradient_accumulation_steps > self.processes.world_size,
+                self._accumulates,
                 s.options.optimizer_in_backward,
             )  # fmt: skip
         self.optimizer_bytes = sum(
@@ -196,6 +197,13 @@ class Trainer:
         self.model.train(was_training)
         if list(map(bit_sums, self.parameters)) != before:
             raise TrainingError("the memory probe before training changed a LoRA factor; please report this")
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether this rank has several micro-batches in a step."""
+        if shares := self.settings.shares:
+            return shares[self.processes.rank].runs > 1
+        return self.settings.gradient_accumulation_steps > self.processes.world_size
 
     @float32_partial_sums()
     def choose_kernels(self, recorded: Collection[str] | None = None) -> None:
@@ -273,7 +281,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         whole = s.options.optimizer_in_backward
         self.processes.seed(s.seed, self.step, self.device)
-        result = self._whole_step(micro_batches) if whole else self._shared(micro_batches, self._step)
+        result = self._whole_step(micro_batches) if whole else self._shared(micro_batches, self._step, s.shares)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif not self.took_part:
@@ -332,13 +340,19 @@ class Trainer:
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
             return train_step_in_backward(self.workload, self.model, self.workload.collate(rows), self.optimizer)
 
-    def _shared(self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T]) -> T:
+    def _shared(
+        self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], shares: Sequence[Share] = ()
+    ) -> T:
         """Return what the ranks' ``compute`` makes of their shares of the batches; it is told how many of them count.
 
         A rank for which there is none computes the first for nothing. Ranks that get weights from each other run as
         many as the one with the most, since each block is put together by all at one time.
+
+        Args:
+            shares: of the ranks; none where all are equal.
         """
-        own = self.processes.share(groups)
+        rank = self.processes.rank
+        own = own_micro_batches(groups, shares, rank) if shares else self.processes.share(groups)
 
         def alike(batches: list[Sequence]) -> tuple[list[Sequence], int]:
             most = int(self.processes.largest(len(batches))) if self.is_sharded else len(batches)
@@ -418,7 +432,10 @@ class Trainer:
         def compute(batches: Iterator, counted: int) -> Evaluation:
             return evaluate_loss(work, self.model, _counted(work, batches, of_all), self.processes, counted)
 
-        return self._shared(list(_eval_rows(work, examples, self.settings)), compute)
+        groups = list(_eval_rows(work, examples, self.settings))
+        # joined they would take more memory, and apart they all take the slowest rank's time where each waits for all
+        shares = () if self.is_sharded else [Share(each.micro_batches) for each in self.settings.shares]
+        return self._shared(groups, compute, shares)
 
     @float32_partial_sums()
     def answer_losses(self, examples: Sequence) -> list[list[float]]:

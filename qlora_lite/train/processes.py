@@ -23,6 +23,8 @@ import torch.distributed as dist
 
 from qlora_lite.errors import LaunchError
 
+from .shares import own_part
+
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
 ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step,
 ANSWER_TIMES = 5  # or so many times as long as this one has ever taken
@@ -81,10 +83,13 @@ class Processes:
         """
         return self.rank % self.local_world_size == 0
 
-    def share(self, parts: Sequence[T]) -> Sequence[T]:
-        """Return this rank's part of what all compute, in order: none where there are fewer than ranks."""
-        first, last = (number * len(parts) // self.world_size for number in (self.rank, self.rank + 1))
-        return parts[first:last]
+    def share(self, parts: Sequence[T], weights: Sequence[int] = ()) -> Sequence[T]:
+        """Return this rank's part of what all compute, in order: perhaps none where there are few.
+
+        Args:
+            weights: of the ranks' parts; none where all are equal.
+        """
+        return own_part(parts, weights or [1] * self.world_size, self.rank)
 
     def exchange(self, *numbers: float, failed: bool = False) -> list[float]:
         """Return the sum of up to three numbers over all ranks; every rank calls it at the same places.
@@ -182,10 +187,24 @@ class Shards:
     def __init__(self, rank: int, count: int, group: dist.ProcessGroup | None = None):
         self.rank, self.count, self._group = rank, count, group
 
-    def gather(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        """Fill a buffer with the parts of all ranks in order; see ``ops.stream.Ranks``."""
+    def gather(self, whole: torch.Tensor, sizes: Sequence[int], own: torch.Tensor) -> None:
+        """Fill a buffer with the parts of all ranks in order; see ``ops.stream.Ranks``.
+
+        Gloo gathers no parts of different sizes, and NCCL does it as here: each rank's goes to all others.
+        """
         with explaining_loss():
-            _all_gather(whole, own, group=self._group)
+            if len({*sizes}) == 1:
+                _all_gather(whole, own, group=self._group)
+                return
+            parts = whole.split(sizes)
+            if parts[self.rank].data_ptr() != own.data_ptr():
+                parts[self.rank].copy_(own)
+            works = [
+                dist.broadcast(part, dist.get_global_rank(self._group or dist.group.WORLD, rank), self._group, True)
+                for rank, part in enumerate(parts)
+            ]
+            for work in works:
+                work.wait()
 
     def bytes_per_second(self, device: torch.device) -> float | None:
         """Measure what a rank gets from the others; None where there are none."""
@@ -196,7 +215,7 @@ class Shards:
         seconds = []
         for _ in range(_MEASUREMENTS):
             started = time.perf_counter()
-            self.gather(whole, own)
+            self.gather(whole, [len(own)] * self.count, own)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)

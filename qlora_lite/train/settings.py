@@ -6,12 +6,14 @@ from fractions import Fraction
 
 from qlora_lite.models.memory_options import MemoryOptions
 
+from .shares import Share
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """What the loop needs to know; the names and meanings are those of the recipe, which has the defaults.
 
-    ``max_steps`` None trains for ``epochs``.
+    ``max_steps`` None trains for ``epochs``. ``shares`` are the ranks' parts of a step, none where all are equal.
     """
 
     max_steps: int | None
@@ -34,6 +36,7 @@ class TrainSettings:
     stochastic_rounding: bool
     fused_loss: str
     options: MemoryOptions = field(default_factory=MemoryOptions)
+    shares: tuple[Share, ...] = ()
 
 
 # Of LoRA with alpha 32, by the beginning of transformers' ``model_type``: the rate at a hidden size of 2,000, and the

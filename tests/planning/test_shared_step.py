@@ -53,7 +53,7 @@ def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
     assert whole.chosen.options.resident_layers is None and whole.chosen.prediction.simulation.work.link_bytes == 0
     found = plan(1.75, 4)
     options, work = found.chosen.options, found.chosen.prediction.simulation.work
-    assert found.fits and options.is_sharded and options.shards == 4
+    assert found.fits and options.is_sharded and options.shards.count == 4
     part = -(-OF_BLOCK // (4 * ALIGNMENT)) * ALIGNMENT
     passes = 2 * (24 - options.resident_layers) - 2  # the last of forward is the first of backward, and so on
     assert work.link_bytes == passes * part * 3

@@ -15,6 +15,7 @@ from qlora_lite.errors import LaunchError, TrainingError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train import processes
 from qlora_lite.train.processes import ALONE, FirstRankLostError, Processes, ProcessGroup, RankLostError, _buckets
+from qlora_lite.train.shares import Share
 
 SETTINGS = dict(gradient_accumulation_steps=4, max_steps=7, optimizer="adamw_8bit", weight_decay=0.01)
 EVALUATED = slice(0, 5)
@@ -30,7 +31,8 @@ def course(training):
 
 def shared_course(number, count, folder, settings, failing):
     """What each process does; memory runs out once on the one named."""
-    training = trainer(**settings)
+    shares = tuple(Share(*share) for share in settings.pop("shares", ()))
+    training = trainer(**settings, shares=shares)
     training.processes = ProcessGroup(number, count)
     if number == failing:
         fail_once(training)
@@ -59,12 +61,16 @@ def found_by(number, folder):
 
 @pytest.mark.parametrize(
     ("count", "changes", "failing"),
-    [(2, {}, None), (3, {"gradient_accumulation_steps": 3}, None), (2, {"optimizer": "adamw_torch"}, 1)],
-)
+    [
+        (2, {}, None), (3, {"gradient_accumulation_steps": 3}, None), (2, {"optimizer": "adamw_torch"}, 1),
+        (2, {"optimizer": "adamw_torch", "shares": [(1, 1), (3, 2)]}, 1),
+    ],
+)  # fmt: skip
 def test_ranks_learn_what_one_process_learns(count, changes, failing, tmp_path):
     """Over epochs of 12 rows, so that the last step of each has fewer micro-batches than ranks."""
     settings = SETTINGS | changes
     together(count, "train.test_processes", "shared_course", tmp_path, settings, failing)
+    settings.pop("shares", None)
     expected, learned = course(trainer(**settings))
     ours, weights = found_by(0, tmp_path)
     for number in range(1, count):
