@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-import qlora_lite.prepare.plan
+import qlora_lite.prepare.ranks
 from qlora_lite.planning import simulate
 
 
@@ -34,12 +34,12 @@ def remember_predictions(setattr_=setattr) -> dict:
     """Remember simulations, and measure this machine once; arguments and result as of ``remember_simulations``."""
     known = remember_simulations(setattr_)
     machines = {}
-    real = qlora_lite.prepare.plan.this_machine
+    real = qlora_lite.prepare.ranks.this_machine
 
     def measured_once(*arguments):
         if arguments not in machines:
             machines[arguments] = real(*arguments)
         return machines[arguments]
 
-    setattr_(qlora_lite.prepare.plan, "this_machine", measured_once)
+    setattr_(qlora_lite.prepare.ranks, "this_machine", measured_once)
     return known

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -38,7 +39,11 @@ class _Size(click.ParamType):
 @click.argument("named", required=False, metavar="RECIPE|MODEL")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
-@click.option("--gpu", multiple=True, help="GPU to plan for, such as rtx-4060; see --gpus.")
+@click.option(
+    "--gpu", multiple=True,
+    help="GPU to plan for, such as rtx-4060; see --gpus. Several, also unequal ones, share every step: --gpu rtx-4090 "
+    "--gpu rtx-3060.",
+)  # fmt: skip
 @click.option("--card", multiple=True, hidden=True)  # what --gpu was called
 @click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
 @click.option("--max-batch", is_flag=True, help="Also find the largest micro-batch of packed sequences that fits.")
@@ -70,8 +75,8 @@ def plan(
         return
     if named is None:
         raise click.UsageError("name a recipe or a model (or --gpus, --models)")
-    _check_machine(wanted := (*gpu, *card), vram)
-    world_size = _check_links(gpus or 1, link, nodes, network)
+    _check_machine(wanted := (*gpu, *card), vram, gpus, nodes)
+    world_size = _check_links(gpus or len(wanted) or 1, link, nodes, network)
     settings = _settings(named, overrides)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
@@ -79,18 +84,23 @@ def plan(
     if settings.lora.start == "eva":
         log.warning("lora.start eva: planned with equal ranks; a run finds out each layer's, and then plans with those")
     with importing():
+        from qlora_lite.planning.shared_step import Cluster
         from qlora_lite.prepare import plan as planner
+        from qlora_lite.prepare import ranks
         from qlora_lite.reporting import plan_text
 
-    one = machine_for(settings, vram, *wanted)
+    machines = [machine_for(settings, vram, name) for name in wanted] or [machine_for(settings, vram)]
+    one, inside = machines[0], world_size // nodes
     if one.device_type == "cpu" and world_size > 1:
         raise click.UsageError("--gpus and --nodes plan several GPUs: say which with --gpu, or how large with --vram")
-    inside, between = gpus or 1, nodes > 1
-    cluster = planner.Cluster(
-        inside, nodes, link or LINK if inside > 1 else None, network or NETWORK if between else None
-    )
+    cluster = Cluster(inside, nodes, link or LINK if inside > 1 else None, network or NETWORK if nodes > 1 else None)
+    if len({*machines}) > 1:
+        if html or max_tokens or max_batch:
+            raise click.UsageError("--html, --max-tokens and --max-batch are for GPUs that are equal")
+        _plan_unequal(settings, machines, cluster, as_json)
+        return
     machine = cluster.part(one)
-    share = planner.share_of(settings, world_size)
+    share = ranks.share_of(settings, world_size)
     made = planner.plan_recipe(share, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
     others = list(planner.alternatives(made))
@@ -102,7 +112,7 @@ def plan(
         _print(plan_text.describe(made, others))
     found: dict[str, object] = {}
     if world_size > 1:
-        found["shared"] = planner.shared(settings, one, made, cluster)._asdict()
+        found["shared"] = ranks.shared(settings, one, made, cluster)._asdict()
     if max_tokens:
         found |= _longest(planner, made)
     if max_batch:
@@ -117,10 +127,32 @@ def plan(
         raise click.exceptions.Exit(3)
 
 
-def _check_machine(wanted: Sequence[str], vram: int | None) -> None:
+def _plan_unequal(settings: Recipe, machines: Sequence, cluster, as_json: bool) -> None:
+    """Print the plans of GPUs of one machine that are not all equal, each of which has its own share."""
+    from qlora_lite.prepare import ranks
+    from qlora_lite.prepare.plan import budget_of
+    from qlora_lite.reporting import plan_text
+
+    parts = [replace(cluster.part(machine), name=machine.name) for machine in machines]
+    asked = ranks.Ranks(tuple(parts), tuple(budget_of(settings, part) for part in parts))
+    log.info(_title(settings, replace(parts[0], name=", ".join(part.name for part in parts))))
+    plans = ranks.plan_ranks(settings, asked)
+    shared = ranks.step_of_ranks(settings, asked, plans, cluster)
+    if as_json:
+        echo_exactly(json.dumps(plan_text.ranks_as_json(plans) | {"shared": shared._asdict()}))
+    else:
+        _print(plan_text.describe_ranks(plans))
+        _show({"shared": shared._asdict()}, 0, None)
+    if not all(plan.fits for plan in plans):
+        if not as_json:
+            ranks.require_fit(plans)
+        raise click.exceptions.Exit(3)
+
+
+def _check_machine(wanted: Sequence[str], vram: int | None, gpus: int | None, nodes: int) -> None:
     """Check that the options name one kind of machine."""
-    if len(wanted) > 1:
-        raise click.UsageError("--gpu takes one GPU: plan for one after the other")
+    if len(wanted) > 1 and (nodes > 1 or gpus):
+        raise click.UsageError("several --gpu are those of one machine: leave out --gpus and --nodes")
     if vram is not None and wanted:
         raise click.UsageError("--vram and --gpu exclude each other")
 
@@ -223,7 +255,8 @@ def _show(found: dict, most_packs: int, html: Path | None) -> None:
         if shared["weight_bytes"]:
             wire = f"{format_bytes(shared['weight_bytes'])} of weights from the others, {wire}"
         nodes = f" on {shared['nodes']} machines" if shared["nodes"] > 1 else ""
-        echo(f"{shared['gpus'] * shared['nodes']} GPUs{nodes}, each {shared['packs']} of a step's packs: about "
+        each = f"each {shared['packs']} of a step's packs" if shared["packs"] else "each its share of a step's packs"
+        echo(f"{shared['gpus'] * shared['nodes']} GPUs{nodes}, {each}: about "
              f"{format_seconds(shared['step_seconds'])} a step{faster}; {wire}, "
              f"{format_seconds(shared['wire_seconds'])} ({shared['wire_seconds'] / shared['step_seconds']:.1%}), "
              "calculated from the link's rate")  # fmt: skip

@@ -93,8 +93,13 @@ class Machine:
         return work.bus_bytes / self.bus_bytes_per_second
 
     def link_seconds(self, work: Work) -> float:
-        """Estimate how long the weights that the same work needs of other ranks are on their way."""
-        return work.link_bytes / (self.link_bytes_per_second or self.bus_bytes_per_second)
+        """Estimate how long the weights that the same work needs of other ranks are on their way.
+
+        Parts of one size are exchanged all at once; others are sent one after the other, this rank's too.
+        """
+        weights, own = self.shards.weights, self.shards.weights[self.shards.rank]
+        waits = sum(weights) / (sum(weights) - own) if len({*weights}) > 1 else 1
+        return waits * work.link_bytes / (self.link_bytes_per_second or self.bus_bytes_per_second)
 
     def disk_seconds(self, work: Work) -> float:
         """Estimate how long a disk takes to give the weights that the same work streams from it."""

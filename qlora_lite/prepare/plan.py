@@ -4,42 +4,32 @@ The composition of ``planning`` with recipes, for the ``plan`` command (before a
 micro-batch taken as full) and for ``run`` (with the rows that were really read).
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
-from shutil import disk_usage
 from typing import Any
 
-from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
+from qlora_lite.errors import DoesNotFitError, RecipeError
 from qlora_lite.files import Space
 from qlora_lite.memory.bar import BESIDE, TRAINED
 from qlora_lite.memory.gpus import GpuError
-from qlora_lite.models.load import resolve_device
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_config
-from qlora_lite.ops.stream import Division
 from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
 from qlora_lite.planning.largest import most_packs
 from qlora_lite.planning.length import longest_job, packs_at_once
-from qlora_lite.planning.machine import Machine, this_machine
+from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search, single_changes, smaller
-from qlora_lite.planning.shared_step import Cluster, SharedStep, shared_step
 from qlora_lite.planning.simulate import Job, full_pack
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM
-from qlora_lite.train.epochs import Epochs
-from qlora_lite.train.loop import largest_batches
-from qlora_lite.train.processes import ALONE, Processes
-from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from .build import compute_dtype_of, fixed_options, job_of, learning_rate_of, method_of, train_settings, with_plan
+from .build import fixed_options, job_of, learning_rate_of
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +52,8 @@ class Alternative:
 class Plan:
     """The chosen way to run a recipe's step, why, and the other ways.
 
-    ``chosen`` fits unless ``fits`` is False; then it is the one that needs the least.
+    ``chosen`` fits unless ``fits`` is False; then it is the one that needs the least. ``of_ranks`` are the settings of
+    each rank, by recipe keys, of several that do not all have the same.
     """
 
     machine: Machine
@@ -73,6 +64,7 @@ class Plan:
     step: Step
     kept_checkpoints: int
     learning_rate: float
+    of_ranks: tuple[dict, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -169,104 +161,6 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
         log.warning("memory.budget: %s is more than %s has, %s; that is the budget", format_bytes(budget),
                     machine.name, format_bytes(there))  # fmt: skip
     return there if budget is None else min(budget, there)
-
-
-def plan_run(
-    recipe: Recipe, examples, eval_examples, headroom: int = 0, processes: Processes = ALONE
-) -> tuple[Plan, TrainSettings]:
-    """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
-
-    Several processes plan one rank's share of a step, for the smallest of their budgets.
-
-    Args:
-        examples, eval_examples: tokenised rows; none of the latter if there is no evaluation.
-        headroom: bytes of the budget that the plan may not use.
-        processes: that train together; those on one machine share its memory.
-
-    Raises:
-        DoesNotFitError: with the breakdown and the smallest change that fits.
-        OutputError: the disk of memory.offload_folder has no room.
-        ModelError: see ``plan_recipe``.
-    """
-    device = resolve_device(recipe.model.device)
-    link = processes.shards.bytes_per_second(device)  # first: what NCCL takes of a GPU is not free for the run
-    machine = this_machine(device, compute_dtype_of(recipe, device))
-    settings = train_settings(recipe)
-    packs = settings.micro_batch_size * settings.gradient_accumulation_steps
-    one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    work = CausalLM(method=method_of(recipe))
-    epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
-    pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
-    machine = _smallest(machine.shared_by(processes.local_world_size), processes)
-    shards = Division((1,) * processes.shards.count)
-    machine = replace(machine, shards=shards, link_bytes_per_second=link)
-    left = budget_of(recipe, machine) - machine.base_bytes
-    budget_bytes = int(min(processes.gather(left))) + machine.base_bytes - headroom
-    own = share_of(recipe, processes.world_size)
-    eval_shape = evaluation and work.shape(evaluation)
-    if not processes.is_first:  # whose machine's measured speed would choose otherwise
-        own = with_plan(own, json.loads(processes.tell("")))
-    plan = plan_recipe(own, machine, budget_bytes, work.shape(pack), eval_shape)
-    if not plan.fits:
-        raise does_not_fit(plan, list(alternatives(plan)))
-    chosen = plan.chosen
-    if processes.is_first:
-        processes.tell(json.dumps(chosen.settings))
-    if chosen.options.uses_disk and (folder := chosen.options.offload_folder):
-        needed = chosen.prediction.simulation.folder_bytes * processes.local_world_size
-        free = disk_usage(folder).free
-        if needed > free:
-            raise OutputError(f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
-                              "make room, or name another folder")  # fmt: skip
-    return plan, replace(
-        settings, options=chosen.options, micro_batch_size=chosen.packs,
-        gradient_accumulation_steps=chosen.micro_batches * processes.world_size,
-    )  # fmt: skip
-
-
-def share_of(recipe: Recipe, world_size: int) -> Recipe:
-    """Return the recipe of one rank's part of each step.
-
-    Raises:
-        RecipeError: a step's packs cannot be divided by so many ranks.
-    """
-    t = recipe.train
-    if world_size == 1:
-        return recipe
-    if recipe.memory.optimizer_in_backward:
-        raise RecipeError("memory.optimizer_in_backward updates each weight before several processes have added up its "
-                          "gradient: train in one process, or leave it out")  # fmt: skip
-    packs = t.micro_batch_size * t.gradient_accumulation_steps
-    if packs % world_size:
-        more = -(-packs // world_size) * world_size
-        raise RecipeError(
-            f"{world_size} processes cannot share the {packs} packs of a step: set train.gradient_accumulation_steps "
-            f"to {more} with train.micro_batch_size 1, or start a number of processes that divides {packs}"
-        )
-    own = packs // world_size
-    size = max(size for size in range(1, t.micro_batch_size + 1) if own % size == 0)
-    changes = {"micro_batch_size": size, "gradient_accumulation_steps": own // size}
-    return recipe.model_copy(update={"train": t.model_copy(update=changes)})
-
-
-def _smallest(machine: Machine, processes: Processes) -> Machine:
-    """Return the machine with the host memory of that one of the processes which has the least."""
-    if machine.host_bytes is None:
-        return machine
-    return replace(machine, host_bytes=int(min(processes.gather(machine.host_bytes))))
-
-
-def shared(recipe: Recipe, machine: Machine, made: Plan, cluster: Cluster) -> SharedStep:
-    """Return what a step takes whose share is planned; see ``planning.shared_step``.
-
-    Args:
-        machine: that of one GPU alone.
-        made: the plan of the share.
-        cluster: the GPUs and their links.
-    """
-    memory = recipe.memory.model_copy(update={"stream_from": "auto"})
-    alone = plan_recipe(recipe.model_copy(update={"memory": memory}), machine, made.budget_bytes)
-    return shared_step(alone.chosen if alone.fits and made.fits else None, made.chosen, cluster)
 
 
 def expected_peak(plan: Plan, largest, evaluation) -> Prediction:

@@ -12,6 +12,7 @@ from qlora_lite.planning.candidate import Candidate
 from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, HOST_UPDATES_PER_SECOND
 from qlora_lite.planning.simulate import full_pack, simulate_whole
 from qlora_lite.prepare.plan import Alternative, Plan, disk_bytes, host_bytes
+from qlora_lite.prepare.ranks import part_of_base
 from qlora_lite.units import format_bytes, format_count, format_seconds
 
 MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
@@ -170,6 +171,52 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
         "measured_because": plan.chosen.prediction.simulation.measured_because,
         "alternatives": [asdict(alternative) for alternative in others],
     }  # fmt: skip
+
+
+def ranks_as_json(plans: Sequence[Plan]) -> dict:
+    """Return the plans of unequal ranks as plain values."""
+    rows = [
+        as_json(plan, []) | {"rank": rank, "packs": plan.chosen.packs * plan.chosen.micro_batches,
+                             "part_bytes": part, "part_share": share}
+        for rank, (plan, (part, share)) in enumerate(zip(plans, map(part_of_base, plans), strict=True))
+    ]  # fmt: skip
+    return {"fits": all(plan.fits for plan in plans), "why": _why_shares(plans), "ranks": rows}
+
+
+def describe_ranks(plans: Sequence[Plan], width: int = 80) -> str:
+    """Return the plans of unequal ranks for a terminal, in rich's markup: a line and the settings of each."""
+    room = max(len(plan.machine.name) for plan in plans)
+    lines = [f"rank {'GPU':{room}} {'needs':>9} of {'budget':>9}  {'of the layers':>16}  packs a step  computes"]
+    for rank, plan in enumerate(plans):
+        part, share = part_of_base(plan)
+        base = f"{format_bytes(part)}, {share:3.0%}" if part else "all"
+        x = plan.chosen
+        lines.append(
+            f"{rank:>4} {plan.machine.name:{room}} {format_bytes(plan.peak_bytes):>9} of "
+            f"{format_bytes(plan.budget_bytes):>9}  {base:>16}  "
+            f"{x.packs * x.micro_batches:>3} = {x.micro_batches:>2} x {x.packs:<2}  {format_seconds(x.step_seconds):>8}"
+            + ("" if plan.fits else "  [bold red]does not fit[/]")
+        )
+    lines += ["", *_row("why", _why_shares(plans), width)]
+    for rank, plan in enumerate(plans):
+        lines += [*_row(f"rank {rank}", _in_words(plan.chosen), width)]
+        lines += [*_row("transfers", transfers(plan), width)]
+    return "\n".join(lines)
+
+
+def _why_shares(plans: Sequence[Plan]) -> str:
+    """Return why unequal ranks have the shares that they have."""
+    rates = ", ".join(f"{plan.machine.flops_per_second / 1e12:.0f}" for plan in plans)
+    packs = f"packs by speed ({rates} TFLOP/s), so that all end a step together"
+    options = plans[0].chosen.options
+    if not options.is_sharded:
+        return f"each GPU has room for the whole model; {packs}"
+    how = (", equally in host memory, since not all have room for their part" if options.stream_from == "host"
+           else " by what each budget leaves beside all else")  # fmt: skip
+    return (
+        f"not every GPU has room for the whole model, so that they divide its layers{how}; {packs} as nearly as "
+        "whole packs allow; all run as many micro-batches, since each layer is put together by all at one time"
+    )
 
 
 def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:

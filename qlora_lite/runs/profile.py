@@ -29,7 +29,8 @@ from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
-from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak, plan_run
+from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
+from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason

@@ -41,6 +41,7 @@ log = logging.getLogger("qlora_lite")
 BASE_MODEL = "base model"  # what names it by its content in a checkpoint's identity
 FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environment
 RANKS = "ranks"  # how many there are, likewise
+OF_RANKS = "plan of ranks"  # each one's settings, where they differ
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 PLACES = "memory.resident_layers", "memory.stream_from"  # of weights, which change no number
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
@@ -90,6 +91,14 @@ class Continuation:
         if ranks == self.run["environment"][RANKS] and not moved:
             return self.run["plan"]
         return {key: value for key, value in self.run["plan"].items() if key not in PLACES}
+
+    def plan_of_ranks(self, ranks: int) -> list[dict[str, object]] | None:
+        """Return the settings of each rank, none where all have ``plan_of``; None if the ranks are others now, or where
+        weights wait is."""
+        moved = any(change.startswith(PLACES) for change in self.accepted)
+        if ranks != self.run["environment"][RANKS] or moved:
+            return None
+        return self.run.get(OF_RANKS, [])
 
     @property
     def learning_rate(self) -> float:

@@ -28,7 +28,7 @@ from qlora_lite.files import locked
 from qlora_lite.inference.evaluate import Watch
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.load import resolve_device
-from qlora_lite.prepare.plan import share_of
+from qlora_lite.prepare.ranks import check_packs, speeds_of
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.report import write_report
@@ -76,7 +76,7 @@ def run_recipe(
     if (found := launched()) is None:
         return _run(recipe, progress, resume, force, watch)
     with joined(*found, recipe.model.device) as processes, _speaking(processes):
-        share_of(recipe, processes.world_size)
+        check_packs(recipe, speeds_of(recipe, processes))
         try:
             if processes.is_first:
                 return _run(recipe, progress, resume, force, watch, processes)

@@ -49,8 +49,9 @@ from qlora_lite.prepare.build import (
 )
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
-from qlora_lite.prepare.plan import Plan, as_measured, expected_peak, plan_run
+from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
+from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.reporting.plan_text import reason
@@ -122,9 +123,8 @@ class Planned(Prepared):
     @property
     def chosen(self) -> dict[str, object]:
         """The plan's settings by the recipe's keys, as a step of all ranks has them."""
-        return self.plan.chosen.settings | {
-            "train.gradient_accumulation_steps": self.settings.gradient_accumulation_steps
-        }
+        names = "micro_batch_size", "gradient_accumulation_steps"
+        return self.plan.chosen.settings | {f"train.{name}": getattr(self.settings, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,12 @@ def _of_all(outcome: Proven | Overrun, processes: Processes) -> Proven | Overrun
 
 def plan(prepared: Prepared, headroom: int = 0) -> Planned:
     """Choose how to run the step before anything large is loaded, and leave so many bytes of the budget as headroom."""
-    recipe, earlier = prepared.with_ranks, prepared.continuation
+    recipe, earlier, of_ranks = prepared.with_ranks, prepared.continuation, None
     if earlier and earlier.keeps_plan:
-        recipe = with_plan(recipe, earlier.plan_of(prepared.processes.world_size))
-    found, settings = plan_run(recipe, prepared.rows, prepared.eval_examples, headroom, prepared.processes)
+        of_ranks = earlier.plan_of_ranks(prepared.processes.world_size)
+        recipe = recipe if of_ranks else with_plan(recipe, earlier.plan_of(prepared.processes.world_size))
+    rows = prepared.rows, prepared.eval_examples
+    found, settings = plan_run(recipe, *rows, headroom, prepared.processes, of_ranks)
     log.info("plan: %s", reason(found))
     return Planned(**vars(prepared), plan=found, settings=settings, budget_bytes=found.budget_bytes + headroom)
 

@@ -39,7 +39,7 @@ from qlora_lite.train.state import STATE, capture, compare_tensors, restore
 from qlora_lite.units import format_score
 
 from .async_checkpoint import Saver
-from .resume import RUN, Continuation
+from .resume import OF_RANKS, RUN, Continuation
 from .signals import StopNow
 from .stages import Proven, Trained, write_data
 from .tracking import tracking
@@ -360,7 +360,7 @@ class Training:
         proven = self.proven
         run = {
             "recipe": self.recipe.model_dump(mode="json"), "identity": proven.identity,
-            "plan": proven.chosen, "environment": proven.environment,
+            "plan": proven.chosen, OF_RANKS: list(proven.plan.of_ranks), "environment": proven.environment,
             "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
             METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
         }  # fmt: skip

@@ -25,7 +25,7 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare import eva
 from qlora_lite.prepare.build import build_model, build_to_use
 from qlora_lite.prepare.datasets import build_data
-from qlora_lite.prepare.plan import plan_run
+from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Output
 from qlora_lite.runs import stages

@@ -42,7 +42,7 @@ from qlora_lite.prepare.build import (
     without_start,
 )
 from qlora_lite.prepare.datasets import build_data
-from qlora_lite.prepare.plan import plan_run
+from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.recipe.load import load_recipe

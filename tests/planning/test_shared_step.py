@@ -12,6 +12,7 @@ from qlora_lite.ops.stream import ALIGNMENT
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster
 from qlora_lite.prepare import plan as planner
+from qlora_lite.prepare import ranks
 from qlora_lite.recipe.load import recipe_of
 from qlora_lite.reporting import plan_text
 
@@ -47,7 +48,7 @@ def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
     def plan(gib, gpus, **memory):
         own = recipe.model_copy(update={"memory": recipe.memory.model_copy(update=memory)})
         machine = Cluster(gpus, link="pcie4" if gpus > 1 else None).part(card)
-        return planner.plan_recipe(planner.share_of(own, gpus), machine, int(gib * 2**30))
+        return planner.plan_recipe(ranks.share_of(own, gpus), machine, int(gib * 2**30))
 
     whole = plan(8, 2)
     assert whole.chosen.options.resident_layers is None and whole.chosen.prediction.simulation.work.link_bytes == 0

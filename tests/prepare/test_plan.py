@@ -31,6 +31,7 @@ from qlora_lite.planning.largest import LENGTH_STEP, largest_of
 from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_of_gpu
 from qlora_lite.planning.predict import predict
 from qlora_lite.prepare import plan as planner
+from qlora_lite.prepare import ranks
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting import plan_text
 from qlora_lite.runs.run import run_recipe
@@ -604,9 +605,9 @@ def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, m
         train={"max_steps": 1, "gradient_accumulation_steps": 6, "micro_batch_size": 2},
     )  # fmt: skip
     rows = sorted(examples(12), key=lambda row: len(row.token_ids))
-    monkeypatch.setattr(planner, "plan_recipe", seen)
+    monkeypatch.setattr(ranks, "plan_recipe", seen)
     with pytest.raises(Seen) as caught:
-        planner.plan_run(load_recipe(written), rows, ())
+        ranks.plan_run(load_recipe(written), rows, ())
     assert caught.value.args[0].lengths == (max(row_lengths(rows)),)
 
 
@@ -822,9 +823,9 @@ class TestCommand:
         assert "planned with equal ranks" in eva[2] and eva[1] == plain[1] and "equal ranks" not in plain[2]
 
     @pytest.mark.parametrize("second", ["--gpu", "--card"])
-    def test_one_gpu_is_planned_for_and_more_are_not_ignored(self, capsys, file, second):
+    def test_more_than_one_gpu_is_not_ignored(self, capsys, file, second):
         code, out, err = self.call(capsys, file, "--gpu", "rtx-3090", second, "rtx-4090")
-        assert code == 2 and out == "" and "--gpu takes one GPU" in err
+        assert code == 2 and out == "" and "2 processes cannot share the 1 packs of a step" in err
 
     def test_the_option_s_former_name_is_understood_and_not_shown(self, capsys, file):
         assert self.call(capsys, file, "--card", "rtx-4061")[2] == self.call(capsys, file, "--gpu", "rtx-4061")[2]

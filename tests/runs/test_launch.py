@@ -23,7 +23,7 @@ from qlora_lite import explain
 from qlora_lite.cli import main
 from qlora_lite.cli.main import COMMANDS
 from qlora_lite.errors import LaunchError, RecipeError
-from qlora_lite.prepare.plan import share_of
+from qlora_lite.prepare.ranks import share_of
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import launch, run
 from qlora_lite.runs.run import run_recipe

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,41 @@ def train(ranks, recipe, *arguments, code=0):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *several], capture_output=True, text=True, env=environment, timeout=SECONDS)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+UNEQUAL = """
+import os, sys
+from dataclasses import replace
+from qlora_lite.cli.main import main
+from qlora_lite.prepare import ranks
+from qlora_lite.runs import stages
+rank, measured = int(os.environ["RANK"]), ranks.this_machine
+def of_unequal_memory(*arguments):
+    machine = measured(*arguments)
+    return replace(machine, memory_bytes=2 * (machine.base_bytes + (2 - rank) * 2**29))
+ranks.this_machine = of_unequal_memory
+def planned(*arguments):
+    plan, settings = ranks.plan_run(*arguments)
+    if not rank:
+        shares = [(share.micro_batches * settings.micro_batch_size, share.runs) for share in settings.shares]
+        print("trained in", shares, settings.micro_batch_size * settings.gradient_accumulation_steps, file=sys.stderr)
+    return plan, settings
+stages.plan_run = planned
+ranks._known_speed = lambda device: [3.0, 1.0][rank]
+main(["train", *sys.argv[1:]])
+"""
+
+
+def train_unequal(folder, recipe, *arguments, code=0):
+    """Train in two processes, of which the first is three times as fast and has twice the memory; return what they
+    said."""
+    (folder / "unequal.py").write_text(UNEQUAL)
+    start = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "unequal.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, (*start, recipe, *arguments))], capture_output=True, text=True,
+                          env=environment, timeout=SECONDS)  # fmt: skip
+    assert done.returncode == code, done.stderr
     return done.stderr
 
 
@@ -61,6 +97,31 @@ def test_a_divided_run_goes_on_with_another_number_of_ranks(recipe, tmp_path):
     expected = adapter(whole)
     for name, tensor in adapter(folder).items():
         assert_close(tensor, expected[name], rtol=0.05, atol=0.02)  # bfloat16, updated six times
+
+
+ALL_OF_THEM = *DIVIDED, "train.lr_scheduler=constant", "memory.micro_batches=auto"
+SHARE = re.compile(r"rank \d has (\d) sequences of a step \((\d) x \d\) and [\d.]+ KiB of the layers \((\d+)%\)")
+
+
+def test_ranks_of_unequal_gpus_divide_steps_and_model_unequally(recipe, tmp_path):
+    """One has most sequences of a step, in as many micro-batches as the other, and the larger part of the model."""
+    said = train_unequal(tmp_path, recipe, *ALL_OF_THEM, "train.max_steps=3")
+    (first, runs, part), (second, other_runs, other_part) = (map(int, found) for found in SHARE.findall(said))
+    assert first + second == 6 and first > second and runs == other_runs
+    assert part > 60 and other_part < 40, said
+    assert f"trained in [({first}, {runs}), ({second}, {runs})] 6" in said, said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0 < summary["plan"]["measured_peak_bytes"] <= summary["plan"]["predicted_peak_bytes"] * 1.01
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] and len(summary["ranks"]) == 2
+
+
+@pytest.mark.slow
+def test_a_run_of_unequal_gpus_resumes_to_the_bit(recipe, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train_unequal(tmp_path, recipe, f"output.dir={whole}", *ALL_OF_THEM)
+    train_unequal(tmp_path, recipe, f"output.dir={again}", *ALL_OF_THEM, "train.max_steps=4")
+    train_unequal(tmp_path, recipe, f"output.dir={again}", *ALL_OF_THEM, "--resume")
+    assert all(tensor.equal(adapter(again)[name]) for name, tensor in adapter(whole).items())
 
 
 def test_one_process_says_that_it_divides_nothing(recipe, tmp_path, command):

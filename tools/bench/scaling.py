@@ -50,7 +50,8 @@ def _cluster_rows(cluster: Scaled, ranks: Sequence[int], plans: dict) -> list[di
     from qlora_lite.memory.gpus import find_gpu
     from qlora_lite.planning.machine import machine_of_gpu
     from qlora_lite.planning.shared_step import Cluster, shared_step
-    from qlora_lite.prepare.plan import plan_recipe, share_of
+    from qlora_lite.prepare.plan import plan_recipe
+    from qlora_lite.prepare.ranks import share_of
     from qlora_lite.recipe.catalog import recipes_folder
     from qlora_lite.recipe.load import load_recipe
 
