@@ -23,7 +23,8 @@ import torch.distributed as dist
 from qlora_lite.errors import LaunchError
 from qlora_lite.units import format_seconds
 
-from .processes import FIRST_ANSWER, Processes, ProcessGroup, name_ranks
+from .process_group import FIRST_ANSWER, ProcessGroup
+from .processes import Processes, name_ranks
 
 JOIN_SECONDS = 180.0  # until all have come; torchrun has waited for its agents before it starts any of them
 LATER_SECONDS = 10.0  # that the others wait longer than rank 0, which knows who is missing

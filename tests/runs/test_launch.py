@@ -381,7 +381,7 @@ from datetime import timedelta
 from qlora_lite.cli.main import main
 from qlora_lite.models.memory_options import stream_of
 from qlora_lite.runs import async_checkpoint, run
-from qlora_lite.train import loop, processes
+from qlora_lite.train import loop, process_group
 written, proven = async_checkpoint.write_checkpoint, run.prove
 def slow_disk(*arguments):
     time.sleep(20)
@@ -398,12 +398,12 @@ def no_room(workload, model, *arguments):
     raise MemoryError("no room")
 what = sys.argv.pop(1)
 if what == "slow disk":
-    processes.FIRST_ANSWER = timedelta(seconds=10)
+    process_group.FIRST_ANSWER = timedelta(seconds=10)
     async_checkpoint.write_checkpoint = slow_disk
 elif what == "signal" and os.environ["RANK"] == "1":
     run.prove = stopped
 elif os.environ["RANK"] in what:
-    processes.BLOCK_ANSWER = timedelta(seconds=10)
+    process_group.BLOCK_ANSWER = timedelta(seconds=10)
     loop.probe_step = no_room
 main(["train", *sys.argv[1:]])
 """

@@ -13,8 +13,9 @@ from tiny_trainer import examples, trainer
 
 from qlora_lite.errors import LaunchError, TrainingError
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.train import processes
-from qlora_lite.train.processes import ALONE, FirstRankLostError, Processes, ProcessGroup, RankLostError, _buckets
+from qlora_lite.train import process_group
+from qlora_lite.train.process_group import ProcessGroup, _buckets
+from qlora_lite.train.processes import ALONE, FirstRankLostError, Processes, RankLostError
 from qlora_lite.train.shares import Share
 
 SETTINGS = dict(gradient_accumulation_steps=4, max_steps=7, optimizer="adamw_8bit", weight_decay=0.01)
@@ -92,7 +93,7 @@ def test_a_share_is_a_rank_s_part_in_order_and_all_of_them_are_the_whole():
 
 
 def test_gradients_are_added_up_a_bucket_at_a_time(monkeypatch):
-    monkeypatch.setattr(processes, "BUCKET_NUMBERS", 10)
+    monkeypatch.setattr(process_group, "BUCKET_NUMBERS", 10)
     tensors = [torch.zeros(*size) for size in ((2, 2), (6,), (3,), (5, 5), (2,), (2,))]
     assert [[len(t) for t in some] for some in _buckets(tensors)] == [[4, 6], [3], [10], [10], [5, 2, 2]]
     assert list(_buckets([])) == []
@@ -159,7 +160,7 @@ def shared_trainer(options):
 
 def waiting_for(number, count, folder, hanging, sums):
     group = ProcessGroup(number, count)
-    processes.ANSWER_SECONDS, processes.VERDICT_SECONDS = 1.0, 3.0
+    process_group.ANSWER_SECONDS, process_group.VERDICT_SECONDS = 1.0, 3.0
     group.exchange(1)
     group.exchange(1)
     if number == hanging:

@@ -11,7 +11,7 @@ from tiny_trainer import examples, trainer
 from qlora_lite.errors import DoesNotFitError, LaunchError, ModelError
 from qlora_lite.models.memory_options import MemoryOptions, place, stream_of
 from qlora_lite.ops.stream import ALIGNMENT, SLOTS, BlockStream, Division, OnAllRanks
-from qlora_lite.train.processes import ProcessGroup
+from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.shares import Share
 
 SETTINGS = dict(gradient_accumulation_steps=4, max_steps=5, optimizer="adamw_8bit", weight_decay=0.01)

@@ -39,7 +39,7 @@ from qlora_lite.models import quantizer
 from qlora_lite.quant import tensor_file
 from qlora_lite.quant.product import FrozenMatmul
 from qlora_lite.train import loop
-from qlora_lite.train.processes import ProcessGroup
+from qlora_lite.train.process_group import ProcessGroup
 
 tqdm.monitor_interval = 0  # else it has a thread too
 STEPS, SAVE_EVERY = 8, 2

@@ -1,7 +1,8 @@
 """All GPUs of a machine that train one model together, a process each, beside one of them that trains it alone.
 
-Each process is a ``Trainer`` on random weights, joined as the command line joins its ranks (``train.processes``: NCCL
-between GPUs, gloo on CPUs); the command line itself would need a model in files. Run as a module, this is one rank.
+Each process is a ``Trainer`` on random weights, joined as the command line joins its ranks (``train.process_group``:
+NCCL between GPUs, gloo on CPUs); the command line itself would need a model in files. Run as a module, this is one
+rank.
 """
 
 from __future__ import annotations
