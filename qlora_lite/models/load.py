@@ -146,6 +146,18 @@ def resolve_compute_dtype(name: str, device: torch.device, model_type: str = "")
     return dtype
 
 
+def is_converted(config, quant: str, compute_dtype: torch.dtype) -> bool:
+    """Return whether weights are loaded in another type than their files have, and so take host memory of their own.
+
+    Args:
+        config: of the model, which says the type; of one that does not, it is taken to be the compute type.
+        quant: what weights are stored in here.
+    """
+    stored = getattr(config, "dtype", None)
+    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    return quant == "none" and stored not in (None, compute_dtype)
+
+
 def load_model(
     path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,

@@ -160,7 +160,7 @@ def memory_options_of(settings: Mapping[str, object]) -> dict[str, object]:
 
 def place(
     model: nn.Module, device: torch.device, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None,
-    trains_base: bool = False, ranks: Ranks | None = None,
+    trains_base: bool = False, ranks: Ranks | None = None, in_files: bool = True,
 ) -> nn.Module:  # fmt: skip
     """Move a model from host memory to its device, but for what the memory options keep there; return it.
 
@@ -168,6 +168,7 @@ def place(
         of_model: its blocks; None are those of a causal language model.
         trains_base: stream weights that are trained, too; an adapter's, which are few, stay on the device.
         ranks: among which sharded blocks are divided; None for a plan.
+        in_files: the blocks that these load are pages of a file, and not in host memory.
 
     Raises:
         ModelError: of embeddings that are also the head only one is to stay on the host, the head is no 16-bit
@@ -186,11 +187,11 @@ def place(
                 if tensor is not None and ((tensor.requires_grad and not trains_base) or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        _streams[model] = BlockStream(streamed, device, _placement(options, ranks), trains_base)
+        _streams[model] = BlockStream(streamed, device, _placement(options, ranks, in_files), trains_base)
     return model
 
 
-def _placement(options: MemoryOptions, ranks: Ranks | None) -> PlacementFactory:
+def _placement(options: MemoryOptions, ranks: Ranks | None, are_in_files: bool) -> PlacementFactory:
     if options.stream_from == "disk":
         return in_files
     if options.stream_from == "host" and options.shards.count == 1:
@@ -198,8 +199,9 @@ def _placement(options: MemoryOptions, ranks: Ranks | None) -> PlacementFactory:
     if not is_planned() and (ranks is None or ranks.count == 1):
         raise ModelError("memory.stream_from ranks divides the model among several processes, and this is the only one")
     found = PlannedRanks(options.shards) if is_planned() else ranks
-    weights = options.shards.weights
-    return partial(OnAllRanks, ranks=found, weights=weights, in_host_memory=options.stream_from == "host")
+    waits_on_host = options.stream_from == "host"
+    return partial(OnAllRanks, ranks=found, weights=options.shards.weights, in_host_memory=waits_on_host,
+                   in_files=are_in_files)  # fmt: skip
 
 
 def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:

@@ -305,21 +305,24 @@ class PlannedRanks:
 class OnAllRanks:
     """The placement of blocks of which each rank has one part, as large as its weight says.
 
-    What a block's modules hold while it is nowhere whole is what they were loaded with: pages of a file.
+    What a block's modules hold while it is nowhere whole is what they were loaded with: pages of a file, or host
+    memory where weights had to be converted.
 
     Args:
         blocks: see ``PlacementFactory``, as is the next.
         ranks: all that have a part.
         weights: of their parts.
         in_host_memory: where parts wait, each rank's in its own; else on its device.
+        in_files: blocks are pages of a file.
     """
 
-    in_files = gathers = True
+    gathers = True
 
     def __init__(
         self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks, weights: Sequence[int],
-        in_host_memory: bool = False,
+        in_host_memory: bool = False, in_files: bool = True,
     ):  # fmt: skip
+        self.in_files = in_files
         self._side, self._ranks, self._in_host_memory = side, ranks, in_host_memory
         self._sizes = [Division(tuple(weights)).sizes(block.size) for block in blocks]  # of all ranks
         own = [sizes[ranks.rank] for sizes in self._sizes]

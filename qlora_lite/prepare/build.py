@@ -34,6 +34,7 @@ from qlora_lite.models.load import (
     KEEP,
     auto_dtype,
     fast_dtype,
+    is_converted,
     load_model,
     name_of_base,
     refuse_stored,
@@ -129,7 +130,9 @@ def build_model(
         begin_at(model, first)
     if not options.places_weights:
         return model
-    return place(model, device, options, trains_base=method_of(recipe).trains_base, ranks=ranks)
+    in_files = not is_converted(read_config(m.path, m.revision), m.quant, dtype)
+    trains_base = method_of(recipe).trains_base
+    return place(model, device, options, trains_base=trains_base, ranks=ranks, in_files=in_files)
 
 
 def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -> nn.Module:

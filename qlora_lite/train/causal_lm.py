@@ -20,7 +20,7 @@ from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.gguf_codes import Formats
 from qlora_lite.models.kernels import use_kernels
-from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.load import is_converted, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
@@ -254,7 +254,8 @@ class CausalLM(Workload):
         self.method.apply(model)
         if device.type != "meta":
             give_storage(model, device)
-        place(model, device, options, trains_base=self.method.trains_base)
+        in_files = not is_converted(self.spec.config, self.spec.quant, self.spec.compute_dtype)
+        place(model, device, options, trains_base=self.method.trains_base, in_files=in_files)
         if why_unpacked(model, max(self.spec.longest, *shape.lengths)):
             run_unpacked(model)
         set_memory_options(model, options)

@@ -1,6 +1,7 @@
 """A step of several GPUs: each plans its share, and what goes over the wire is counted."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_files import save_tiny
@@ -67,12 +68,33 @@ def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
         plan(1.75, 1, stream_from="ranks")
 
 
+def test_divided_weights_that_are_converted_when_they_are_loaded_take_host_memory(tmp_path):
+    """Files in float16 and a step in bfloat16: what is not a page of a file any more is whole in each process."""
+    save_config(tmp_path, dtype="float16")
+    settings = "memory.stream_from=ranks", "memory.resident_layers=2", "model.quant=none", "data.max_tokens=256"
+    recipe = recipe_of({"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}},
+                       [*settings, "train.gradient_accumulation_steps=4"], "r")  # fmt: skip
+    machine = Cluster(4, link="pcie4").part(machine_of_gpu(find_gpu("rtx-3060")))
+
+    def plan(host_gib=None, **model):
+        own = recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+        host_bytes = host_gib and int(host_gib * 2**30)
+        return planner.plan_recipe(ranks.share_of(own, 4), replace(machine, host_bytes=host_bytes), 4 * 2**30)
+
+    converted, mapped = plan(), plan(compute_dtype="float16")
+    assert mapped.fits and mapped.chosen.prediction.simulation.offloaded_bytes == 0
+    assert converted.fits and converted.chosen.prediction.simulation.offloaded_bytes == 22 * OF_BLOCK
+    assert converted.chosen.prediction.peak_bytes == pytest.approx(mapped.chosen.prediction.peak_bytes, rel=0.01)
+    assert plan(3).fits and not plan(1.5).fits and plan(1.5, compute_dtype="float16").fits
+
+
 OF_BLOCK = 2 * (4 * 1024 * 1024 + 3 * 1024 * 8192 + 2 * 1024)
 
 
-def save_config(folder):
+def save_config(folder, **changes):
     config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=24,
-                                  num_attention_heads=16, num_key_value_heads=16, vocab_size=4096)  # fmt: skip
+                                  num_attention_heads=16, num_key_value_heads=16, vocab_size=4096,
+                                  **changes)  # fmt: skip
     config.save_pretrained(folder)
 
 

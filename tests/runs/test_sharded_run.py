@@ -11,6 +11,15 @@ from safetensors.torch import load_file
 from tiny_files import write_recipe
 from torch.testing import assert_close
 
+from qlora_lite.memory.meter import mapped_bytes
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.ops.stream import Division
+from qlora_lite.prepare.build import build_model
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.inventory import categorised
+from qlora_lite.train.processes import Shards
+
 SECONDS = 100
 TRAIN = {"gradient_accumulation_steps": 6, "max_steps": 6, "eval_every_steps": 3, "save_every_steps": 2}
 DIVIDED = "memory.stream_from=ranks", "memory.resident_layers=1"
@@ -97,6 +106,20 @@ def test_a_divided_run_goes_on_with_another_number_of_ranks(recipe, tmp_path):
     expected = adapter(whole)
     for name, tensor in adapter(folder).items():
         assert_close(tensor, expected[name], rtol=0.05, atol=0.02)  # bfloat16, updated six times
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_weights_that_were_converted_are_in_host_memory_and_others_are_pages_of_a_file(compute_dtype, recipe):
+    """Of a model in float32: as the plan counts them, before any layer has been put together."""
+    options = MemoryOptions(resident_layers=0, stream_from="ranks", shards=Division((1, 1)))
+    loaded = load_recipe(recipe, ["model.quant=none", f"model.compute_dtype={compute_dtype}"])
+    model = build_model(loaded, options, ranks=Shards(0, 2))
+    streamed = [tensor for layer in model.model.layers for tensor in layer.parameters() if not tensor.requires_grad]
+    where = {tensor: group for tensor, group, _ in categorised(CausalLM(), model)}
+    is_mapped = compute_dtype == "float32"
+    assert {where[tensor] for tensor in streamed} == {"on disk" if is_mapped else "offloaded"}
+    if sys.platform == "linux":
+        assert (mapped_bytes(streamed) > 0) == is_mapped
 
 
 ALL_OF_THEM = *DIVIDED, "train.lr_scheduler=constant", "memory.micro_batches=auto"
