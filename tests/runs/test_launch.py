@@ -359,17 +359,23 @@ def test_processes_that_are_started_again_resume_the_run_that_was_begun(rank, ma
 
 
 @pytest.mark.slow
-def test_two_machines_that_share_the_run_folder_and_no_cache_train_what_one_machine_does(model_folder, tmp_path):
-    recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
-    ended(start(recipe, f"output.dir={tmp_path / 'one'}"))
+@pytest.mark.parametrize(("each", "memory"), [(1, {}), (2, DIVIDED)])
+def test_two_machines_that_share_the_run_folder_and_no_cache_train_what_one_machine_does(
+    each, memory, model_folder, tmp_path
+):
+    """Also where the ranks of each machine divide the model, and one machine's all have it whole."""
+    recipe = write_recipe(tmp_path, model_folder, train=TRAIN, memory=memory)
+    whole = "memory.stream_from=auto", "memory.resident_layers=all"
+    ended(start(recipe, f"output.dir={tmp_path / 'one'}", *whole, ranks=("--gpus", str(2 * each))))
     meeting = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"
     agents = []
     for number in range(2):
         home = {"QLORA_LITE_CACHE": str(tmp_path / f"cache {number}"), "HF_HOME": str(tmp_path / f"hub {number}")}
-        nodes = torchrun("--nnodes", 2, "--nproc-per-node", 1, *meeting)
+        nodes = torchrun("--nnodes", 2, "--nproc-per-node", each, *meeting)
         agents.append(start(recipe, f"output.dir={tmp_path / 'two'}", module=nodes, ranks=(), **home))
     said = [ended(agent) for agent in agents]
     assert sorted(out.count("evaluation loss") for out, _ in said) == [0, 1]
+    assert any("weights sharded over 2 ranks" in err for _, err in said) == (each == 2)
     assert equal(tmp_path / "one", tmp_path / "two")
     held = [{path.name for path in (tmp_path / f"cache {number}").iterdir()} for number in range(2)]
     assert held[0] == held[1] and held[0], held  # each prepared its own
