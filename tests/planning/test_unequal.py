@@ -1,8 +1,10 @@
 """GPUs that are not equal: each has a plan of its own, of a step's packs by speed and of the base by its budget."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from planning.test_shared_step import OF_BLOCK, save_config
 from tiny_files import save_tiny
 
@@ -11,7 +13,7 @@ from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.ops.stream import ALIGNMENT
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster
-from qlora_lite.prepare.ranks import Ranks, part_of_base, plan_ranks, require_fit
+from qlora_lite.prepare.ranks import Ranks, _known_speed, part_of_base, plan_ranks, require_fit
 from qlora_lite.recipe.load import recipe_of
 
 GPUS = "rtx-4090", "rtx-3060"
@@ -112,6 +114,17 @@ def test_where_gpus_have_no_room_for_their_parts_these_wait_in_host_memory(plann
 def test_what_unequal_gpus_cannot_share_is_said(machines, says, planned):
     with pytest.raises(RecipeError, match=says):
         planned([8] * len(machines), machines=machines)
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "speed"),
+    [("NVIDIA GeForce RTX 3060", 12028, SLOW.flops_per_second), ("NVIDIA GeForce RTX 3080", 10002, 0.92 * 59.5e12),
+     ("NVIDIA GeForce RTX 3080", 12028, 0.92 * 61.3e12), ("AMD Instinct MI300X", 196288, 0)],
+)  # fmt: skip
+def test_how_fast_a_gpu_is_stands_in_the_table_and_is_the_same_in_each_run(name, mib, speed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=mib * 2**20))
+    assert _known_speed(torch.device("cuda", 0)) == pytest.approx(speed) and _known_speed(torch.device("cpu")) == 0
 
 
 def test_the_command_shows_what_each_has_and_why(tmp_path, command):
