@@ -27,7 +27,7 @@ def planned(tmp_path):
     common = (
         "train.gradient_accumulation_steps=8", "model.quant=none", "data.max_tokens=256", "memory.embeddings=device",
         "memory.head=device", "memory.offload_checkpoints=false", "memory.cache_dequantized=false",
-        "memory.checkpointing=block",
+        "memory.checkpointing=block", "memory.tile_tokens=off",
     )  # fmt: skip
 
     def plan(budgets, *settings, machines=(FAST, SLOW), kept=()):
@@ -78,7 +78,6 @@ def test_the_model_is_divided_by_what_budgets_leave_and_all_run_as_many_micro_ba
     assert part_of_base(again[0]) < part_of_base(plans[0]), "divided anew"
 
 
-@pytest.mark.slow
 def test_equally_fast_gpus_with_unequal_room_have_as_many_packs(planned):
     plans = planned([2.6, 1.4], machines=(SLOW, SLOW))
     assert all(plan.fits for plan in plans) and [packs_of(plan) for plan in plans] == [4, 4]
