@@ -139,6 +139,22 @@ def test_ranks_of_unequal_gpus_divide_steps_and_model_unequally(recipe, tmp_path
 
 
 @pytest.mark.slow
+def test_unequal_ranks_with_whole_models_learn_what_one_process_learns(recipe, tmp_path):
+    """To within the order of sums: 5 and 1 of the 6 sequences of a step."""
+    whole, unequal = tmp_path / "whole", tmp_path / "unequal"
+    settings = "train.lr_scheduler=constant", "lora.dropout=0", "memory.micro_batches=auto"
+    said = train_unequal(tmp_path, recipe, f"output.dir={unequal}", *settings)
+    assert re.search(r"rank 0 has 5 sequences .* the whole model; rank 1 has 1 sequences .* the whole model", said), (
+        said
+    )
+    assert re.search(r"trained in \[\(5, \d\), \(1, 1\)\] 6", said), said
+    train(1, recipe, f"output.dir={whole}", *settings)
+    expected = adapter(whole)
+    for name, tensor in adapter(unequal).items():
+        assert_close(tensor, expected[name], rtol=0.05, atol=0.02)  # bfloat16, updated six times
+
+
+@pytest.mark.slow
 def test_a_run_of_unequal_gpus_resumes_to_the_bit(recipe, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     train_unequal(tmp_path, recipe, f"output.dir={whole}", *ALL_OF_THEM)
