@@ -17,7 +17,7 @@ import numpy as np
 import regex
 
 from .problems import RowProblem
-from .storage import Example, Examples, stored
+from .storage import Example, Examples, sequence_starts, stored
 
 NOTHING_TO_LEARN = "nothing to learn"
 BEGIN_TWICE = "begin token twice"
@@ -60,7 +60,7 @@ def check_examples(
         for row in np.flatnonzero(~np.logical_or.reduceat(learned, starts)):
             message = "no token of this row is learned; give it an answer, raise data.max_tokens, or remove it"
             problems.append(RowProblem(rows[row].where, NOTHING_TO_LEARN, message))
-        for row in _begin_twice(ids, starts, begin_id):
+        for row in _begin_twice(ids, starts, begin_id, sequence_starts(rows)):
             message = "begin-of-text stands twice; take it out of the chat template or of data.template"
             problems.append(RowProblem(rows[row].where, BEGIN_TWICE, message))
         end_seen = end_seen or bool(np.isin(ids[learned], list(end_ids)).any())
@@ -79,12 +79,17 @@ def _chunks(examples: Sequence[Example]) -> Iterator[tuple[Examples, np.ndarray,
         yield rows, ids, learned, np.cumsum(rows.lengths) - rows.lengths
 
 
-def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None) -> list[int]:
-    """Return the rows in which begin-of-text follows itself; the last of one row and the first of the next do not."""
+def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None, beginnings: np.ndarray) -> list[int]:
+    """Return the rows in which begin-of-text follows itself; the last of one sequence and the first of the next do not.
+
+    Args:
+        starts: of rows.
+        beginnings: of sequences.
+    """
     if begin_id is None:
         return []
     second = np.flatnonzero((ids[1:] == begin_id) & (ids[:-1] == begin_id)) + 1
-    second = second[~np.isin(second, starts)]
+    second = second[~np.isin(second, beginnings)]
     return sorted(set((np.searchsorted(starts, second, side="right") - 1).tolist()))
 
 

@@ -43,7 +43,7 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     train_of = [int(part.sum()) for part in np.split(kept, np.cumsum(data.examples_of)[:-1])]
     eval_of = np.bincount(source_of[is_held], minlength=len(data.examples_of)).tolist()
     training = _with(data, data.examples.order[kept], train_of)
-    places = len(np.unique(data.examples.rows[held + 1, 3:], axis=0))  # a split row is one, whatever its parts
+    places = len(np.unique(data.examples.rows[held + 1, 3:6], axis=0))  # a split row is one, whatever its parts
     training.dropped.update({HELD_OUT: places} if places else {})
     evaluation = replace(_with(data, held, eval_of), rows_read=places, dropped={}, dropped_at={}, truncated=0,
                          split=0, problems=Problems())  # fmt: skip
@@ -57,7 +57,7 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
 def _chosen(examples: Examples, share: float) -> np.ndarray:
     """Return which of distinct rows are held out: bool [rows]."""
     wanted = max(round(share * len(examples)), 1)
-    places = examples.rows[examples.order + 1, 3:].astype(np.uint64)
+    places = examples.rows[examples.order + 1, 3:6].astype(np.uint64)
     file, line, row = places.T
     numbers = scattered(file << np.uint64(40) | line) ^ np.where(row > 0, scattered(row), np.uint64(0))
     alike = [np.unique(each, return_inverse=True)[1]

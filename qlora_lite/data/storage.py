@@ -5,10 +5,13 @@ what their bytes are, and from files only the pages at hand lie in memory. (``da
 tables and hand out Python lists, token by token, where a slice of an array is a view.)
 
 Files of a folder: token_ids int32 [tokens], learned bool [tokens], text UTF-8 bytes [bytes] (each row's prompt, then
-its answer), rows int64 [R + 1, 6]; row r + 1 of ``rows`` holds the ends of row r in token_ids, of its prompt and of its
-answer in text, the number of its file, its line, and which row it is where its line holds several (else 0). The first
-line is zeros, so each row begins where the line
-before it ends.
+its answer), rows int64 [R + 1, 8]; row r + 1 of ``rows`` holds the ends of row r in token_ids, of its prompt and of its
+answer in text, the number of its file, its line, which row it is where its line holds several (else 0), the tokens of
+the first of its two sequences (else 0), and whether its answer is one to imitate. The first line is zeros, so each row
+begins where the line before it ends.
+
+Of a preference, an example holds two sequences: the prompt with the chosen answer, and the prompt with the rejected
+one. They lie end to end, so that whatever orders, packs, cuts, counts and holds out examples cannot part them.
 
 Shapes: R rows stored; N examples, which name their row in ``order``: a weight repeats rows or leaves them out.
 """
@@ -26,7 +29,7 @@ import numpy as np
 from .problems import read_place, write_place
 
 FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
-_COLUMNS = 6
+_COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,9 @@ class Example:
         answer: what follows it up to the token that ends the last answer, without special tokens; "" for a plain
             document, and where it was cut off.
         where: the row's place, "file.jsonl:12".
+        first: tokens of the first of two sequences; 0 where there is one.
+        desirable: whether the answer is one to imitate.
+        references: what the reference model gives the sequences, where that is known (``Examples.references``).
     """
 
     token_ids: np.ndarray
@@ -47,6 +53,9 @@ class Example:
     prompt: str
     answer: str
     where: str
+    first: int = 0
+    desirable: bool = True
+    references: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +66,11 @@ class Examples(Sequence[Example]):
         token_ids: int32 [tokens].
         learned: bool [tokens].
         text: uint8 [bytes].
-        rows: int64 [R + 1, 6], see the module's text.
+        rows: int64 [R + 1, 8], see the module's text.
         files: the names that the file numbers stand for.
         order: int64 [N], the row of each example.
+        references: float32 [R, 2], the logarithm of the probability that the reference model gives the target tokens of
+            each row's two sequences; None where it is not known.
     """
 
     token_ids: np.ndarray
@@ -68,6 +79,7 @@ class Examples(Sequence[Example]):
     rows: np.ndarray
     files: tuple[str, ...]
     order: np.ndarray
+    references: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -78,15 +90,19 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> "Examples": ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return Examples(self.token_ids, self.learned, self.text, self.rows, self.files, self.order[index])
+            return replace(self, order=self.order[index])
         row = int(self.order[index])
-        (start, _, text_start, *_), (end, prompt_end, answer_end, file, *place) = self.rows[row : row + 2].tolist()
+        before, (end, prompt_end, answer_end, file, *place, first, desirable) = self.rows[row : row + 2].tolist()
+        start, _, text_start, *_ = before
         return Example(
             self.token_ids[start:end],
             self.learned[start:end],
             self.text[text_start:prompt_end].tobytes().decode(),
             self.text[prompt_end:answer_end].tobytes().decode(),
             write_place(self.files[file], *place),
+            first,
+            bool(desirable),
+            () if self.references is None else tuple(self.references[row].tolist()),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -107,9 +123,13 @@ class Examples(Sequence[Example]):
     def digest(self) -> str:
         """Return a SHA-256 over tokens and mask of all examples in order, wherever they come from."""
         result = hashlib.sha256()
-        for array in (self.order, self.rows[:, 0], self.token_ids, self.learned):
+        for array in (self.order, self.rows[:, 0], *self._of_pairs(), self.token_ids, self.learned):
             result.update(np.ascontiguousarray(array))
         return result.hexdigest()
+
+    def _of_pairs(self) -> list[np.ndarray]:
+        """Return what sets examples of two sequences apart; nothing of others, whose digest it would change."""
+        return [self.rows[:, 6:]] if self.rows[:, 6].any() else []
 
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token_ids and learned of all examples, end to end; a view where they lie so already."""
@@ -122,6 +142,22 @@ class Examples(Sequence[Example]):
         return tuple(
             np.concatenate([flat[part] for part in [empty, *parts]]) for flat in (self.token_ids, self.learned)
         )
+
+
+def sequences_of(example: Example) -> tuple[Example, ...]:
+    """Return the sequences of an example, each as an example of its own."""
+    if not example.first:
+        return (example,)
+    parts = slice(example.first), slice(example.first, None)
+    return tuple(
+        replace(example, token_ids=example.token_ids[part], learned=example.learned[part], first=0) for part in parts
+    )
+
+
+def sequence_starts(examples: Examples) -> np.ndarray:
+    """Return the first token of every sequence of examples that lie end to end, rising: int64 [sequences]."""
+    starts, first = np.cumsum(examples.lengths) - examples.lengths, examples.rows[examples.order + 1, 6]
+    return np.union1d(starts, starts + first)
 
 
 def virtual_ids(count: int) -> list[int]:
@@ -203,7 +239,8 @@ class ExampleWriter:
         rows = np.empty((len(batch), _COLUMNS), np.int64)
         rows[:, 0] = self._ends[0] + np.cumsum([len(example.token_ids) for example in batch])
         rows[:, 1:3] = self._ends[1] + np.cumsum([len(text) for text in texts]).reshape(-1, 2)
-        rows[:, 3:] = [self._place(example.where) for example in batch]
+        rows[:, 3:6] = [self._place(example.where) for example in batch]
+        rows[:, 6:] = [(example.first, example.desirable) for example in batch]
         self._ends = [int(rows[-1, 0]), int(rows[-1, 2])]
         self._sinks["rows"].write(rows.tobytes())
         self.count += len(batch)

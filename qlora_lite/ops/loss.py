@@ -79,9 +79,29 @@ def chunked_cross_entropy(hidden, targets, head: Head, chunk_tokens: int) -> tor
         targets: int64 [N], no ignored value among them.
         chunk_tokens: tokens whose logits exist at once, at least 1.
     """
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, _trained(head), head.bias)
+
+
+def sequence_losses(hidden, targets, head: Head, chunk_tokens: int, sequences, count: int) -> torch.Tensor:
+    """Return the sums of ``-log softmax(logits)[target]`` over the targets of each sequence, float32 [count].
+
+    Losses of whole sequences (a preference, for one) are functions of these sums. What such a loss has for a gradient
+    with respect to a sequence's sum is known only when all sums are, but it is one number for all of the sequence's
+    tokens: backward multiplies the tokens' gradients by it, which forward has formed. So one pass is enough, and no
+    logits outlive their chunk.
+
+    Args:
+        hidden, targets, chunk_tokens: see ``chunked_cross_entropy``.
+        sequences: int64 [N], the sequence of each target.
+        count: how many sequences there are.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, _trained(head), head.bias, sequences, count)
+
+
+def _trained(head: Head) -> torch.Tensor | None:
+    """Return the weight of a head as a tensor that can have a gradient; None where it is frozen."""
     weight = head.weight.trained if isinstance(head.weight, RowsOver) else head.weight
-    weight = weight if isinstance(weight, torch.Tensor) else None  # else it is frozen
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, weight, head.bias)
+    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def token_losses(hidden, targets, head: Head, chunk_tokens: int) -> torch.Tensor:
@@ -118,25 +138,32 @@ def _likeliest(hidden, head: Head) -> torch.Tensor:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, chunk_tokens, weight, bias):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    def forward(ctx, hidden, targets, head, chunk_tokens, weight, bias, sequences=None, count=0):
+        shape = () if sequences is None else (count,)
+        total = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         trains_head = any(ctx.needs_input_grad[4:])
         log_sums = total.new_empty(hidden.shape[0]) if trains_head else None
         for chunk in pieces(hidden.shape[0], chunk_tokens):
             grad = None if grad_hidden is None else grad_hidden[chunk]
             losses, sums = _chunk(hidden[chunk], part(targets, chunk), head, grad)
-            total += losses.sum()
+            if sequences is None:
+                total += losses.sum()
+            else:
+                total.index_add_(0, part(sequences, chunk), losses)
             if log_sums is not None:
                 log_sums[chunk] = sums
             del losses, sums  # before the next chunk's are there
         ctx.head, ctx.chunk_tokens = head, chunk_tokens
-        ctx.save_for_backward(grad_hidden, *((hidden, targets, log_sums, weight, bias) if trains_head else ()))
+        of_head = (hidden, targets, log_sums, weight, bias) if trains_head else ()
+        ctx.save_for_backward(sequences, grad_hidden, *of_head)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        grad_hidden, *of_head = ctx.saved_tensors
+        sequences, grad_hidden, *of_head = ctx.saved_tensors
+        if sequences is not None:
+            grad_total = grad_total[sequences]  # of each token
         grads = None, None
         if of_head:
             (hidden, targets, log_sums, weight, bias), head = of_head, ctx.head
@@ -145,7 +172,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             head = head._replace(weight=head.weight if weight is None else weight, bias=bias)
             wants_weight = ctx.needs_input_grad[4]
             grads = _head_gradients(hidden, targets, log_sums, head, ctx.chunk_tokens, grad_total, wants_weight)
-        return None if grad_hidden is None else grad_hidden * grad_total, None, None, None, *grads
+        if grad_hidden is not None:
+            grad_hidden = _scaled(grad_hidden, grad_total, ctx.chunk_tokens)
+        return grad_hidden, None, None, None, *grads, None, None
+
+
+def _scaled(grad_hidden, scales, chunk_tokens: int) -> torch.Tensor:
+    """Return gradients [N, D] times one number, or times one for each token [N], computed in float32."""
+    if scales.dim() == 0:
+        return grad_hidden * scales
+    scaled = torch.empty_like(grad_hidden)
+    for chunk in pieces(len(grad_hidden), chunk_tokens):
+        scaled[chunk] = grad_hidden[chunk] * scales[chunk][:, None]
+    return scaled
 
 
 def _head_gradients(
@@ -155,7 +194,7 @@ def _head_gradients(
 
     Args:
         log_sums: logarithm of each token's sum of exponentials, float32 [N].
-        grad_total: of the loss, float32 [].
+        grad_total: of the loss, float32 [], or of each token's, float32 [N].
         wants_weight: whether the weight's is asked for, which is a tensor then.
     """
     grad_weight = torch.empty_like(head.weight) if wants_weight else None
@@ -172,7 +211,7 @@ def _head_gradients(
             place = part(targets, chunk) - words.start
             inside = (place >= 0) & (place < grads.shape[1])
             grads.scatter_add_(1, place.clamp(0, grads.shape[1] - 1)[:, None], -inside.float()[:, None])
-            grads.mul_(grad_total * head.scale)
+            grads.mul_((grad_total if grad_total.dim() == 0 else grad_total[chunk][:, None]) * head.scale)
             grads = pad_rows((grads if slopes is None else grads.mul_(slopes)).to(hidden.dtype))
             if grad_weight is not None:
                 of_weight += grads.t() @ rows

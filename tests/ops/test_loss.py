@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.ops.loss import Head, chunked_cross_entropy, head_logits
+from qlora_lite.ops.loss import Head, chunked_cross_entropy, head_logits, sequence_losses
 
 TOKENS, HIDDEN, VOCABULARY = 23, 16, 101
 HEADS = {
@@ -76,6 +76,45 @@ def test_a_trained_head_gets_the_gradients_of_the_float64_definition(name, chunk
     assert (grad - exact.grad).norm() <= 2e-6 * exact.grad.norm()
     for found, wanted in zip(trained, exact_head, strict=True):
         assert (found.grad - wanted.grad).norm() <= 2e-6 * wanted.grad.norm()
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_a_loss_of_sequences_has_the_gradients_of_the_float64_definition(name, chunk, monkeypatch):
+    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": 10})
+    hidden, targets, head = make(torch.float32, **HEADS[name])
+    sequences = torch.tensor([0] * 5 + [2] * 9 + [1] * 2 + [3] * 7)
+
+    def loss_of(sums):
+        return functional.softplus(0.1 * (sums[0] - sums[1])) + (sums[2] / 9 - sums[3] / 7).square()
+
+    exact, exact_head = hidden.double().requires_grad_(), head.weight.double().requires_grad_()
+    bias = None if head.bias is None else head.bias.double().requires_grad_()
+    parts = [sequences == number for number in range(4)]
+    settings = {"scale": head.scale, "softcap": head.softcap}
+    expected = torch.stack([plain_loss(exact[p], targets[p], Head(exact_head, bias, **settings)) for p in parts])
+    loss_of(expected).backward()
+    trained = [t.requires_grad_() for t in (hidden, head.weight, head.bias) if t is not None]
+
+    sums = sequence_losses(hidden, targets, head, chunk, sequences, 4)
+    loss_of(sums).backward()
+
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), expected.detach(), rtol=2e-6, atol=0)
+    for found, wanted in zip(trained, [exact, exact_head, bias], strict=False):
+        assert (found.grad - wanted.grad).norm() <= 3e-5 * wanted.grad.norm()  # of a difference of sums
+
+
+def test_in_bf16_the_gradient_of_a_sequences_loss_is_rounded_once_more_than_that_of_the_sum():
+    hidden, targets, head = make(torch.bfloat16)
+    of_sum, of_sequences = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    chunked_cross_entropy(of_sum, targets, head, 7).backward()
+    weights = torch.tensor([0.5, -3.0])
+    places = (torch.arange(TOKENS) > 8).long()
+
+    (sequence_losses(of_sequences, targets, head, 7, places, 2) * weights).sum().backward()
+
+    assert torch.equal(of_sequences.grad, (of_sum.grad.float() * weights[places][:, None]).bfloat16())
 
 
 @pytest.mark.parametrize("name", ["bias", "all of them"])
