@@ -69,6 +69,9 @@ def _text(report: dict) -> str:
     if report["packs"]:
         packed = f"{report['packs']:,} packed sequences of {report['max_tokens']:,} tokens"
         lines.append(_line("packing", f"{packed}, {report['packing_efficiency']:.1%} full"))
+    if lengths := report["answer_tokens"]:
+        said = ", ".join(f"{name} {mean:.1f}" for name, mean in lengths.items())
+        lines.append(_line("answers", f"mean tokens: {said}"))
     if report["eval"]:
         lines += ["", *_source_lines("evaluation", report["eval"]["sources"]), *_count_lines(report["eval"])]
     lines += ["", *_template_lines(report), "", *_histogram(report)]

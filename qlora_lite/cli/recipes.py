@@ -86,12 +86,12 @@ def _first_rows(settings: Recipe) -> list:
     from qlora_lite.data.row_formats import check_first_row
     from qlora_lite.prepare.datasets import build_sources
 
-    found, problems = [], []
+    found, problems, by = [], [], settings.preference
     for part in ("train", "eval") if settings.data.eval else ("train",):
         for source in build_sources(settings, part):
             try:
                 is_hub = source.path.startswith("hub:")
-                found.append((source, "not read: it is on the hub" if is_hub else check_first_row(source)))
+                found.append((source, "not read: it is on the hub" if is_hub else check_first_row(source, by)))
             except DataError as error:
                 problems.append(Problem(str(error), key=source.setting))
     if problems:

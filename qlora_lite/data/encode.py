@@ -30,8 +30,9 @@ from qlora_lite.errors import DataError, tokenizer_faults
 from .example_checks import NOTHING_TO_LEARN
 from .fast_render import Form, make_form
 from .mask import Marked, Row, answers_of, mark_rows, render_row
+from .preferences import mismatched, paired
 from .render import CONTROL_TOKEN, check_shape, render_ahead
-from .row_formats import Conversation, Document, read_conversations
+from .row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
 from .sources import Source
 from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
 from .storage import Example
@@ -77,10 +78,16 @@ def make_examples(
             made = _documents(batch, encoded, first, tokenizer, settings, statistics)
         else:
             made = _conversations(batch, encoded, statistics)
+        if settings.preference == PAIRS:
+            made = paired(made, statistics)
+        elif settings.preference == LABELS:
+            made = mismatched(list(made), settings.max_tokens)
         yield list(_fit(made, settings, statistics))
 
 
-def _chunks(source: Source, max_rows: int | None, statistics: Statistics) -> Iterator[list[Conversation | Document]]:
+def _chunks(
+    source: Source, max_rows: int | None, preference: str | None, statistics: Statistics
+) -> Iterator[list[Conversation | Document]]:
     """Yield the good rows of a source, some at a time, and count all of them."""
     unused = no_counts()
     statistics.unused.append(unused)
@@ -89,12 +96,13 @@ def _chunks(source: Source, max_rows: int | None, statistics: Statistics) -> Ite
         statistics.rows_read += 1
         statistics.drop(reason, where)
 
-    look = partial(count_unused, unused)
-    rows = islice(read_conversations(source, statistics.problems, look, drop, statistics.seen_kinds), max_rows)
+    look, of_row = partial(count_unused, unused), 2 if preference == PAIRS else 1
+    found = read_conversations(source, statistics.problems, look, drop, statistics.seen_kinds, preference)
+    rows = islice(found, max_rows and max_rows * of_row)
     while True:
         bad_before = statistics.problems.count
         chunk = list(islice(rows, _ROWS_PER_CALL))
-        statistics.rows_read += len(chunk) + statistics.problems.count - bad_before
+        statistics.rows_read += len(chunk) // of_row + statistics.problems.count - bad_before
         if not chunk:
             return
         yield chunk
@@ -108,7 +116,7 @@ def _prepared(
     statistics: Statistics,
 ) -> Iterator[_Batch]:
     """Yield chunks of rows, conversations rendered."""
-    for chunk in _chunks(source, settings.max_rows, statistics):
+    for chunk in _chunks(source, settings.max_rows, settings.preference, statistics):
         if isinstance(chunk[0], Document):
             yield chunk
             continue

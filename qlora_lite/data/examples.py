@@ -28,7 +28,9 @@ from qlora_lite.files import replacing_folder
 
 from .encode import make_examples
 from .example_checks import NOTHING_TO_LEARN, check_examples
+from .preferences import check_labels
 from .problems import Problems
+from .row_formats import LABELS
 from .sources import Source
 from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
 from .storage import Example, Examples, ExampleWriter, repeated
@@ -118,6 +120,7 @@ def read_examples(
     train_on_end: bool = True,
     cache: Path | None = None,
     max_rows: int | None = None,
+    preference: str | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -136,6 +139,8 @@ def read_examples(
         train_on_end: whether the tokens that end answers and documents are learned.
         cache: folder of token caches, bounded in size (see ``token_cache``); None keeps the tokens in memory.
         max_rows: read only the first good rows of each source; None for all.
+        preference: "pairs" or "labels" where answers are compared or judged, see ``row_formats.read_conversations``;
+            ``max_tokens`` is then of both sequences of an example.
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -144,7 +149,7 @@ def read_examples(
         DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
-    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows)
+    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows, preference)
     job = _Job(sources, tokenizer, template, settings)
     examples, statistics = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
@@ -236,6 +241,8 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
     end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end
     for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_target):
         statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
+    if job.settings.preference == LABELS and (alike := check_labels(examples)):
+        statistics.problems.add(alike.where, alike.message, alike.rule, fatal=True)
 
 
 def _check_arguments(

@@ -19,11 +19,14 @@ results: see ``tools``; in sharegpt a call is a turn of its own, {"from": "funct
 result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
 learned, nor is one in a prompt that is a list of turns; a turn of another role is not, whatever it says.
 In a preference row, the prompt stands in "prompt", "messages" or "conversations", in "instruction" and "input", or at
-the beginning of "chosen"; an answer is text, a turn or a list of turns. What "chosen" does not share with "rejected" is
-learned. No preference row is taken for another format, since the answer would be lost: see ``is_preference``.
+the beginning of "chosen"; an answer is text, a turn or a list of turns; a text may also be a whole transcript that
+begins with "Human:", as Anthropic's are. What "chosen" does not share with "rejected" is learned. No preference row is
+taken for another format, since the answer would be lost: see ``is_preference``. Where answers are compared (PAIRS), a
+row becomes two conversations, and a table needs the template of the rejected answer too.
 Rows with pictures, sounds or videos are errors, and so are placeholders such as <image> in a user's turn: at its
 beginning or end, alone on a line, or right before a word, and not closed (</video>), as tags in HTML code are.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
+Where answers are judged one by one (LABELS), all rows need one: true or false, 1 or 0.
 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
 """
@@ -71,6 +74,9 @@ _PLACED = re.compile(  # at the turn's beginning or end, alone on a line, or rig
 )
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
 _JUDGEMENTS = "label", "kto_tag"
+PAIRS, LABELS = "pairs", "labels"  # what a preference is told by
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 BAD_ANSWER = "marked as a bad answer (label false)"
 WITH_TURNS = "messages", "conversations", "prompt", "completion"
 _OF_TURNS = {"messages", "conversations", "system", "tools"}
@@ -120,12 +126,14 @@ class Conversation:
         where: the row's place.
         tools: definitions of the tools, as ``tools.tool_definitions`` makes them.
         kinds: see ``kinds_of``.
+        desirable: whether its answer is one to imitate.
     """
 
     turns: tuple[Turn, ...]
     where: str
     tools: tuple[dict, ...] = ()
     kinds: tuple[str, ...] = ()
+    desirable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +174,7 @@ def read_conversations(
     look: Callable[[Mapping[str, object], frozenset[str]], None] | None = None,
     drop: Callable[[str, str], None] | None = None,
     seen: Counter[str] | None = None,
+    preference: str | None = None,
 ) -> Iterator[Conversation | Document]:
     """Read a source and normalise its rows; rows that cannot be used go to ``problems``, bad answers nowhere.
 
@@ -175,6 +184,8 @@ def read_conversations(
         look: is given each good row, and the columns that its format looks at.
         drop: is given the reason and the place of each row that says of itself that its answer is a bad one.
         seen: counts the kinds of all other rows, see ``kinds_of``.
+        preference: PAIRS to give each row's two conversations, that with the chosen answer first; LABELS to keep bad
+            answers and say which they are; None for answers to imitate alone.
 
     Returns:
         An iterator over the good rows, in order.
@@ -182,33 +193,51 @@ def read_conversations(
     Raises:
         DataError: the format is unknown or not recognised, or a file cannot be read.
     """
-    format_name, used = check_format(source), None
+    format_name, used = check_format(source, preference), None
     for where, row in read_rows(source, problems):
         if format_name is None:
-            format_name = recognise(row, where, source)
-        if format_name == CHOSEN:
-            try:
-                row = chosen_alone(row)
-            except DataError as error:
-                problems.add(where, error)
-                continue
-        judged = _judgements(row, format_name)
-        if not all(row[name] for name in judged):
+            format_name = recognise(row, where, source, preference)
+        try:
+            rows = _answered_rows(row, format_name, preference)
+            row, judged = rows[0], _judgements(rows[0], format_name, preference)
+        except DataError as error:
+            problems.add(where, error)
+            continue
+        if not all(judged.values()) and preference != LABELS:
             if drop is not None:
                 drop(BAD_ANSWER, where)
             continue
         kinds = () if format_name in ("table", "text") else kinds_of(row)
         if seen is not None:
             seen.update(kinds)
+        sources = source, replace(source, completion=source.rejected) if format_name == "table" else source
         try:
-            normal = normalise(row, where, format_name, source)
+            made = [normalise(each, where, format_name, by) for each, by in zip(rows, sources, strict=False)]
         except DataError as error:
             problems.add(where, error)
             continue
         if look is not None:
             used = used_columns(format_name, source) if used is None else used
             look(row, used.union(judged))
-        yield replace(normal, kinds=kinds) if kinds else normal
+        for normal in made:
+            if preference == LABELS:
+                normal = replace(normal, desirable=all(judged.values()))
+            yield replace(normal, kinds=kinds) if kinds else normal
+
+
+def _answered_rows(row: Mapping[str, object], format_name: str, preference: str | None) -> list[Mapping[str, object]]:
+    """Return a row with the answer that is learned, and where answers are compared with the rejected one too."""
+    if format_name != CHOSEN:
+        return [row, row] if preference == PAIRS else [row]
+    if preference != PAIRS:
+        return [chosen_alone(row)]
+    swapped = {**row, CHOSEN: row.get("rejected"), "rejected": row.get(CHOSEN)}
+    try:
+        return [chosen_alone(row), chosen_alone(swapped)]
+    except DataError as error:
+        if row.get("rejected"):
+            raise
+        raise DataError("'rejected' is missing or empty; every row needs it") from error
 
 
 def kinds_of(row: Mapping[str, object]) -> tuple[str, ...]:
@@ -294,15 +323,29 @@ def _answered(row: Mapping[str, object], format_name: str) -> tuple[Mapping[str,
     return {**row, answer: [nothing] if isinstance(row.get("prompt"), list) else "-"}, False
 
 
-def _judgements(row: Mapping[str, object], format_name: str) -> list[str]:
-    """Return the columns that say whether the answer of a row is a good one; a text or number there is a class."""
+def _judgements(row: Mapping[str, object], format_name: str, preference: str | None = None) -> dict[str, bool]:
+    """Return the columns that say whether the answer of a row is a good one; a text or number there is a class.
+
+    Raises:
+        DataError: answers are judged one by one, and this one is not.
+    """
+    if preference == LABELS:
+        found = {name: row[name] for name in _JUDGEMENTS if row.get(name) is not None}
+        labels = {name: _LABELS.get(str(value).lower()) for name, value in found.items()}
+        if not labels or None in labels.values():
+            said = ", ".join(f"{name!r} is {value!r}" for name, value in found.items()) or "there is none"
+            raise DataError(f"'label' must be true for a good answer and false for a bad one; {said}")
+        return labels
     if format_name not in _TAKEN or row.keys().isdisjoint(_JUDGEMENTS):
-        return []
-    return [name for name in _JUDGEMENTS if isinstance(row.get(name), bool)]
+        return {}
+    return {name: row[name] for name in _JUDGEMENTS if isinstance(row.get(name), bool)}
 
 
-def check_format(source: Source) -> str | None:
+def check_format(source: Source, preference: str | None = None) -> str | None:
     """Return the format that the source itself decides, or None if its rows must be looked at.
+
+    Args:
+        preference: see ``read_conversations``.
 
     Raises:
         DataError: the format has no such name, or the prompt and completion templates do not fit it.
@@ -317,38 +360,56 @@ def check_format(source: Source) -> str | None:
         )
     if templates and source.format not in (None, "table"):
         raise DataError(f"{source.path}: prompt and completion belong to format table, not {source.format}")
+    if bool(source.rejected) != bool(templates) and (source.rejected or preference == PAIRS):
+        has, needs = ("prompt and completion", "rejected") if templates else ("rejected", "prompt and completion")
+        raise DataError(f"{source.path}: the template {has} needs {needs} too, of the answer that is compared")
+    if preference == PAIRS and source.format not in (None, "table", CHOSEN):
+        raise DataError(f"{source.path}: rows of format {source.format} have one answer, and two are compared; take "
+                        f"rows with a chosen and a rejected one (format {CHOSEN})")  # fmt: skip
     return "table" if templates else source.format
 
 
-def check_first_row(source: Source) -> str:
+def check_first_row(source: Source, preference: str | None = None) -> str:
     """Read the first row of a source and return its format.
+
+    Args:
+        preference: see ``read_conversations``.
 
     Raises:
         DataError: a file cannot be read, its format is not known, or the row does not fit it.
     """
     where, row = next(read_rows(source, problems := Problems()), ("", {}))
     problems.raise_if_any()
-    format_name = check_format(source) or recognise(row, where, source)
+    format_name = check_format(source, preference) or recognise(row, where, source, preference)
     try:
-        normalise(chosen_alone(row) if format_name == CHOSEN else row, where, format_name, source)
+        _judgements(row, format_name, preference)
+        for answered in _answered_rows(row, format_name, preference):
+            normalise(answered, where, format_name, source)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return format_name
 
 
-def recognise(row: Mapping[str, object], where: str, source: Source) -> str:
+def recognise(row: Mapping[str, object], where: str, source: Source, preference: str | None = None) -> str:
     """Name the format of a row from its keys.
 
     Args:
         row: column to value.
         where: the row's place.
         source: where it comes from.
+        preference: see ``read_conversations``.
 
     Raises:
         DataError: no format has these keys; the message shows how to name the columns.
     """
     if asked := ask_for_columns(row):
         raise DataError(f"{where}: {asked}")
+    if preference == PAIRS:
+        if {CHOSEN, "rejected"} <= row.keys():
+            return CHOSEN
+        named = 'prompt: "{...}", completion: "{...}", rejected: "{...}"'
+        raise DataError(f"{where}: the columns {', '.join(map(repr, row))} name no chosen and rejected answer; say "
+                        f'which are, as in {source.setting}: [{{path: "{source.path}", {named}}}]')  # fmt: skip
     if is_preference(row):
         raise DataError(f"{where}: {_fault_of_preference(row, source)}")
     if isinstance(row.get("messages"), list):
@@ -408,6 +469,8 @@ def chosen_alone(row: Mapping[str, object]) -> dict[str, object]:
     if prompt is None and row.get("instruction"):
         prompt = _instruction(row)
     chosen, rejected = ([turns] if isinstance(turns, dict) else turns for turns in map(row.get, ("chosen", "rejected")))
+    if prompt is None:
+        chosen, rejected = map(_of_transcript, (chosen, rejected))
     if not chosen:
         raise DataError("'chosen' is missing or empty; every row needs it")
     if isinstance(chosen, list) and _role_of(chosen[0]) != "assistant":
@@ -424,6 +487,15 @@ def chosen_alone(row: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in row.items() if name not in taken} | {"prompt": prompt, "completion": chosen}
 
 
+def _of_transcript(text: object) -> object:
+    """Return the turns of a text that begins with "Human:" on a paragraph of its own; others as they are."""
+    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+        return text
+    _, *parts = _TRANSCRIPT.split(text)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in turns]
+
+
 def _fault_of_preference(row: Mapping[str, object], source: Source) -> str:
     try:
         chosen_alone(row)
@@ -435,8 +507,8 @@ def _fault_of_preference(row: Mapping[str, object], source: Source) -> str:
     else:
         cure = f'write {source.setting}: [{{path: "{source.path}", format: {CHOSEN}}}]'
     return (
-        "a preference row (it has a chosen and a rejected answer); preference training is not offered; to learn the "
-        f"chosen answers alone, {cure}"
+        "a preference row (it has a chosen and a rejected answer): to learn from both, set train.objective to dpo or "
+        f"another that compares answers; to learn the chosen answers alone, {cure}"
     )
 
 
@@ -480,7 +552,7 @@ def used_columns(format_name: str, source: Source) -> frozenset[str]:
         DataError: a template is not balanced.
     """
     if format_name == "table":
-        return frozenset(columns_of(source.prompt) + columns_of(source.completion))
+        return frozenset(columns_of(source.prompt) + columns_of(source.completion) + columns_of(source.rejected or ""))
     format_name = "prompt-completion" if format_name == CHOSEN else format_name
     return frozenset(_NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set()))
 

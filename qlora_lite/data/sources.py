@@ -56,6 +56,7 @@ class Source:
         documents: what a document of a plain-text file is, one of DOCUMENTS; None for blank-lines where there are any,
             else lines.
         setting: the setting that names it, for messages.
+        rejected: the template of the answer that ``completion`` is preferred to, where answers are compared.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Source:
     rows: Iterable[Mapping[str, object]] | None = None
     documents: str | None = None
     setting: str = "data.train"
+    rejected: str | None = None
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:

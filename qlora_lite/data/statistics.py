@@ -34,6 +34,7 @@ class Settings:
     overflow: str
     train_on_end: bool
     max_rows: int | None = None
+    preference: str | None = None  # see ``row_formats.read_conversations``
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from .candidate import Step
 from .largest import LENGTH_STEP, longest
 from .predict import predict
 from .search import FEWEST_ALIKE, first_options, in_segments, smaller, with_disk, with_less_on_host
-from .simulate import Job, full_pack
+from .simulate import Job
 
 JobOf = Callable[[int], Job]  # builds the job for a number of tokens
 
@@ -80,7 +80,8 @@ def _one_pack(step: Step, options: MemoryOptions, tokens: int) -> Job:
     """Return the step's job for packs of so many tokens, as few at once as may be."""
     packs = packs_at_once(step)
     accumulating = step.packs * step.micro_batches // packs > 1
-    evaluation = full_pack(tokens, len(step.job.eval_shape.lengths) > 1) if step.job.eval_shape else None
+    full_pack, its_evaluation = step.job.workload.full_pack, step.job.eval_shape
+    evaluation = full_pack(tokens, len(its_evaluation.lengths) > 1) if its_evaluation else None
     shape = full_pack(tokens, len(step.pack.lengths) > 1).times(packs)
     return replace(step.job, shape=shape, eval_shape=evaluation, accumulating=accumulating, options=options)
 

@@ -46,18 +46,6 @@ log = logging.getLogger("qlora_lite")
 META, CPU = torch.device("meta"), torch.device("cpu")
 _KNOWN_UPDATES = 64  # of jobs whose factors or optimizers differ
 remembered, with_values = MetaResults(), MetaResults(with_values=True)
-TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
-
-
-def full_pack(tokens: int, packing: bool) -> BatchShape:
-    """Return the shape of a pack of so many tokens, all learned, for a plan where no row is known.
-
-    It needs as much as any of ``TYPICAL_SEQUENCES`` or fewer: what runs once for each takes its time, and one has
-    nearly all tokens, since attention needs most for a long one. Each more takes up to 128 tokens' more inside of a
-    GPU's attention (``ops.packed_attention``); a run is planned with its own rows.
-    """
-    others = min(TYPICAL_SEQUENCES - 1, (tokens - 1) // 2) if packing else 0
-    return BatchShape((tokens - others, *(1,) * others), tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
 from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
 
@@ -314,10 +315,26 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
     return Job(
-        CausalLM(method=method, spec=spec), BatchShape((1,), 1), eval_shape, machine.device_type,
+        workload_of(recipe, spec), BatchShape((1,), 1), eval_shape, machine.device_type,
         t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
         saved_adapters=1 if eval_shape is None else 2,
     )  # fmt: skip
+
+
+def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
+    """Return what a recipe trains: a language model by its objective.
+
+    Args:
+        spec: of the model, for a plan.
+    """
+    method, o, kind = method_of(recipe), recipe.objective, recipe.train.objective
+    if recipe.preference is None:
+        return CausalLM(method=method, spec=spec)
+    beta = BETAS.get(kind, USUAL_BETA) if o.beta == "auto" else o.beta
+    sft_weight = SFT_WEIGHTS.get(kind, 0.0) if o.sft_weight == "auto" else o.sft_weight
+    weights = o.desirable_weight, o.undesirable_weight
+    objective = Preference(kind, beta, o.label_smoothing, o.gamma, sft_weight, *weights)
+    return PreferenceLM(objective=objective, method=method, spec=spec)
 
 
 def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:

@@ -15,7 +15,7 @@ from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.metrics import Measures
 from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import CHOSEN, is_preference
+from qlora_lite.data.row_formats import CHOSEN, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Settings
 from qlora_lite.data.storage import Example
@@ -33,39 +33,49 @@ def build_data(recipe: Recipe, tokenizer, which: Literal["train"] = "train") -> 
 @overload
 def build_data(recipe: Recipe, tokenizer, which: Literal["eval"]) -> Dataset | None: ...
 def build_data(recipe, tokenizer, which="train"):
-    """Read, render and tokenise a recipe's training or evaluation rows; None if it has none.
+    """Read, render and tokenise a recipe's training or evaluation rows, as answers to imitate; None if it has none.
+
+    Of preferences they are the chosen and the good ones.
 
     Raises:
         DataError: a row cannot be used.
     """
     if which == "eval" and not recipe.data.has_eval:
         return None
-    parts = read_data(recipe, tokenizer, (which,))
+    parts = read_data(recipe, tokenizer, (which,), compares=False)
     for part in parts.values():
         part.problems.raise_if_any(recipe.data.max_bad_rows)
     return parts[which]
 
 
-def read_data(recipe: Recipe, tokenizer, wanted: Sequence[str] = ("train", "eval")) -> dict[str, Dataset]:
+def read_data(
+    recipe: Recipe, tokenizer, wanted: Sequence[str] = ("train", "eval"), compares: bool = True
+) -> dict[str, Dataset]:
     """Read a recipe's training and evaluation rows; what is wrong with them is noted, not raised.
 
     Of streamed training rows, only the first ones are read.
 
     Args:
         wanted: of "train" and "eval"; where one is a share of the other's rows both are read.
+        compares: whether preferences are read as such; else as answers to imitate.
     """
+    preference = recipe.preference if compares else None
+
+    def read(which: str) -> Dataset:
+        return _read(recipe, tokenizer, which, preference)
+
     if share := recipe.data.eval_share:
-        return dict(zip(("train", "eval"), hold_out(_read(recipe, tokenizer, "train"), share), strict=True))
-    return {which: _read(recipe, tokenizer, which) for which in wanted if getattr(recipe.data, which) is not None}
+        return dict(zip(("train", "eval"), hold_out(read("train"), share), strict=True))
+    return {which: read(which) for which in wanted if getattr(recipe.data, which) is not None}
 
 
-def _read(recipe: Recipe, tokenizer, which: str) -> Dataset:
+def _read(recipe: Recipe, tokenizer, which: str, preference: str | None) -> Dataset:
     d = recipe.data
-    sources = build_sources(recipe, which)
+    sources = build_sources(recipe, which, compares=preference is not None)
     settings = d.template, d.train_on, d.max_tokens - recipe.virtual_tokens, d.overflow, d.train_on_end
     if d.streaming and which == "train":
-        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS)
-    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens")
+        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS, preference=preference)
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", preference=preference)
 
 
 def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
@@ -118,14 +128,22 @@ def _with_columns(source: schema.Source, known: Sequence[schema.Source]) -> sche
     return source
 
 
-def build_sources(recipe: Recipe, which: str) -> list[Source]:
-    """Return where a recipe's training or evaluation rows come from."""
+def build_sources(recipe: Recipe, which: str, compares: bool = True) -> list[Source]:
+    """Return where a recipe's training or evaluation rows come from.
+
+    Args:
+        compares: see ``read_data``.
+    """
     streaming = recipe.data.streaming and which == "train"
     part = "train" if recipe.data.eval_share else which
+    as_chosen = CHOSEN if recipe.preference == PAIRS and not compares else None
     return [
-        Source(s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}")
+        Source(
+            s.path, s.format or (None if s.prompt else as_chosen), s.weight, s.prompt, s.completion, streaming, None,
+            s.documents, f"data.{part}", s.rejected,
+        )
         for s in getattr(recipe.data, part)
-    ]
+    ]  # fmt: skip
 
 
 def measures_of(recipe: Recipe) -> Measures:

@@ -23,7 +23,7 @@ from qlora_lite.planning.length import longest_job, packs_at_once
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search, single_changes, smaller
-from qlora_lite.planning.simulate import Job, full_pack
+from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.workload import BatchShape
@@ -111,7 +111,7 @@ def plan_recipe(
     job = job_of(recipe, config, machine, eval_shape)
     together = not job.workload.runs_row_by_row(d.max_tokens)
     if d.has_eval and eval_shape is None:
-        job = job_of(recipe, config, machine, full_pack(d.max_tokens, packing=together))
+        job = replace(job, eval_shape=job.workload.full_pack(d.max_tokens, packing=together), saved_adapters=2)
     machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
@@ -124,7 +124,7 @@ def plan_recipe(
     elif fixed.get("stream_from") == "ranks":
         raise RecipeError("memory.stream_from ranks divides the weights of layers among several processes, and this is "
                           "one: start more (qlora-lite train --gpus), or set it to auto")  # fmt: skip
-    pack = shape or full_pack(d.max_tokens, d.packing and together)
+    pack = shape or job.workload.full_pack(d.max_tokens, d.packing and together)
     step = Step(
         job, pack, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward,
@@ -202,6 +202,7 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     optimizer = f"{family}_{states[bits]}" if bits in states else "adamw_8bit"
     changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
     tokens, several = step.pack.tokens, len(step.pack.lengths) > 1
+    full_pack = job.workload.full_pack
     if step.pack == full_pack(tokens, several) and tokens >= 128:
         evaluation = full_pack(tokens // 2, len(job.eval_shape.lengths) > 1) if job.eval_shape else None
         half_job = replace(job, eval_shape=evaluation)

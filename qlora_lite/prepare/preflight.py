@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, zip_longest
 
 import numpy as np
@@ -24,12 +24,13 @@ from qlora_lite.data.data_files import left_out
 from qlora_lite.data.example_checks import check_overlap, check_prompts, count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.metrics import check_references
+from qlora_lite.data.preferences import answer_tokens
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.render import ROW_DAY
-from qlora_lite.data.row_formats import answer_beside_text, check_format, recognise, used_columns
+from qlora_lite.data.row_formats import PAIRS, answer_beside_text, check_format, recognise, used_columns
 from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
-from qlora_lite.data.storage import Example, Examples, row_lengths
+from qlora_lite.data.storage import Example, Examples, row_lengths, sequences_of
 from qlora_lite.data.template import special_ids_of
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.recipe.schema import Recipe
@@ -145,6 +146,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         **_counts(data),
         "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
         **_lengths(recipe, data),
+        "answer_tokens": _answer_tokens(recipe, data),
         "sources": _sources(recipe, data, "train"),
         "template": _describe_template(data, tokenizer),
         "special_tokens": _special_tokens(data, tokenizer),
@@ -179,7 +181,7 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
     for source in build_sources(recipe, "train"):
         with suppress(DataError, OSError):  # the rows were read before: what is wrong is among the problems
             for where, row in islice(read_rows(source, Problems()), _SAMPLED_ROWS):
-                if (check_format(source) or recognise(row, where, source)) != "text":
+                if _format_of(row, where, source, recipe) != "text":
                     break
                 text = str(row.get("text"))
                 held = next((token for token in tokens if len(token) > 3 and token in text), None)  # not "<s>"
@@ -190,12 +192,18 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
                     break
 
 
+def _format_of(row: dict, where: str, source: Source, recipe: Recipe) -> str:
+    """Return the format of a source, the one that it has been given or what its first row looks like."""
+    by = recipe.preference
+    return check_format(source, by) or recognise(row, where, source, by)
+
+
 def _unused_answers(recipe: Recipe) -> Iterator[RowProblem]:
     """Yield the first row of each source that was taken for plain text and has a column named like an answer."""
     for source in build_sources(recipe, "train"):
         with suppress(DataError, StopIteration, OSError):  # as above
             where, row = next(read_rows(source, Problems()))
-            is_text = check_format(source) is None and recognise(row, where, source) == "text"
+            is_text = source.format is None and _format_of(row, where, source, recipe) == "text"
             if is_text and (message := answer_beside_text(row, source)):
                 yield RowProblem(where, UNUSED_ANSWER, message)
 
@@ -287,13 +295,26 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
     }
 
 
+def _answer_tokens(recipe: Recipe, data: Dataset) -> dict[str, float] | None:
+    """Return how long answers are on average that are compared or judged: what separates them may be length alone."""
+    if recipe.preference is None or not len(data.examples):
+        return None
+    first, second = answer_tokens(data.examples)
+    if recipe.preference == PAIRS:
+        return {"chosen": first, "rejected": second}
+    good, bad = (data.examples.rows[data.examples.order + 1, 7] == label for label in (1, 0))
+    order = data.examples.order
+    return {name: answer_tokens(replace(data.examples, order=order[which]))[0]
+            for name, which in (("good", good), ("bad", bad)) if which.any()}  # fmt: skip
+
+
 def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     """Describe each source, and count what it gives: examples, their tokens and those that are learned."""
     described = []
     for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
         counts["learned_tokens"] = int(part.learned_counts.sum())
-        described.append(_describe_source(source, unused) | counts)
+        described.append(_describe_source(source, unused, recipe) | counts)
     return described
 
 
@@ -305,17 +326,17 @@ def _parts(data: Dataset) -> Iterator[Examples]:
         yield data.examples[start:end]
 
 
-def _describe_source(source: Source, unused: dict[str, Counter[str]]) -> dict:
-    """Name the format of a source, the one that the recipe gives or what its first row looks like, and how it was read.
+def _describe_source(source: Source, unused: dict[str, Counter[str]], recipe: Recipe) -> dict:
+    """Name the format of a source, and how it was read.
 
     What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
     """
     chosen, notes = None, []
     with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
-        chosen = check_format(source)
+        chosen = check_format(source, recipe.preference)
         notes += [*_left_out(source), *_documents(source)]
         where, row = next(read_rows(source, Problems()))
-        chosen = chosen or recognise(row, where, source)
+        chosen = chosen or _format_of(row, where, source, recipe)
         for what, names in unused_of(unused, used_columns(chosen, source)):
             notes.append(f"{what} not used: {_first(names)}")
     return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
@@ -370,7 +391,8 @@ def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
 def _rows(data: Dataset, tokenizer, count: int) -> list[dict]:
     """Return the text of rows of each source in turn, the first ones first, as the collator hands them to the model."""
     in_turn = chain.from_iterable(zip_longest(*map(_distinct, _parts(data))))
-    examples = list(islice((row for row in in_turn if row is not None and row.learned.any()), count))
+    kept = islice((row for row in in_turn if row is not None and row.learned.any()), count)
+    examples = [sequence for row in kept for sequence in sequences_of(row)]
     if not examples:
         return []
     shown = pieces_of(collate(examples), tokenizer, special_ids_of(tokenizer))

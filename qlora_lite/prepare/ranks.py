@@ -28,7 +28,6 @@ from qlora_lite.planning.search import SPARED
 from qlora_lite.planning.shared_step import Cluster, SharedStep, shared_step
 from qlora_lite.planning.simulate import streamed_sizes
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.epochs import Epochs
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.processes import ALONE, Processes
@@ -37,7 +36,7 @@ from qlora_lite.train.shares import Share, deal
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from .build import compute_dtype_of, method_of, train_settings, with_plan
+from .build import compute_dtype_of, train_settings, with_plan, workload_of
 from .plan import Plan, alternatives, budget_of, does_not_fit, plan_recipe
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def plan_run(
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    work = CausalLM(method=method_of(recipe))
+    work = workload_of(recipe)
     epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     shapes = work.shape(pack), evaluation and work.shape(evaluation)

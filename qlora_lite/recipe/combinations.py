@@ -15,7 +15,7 @@ from qlora_lite.constraints import (
 )
 
 from .reference import written
-from .schema import SHORTEST_ROW, WITH_VIRTUAL_TOKENS, Data, Lora, Memory, Prompt, Recipe
+from .schema import PREFERENCES, SHORTEST_ROW, WITH_VIRTUAL_TOKENS, Data, Lora, Memory, Objective, Prompt, Recipe
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
@@ -33,7 +33,7 @@ def conflicts(value: _Value) -> _Found:
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
-        _no_layers, _merge_aware,
+        _no_layers, _merge_aware, _preferences,
     ):  # fmt: skip
         yield from check(value)
 
@@ -291,6 +291,35 @@ def _known_rate(value: _Value) -> _Found:
     if isinstance(method, str) and method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
         message = f"adapter.method = {method}: train.learning_rate auto is known for LoRA weights alone"
         yield ("adapter", "method"), f"{message}; write a number there, such as {RATES_TO_BEGIN_WITH[method]}"
+
+
+def _preferences(value: _Value) -> _Found:
+    objective = value("train", "objective") or "sft"
+    whose = {
+        "beta": (*PREFERENCES["pairs"], *PREFERENCES["labels"]), "label_smoothing": ("dpo", "cpo", "simpo"),
+        "gamma": ("simpo",), "sft_weight": PREFERENCES["pairs"], "desirable_weight": ("kto",),
+        "undesirable_weight": ("kto",),
+    }  # fmt: skip
+    for name, unset in Objective().model_dump().items():
+        if objective not in whose[name] and value("objective", name) not in (None, unset):
+            message = f"objective.{name}: only with train.objective {' or '.join(whose[name])}"
+            yield ("objective", name), f"{message}; remove one of the two"
+    parts = [part for part in (value("data", "train"), value("data", "eval")) if isinstance(part, list | tuple)]
+    sources = [each for part in parts for each in part if isinstance(each, dict)]
+    if objective not in PREFERENCES["pairs"] and any(source.get("rejected") for source in sources):
+        message = f"train.objective = {objective}: the template rejected is of rows with two answers"
+        yield ("train", "objective"), f"{message}; write dpo here, or remove the template"
+    if objective == "sft":
+        return
+    why = "an example has two answers, or one that is judged"
+    needs: dict[tuple[str, str], tuple[object, ...]] = {
+        ("data", "streaming"): (False,), ("data", "overflow"): ("error", "drop"),
+        ("data", "train_on"): ("assistant", "completion", "last"),
+    }  # fmt: skip
+    for location, allowed in needs.items():
+        if (given := value(*location)) is not None and given not in allowed:
+            message = f"{'.'.join(location)} = {written(given)}: not possible with train.objective {objective}: {why}"
+            yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
 
 
 def _full(value: _Value) -> _Found:

@@ -267,7 +267,7 @@ _NOT_OFFERED = {
     "remove it; no noise is added to embeddings": "neftune neftune_alpha neftune_noise_alpha noisy_embedding_alpha",
     "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
     "remove it; the loss is plain cross-entropy":
-        "label_smoothing label_smoothing_factor loss_type dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
+        "label_smoothing_factor loss_type dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
     "write adapter.method: full with adapter.switch_every; blocks learn in an order that is drawn":
         "use_badam badam_mode badam_switch_mode badam_start_block",
     "remove it; weights are updated by train.optimizer alone":
@@ -290,11 +290,14 @@ _NOT_OFFERED = {
     "remove it; all of the newest data on the hub is read": "shards shards_idx preprocess_shards",
 }  # fmt: skip
 _OTHER_TRAINING = {
-    "only supervised fine-tuning is supported: no DPO, KTO, ORPO, PPO, GRPO, reward model or distillation; "
+    "preference training is not converted: write a recipe with train.objective (dpo, ipo, hinge, orpo, simpo, cpo or "
+    "kto) and objective.beta":
+        "dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha",
+    "only supervised fine-tuning is converted, not DPO, KTO or ORPO (train.objective in a recipe of one's own), and no "
+    "PPO, GRPO, reward model or distillation is offered; "
     "continued pre-training is a recipe whose data.train are text files":
-        "stage rl beta dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha ppo_* "
-        "grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs num_generations "
-        "trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
+        "stage rl ppo_* grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs "
+        "num_generations trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
     "only LoRA weights are converted, and DoRA's norms; full fine-tuning is adapter.method full with model.quant none "
     "in a recipe of one's own, and no other kind of adapter is offered":
         "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "

@@ -413,7 +413,7 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
         draft.note("lost", setting, f"{info_path} has no readable entry for {shown(name)}", f"data.{part}")
         return
     if entry.get("ranking") or "kto_tag" in columns:
-        text = "are pairs or judgements for preference training, which is not offered"
+        text = "are pairs or judgements for preference training, which is not converted (train.objective)"
         raise RecipeError(Problem(f"{setting.name} = {name}: its examples {text}", setting.where))
     hub = entry.get("hf_hub_url")
     path = (

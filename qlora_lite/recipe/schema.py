@@ -289,6 +289,8 @@ class Source(_Section):
     """Template of the prompt, filled in from a row's columns, such as "{question}"; needs completion."""
     completion: Text | None = None
     """Template of the answer, filled in from a row's columns, such as "{answer}"; needs prompt."""
+    rejected: Text | None = None
+    """Template of the answer that completion is preferred to, where train.objective compares answers."""
     documents: Literal["lines", "blank-lines", "file"] | None = None
     """What counts as a document in a text file (.txt, .text, .md): a line, the text between blank lines, or the whole
     file. null is blank-lines for a file with a blank line between its lines, else lines."""
@@ -298,7 +300,7 @@ _Sources = Annotated[
     tuple[Source, ...],
     Field(strict=False, min_length=1),
     _one_or_many("path"),
-    Rule("a path, or a list of {path, format, weight, prompt, completion, documents}"),
+    Rule("a path, or a list of {path, format, weight, prompt, completion, rejected, documents}"),
 ]
 
 
@@ -328,7 +330,8 @@ class Data(_Section):
     a file or of a kind (with tools, tool calls, a system turn, several user turns), here or by data.overflow, while
     other rows remain."""
     max_tokens: Annotated[int, Field(ge=SHORTEST_ROW)] = 1024
-    """Maximum length of an example, and the length of a packed sequence, in tokens."""
+    """Maximum length of an example, and the length of a packed sequence, in tokens. Where train.objective compares
+    answers, an example is the prompt with the one and the prompt with the other."""
     overflow: Literal["error", "drop", "truncate", "split"] = "error"
     """What happens to an example longer than data.max_tokens; dropped and truncated ones are counted and reported.
     split cuts a document into windows, and a conversation between exchanges, each part with the system turn."""
@@ -353,12 +356,19 @@ _Tracker = Literal[
 ]  # fmt: skip
 
 
+# Objectives by what a row has: two answers to a prompt, or one and whether it is a good one.
+PREFERENCES = {"pairs": ("dpo", "ipo", "hinge", "orpo", "simpo", "cpo"), "labels": ("kto",)}
 _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 
 
 class Train(_Section):
     """How training runs: steps, optimizer, evaluation and checkpoints."""
 
+    objective: Literal["sft", "dpo", "ipo", "hinge", "orpo", "simpo", "cpo", "kto"] = "sft"
+    """What is learned. sft imitates answers. The others learn from preferences: dpo, ipo and hinge from pairs of a
+    chosen and a rejected answer, as against the model that training begins with; orpo, simpo and cpo from pairs without
+    such a reference; kto from single answers with a label, good or bad, and with a reference (qlora-lite explain
+    preferences)."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; null trains for train.epochs."""
     epochs: PositiveFloat = 1.0
@@ -458,6 +468,25 @@ class Train(_Section):
         Rule(f"one or a list of {', '.join(get_args(_Tracker))}"),
     ] = ()  # fmt: skip
     """Experiment trackers that also get the metrics; each must be installed."""
+
+
+class Objective(_Section):
+    """The settings of the objectives that learn from preferences (train.objective)."""
+
+    beta: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
+    """How far the model may move from its reference: more for a lower one. Of orpo the weight of the odds ratio, of
+    simpo and cpo the scale of the difference. auto is 0.1, and 2 for simpo."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that are taken to be labelled the wrong way round. Of dpo, cpo and simpo."""
+    gamma: NonNegativeFloat = 1.0
+    """Margin by which simpo wants a chosen answer to be better than a rejected one."""
+    sft_weight: Annotated[NonNegativeFloat | Literal["auto"], Rule("a number of at least 0, or auto")] = "auto"
+    """Weight of the chosen answer's mean loss per token, which is added to keep it likely. auto is 1 for orpo and cpo,
+    whose definition it is part of, and 0 for the others. Not of kto."""
+    desirable_weight: PositiveFloat = 1.0
+    """Weight of good answers in kto: the larger where they are few."""
+    undesirable_weight: PositiveFloat = 1.0
+    """Weight of bad answers in kto."""
 
 
 class Memory(_Section):
@@ -577,6 +606,7 @@ class Recipe(_Section):
     prompt: Prompt = Prompt()
     data: Data
     train: Train = Train()
+    objective: Objective = Objective()
     memory: Memory = Memory()
     output: Output = Output()
 
@@ -584,6 +614,11 @@ class Recipe(_Section):
     def virtual_tokens(self) -> int:
         """Virtual tokens before every row."""
         return self.prompt.virtual_tokens if self.adapter.method in WITH_VIRTUAL_TOKENS else 0
+
+    @property
+    def preference(self) -> str | None:
+        """What preferences are told by, "pairs" or "labels"; None where answers are imitated."""
+        return next((by for by, names in PREFERENCES.items() if self.train.objective in names), None)
 
     @property
     def recipe_hash(self) -> str:

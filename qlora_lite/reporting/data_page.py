@@ -68,7 +68,7 @@ def _figures(report: dict) -> str:
         else "no packing"
     )
     evaluation = report.get("eval")
-    left_out = sum(report["dropped"].values())
+    left_out, lengths = sum(report["dropped"].values()), report.get("answer_tokens") or {}
     figures = [
         figure("Rows kept", f"{report['rows_kept']:,}", detail=f"of {report['rows_read']:,}, {left_out:,} left out"),
         figure("Tokens", f"{report['tokens']:,}", detail=f"longest example {report.get('longest_tokens', 0):,}"),
@@ -80,6 +80,7 @@ def _figures(report: dict) -> str:
             detail=f"{evaluation['learned_tokens']:,} target tokens" if evaluation else "",
         ),
     ]
+    figures += [figure(f"Mean tokens, {name}", f"{mean:.1f}") for name, mean in lengths.items()]
     return f'<div class="figures">{"".join(figures)}</div>'
 
 

@@ -10,7 +10,7 @@ from qlora_lite.memory.bar import memory_bar
 from qlora_lite.models.load import auto_dtype
 from qlora_lite.planning.candidate import Candidate
 from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, HOST_UPDATES_PER_SECOND
-from qlora_lite.planning.simulate import full_pack, simulate_whole
+from qlora_lite.planning.simulate import simulate_whole
 from qlora_lite.prepare.plan import Alternative, Plan, disk_bytes, host_bytes
 from qlora_lite.prepare.ranks import part_of_base
 from qlora_lite.units import format_bytes, format_count, format_seconds
@@ -74,7 +74,7 @@ def _why_free(plan: Plan) -> str | None:
 def _assumed_sequences(plan: Plan) -> str | None:
     """Return how many examples a sequence is assumed to pack; None if examples were read, or it holds one."""
     lengths = plan.step.pack.lengths
-    if len(lengths) == 1 or plan.step.pack != full_pack(sum(lengths), packing=True):
+    if len(lengths) == 1 or plan.step.pack != plan.step.job.workload.full_pack(sum(lengths), packing=True):
         return None
     assumed = f"{len(lengths)} examples per packed sequence, one of them with nearly all of its tokens"
     return f"no data was read; assumed: {assumed}"

@@ -46,6 +46,7 @@ from qlora_lite.prepare.build import (
     fingerprint_of,
     learning_rate_of,
     with_plan,
+    workload_of,
 )
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
@@ -176,7 +177,9 @@ def prepare(
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
         log.info("train.learning_rate: auto is %g", rate)
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
-    first_adapter = None if continuation else adapter_to_begin_with(recipe)  # a checkpoint has its own weights
+    # a checkpoint has its own weights, and a reference model those that training began with
+    is_needed = not continuation or workload_of(recipe).objective.needs_reference
+    first_adapter = adapter_to_begin_with(recipe) if is_needed else None
     if first_adapter:
         add_adapter(recipe, build_skeleton(recipe), first_adapter)  # stops at once where it does not fit
         log.info("lora: training begins with the factors of %s", first_adapter)

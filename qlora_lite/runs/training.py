@@ -9,6 +9,8 @@ import math
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME
@@ -39,6 +41,7 @@ from qlora_lite.train.state import STATE, capture, compare_tensors, restore
 from qlora_lite.units import format_score
 
 from .async_checkpoint import Saver
+from .references import with_references
 from .resume import OF_RANKS, RUN, Continuation
 from .signals import StopNow
 from .stages import Proven, Trained, write_data
@@ -74,6 +77,8 @@ class Training:
         self.progress, self.watch, self.processes = proven.progress, proven.watch, proven.processes
         self.best_loss, self.best_step = math.inf, 0
         self.best_factors: Tensors | None = None
+        self.eval_metrics: dict[str, float] = {}  # of the objective, of the newest evaluation
+        self.best_metrics: dict[str, float] = {}  # of that with the best loss
         self.evaluated_step = self.measured_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
         self.before: Measured | None = None
@@ -140,6 +145,7 @@ class Training:
         if saved["best_loss"] is not None:
             compare_tensors(best, self.method.tensors(self.model), BEST)
             self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
+            self.best_metrics = dict(saved.get("best_metrics", {}))
             self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
 
     def _progress(self) -> dict:
@@ -148,11 +154,15 @@ class Training:
             "peak_bytes": self.peak_bytes, "evaluations_without_better": self.evaluations_without_better,
             "before": self.before and {"answers": self.before.answers, "matches": self.before.matches},
             "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
+            "best_metrics": self.best_metrics,
         }  # fmt: skip
 
     def go(self) -> Trained:
         """See ``train``."""
         t, continuation = self.recipe.train, self.proven.continuation
+        if self.trainer.workload.objective.needs_reference:
+            with self._at_once():
+                self._add_references()
         if continuation:
             with self.stop.at_once():
                 self._resume(continuation)
@@ -184,6 +194,13 @@ class Training:
         limit = "max_steps" if t.max_steps else "epochs"
         ended_by = f"train.{'early_stopping_patience' if self.ends_early else limit}"
         return Trained(**vars(self.proven), before=self.before, after=after, adapter_step=step, ended_by=ended_by)
+
+    def _add_references(self) -> None:
+        """Let the examples hold what the model gives them now, before the first step."""
+        with_them = partial(with_references, trainer=self.trainer, checksum=self.proven.checksum, watch=self.watch)
+        self.trainer.examples = with_them(self.proven.data.data.examples)
+        if self.eval_data is not None:
+            self.eval_data = replace(self.eval_data, examples=with_them(self.eval_data.examples))
 
     def _figures_of_ranks(self) -> list[dict]:
         """Return what differs between ranks: memory, and of a step's mean seconds those it waited for the others."""
@@ -264,8 +281,9 @@ class Training:
             examples = eval_data.examples
             result = self.trainer.evaluate(examples, watching(self._watch, "evaluation", len(examples)))
         step = self.trainer.step
-        self._log({"step": step, "eval_loss": result.loss, "eval_perplexity": result.perplexity,
-                   "eval_labelled_tokens": result.labelled_tokens,
+        self.eval_metrics = dict(result.metrics)
+        likelihood = {"eval_perplexity": result.perplexity} if self.trainer.workload.objective.is_likelihood else {}
+        self._log({"step": step, "eval_loss": result.loss, **likelihood, "eval_labelled_tokens": result.labelled_tokens,
                    **{f"eval_{name}": value for name, value in result.metrics.items()}})  # fmt: skip
         log.info("step %d: evaluation loss %.4f", step, result.loss)
         return result.loss
@@ -283,6 +301,8 @@ class Training:
         if self.eval_data is None:
             return None
         self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.eval_data) if loss is None else loss})
+        if metrics := self.eval_metrics if loss is None else self.best_metrics:
+            self.run.update(eval_metrics=self.run.summary.get("eval_metrics", {}) | {when: metrics})
         result = self._metrics(self.eval_data, f"{when} training")
         if result:
             found = result.figures()
@@ -328,7 +348,7 @@ class Training:
         """Keep the factors if their loss is the best one so far; return whether it is."""
         if not loss < self.best_loss:  # NaN is never better
             return False
-        self.best_loss, self.best_step = loss, self.trainer.step
+        self.best_loss, self.best_step, self.best_metrics = loss, self.trainer.step, self.eval_metrics
         factors = self.method.tensors(self.model).items()
         self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
         self._try_save(self.best)

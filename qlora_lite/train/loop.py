@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,7 +40,7 @@ from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory
 from .processes import ALONE, OtherRankError, Processes
 from .settings import TrainSettings, lr_factor
 from .shares import Share, own_micro_batches
-from .step import Evaluation, StepResult, evaluate_loss, train_step, train_step_in_backward
+from .step import Evaluation, StepResult, evaluate_loss, evaluating, train_step, train_step_in_backward
 from .workload import Workload
 
 log = logging.getLogger("qlora_lite")
@@ -436,6 +437,26 @@ class Trainer:
         # joined they would take more memory, and apart they all take the slowest rank's time where each waits for all
         shares = () if self.is_sharded else [Share(each.micro_batches) for each in self.settings.shares]
         return self._shared(groups, compute, shares)
+
+    @float32_partial_sums()
+    def reference_log_probabilities(self, examples: Sequence) -> np.ndarray:
+        """Return what the model gives the sequences of each example now, float32 [N, 2]; see ``train.preference``."""
+        self.check()
+        work, groups = self.workload.plain(), list(_eval_rows(self.workload, examples, self.settings))
+
+        def compute(batches: Iterator, counted: int) -> list[torch.Tensor]:
+            with evaluating(self.model):
+                found = [work.references(self.model, work.inputs(batch, self.device)) for batch in batches]
+            return found[:counted]
+
+        own = self._shared(groups, compute)
+        whole = torch.zeros(len(examples), 2, device=self.device)
+        before = sum(map(len, groups[: self.processes.rank * len(groups) // self.processes.world_size]))
+        if own:
+            values = torch.cat(own)
+            whole[before : before + len(values)] = values
+        self.processes.add_up([whole])
+        return whole.cpu().numpy()
 
     @float32_partial_sums()
     def answer_losses(self, examples: Sequence) -> list[list[float]]:

@@ -114,6 +114,8 @@ def train_step(
     shapes = [workload.shape(batch) for batch in batches[:counted]]
     own = sum(map(workload.weight, inputs[:counted])), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)
     total, tokens, targets = processes.exchange(*own)
+    with phase("forward"):
+        inputs = workload.prepare_step(model, inputs, processes, counted)
     mean, metrics = accumulate_gradients(workload, model, inputs, scale, total, counted)
     processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
@@ -138,7 +140,7 @@ def train_step_in_backward(workload: Workload, model: nn.Module, batch, optimize
     A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so
     is memory that runs out.
     """
-    inputs = workload.inputs(batch, workload.device(model))
+    (inputs,) = workload.prepare_step(model, [workload.inputs(batch, workload.device(model))])
     metrics: dict[str, torch.Tensor] = {}
     with phase("forward"):
         found, total = workload.loss(model, inputs), workload.weight(inputs)
@@ -203,7 +205,10 @@ def evaluate_loss(
     metrics: dict[str, torch.Tensor] = {}
     with evaluating(model):
         for number, batch in enumerate(batches):
-            inputs, counts = workload.inputs(batch, device), counted is None or number < counted
+            (inputs,), counts = (
+                workload.prepare_step(model, [workload.inputs(batch, device)]),
+                counted is None or number < counted,
+            )
             found = workload.loss(model, inputs)
             total += found.sum if counts else 0
             _add(metrics, found.metrics, 1 if counts else math.inf)

@@ -12,7 +12,7 @@ and on nothing that a tensor holds.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Extent
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 
+from .processes import ALONE, Processes
 from .settings import TrainSettings
 
 
@@ -44,6 +45,7 @@ class BatchShape:
         return BatchShape(self.lengths * count, self.targets * count)
 
 
+TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
 # What only a model of tokens has, or is not known of any blocks: tiles, a loss in chunks, tables, compiled blocks.
 ONLY_BLOCKS = {
     "tile_tokens": None, "loss_chunk_tokens": None, "host_embeddings": False, "host_head": False, "compile": False,
@@ -59,7 +61,18 @@ class LossSum(NamedTuple):
 
 
 class Objective:
-    """What is minimised. Subclasses are frozen dataclasses: a plan compares them."""
+    """What is minimised. Subclasses are frozen dataclasses: a plan compares them.
+
+    ``is_likelihood`` says whether its mean is minus the logarithm of a target's probability, whose exponential is the
+    perplexity; ``needs_reference`` whether examples have to hold what the model gives them before training.
+    """
+
+    is_likelihood: ClassVar[bool] = True
+
+    @property
+    def needs_reference(self) -> bool:
+        """See above."""
+        return False
 
     @property
     def name(self) -> str:
@@ -138,6 +151,16 @@ class Workload:
         """Return what ``loss`` takes, on the device."""
         raise NotImplementedError
 
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of a pack of so many tokens, all learned, for a plan where no row is known.
+
+        It needs as much as any of ``TYPICAL_SEQUENCES`` or fewer: what runs once for each takes its time, and one has
+        nearly all tokens, since attention needs most for a long one. Each more takes up to 128 tokens' more inside of a
+        GPU's attention (``ops.packed_attention``); a run is planned with its own rows.
+        """
+        others = min(TYPICAL_SEQUENCES - 1, (tokens - 1) // 2) if packing else 0
+        return BatchShape((tokens - others, *(1,) * others), tokens - 1)
+
     def planned_inputs(self, shape: BatchShape, device: torch.device):
         """Return inputs of a shape, whose values mean nothing; on the meta device they have none."""
         raise NotImplementedError
@@ -147,6 +170,18 @@ class Workload:
     def weight(self, inputs) -> float:
         """Return what a step divides the sum of losses by; known before the loss is computed."""
         raise NotImplementedError
+
+    def prepare_step(
+        self, model: nn.Module, batches: Sequence, processes: Processes = ALONE, counted: int | None = None
+    ) -> Sequence:
+        """Return the inputs of a step's micro-batches with what the loss of each has to know of all.
+
+        Args:
+            batches: inputs.
+            processes: those that share the step; all call this.
+            counted: see ``step.accumulate_gradients``.
+        """
+        return batches
 
     def loss(self, model: nn.Module, inputs) -> LossSum:
         """Return the sum of the losses of a micro-batch."""

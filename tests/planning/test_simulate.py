@@ -29,7 +29,7 @@ from qlora_lite.ops.stream import shared_allocations
 from qlora_lite.planning import plan_ledger
 from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
-from qlora_lite.planning.simulate import TYPICAL_SEQUENCES, _run, full_pack, simulate, simulate_whole
+from qlora_lite.planning.simulate import _run, simulate, simulate_whole
 from qlora_lite.quant import merging
 from qlora_lite.quant.formats import gguf_blocks
 from qlora_lite.train import flat
@@ -38,7 +38,7 @@ from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import evaluate_loss, train_step
 from qlora_lite.train.text_guards import check_forward
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.workload import TYPICAL_SEQUENCES, BatchShape
 
 LENGTHS = (9, 14, 6)
 
@@ -663,6 +663,7 @@ def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_gpu_as_one_of_any_fe
     job = job_for(
         config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_shape=None, options=options
     )
+    full_pack = job.workload.full_pack
     full = simulate(changed(job, shape=full_pack(512, packing=True))).peak().total
     for lengths in ((512,), (256,) * 2, (128,) * 4, (64,) * TYPICAL_SEQUENCES, (500, 12)):
         assert simulate(changed(job, shape=BatchShape(lengths, 512 - len(lengths)))).peak().total <= full

@@ -331,9 +331,9 @@ def test_a_file_of_unsloth_s_studio_is_read(made):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (AXOLOTL + "rl: dpo\n", "theirs.yml:33: rl = dpo: only supervised fine-tuning is supported"),
+        (AXOLOTL + "rl: dpo\n", "theirs.yml:33: rl = dpo: only supervised fine-tuning is converted"),
         (AXOLOTL + "reward_model: true\n", "reward_model = true: only supervised"),
-        (AXOLOTL + "trl: {beta: 0.1}\n", "trl.beta = 0.1: only supervised"),
+        (AXOLOTL + "trl: {num_generations: 4}\n", "trl.num_generations = 4: only supervised"),
         (AXOLOTL.replace("adapter: qlora", "adapter:"), "no adapter: all weights are trained"),
         (LLAMA_FACTORY.replace("stage: sft", "stage: dpo"), "theirs.yml:3: stage = dpo: only supervised"),
         (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training is a recipe whose data"),

@@ -1,0 +1,95 @@
+"""What the reference model gives the examples of a preference: computed once before the first step, kept in a file.
+
+The reference is the model as training begins with it: the base, or the base with the adapter of lora.init_from. Its
+log-probabilities never change, two numbers an example. So they are computed once, without gradients and by the plan
+that training has, and found again by all that they depend on: the weights' checksum, the adapter's if it does anything,
+and the tokens. A run that is stopped meanwhile goes on from what is in the file; one that resumes finds them whole, and
+so does another run on the same rows. (Keeping a second model, the other known way, takes its memory in every step.)
+"""
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qlora_lite.data.storage import Examples
+from qlora_lite.errors import OutputError
+from qlora_lite.files import cache_root, explain_write_errors, write_text
+from qlora_lite.inference.evaluate import Watch, watching
+from qlora_lite.quant.tensor_file import bit_sums
+from qlora_lite.train.loop import Trainer
+
+log = logging.getLogger("qlora_lite")
+EXAMPLES_AT_ONCE = 256  # between looks at the clock
+SECONDS_BETWEEN_SAVES = 20.0
+
+
+def with_references(examples: Examples, trainer: Trainer, checksum: str, watch: Watch | None = None) -> Examples:
+    """Return examples with what the trainer's model gives them now.
+
+    Args:
+        examples: each of two sequences.
+        checksum: of the frozen weights.
+        watch: told how far this is.
+    """
+    rows = np.unique(examples.order)
+    distinct = replace(examples, order=rows, references=None)
+    path = cache_root() / "references" / f"{_key(distinct, trainer, checksum)}.json"
+    processes, device = trainer.processes, trainer.device
+    found = _read(path, len(rows)) if processes.is_first else np.zeros((0, 2), np.float32)
+    known = int(processes.tell(str(len(found))))
+    started = saved = time.monotonic()
+    done = watching(watch, "reference model", len(rows))
+    for first in range(known, len(rows), EXAMPLES_AT_ONCE):
+        part = trainer.reference_log_probabilities(distinct[first : first + EXAMPLES_AT_ONCE])
+        found = np.concatenate([found, part])
+        is_last = first + EXAMPLES_AT_ONCE >= len(rows)
+        if processes.is_first and (is_last or time.monotonic() - saved > SECONDS_BETWEEN_SAVES):
+            _write(path, found)
+            saved = time.monotonic()
+        if done:
+            done(min(first + EXAMPLES_AT_ONCE, len(rows)))
+    if processes.world_size > 1:  # the others have what the first one did not find in its file
+        whole = torch.zeros(len(rows), 2, device=device)
+        if processes.is_first:
+            whole += torch.from_numpy(found).to(device)
+        processes.add_up([whole])
+        found = whole.cpu().numpy()
+    how = "from the cache" if known == len(rows) else f"in {time.monotonic() - started:.0f} s"
+    log.info("preferences: the reference model's log-probabilities of %d examples, %s", len(rows), how)
+    references: np.ndarray = np.zeros((len(examples.rows) - 1, 2), np.float32)
+    references[rows] = found
+    return replace(examples, references=references)
+
+
+def _key(examples: Examples, trainer: Trainer, checksum: str) -> str:
+    """Return what names the log-probabilities: 32 hexadecimal digits."""
+    model, method = trainer.model, trainer.workload.method
+    adapter = [] if method.does_nothing(model) else [str(bit_sums(each)) for each in method.tensors(model).values()]
+    parts = [checksum, adapter, examples.digest(), str(model.dtype), trainer.device.type]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _read(path: Path, count: int) -> np.ndarray:
+    """Return the log-probabilities of the first examples that a file holds, float32 [up to count, 2]."""
+    nothing: np.ndarray = np.zeros((0, 2), np.float32)
+    try:
+        found = np.array(json.loads(path.read_text(encoding="utf-8")), np.float32)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return nothing
+    return found if found.shape[1:] == (2,) and len(found) <= count and np.isfinite(found).all() else nothing
+
+
+def _write(path: Path, found: np.ndarray) -> None:
+    """Write log-probabilities for the next run; where that is not possible, this one still has them."""
+    try:
+        with explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(found.tolist()))
+    except OutputError as error:
+        log.warning("the reference model's log-probabilities are not cached: %s", error)

@@ -1,0 +1,318 @@
+"""The workload that learns from preferences: pairs of answers, or answers with a label; DPO and its family.
+
+An example is two sequences (``data.preferences``), and a micro-batch packs both as it packs any rows, so that a pair
+takes the memory of fine-tuning on its tokens. The loss of a pair is a function of its sequences' summed
+log-probabilities, which come from the chunked loss with their gradients (``ops.loss.sequence_losses``): one pass, no
+logits of a whole batch, and every pair has the same weight, however a step is cut. What the reference model gives the
+sequences is computed once, before the first step, by the model as training begins with it (``references``); a second
+model, or a second forward pass in each step, is what others pay for that.
+
+| objective | loss of a pair: c and r are log-ratios to the reference, p mean log-probabilities  | source           |
+|-----------|-------------------------------------------------------------------------------------|------------------|
+| dpo       | -log sigmoid(beta (c - r))                                                          | arXiv 2305.18290 |
+| ipo       | (c - r - 1 / (2 beta))^2, of means over tokens                                      | arXiv 2310.12036 |
+| hinge     | max(0, 1 - beta (c - r))                                                            | arXiv 2305.10425 |
+| cpo       | -log sigmoid(beta (log-probability of chosen - of rejected)) - p(chosen)            | arXiv 2401.08417 |
+| simpo     | -log sigmoid(beta (p(chosen) - p(rejected)) - gamma)                                | arXiv 2405.14734 |
+| orpo      | -p(chosen) - beta log sigmoid(log odds of chosen - of rejected), of p               | arXiv 2403.07691 |
+| kto       | 1 - sigmoid(beta (c - z)) of a good answer, 1 - sigmoid(beta (z - c)) of a bad one  | arXiv 2402.01306 |
+
+KTO's z is the mean log-ratio of answers to other prompts, of all examples of a step, at least 0, and constant: a
+forward pass over them comes before the step's own, so that z is the same however the step is cut. (trl takes the mean
+of each micro-batch.) With label smoothing e, dpo, cpo and simpo take 1 - e of the loss and e of that with the answers
+swapped.
+
+Shapes: P examples of a micro-batch; R sequences, of pairs 2 P in turn, else P; N targets of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+
+from qlora_lite.data.batch import IGNORED_LABEL, Batch, Extent
+from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.memory.marks import category
+from qlora_lite.models import anatomy
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, sequence_losses
+from qlora_lite.ops.transfer import sent
+
+from .causal_lm import CausalLM
+from .forward import Inputs, hidden_states
+from .processes import ALONE, Processes
+from .workload import BatchShape, LossSum, Objective
+
+OF_TWO = 4  # tokens that two sequences have at least: one of a prompt, and a target
+WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"
+USUAL_BETA, BETAS, SFT_WEIGHTS = 0.1, {"simpo": 2.0}, {"orpo": 1.0, "cpo": 1.0}  # where a recipe leaves them open
+OF_MEANS = "ipo", "simpo", "orpo"  # over a sequence's tokens, and not of sums
+
+
+class PreferenceBatch(NamedTuple):
+    """Packed examples of two sequences, in host memory.
+
+    own: the sequences that are learned from: of pairs both of each example, in turn; else the first ones.
+    other: the second ones, where they are measured apart.
+    references: float32 [P, 2], what the reference model gives the sequences.
+    desirable: bool [P], whether the first sequence's answer is one to imitate.
+    """
+
+    own: Batch
+    other: Batch | None
+    references: torch.Tensor
+    desirable: torch.Tensor
+
+
+class Sequences(NamedTuple):
+    """Packed sequences as the model computes on them.
+
+    tokens: see ``forward.Inputs``.
+    numbers: int64 [N], the sequence of each target.
+    counts: float32 [R], the targets of each sequence.
+    """
+
+    tokens: Inputs
+    numbers: torch.Tensor
+    counts: torch.Tensor
+
+
+class PreferenceInputs(NamedTuple):
+    """A micro-batch as the model computes on it; see ``PreferenceBatch``.
+
+    moved: float32 [], of kto what ``PreferenceLM.prepare_step`` has found for the step.
+    """
+
+    own: Sequences
+    other: Sequences | None
+    references: torch.Tensor
+    desirable: torch.Tensor
+    moved: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Preference(Objective):
+    """The loss of pairs, or of answers with a label.
+
+    Args:
+        kind: of the table of this module.
+        beta: scale of the difference; of orpo the weight of the odds ratio.
+        label_smoothing: share of pairs that are taken to be the wrong way round.
+        gamma: simpo's margin.
+        sft_weight: of the chosen answer's mean token loss, which is added.
+        desirable_weight, undesirable_weight: of kto's two kinds of answers.
+        chunk_tokens: tokens whose logits exist at once.
+    """
+
+    is_likelihood: ClassVar[bool] = False
+    kind: str = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 1.0
+    sft_weight: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    chunk_tokens: int = AUTO_CHUNK_TOKENS
+
+    @property
+    def name(self) -> str:
+        """Of the objective."""
+        return self.kind
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with a reference model."""
+        return self.kind in WITH_REFERENCE
+
+    def with_options(self, options: MemoryOptions) -> Self:
+        """Take the tokens at once from memory options."""
+        return replace(self, chunk_tokens=options.loss_chunk_tokens or AUTO_CHUNK_TOKENS)
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether it compares the two sequences of an example."""
+        return self.kind != "kto"
+
+    def log_probabilities(self, model: nn.Module, outputs: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """Return the summed log-probability of each sequence's targets, float32 [R], of hidden states [N, D]."""
+        with category("logits"):
+            targets, its_head, count = sequences.tokens.targets, anatomy.head(model), len(sequences.counts)
+            return -sequence_losses(outputs, targets, its_head, self.chunk_tokens, sequences.numbers, count)
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: PreferenceInputs) -> LossSum:
+        """Return the loss of hidden states [N, D] of the tokens before the targets."""
+        sums, counts = self.log_probabilities(model, outputs, inputs.own), inputs.own.counts
+        if not self.is_of_pairs:
+            return self._judged(sums - inputs.references[:, 0], inputs)
+        means, scores = sums / counts, sums - inputs.references.flatten() if self.needs_reference else sums
+        if self.kind in OF_MEANS:
+            scores = scores / counts
+        chosen, rejected = scores[::2], scores[1::2]
+        losses = self._losses(chosen, rejected)
+        if self.sft_weight:
+            losses = losses - self.sft_weight * means[::2]
+        with torch.no_grad():
+            rewards = self.beta * chosen, self.beta * rejected
+            metrics = {
+                "rewards/chosen": rewards[0].sum(), "rewards/rejected": rewards[1].sum(),
+                "rewards/margins": (rewards[0] - rewards[1]).sum(),
+                "rewards/accuracies": (rewards[0] > rewards[1]).float().sum(),
+                "logps/chosen": sums[::2].sum(), "logps/rejected": sums[1::2].sum(),
+                "tokens/chosen": counts[::2].sum(), "tokens/rejected": counts[1::2].sum(),
+            }  # fmt: skip
+        return LossSum(losses.sum(), metrics)
+
+    def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each pair, float32 [P], without the mean token loss that is added."""
+        difference = chosen - rejected
+        if self.kind == "ipo":
+            return (difference - 1 / (2 * self.beta)).square()
+        if self.kind == "hinge":
+            return torch.relu(1 - self.beta * difference)
+        if self.kind == "orpo":
+            return -self.beta * logsigmoid(difference - (_log_other(chosen) - _log_other(rejected)))
+        logits = self.beta * difference - (self.gamma if self.kind == "simpo" else 0)
+        right, wrong = logsigmoid(logits), logsigmoid(-logits)
+        return -right if not self.label_smoothing else -torch.lerp(right, wrong, self.label_smoothing)
+
+    def _judged(self, own: torch.Tensor, inputs: PreferenceInputs) -> LossSum:
+        """Return the loss of answers with a label, of the log-ratio of each, float32 [P]."""
+        signs = torch.where(inputs.desirable, 1.0, -1.0)
+        weights = torch.where(inputs.desirable, self.desirable_weight, self.undesirable_weight)
+        lead = signs * (own - inputs.moved)
+        with torch.no_grad():
+            metrics = {
+                "rewards/signed": (self.beta * signs * own).sum(), "rewards/accuracies": (lead > 0).float().sum(),
+                "kl": inputs.moved * len(own),
+            }  # fmt: skip
+        return LossSum((weights * (1 - torch.sigmoid(self.beta * lead))).sum(), metrics)
+
+
+def _log_other(log_probability: torch.Tensor) -> torch.Tensor:
+    """Return log(1 - p) of log p, also where p is nearly 0 or nearly 1; source: Maechler 2012."""
+    half = -math.log(2)
+    likely = torch.log(-torch.expm1(log_probability.clamp(min=half)))
+    return torch.where(log_probability > half, likely, torch.log1p(-torch.exp(log_probability.clamp(max=half))))
+
+
+@dataclass(frozen=True)
+class PreferenceLM(CausalLM):
+    """A causal language model that learns from preferences; examples of one sequence are rows of its text."""
+
+    objective: Preference = field(default_factory=Preference)
+
+    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
+        """See ``data.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
+        room = OF_TWO * most.rows
+        shorter = most._replace(tokens=max(most.rows, most.tokens - room), longest=max(1, most.longest - OF_TWO))
+        alone = [replace(example, first=0) for example in examples]
+        return [_in_two(example) for example in super().enlarged(alone, shorter)]
+
+    def collate(self, examples: Sequence[Example]) -> PreferenceBatch | Batch:
+        """Pack both sequences of each example; those of one sequence as a language model's."""
+        if not examples[0].first:
+            return super().collate(examples)
+        both = [sequences_of(example) for example in examples]
+        if self.objective.is_of_pairs:
+            own, other = super().collate([each for pair in both for each in pair]), None
+        else:
+            own, other = (super(PreferenceLM, self).collate(each) for each in zip(*both, strict=True))
+        references = torch.tensor([example.references or (0.0, 0.0) for example in examples])
+        return PreferenceBatch(own, other, references, torch.tensor([example.desirable for example in examples]))
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the tokens of each, virtual ones of both sequences included."""
+        lengths, virtual = super().lengths(examples), self._virtual
+        return [length + virtual for length in lengths] if virtual and examples[0].first else lengths
+
+    def shape(self, batch: PreferenceBatch | Batch) -> BatchShape:
+        """Return the tokens of each sequence that is learned from, and how many are targets."""
+        return super().shape(batch.own if isinstance(batch, PreferenceBatch) else batch)
+
+    def inputs(self, batch: PreferenceBatch | Batch, device: torch.device) -> PreferenceInputs | Inputs:
+        """See ``forward.prepare``."""
+        if not isinstance(batch, PreferenceBatch):
+            return super().inputs(batch, device)
+        own, other = self._sequences(batch.own, device), batch.other and self._sequences(batch.other, device)
+        references, desirable = (sent(tensor, device) for tensor in (batch.references, batch.desirable))
+        return PreferenceInputs(own, other, references, desirable, torch.zeros((), device=device))
+
+    def _sequences(self, batch: Batch, device: torch.device) -> Sequences:
+        learned, ends = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1), torch.tensor(batch.row_lengths).cumsum(0)
+        numbers = torch.searchsorted(ends, learned, right=True)
+        counts = torch.bincount(numbers, minlength=len(ends)).clamp(min=1).float()
+        return Sequences(super().inputs(batch, device), sent(numbers, device), sent(counts, device))
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> PreferenceInputs:
+        """Return inputs of zeros, with positions."""
+        count, zero = len(shape.lengths), torch.zeros((), device=device)
+        numbers = torch.zeros(shape.targets, dtype=torch.int64, device=device)
+        own = Sequences(super().planned_inputs(shape, device), numbers, zero.expand(count).clone())
+        examples = count // 2 if self.objective.is_of_pairs else count
+        desirable = torch.ones(examples, dtype=torch.bool, device=device)
+        return PreferenceInputs(own, None, zero.expand(examples, 2).clone(), desirable, zero)
+
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of a pack of so many tokens: of pairs, the longest is two of one length."""
+        shape = super().full_pack(tokens, packing)
+        if not self.objective.is_of_pairs:
+            return shape
+        longest, *others = shape.lengths
+        if len(others) % 2:
+            longest, others = longest + others[0], others[1:]
+        half = longest // 2
+        return BatchShape((longest - half, half, *others), shape.targets)
+
+    def choose_kernels(
+        self, model: nn.Module, largest: Callable[[], PreferenceInputs], options: MemoryOptions,
+        recorded: Sequence[str] | None,
+    ) -> None:  # fmt: skip
+        """See ``kernels``."""
+        super().choose_kernels(model, lambda: largest().own.tokens, options, recorded)
+
+    def weight(self, inputs: PreferenceInputs) -> int:
+        """Return the number of examples."""
+        return len(inputs.desirable)
+
+    def prepare_step(
+        self, model: nn.Module, batches: Sequence[PreferenceInputs], processes: Processes = ALONE,
+        counted: int | None = None,
+    ) -> Sequence[PreferenceInputs]:  # fmt: skip
+        """Return a step's micro-batches with the mean log-ratio of all their answers to other prompts."""
+        if self.objective.is_of_pairs:
+            return batches
+        moved = [(self._of(model, each.other) - each.references[:, 1]).sum().item() for each in batches]
+        total, count = processes.exchange(sum(moved[:counted]), sum(map(self.weight, batches[:counted])))
+        return [each._replace(moved=torch.full_like(each.moved, max(0.0, total / count))) for each in batches]
+
+    def loss(self, model: nn.Module, inputs: PreferenceInputs) -> LossSum:
+        """Return the loss over a micro-batch's examples."""
+        tokens = inputs.own.tokens
+        return self.objective(model, hidden_states(model, tokens)[tokens.learned], inputs)
+
+    def references(self, model: nn.Module, inputs: PreferenceInputs) -> torch.Tensor:
+        """Return what a model gives each example's sequences, float32 [P, 2]."""
+        own = self._of(model, inputs.own)
+        return own.view(-1, 2) if inputs.other is None else torch.stack([own, self._of(model, inputs.other)], dim=1)
+
+    @torch.no_grad()
+    def _of(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
+        tokens = sequences.tokens
+        return self.objective.log_probabilities(model, hidden_states(model, tokens)[tokens.learned], sequences)
+
+
+def _in_two(example: Example) -> Example:
+    """Return an example of two sequences for one of one, ``OF_TWO`` tokens longer, with as many targets."""
+    token_ids = torch.from_numpy(example.token_ids)
+    token_ids = torch.cat([token_ids, token_ids[:1].expand(OF_TWO)]).numpy()
+    first = len(token_ids) // 2
+    targets = max(2, int(example.learned.sum()))
+    of_first = min(targets // 2, first - 1)
+    learned = torch.zeros(len(token_ids), dtype=torch.bool)
+    learned[1 : 1 + of_first] = True
+    learned[first + 1 : first + 1 + targets - of_first] = True
+    return replace(example, token_ids=token_ids, learned=learned.numpy(), first=first)
