@@ -64,8 +64,8 @@ def plan(case, limit_bytes):
     return choose(found, limit_bytes), min(found, key=lambda candidate: candidate.peak_bytes)
 
 
-def ledger_of(trainer):
-    ledger = Ledger(allocation_bytes=ALLOCATION_BYTES["cpu"])
+def ledger_of(trainer, timeline=False):
+    ledger = Ledger(timeline, allocation_bytes=ALLOCATION_BYTES["cpu"])
     with ledger:
         for tensor, category, _ in categorised(trainer.workload, trainer.model):
             ledger.claim([tensor], category)
