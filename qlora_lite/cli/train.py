@@ -73,7 +73,7 @@ def _result(folder, summary: dict) -> str:
                   f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
-    lines += _metrics(summary.get("metrics", {}))
+    lines += _rewards(summary.get("eval_metrics", {})) + _metrics(summary.get("metrics", {}))
     skipped, kind = summary["skipped_steps"], "model" if "model_sha256" in summary else "adapter"
     merge = "merge, " if kind == "adapter" else ""
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
@@ -94,6 +94,14 @@ def _of_step(summary: dict) -> str:
     said = f" (step {step}, the best by evaluation loss)" if step not in (None, summary["steps"]) else ""
     worse = before is not None and after is not None and not after <= before
     return f"{said}: worse than the model before training" if worse else said
+
+
+def _rewards(metrics: dict) -> list[str]:
+    """Return lines of what an objective measured of preferences."""
+    before, after = (metrics.get(when, {}) for when in ("before", "after"))
+    shown = {"rewards/accuracies": "{:.1%}", "rewards/margins": "{:.3f}"}
+    return [f"{name:24} {form.format(before[name])} -> {form.format(after[name])}"
+            for name, form in shown.items() if name in before and name in after]  # fmt: skip
 
 
 def _metrics(metrics: dict) -> list[str]:

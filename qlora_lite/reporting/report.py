@@ -111,13 +111,18 @@ def _figures(summary: dict[str, Any]) -> str:
     exact = [shown(f"exact_match_{when}", _percent) for when in ("after", "before")]
     loss = [shown(f"eval_loss_{when}", lambda value: f"{value:.3g}") for when in ("after", "before")]
     speed = shown("tokens_per_second", short_number)
+    preferred = [_of_objective(summary, when).get("rewards/accuracies") for when in _WHEN[::-1]]
+    unit = "mean over examples" if any(_of_objective(summary, when) for when in _WHEN) else "nats per target token"
     figures = [
         figure("Exact match", exact[0], exact[1], counted("exact_match_rows", "held-out examples")),
-        figure("Evaluation loss", loss[0], loss[1], "nats per target token" if any(loss) else ""),
+        figure("Evaluation loss", loss[0], loss[1], unit if any(loss) else ""),
         figure("Peak memory", shown("peak_bytes", lambda value: format_bytes(int(value)))),
         figure("Tokens per second", speed, detail=counted("tokens", "in total")),
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
     ]
+    if any(share is not None for share in preferred):
+        ends = ("" if share is None else _percent(share) for share in preferred)
+        figures[0] = figure("Reward accuracy", *ends, "held-out examples")
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
@@ -131,6 +136,11 @@ def _scores(run: RunFiles) -> str:
         between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, name))
         rows.append([name.replace("_", " "), *(format_score(name, score) if score else "" for score in ends), between,
                      known.get("examples"), known.get("signature", "")])  # fmt: skip
+    before, after = (_of_objective(run.summary, when) for when in _WHEN)
+    for name in {**before, **after}:
+        ends = (short_number(values[name]) if name in values else "" for values in (before, after))
+        between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, f"eval_{name}")[1:-1])
+        rows.append([name, *ends, between, "", ""])
     return table(["score", *_WHEN, "in training", "examples", "signature"], rows, numeric=4) if rows else ""
 
 
@@ -141,6 +151,14 @@ def _scores_of(metrics: object, when: str) -> dict[str, dict[str, Any]]:
         if isinstance(score, dict) and number(score.get("value")) is not None:
             found[name] = score | {key: number(score.get(key)) for key in ("value", "standard_error")}
     return found
+
+
+def _of_objective(summary: dict[str, Any], when: str) -> dict[str, float]:
+    """Return what the objective measured of the evaluation rows before or after training, as far as it is numbers."""
+    metrics = summary.get("eval_metrics")
+    found = metrics.get(when) if isinstance(metrics, dict) else None
+    known = {str(name): number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
 
 
 def _percent(share: float) -> str:
@@ -177,6 +195,8 @@ def _small_charts(run: RunFiles) -> str:
         "Tokens per second": _noisy("tokens per second", curve(run, "tokens_per_second")),
         f"Peak memory, {unit}": [Series(unit, [(step, peak / unit_bytes) for step, peak in peaks], 2)],
     }
+    names = {str(name) for line in run.metrics for name in line if str(name).startswith("rewards/")}
+    charts |= {name: _noisy(name, curve(run, name)) for name in sorted(names)}
     cards = ""
     for title, series in charts.items():
         if series[0].points:

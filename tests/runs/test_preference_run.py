@@ -1,0 +1,199 @@
+"""A run on preferences knows its reference, resumes to the bit and leaves an adapter like any other."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_files import save_tiny, write_recipe
+from tiny_runs import summary_of
+
+from qlora_lite.artifacts.run_files import read_run
+from qlora_lite.cli.main import cli
+from qlora_lite.errors import DataError, Interrupted, RecipeError
+from qlora_lite.files import cache_root
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs import references
+from qlora_lite.runs.run import run_recipe
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TRAIN = {"objective": "dpo", "max_steps": 4, "save_every_steps": 2, "learning_rate": 0.003, "metrics_examples": 0}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preference") / "model"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+
+
+def write_pairs(path, mark, labels=False):
+    """Write rows whose chosen answer is the digit's name, and the rejected one a longer text."""
+    rows = [
+        {"prompt": f"{n}{mark}", "chosen": name, "rejected": f"I think that it is {name}"}
+        for n, name in enumerate(NAMES)
+    ]
+    if labels:
+        rows = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                for row in rows for side in ("chosen", "rejected")]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def recipe(folder, model, objective="dpo", **sections):
+    folder.mkdir(exist_ok=True)
+    labels = objective == "kto"
+    train, evaluation = (write_pairs(folder / f"{mark}.jsonl", mark, labels) for mark in "?!")
+    data = {"train": train, "eval": evaluation, "max_tokens": 192}
+    train = TRAIN | {"objective": objective} | sections.pop("train", {})
+    return load_recipe(write_recipe(folder, model, data=data, train=train, lora={"rank": 8, "alpha": 16}, **sections))
+
+
+def stopped_after(step):
+    def progress(metrics, _total):
+        if metrics.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+def adapter_bytes(folder):
+    return (folder / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def lines(folder):
+    times = {"seconds", "tokens_per_second", "peak_bytes"}
+    return [{k: v for k, v in line.items() if k not in times} for line in read_run(folder / "out").metrics]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_a_stopped_run_resumes_to_the_bit_with_or_without_the_cache(objective, model_folder, tmp_path):
+    run_recipe(recipe(tmp_path / "whole", model_folder, objective))
+    for name in ("cached", "computed again"):
+        with pytest.raises(Interrupted):
+            run_recipe(recipe(tmp_path / name, model_folder, objective), stopped_after(3))
+        if name != "cached":
+            for path in cache_root().glob("references/*"):
+                path.unlink()
+        run_recipe(recipe(tmp_path / name, model_folder, objective), resume="")
+        assert adapter_bytes(tmp_path / name) == adapter_bytes(tmp_path / "whole")
+        assert lines(tmp_path / name) == lines(tmp_path / "whole")
+
+
+def test_the_first_loss_is_that_of_no_preference_and_the_summary_tells_what_was_learned(model_folder, tmp_path):
+    run_recipe(recipe(tmp_path / "run", model_folder, train={"max_steps": 8, "metrics_examples": 2}))
+    first = next(line for line in lines(tmp_path / "run") if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    summary = summary_of(tmp_path / "run" / "out")
+    before, after = summary["eval_metrics"]["before"], summary["eval_metrics"]["after"]
+    assert summary["eval_loss_before"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert after["rewards/margins"] > 0.1 and after["rewards/accuracies"] > 0.9
+    assert after["tokens/chosen"] < after["tokens/rejected"]
+    assert "eval_perplexity" not in lines(tmp_path / "run")[0]
+    report = (tmp_path / "run" / "out" / "report.html").read_text()
+    assert "rewards/accuracies" in report
+
+
+def test_what_the_reference_gives_is_computed_once_and_what_is_there_is_gone_on_with(
+    model_folder, tmp_path, caplog, monkeypatch
+):
+    caplog.set_level("INFO", "qlora_lite")
+    computed = []
+    whole = references.Trainer.reference_log_probabilities
+
+    def counted(self, examples):
+        computed.append(len(examples))
+        return whole(self, examples)
+
+    monkeypatch.setattr(references.Trainer, "reference_log_probabilities", counted)
+    monkeypatch.setattr(references, "EXAMPLES_AT_ONCE", 4)
+    run_recipe(recipe(tmp_path / "first", model_folder))
+    assert computed == [4, 4, 2, 4, 4, 2]
+    run_recipe(recipe(tmp_path / "second", model_folder))
+    assert len(computed) == 6 and sum("from the cache" in message for message in caplog.messages) == 2
+    assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "second")
+    for path in cache_root().glob("references/*"):  # as a run that was killed meanwhile leaves them
+        path.write_text(json.dumps(json.loads(path.read_text())[:4]))
+    run_recipe(recipe(tmp_path / "third", model_folder))
+    assert computed[6:] == [4, 2, 4, 2]
+    assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "third")
+    for path in cache_root().glob("references/*"):
+        path.write_text("[[1.0], [2.0]]")
+    run_recipe(recipe(tmp_path / "fourth", model_folder))
+    assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "fourth")
+
+
+def test_an_adapter_to_begin_with_is_the_reference_also_when_the_run_resumes(model_folder, tmp_path):
+    begun = recipe(tmp_path / "sft", model_folder, "orpo")
+    run_recipe(begun)
+    lora = {"init_from": str(tmp_path / "sft" / "out")}
+    folder = tmp_path / "dpo"
+
+    def again():
+        made = recipe(folder, model_folder)
+        return made.model_copy(update={"lora": made.lora.model_copy(update=lora)})
+
+    with pytest.raises(Interrupted):
+        run_recipe(again(), stopped_after(2))
+    first = next(line for line in lines(folder) if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for path in cache_root().glob("references/*"):
+        path.unlink()
+    run_recipe(again(), resume="")
+    margins = [line["eval_rewards/margins"] for line in lines(folder) if "eval_rewards/margins" in line]
+    assert margins[0] == pytest.approx(0, abs=1e-6) and margins[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"overflow": "split"}}, "data.overflow = split: not possible with train.objective dpo"),
+        ({"data": {"train_on": "all"}}, "data.train_on = all: not possible with train.objective dpo"),
+        ({"objective": {"gamma": 2.0}}, "objective.gamma: only with train.objective simpo"),
+        ({"objective": {"desirable_weight": 2.0}}, "objective.desirable_weight: only with train.objective kto"),
+        ({"train": {"objective": "sft"}, "objective": {"beta": 0.2}}, "objective.beta: only with train.objective dpo"),
+    ],
+)
+def test_settings_of_another_objective_are_refused(changes, said, model_folder, tmp_path):
+    sections = {"train": TRAIN} | changes
+    sections["train"] = TRAIN | sections["train"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(tmp_path, model_folder, **sections))
+    assert said in str(caught.value)
+
+
+def test_rows_of_answers_alone_are_refused_with_the_way_to_name_columns(model_folder, tmp_path):
+    with pytest.raises(DataError) as caught:
+        run_recipe(load_recipe(write_recipe(tmp_path, model_folder, train=TRAIN)))
+    assert "name no chosen and rejected answer" in str(caught.value)
+
+
+def test_the_commands_after_training_take_such_a_run(model_folder, tmp_path):
+    run_recipe(recipe(tmp_path / "run", model_folder))
+    out, own_recipe = str(tmp_path / "run" / "out"), str(tmp_path / "run" / "recipe.yaml")
+    ask, on_gpu = ["generate", out, "--prompt", "3?"], ["plan", own_recipe, "--gpu", "rtx-3060", "memory.budget=8GiB"]
+    for command in (["evaluate", out], ask, ["data", own_recipe], on_gpu, ["compare", out]):
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 0, (command, result.output)
+    assert "mean tokens: chosen" in CliRunner().invoke(cli, ["data", own_recipe]).output
+
+
+def test_a_prompt_that_is_learned_has_a_reference_too(model_folder, tmp_path):
+    made = recipe(tmp_path / "run", model_folder, train={"learning_rate": 0.01})
+    changed = made.model_copy(update={"adapter": made.adapter.model_copy(update={"method": "prompt"}),
+                                      "lora": type(made.lora)()})  # fmt: skip
+    torch.manual_seed(0)
+    run_recipe(changed)
+    first = next(line for line in lines(Path(tmp_path / "run")) if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
