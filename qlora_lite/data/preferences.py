@@ -1,6 +1,6 @@
 """Join what a preference compares: a row's chosen and rejected answer, or an answer and one that belongs elsewhere.
 
-The two stand in one example, end to end (see ``storage``), each behind the whole prompt. (Writing the prompt once and
+The two are one example (see ``storage``), each behind the whole prompt. (Writing the prompt once and
 both answers behind it, the other known way, needs an attention mask that neither fused kernels nor other tools have.)
 
 KTO (arXiv 2402.01306) judges answers one by one, and measures them by how far the model has moved from its reference:

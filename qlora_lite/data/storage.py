@@ -11,7 +11,7 @@ the first of its two sequences (else 0), and whether its answer is one to imitat
 begins where the line before it ends.
 
 Of a preference, an example holds two sequences: the prompt with the chosen answer, and the prompt with the rejected
-one. They lie end to end, so that whatever orders, packs, cuts, counts and holds out examples cannot part them.
+one. They are stored as one, so that whatever orders, packs, cuts, counts and holds out examples cannot part them.
 
 Shapes: R rows stored; N examples, which name their row in ``order``: a weight repeats rows or leaves them out.
 """
@@ -155,7 +155,7 @@ def sequences_of(example: Example) -> tuple[Example, ...]:
 
 
 def sequence_starts(examples: Examples) -> np.ndarray:
-    """Return the first token of every sequence of examples that lie end to end, rising: int64 [sequences]."""
+    """Return the first token of every sequence of consecutive examples, rising: int64 [sequences]."""
     starts, first = np.cumsum(examples.lengths) - examples.lengths, examples.rows[examples.order + 1, 6]
     return np.union1d(starts, starts + first)
 

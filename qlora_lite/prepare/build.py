@@ -56,7 +56,7 @@ from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
-from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
+from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,11 @@ def learning_rate_of(recipe: Recipe) -> float:
         raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
                          "say; set a number")  # fmt: skip
     if recipe.adapter.method == "full":
-        return full_learning_rate(config.model_type, width)
-    return auto_learning_rate(config.model_type, width, lora.rank, lora_scale(lora.alpha, lora.rank, lora.rslora))
+        rate = full_learning_rate(config.model_type, width)
+    else:
+        scale = lora_scale(lora.alpha, lora.rank, lora.rslora)
+        rate = auto_learning_rate(config.model_type, width, lora.rank, scale)
+    return rate if recipe.preference is None else float(f"{rate * PREFERENCE_SHARE:.1e}")
 
 
 def fixed_options(recipe: Recipe) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 The reference is the model as training begins with it: the base, or the base with the adapter of lora.init_from. Its
 log-probabilities never change, two numbers an example. So they are computed once, without gradients and by the plan
 that training has, and found again by all that they depend on: the weights' checksum, the adapter's if it does anything,
-and the tokens. A run that is stopped meanwhile goes on from what is in the file; one that resumes finds them whole, and
-so does another run on the same rows. (Keeping a second model, the other known way, takes its memory in every step.)
+and the tokens. A run that is stopped meanwhile keeps what is in the file; one that resumes finds them whole, and so
+does another run on the same rows. (Keeping a second model, the other known way, takes its memory in every step.)
 """
 
 import hashlib
