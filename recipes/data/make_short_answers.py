@@ -56,7 +56,7 @@ def sentences(answer: str) -> list[str]:
 def answers(prompts: list[str]) -> list[str]:
     """Return the demo model's greedy answers."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, out, recipe = (Path(folder, name) for name in ("prompts.jsonl", "answers.jsonl", "recipe.json"))
+        asked, out, recipe = (Path(folder, name) for name in ("prompts.jsonl", "answers.jsonl", "recipe.yaml"))
         asked.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
         # in 16 bit, which answers faster on a CPU
         recipe.write_text(json.dumps({"model": {"path": MODEL, "quant": "none"}, "data": {"train": str(asked)}}))

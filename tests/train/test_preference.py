@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from methods import Case, ledger_of, of_text, plan
+from rank_processes import together
 from tiny import build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 from tiny_trainer import SETTINGS, examples
@@ -19,6 +20,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.preference import Preference, PreferenceLM
+from qlora_lite.train.processes import ALONE, ProcessGroup
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss
 
@@ -228,6 +230,37 @@ def test_examples_of_one_sequence_are_a_language_models():
     found = [loss for each in trainer.answer_losses(rows) for loss in each]
     assert sum(found) == pytest.approx(expected.loss * expected.labelled_tokens, rel=1e-5)
     assert len(found) == expected.labelled_tokens
+
+
+def course(name, processes=ALONE, options=None):
+    """References, an evaluation, some steps and another evaluation, and what was learned."""
+    rows, changes = pairs(11), {"max_tokens": 40, "gradient_accumulation_steps": 3, "max_steps": 3}
+    case = Case(adapted(OBJECTIVES[name])[0], of_text().build, rows, changes)
+    trainer = case.trainer(options)
+    trainer.processes = processes
+    found = trainer.reference_log_probabilities(rows)
+    trainer.examples = [replace(row, references=tuple(own)) for row, own in zip(rows, found.tolist(), strict=True)]
+    losses = [trainer.evaluate(trainer.examples).loss, *([m.loss, m.metrics] for m in trainer)]
+    return found, [*losses, trainer.evaluate(trainer.examples).loss], [p.detach().clone() for p in trainer.parameters]
+
+
+def shared_course(number, count, folder, name):
+    """What each process does."""
+    found, losses, learned = course(name, ProcessGroup(number, count), MemoryOptions())
+    torch.save({"found": torch.from_numpy(found), "losses": losses, "learned": learned}, f"{folder}/{number}.pt")
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_ranks_learn_what_one_process_learns(name, tmp_path):
+    together(2, "train.test_preference", "shared_course", tmp_path, name)
+    found, losses, learned = course(name, options=MemoryOptions())
+    one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
+    assert torch.equal(one["found"], other["found"]) and all(map(torch.equal, one["learned"], other["learned"]))
+    torch.testing.assert_close(one["found"], torch.from_numpy(found), rtol=1e-5, atol=1e-5)
+    assert one["losses"][0] == pytest.approx(losses[0], rel=1e-5)
+    assert [loss for loss, _ in one["losses"][1:-1]] == pytest.approx([loss for loss, _ in losses[1:-1]], rel=1e-4)
+    for ours, theirs in zip(one["learned"], learned, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4)
 
 
 # trl's trainers, on a plain model all of whose weights are trained. Theirs weigh tokens where ours weigh pairs, so that
