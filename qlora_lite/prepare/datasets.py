@@ -29,20 +29,21 @@ STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
 
 
 @overload
-def build_data(recipe: Recipe, tokenizer, which: Literal["train"] = "train") -> Dataset: ...
+def build_data(recipe: Recipe, tokenizer, which: Literal["train"] = "train", compares: bool = False) -> Dataset: ...
 @overload
-def build_data(recipe: Recipe, tokenizer, which: Literal["eval"]) -> Dataset | None: ...
-def build_data(recipe, tokenizer, which="train"):
-    """Read, render and tokenise a recipe's training or evaluation rows, as answers to imitate; None if it has none.
+def build_data(recipe: Recipe, tokenizer, which: Literal["eval"], compares: bool = False) -> Dataset | None: ...
+def build_data(recipe, tokenizer, which="train", compares=False):
+    """Read, render and tokenise a recipe's training or evaluation rows; None if it has none.
 
-    Of preferences they are the chosen and the good ones.
+    Args:
+        compares: see ``read_data``; without it, preferences are read as answers to imitate, the chosen and good ones.
 
     Raises:
         DataError: a row cannot be used.
     """
     if which == "eval" and not recipe.data.has_eval:
         return None
-    parts = read_data(recipe, tokenizer, (which,), compares=False)
+    parts = read_data(recipe, tokenizer, (which,), compares)
     for part in parts.values():
         part.problems.raise_if_any(recipe.data.max_bad_rows)
     return parts[which]
@@ -72,7 +73,8 @@ def read_data(
 def _read(recipe: Recipe, tokenizer, which: str, preference: str | None) -> Dataset:
     d = recipe.data
     sources = build_sources(recipe, which, compares=preference is not None)
-    settings = d.template, d.train_on, d.max_tokens - recipe.virtual_tokens, d.overflow, d.train_on_end
+    room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one
+    settings = d.template, d.train_on, room, d.overflow, d.train_on_end
     if d.streaming and which == "train":
         return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS, preference=preference)
     return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", preference=preference)

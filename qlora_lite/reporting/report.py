@@ -121,27 +121,34 @@ def _figures(summary: dict[str, Any]) -> str:
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
     ]
     if any(share is not None for share in preferred):
-        ends = ("" if share is None else _percent(share) for share in preferred)
-        figures[0] = figure("Reward accuracy", *ends, "held-out examples")
+        reached, began = ("" if share is None else _percent(share) for share in preferred)
+        figures[0] = figure("Reward accuracy", reached, began, "held-out examples")
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
 def _scores(run: RunFiles) -> str:
     """List the metrics before and after training, and those measured in between."""
     before, after = (_scores_of(run.summary.get("metrics"), when) for when in _WHEN)
-    rows = []
+    rows: list[list[object]] = []
     for name in {**before, **after}:
         ends = before.get(name), after.get(name)
         known = next(filter(None, ends[::-1]))
         between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, name))
         rows.append([name.replace("_", " "), *(format_score(name, score) if score else "" for score in ends), between,
                      known.get("examples"), known.get("signature", "")])  # fmt: skip
+    rows += _objective_scores(run)
+    return table(["score", *_WHEN, "in training", "examples", "signature"], rows, numeric=4) if rows else ""
+
+
+def _objective_scores(run: RunFiles) -> list[list[object]]:
+    """Return a row of ``_scores`` for each metric of the objective itself."""
     before, after = (_of_objective(run.summary, when) for when in _WHEN)
+    rows: list[list[object]] = []
     for name in {**before, **after}:
-        ends = (short_number(values[name]) if name in values else "" for values in (before, after))
+        ends = [short_number(values[name]) if name in values else "" for values in (before, after)]
         between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, f"eval_{name}")[1:-1])
         rows.append([name, *ends, between, "", ""])
-    return table(["score", *_WHEN, "in training", "examples", "signature"], rows, numeric=4) if rows else ""
+    return rows
 
 
 def _scores_of(metrics: object, when: str) -> dict[str, dict[str, Any]]:

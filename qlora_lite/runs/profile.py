@@ -65,7 +65,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         OutputError: the folder cannot be written.
     """
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
-    data, eval_data = build_data(recipe, tokenizer), build_data(recipe, tokenizer, "eval")
+    data, eval_data = build_data(recipe, tokenizer, compares=True), build_data(recipe, tokenizer, "eval", compares=True)
     eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product

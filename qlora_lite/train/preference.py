@@ -227,7 +227,8 @@ class PreferenceLM(CausalLM):
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the tokens of each, virtual ones of both sequences included."""
         lengths, virtual = super().lengths(examples), self._virtual
-        return [length + virtual for length in lengths] if virtual and examples[0].first else lengths
+        are_two = virtual and len(examples) and examples[0].first
+        return [length + virtual for length in lengths] if are_two else lengths
 
     def shape(self, batch: PreferenceBatch | Batch) -> BatchShape:
         """Return the tokens of each sequence that is learned from, and how many are targets."""

@@ -183,7 +183,14 @@ def test_the_commands_after_training_take_such_a_run(model_folder, tmp_path):
     run_recipe(recipe(tmp_path / "run", model_folder))
     out, own_recipe = str(tmp_path / "run" / "out"), str(tmp_path / "run" / "recipe.yaml")
     ask, on_gpu = ["generate", out, "--prompt", "3?"], ["plan", own_recipe, "--gpu", "rtx-3060", "memory.budget=8GiB"]
-    for command in (["evaluate", out], ask, ["data", own_recipe], on_gpu, ["compare", out]):
+    for command in (
+        ["evaluate", out],
+        ask,
+        ["data", own_recipe],
+        on_gpu,
+        ["compare", out],
+        ["profile", own_recipe, "--out", str(tmp_path / "profile")],
+    ):
         result = CliRunner().invoke(cli, command)
         assert result.exit_code == 0, (command, result.output)
     assert "mean tokens: chosen" in CliRunner().invoke(cli, ["data", own_recipe]).output
