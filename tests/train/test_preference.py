@@ -20,7 +20,8 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.preference import Preference, PreferenceLM
-from qlora_lite.train.processes import ALONE, ProcessGroup
+from qlora_lite.train.process_group import ProcessGroup
+from qlora_lite.train.processes import ALONE
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss
 
