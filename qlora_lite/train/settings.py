@@ -46,8 +46,9 @@ class TrainSettings:
 LEARNING_RATES = {"qwen": (5e-4, 0.0775), "gemma": (2.25e-4, 0.781), "": (5e-4, 0.781)}
 
 
-# Of these rates, for preferences: DPO's usual 5e-6 of whole weights, times ten for LoRA, is a fifth of a 7B model's.
-PREFERENCE_SHARE = 0.2
+# Of these rates, for preferences: LoRA's usual 5e-6 to 1e-5 of DPO is a thirtieth or so of a 7B model's; SmolLM2-135M
+# learned short answers at a sixteenth, not yet at a fortieth, and lost its words at a fifth (tools/bench/preferences).
+PREFERENCE_SHARE = 0.05
 
 
 def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> float:
