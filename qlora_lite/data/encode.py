@@ -29,6 +29,7 @@ from qlora_lite.errors import DataError, tokenizer_faults
 
 from .example_checks import NOTHING_TO_LEARN
 from .fast_render import Form, make_form
+from .labelled_rows import labelled_examples
 from .mask import Marked, Row, answers_of, mark_rows, render_row
 from .preferences import mismatched, paired
 from .render import CONTROL_TOKEN, check_shape, render_ahead
@@ -71,6 +72,9 @@ def make_examples(
     Raises:
         DataError: a file cannot be read, its format is not known, or there is no template.
     """
+    if settings.problem:
+        yield from labelled_examples(source, tokenizer, settings, statistics)
+        return
     first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
     prepared = _prepared(source, tokenizer, template, settings, statistics)
     for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer, settings, statistics)):

@@ -121,6 +121,7 @@ def read_examples(
     cache: Path | None = None,
     max_rows: int | None = None,
     preference: str | None = None,
+    problem: str | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -141,6 +142,8 @@ def read_examples(
         max_rows: read only the first good rows of each source; None for all.
         preference: "pairs" or "labels" where answers are compared or judged, see ``row_formats.read_conversations``;
             ``max_tokens`` is then of both sequences of an example.
+        problem: what the rows have labels for (``labels``), so that template and train_on do not matter; None are rows
+            for a language model.
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -149,7 +152,7 @@ def read_examples(
         DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
-    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows, preference)
+    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem)
     job = _Job(sources, tokenizer, template, settings)
     examples, statistics = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
@@ -238,7 +241,7 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
     if len(examples) == 0 and not statistics.problems.count:
         left = f"no row is left to train on: {_reasons(statistics.dropped)}"
         statistics.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
-    end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end
+    end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end and not job.settings.problem
     for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_target):
         statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
     if job.settings.preference == LABELS and (alike := check_labels(examples)):

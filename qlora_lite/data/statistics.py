@@ -27,7 +27,10 @@ _RESULT_KEYS = _TURN_KEYS | {"tool_call_id", "name"}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Say how rows become tokens; the names, meanings and ranges are those of ``examples.read_examples``."""
+    """Say how rows become tokens; the names, meanings and ranges are those of ``examples.read_examples``.
+
+    ``problem``: what rows have labels for (``labels``); None are rows for a language model.
+    """
 
     train_on: str
     max_tokens: int
@@ -35,6 +38,7 @@ class Settings:
     train_on_end: bool
     max_rows: int | None = None
     preference: str | None = None  # see ``row_formats.read_conversations``
+    problem: str | None = None
 
 
 @dataclass(slots=True)

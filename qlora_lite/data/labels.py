@@ -1,0 +1,125 @@
+"""Labels of texts: what a row's label is called, which number it has in a head's outputs, and how they are spread.
+
+A label is kept as text in ``Example.answer``: a name or number as the file has it, of several labels a JSON list, of a
+number its shortest decimal form. Numbers of outputs follow from the names of the training rows, in order, so that
+nothing but the list of names has to be kept beside a model.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from qlora_lite.errors import DataError
+
+from .fields import kind_of
+from .storage import Example
+
+# Kinds of problem, in transformers' words (``config.problem_type``).
+ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+_WITHOUT = "-1"  # what the test sets of GLUE have in place of a label
+MAX_NAMES = 1000  # more are no classes
+
+
+def label_text(value: object, problem: str) -> str:
+    """Return a row's label as text.
+
+    Args:
+        value: as the row has it.
+        problem: ONE_LABEL, LABELS or NUMBER.
+
+    Raises:
+        DataError: it is missing, or not of the problem's kind.
+    """
+    if value is None:
+        raise DataError("the label is missing or null; every row needs it")
+    if problem == NUMBER:
+        return repr(_number(value))
+    if problem == ONE_LABEL:
+        return _name(value)
+    if isinstance(value, str):
+        value = [part for part in map(str.strip, value.split(",")) if part]
+    if not isinstance(value, list):
+        raise DataError(f"the labels are {kind_of(value)}; write a list of names, or names with commas between them")
+    return json.dumps(sorted(set(map(_name, value))), ensure_ascii=False)
+
+
+def _name(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"the label is {kind_of(value)}, not a name or number")
+    name = str(value).strip()
+    if not name:
+        raise DataError("the label is empty; fill it in or remove the row")
+    if name == _WITHOUT:
+        raise DataError("the label -1 marks a row without one, as in the test sets of GLUE; remove the row")
+    return name
+
+
+def _number(value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"the label {value!r} is not a finite number, which task.kind regression needs"[:200])
+    return number
+
+
+def names_of(example: Example, problem: str) -> list[str]:
+    """Return the labels of an example: one, or any number of LABELS."""
+    return json.loads(example.answer) if problem == LABELS else [example.answer]
+
+
+def label_names(examples: Iterable[Example], problem: str) -> tuple[str, ...]:
+    """Return the names of all labels of some examples in order: numbers by size before other names by letter."""
+    names = {name for example in examples for name in names_of(example, problem)}
+    return tuple(sorted(names, key=_rank))
+
+
+def _rank(name: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(name), name
+    except ValueError:
+        return True, 0.0, name
+
+
+def target_of(example: Example, problem: str, numbers: Mapping[str, int]) -> int | float | list[float]:
+    """Return what a head's outputs are compared with: the label's number, 0 or 1 for each of several, or a number.
+
+    Args:
+        numbers: of the labels, by name.
+
+    Raises:
+        DataError: a label has no number.
+    """
+    if problem == NUMBER:
+        return float(example.answer)
+    names = names_of(example, problem)
+    if unknown := next((name for name in names if name not in numbers), None):
+        raise DataError(f"{example.where}: the label {unknown!r} is none of {', '.join(numbers)}"[:500])
+    if problem == ONE_LABEL:
+        return numbers[names[0]]
+    return [float(name in names) for name in numbers]
+
+
+def balance(examples: Sequence[Example], problem: str) -> dict:
+    """Return how labels are spread, and what always giving the commonest answer would reach.
+
+    Of NUMBER the mean and what its error would be.
+    """
+    if problem == NUMBER:
+        values = [float(example.answer) for example in examples]
+        mean = math.fsum(values) / max(1, len(values))
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values)))
+        return {"mean": mean, "standard_deviation": deviation,
+                "smallest": min(values, default=0.0), "largest": max(values, default=0.0)}  # fmt: skip
+    counts = Counter(name for example in examples for name in names_of(example, problem))
+    shown = {name: counts[name] for name in sorted(counts, key=_rank)}
+    if problem == LABELS:
+        whole = Counter(example.answer for example in examples)
+        return {"counts": shown, "baseline_accuracy": max(whole.values(), default=0) / max(1, len(examples))}
+    return {"counts": shown, "baseline_accuracy": max(counts.values(), default=0) / max(1, len(examples))}
