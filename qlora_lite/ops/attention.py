@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, each seeing only itself.
+"""Attention over packed sequences, each seeing only itself: causal, and an encoder's (``encoder_attention``).
 
 Training batches hold no padding: their rows are concatenated along the token axis and the row lengths
 travel beside them. Attending row by row is exact for every row, costs no more than the rows alone (a
@@ -29,6 +29,7 @@ from qlora_lite.errors import ModelError
 from .block_attention import block_attention, block_gradients
 from .checkpoint import running
 from .compiled import as_outside
+from .encoder_attention import encoder_attention
 from .flex_attention import flex_attention
 from .flex_attention import kernel_takes as flex_takes
 from .fused_attention import fused_attention, has_kernel
@@ -44,10 +45,10 @@ def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
     s_aux=None, row_lengths=None, row_ends=None, row_flex=False, **_unused,
 ):  # fmt: skip
-    """Attend causally within each row.
+    """Attend within each row, causally if the layer does not say otherwise.
 
     Args:
-        module: the attention layer; unused, the signature is that of transformers' attention interface.
+        module: the attention layer, as in transformers' attention interface; ``is_causal`` False is an encoder's.
         attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``. None or empty for
             none.
         scaling: factor on the scores; None means 1 / sqrt(D).
@@ -66,6 +67,8 @@ def row_attention(
         ModelError: dropout beside capped scores or sinks.
     """
     no_kernel = softcap or s_aux is not None
+    if not getattr(module, "is_causal", True):
+        return _of_encoder(query, key, value, attention_mask, scaling, dropout, sliding_window, row_lengths), None
     if dropout and no_kernel:
         raise ModelError("dropout of attention's weights is not known here beside capped scores or sinks: set "
                          "attention_dropout to 0 in the model's config.json")  # fmt: skip
@@ -98,6 +101,13 @@ def row_attention(
     if not dropout and _by_blocks(query, key, value, row_lengths, sliding_window):
         return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
     return by_row(), None
+
+
+def _of_encoder(query, key, value, attention_mask, scaling, dropout, window, row_lengths) -> torch.Tensor:
+    """Attend in both directions; see ``row_attention`` and ``encoder_attention``."""
+    if row_lengths is None and attention_mask is not None and attention_mask.numel():
+        return _fused(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous()
+    return encoder_attention(query, key, value, row_lengths or (query.shape[2],), scaling, window, dropout)
 
 
 def _by_blocks(query, key, value, row_lengths: Sequence[int], window: int | None) -> bool:

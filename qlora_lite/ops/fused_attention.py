@@ -42,20 +42,20 @@ _PLANNED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_b
 BACKWARDS = _PLANNED_BACKWARD, _FLASH_BACKWARD  # what ``scratch_bytes`` is of
 
 
-def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tensor:
-    """Attend; causally without a mask.
+def fused_attention(query, key, value, mask, scaling, dropout=0.0, causal=True) -> torch.Tensor:
+    """Attend; causally without a mask, if that is not to be otherwise.
 
     Args:
         query: [B, H, Tq, D].
         key, value: [B, K, Tk, D], H a multiple of K.
         mask: additive, or bool for what is seen, [Tq, Tk] or [B, 1, Tq, Tk]; None where each sees itself and those
-            before it, and a single query sees all.
+            before it, and a single query, or one that is not causal, sees all.
         scaling: factor on the scores; None means 1 / sqrt(D).
 
     Returns:
         [B, H, Tq, D], as a rule with T before H in memory.
     """
-    causal, groups = mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
+    causal, groups = causal and mask is None and query.shape[2] > 1, query.shape[1] // key.shape[1]
     on_gpu, flash = device_type(query.device) == "cuda", mask is None and runs_flash(query, key, value, dropout)
     if on_gpu and groups > 1 and not flash and query.shape[2] == 1:
         # the heads that share a key are as many queries of it, which see the same: nothing is copied
@@ -65,7 +65,7 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0) -> torch.Tens
         return fused_attention(together, key, value, mask, scaling, dropout).flatten(1, 2).unsqueeze(2)
     if on_gpu and groups > 1 and not flash:
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    if on_gpu and flash and not dropout and torch.is_grad_enabled() and query.requires_grad:
+    if on_gpu and flash and causal and not dropout and torch.is_grad_enabled() and query.requires_grad:
         key_heads = key_heads_at_once(query, key)
         if key_heads < key.shape[1] and flash_takes(query, key, value, scaling):
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
