@@ -45,8 +45,11 @@ from .parts import (
     HEAD,
     TOKEN_ROWS,
     freeze_weights,
+    head_paths,
+    is_of_head,
     is_tied,
     put_rows,
+    train_head,
     train_parts,
     train_tokens,
     train_weights,
@@ -55,6 +58,7 @@ from .parts import (
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names, weight_name
 from .saved import Saved
 
+MODEL_CONFIG_NAME = "config.json"
 _SHOWN = 3  # names of layers in an error
 
 _SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter's files and a tokenizer's
@@ -98,7 +102,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     first = next(iter(layers.values()), None)
     if first is None:  # weights of the base alone were trained; the name stands for no layer, to peft too
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+            "peft_type": "LORA", "task_type": _task_type(model), "base_model_name_or_path": base_model,
             "r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "target_modules": "dummy-target-modules",
             **_trained_beside(model, ()), "inference_mode": True,
         }  # fmt: skip
@@ -108,7 +112,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     experts = [outside(model, name) for name in expert_weights(model)]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
@@ -126,14 +130,22 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     }
 
 
+def _task_type(model: nn.Module) -> str:
+    return "SEQ_CLS" if model.config.problem_type else "CAUSAL_LM"
+
+
 def _trained_beside(model: nn.Module, layers: Collection[str]) -> dict:
     """Return what says which weights of the base are trained, of adapted layers' paths as files have them.
 
-    Modules have their whole paths, of which peft compares the ends: "norm" would be every norm.
+    Modules have their whole paths, of which peft compares the ends: "norm" would be every norm. Of a head for sequence
+    classification they are the outermost ones, as peft itself would have "classifier" and "score".
     """
     paths = {outside(model, path) for path in trained_paths(model)}
     modules = {path.removesuffix(".weight") for path in paths if path.endswith(".weight")}
     with_bias = {path.rpartition(".")[0] for path in paths if path.endswith(".bias")} - modules
+    inside = head_paths(model)
+    outermost = [path for path in inside if path.rpartition(".")[0] not in inside]
+    modules = {next((path for path in outermost if f"{module}.".startswith(f"{path}.")), module) for module in modules}
     found: dict = {"bias": "none" if not with_bias else "lora_only" if with_bias <= {*layers} else "all"}
     if modules:
         found["modules_to_save"] = sorted(modules)
@@ -174,6 +186,7 @@ class Lora(AdapterMethod):
         known_tokens: how many the tokenizer had without new ones.
         split: what the weights of the model were split by when it was loaded; None if they were not.
         merge_aware: see ``add_lora``.
+        head: train the head of a model for sequence classification too, at the LoRA weights' learning rate.
     """
 
     targets: tuple[Target, ...] = (Target(ALL_LINEAR),)
@@ -189,6 +202,7 @@ class Lora(AdapterMethod):
     known_tokens: int = 0
     split: Start | None = None
     merge_aware: str = OFF
+    head: bool = False
 
     @property
     def trained_tables(self) -> frozenset[str]:
@@ -214,6 +228,8 @@ class Lora(AdapterMethod):
         begin_at(model, take_first(model))
         train_parts(model, self.also)
         train_tokens(model, self.tokens, self.known_tokens, self.dtype)
+        if self.head:
+            train_head(model)
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """See ``adapter_config``."""
@@ -226,7 +242,7 @@ class Lora(AdapterMethod):
         Raises:
             ModelError: the model has no LoRA layers.
         """
-        if not self.also and not self.tokens:
+        if not (self.also or self.tokens or self.head):
             require_lora(model)
             yield from lora_parameters(model)
             return
@@ -238,7 +254,7 @@ class Lora(AdapterMethod):
 
     def trained_base(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield what is trained beside the LoRA weights."""
-        return (parameter for _, parameter in trained_weights(model) if self.also or self.tokens)
+        return (parameter for _, parameter in trained_weights(model) if self.also or self.tokens or self.head)
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights under the names of the PEFT format.
@@ -261,9 +277,11 @@ class Lora(AdapterMethod):
         ]
 
     def lr_ratios(self, names: Sequence[str], loraplus: float) -> list[float]:
-        """Return the ratio of LoRA+ for each B, 1 for the other weights beside layers, and that of ``also``."""
+        """Return the ratio of LoRA+ for each B, 1 for the head and others beside layers, and that of ``also``."""
         added = {".lora_A": 1.0, ".lora_B": loraplus, ".lora_magnitude_vector": 1.0, TOKEN_ROWS: 1.0}
-        return [next((r for end, r in added.items() if name.endswith(end)), self.also_lr_ratio) for name in names]
+        others = [1.0 if self.head and is_of_head(name) else self.also_lr_ratio for name in names]
+        return [next((r for end, r in added.items() if name.endswith(end)), other)
+                for name, other in zip(names, others, strict=True)]  # fmt: skip
 
     def does_nothing(self, model: nn.Module) -> bool:
         """Return whether every B is still as it began; False where no layer has one."""
@@ -320,17 +338,28 @@ def save_adapter(
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
-    write_adapter(Path(folder), tensors, method.config(model, str(base_model)), tokenizer)
+    with_head = _model_config(model) if model.config.problem_type else None
+    write_adapter(Path(folder), tensors, method.config(model, str(base_model)), tokenizer, with_head)
     return sha256(Path(folder) / WEIGHTS_NAME)
 
 
-def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None) -> None:
+def _model_config(model: nn.Module) -> str:
+    """Return ``config.json`` of a model with a head: peft does not say how many labels there are, or their names."""
+    config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
+    config.pop("use_cache", None)
+    return json.dumps(config, indent=2, default=str) + "\n"
+
+
+def write_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None, model_config: str | None = None
+) -> None:  # fmt: skip
     """Write an adapter folder in one step; one that is there is replaced, if it holds nothing else.
 
     Args:
         tensors: contiguous, on the host, under the names of the PEFT format.
         config: content of ``adapter_config.json``.
         tokenizer: written beside with its chat template, if given.
+        model_config: of a model with a head, as JSON: transformers takes the number and names of labels from it.
 
     Raises:
         OutputError: the folder cannot be written, or holds something else than an adapter.
@@ -345,6 +374,8 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: dict, 
     with replacing_folder(folder) as new:
         write_tensors(new / WEIGHTS_NAME, apart)
         (new / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if model_config is not None:
+            (new / MODEL_CONFIG_NAME).write_text(model_config, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
 
@@ -390,6 +421,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     own = {path: adapter.weights[f"{path}.{TOKEN_ROWS}"] for path in adapter.tokens}
     put_rows(model, {path: (adapter.tokens[path], new.setdefault(id(rows), nn.Parameter(rows.to(device))))
                      for path, rows in own.items()})  # fmt: skip
+    if not head_paths(model).isdisjoint(path.rpartition(".")[0] for path in adapter.weights):
+        train_head(model)
     _put(model, {_inside(path, layers): weight for path, weight in adapter.weights.items()}, device)
     return model
 

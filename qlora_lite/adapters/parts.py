@@ -50,10 +50,58 @@ class NormInFloat32(Around):
         return functional_call(self.inner, rounded, (x, *others))
 
 
+class LinearInFloat32(Around):
+    """A linear layer with trained weights in float32, which computes in float32 whatever it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.float())
+
+
 def is_norm(module: nn.Module) -> bool:
     """Return whether a module is a norm with weights: transformers has no other mark for them than their class's
     name."""
     return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
+
+
+def head_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the modules between hidden states and outputs of a model for sequence classification.
+
+    All that lies outside of its base model, and the base's pooler, which other architectures count to the head. A
+    language model has none: its head is ``get_output_embeddings``.
+    """
+    if not model.config.problem_type:
+        return set()
+    inner = model.base_model_prefix
+    outside = {path for path, _ in model.named_modules() if path and path != inner and not path.startswith(f"{inner}.")}
+    pooler = f"{inner}.pooler"
+    return outside | {path for path, _ in model.named_modules() if path == pooler or path.startswith(f"{pooler}.")}
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of the modules of ``head_paths`` by path."""
+    paths = head_paths(model)
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in paths} if paths else {}
+
+
+def train_head(model: nn.Module) -> None:
+    """Let the head of a frozen model for sequence classification be trained, in float32: it has few weights, all new.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    if not (paths := head_paths(model)):
+        raise ModelError(f"{type(model).__name__} has no head for sequence classification to train")
+    for path in sorted(paths):
+        module = model.get_submodule(path)
+        for leaf, parameter in module._parameters.items():
+            module._parameters[leaf] = parameter if parameter is None else nn.Parameter(parameter.detach().float())
+        if isinstance(module, nn.Linear) and model.dtype != torch.float32:
+            model.set_submodule(path, LinearInFloat32(module))
+
+
+def is_of_head(name: str) -> bool:
+    """Return whether a parameter is one of those of ``train_head``, by its name."""
+    return not {*name.split(".")}.isdisjoint(("score", "classifier", "pooler", "head"))
 
 
 def is_tied(model: nn.Module) -> bool:

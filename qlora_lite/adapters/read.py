@@ -37,7 +37,7 @@ from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
 from .lora.start import base_of, first_sum_of
-from .parts import TOKEN_ROWS, is_tied
+from .parts import TOKEN_ROWS, head_parameters, is_tied
 from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
@@ -386,6 +386,8 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
     """
     ends, has_biases = config.get("modules_to_save") or [], config.get("bias", "none") != "none"
     tables = [table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table]
+    own_head = head_parameters(model)
+    tables += own_head.values()
     tied = model.get_input_embeddings().weight if config.get("ensure_weight_tying") and is_tied(model) else None
     weights: dict[str, torch.Tensor] = {}
     problems: list[str] = []
@@ -412,6 +414,8 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
             problems.append(f"{stored} is not finite")
         else:
             weights[path] = tensor
+    if own_head and own_head.keys().isdisjoint(weights):
+        problems.append("it has no weights of a head for sequence classification (modules_to_save)")
     for path, module in model.named_modules():
         if isinstance(module, PackedWeight) and tensors.pop(f"{PREFIX}{outside(model, path)}.weight", None) is not None:
             problems.append(f"{outside(model, path)} was trained whole, and is in 4 bit here (a head with "

@@ -33,7 +33,7 @@ def decoder(model: nn.Module) -> nn.Module:
         ModelError: the model has no such part.
     """
     inner = getattr(model, model.base_model_prefix, None)
-    if inner is None or inner is model or model.get_output_embeddings() is None:
+    if inner is None or inner is model or (model.get_output_embeddings() is None and not model.config.problem_type):
         raise ModelError(f"{type(model).__name__} is not a causal language model with a separate head")
     return inner
 
@@ -45,15 +45,27 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Return the tokens of the longest row that a table of positions has room for (GPT-2, OPT); None without one.
+    """Return the tokens of the longest row that a table of positions has room for (GPT-2, OPT, BERT); None without one.
 
-    OPT's has two rows more.
+    OPT's has two rows more, and RoBERTa's counts from behind the position of the padding token.
     """
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if limit is None:
         return None
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings())
-    return limit if any(0 <= table.num_embeddings - limit <= 2 for table in tables) else None
+    found = next((table for table in tables if 0 <= table.num_embeddings - limit <= 2), None)
+    return None if found is None else limit - _first_position(found)
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the position of a row's first token: 0, but in RoBERTa and its kin that behind the padding token's."""
+    tables = (m for name, m in model.named_modules() if name.endswith(".position_embeddings"))
+    return max(map(_first_position, tables), default=0)
+
+
+def _first_position(table: nn.Module) -> int:
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def head(model: nn.Module) -> Head:
@@ -94,6 +106,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device that the model computes on (its first parameter may lie in host memory)."""
     _, layer = _without_rows(model.get_output_embeddings())
+    if layer is None:  # a head for sequence classification, which comes last and never leaves the device
+        return list(model.parameters())[-1].device
     return layer.device if isinstance(layer, HostHead) else layer.weight.device
 
 

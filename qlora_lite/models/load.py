@@ -41,6 +41,7 @@ from qlora_lite.units import format_bytes
 
 from .cache import base_fingerprint, cache_entry, check_sums
 from .gguf_codes import kept_formats, read_codes
+from .heads import Head, begin_head, note_new, with_head
 from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
@@ -161,9 +162,9 @@ def is_converted(config, quant: str, compute_dtype: torch.dtype) -> bool:
 def load_model(
     path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
-    in_files: bool = False, keep_16bit: Sequence[str] = (), start: Start | None = None,
+    in_files: bool = False, keep_16bit: Sequence[str] = (), start: Start | None = None, head: Head | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Load a causal language model, frozen, in training mode off.
+    """Load a causal language model, or one with a head for sequence classification, frozen, in training mode off.
 
     Args:
         path: folder, ``.gguf`` file, ``package:NAME/FILE`` or hub id.
@@ -181,6 +182,7 @@ def load_model(
             while the others are quantised.
         start: how weights are split between the base, which is loaded, and what its LoRA weights begin as
             (``adapters.lora.start.take_first``).
+        head: of sequences; None loads a language model.
 
     Raises:
         ModelError: files are missing or broken, part of the model would silently stay in 16 bit, a pattern of
@@ -194,7 +196,7 @@ def load_model(
     files = locate(path, revision)
     path = files.name
     stored, asked = stored_quantization(files.config), (quant, double_quant)
-    part = read_language_part(files.folder, path, files.gguf_file)
+    part = with_head(read_language_part(files.folder, path, files.gguf_file), head)
     if keep_16bit and stored is None and quant not in FOUR_BIT:
         raise ModelError(f"keep_16bit is for a model that is quantised here, and quant is {quant}")
     check_kept(part.config, keep_16bit, path)
@@ -224,6 +226,8 @@ def load_model(
         set_base(model, name_of_base(files, start, quant, double_quant), first)
     if quant_head:
         quantize_head(model, quant, double_quant)
+    if head:
+        begin_head(model, head.seed)
     return adopt(set_checkpoint_name(model, part.outside))
 
 
@@ -451,6 +455,7 @@ def _from_pretrained(
     files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, state=None
 ) -> nn.Module:  # fmt: skip
     extra = {"quantization_config": quantization_config} if quantization_config else {}
+    is_headed = part is not None and bool(part.config.problem_type)
     load = partial(model_of, files.folder) if state is None else partial(model_with, part.config, state)
     if state is not None:
         pass  # which is all that the files have
@@ -458,8 +463,10 @@ def _from_pretrained(
         extra = {"gguf_file": files.gguf_file, "config": part.config, **_gguf_options()}
     else:
         extra |= {"use_safetensors": True, **(_of_language_model(files, part) if part and part.whole else {})}
+        if part:  # the folder's own file may say another problem_type
+            extra.setdefault("config", copy.deepcopy(part.config))
     try:
-        with _without_report() if "key_mapping" in extra else nullcontext():
+        with _without_report() if "key_mapping" in extra or is_headed else nullcontext():
             model, info = load(
                 dtype=dtype, device_map={"": device}, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
@@ -470,8 +477,10 @@ def _from_pretrained(
     if problems := getattr(getattr(model, "hf_quantizer", None), "problems", None):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"cannot load {files.name}: {problems[0]}{more}")
-    missing = sorted({re.sub(r"\.absmax\w*$", ".weight", key) for key in info["missing_keys"]})
-    misshaped = [f"{name} {tuple(stored)}, not {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]]
+    other_shapes = {name: f"{tuple(stored)}, not {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]}
+    absent = note_new(model, [*info["missing_keys"], *other_shapes])
+    missing = sorted({re.sub(r"\.absmax\w*$", ".weight", key) for key in absent - other_shapes.keys()})
+    misshaped = [f"{name} {shapes}" for name, shapes in other_shapes.items() if name in absent]
     broken = [*misshaped, *map(str, info.get("conversion_errors") or ())]
     if missing or broken:
         shown = ", ".join([*missing, *broken][:4])
@@ -481,7 +490,8 @@ def _from_pretrained(
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from listing every tensor of the parts that are left out; what is missing is raised here."""
+    """Keep transformers from listing every tensor of the parts that are left out, or of a new head; what is missing is
+    raised here."""
     verbosity = get_verbosity()
     set_verbosity_error()
     try:

@@ -212,7 +212,7 @@ def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions
         if on_host and (table.weight.requires_grad or isinstance(table, EmbeddingWithRows | HeadWithRows)):
             raise ModelError(f"memory.{key} host is for a frozen table, and this one is trained, or has rows that are "
                              "(adapter.train_also, adapter.train_tokens): set it to device")  # fmt: skip
-    if options.host_embeddings != options.host_head and embedding.weight is head.weight:
+    if options.host_embeddings != options.host_head and head is not None and embedding.weight is head.weight:
         raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
     if options.host_head and not isinstance(head, nn.Linear):
         raise ModelError(f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: "

@@ -106,6 +106,7 @@ def read_language_part(folder: Path, name: str, gguf_file: str | None = None) ->
             config = as_the_file_says(from_gguf_header(path, "config", config_of, config_of), path)
         else:
             config = config_of(folder)
+        config.problem_type = None  # what is built of it is for others to say (``heads.with_head``)
     except (OSError, *_BUILD_ERRORS) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot read the configuration of {name}: {reason}") from error
@@ -159,7 +160,7 @@ def _whole(config) -> nn.Module:
     return without_weights(config, auto)
 
 
-def without_weights(config, auto=AutoModelForCausalLM, **options) -> nn.Module:
+def without_weights(config, auto=None, **options) -> nn.Module:
     """Return transformers' model of a configuration on the meta device, in 16 bit whatever it says of quantisation."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

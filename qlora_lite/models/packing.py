@@ -13,6 +13,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.ops.shapes import CPU_MULTIPLE, kernel_rows
 
 from .anatomy import decoder, device_of
+from .heads import is_encoder
 from .load import uses_row_attention
 
 _run_alone: WeakSet[nn.Module] = WeakSet()  # models
@@ -77,9 +78,12 @@ def why_unpacked(model: nn.Module, longest: int) -> str:
 
 
 def _can_tell_rows_apart(model: nn.Module) -> bool:
-    """Return whether attention learns where rows begin: from their lengths, or from positions that begin anew."""
+    """Return whether attention learns where rows begin: from their lengths, or from positions that begin anew, which
+    tell an encoder's nothing."""
     if uses_row_attention(model):
         return model.config.model_type not in WITHOUT_LENGTHS
+    if is_encoder(model):
+        return False
     return "position_ids" in inspect.signature(decoder(model).forward).parameters
 
 

@@ -14,8 +14,10 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -54,8 +56,13 @@ def config_of(folder: Path, **options):
     return config
 
 
+def auto_of(config):
+    """Return transformers' class for a configuration: a causal language model, or one with a head (``heads``)."""
+    return AutoModelForSequenceClassification if config.problem_type else AutoModelForCausalLM
+
+
 def model_of(folder: Path, config=None, **options):
-    """Return what transformers loads of a folder as a causal language model.
+    """Return what transformers loads of a folder, see ``auto_of``.
 
     Args:
         folder: holds the weights.
@@ -66,23 +73,26 @@ def model_of(folder: Path, config=None, **options):
         ModelError: it takes code from the folder; beside what transformers raises.
     """
     config = config or config_of(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, **_NO_CODE, **options)
+    return auto_of(config).from_pretrained(folder, config=config, **_NO_CODE, **options)
 
 
 def model_with(config, state: dict[str, torch.Tensor], **options):
-    """Return transformers' causal language model of a configuration with tensors by the names of its parameters.
+    """Return transformers' model of a configuration with tensors by the names of its parameters, see ``auto_of``.
 
     Args:
         options: of ``from_pretrained``.
     """
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None, config=config, state_dict=state, **_NO_CODE, **options
-    )
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if config.problem_type else MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[type(config)].from_pretrained(None, config=config, state_dict=state, **_NO_CODE, **options)
 
 
-def model_from(config, auto=AutoModelForCausalLM, **options) -> nn.Module:
-    """Return transformers' model of a configuration, its weights not loaded."""
-    return auto.from_config(config, trust_remote_code=False, **options)
+def model_from(config, auto=None, **options) -> nn.Module:
+    """Return transformers' model of a configuration, its weights not loaded.
+
+    Args:
+        auto: transformers' class for it; None is that of ``auto_of``.
+    """
+    return (auto or auto_of(config)).from_config(config, trust_remote_code=False, **options)
 
 
 def _refuse_code(folder: Path) -> None:

@@ -24,6 +24,7 @@ from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.adapters.lora.start import First, Start
+from qlora_lite.adapters.parts import head_paths
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 from qlora_lite.ops.offload import disk_memory
@@ -179,7 +180,7 @@ class OnArrivalQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, **_unused):
-        skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        skip = [*self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules), *head_paths(model)]
         config = self.quantization_config
         self.problems: list[str] = []
         self.splitter = Splitter(config.quant_type, config.double_quant, config.start, model)
@@ -258,6 +259,7 @@ def replace_weights(
             put_empty(projection, kind, double_quant)
             drop_parameter(projection)
     head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
+    head |= head_paths(model)
     _replace_linears(model, quant_type, double_quant, head.union(kept), formats=formats)
 
 
@@ -332,7 +334,7 @@ def quantize_in_place(
     splitter, kept = Splitter(quant_type, double_quant, start, model), kept_layers(model, keep_16bit)
     pack_in_place(model, quant_type, double_quant, kept)
     _refuse_16_bit(model, kept)
-    head, skip = model.get_output_embeddings(), routers(model) | kept
+    head, skip = model.get_output_embeddings(), routers(model) | kept | head_paths(model)
     for name, module in tqdm(list(model.named_modules()), desc="Splitting weights", disable=start is None):
         if module is head or name in skip or not is_linear_16_bit(module):
             continue

@@ -26,6 +26,7 @@ from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.tensor_file import write_tensors
 
 from .cache import write_sums
+from .heads import new_weights
 from .locate import INDEX_NAME
 from .quantizer import QuantizeConfig
 from .split import write_first
@@ -118,6 +119,7 @@ def save_for_cache(model: nn.Module, folder: Path, first: First | None = None) -
         state = _each_once(model) | missing
     else:
         config, state = bnb_config(model), quantized_state(model)
+    state = {name: tensor for name, tensor in state.items() if name not in new_weights(model)}
     _write(model, folder, config, state, with_sums=True, first=first)
 
 

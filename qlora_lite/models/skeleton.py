@@ -166,7 +166,8 @@ def meta_model(
         model = without_weights(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"no causal language model can be built from this configuration: {reason}") from error
+        kind = "model for sequence classification" if config.problem_type else "causal language model"
+        raise ModelError(f"no {kind} can be built from this configuration: {reason}") from error
     if quant != "none":
         kept = kept_layers(model, keep_16bit, config)
         replace_weights(model, quant, double_quant, kept, dict(formats) if quant == KEEP else None)

@@ -23,6 +23,7 @@ from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import frozen_weight, is_linear, routers
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
 
+from ..parts import head_paths
 from .dora import DoraLinear
 from .layer import LoraExperts, LoraLinear, LoraWeights, merging_of
 from .shared import share_inputs
@@ -40,8 +41,8 @@ class Target:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer but the head and routers by path: the layers that LoRA may wrap."""
-    head, left_out = model.get_output_embeddings(), routers(model)
+    """Return every linear layer but those of the head and routers by path: the layers that LoRA may wrap."""
+    head, left_out = model.get_output_embeddings(), routers(model) | head_paths(model)
     return {name: module for name, module in model.named_modules()
             if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
 
