@@ -305,13 +305,17 @@ class CausalLM(Workload):
         plain = replace(settings.options, kernels="plain")  # until ``choose_kernels`` has tried others
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_memory_options(model, replace(plain, tile_tokens=tiny_tiles))
-        check_forward(model, settings.max_tokens)
+        self.check_forward(model, settings.max_tokens)
         if runs_unpacked(model) and not self.method.trains_unpacked:
             raise ModelError(f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
                              "another row; take adapter.method prompt")  # fmt: skip
         set_memory_options(model, plain)
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.options)
+
+    def check_forward(self, model: nn.Module, longest: int) -> None:
+        """See ``text_guards.check_forward``."""
+        check_forward(model, longest)
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], Inputs], options: MemoryOptions, recorded: Sequence[str] | None

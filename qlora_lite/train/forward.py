@@ -1,4 +1,4 @@
-"""The forward pass of a causal language model over packed sequences, up to the last hidden states."""
+"""The forward pass of a language model or an encoder over packed sequences, up to the last hidden states."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.models.anatomy import decoder
+from qlora_lite.models.anatomy import decoder, first_position
+from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.packing import runs_unpacked
@@ -25,6 +26,7 @@ class Inputs(NamedTuple):
     learned: int64 [N], the places whose next token is a target.
     targets: int64 [N].
     row_ends: of a GPU, where rows end (``ops.packed_attention.sequence_ends``).
+    token_types: int64 [1, T + filler], which text of a pair each token is of; None where the model does not ask.
     """
 
     input_ids: torch.Tensor
@@ -33,6 +35,7 @@ class Inputs(NamedTuple):
     learned: torch.Tensor
     targets: torch.Tensor
     row_ends: torch.Tensor | None = None
+    token_types: torch.Tensor | None = None
 
 
 def prepare(batch: Batch, device: torch.device) -> Inputs:
@@ -67,6 +70,7 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     kernels = kernels_of(model)
     at_once = {"row_ends": inputs.row_ends} if "sequences" in kernels and inputs.row_ends is not None else {}
     at_once |= {"row_flex": True} if FLEX in kernels else {}
+    at_once |= {} if inputs.token_types is None else {"token_type_ids": inputs.token_types}
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
 
 
@@ -82,19 +86,27 @@ def _decoded(
     if uses_row_attention(model):
         # row_attention needs no mask. Without one, transformers looks at the positions for packed rows, and a GPU
         # waits for the answer; one of four dimensions it passes on as it is.
-        rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0)), **at_once}
-    output = decoder(model)(input_ids=ids, position_ids=positions, use_cache=False, **rows)
+        rows = {"row_lengths": row_lengths, "attention_mask": ids.new_empty((1, 1, 0, 0))}
+    if not is_encoder(model):
+        rows["use_cache"] = False
+    elif not rows:  # the filler behind a row that is alone is hidden from it
+        rows["attention_mask"] = (torch.arange(ids.shape[1], device=ids.device) < row_lengths[0]).long()[None]
+    if is_encoder(model) and (first := first_position(model)):
+        positions = positions + first
+    output = decoder(model)(input_ids=ids, position_ids=positions, **rows, **at_once)
     return output.last_hidden_state[0, : sum(row_lengths)]
 
 
 def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Run each row by itself; the tokens behind it, up to the kernel's length, cannot change what came before."""
+    """Run each row by itself; the tokens behind it, up to the kernel's length, change nothing of it."""
     outs, start, device = [], 0, inputs.input_ids.device
     for number, length in enumerate(inputs.row_lengths):
-        ids = part(inputs.input_ids, (slice(None), slice(start, start + kernel_rows(length, device))))
+        place = slice(None), slice(start, start + kernel_rows(length, device))
+        ids = part(inputs.input_ids, place)
         positions = torch.arange(ids.shape[1], device=device)[None]
+        types = {} if inputs.token_types is None else {"token_type_ids": part(inputs.token_types, place)}
         with sequence_alone(number):
-            outs.append(_decoded(model, ids, positions, (length,)))
+            outs.append(_decoded(model, ids, positions, (length,), **types))
         start += length
     return torch.cat(outs)
 

@@ -6,7 +6,7 @@ gives for each row by itself; the model has an embedding for every token; the se
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +36,9 @@ BAD_FILES = "the model's files are damaged, or it was trained or merged badly: t
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
-def check_forward(model: nn.Module, longest: int = 0) -> float:
+def check_forward(
+    model: nn.Module, longest: int = 0, error_of: Callable[[nn.Module], float] | None = None
+) -> float:  # fmt: skip
     """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
 
     A model in which packed rows see each other is switched to running them one by one, which is exact, with one
@@ -46,6 +48,7 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
 
     Args:
         longest: tokens of the longest row that there may be; the comparison is of short ones.
+        error_of: returns the relative L2 error; None is of a language model's logits.
 
     Returns:
         The relative L2 error.
@@ -53,12 +56,13 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
     Raises:
         ModelError: the difference is more than rounding, or weights are not finite or too large to compute with.
     """
+    compare = error_of or _logits_error
     _check_embeddings_finite(model)
     if not runs_unpacked(model) and (why := why_unpacked(model, longest)):
         run_unpacked(model)
         log.warning("%s: each row is run by itself, since %s", type(model).__name__, why)
     tolerance = LOGITS_TOLERANCE[model.dtype]
-    error = _logits_error(model)
+    error = compare(model)
     together = error
     for change, why in (
         (run_unpacked, "packed sequences see each other"),
@@ -66,7 +70,7 @@ def check_forward(model: nn.Module, longest: int = 0) -> float:
     ):
         if not error <= tolerance:
             change(model)
-            error = _logits_error(model)
+            error = compare(model)
             if error <= tolerance:
                 log.warning("%s: %s (relative error %.1e), so each row is run by itself: exact, but packing saves no "
                             "time", type(model).__name__, why, together)  # fmt: skip
@@ -108,7 +112,7 @@ def _logits_error(model: nn.Module) -> float:
     was_training = model.training
     model.eval()
     packed = head_logits(hidden_states(model, prepare(batch, device_of(model))), head(model))
-    with _own_attention(model):
+    with own_attention(model):
         alone = torch.cat(
             [model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows]
         ).float()
@@ -153,7 +157,7 @@ def _check_embeddings_finite(model: nn.Module) -> None:
 
 
 @contextmanager
-def _own_attention(model: nn.Module) -> Iterator[None]:
+def own_attention(model: nn.Module) -> Iterator[None]:
     """Attend as transformers writes it out for this model, and not row by row."""
     if not uses_row_attention(model):
         yield

@@ -191,6 +191,10 @@ class Workload:
         """Return the workload as it computes with memory options."""
         return self
 
+    def of_tokenizer(self, tokenizer) -> Self:
+        """Return the workload for rows that a tokenizer made."""
+        return self
+
     def plain(self) -> Self:
         """Return the workload with the plain objective."""
         return self

@@ -1,0 +1,220 @@
+"""The workload that is a language model or an encoder with a head: one label, several, or a number for each text.
+
+Rows are packed as those of a language model are, and their attention is kept apart, an encoder's in both directions;
+where an architecture cannot tell them apart (DeBERTa, Mamba) they run one by one. (transformers pads the texts of a
+batch; what it computes for each is the same, and the padding is computed for nothing.)
+
+The loss is that of transformers' ``ForSequenceClassification`` models, a mean over the texts of a step: cross-entropy
+of one label, binary cross-entropy of each of several, the squared error of a number.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_lite.data.batch import Batch
+from qlora_lite.data.labels import LABELS, ONE_LABEL, target_of
+from qlora_lite.data.storage import Example
+from qlora_lite.errors import ModelError
+from qlora_lite.memory.marks import category
+from qlora_lite.models import anatomy
+from qlora_lite.models.heads import is_encoder, outputs_of
+from qlora_lite.models.kernels import use_kernels
+from qlora_lite.models.memory_options import MemoryOptions
+
+from .causal_lm import TRAINED_WEIGHTS, CausalLM
+from .forward import Inputs, hidden_states, prepare
+from .step import evaluating
+from .text_guards import check_forward, own_attention
+from .workload import BatchShape, LossSum, Objective
+
+WITHOUT_LOGITS = {"loss_chunk_tokens": None, "host_head": False, "compile": False}  # options that it has no use for
+CHECKED_LENGTHS = 7, 12, 5
+
+
+class Texts(NamedTuple):
+    """Packed texts, and what is to be found for each: int64 [N], float32 [N, C] of several labels, [N] of a number."""
+
+    batch: Batch
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HeadLoss(Objective):
+    """The loss of a head's outputs [N, C], float32, as transformers defines it for a kind of problem.
+
+    Args:
+        problem: ONE_LABEL, LABELS or NUMBER.
+    """
+
+    problem: str = ONE_LABEL
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Inputs) -> LossSum:
+        """Return the sum of the losses of the texts, and how many have the label that is likeliest."""
+        targets = inputs.targets
+        if self.problem == ONE_LABEL:
+            right = (outputs.detach().argmax(-1) == targets).sum(dtype=torch.float32)
+            return LossSum(functional.cross_entropy(outputs, targets, reduction="sum"), {"accuracy": right})
+        if self.problem == LABELS:
+            each = functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
+            return LossSum(each / outputs.shape[1])
+        return LossSum(functional.mse_loss(outputs.squeeze(-1), targets, reduction="sum"))
+
+    @property
+    def name(self) -> str:
+        """The problem's."""
+        return self.problem
+
+
+@dataclass(frozen=True)
+class SequenceHead(CausalLM):
+    """A model with a head over packed texts. Its objective is given the head's outputs [N, C], float32.
+
+    Args:
+        labels: the names of the outputs, in order.
+        separator: the token that ends the first text of a pair, of a model that tells the texts apart by their type.
+    """
+
+    objective: Objective = field(default_factory=HeadLoss)
+    labels: tuple[str, ...] = ()
+    separator: int | None = None
+
+    @property
+    def problem(self) -> str:
+        """The kind of problem, transformers' word for it."""
+        return self.objective.name
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.labels)}
+
+    def of_tokenizer(self, tokenizer) -> Self:
+        """Take the separator from the tokenizer that made the rows."""
+        return replace(self, separator=tokenizer.sep_token_id)
+
+    def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return 1 for each."""
+        return [1] * len(examples)
+
+    def collate(self, examples: Sequence[Example]) -> Texts:
+        """Pack texts into one sequence, with what is to be found for each."""
+        found = [target_of(example, self.problem, self._numbers) for example in examples]
+        dtype = torch.int64 if self.problem == ONE_LABEL else torch.float32
+        return Texts(super().collate(examples), torch.tensor(found, dtype=dtype))
+
+    def shape(self, batch: Texts) -> BatchShape:
+        """Return the tokens of each text, and how many there are."""
+        return BatchShape(batch.batch.row_lengths, len(batch.targets))
+
+    def inputs(self, batch: Texts, device: torch.device) -> Inputs:
+        """See ``forward.prepare``; targets are those of the texts."""
+        inputs, targets = prepare(batch.batch, device), batch.targets.to(device)
+        types = self._types(inputs.input_ids, inputs.row_lengths)
+        return inputs._replace(learned=targets.new_empty(0, dtype=torch.int64), targets=targets, token_types=types)
+
+    def _types(self, ids: torch.Tensor, row_lengths: Sequence[int]) -> torch.Tensor | None:
+        """Return which text of a pair each token is of: the second one behind the first separator of a row."""
+        if (getattr(self.spec and self.spec.config, "type_vocab_size", None) or 0) < 2:
+            return None
+        if self.separator is None:
+            return torch.zeros_like(ids)
+        rest = ids.shape[1] - sum(row_lengths)
+        rows = (ids[0] == self.separator).split([*row_lengths, rest])
+        return torch.cat([(row.cumsum(0) - row.long() > 0).long() for row in rows])[None]
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> Inputs:
+        """Return inputs of zeros, with positions."""
+        inputs, count = super().planned_inputs(shape, device), len(shape.lengths)
+        size = (count, len(self.labels)) if self.problem == LABELS else (count,)
+        targets = torch.zeros(size, dtype=torch.int64 if self.problem == ONE_LABEL else torch.float32, device=device)
+        types = self._types(inputs.input_ids, inputs.row_lengths)
+        return inputs._replace(learned=inputs.learned[:0], targets=targets, token_types=types)
+
+    def outputs(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+        """Return the head's outputs for each text, float32 [N, C]."""
+        hidden = hidden_states(model, inputs)
+        with category("logits"):
+            return outputs_of(model, hidden, inputs.row_lengths).float()
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
+        """Return the loss over the texts."""
+        return self.objective(model, self.outputs(model, inputs), inputs)
+
+    @property
+    def fixed_options(self) -> Mapping[str, object]:
+        """Those of logits, which it has none of, of weights that are trained, and tiles where no part can be cut."""
+        tiles = {} if self._has_tokenwise_parts else {"tile_tokens": None}
+        return {**WITHOUT_LOGITS, **tiles, **(TRAINED_WEIGHTS if self.method.trains_base else {})}
+
+    @cached_property
+    def _has_tokenwise_parts(self) -> bool:
+        model = self._without_values()
+        return any(map(anatomy.tokenwise_parts, (anatomy.decoder(model), *anatomy.blocks(model))))
+
+    @property
+    def movable_tables(self) -> tuple[str, ...]:
+        """The embeddings, but for trained ones."""
+        return tuple(table for table in super().movable_tables if table == "host_embeddings")
+
+    @property
+    def tables_are_tied(self) -> bool:
+        """Whether the embeddings are the head too: never."""
+        return False
+
+    def check_forward(self, model: nn.Module, longest: int) -> None:
+        """Compare the outputs for packed texts with the model's own, see ``text_guards.check_forward``."""
+        check_forward(model, longest, outputs_error)
+
+    def choose_kernels(
+        self, model: nn.Module, largest: Callable[[], Inputs], options: MemoryOptions, recorded: Sequence[str] | None
+    ) -> None:
+        """See ``kernels``, which are those of decoders."""
+        if is_encoder(model):
+            use_kernels(model, ())
+            return
+        super().choose_kernels(model, largest, options, recorded)
+
+    def choose_loss(self, model: nn.Module, largest: Callable[[], Inputs], setting: str, recorded: str | None) -> Self:
+        """Return the workload: there is one loss."""
+        return self
+
+
+@torch.no_grad()
+def outputs_error(model: nn.Module) -> float:
+    """Return the relative L2 error of a head's outputs for a few packed texts, beside the model's own for each.
+
+    The tokens are of the vocabulary's second half, where no tokenizer has one that means padding.
+
+    Raises:
+        ModelError: the model's own are not finite.
+    """
+    generator, count = torch.Generator().manual_seed(0), model.get_input_embeddings().weight.shape[0]
+    rows = [torch.randint(count // 2, count, (1, length), generator=generator) for length in CHECKED_LENGTHS]
+    where, positions = list(model.parameters())[-1].device, [torch.arange(length)[None] for length in CHECKED_LENGTHS]
+    ids = torch.cat(rows, dim=1)
+    none = torch.full((ids.shape[1],), -100)
+    inputs = prepare(Batch(ids, torch.cat(positions, dim=1), none, CHECKED_LENGTHS, ("",) * len(rows)), where)
+    was_training = model.training
+    model.eval()
+    packed = outputs_of(model, hidden_states(model, inputs), CHECKED_LENGTHS).float()
+    with own_attention(model):
+        alone = torch.cat([model(input_ids=row.to(where)).logits for row in rows]).float()
+    model.train(was_training)
+    if not alone.isfinite().all():
+        raise ModelError(f"{type(model).__name__}: the outputs of its head are not finite")
+    return ((packed - alone).norm() / alone.norm()).item()
+
+
+@torch.no_grad()
+def outputs_for(workload: SequenceHead, model: nn.Module, batches: Sequence[Texts]) -> torch.Tensor:
+    """Return the head's outputs for every text of the batches, float32 [N, C] in host memory, with dropout off."""
+    device, found = workload.device(model), []
+    with evaluating(model):
+        for batch in batches:
+            found.append(workload.outputs(model, workload.inputs(batch, device)).cpu())
+    return torch.cat(found)
