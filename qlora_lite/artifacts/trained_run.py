@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qlora_lite.adapters.files import MODEL_CONFIG_NAME
 from qlora_lite.adapters.lora.start import first_sum_of, sum_of
 from qlora_lite.adapters.read import Adapter as ReadAdapter
 from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens, warn_of_other_split
@@ -27,7 +28,7 @@ from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
 from qlora_lite.models.load import load_model, resolve_device
-from qlora_lite.models.locate import ModelFiles, locate
+from qlora_lite.models.locate import ModelFiles, locate, read_json
 from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import first_lora_weights
@@ -43,7 +44,7 @@ from qlora_lite.prepare.build import (
 )
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import Adapter, Data, Model, Recipe
+from qlora_lite.recipe.schema import PROBLEMS, Adapter, Data, Model, Recipe, Task
 
 from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
 
@@ -235,13 +236,16 @@ class TrainedRun:
         return model
 
 
-def open_trained(run: str | Path, model_path: str | None = None, unfinished: bool = False) -> TrainedRun:
+def open_trained(
+    run: str | Path, model_path: str | None = None, unfinished: bool = False, has_head: bool | None = False
+) -> TrainedRun:  # fmt: skip
     """Open a run for use, or an adapter alone.
 
     Args:
         run: a run folder, or an adapter's in the PEFT format.
         model_path: where the base model is, if not where the run or the adapter says.
         unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
+        has_head: what is wanted: a head that labels texts, or (False) a language model; None takes either.
 
     Raises:
         RecipeError: it is no such folder, has no adapter, or the run did not reach its end.
@@ -250,8 +254,11 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     """
     folder = Path(run)
     if is_adapter_alone(folder):
-        return _open_alone(folder, model_path)
+        alone = _open_alone(folder, model_path)
+        _require_kind(alone.recipe, folder, has_head)
+        return alone
     opened = open_run(folder)
+    _require_kind(opened.recipe, folder, has_head)
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not finish (status {status}); add --unfinished to use its adapter "
@@ -272,6 +279,15 @@ def open_trained(run: str | Path, model_path: str | None = None, unfinished: boo
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
 
 
+def _require_kind(recipe: Recipe, name: str | Path, has_head: bool | None) -> None:
+    """Raise if a recipe is of a head where a language model is wanted, or the other way round."""
+    if has_head is False and recipe.problem is not None:
+        raise RecipeError(f"{name} labels texts (task.kind {recipe.task.kind}), and writes no answers: use `qlora-lite "
+                          "predict` or `evaluate`, or its adapter folder with peft")  # fmt: skip
+    if has_head and recipe.problem is None:
+        raise RecipeError(f"{name} is a language model without a head for labels: use `qlora-lite generate`")
+
+
 def _open_whole(folder: Path, opened: OpenedRun, model_path: str | None) -> TrainedRun:
     if model_path:
         raise ModelError(f"{folder} has a whole model, and needs no base model: leave out --model")
@@ -284,7 +300,8 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     base, revision = named_base(folder)
     if not (path := base or model_path):
         raise ModelError(f"the adapter {folder} does not name its base model; give that with --model PATH")
-    named = Recipe(model=Model(path=path, revision=revision), data=Data.model_construct(train=()))
+    named = Recipe(model=Model(path=path, revision=revision), task=_task_of(folder),
+                   data=Data.model_construct(train=()))  # fmt: skip
     recipe = _where_it_lies_now(named, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
@@ -293,11 +310,31 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
         raise ModelError(said if model_path else f"{said}. Give its location with --model PATH") from error
     recipe = recipe.model_copy(update={"adapter": Adapter(train_tokens=_new_tokens(folder, recipe))})
     trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
+    if recipe.problem is not None:
+        return trained
     try:
         tokenizer = trained.tokenizer()
         return _with_end_of_template(trained, tokenizer) if tokenizer.chat_template else trained
     except DataError as error:
         raise DataError(f"the chat template of the adapter {folder}: {error}") from error
+
+
+def _task_of(folder: Path) -> Task:
+    """Return what an adapter alone is for: of peft's SEQ_CLS its head's labels, which ``config.json`` beside it says.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if read_json(folder / ADAPTER_CONFIG).get("task_type") != "SEQ_CLS":
+        return Task()
+    said = read_json(folder / MODEL_CONFIG_NAME) if (folder / MODEL_CONFIG_NAME).is_file() else {}
+    kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
+    labels = said.get("id2label")
+    if kind is None or not isinstance(labels, dict):
+        raise ModelError(f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
+                         "and problem_type: add them, or use the run that trained it")  # fmt: skip
+    names = None if kind == "regression" else tuple(map(str, labels.values()))
+    return Task.model_validate({"kind": kind, "labels": names})
 
 
 def _new_tokens(folder: Path, recipe: Recipe) -> tuple[str, ...]:
@@ -344,6 +381,7 @@ def open_model(
         recipe = without_start(load_recipe(path, overrides, check_files=False))
     else:
         recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
+    _require_kind(recipe, name, has_head=False)
     recipe = _where_it_lies_now(recipe, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
@@ -385,11 +423,14 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
 
 
 def _as_it_ran(opened: OpenedRun) -> Recipe:
-    """Return a run's recipe with the plan that it recorded; an earlier version's may say nothing now."""
+    """Return a run's recipe with the labels and the plan that it recorded; an earlier version's may say nothing now."""
+    recipe = opened.recipe
+    if recipe.problem is not None and (labels := opened.summary.get("labels")):
+        recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(labels)})})
     try:
-        return with_plan(opened.recipe, opened.summary["plan"]["chosen"])
+        return with_plan(recipe, opened.summary["plan"]["chosen"])
     except (KeyError, TypeError, CheckpointError):
-        return opened.recipe
+        return recipe
 
 
 def _where_it_lies_now(recipe: Recipe, model_path: str | None) -> Recipe:

@@ -110,6 +110,7 @@ def _echo_result(shown: dict[str, Any], asked: int) -> None:
     rows = shown["rows"]
     for former in ("exact_match", "exact_match_rows"):  # which are among the metrics
         shown.pop(former, None)
+    confusion = shown.pop("confusion", None)
     for name, score in shown.pop("metrics", {}).items():
         signature = f"; {score['signature']}" if "signature" in score else ""
         on = f"{score['examples']:,} of {rows:,} examples"
@@ -117,8 +118,19 @@ def _echo_result(shown: dict[str, Any], asked: int) -> None:
     for name, value in shown.items():
         label = _LABELS.get(name, name).replace("_", " ")
         echo(f"{label:22} {value:.4f}" if isinstance(value, float) else f"{label:22} {value}")
+    if confusion:
+        _echo_confusion(confusion)
     if 0 < asked < rows:
         echo(f"note: scores are of the first {asked:,} examples (train.metrics_examples); --rows N for more")
+
+
+def _echo_confusion(confusion: dict) -> None:
+    """Print how many examples of each label were given each."""
+    labels, cells = confusion["labels"], [list(map(str, row)) for row in confusion["matrix"]]
+    width = 2 + max(map(len, [*labels, *(cell for row in cells for cell in row)]))
+    echo(f"{'label, given:':22} " + "".join(f"{label:>{width}}" for label in labels))
+    for label, row in zip(labels, cells, strict=True):
+        echo(f"{label:22} " + "".join(f"{cell:>{width}}" for cell in row))
 
 
 def _score_tasks(
@@ -187,7 +199,7 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
     _check_overrides(folder, overrides, is_alone)
     from qlora_lite.artifacts.trained_run import open_trained
 
-    trained = open_trained(folder, model_path, unfinished)
+    trained = open_trained(folder, model_path, unfinished, has_head=None)
     (data, train), tokenizer = (trained.recipe.data, trained.recipe.train), None
     if is_alone:
         settings = {"model": {"path": trained.recipe.model.path}, "data": {"train": "no-rows"}}

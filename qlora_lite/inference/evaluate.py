@@ -46,6 +46,7 @@ from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_embeddings, check_forward
 
 from .generate import Answer, answers, stop_ids
+from .labels import load_head, measure_labels
 
 log = logging.getLogger("qlora_lite")
 CUT = " […]"  # behind an answer that did not end where its reference could have
@@ -295,6 +296,8 @@ def evaluate_recipe(
         with explain_write_errors(Path(out)):  # now, and not when all is answered
             Path(out).parent.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
+    if recipe.problem is not None:
+        return _evaluate_labels(recipe, adapter, tokenizer, watch)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
@@ -321,6 +324,22 @@ def evaluate_recipe(
         if out:
             write_text(Path(out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found.records))
     return measured
+
+
+def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None) -> dict[str, Any]:
+    """Measure a recipe's model with its head on its evaluation rows, see ``evaluate_recipe``."""
+    data = build_data(recipe, tokenizer, "eval")
+    model, work = load_head(recipe, adapter, tokenizer)
+    check_embeddings(model, data.examples)
+    settings = train_settings(recipe)
+    watched = watching(watch, "evaluation", len(data.examples))
+    result = evaluate_loss(work, model, eval_batches(work, data.examples, settings, watched))
+    scores, matrix = measure_labels(work, model, data.examples, settings)
+    return {
+        "adapter": str(adapter) if adapter else None, "rows": len(data.examples), "eval_loss": result.loss,
+        "metrics": {name: score.as_dict() for name, score in scores.items()},
+        **({"confusion": {"labels": list(work.labels), "matrix": matrix}} if matrix else {}),
+    }  # fmt: skip
 
 
 def measurable(examples: Sequence[Example], measures: Measures) -> Sequence[Example]:

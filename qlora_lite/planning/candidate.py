@@ -77,7 +77,8 @@ class Candidate:
     @property
     def settings(self) -> dict[str, object]:
         """What the plan chose, by recipe keys."""
-        options = {f"memory.{key}": value for key, value in self.options.settings.items() if key not in NOT_CHOSEN}
+        options = {f"memory.{key}": value for key, value in self.options.settings.items()
+                   if key not in NOT_CHOSEN and value is not None}  # fmt: skip
         return options | {
             "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
         }  # fmt: skip

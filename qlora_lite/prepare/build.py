@@ -46,7 +46,7 @@ from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
 from qlora_lite.models.nested import without_weights
 from qlora_lite.models.published import published_formats
-from qlora_lite.models.skeleton import meta_model, read_config, read_part
+from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.ops.stream import Ranks
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
@@ -56,8 +56,11 @@ from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
+from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
+
+from .heads import head_of, part_of
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +131,7 @@ def build_model(
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
         quant_head=m.quant_head, in_files=options.loads_from_files, keep_16bit=m.keep_16bit, start=start_of(recipe),
+        head=head_of(recipe),
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if first:
@@ -217,7 +221,7 @@ def method_of(recipe: Recipe) -> AdapterMethod:
     x, is_dora = recipe.lora, recipe.adapter.method == "dora"
     also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio, *tokens_of(recipe)
     how = x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora
-    return Lora(targets_of(recipe), *how, *also, start_of(recipe), recipe.train.merge_aware)
+    return Lora(targets_of(recipe), *how, *also, start_of(recipe), recipe.train.merge_aware, recipe.problem is not None)
 
 
 def build_to_use(
@@ -241,7 +245,8 @@ def build_to_use(
         MemoryOptions(tile_tokens=fixed_options(recipe).get("tile_tokens"), kernels="plain"),
         MemoryOptions(),
     )
-    if (memory := memory_to_use(device, recipe.memory.budget_bytes)) is not None:
+    memory = memory_to_use(device, recipe.memory.budget_bytes) if recipe.problem is None else None
+    if memory is not None:
         set_memory_limit(device, None)  # loading may take more for a moment
         skeleton = build_skeleton(recipe)
         if tiles.tile_tokens:
@@ -251,7 +256,7 @@ def build_to_use(
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
         quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
-        start=start_of(recipe) if adapters else None,
+        start=start_of(recipe) if adapters else None, head=head_of(recipe),
     )  # fmt: skip
     take_first(model)  # which training alone begins with
     if options.resident_layers is not None and any(map(changes_base, adapters)):
@@ -275,7 +280,7 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
         ModelError: a pattern of model.keep_16bit matches no layer, or the model has one in 4 bit only.
     """
     m = recipe.model
-    part, dtype = read_part(m.path, m.revision), compute_dtype_of(recipe, resolve_device(m.device))
+    part, dtype = part_of(recipe), compute_dtype_of(recipe, resolve_device(m.device))
     check_kept(part.config, m.keep_16bit, m.path)
     quantization = quantization_of(recipe, part.config.to_dict())
     formats = formats_of(recipe, part.config)
@@ -325,12 +330,14 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
 
 
 def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
-    """Return what a recipe trains: a language model by its objective.
+    """Return what a recipe trains: a head, or a language model by its objective.
 
     Args:
         spec: of the model, for a plan.
     """
     method, o, kind = method_of(recipe), recipe.objective, recipe.train.objective
+    if head := head_of(recipe):
+        return SequenceHead(HeadLoss(head.problem), method, spec, labels=head.labels)
     if recipe.preference is None:
         return CausalLM(method=method, spec=spec)
     beta = BETAS.get(kind, USUAL_BETA) if o.beta == "auto" else o.beta

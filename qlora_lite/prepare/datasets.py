@@ -76,8 +76,9 @@ def _read(recipe: Recipe, tokenizer, which: str, preference: str | None) -> Data
     room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one
     settings = d.template, d.train_on, room, d.overflow, d.train_on_end
     if d.streaming and which == "train":
-        return read_examples(sources, tokenizer, *settings, max_rows=STREAM_SAMPLE_ROWS, preference=preference)
-    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", preference=preference)
+        rows = STREAM_SAMPLE_ROWS
+        return read_examples(sources, tokenizer, *settings, None, rows, preference, recipe.problem)
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", None, preference, recipe.problem)
 
 
 def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
@@ -85,7 +86,8 @@ def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
     d = recipe.data
     if not d.streaming:
         return None
-    settings = Settings(d.train_on, d.max_tokens - recipe.virtual_tokens, d.overflow, d.train_on_end)
+    longest = d.max_tokens - recipe.virtual_tokens
+    settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=recipe.problem)
     return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
 
 

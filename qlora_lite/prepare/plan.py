@@ -16,7 +16,6 @@ from qlora_lite.files import Space
 from qlora_lite.memory.bar import BESIDE, TRAINED
 from qlora_lite.memory.gpus import GpuError
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.models.skeleton import read_config
 from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
 from qlora_lite.planning.largest import most_packs
 from qlora_lite.planning.length import longest_job, packs_at_once
@@ -30,6 +29,7 @@ from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 from .build import fixed_options, job_of, learning_rate_of
+from .heads import part_of
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def plan_recipe(
         raise GpuError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
-    config = read_config(recipe.model.path, recipe.model.revision)
+    config = part_of(recipe).config
     job = job_of(recipe, config, machine, eval_shape)
     together = not job.workload.runs_row_by_row(d.max_tokens)
     if d.has_eval and eval_shape is None:

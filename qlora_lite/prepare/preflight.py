@@ -37,6 +37,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
+from .heads import balance_of, label_faults, with_labels
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
@@ -137,6 +138,9 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     parts = read_data(recipe, tokenizer)
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
+    for fault in label_faults(with_labels(recipe, data), data, eval_data):
+        problems.append(problem_entry(fault, True))
+        error_count += 1
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
     warned = (*_broken_seams(data), *_unused_answers(recipe), *_more_than_weights_hold(recipe, data),
               *_absent_tokens(recipe, tokenizer, data))  # fmt: skip
@@ -155,6 +159,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
             "sources": _sources(recipe, eval_data, "eval"),
         },
         "rows": _rows(data, tokenizer, rows_to_show),
+        **({"labels": balance} if (balance := balance_of(recipe, data, eval_data)) else {}),
     }  # fmt: skip
     return Preflight(data, eval_data, report)
 
@@ -176,6 +181,8 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
 
 def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
     """Yield the first document of each source that holds a special token as text, as a chat that was rendered does."""
+    if recipe.problem:
+        return
     ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
     tokens = tokenizer.convert_ids_to_tokens(sorted(ids))
     for source in build_sources(recipe, "train"):
@@ -200,7 +207,7 @@ def _format_of(row: dict, where: str, source: Source, recipe: Recipe) -> str:
 
 def _unused_answers(recipe: Recipe) -> Iterator[RowProblem]:
     """Yield the first row of each source that was taken for plain text and has a column named like an answer."""
-    for source in build_sources(recipe, "train"):
+    for source in build_sources(recipe, "train") if recipe.problem is None else ():
         with suppress(DataError, StopIteration, OSError):  # as above
             where, row = next(read_rows(source, Problems()))
             is_text = source.format is None and _format_of(row, where, source, recipe) == "text"
@@ -227,7 +234,7 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
     Machines, 2025).
     """
     tokens, x, optimizer = data.learned_tokens, recipe.lora, recipe.train.optimizer
-    if recipe.data.streaming or tokens < FEW_TOKENS or recipe.adapter.method not in ("lora", "dora"):
+    if recipe.data.streaming or tokens < FEW_TOKENS or recipe.problem or recipe.adapter.method not in ("lora", "dora"):
         return
     from .build import build_skeleton, method_of  # and with it the libraries that a model needs
 

@@ -11,6 +11,7 @@ from qlora_lite.constraints import (
     UPDATES_IN_FLOAT16,
     WITH_COMPILE,
     WITH_FULL,
+    WITH_HEAD,
     WITH_UPDATES_IN_BACKWARD,
 )
 
@@ -33,7 +34,7 @@ def conflicts(value: _Value) -> _Found:
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
-        _no_layers, _merge_aware, _preferences,
+        _no_layers, _merge_aware, _preferences, _with_head,
     ):  # fmt: skip
         yield from check(value)
 
@@ -80,8 +81,32 @@ def _virtual(value: _Value) -> _Found:
         yield ("prompt", "virtual_tokens"), f"{message}; raise data.max_tokens"
 
 
+def _with_head(value: _Value) -> _Found:
+    kind = value("task", "kind") or "language-model"
+    labels = value("task", "labels")
+    if kind in ("language-model", "regression"):
+        if labels is not None:
+            yield ("task", "labels"), f"task.labels: only with task.kind classification or multi-label, not {kind}"
+    elif value("data", "streaming") is True and labels is None:
+        yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
+    if kind == "classification" and isinstance(labels, list) and len(labels) == 1:
+        yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
+    if kind == "language-model":
+        return
+    method = value("adapter", "method") or "lora"
+    if method not in ("lora", "dora", "full"):
+        message = f"adapter.method = {written(method)}: a head (task.kind {kind}) is trained with lora, dora or full"
+        yield ("adapter", "method"), f"{message}; write one of these"
+    if value("data", "overflow") == "split":
+        yield ("data", "overflow"), f"data.overflow = split: a text of task.kind {kind} has one label; write truncate"
+    for (section, name), only in WITH_HEAD.items():
+        if (given := value(section, name)) not in (None, only):
+            message = f"{section}.{name} = {written(given)}: for a language model, not with task.kind {kind}"
+            yield (section, name), f"{message}; remove it"
+
+
 def _no_layers(value: _Value) -> _Found:
-    if value("lora", "targets") != []:
+    if value("lora", "targets") != [] or value("task", "kind") not in (None, "language-model"):
         return
     plain = {("adapter", "method"): "lora", ("lora", "start"): "kaiming", ("train", "merge_aware"): "off"}
     for (section, name), usual in plain.items():

@@ -21,6 +21,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qlora_lite.units import parse_bytes
 
 ALL_LINEAR = "all-linear"
+PROBLEMS = {  # of task.kind, in transformers' words
+    "language-model": None, "classification": "single_label_classification",
+    "multi-label": "multi_label_classification", "regression": "regression",
+}  # fmt: skip
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
@@ -146,6 +150,20 @@ class Model(_Section):
     the CPU."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model; null is the main branch."""
+
+
+class Task(_Section):
+    """What the model is trained to give: text, or labels of texts by way of a head that is trained with it."""
+
+    kind: Literal["language-model", "classification", "multi-label", "regression"] = "language-model"
+    """language-model learns to write. The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
+    RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
+    label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
+    label (qlora-lite explain heads)."""
+    labels: Annotated[
+        tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
+    ] = None  # fmt: skip
+    """Names of the labels, in the order of the head's outputs; null are those of the training rows, sorted."""
 
 
 class Target(_Section):
@@ -600,6 +618,7 @@ class Recipe(_Section):
     """Everything a run is made from; get one from `load_recipe`, which also checks files and combinations."""
 
     model: Model
+    task: Task = Task()
     adapter: Adapter = Adapter()
     lora: Lora = Lora()
     bottleneck: Bottleneck = Bottleneck()
@@ -619,6 +638,11 @@ class Recipe(_Section):
     def preference(self) -> str | None:
         """What preferences are told by, "pairs" or "labels"; None where answers are imitated."""
         return next((by for by, names in PREFERENCES.items() if self.train.objective in names), None)
+
+    @property
+    def problem(self) -> str | None:
+        """What a head is for, in transformers' words; None of a language model."""
+        return PROBLEMS[self.task.kind]
 
     @property
     def recipe_hash(self) -> str:

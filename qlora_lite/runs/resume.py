@@ -55,6 +55,7 @@ HARMLESS = {
 }  # fmt: skip
 PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
 _RATE = "train.learning_rate"
+_LABELS = "task.labels"
 _PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
           "metrics_bytes": int}  # fmt: skip
 
@@ -133,6 +134,8 @@ class Continuation:
         old = {key: unsaid.get(key) for key in new} | old  # of settings that are newer than the checkpoint
         if new[_RATE] == "auto":
             new[_RATE] = self.learning_rate
+        if new[_LABELS] is None:  # those of the rows, whose labels are compared by themselves
+            new[_LABELS] = old.get(_LABELS)
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
         harmless = {key for key in changed if key in HARMLESS or _only_pages(key, old.get(key), new.get(key))}
@@ -330,11 +333,21 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         local = [source.path for source in build_sources(recipe, "train") if not source.path.startswith(PREFIX)]
         files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
-    return {
+    labels = {} if recipe.problem is None else {"labels": _digest_of_labels(data, eval_data)}
+    return labels | {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
+
+
+def _digest_of_labels(data: Dataset, eval_data: Dataset | None) -> str:
+    """Return a digest of the labels of texts, which are no tokens."""
+    found = hashlib.sha256()
+    for part in filter(None, (data, eval_data)):
+        for example in part.examples:
+            found.update(f"{example.answer}\n".encode())
+    return found.hexdigest()
 
 
 def environment(

@@ -50,6 +50,7 @@ from qlora_lite.prepare.build import (
 )
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
+from qlora_lite.prepare.heads import with_labels
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
@@ -187,6 +188,7 @@ def prepare(
     if run.proven:
         write_data(run, found)
     found.raise_if_unusable()
+    recipe = with_labels(recipe, found.data)
     template = found.data.template
     if template and template.name != "model":  # for other tools
         tokenizer.chat_template = portable_source(template)
@@ -268,7 +270,8 @@ def load(planned: Planned) -> Loaded:
     with ran_out, planned.processes.one_ahead():
         options, shards = planned.settings.options, planned.processes.shards
         model = build_model(planned.with_ranks, options, planned.first_adapter, planned.first, shards)
-    work, stream = planned.plan.step.job.workload, build_stream(recipe, planned.tokenizer)
+    work = planned.plan.step.job.workload.of_tokenizer(planned.tokenizer)
+    stream = build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
     if runs_unpacked(model) and not why_unpacked(model, recipe.data.max_tokens):
@@ -416,7 +419,9 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
         device=_device_name(device_of(loaded.model)), trainable_parameters=trainable,
         memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
         other_results=[what for what, is_set in changing.items() if is_set],
-        learning_rate=loaded.settings.learning_rate, **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
+        learning_rate=loaded.settings.learning_rate,
+        **({"labels": [*labels]} if (labels := loaded.recipe.task.labels) else {}),
+        **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
     )  # fmt: skip
 
 

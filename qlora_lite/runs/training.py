@@ -28,6 +28,7 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
+from qlora_lite.inference.labels import measure_labels
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import settle
 from qlora_lite.models.save import save_model
@@ -36,6 +37,7 @@ from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
+from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.out_of_memory import free_cached_memory
 from qlora_lite.train.state import STATE, capture, compare_tensors, restore
 from qlora_lite.units import format_score
@@ -314,6 +316,8 @@ class Training:
 
     def _metrics(self, eval_data: Dataset, when: str) -> Measured | None:
         """Measure the metrics; what keeps them from it ends the run before training, and is a warning later."""
+        if isinstance(work := self.trainer.workload, SequenceHead):
+            return self._label_metrics(work, eval_data, when)
         rows = eval_data.examples[: self.recipe.train.metrics_examples]
         if not rows:
             return None
@@ -334,10 +338,26 @@ class Training:
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
+        self._log_scores(result, when, len(result.records))
+        return result
+
+    def _label_metrics(self, work: SequenceHead, eval_data: Dataset, when: str) -> Measured:
+        """Measure what a head gives for all evaluation rows."""
+        with self._at_once():
+            examples = eval_data.examples
+            done = watching(self._watch, "labels", len(examples))
+            scores, matrix = measure_labels(work, self.model, examples, self.trainer.settings, done)
+        result = Measured(scores)
+        if matrix is not None and not when.startswith("after step"):
+            known = self.run.summary.get("confusion", {"labels": list(work.labels)})
+            self.run.update(confusion=known | {when.partition(" ")[0]: matrix})
+        self._log_scores(result, when, len(eval_data.examples))
+        return result
+
+    def _log_scores(self, result: Measured, when: str, count: int) -> None:
         shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}
         said = ", ".join(f"{name} {score}" for name, score in shown.items())
-        log.info("metrics %s, %d examples: %s", when, len(result.records), said)
-        return result
+        log.info("metrics %s, %d examples: %s", when, count, said)
 
     def _prompts_at_once(self, tokens: int) -> int:
         """Return how many prompts all ranks have room for, given the tokens of the longest with its answer."""

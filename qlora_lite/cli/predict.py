@@ -1,0 +1,31 @@
+"""``qlora-lite predict``: label the texts of a file with a run of classification or regression."""
+
+from pathlib import Path
+
+import click
+
+from .options import of_a_run
+from .output import echo, prepare, step_progress
+
+
+@click.command()
+@click.argument("run")
+@click.option("--rows", required=True, metavar="FILE", help="Data file with the columns of the run's own rows.")
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="JSONL file: place, label, probabilities and, where a row has one, its own label as reference.",
+)  # fmt: skip
+@of_a_run
+def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: bool) -> None:
+    """Label every row of a file.
+
+    RUN is a run folder with task.kind classification, multi-label or regression, or its adapter folder. Texts longer
+    than the run's data.max_tokens are cut.
+    """
+    prepare(verbose=False)
+    from qlora_lite.inference.labels import predict_labels
+
+    with step_progress("loading"):
+        done = predict_labels(run, rows, out, model_path, unfinished)
+    cut = f"; cut to data.max_tokens: {done.cut:,}" if done.cut else ""
+    echo(f"{done.texts:,} texts labelled in {out}{cut}")

@@ -1,0 +1,147 @@
+"""Measure a model with a head on labelled texts, and label others with it."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from qlora_lite.adapters.files import load_adapter
+from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.data.label_metrics import confusion, probabilities, scores_of
+from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
+from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
+from qlora_lite.data.metrics import Score
+from qlora_lite.data.problems import Problems
+from qlora_lite.data.sources import Source
+from qlora_lite.data.storage import Example
+from qlora_lite.files import write_text
+from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
+from qlora_lite.prepare.datasets import with_known_columns
+from qlora_lite.recipe import schema
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.causal_lm import ModelSpec
+from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
+from qlora_lite.train.settings import TrainSettings
+
+log = logging.getLogger("qlora_lite")
+MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
+Done = Callable[[int], None]  # is told how many texts are done
+_BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody knows
+
+
+def measure_labels(
+    workload: SequenceHead, model: nn.Module, examples: Sequence[Example], settings: TrainSettings,
+    done: Done | None = None,
+) -> tuple[dict[str, Score], list[list[int]] | None]:  # fmt: skip
+    """Return the scores of a model on labelled examples, and of one label the confusion matrix."""
+    targets: list[np.ndarray] = []
+
+    def batches() -> Iterator[Texts]:
+        for batch in eval_batches(workload, examples, settings, done):
+            targets.append(batch.targets.numpy())
+            yield batch
+
+    outputs = outputs_for(workload, model, batches()).numpy()
+    there = np.concatenate(targets)
+    matrix = None
+    if workload.problem == ONE_LABEL and len(workload.labels) <= MAX_SHOWN:
+        matrix = confusion(outputs.argmax(1), there, len(workload.labels)).tolist()
+    return scores_of(outputs, there, workload.problem), matrix
+
+
+def load_head(recipe: Recipe, adapter: str | Path | None, tokenizer) -> tuple[nn.Module, SequenceHead]:
+    """Load a recipe's model with its head for use, with an adapter if one is given.
+
+    Args:
+        recipe: with the names of its labels.
+    """
+    model = build_to_use(recipe, [Path(adapter)] if adapter else [])
+    if adapter:
+        load_adapter(model, adapter)
+    work = workload_of(recipe, ModelSpec(model.config)).of_tokenizer(tokenizer)
+    work.check_forward(model, recipe.data.max_tokens)
+    return model, work
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What became of a file: texts that were labelled, and how many were cut to ``data.max_tokens``."""
+
+    texts: int
+    cut: int
+
+
+def predict_labels(
+    run: str | Path, rows: str | Path, out: str | Path, model_path: str | None = None, unfinished: bool = False,
+    done: Done | None = None,
+) -> Predicted:  # fmt: skip
+    """Label every row of a file with a run's model, in order, one JSON object a line.
+
+    Each has the row's place, the label (of several "labels", of a number "value"), "probabilities" by label, and as
+    "reference" the row's own label where it has one.
+
+    Args:
+        run: a run folder, or an adapter folder as peft writes it, with the labels in its ``config.json``.
+        rows: a data file with the columns of the run's own rows, the label not needed.
+        out: JSONL file.
+        model_path, unfinished: see ``artifacts.trained_run.open_trained``.
+        done: told how many texts are done.
+
+    Raises:
+        DataError: rows are malformed, all of them named.
+        RecipeError: the run is one of a language model.
+    """
+    trained = open_trained(run, model_path, unfinished, has_head=True)
+    recipe, tokenizer = trained.recipe, trained.tokenizer()
+    found, problems = read_texts(recipe, rows), Problems()
+    examples, cut = [], 0
+    for row, encoding in zip(found, encode_texts([row.texts for row in found], tokenizer), strict=True):
+        ids = shortened(encoding, recipe.data.max_tokens)
+        cut += len(ids) < len(encoding.ids)
+        if not ids:
+            problems.add(row.where, "the tokenizer makes no token of this text")
+            continue
+        blank = _BLANK.get(recipe.problem, (recipe.task.labels or ("",))[0])
+        examples.append(example_of(ids, replace(row, label=blank)))
+    problems.raise_if_any()
+    model, work = load_head(recipe, trained.adapter, tokenizer)
+    outputs = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe), done)).numpy()
+    lines = []
+    for row, output in zip(found, outputs, strict=True):
+        reference = {} if row.label is None else {"reference": row.label}
+        lines.append({"where": row.where} | described(output, work.labels, work.problem) | reference)
+    write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return Predicted(len(lines), cut)
+
+
+def read_texts(recipe: Recipe, rows: str | Path) -> list[Labelled]:
+    """Return the rows of a file, read with the templates of the recipe's own data if it has their columns.
+
+    Raises:
+        DataError: rows are malformed, or there are none.
+    """
+    known = (*recipe.data.train, *(recipe.data.eval or ()))
+    (source,) = with_known_columns([schema.Source(path=str(rows))], known)
+    problems = Problems()
+    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
+    found = list(read_labelled(own, problems, recipe.problem, needs_label=False))
+    problems.raise_if_any()
+    return found
+
+
+def described(output: np.ndarray, labels: Sequence[str], problem: str) -> dict[str, Any]:
+    """Return what a head's outputs [C] for one text say, in JSON's terms."""
+    if problem == NUMBER:
+        return {"value": float(output[0])}
+    shares = probabilities(output[None], problem)[0].tolist()
+    by_label = dict(zip(labels, shares, strict=True))
+    if problem == LABELS:
+        chosen = [label for label, value in zip(labels, output, strict=True) if value > 0]
+        return {"labels": chosen, "probabilities": by_label}
+    return {"label": labels[int(output.argmax())], "probabilities": by_label}
