@@ -67,17 +67,11 @@ def save_headless(folder: Path, name: str, seed: int = 0, **changes) -> Path:
     return folder
 
 
-WORDS = "good fine great lovely", "bad poor dull awful"
-
-
 def labelled_rows(count: int, mark: str = "") -> list[dict]:
-    """Rows of a text with a good or a bad word, and a label that says which."""
-    rows = []
-    for number in range(count):
-        label = number % 2
-        word = WORDS[1 - label].split()[number // 2 % 4]
-        rows.append({"sentence": f"{mark}{number} it is {word} {'so ' * (number % 5)}", "label": label})
-    return rows
+    """Rows of a text of one word, some times, and a label that says which."""
+    words = "bad ", "GOOD "
+    return [{"sentence": f"{mark}{number} {words[number % 2] * (1 + number % 5)}", "label": number % 2}
+            for number in range(count)]  # fmt: skip
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -85,14 +79,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def head_recipe(folder: Path, model: Path | str, kind: str = "classification", rows=None, eval_rows=None,
+def head_recipe(folder: Path, base: Path | str, kind: str = "classification", rows=None, eval_rows=None,
                 **sections) -> Path:  # fmt: skip
     """Write rows and a recipe of a run of a head that takes a second; ``sections`` are merged over its own."""
     folder.mkdir(parents=True, exist_ok=True)
     train = write_jsonl(folder / "train.jsonl", rows or labelled_rows(24))
     held_out = write_jsonl(folder / "eval.jsonl", eval_rows or labelled_rows(8, "e"))
     recipe = {
-        "model": {"path": str(model), "compute_dtype": "float32", "device": "cpu"},
+        "model": {"path": str(base), "compute_dtype": "float32", "device": "cpu"},
         "task": {"kind": kind},
         "lora": {"rank": 4, "alpha": 8, "dtype": "float32"},
         "data": {"train": str(train), "eval": str(held_out), "max_tokens": 96},

@@ -425,7 +425,7 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
 def _as_it_ran(opened: OpenedRun) -> Recipe:
     """Return a run's recipe with the labels and the plan that it recorded; an earlier version's may say nothing now."""
     recipe = opened.recipe
-    if recipe.problem is not None and (labels := opened.summary.get("labels")):
+    if recipe.problem not in (None, PROBLEMS["regression"]) and (labels := opened.summary.get("labels")):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(labels)})})
     try:
         return with_plan(recipe, opened.summary["plan"]["chosen"])

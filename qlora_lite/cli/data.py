@@ -11,6 +11,7 @@ from qlora_lite.recipe.load import load_recipe
 
 from .output import echo_exactly, echo_styled, prepare, shown
 
+_SHOWN_LABELS = 20
 _BAR_CELLS = 40
 _LEARNED, _SEEN = {"fg": "green", "bold": True}, {"dim": True}
 
@@ -74,7 +75,7 @@ def _text(report: dict) -> str:
         lines.append(_line("answers", f"mean tokens: {said}"))
     if report["eval"]:
         lines += ["", *_source_lines("evaluation", report["eval"]["sources"]), *_count_lines(report["eval"])]
-    lines += ["", *_template_lines(report), "", *_histogram(report)]
+    lines += ["", *_label_lines(report), *_template_lines(report), "", *_histogram(report)]
     for row in report["rows"]:
         head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} of them targets"
         lines += ["", click.style(head, bold=True), *_row(row)]
@@ -118,6 +119,20 @@ def _count_lines(counts: dict) -> list[str]:
         *(_line("dropped", f"{reason}: {where}") for reason, where in places.items() if where),
         _line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})"),
     ]
+
+
+def _label_lines(report: dict) -> list[str]:
+    """Return how labels are spread, and what the commonest alone reaches."""
+    lines, found = [], report.get("labels", {})
+    for which in ("train", "eval"):
+        for name, value in found.get(which, {}).items():
+            if name == "counts":
+                counts = [f"{label} {count:,}" for label, count in list(value.items())[:_SHOWN_LABELS]]
+                shown = ", ".join(counts) + (", ..." if len(value) > len(counts) else "")
+            else:
+                shown = f"{value:.1%}" if name == "baseline_accuracy" else f"{value:.4g}"
+            lines.append(_line(f"labels, {which}", f"{name.replace('_', ' ')}: {shown}"))
+    return lines
 
 
 def _template_lines(report: dict) -> list[str]:

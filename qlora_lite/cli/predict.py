@@ -23,7 +23,7 @@ def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: 
     than the run's data.max_tokens are cut.
     """
     prepare(verbose=False)
-    from qlora_lite.inference.labels import predict_labels
+    from qlora_lite.inference.label_texts import predict_labels
 
     with step_progress("loading"):
         done = predict_labels(run, rows, out, model_path, unfinished)

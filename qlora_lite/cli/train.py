@@ -83,9 +83,15 @@ def _result(folder, summary: dict) -> str:
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{kind:24} {folder / kind}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
-        f"{'next':24} qlora-lite chat {shlex.quote(str(folder))} (or generate, evaluate, {merge}export, serve)",
+        f"{'next':24} {_next(summary, shlex.quote(str(folder)), merge)}",
     ]
     return "\n".join(lines)
+
+
+def _next(summary: dict, folder: str, merge: str) -> str:
+    if "labels" in summary:
+        return f"qlora-lite predict {folder} --rows FILE --out FILE (or evaluate)"
+    return f"qlora-lite chat {folder} (or generate, evaluate, {merge}export, serve)"
 
 
 def _of_step(summary: dict) -> str:

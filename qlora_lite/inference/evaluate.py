@@ -46,7 +46,7 @@ from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_embeddings, check_forward
 
 from .generate import Answer, answers, stop_ids
-from .labels import load_head, measure_labels
+from .label_texts import load_head, measure_labels
 
 log = logging.getLogger("qlora_lite")
 CUT = " […]"  # behind an answer that did not end where its reference could have

@@ -55,10 +55,14 @@ def with_head(part: LanguagePart, head: Head | None) -> LanguagePart:
     if part.whole is not None or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelError(f"transformers has no model of the type {config.model_type} for sequence classification; "
                          "choose another model")  # fmt: skip
+    _describe(config, head)
+    return replace(part, config=config)
+
+
+def _describe(config, head: Head) -> None:
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: number for number, label in enumerate(head.labels)}
     config.problem_type = head.problem
-    return replace(part, config=config)
 
 
 def is_encoder(model: nn.Module) -> bool:
@@ -79,9 +83,13 @@ def new_weights(model: nn.Module) -> frozenset[str]:
     return _new.get(model, frozenset())
 
 
-def begin_head(model: nn.Module, seed: int) -> None:
-    """Draw the weights of the head that no file had: linear layers as transformers does, biases 0, norms 1."""
-    generator = torch.Generator().manual_seed(seed)
+def begin_head(model: nn.Module, head: Head) -> None:
+    """Draw the weights of the head that no file had: linear layers as transformers does, biases 0, norms 1.
+
+    The configuration of a cached model may name other labels, as many, and gets these.
+    """
+    _describe(model.config, head)
+    generator = torch.Generator().manual_seed(head.seed)
     scale = getattr(model.config, "initializer_range", None) or 0.02
     for name in sorted(new_weights(model)):
         path, _, leaf = name.rpartition(".")

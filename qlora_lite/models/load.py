@@ -227,7 +227,7 @@ def load_model(
     if quant_head:
         quantize_head(model, quant, double_quant)
     if head:
-        begin_head(model, head.seed)
+        begin_head(model, head)
     return adopt(set_checkpoint_name(model, part.outside))
 
 
@@ -265,6 +265,8 @@ def entry_of(
     if quant == "none":
         return cache_entry(files, start=start and start.settings(), dtype=str(dtype))
     how: dict[str, object] = {"quant": quant, "double_quant": double_quant, "dtype": str(dtype)}
+    if config.problem_type:
+        how["outputs"] = config.num_labels
     if keep_16bit:
         how["keep_16bit"] = sorted(kept_layers(without_weights(config), keep_16bit))
     if start:

@@ -141,8 +141,8 @@ def save_model(model: nn.Module, folder: Path, tokenizer, end_token_ids: Collect
         raise ModelError(f"the model is not saved: its weight {broken} is not finite")
     if prefixes_of(model) is None:
         state = revert_weight_conversion(model, state)
-    generation = model.generation_config.to_diff_dict()
-    if ends := sorted({*end_token_ids, tokenizer.eos_token_id} - {None}):
+    generation = model.generation_config.to_diff_dict() if model.can_generate() else None
+    if generation is not None and (ends := sorted({*end_token_ids, tokenizer.eos_token_id} - {None})):
         generation["eos_token_id"] = ends
     _write(model, folder, None, state, tokenizer, generation=generation)
 

@@ -60,7 +60,7 @@ from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
 
-from .heads import head_of, part_of
+from .recipe_head import head_of, part_of
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 from .build import fixed_options, job_of, learning_rate_of
-from .heads import part_of
+from .recipe_head import part_of
 
 log = logging.getLogger(__name__)
 

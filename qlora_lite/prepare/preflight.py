@@ -23,6 +23,9 @@ from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_e
 from qlora_lite.data.data_files import left_out
 from qlora_lite.data.example_checks import check_overlap, check_prompts, count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
+from qlora_lite.data.fields import columns_of
+from qlora_lite.data.labelled_rows import FORMAT as LABELLED
+from qlora_lite.data.labelled_rows import columns_for
 from qlora_lite.data.metrics import check_references
 from qlora_lite.data.preferences import answer_tokens
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
@@ -37,7 +40,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
-from .heads import balance_of, label_faults, with_labels
+from .label_checks import balance_of, label_faults, with_labels
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
@@ -321,7 +324,8 @@ def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
         counts["learned_tokens"] = int(part.learned_counts.sum())
-        described.append(_describe_source(source, unused, recipe) | counts)
+        how = _describe_labelled(source, unused) if recipe.problem else _describe_source(source, unused, recipe)
+        described.append(how | counts)
     return described
 
 
@@ -347,6 +351,18 @@ def _describe_source(source: Source, unused: dict[str, Counter[str]], recipe: Re
         for what, names in unused_of(unused, used_columns(chosen, source)):
             notes.append(f"{what} not used: {_first(names)}")
     return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
+
+
+def _describe_labelled(source: Source, unused: dict[str, Counter[str]]) -> dict:
+    """Describe a source of labelled texts: their columns, and those that are not used."""
+    notes = _left_out(source)
+    with suppress(DataError, StopIteration, OSError):  # as above
+        where, row = next(read_rows(source, Problems()))
+        if columns := columns_for(row, where, source):
+            notes.append(f"text: {' and '.join(columns.texts)}; label: {columns.label}")
+        used = columns.names if columns else columns_of(source.prompt) + columns_of(source.completion)
+        notes += [f"{what} not used: {_first(names)}" for what, names in unused_of(unused, used)]
+    return {"path": source.path, "format": LABELLED, "weight": source.weight, "notes": notes}
 
 
 def _left_out(source: Source) -> list[str]:

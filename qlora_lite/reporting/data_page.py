@@ -41,6 +41,7 @@ def render(report: dict, name: str) -> str:
         _figures(report),
         section("Problems", _problems(report)),
         section("First examples", _rows(report), "As the model sees them; target tokens are coloured and underlined."),
+        section("Labels", _labels(report), "Examples of each label; the commonest alone reaches the baseline."),
         section("Lengths", _histogram(report), "Number of examples by their length in tokens."),
         section("Sources", _sources(report)),
         section("Rows left out", _dropped(report)),
@@ -82,6 +83,19 @@ def _figures(report: dict) -> str:
     ]
     figures += [figure(f"Mean tokens, {name}", f"{mean:.1f}") for name, mean in lengths.items()]
     return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _labels(report: dict) -> str:
+    found = report.get("labels")
+    if not found:
+        return ""
+    parts = {"training": found["train"], "evaluation": found.get("eval", {})}
+    names = dict.fromkeys(name for part in parts.values() for name in part.get("counts", {}))
+    rows = [[name, *(f"{part.get('counts', {}).get(name, 0):,}" for part in parts.values())] for name in names]
+    others = dict.fromkeys(key for part in parts.values() for key in part if key != "counts")
+    rows += [[key.replace("_", " "), *(f"{part[key]:.4g}" if key in part else "" for part in parts.values())]
+             for key in others]  # fmt: skip
+    return table(["label", *parts], rows, numeric=range(1, 3), totals=len(others))
 
 
 def _problems(report: dict) -> str:

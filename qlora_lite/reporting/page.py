@@ -106,6 +106,7 @@ h3 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0 0 8px; }
   background: var(--rule); border: 1px solid var(--rule); border-radius: 8px;
 }
 .figure { background: var(--card); padding: 14px 16px; }
+.confusion td { text-align: right; background: color-mix(in srgb, var(--pale) calc(var(--share) * 100%), transparent); }
 .label, .detail, .legend { font-size: 13px; color: var(--soft); }
 .value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .value span { white-space: nowrap; }

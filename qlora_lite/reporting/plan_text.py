@@ -117,8 +117,9 @@ def _in_words(chosen: Candidate) -> str:
         + (f", block inputs {place}" if x.offload_checkpoints and x.recomputes else "")
         + (", weights updated in backward" if x.optimizer_in_backward else "")
         + (", blocks compiled" if x.compile else "")
-        + f"{resident}, loss chunk {x.loss_chunk_tokens}, micro-batch size {chosen.packs}, "
-        f"micro-batches {chosen.micro_batches}"
+        + resident
+        + (f", loss chunk {x.loss_chunk_tokens}" if x.loss_chunk_tokens else "")
+        + f", micro-batch size {chosen.packs}, micro-batches {chosen.micro_batches}"
     )
 
 

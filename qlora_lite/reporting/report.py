@@ -59,6 +59,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         _notices(run, summary),
         _figures(summary),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
+        section("Labels", _confusion(summary), "Held-out examples of each label (row), and what they were given."),
         section("Loss", _loss_chart(run)),
         section("Over training", _small_charts(run)),
         section(
@@ -108,13 +109,17 @@ def _figures(summary: dict[str, Any]) -> str:
         value = shown(key, lambda v: f"{v:,.0f}")
         return f"{value} {unit}" if value else ""
 
+    name = "Accuracy" if "labels" in summary else "Exact match"
     exact = [shown(f"exact_match_{when}", _percent) for when in ("after", "before")]
+    if "labels" in summary:
+        known = [_scores_of(summary.get("metrics"), when).get("accuracy") for when in ("after", "before")]
+        exact = [_percent(score["value"]) if score else "" for score in known]
     loss = [shown(f"eval_loss_{when}", lambda value: f"{value:.3g}") for when in ("after", "before")]
     speed = shown("tokens_per_second", short_number)
     preferred = [_of_objective(summary, when).get("rewards/accuracies") for when in _WHEN[::-1]]
     unit = "mean over examples" if any(_of_objective(summary, when) for when in _WHEN) else "nats per target token"
     figures = [
-        figure("Exact match", exact[0], exact[1], counted("exact_match_rows", "held-out examples")),
+        figure(name, exact[0], exact[1], counted("exact_match_rows", "held-out examples")),
         figure("Evaluation loss", loss[0], loss[1], unit if any(loss) else ""),
         figure("Peak memory", shown("peak_bytes", lambda value: format_bytes(int(value)))),
         figure("Tokens per second", speed, detail=counted("tokens", "in total")),
@@ -149,6 +154,34 @@ def _objective_scores(run: RunFiles) -> list[list[object]]:
         between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, f"eval_{name}")[1:-1])
         rows.append([name, *ends, between, "", ""])
     return rows
+
+
+def _confusion(summary: dict[str, Any]) -> str:
+    """Show the confusion matrices before and after training, cells coloured by their share of a row."""
+    known = summary.get("confusion")
+    labels = known.get("labels") if isinstance(known, dict) else None
+    if not isinstance(known, dict) or not isinstance(labels, list) or not labels:
+        return ""
+    shown = [(when, matrix) for when in _WHEN if _is_matrix(matrix := known.get(when), len(labels))]
+    return f'<div class="columns">{"".join(_matrix(when, labels, matrix) for when, matrix in shown)}</div>'
+
+
+def _is_matrix(matrix: object, size: int) -> bool:
+    return isinstance(matrix, list) and len(matrix) == size and all(
+        isinstance(row, list) and len(row) == size and all(isinstance(count, int) for count in row) for row in matrix
+    )  # fmt: skip
+
+
+def _matrix(when: str, labels: list, matrix: list[list[int]]) -> str:
+    head = "".join(f"<th>{text(label)}</th>" for label in labels)
+    rows = ""
+    for label, row in zip(labels, matrix, strict=True):
+        total = max(1, sum(row))
+        cells = "".join(f'<td style="--share:{count / total:.3f}">{count:,}</td>' for count in row)
+        rows += f"<tr><th>{text(label)}</th>{cells}</tr>"
+    corner = '<th title="the label that a row has, and the one that it was given">is \\ given</th>'
+    table = f'<table class="confusion"><thead><tr>{corner}{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="card"><h3>{text(when.capitalize())}</h3>{table}</div>'
 
 
 def _scores_of(metrics: object, when: str) -> dict[str, dict[str, Any]]:

@@ -50,10 +50,11 @@ from qlora_lite.prepare.build import (
 )
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
-from qlora_lite.prepare.heads import with_labels
+from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
+from qlora_lite.prepare.recipe_head import head_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.reporting.plan_text import reason
@@ -420,7 +421,7 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
         memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
         other_results=[what for what, is_set in changing.items() if is_set],
         learning_rate=loaded.settings.learning_rate,
-        **({"labels": [*labels]} if (labels := loaded.recipe.task.labels) else {}),
+        **({"labels": [*head.labels]} if (head := head_of(loaded.recipe)) else {}),
         **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.data.examples import Dataset
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
-from qlora_lite.inference.labels import measure_labels
+from qlora_lite.inference.label_texts import measure_labels
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import settle
 from qlora_lite.models.save import save_model
@@ -37,8 +37,8 @@ from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
-from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.state import STATE, capture, compare_tensors, restore
 from qlora_lite.units import format_score
 

@@ -190,7 +190,9 @@ def test_a_cached_model_has_no_drawn_head_in_it(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path))
     head = Head(ONE_LABEL, NAMES, 0)
     first, cached = (load_model(folders["bert"], compute_dtype=torch.float32, head=head) for _ in range(2))
-    other = load_model(folders["bert"], compute_dtype=torch.float32, head=replace(head, seed=1))
+    other = load_model(folders["bert"], compute_dtype=torch.float32, head=Head(NUMBER, ("x", "y", "z"), 1))
+    assert (other.config.problem_type, other.config.id2label) == (NUMBER, {0: "x", 1: "y", 2: "z"})
+    assert load_model(folders["bert"], head=Head(NUMBER, ("x",))).classifier.out_features == 1
     assert torch.equal(first.classifier.weight, cached.classifier.weight)
     assert not torch.equal(first.classifier.weight, other.classifier.weight)
     assert torch.equal(first.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
