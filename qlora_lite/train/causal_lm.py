@@ -34,6 +34,7 @@ from .settings import TrainSettings
 from .step import evaluating
 from .text_guards import (
     can_reach_every_layer,
+    check_causal,
     check_compilable,
     check_embeddings,
     check_forward,
@@ -250,6 +251,7 @@ class CausalLM(Workload):
     def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
         """See ``Workload``."""
         model = self._without_values()
+        check_causal(model)
         check_shared_keys(model)
         self.method.apply(model)
         if device.type != "meta":
@@ -301,6 +303,7 @@ class CausalLM(Workload):
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``text_guards``."""
+        check_causal(model)
         check_shared_keys(model)
         plain = replace(settings.options, kernels="plain")  # until ``choose_kernels`` has tried others
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.constraints import STREAMED_TRAINED, UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
@@ -98,6 +99,19 @@ def check_shared_keys(model: nn.Module) -> None:
             "earlier ones (num_kv_shared_layers), whose gradients are lost where blocks are recomputed one by one; "
             "choose a model without that, such as google/gemma-4-12B-it"
         )
+
+
+def check_causal(model: nn.Module) -> None:
+    """Check that a model is not an encoder, whose tokens see those that they would have to predict.
+
+    Raises:
+        ModelError: it is one.
+    """
+    config = model.config
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if is_encoder and not config.problem_type:
+        raise ModelError(f"a {config.model_type} model reads texts in both directions and cannot write them: set "
+                         "task.kind to classification or regression, or choose a decoder")  # fmt: skip
 
 
 @torch.no_grad()

@@ -23,12 +23,13 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.ops import attention
-from qlora_lite.train.causal_lm import ModelSpec
+from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.workload import BatchShape
 
 CPU = torch.device("cpu")
 NAMES = ("a", "b", "c")
@@ -297,6 +298,13 @@ def test_a_label_without_an_output_is_named():
     work = SequenceHead(labels=("a", "b"))
     with pytest.raises(DataError, match=r"rows.jsonl:3: the label 'c' is none of a, b"):
         work.collate(texts())
+
+
+def test_an_encoder_without_a_head_is_no_language_model(folders):
+    config = read_part(str(folders["bert"])).config
+    work = CausalLM(method=Lora(dtype=torch.float32), spec=ModelSpec(config, "none"))
+    with pytest.raises(ModelError, match=r"a bert model reads texts in both directions.*task\.kind"):
+        work.planned_model(torch.device("meta"), MemoryOptions(), BatchShape((8,), 7))
 
 
 def test_families_without_a_head_are_an_error(folders):
