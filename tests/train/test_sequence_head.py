@@ -12,6 +12,7 @@ from tiny_heads import DECODERS, ENCODERS, FAMILIES, encoder_tokenizer, save_hea
 from transformers import AutoConfig, AutoModelForSequenceClassification, MambaConfig
 
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
+from qlora_lite.adapters.lora.inject import Target, lora_layers
 from qlora_lite.adapters.parts import LinearInFloat32, head_parameters, head_paths
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
@@ -193,7 +194,8 @@ def test_a_cached_model_has_no_drawn_head_in_it(folders, tmp_path, monkeypatch):
     first, cached = (load_model(folders["bert"], compute_dtype=torch.float32, head=head) for _ in range(2))
     other = load_model(folders["bert"], compute_dtype=torch.float32, head=Head(NUMBER, ("x", "y", "z"), 1))
     assert (other.config.problem_type, other.config.id2label) == (NUMBER, {0: "x", 1: "y", 2: "z"})
-    assert load_model(folders["bert"], head=Head(NUMBER, ("x",))).classifier.out_features == 1
+    one = load_model(folders["bert"], compute_dtype=torch.float32, head=Head(NUMBER, ("x",)))
+    assert one.classifier.out_features == 1
     assert torch.equal(first.classifier.weight, cached.classifier.weight)
     assert not torch.equal(first.classifier.weight, other.classifier.weight)
     assert torch.equal(first.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
@@ -212,6 +214,22 @@ def test_lora_and_four_bits_leave_the_head_alone_and_it_learns_in_float32(folder
     batch = work.inputs(work.collate(texts()), CPU)
     accumulate_gradients(work, model, [batch])
     assert all(p.grad is not None and p.grad.any() for p in head.values())
+
+
+def test_a_layer_s_name_means_none_of_the_head(folders):
+    model = loaded(folders["bert"])
+    replace(METHOD, targets=(Target("dense"),)).apply(model)
+    paths = [path for path, _ in lora_layers(model)]
+    assert len(paths) == 6 and not any("pooler" in path for path in paths)
+
+
+def test_the_head_learns_at_the_rate_of_the_lora_weights(folders):
+    model = loaded(folders["bert"])
+    METHOD.apply(model)
+    names = [name for name, _ in METHOD.parameters(model)]
+    ratios = dict(zip(names, METHOD.lr_ratios(names, 16.0), strict=True))
+    assert {ratios[name] for name in head_parameters(model)} == {1.0}
+    assert {ratios[name] for name in names if name.endswith("lora_B")} == {16.0}
 
 
 def case(folder, quant="nf4"):
