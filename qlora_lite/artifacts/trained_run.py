@@ -255,10 +255,10 @@ def open_trained(
     folder = Path(run)
     if is_adapter_alone(folder):
         alone = _open_alone(folder, model_path)
-        _require_kind(alone.recipe, folder, has_head)
+        require_kind(alone.recipe, folder, has_head)
         return alone
     opened = open_run(folder)
-    _require_kind(opened.recipe, folder, has_head)
+    require_kind(opened.recipe, folder, has_head)
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not finish (status {status}); add --unfinished to use its adapter "
@@ -279,8 +279,16 @@ def open_trained(
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
 
 
-def _require_kind(recipe: Recipe, name: str | Path, has_head: bool | None) -> None:
-    """Raise if a recipe is of a head where a language model is wanted, or the other way round."""
+def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None) -> None:
+    """Check that a recipe is of what is wanted.
+
+    Args:
+        name: of the recipe or run, for messages.
+        has_head: see ``open_trained``.
+
+    Raises:
+        RecipeError: it has a head where a language model is wanted, or the other way round.
+    """
     if has_head is False and recipe.problem is not None:
         raise RecipeError(f"{name} labels texts (task.kind {recipe.task.kind}), and writes no answers: use `qlora-lite "
                           "predict` or `evaluate`, or its adapter folder with peft")  # fmt: skip
@@ -381,7 +389,7 @@ def open_model(
         recipe = without_start(load_recipe(path, overrides, check_files=False))
     else:
         recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
-    _require_kind(recipe, name, has_head=False)
+    require_kind(recipe, name, has_head=False)
     recipe = _where_it_lies_now(recipe, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_lite.artifacts.trained_run import require_kind
 from qlora_lite.errors import RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.recipe.schema import Recipe
@@ -134,6 +135,7 @@ def measure_damage(
     Raises:
         QloraLiteError: see ``StreamedBase``; or nothing is as small as what may be taken.
     """
+    require_kind(recipe, recipe.output.name or "the recipe", has_head=False)
     base = StreamedBase(recipe, rows, watch)
     quant, candidates = recipe.model.quant, candidates_of(base)
     least = min(candidates, key=lambda name: candidates[name].more_bytes)

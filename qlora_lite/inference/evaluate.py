@@ -36,6 +36,7 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings
 from qlora_lite.prepare.datasets import build_data, measures_of
+from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -329,6 +330,8 @@ def evaluate_recipe(
 def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None) -> dict[str, Any]:
     """Measure a recipe's model with its head on its evaluation rows, see ``evaluate_recipe``."""
     data = build_data(recipe, tokenizer, "eval")
+    if recipe.task.labels is None:  # of a recipe, whose rows say them
+        recipe = with_labels(recipe, build_data(recipe, tokenizer))
     model, work = load_head(recipe, adapter, tokenizer)
     check_embeddings(model, data.examples)
     settings = train_settings(recipe)

@@ -206,7 +206,8 @@ _NOT_NEEDED = {
         "loss_scale loss_scale_window initial_loss_scale min_loss_scale dynamic_loss_scale initial_scale_power "
         "grad_scaler fp16_opt_level fp16_backend half_precision_backend",
     "remove it; set model.device": "lora_on_cpu",
-    "remove it; models are causal language models": "task_type",
+    "remove it; task.kind says whether texts are labelled": "task_type",
+    "remove it; the labels are those of the rows, or task.labels": "num_labels",
     "remove it; the layout of the weights is known from the model": "lora_fan_in_fan_out fan_in_fan_out inference_mode",
     "remove it; data is tokenised once and cached":
         "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers dataloader_pin_memory "
@@ -297,7 +298,7 @@ _OTHER_TRAINING = {
     "PPO, GRPO, reward model or distillation is offered; "
     "continued pre-training is a recipe whose data.train are text files":
         "stage rl ppo_* grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs "
-        "num_generations trl vllm kd_* kd_ratio teacher_* training_mode num_labels",
+        "num_generations trl vllm kd_* kd_ratio teacher_* training_mode",
     "only LoRA weights are converted, and DoRA's norms; full fine-tuning is adapter.method full with model.quant none "
     "in a recipe of one's own, and no other kind of adapter is offered":
         "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "

@@ -29,6 +29,7 @@ from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
+from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.schema import Recipe
@@ -67,6 +68,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     data, eval_data = build_data(recipe, tokenizer, compares=True), build_data(recipe, tokenizer, "eval", compares=True)
     eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
+    recipe = with_labels(recipe, data)
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product
         plan, settings = plan_run(recipe, rows, eval_examples)
@@ -74,7 +76,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         model = build_model(recipe, settings.options, adapter_to_begin_with(recipe))
-        work = plan.step.job.workload
+        work = plan.step.job.workload.of_tokenizer(tokenizer)
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)

@@ -21,11 +21,13 @@ from qlora_lite.cli.main import cli
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
+from qlora_lite.inference.damage import measure_damage
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.preflight import preflight
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.run import run_recipe
 
 LEARNS = {"max_steps": 40, "learning_rate": 0.003, "lr_scheduler": "constant", "micro_batch_size": 2}
@@ -249,3 +251,27 @@ def test_a_plan_is_made_before_any_row_is_read(bert, tmp_path):
     recipe = head_recipe(tmp_path, bert)
     result = CliRunner().invoke(cli, ["plan", str(recipe), "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
+
+
+def test_held_out_rows_and_streamed_ones_are_labelled_too(bert, tmp_path):
+    path = head_recipe(tmp_path, bert, rows=named(labelled_rows(40)), data={"eval_share": 0.25},
+                       train={"save_every_minutes": 0})  # fmt: skip
+    settings = yaml.safe_load(path.read_text())
+    del settings["data"]["eval"]
+    path.write_text(yaml.safe_dump(settings))
+    folder = run_recipe(load_recipe(path))
+    assert summary_of(folder)["metrics"]["after"]["accuracy"]["examples"] == 10
+    streamed = ["data.streaming=true", "data.order=as-is", "data.eval_share=0", "task.labels=[bad,good]"]
+    folder = run_recipe(load_recipe(path, [*streamed, f"output.dir={tmp_path / 'streamed'}"]))
+    assert summary_of(folder)["steps"] == 6 and summary_of(folder)["labels"] == ["bad", "good"]
+
+
+def test_a_recipe_is_evaluated_profiled_and_not_measured_for_damage(bert, tmp_path):
+    recipe = load_recipe(
+        head_recipe(tmp_path, bert, rows=named(labelled_rows(24)), eval_rows=named(labelled_rows(8, "e")))
+    )
+    assert evaluate_recipe(recipe, None, 0)["confusion"]["labels"] == ["bad", "good"]
+    found = profile_recipe(recipe, tmp_path / "profile", 2)
+    assert found.page.is_file()
+    with pytest.raises(RecipeError, match="labels texts"):
+        measure_damage(recipe, 4)

@@ -237,7 +237,7 @@ def case(folder, quant="nf4"):
     return Case(work, lambda: loaded(folder, quant=quant), texts(), {"max_tokens": 48})
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v2", "llama"])
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name):
     one = case(folders[name])
     fastest, least = plan(one, 2**40)
