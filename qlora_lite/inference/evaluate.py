@@ -337,7 +337,7 @@ def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Wat
     settings = train_settings(recipe)
     watched = watching(watch, "evaluation", len(data.examples))
     result = evaluate_loss(work, model, eval_batches(work, data.examples, settings, watched))
-    scores, matrix = measure_labels(work, model, data.examples, settings)
+    scores, matrix = measure_labels(work, model, eval_batches(work, data.examples, settings))
     return {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples), "eval_loss": result.loss,
         "metrics": {name: score.as_dict() for name, score in scores.items()},

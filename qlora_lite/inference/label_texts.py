@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
 from qlora_lite.data.metrics import Score
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.sources import Source
-from qlora_lite.data.storage import Example
 from qlora_lite.files import write_text
 from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
@@ -27,7 +26,6 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
-from qlora_lite.train.settings import TrainSettings
 
 log = logging.getLogger("qlora_lite")
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
@@ -36,19 +34,10 @@ _BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody know
 
 
 def measure_labels(
-    workload: SequenceHead, model: nn.Module, examples: Sequence[Example], settings: TrainSettings,
-    done: Done | None = None,
+    workload: SequenceHead, model: nn.Module, batches: Iterable[Texts]
 ) -> tuple[dict[str, Score], list[list[int]] | None]:  # fmt: skip
-    """Return the scores of a model on labelled examples, and of one label the confusion matrix."""
-    targets: list[np.ndarray] = []
-
-    def batches() -> Iterator[Texts]:
-        for batch in eval_batches(workload, examples, settings, done):
-            targets.append(batch.targets.numpy())
-            yield batch
-
-    outputs = outputs_for(workload, model, batches()).numpy()
-    there = np.concatenate(targets)
+    """Return the scores of a model on batches of labelled texts, and of one label the confusion matrix."""
+    outputs, there = (each.numpy() for each in outputs_for(workload, model, batches))
     matrix = None
     if workload.problem == ONE_LABEL and len(workload.labels) <= MAX_SHOWN:
         matrix = confusion(outputs.argmax(1), there, len(workload.labels)).tolist()
@@ -111,9 +100,9 @@ def predict_labels(
         examples.append(example_of(ids, replace(row, label=blank)))
     problems.raise_if_any()
     model, work = load_head(recipe, trained.adapter, tokenizer)
-    outputs = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe), done)).numpy()
+    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe), done))
     lines = []
-    for row, output in zip(found, outputs, strict=True):
+    for row, output in zip(found, outputs.numpy(), strict=True):
         reference = {} if row.label is None else {"reference": row.label}
         lines.append({"where": row.where} | described(output, work.labels, work.problem) | reference)
     write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -166,7 +166,7 @@ def _confusion(summary: dict[str, Any]) -> str:
     return f'<div class="columns">{"".join(_matrix(when, labels, matrix) for when, matrix in shown)}</div>'
 
 
-def _is_matrix(matrix: object, size: int) -> bool:
+def _is_matrix(matrix: object, size: int) -> TypeGuard[list[list[int]]]:
     return isinstance(matrix, list) and len(matrix) == size and all(
         isinstance(row, list) and len(row) == size and all(isinstance(count, int) for count in row) for row in matrix
     )  # fmt: skip

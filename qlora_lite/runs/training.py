@@ -317,7 +317,7 @@ class Training:
     def _metrics(self, eval_data: Dataset, when: str) -> Measured | None:
         """Measure the metrics; what keeps them from it ends the run before training, and is a warning later."""
         if isinstance(work := self.trainer.workload, SequenceHead):
-            return self._label_metrics(work, eval_data, when)
+            return self._label_metrics(work.plain(), eval_data, when)
         rows = eval_data.examples[: self.recipe.train.metrics_examples]
         if not rows:
             return None
@@ -344,9 +344,9 @@ class Training:
     def _label_metrics(self, work: SequenceHead, eval_data: Dataset, when: str) -> Measured:
         """Measure what a head gives for all evaluation rows."""
         with self._at_once():
-            examples = eval_data.examples
-            done = watching(self._watch, "labels", len(examples))
-            scores, matrix = measure_labels(work, self.model, examples, self.trainer.settings, done)
+            scores, matrix = self.trainer.computed(
+                eval_data.examples, lambda _, batches: measure_labels(work, self.model, batches)
+            )
         result = Measured(scores)
         if matrix is not None and not when.startswith("after step"):
             known = self.run.summary.get("confusion", {"labels": list(work.labels)})

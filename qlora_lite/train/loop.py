@@ -458,13 +458,21 @@ class Trainer:
         self.processes.add_up([whole])
         return whole.cpu().numpy()
 
-    @float32_partial_sums()
     def answer_losses(self, examples: Sequence) -> list[list[float]]:
         """Return the losses of each example's target tokens, computed like ``evaluate``'s."""
+        return self.computed(examples, lambda work, batches: answer_losses(work, self.model, batches))
+
+    @float32_partial_sums()
+    def computed(self, examples: Sequence, compute: Callable[[Workload, Iterator], T]) -> T:
+        """Return what ``compute`` makes of ``evaluate``'s batches of examples, in order, on each rank of all of them.
+
+        Args:
+            compute: is given the workload with the plain objective, and the batches; again where memory ran out.
+        """
         self.check()
         work = self.workload.plain()
         groups = list(_eval_rows(work, examples, self.settings))
-        return self._within_memory(groups, lambda batches, _: answer_losses(work, self.model, batches))
+        return self._within_memory(groups, lambda batches, _: compute(work, batches))
 
 
 def _eval_plan(lengths: Sequence[int], settings: TrainSettings) -> list[list[int]]:

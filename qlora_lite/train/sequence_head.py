@@ -8,7 +8,7 @@ The loss is that of transformers' ``ForSequenceClassification`` models, a mean o
 of one label, binary cross-entropy of each of several, the squared error of a number.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -211,10 +211,16 @@ def outputs_error(model: nn.Module) -> float:
 
 
 @torch.no_grad()
-def outputs_for(workload: SequenceHead, model: nn.Module, batches: Sequence[Texts]) -> torch.Tensor:
-    """Return the head's outputs for every text of the batches, float32 [N, C] in host memory, with dropout off."""
-    device, found = workload.device(model), []
+def outputs_for(
+    workload: SequenceHead, model: nn.Module, batches: Iterable[Texts]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the head's outputs for every text of the batches, float32 [N, C], and the targets, with dropout off.
+
+    Both are in host memory.
+    """
+    device, found, targets = workload.device(model), [], []
     with evaluating(model):
         for batch in batches:
             found.append(workload.outputs(model, workload.inputs(batch, device)).cpu())
-    return torch.cat(found)
+            targets.append(batch.targets)
+    return torch.cat(found), torch.cat(targets)
