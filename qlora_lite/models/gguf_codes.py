@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import linear_layers
+from qlora_lite.adapters.parts import head_parameters
 from qlora_lite.errors import ModelError
 from qlora_lite.quant.formats.gguf_blocks import GGUF_BLOCKS
 
@@ -91,7 +92,8 @@ def _contents(files: ModelFiles, skeleton: nn.Module) -> tuple[GgufNames, Mappin
     names, header, wanted = gguf_names(config), read_header(path), skeleton.state_dict()
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
-    places = {names.of(parameter): parameter for parameter in wanted}
+    added = head_parameters(skeleton)  # which no file has
+    places = {names.of(parameter): parameter for parameter in wanted if parameter not in added}
     for name, parameter in places.items():
         if name not in header.tensors:
             raise ModelError(f"{path} has no tensor {name}")

@@ -275,3 +275,24 @@ def test_a_recipe_is_evaluated_profiled_and_not_measured_for_damage(bert, tmp_pa
     assert found.page.is_file()
     with pytest.raises(RecipeError, match="labels texts"):
         measure_damage(recipe, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+def test_the_texts_of_a_pair_have_the_types_that_transformers_gives_them(bert, tmp_path):
+    rows, held_out = (
+        [{"premise": row["sentence"], "hypothesis": f"{row['label']} or so", "label": row["label"]} for row in part]
+        for part in (labelled_rows(24), labelled_rows(6, "e"))
+    )
+    folder = run_recipe(
+        load_recipe(head_recipe(tmp_path, bert, rows=rows, eval_rows=held_out, model={"quant": "none"}))
+    )
+    predict_labels(folder, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
+    adapter = folder / "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(bert, config=AutoConfig.from_pretrained(adapter))
+    model, tokenizer = peft.PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(adapter)
+    for row, found in zip(held_out, lines(tmp_path / "out.jsonl"), strict=True):
+        with torch.no_grad():
+            inputs = tokenizer(row["premise"], row["hypothesis"], return_tensors="pt", return_token_type_ids=True)
+            shares = model(**inputs).logits.softmax(-1)[0]
+        assert inputs["token_type_ids"].any()
+        assert list(found["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from methods import Case, ledger_of, plan
 from safetensors.torch import load_file
+from tiny_gguf import write_tiny_gguf
 from tiny_heads import DECODERS, ENCODERS, FAMILIES, encoder_tokenizer, save_headless
 from transformers import AutoConfig, AutoModelForSequenceClassification, MambaConfig
 
@@ -186,6 +187,16 @@ def test_the_head_begins_by_the_seed_and_is_taken_from_files_that_have_one(folde
     encoder_tokenizer().save_pretrained(tmp_path / "with-head")
     again = loaded(tmp_path / "with-head", seed=5)
     assert torch.equal(again.classifier.weight, heads[0]) and not new_weights(again)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "keep", "none"])
+def test_a_gguf_file_s_model_gets_a_head_too(tmp_path, quant):
+    path = write_tiny_gguf(tmp_path / "model.gguf")
+    model = load_model(str(path), quant, compute_dtype=torch.float32, use_cache=False, head=Head(ONE_LABEL, NAMES))
+    assert new_weights(model) == {"score.weight"} and model.score.weight.std() > 0
+    METHOD.apply(model)
+    assert SequenceHead(method=METHOD).check_forward(model, 32) is None
+    assert not runs_unpacked(model)
 
 
 def test_a_cached_model_has_no_drawn_head_in_it(folders, tmp_path, monkeypatch):
