@@ -15,5 +15,6 @@ WITH_HEAD = {  # of a recipe whose task.kind is another than language-model
     ("data", "template"): None, ("data", "train_on"): "assistant", ("data", "train_on_end"): True,
     ("train", "merge_aware"): "off", ("train", "compile"): False, ("train", "metrics_every_steps"): 0,
     ("train", "metrics_examples"): 0, ("train", "metrics_choices"): None, ("memory", "loss_chunk_tokens"): "auto",
-    ("memory", "head"): "auto",
+    ("memory", "head"): "auto", ("train", "objective"): "sft",
 }  # fmt: skip
+OF_CHATS = ("data", "template"), ("data", "train_on"), ("data", "train_on_end")  # of those, what rewards have a use for

@@ -29,7 +29,7 @@ COMMANDS = {
     "profile": "Run a few steps and show what used the memory and the time.",
     "damage": "Measure what four bits cost, and which layers to leave in 16 bit for it.",
     "evaluate": "Measure loss, perplexity and metrics of a run or a recipe's base model.",
-    "predict": "Label the texts of a file with a run of classification or regression.",
+    "predict": "Label or score the texts of a file with a run that has a head.",
     "generate": "Answer a prompt, or a file of prompts, with a run's adapter or a base model.",
     "chat": "Chat with the adapters of one or more runs, or with a base model.",
     "merge": "Merge a run's adapter into its base model, and measure the difference.",

@@ -1,4 +1,4 @@
-"""``qlora-lite predict``: label the texts of a file with a run of classification or regression."""
+"""``qlora-lite predict``: label the texts of a file with a run that has a head."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from .output import echo, prepare, step_progress
 def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: bool) -> None:
     """Label every row of a file.
 
-    RUN is a run folder with task.kind classification, multi-label or regression, or its adapter folder. Texts longer
-    than the run's data.max_tokens are cut.
+    RUN is a run folder with task.kind classification, multi-label, regression or reward (rows are then chats, which
+    get scores), or its adapter folder. Texts longer than the run's data.max_tokens are cut.
     """
     prepare(verbose=False)
     from qlora_lite.inference.label_texts import predict_labels

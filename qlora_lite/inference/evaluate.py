@@ -337,9 +337,11 @@ def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Wat
     settings = train_settings(recipe)
     watched = watching(watch, "evaluation", len(data.examples))
     result = evaluate_loss(work, model, eval_batches(work, data.examples, settings, watched))
+    found = {"adapter": str(adapter) if adapter else None, "rows": len(data.examples), "eval_loss": result.loss}
+    if recipe.label_problem is None:
+        return found | {"eval_metrics": dict(result.metrics)}
     scores, matrix = measure_labels(work, model, eval_batches(work, data.examples, settings))
-    return {
-        "adapter": str(adapter) if adapter else None, "rows": len(data.examples), "eval_loss": result.loss,
+    return found | {
         "metrics": {name: score.as_dict() for name, score in scores.items()},
         **({"confusion": {"labels": list(work.labels), "matrix": matrix}} if matrix else {}),
     }  # fmt: skip

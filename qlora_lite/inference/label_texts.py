@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
-from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
+from qlora_lite.data.examples import build_examples
 from qlora_lite.data.label_metrics import confusion, probabilities, scores_of
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
@@ -70,10 +71,10 @@ def predict_labels(
     run: str | Path, rows: str | Path, out: str | Path, model_path: str | None = None, unfinished: bool = False,
     done: Done | None = None,
 ) -> Predicted:  # fmt: skip
-    """Label every row of a file with a run's model, in order, one JSON object a line.
+    """Label every row of a file with a run's model, in order, one JSON object a line with the row's place.
 
-    Each has the row's place, the label (of several "labels", of a number "value"), "probabilities" by label, and as
-    "reference" the row's own label where it has one.
+    Of a reward model, rows are chats, and each gets a "reward". Others get a label (of several
+    "labels", of a number a "value"), "probabilities" by label, and the row's own label as "reference" where it has one.
 
     Args:
         run: a run folder, or an adapter folder as peft writes it, with the labels in its ``config.json``.
@@ -88,6 +89,8 @@ def predict_labels(
     """
     trained = open_trained(run, model_path, unfinished, has_head=True)
     recipe, tokenizer = trained.recipe, trained.tokenizer()
+    if recipe.label_problem is None:
+        return _score_chats(trained, rows, out, done)
     found, problems = read_texts(recipe, rows), Problems()
     examples, cut = [], 0
     for row, encoding in zip(found, encode_texts([row.texts for row in found], tokenizer), strict=True):
@@ -107,6 +110,23 @@ def predict_labels(
         lines.append({"where": row.where} | described(output, work.labels, work.problem) | reference)
     write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Predicted(len(lines), cut)
+
+
+def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
+    """Write the reward of every chat of a file, in any format that a language model is trained on."""
+    recipe, tokenizer = trained.recipe, trained.tokenizer()
+    known = (*recipe.data.train, *(recipe.data.eval or ()))
+    (source,) = with_known_columns([schema.Source(path=str(rows))], known)
+    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
+    d = recipe.data
+    data = build_examples([own], tokenizer, d.template, d.train_on, d.max_tokens, train_on_end=d.train_on_end)
+    model, work = load_head(recipe, trained.adapter, tokenizer)
+    outputs, _ = outputs_for(work, model, eval_batches(work, data.examples, train_settings(recipe), done))
+    lines = [
+        {"where": row.where, "reward": score} for row, score in zip(data.examples, outputs[:, 0].tolist(), strict=True)
+    ]
+    write_text(Path(out), "".join(json.dumps(line) + "\n" for line in lines))
+    return Predicted(len(lines), 0)
 
 
 def read_texts(recipe: Recipe, rows: str | Path) -> list[Labelled]:

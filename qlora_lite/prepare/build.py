@@ -56,6 +56,7 @@ from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
+from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
@@ -95,7 +96,7 @@ def learning_rate_of(recipe: Recipe) -> float:
     else:
         scale = lora_scale(lora.alpha, lora.rank, lora.rslora)
         rate = auto_learning_rate(config.model_type, width, lora.rank, scale)
-    return rate if recipe.preference is None else float(f"{rate * PREFERENCE_SHARE:.1e}")
+    return rate if recipe.train.objective == "sft" else float(f"{rate * PREFERENCE_SHARE:.1e}")
 
 
 def fixed_options(recipe: Recipe) -> dict[str, Any]:
@@ -336,7 +337,9 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
         spec: of the model, for a plan.
     """
     method, o, kind = method_of(recipe), recipe.objective, recipe.train.objective
-    if head := head_of(recipe):
+    if (head := head_of(recipe)) and recipe.task.kind == "reward":
+        return RewardHead(PairLoss(), method, spec, labels=head.labels)
+    if head:
         return SequenceHead(HeadLoss(head.problem), method, spec, labels=head.labels)
     if recipe.preference is None:
         return CausalLM(method=method, spec=spec)

@@ -60,7 +60,7 @@ def read_data(
         wanted: of "train" and "eval"; where one is a share of the other's rows both are read.
         compares: whether preferences are read as such; else as answers to imitate.
     """
-    preference = recipe.preference if compares else None
+    preference = recipe.preference if compares or recipe.problem else None  # a head can only be measured by comparing
 
     def read(which: str) -> Dataset:
         return _read(recipe, tokenizer, which, preference)
@@ -77,8 +77,8 @@ def _read(recipe: Recipe, tokenizer, which: str, preference: str | None) -> Data
     settings = d.template, d.train_on, room, d.overflow, d.train_on_end
     if d.streaming and which == "train":
         rows = STREAM_SAMPLE_ROWS
-        return read_examples(sources, tokenizer, *settings, None, rows, preference, recipe.problem)
-    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", None, preference, recipe.problem)
+        return read_examples(sources, tokenizer, *settings, None, rows, preference, recipe.label_problem)
+    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", None, preference, recipe.label_problem)
 
 
 def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
@@ -87,7 +87,7 @@ def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
     if not d.streaming:
         return None
     longest = d.max_tokens - recipe.virtual_tokens
-    settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=recipe.problem)
+    settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=recipe.label_problem)
     return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
 
 

@@ -48,7 +48,7 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
 
 def balance_of(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> dict | None:
     """Return how the labels of training and evaluation rows are spread; None of a language model."""
-    if recipe.problem is None:
+    if (problem := recipe.label_problem) is None:
         return None
-    found = {"kind": recipe.task.kind, "train": balance(data.examples, recipe.problem)}
-    return found | ({"eval": balance(eval_data.examples, recipe.problem)} if eval_data else {})
+    found = {"kind": recipe.task.kind, "train": balance(data.examples, problem)}
+    return found | ({"eval": balance(eval_data.examples, problem)} if eval_data else {})

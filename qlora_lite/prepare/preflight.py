@@ -184,7 +184,7 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
 
 def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
     """Yield the first document of each source that holds a special token as text, as a chat that was rendered does."""
-    if recipe.problem:
+    if recipe.label_problem:
         return
     ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
     tokens = tokenizer.convert_ids_to_tokens(sorted(ids))
@@ -210,7 +210,7 @@ def _format_of(row: dict, where: str, source: Source, recipe: Recipe) -> str:
 
 def _unused_answers(recipe: Recipe) -> Iterator[RowProblem]:
     """Yield the first row of each source that was taken for plain text and has a column named like an answer."""
-    for source in build_sources(recipe, "train") if recipe.problem is None else ():
+    for source in build_sources(recipe, "train") if recipe.label_problem is None else ():
         with suppress(DataError, StopIteration, OSError):  # as above
             where, row = next(read_rows(source, Problems()))
             is_text = source.format is None and _format_of(row, where, source, recipe) == "text"
@@ -324,7 +324,7 @@ def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
         counts["learned_tokens"] = int(part.learned_counts.sum())
-        how = _describe_labelled(source, unused) if recipe.problem else _describe_source(source, unused, recipe)
+        how = _describe_labelled(source, unused) if recipe.label_problem else _describe_source(source, unused, recipe)
         described.append(how | counts)
     return described
 

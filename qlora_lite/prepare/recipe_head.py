@@ -13,7 +13,10 @@ def head_of(recipe: Recipe) -> Head | None:
     """Return the head that a recipe asks for; None of a language model."""
     if recipe.problem is None:
         return None
-    labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
+    if recipe.task.kind == "reward":
+        labels: tuple[str, ...] = ("reward",)
+    else:
+        labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
     return Head(recipe.problem, labels, recipe.train.seed)
 
 

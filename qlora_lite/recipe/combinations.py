@@ -7,6 +7,7 @@ place of what it complains about, with the cure.
 from collections.abc import Callable, Iterator
 
 from qlora_lite.constraints import (
+    OF_CHATS,
     STREAMED_TRAINED,
     UPDATES_IN_FLOAT16,
     WITH_COMPILE,
@@ -84,7 +85,7 @@ def _virtual(value: _Value) -> _Found:
 def _with_head(value: _Value) -> _Found:
     kind = value("task", "kind") or "language-model"
     labels = value("task", "labels")
-    if kind in ("language-model", "regression"):
+    if kind in ("language-model", "regression", "reward"):
         if labels is not None:
             yield ("task", "labels"), f"task.labels: only with task.kind classification or multi-label, not {kind}"
     elif value("data", "streaming") is True and labels is None:
@@ -100,6 +101,8 @@ def _with_head(value: _Value) -> _Found:
     if value("data", "overflow") == "split":
         yield ("data", "overflow"), f"data.overflow = split: a text of task.kind {kind} has one label; write truncate"
     for (section, name), only in WITH_HEAD.items():
+        if kind == "reward" and (section, name) in OF_CHATS:
+            continue
         if (given := value(section, name)) not in (None, only):
             message = f"{section}.{name} = {written(given)}: for a language model, not with task.kind {kind}"
             yield (section, name), f"{message}; remove it"
@@ -331,11 +334,15 @@ def _preferences(value: _Value) -> _Found:
             yield ("objective", name), f"{message}; remove one of the two"
     parts = [part for part in (value("data", "train"), value("data", "eval")) if isinstance(part, list | tuple)]
     sources = [each for part in parts for each in part if isinstance(each, dict)]
-    if objective not in PREFERENCES["pairs"] and any(source.get("rejected") for source in sources):
+    compares = objective in PREFERENCES["pairs"] or value("task", "kind") == "reward"
+    if not compares and any(source.get("rejected") for source in sources):
         message = f"train.objective = {objective}: the template rejected is of rows with two answers"
         yield ("train", "objective"), f"{message}; write dpo here, or remove the template"
+    if value("task", "kind") == "reward":
+        objective = "reward"
     if objective == "sft":
         return
+    of = "task.kind reward" if objective == "reward" else f"train.objective {objective}"
     why = "an example has two answers, or one that is judged"
     needs: dict[tuple[str, str], tuple[object, ...]] = {
         ("data", "streaming"): (False,), ("data", "overflow"): ("error", "drop"),
@@ -343,7 +350,7 @@ def _preferences(value: _Value) -> _Found:
     }  # fmt: skip
     for location, allowed in needs.items():
         if (given := value(*location)) is not None and given not in allowed:
-            message = f"{'.'.join(location)} = {written(given)}: not possible with train.objective {objective}: {why}"
+            message = f"{'.'.join(location)} = {written(given)}: not possible with {of}: {why}"
             yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
 
 

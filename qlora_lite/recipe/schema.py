@@ -23,7 +23,7 @@ from qlora_lite.units import parse_bytes
 ALL_LINEAR = "all-linear"
 PROBLEMS = {  # of task.kind, in transformers' words
     "language-model": None, "classification": "single_label_classification",
-    "multi-label": "multi_label_classification", "regression": "regression",
+    "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
 }  # fmt: skip
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
@@ -155,11 +155,12 @@ class Model(_Section):
 class Task(_Section):
     """What the model is trained to give: text, or labels of texts by way of a head that is trained with it."""
 
-    kind: Literal["language-model", "classification", "multi-label", "regression"] = "language-model"
+    kind: Literal["language-model", "classification", "multi-label", "regression", "reward"] = "language-model"
     """language-model learns to write. The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
     label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
-    label (qlora-lite explain heads)."""
+    label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
+    (qlora-lite explain heads)."""
     labels: Annotated[
         tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
     ] = None  # fmt: skip
@@ -637,12 +638,19 @@ class Recipe(_Section):
     @property
     def preference(self) -> str | None:
         """What preferences are told by, "pairs" or "labels"; None where answers are imitated."""
+        if self.task.kind == "reward":
+            return "pairs"
         return next((by for by, names in PREFERENCES.items() if self.train.objective in names), None)
 
     @property
     def problem(self) -> str | None:
         """What a head is for, in transformers' words; None of a language model."""
         return PROBLEMS[self.task.kind]
+
+    @property
+    def label_problem(self) -> str | None:
+        """What the labels of rows are for, likewise; None where rows have none."""
+        return None if self.task.kind == "reward" else self.problem
 
     @property
     def recipe_hash(self) -> str:

@@ -333,7 +333,7 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         local = [source.path for source in build_sources(recipe, "train") if not source.path.startswith(PREFIX)]
         files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
-    labels = {} if recipe.problem is None else {"labels": _digest_of_labels(data, eval_data)}
+    labels = {} if recipe.label_problem is None else {"labels": _digest_of_labels(data, eval_data)}
     return labels | {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,

@@ -207,10 +207,7 @@ class PreferenceLM(CausalLM):
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
-        room = OF_TWO * most.rows
-        shorter = most._replace(tokens=max(most.rows, most.tokens - room), longest=max(1, most.longest - OF_TWO))
-        alone = [replace(example, first=0) for example in examples]
-        return [_in_two(example) for example in super().enlarged(alone, shorter)]
+        return enlarged_in_two(super().enlarged, examples, most)
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch | Batch:
         """Pack both sequences of each example; those of one sequence as a language model's."""
@@ -262,11 +259,7 @@ class PreferenceLM(CausalLM):
         shape = super().full_pack(tokens, packing)
         if not self.objective.is_of_pairs:
             return shape
-        longest, *others = shape.lengths
-        if len(others) % 2:
-            longest, others = longest + others[0], others[1:]
-        half = longest // 2
-        return BatchShape((longest - half, half, *others), shape.targets)
+        return halved(shape)
 
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], PreferenceInputs], options: MemoryOptions,
@@ -304,6 +297,28 @@ class PreferenceLM(CausalLM):
     def _of(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
         tokens = sequences.tokens
         return self.objective.log_probabilities(model, hidden_states(model, tokens)[tokens.learned], sequences)
+
+
+def enlarged_in_two(
+    enlarged: Callable[[Sequence[Example], Extent], Sequence[Example]], examples: Sequence[Example], most: Extent
+) -> list[Example]:
+    """Return examples of two sequences that need as much memory as any; see ``data.batch.enlarged``.
+
+    Args:
+        enlarged: does so for examples of one.
+    """
+    tokens, longest = max(most.rows, most.tokens - OF_TWO * most.rows), max(1, most.longest - OF_TWO)
+    shorter = most._replace(tokens=tokens, longest=longest)
+    return [_in_two(each) for each in enlarged([replace(example, first=0) for example in examples], shorter)]
+
+
+def halved(shape: BatchShape) -> BatchShape:
+    """Return a shape whose longest sequence is two of one length, and whose others are an even number."""
+    longest, *others = shape.lengths
+    if len(others) % 2:
+        longest, others = longest + others[0], others[1:]
+    half = longest // 2
+    return BatchShape((longest - half, half, *others), shape.targets)
 
 
 def _in_two(example: Example) -> Example:

@@ -1,0 +1,69 @@
+"""The workload that is a reward model: a head with one output, whose score is higher for a chosen answer.
+
+Of a pair of chats, packed as two sequences (``data.preferences``), the loss is -log sigmoid(score of chosen - score of
+rejected): the model of Bradley and Terry (1952), as InstructGPT trains it (arXiv 2203.02155) and trl. A score is the
+head's output for a sequence, an offset of which means nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+
+from qlora_lite.data.batch import Extent
+from qlora_lite.data.storage import Example, sequences_of
+
+from .causal_lm import CausalLM
+from .forward import Inputs
+from .preference import enlarged_in_two, halved
+from .sequence_head import SequenceHead, Texts
+from .workload import BatchShape, LossSum, Objective
+
+
+@dataclass(frozen=True)
+class PairLoss(Objective):
+    """The loss of scores [2 P, 1], float32, of a chosen and a rejected answer in turn."""
+
+    is_likelihood: ClassVar[bool] = False
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Inputs) -> LossSum:
+        """Return the sum of the losses of the pairs, and how their scores compare."""
+        chosen, rejected = outputs[::2, 0], outputs[1::2, 0]
+        with torch.no_grad():
+            metrics = {
+                "rewards/chosen": chosen.sum(), "rewards/rejected": rejected.sum(),
+                "rewards/margins": (chosen - rejected).sum(), "rewards/accuracies": (chosen > rejected).float().sum(),
+            }  # fmt: skip
+        return LossSum(-logsigmoid(chosen - rejected).sum(), metrics)
+
+    @property
+    def name(self) -> str:
+        """The problem's, in transformers' words."""
+        return "regression"
+
+
+@dataclass(frozen=True)
+class RewardHead(SequenceHead):
+    """A model with a head over packed chats; examples of one sequence are scored alone."""
+
+    objective: Objective = field(default_factory=PairLoss)
+
+    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
+        """See ``data.batch.enlarged``; each example gets two sequences again."""
+        return enlarged_in_two(super().enlarged, examples, most)
+
+    def collate(self, examples: Sequence[Example]) -> Texts:
+        """Pack the sequences of examples; their targets are of no use."""
+        sequences = [each for example in examples for each in sequences_of(example)]
+        return Texts(CausalLM.collate(self, sequences), torch.zeros(len(sequences)))
+
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of a pack of so many tokens, whose longest example is two sequences of one length."""
+        return halved(super().full_pack(tokens, packing))
+
+    def weight(self, inputs: Inputs) -> int:
+        """Return the number of pairs."""
+        return len(inputs.targets) // 2
