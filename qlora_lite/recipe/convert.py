@@ -3,8 +3,8 @@
 `foreign_files` reads its settings, `foreign_names` says what they are called here, `foreign_values` what becomes of
 their values; here the recipe is made of that. What the file leaves to its trainer's defaults is written down where
 ours differ, since the recipe is to train what the file trains. For the same reason a file that trains something other
-than LoRA weights by supervised fine-tuning is refused, and so is one with settings that what is learned depends on and
-that have no counterpart, unless a part of it is asked for.
+than LoRA weights, or by an objective that is not here, is refused, and so is one with settings that what is learned
+depends on and that have no counterpart, unless a part of it is asked for.
 
 source of the defaults: axolotl, src/axolotl/utils/schemas; LLaMA-Factory, src/llamafactory/hparams; transformers,
 TrainingArguments; torchtune, recipes/configs and torch.optim.AdamW; unsloth, unsloth_cli/config.py.
@@ -123,6 +123,7 @@ def _finish(draft: Draft) -> set[str]:
     defaults = dict(_THEIR_DEFAULTS[draft.trainer])
     if "train.max_steps" in draft.values:
         defaults.pop("train.epochs", None)
+    _preferences(draft, defaults, whole)
     if draft.trainer == "LLaMA-Factory":
         defaults["lora.alpha"] = 2 * draft.values.get("lora.rank", 8)
     formats = {source.get("format") == "alpaca" for source in draft.values.get("data.train", [])}
@@ -156,6 +157,22 @@ def _finish(draft: Draft) -> set[str]:
             if draft.values.pop(key, None):
                 draft.notes.append(Note("unused", whole.where, f"{key}: it has no evaluation examples"))
     return assumed
+
+
+def _preferences(draft: Draft, defaults: dict[str, object], whole: Setting) -> None:
+    """Convert what depends on whether answers are compared."""
+    objective = draft.values.get("train.objective", "sft")
+    if objective == "sft" and draft.values.get("task.kind") != "reward":
+        if pairs := draft.given.get("ranking"):
+            text = "its examples are pairs or judgements, and the file names no objective for them"
+            draft.note("lost", pairs, text, "train.objective")
+        return
+    defaults.pop("data.train_on", None)
+    tokens = draft.values.get("data.max_tokens", defaults.get("data.max_tokens"))
+    if isinstance(tokens, int) and objective != "kto":
+        draft.values["data.max_tokens"] = 2 * tokens
+        text = "data.max_tokens is twice what it is there: here it is for both answers to a prompt together"
+        draft.notes.append(Note("changed", whole.where, text))
 
 
 def _checked(draft: Draft, overrides: Sequence[str]) -> dict[str, dict[str, object]]:

@@ -29,6 +29,7 @@ _MODELS = {"FastLanguageModel", "FastModel", "AutoModelForCausalLM"}
 _CALLS = {
     "get_peft_model", "LoraConfig", "BitsAndBytesConfig", "SFTConfig", "TrainingArguments", "UnslothTrainingArguments",
     "SFTTrainer", "UnslothTrainer", "Trainer", "get_chat_template",
+    *(f"{name}{kind}" for name in ("DPO", "KTO", "ORPO", "CPO", "Reward") for kind in ("Config", "Trainer")),
 }  # fmt: skip
 _OTHER_TRAINERS = re.compile(r"(?!SFT|Unsloth)[A-Z]\w+Trainer|(DPO|KTO|ORPO|CPO|PPO|GRPO|RLOO|Reward|GKD)Config")
 _PLUMBING = {

@@ -44,6 +44,20 @@ _RENAMED = {
         "badam_switch_interval badam_switch_interval_every switch_block_every",
     "adapter.train_also":
         "modules_to_save lora_modules_to_save additional_target",
+    "train.objective":
+        "rl stage pref_loss loss_type",
+    "objective.beta":
+        "dpo_beta rl_beta pref_beta orpo_alpha",
+    "objective.gamma":
+        "simpo_gamma",
+    "objective.sft_weight":
+        "pref_ftx rpo_alpha cpo_alpha",
+    "objective.label_smoothing":
+        "dpo_label_smoothing",
+    "objective.desirable_weight":
+        "kto_desirable_weight kto_chosen_weight",
+    "objective.undesirable_weight":
+        "kto_undesirable_weight kto_rejected_weight",
     "lora.rank":
         "lora_r r lora_rank lora_dim network_dim",
     "lora.alpha":
@@ -268,7 +282,7 @@ _NOT_OFFERED = {
     "remove it; no noise is added to embeddings": "neftune neftune_alpha neftune_noise_alpha noisy_embedding_alpha",
     "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
     "remove it; the loss is plain cross-entropy":
-        "label_smoothing_factor loss_type dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
+        "label_smoothing_factor dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
     "write adapter.method: full with adapter.switch_every; blocks learn in an order that is drawn":
         "use_badam badam_mode badam_switch_mode badam_start_block",
     "remove it; weights are updated by train.optimizer alone":
@@ -290,14 +304,13 @@ _NOT_OFFERED = {
         "message_property_mappings field_tools field_human field_model",
     "remove it; all of the newest data on the hub is read": "shards shards_idx preprocess_shards",
 }  # fmt: skip
+OTHER_TRAINING = (
+    "fine-tuning and preferences are offered (train.objective), reward models (task.kind), but no PPO, GRPO or "
+    "distillation; continued pre-training is a recipe whose data.train are text files"
+)
 _OTHER_TRAINING = {
-    "preference training is not converted: write a recipe with train.objective (dpo, ipo, hinge, orpo, simpo, cpo or "
-    "kto) and objective.beta":
-        "dpo_beta rl_beta dpo_* pref_* kto_* orpo_alpha orpo_* simpo_gamma rpo_alpha cpo_alpha",
-    "only supervised fine-tuning is converted, not DPO, KTO or ORPO (train.objective in a recipe of one's own), and no "
-    "PPO, GRPO, reward model or distillation is offered; "
-    "continued pre-training is a recipe whose data.train are text files":
-        "stage rl ppo_* grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs "
+    OTHER_TRAINING:
+        "ppo_* grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs "
         "num_generations trl vllm kd_* kd_ratio teacher_* training_mode",
     "only LoRA weights are converted, and DoRA's norms; full fine-tuning is adapter.method full with model.quant none "
     "in a recipe of one's own, and no other kind of adapter is offered":

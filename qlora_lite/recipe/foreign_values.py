@@ -250,6 +250,24 @@ def _method(draft: Draft, setting: Setting, key: str) -> None:
         draft.put(key, "dora", setting)
 
 
+def _objective(draft: Draft, setting: Setting, key: str) -> None:
+    """Convert what is learned: a stage, a loss within it, or a trainer's class."""
+    said = re.sub("trainer$|config$", "", as_text(setting.value).lower())
+    found = {"sigmoid": draft.values.get(key, "dpo"), **{name: name for name in reference.choices_of(
+        reference.setting(key))}}.get(said)  # fmt: skip
+    if said in ("rm", "reward"):
+        draft.put("task.kind", "reward", setting)
+    elif found == "sft" or said == "nll":
+        return
+    elif found is None and setting.name.rpartition(".")[2] in ("stage", "rl"):
+        problem = f"{setting.name} = {as_text(setting.value)}: {foreign_names.OTHER_TRAINING}"
+        raise RecipeError(Problem(problem, setting.where))
+    elif found is None:
+        draft.note("lost", setting, f"{key} is {', '.join(reference.choices_of(reference.setting(key)))}", key)
+    elif found != "dpo" or key not in draft.values:  # a loss says more than the stage or the class that it is of
+        draft.values[key] = found
+
+
 def _parts(draft: Draft, setting: Setting, key: str) -> None:
     names = setting.value.split(",") if isinstance(setting.value, str) else setting.value
     words = {"embed": "embeddings", "wte": "embeddings", "head": "head", "output": "head", "norm": "norms",
@@ -413,8 +431,7 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
         draft.note("lost", setting, f"{info_path} has no readable entry for {shown(name)}", f"data.{part}")
         return
     if entry.get("ranking") or "kto_tag" in columns:
-        text = "are pairs or judgements for preference training, which is not converted (train.objective)"
-        raise RecipeError(Problem(f"{setting.name} = {name}: its examples {text}", setting.where))
+        draft.given["ranking"] = setting
     hub = entry.get("hf_hub_url")
     path = (
         _location(str(hub), entry.get("subset"), entry.get("split"))
@@ -424,10 +441,16 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     formatting = str(entry.get("formatting", "alpaca"))
     source: dict[str, object] = {"path": path, "format": _FORMATS.get(formatting)}
     usual = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+    if entry.get("ranking"):
+        usual |= {"chosen": "chosen", "rejected": "rejected"}
+        source["format"] = None
     if formatting == "alpaca" and any(usual.get(role) not in (None, column) for role, column in columns.items()):
         query = f"\n{{{columns['query']}}}" if columns.get("query") else ""
         prompt, response = columns.get("prompt", "instruction"), columns.get("response", "output")
         source |= {"format": None, "prompt": f"{{{prompt}}}{query}", "completion": f"{{{response}}}"}
+        if entry.get("ranking"):
+            chosen, rejected = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+            source |= {"completion": f"{{{chosen}}}", "rejected": f"{{{rejected}}}"}
     elif columns.get("messages") not in (None, "messages", "conversations"):
         text = f"its turns are in the column {shown(columns['messages'])}; here it is messages"
         draft.note("lost", setting, text, f"data.{part}")
@@ -559,7 +582,7 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
     "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,
-    "data.train": _data, "data.eval": _data,
+    "data.train": _data, "data.eval": _data, "train.objective": _objective,
     "data.eval_share": _eval_share, "data.template": _template, "data.train_on": _train_on, "data.packing": _packing,
     "data.order": _order, "data.overflow": _overflow, "train.micro_batch_size": _batch, "train.max_steps": _max_steps,
     "train.gradient_accumulation_steps": _batch, "train.eval_every_steps": _every, "train.save_every_steps": _every,

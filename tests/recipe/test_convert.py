@@ -331,14 +331,13 @@ def test_a_file_of_unsloth_s_studio_is_read(made):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (AXOLOTL + "rl: dpo\n", "theirs.yml:33: rl = dpo: only supervised fine-tuning is converted"),
-        (AXOLOTL + "reward_model: true\n", "reward_model = true: only supervised"),
-        (AXOLOTL + "trl: {num_generations: 4}\n", "trl.num_generations = 4: only supervised"),
+        (AXOLOTL + "rl: grpo\n", "theirs.yml:33: rl = grpo: fine-tuning and preferences are offered"),
+        (AXOLOTL + "reward_model: true\n", "reward_model = true: fine-tuning and preferences"),
+        (AXOLOTL + "trl: {num_generations: 4}\n", "trl.num_generations = 4: fine-tuning and preferences"),
         (AXOLOTL.replace("adapter: qlora", "adapter:"), "no adapter: all weights are trained"),
-        (LLAMA_FACTORY.replace("stage: sft", "stage: dpo"), "theirs.yml:3: stage = dpo: only supervised"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: ppo"), "theirs.yml:3: stage = ppo: fine-tuning and preferences"),
         (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training is a recipe whose data"),
         (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type = full: only LoRA weights are"),
-        (LLAMA_FACTORY.replace("tickets,replies", "pairs"), "pairs: its examples are pairs or judgements"),
         (TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1_8b"), "model._component_ = llama3_1_8b: trains all weights"),
         (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"), "with cross-entropy"),
         (STUDIO.replace("training_type: lora", "training_type: full"), "training_type = full: only LoRA weights"),
@@ -351,10 +350,59 @@ def test_a_file_that_trains_another_thing_is_refused(refused, tmp_path, text, wh
     assert why in problem
 
 
-@pytest.mark.parametrize("call", ["DPOTrainer(args=1)", "trl.GRPOConfig(num_generations=2)", "RewardTrainer()"])
+@pytest.mark.parametrize("call", ["PPOTrainer(args=1)", "trl.GRPOConfig(num_generations=2)", "RLOOTrainer()"])
 def test_a_script_of_another_trainer_class_is_refused(refused, call):
     (problem,) = refused(f"{SCRIPT}{call}\n", name="train.py", partial=True)
-    assert problem.startswith(f"train.py:20: stage = {call.partition('(')[0].removeprefix('trl.')}: only supervised")
+    assert problem.startswith(f"train.py:20: stage = {call.partition('(')[0].removeprefix('trl.')}: fine-tuning")
+
+
+@pytest.mark.parametrize(
+    ("text", "objective", "settings"),
+    [
+        (AXOLOTL + "rl: dpo\ndpo_beta: 0.3\n", "dpo", {"beta": 0.3}),
+        (AXOLOTL + "rl: simpo\nrl_beta: 2.5\nsimpo_gamma: 1.5\ncpo_alpha: 0.2\n", "simpo",
+         {"beta": 2.5, "gamma": 1.5, "sft_weight": 0.2}),
+        (AXOLOTL + "rl: orpo\norpo_alpha: 0.2\n", "orpo", {"beta": 0.2}),
+        (AXOLOTL + "rl: kto\nkto_undesirable_weight: 0.2\n", "kto", {"undesirable_weight": 0.2}),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: dpo\npref_beta: 0.2\npref_loss: sigmoid\npref_ftx: 0.5"), "dpo",
+         {"beta": 0.2, "sft_weight": 0.5}),
+        (LLAMA_FACTORY.replace("stage: sft", "pref_loss: orpo\nstage: dpo"), "orpo", {}),
+    ],
+)  # fmt: skip
+def test_preferences_are_converted(made, text, objective, settings, tmp_path):
+    (tmp_path / "data").mkdir()
+    info = DATASET_INFO | {"tickets": {"file_name": "t.json", "ranking": True, "columns": {
+        "prompt": "question", "chosen": "good", "rejected": "bad"}}}  # fmt: skip
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    conversion, recipe = made(text)
+    assert recipe.train.objective == objective
+    assert {name: getattr(recipe.objective, name) for name in settings} == settings
+    doubled = 1 if objective == "kto" else 2
+    assert recipe.data.max_tokens == doubled * (2048 if "axolotl" in conversion.text else 4096)
+    if "LLaMA" in conversion.text:
+        source = recipe.data.train[0]
+        assert (source.prompt, source.completion, source.rejected) == ("{question}", "{good}", "{bad}")
+
+
+def test_a_reward_model_is_converted(made, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    _, recipe = made(LLAMA_FACTORY.replace("stage: sft", "stage: rm").replace("tickets,replies", "pairs"), partial=True)
+    assert recipe.task.kind == "reward" and recipe.preference == "pairs"
+
+
+def test_pairs_without_an_objective_are_named(refused, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    problem, _ = refused(LLAMA_FACTORY.replace("tickets,replies", "pairs"))
+    assert "its examples are pairs or judgements, and the file names no objective" in problem
+
+
+def test_a_script_of_trl_s_dpo_trainer_is_converted(made):
+    script = SCRIPT.replace("SFTTrainer", "DPOTrainer").replace("SFTConfig", "DPOConfig")
+    calls = "DPOConfig(beta=0.4, loss_type='ipo', label_smoothing=0.0)\nDPOTrainer(model=1)\n"
+    _, recipe = made(f"{script}{calls}", name="train.py", partial=True)
+    assert recipe.train.objective == "ipo" and recipe.objective.beta == 0.4
 
 
 def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(made, refused):
@@ -425,7 +473,7 @@ def test_a_hostile_or_foreign_file_is_one_clean_error(tmp_path, name, content, w
 
 @pytest.mark.parametrize("value", ["-1", "x", "[[a], b]", "{a: {b: [1]}}", "'1e-4'", "${x}", '"\\x9b\\u202e: x"'])
 def test_whatever_the_values_are_the_outcome_is_a_recipe_or_an_error(made, value):
-    known = {line.partition(":")[0] for line in AXOLOTL.splitlines()}
+    known = {line.partition(":")[0] for line in AXOLOTL.splitlines()} | {"rl", "stage"}  # which can be another training
     names = [name for name, answer in _ANSWERS.items() if answer.effect != "other training" and name not in known]
     text = AXOLOTL + "".join(f"{name.replace('*', 'x')}: {value}\n" for name in names)
     conversion, _ = made(text, "data.train=rows.jsonl", partial=True)
