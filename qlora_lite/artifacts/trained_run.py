@@ -44,7 +44,7 @@ from qlora_lite.prepare.build import (
 )
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import PROBLEMS, Adapter, Data, Model, Recipe, Task
+from qlora_lite.recipe.schema import PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
 from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
 
@@ -163,7 +163,7 @@ class TrainedRun:
         if self.is_alone:
             raise DataError("the adapter comes without a run")
         found = set()
-        for source in build_sources(self.recipe, "train"):
+        for source in build_sources(self.recipe, "train", compares=False):
             for row in islice(read_conversations(source, Problems()), SYSTEM_ROWS):
                 if not isinstance(row, Conversation):
                     break
@@ -338,10 +338,12 @@ def _task_of(folder: Path) -> Task:
     said = read_json(folder / MODEL_CONFIG_NAME) if (folder / MODEL_CONFIG_NAME).is_file() else {}
     kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
     labels = said.get("id2label")
+    if kind == "regression" and labels == {"0": REWARD_LABEL}:
+        kind = "reward"
     if kind is None or not isinstance(labels, dict):
         raise ModelError(f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
                          "and problem_type: add them, or use the run that trained it")  # fmt: skip
-    names = None if kind == "regression" else tuple(map(str, labels.values()))
+    names = None if kind in ("regression", "reward") else tuple(map(str, labels.values()))
     return Task.model_validate({"kind": kind, "labels": names})
 
 

@@ -20,7 +20,7 @@ def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: 
     """Label every row of a file.
 
     RUN is a run folder with task.kind classification, multi-label, regression or reward (rows are then chats, which
-    get scores), or its adapter folder. Texts longer than the run's data.max_tokens are cut.
+    get scores), or its adapter folder. Texts longer than the run's data.max_tokens are cut; longer chats are an error.
     """
     prepare(verbose=False)
     from qlora_lite.inference.label_texts import predict_labels

@@ -28,9 +28,7 @@ from qlora_lite.files import replacing_folder
 
 from .encode import make_examples
 from .example_checks import NOTHING_TO_LEARN, check_examples
-from .preferences import check_labels
 from .problems import Problems
-from .row_formats import LABELS
 from .sources import Source
 from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
 from .storage import Example, Examples, ExampleWriter, repeated
@@ -244,8 +242,6 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
     end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end and not job.settings.problem
     for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_target):
         statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
-    if job.settings.preference == LABELS and (alike := check_labels(examples)):
-        statistics.problems.add(alike.where, alike.message, alike.rule, fatal=True)
 
 
 def _check_arguments(

@@ -55,7 +55,8 @@ def _name(value: object) -> str:
     if not name:
         raise DataError("the label is empty; fill it in or remove the row")
     if name == _WITHOUT:
-        raise DataError("the label -1 marks a row without one, as in the test sets of GLUE; remove the row")
+        cure = "remove the row, or give the class another name if it is one"
+        raise DataError(f"the label -1 marks a row without one, as in the test sets of GLUE; {cure}")
     return name
 
 

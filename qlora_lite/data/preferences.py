@@ -19,7 +19,7 @@ from .mask import Marked
 from .problems import RowProblem
 from .row_formats import Conversation
 from .statistics import Statistics
-from .storage import Example, Examples
+from .storage import Example, Examples, sequences_of, stored
 
 OTHER_PROMPT = "prompts with other tokens"
 SAME_ANSWERS = "chosen equal to rejected"
@@ -99,6 +99,11 @@ def check_labels(examples: Examples) -> RowProblem | None:
         return None
     message = f"every label is {str(bool(desirable[0])).lower()}, so that nothing is told apart; add rows of the other"
     return RowProblem("", ONE_LABEL, message)
+
+
+def answers_alone(examples: Examples) -> Examples:
+    """Return the first sequences of examples whose answer is one to imitate, as rows for a language model."""
+    return stored([sequences_of(example)[0] for example in examples if example.desirable])
 
 
 def answer_tokens(examples: Examples) -> tuple[float, float]:

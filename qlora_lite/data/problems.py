@@ -64,6 +64,8 @@ class Problems:
             fatal: True for what leaving out this row does not cure.
         """
         rule = fault.rule if isinstance(fault, DataError) else rule
+        if where and self.found[-1:] == [RowProblem(where, rule, str(fault))]:  # of both answers of one row
+            return
         self.fatal = self.fatal or fatal
         self.counts[rule] += 1
         if where:

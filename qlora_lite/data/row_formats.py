@@ -73,7 +73,7 @@ _PLACED = re.compile(  # at the turn's beginning or end, alone on a line, or rig
     rf"\A\s*{_PLACEHOLDER}|{_PLACEHOLDER}(?:\s*\Z|(?=\w))|^[ \t]*{_PLACEHOLDER}+[ \t]*$", re.MULTILINE
 )
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
-_JUDGEMENTS = "label", "kto_tag"
+JUDGEMENTS = "label", "kto_tag"
 PAIRS, LABELS = "pairs", "labels"  # what a preference is told by
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -197,6 +197,9 @@ def read_conversations(
     for where, row in read_rows(source, problems):
         if format_name is None:
             format_name = recognise(row, where, source, preference)
+        if preference == LABELS and format_name == "text":
+            raise DataError(f"{where}: rows of plain text have no prompt that an answer with a label belongs to; write "
+                            "prompt, completion and label")  # fmt: skip
         try:
             rows = _answered_rows(row, format_name, preference)
             row, judged = rows[0], _judgements(rows[0], format_name, preference)
@@ -330,15 +333,15 @@ def _judgements(row: Mapping[str, object], format_name: str, preference: str | N
         DataError: answers are judged one by one, and this one is not.
     """
     if preference == LABELS:
-        found = {name: row[name] for name in _JUDGEMENTS if row.get(name) is not None}
+        found = {name: row[name] for name in JUDGEMENTS if row.get(name) is not None}
         labels = {name: _LABELS.get(str(value).lower()) for name, value in found.items()}
         if not labels or None in labels.values():
             said = ", ".join(f"{name!r} is {value!r}" for name, value in found.items()) or "there is none"
             raise DataError(f"'label' must be true for a good answer and false for a bad one; {said}")
         return labels
-    if format_name not in _TAKEN or row.keys().isdisjoint(_JUDGEMENTS):
+    if format_name not in _TAKEN or row.keys().isdisjoint(JUDGEMENTS):
         return {}
-    return {name: row[name] for name in _JUDGEMENTS if isinstance(row.get(name), bool)}
+    return {name: row[name] for name in JUDGEMENTS if isinstance(row.get(name), bool)}
 
 
 def check_format(source: Source, preference: str | None = None) -> str | None:

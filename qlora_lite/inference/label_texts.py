@@ -12,13 +12,14 @@ from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
-from qlora_lite.data.examples import build_examples
+from qlora_lite.data.examples import read_examples
 from qlora_lite.data.label_metrics import confusion, probabilities, scores_of
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
 from qlora_lite.data.metrics import Score
 from qlora_lite.data.problems import Problems
-from qlora_lite.data.sources import Source
+from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
+from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.files import write_text
 from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
@@ -73,8 +74,9 @@ def predict_labels(
 ) -> Predicted:  # fmt: skip
     """Label every row of a file with a run's model, in order, one JSON object a line with the row's place.
 
-    Of a reward model, rows are chats, and each gets a "reward". Others get a label (of several
-    "labels", of a number a "value"), "probabilities" by label, and the row's own label as "reference" where it has one.
+    Of a reward model, rows are chats, and each gets a "reward", of pairs scores of "chosen" and "rejected". Others get
+    a label (of several "labels", of a number a "value"), "probabilities" by label, and the row's own label as
+    "reference" where it has one.
 
     Args:
         run: a run folder, or an adapter folder as peft writes it, with the labels in its ``config.json``.
@@ -113,18 +115,24 @@ def predict_labels(
 
 
 def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
-    """Write the reward of every chat of a file, in any format that a language model is trained on."""
+    """Write the reward of every chat of a file, in the formats of a language model; of pairs that of both."""
     recipe, tokenizer = trained.recipe, trained.tokenizer()
-    known = (*recipe.data.train, *(recipe.data.eval or ()))
-    (source,) = with_known_columns([schema.Source(path=str(rows))], known)
-    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
-    d = recipe.data
-    data = build_examples([own], tokenizer, d.template, d.train_on, d.max_tokens, train_on_end=d.train_on_end)
+    (source,) = with_known_columns([schema.Source(path=str(rows))], (*recipe.data.train, *(recipe.data.eval or ())))
+    # whatever a row says of its answer, it gets a score
+    found = [{k: v for k, v in row.items() if k not in JUDGEMENTS} for _, row in read_rows(Source(source.path))]
+    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, rows=found,
+                 rejected=source.rejected, setting="--rows")  # fmt: skip
+    d, by = recipe.data, PAIRS if source.rejected or is_preference(found[0]) else None
+    data = read_examples(
+        [own], tokenizer, d.template, d.train_on, d.max_tokens, train_on_end=d.train_on_end, preference=by
+    )
+    data.problems.raise_if_any()
     model, work = load_head(recipe, trained.adapter, tokenizer)
     outputs, _ = outputs_for(work, model, eval_batches(work, data.examples, train_settings(recipe), done))
-    lines = [
-        {"where": row.where, "reward": score} for row, score in zip(data.examples, outputs[:, 0].tolist(), strict=True)
-    ]
+    scores, lines = iter(outputs[:, 0].tolist()), []
+    for example in data.examples:
+        names = ("chosen", "rejected") if by else ("reward",)
+        lines.append({"where": example.where} | {name: next(scores) for name in names})
     write_text(Path(out), "".join(json.dumps(line) + "\n" for line in lines))
     return Predicted(len(lines), 0)
 

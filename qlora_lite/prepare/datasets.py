@@ -7,6 +7,7 @@ as long as everything else together.
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Literal, overload
 
 from qlora_lite.data.example_checks import Matching
@@ -14,8 +15,9 @@ from qlora_lite.data.examples import Dataset, RowStream, largest_rows, read_exam
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.metrics import Measures
+from qlora_lite.data.preferences import answers_alone
 from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import CHOSEN, PAIRS, is_preference
+from qlora_lite.data.row_formats import CHOSEN, LABELS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Settings
 from qlora_lite.data.storage import Example
@@ -43,7 +45,7 @@ def build_data(recipe, tokenizer, which="train", compares=False):
     """
     if which == "eval" and not recipe.data.has_eval:
         return None
-    parts = read_data(recipe, tokenizer, (which,), compares)
+    parts = read_data(recipe, tokenizer, (which,), compares or recipe.problem is not None)  # a head has to compare
     for part in parts.values():
         part.problems.raise_if_any(recipe.data.max_bad_rows)
     return parts[which]
@@ -58,21 +60,52 @@ def read_data(
 
     Args:
         wanted: of "train" and "eval"; where one is a share of the other's rows both are read.
-        compares: whether preferences are read as such; else as answers to imitate.
+        compares: whether preferences are read as such; else the answers to imitate of the same rows, and rows of other
+            kinds as what they are.
     """
-    preference = recipe.preference if compares or recipe.problem else None  # a head can only be measured by comparing
 
     def read(which: str) -> Dataset:
-        return _read(recipe, tokenizer, which, preference)
+        preference = recipe.preference if compares else _told_by(recipe, which)
+        return _read(recipe, tokenizer, which, preference, compares)
 
     if share := recipe.data.eval_share:
-        return dict(zip(("train", "eval"), hold_out(read("train"), share), strict=True))
-    return {which: read(which) for which in wanted if getattr(recipe.data, which) is not None}
+        found = dict(zip(("train", "eval"), hold_out(read("train"), share), strict=True))
+    else:
+        found = {which: read(which) for which in wanted if getattr(recipe.data, which) is not None}
+    return found if compares else {which: _to_imitate(data) for which, data in found.items()}
 
 
-def _read(recipe: Recipe, tokenizer, which: str, preference: str | None) -> Dataset:
+def _told_by(recipe: Recipe, which: str) -> str | None:
+    """Return what the preferences of a recipe are told by in these rows; None where they are of another kind."""
+    sources = build_sources(recipe, which)
+    firsts = [row for source in sources for row in [_first_row(source)] if row is not None]
+    if recipe.preference == PAIRS and all(map(is_preference, firsts)):
+        return PAIRS
+    if recipe.preference == PAIRS and all(source.rejected for source in sources):
+        return PAIRS
+    return LABELS if recipe.preference == LABELS and all({"label", "kto_tag"} & row.keys() for row in firsts) else None
+
+
+def _first_row(source: Source) -> dict | None:
+    with suppress(DataError, OSError, StopIteration):  # reading it for good says what is wrong
+        return next(read_rows(source, Problems()))[1]
+    return None
+
+
+def _to_imitate(data: Dataset) -> Dataset:
+    """Return the answers to imitate of a set that compares or judges some; others as they are."""
+    if not data.examples.rows[:, 6].any():
+        return data
+    examples = answers_alone(data.examples)
+    return replace(
+        data, examples=examples, rows_kept=len(examples), examples_of=(len(examples),),
+        tokens=int(examples.lengths.sum()), learned_tokens=int(examples.learned_counts.sum()),
+    )  # fmt: skip
+
+
+def _read(recipe: Recipe, tokenizer, which: str, preference: str | None, compares: bool) -> Dataset:
     d = recipe.data
-    sources = build_sources(recipe, which, compares=preference is not None)
+    sources = build_sources(recipe, which, compares)
     room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one
     settings = d.template, d.train_on, room, d.overflow, d.train_on_end
     if d.streaming and which == "train":
@@ -122,6 +155,8 @@ def _with_columns(source: schema.Source, known: Sequence[schema.Source]) -> sche
         for each in known:
             if each.prompt and row.keys() >= {*columns_of(each.prompt), *columns_of(each.completion)}:
                 named = {"prompt": each.prompt, "completion": each.completion}
+                if each.rejected and row.keys() >= {*columns_of(each.rejected)}:
+                    named["rejected"] = each.rejected
             elif each.format == CHOSEN and is_preference(row):
                 named = {"format": CHOSEN}
             else:
@@ -140,14 +175,19 @@ def build_sources(recipe: Recipe, which: str, compares: bool = True) -> list[Sou
     """
     streaming = recipe.data.streaming and which == "train"
     part = "train" if recipe.data.eval_share else which
-    as_chosen = CHOSEN if recipe.preference == PAIRS and not compares else None
-    return [
+    sources = [
         Source(
-            s.path, s.format or (None if s.prompt else as_chosen), s.weight, s.prompt, s.completion, streaming, None,
-            s.documents, f"data.{part}", s.rejected,
+            s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}", s.rejected
         )
         for s in getattr(recipe.data, part)
-    ]  # fmt: skip
+    ]
+    return sources if compares else list(map(_as_chosen, sources))
+
+
+def _as_chosen(source: Source) -> Source:
+    """Return a source that says of its rows that the chosen answers count, if they are of that kind."""
+    is_open = source.format is None and source.prompt is None
+    return replace(source, format=CHOSEN) if is_open and is_preference(_first_row(source) or {}) else source
 
 
 def measures_of(recipe: Recipe) -> Measures:

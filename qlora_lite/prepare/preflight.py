@@ -27,10 +27,10 @@ from qlora_lite.data.fields import columns_of
 from qlora_lite.data.labelled_rows import FORMAT as LABELLED
 from qlora_lite.data.labelled_rows import columns_for
 from qlora_lite.data.metrics import check_references
-from qlora_lite.data.preferences import answer_tokens
+from qlora_lite.data.preferences import answer_tokens, check_labels
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.render import ROW_DAY
-from qlora_lite.data.row_formats import PAIRS, answer_beside_text, check_format, recognise, used_columns
+from qlora_lite.data.row_formats import LABELS, PAIRS, answer_beside_text, check_format, recognise, used_columns
 from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
 from qlora_lite.data.storage import Example, Examples, row_lengths, sequences_of
@@ -176,6 +176,9 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
         known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
         listed += [problem for problem in new if problem not in known]
         error_count += part.problems.count - len(known) if is_error else 0
+    if recipe.preference == LABELS and (alike := check_labels(data.examples)):
+        listed.append(problem_entry(alike, True))
+        error_count += 1
     for problem, is_error in _faults_of_evaluation(recipe, data, eval_data) if eval_data else ():
         listed.append(problem_entry(problem, is_error))
         error_count += is_error

@@ -4,7 +4,7 @@ from qlora_lite.data.labels import NUMBER
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.nested import LanguagePart
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
 
 PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
 
@@ -14,7 +14,7 @@ def head_of(recipe: Recipe) -> Head | None:
     if recipe.problem is None:
         return None
     if recipe.task.kind == "reward":
-        labels: tuple[str, ...] = ("reward",)
+        labels: tuple[str, ...] = (REWARD_LABEL,)
     else:
         labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
     return Head(recipe.problem, labels, recipe.train.seed)

@@ -25,6 +25,7 @@ PROBLEMS = {  # of task.kind, in transformers' words
     "language-model": None, "classification": "single_label_classification",
     "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
 }  # fmt: skip
+REWARD_LABEL = "reward"  # of the one output of a reward model
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
@@ -377,6 +378,7 @@ _Tracker = Literal[
 
 # Objectives by what a row has: two answers to a prompt, or one and whether it is a good one.
 PREFERENCES = {"pairs": ("dpo", "ipo", "hinge", "orpo", "simpo", "cpo"), "labels": ("kto",)}
+WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"  # objectives that compare with the model that training begins with
 _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 
 

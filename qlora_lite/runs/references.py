@@ -2,9 +2,10 @@
 
 The reference is the model as training begins with it: the base, or the base with the adapter of lora.init_from. Its
 log-probabilities never change, two numbers an example. So they are computed once, without gradients and by the plan
-that training has, and found again by all that they depend on: the weights' checksum, the adapter's if it does anything,
-and the tokens. A run that is stopped meanwhile keeps what is in the file; one that resumes finds them whole, and so
-does another run on the same rows. (Keeping a second model, the other known way, takes its memory in every step.)
+that training has, and found again by all that they depend on: the checksum of the weights, those and the settings of
+the adapter, and the tokens. A run that is stopped meanwhile keeps what is in the file; one that resumes finds them
+whole, and so does another run that begins alike. (Keeping a second model, the other known way, takes its memory in
+every step.)
 """
 
 import hashlib
@@ -70,9 +71,9 @@ def with_references(examples: Examples, trainer: Trainer, checksum: str, watch: 
 def _key(examples: Examples, trainer: Trainer, checksum: str) -> str:
     """Return what names the log-probabilities: 32 hexadecimal digits."""
     model, method = trainer.model, trainer.workload.method
-    adapter = [] if method.does_nothing(model) else [str(bit_sums(each)) for each in method.tensors(model).values()]
-    parts = [checksum, adapter, examples.digest(), str(model.dtype), trainer.device.type]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    adapter = {name: str(bit_sums(tensor)) for name, tensor in method.tensors(model).items()}
+    parts = [checksum, adapter, method.config(model, ""), examples.digest(), str(model.dtype), trainer.device.type]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _read(path: Path, count: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from qlora_lite.artifacts.run_folder import (
     weights_sha256,
 )
 from qlora_lite.data.examples import Dataset
+from qlora_lite.data.preferences import answers_alone
 from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.inference.label_texts import measure_labels
@@ -68,6 +69,13 @@ def train(proven: Proven) -> Trained:
         proven.run.summary.update(training.figures())
 
 
+def _are_alike(before: list[float] | None, now: list[float] | None) -> bool:
+    """Return whether what the reference model gives is what it gave, but for a GPU's rounding."""
+    if before is None or now is None:
+        return before is now
+    return all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(before, now, strict=True))
+
+
 class Training:
     """The course of a run's training."""
 
@@ -79,6 +87,7 @@ class Training:
         self.progress, self.watch, self.processes = proven.progress, proven.watch, proven.processes
         self.best_loss, self.best_step = math.inf, 0
         self.best_factors: Tensors | None = None
+        self.reference: list[float] | None = None  # means of what the reference model gives the training rows
         self.eval_metrics: dict[str, float] = {}  # of the objective, of the newest evaluation
         self.best_metrics: dict[str, float] = {}  # of that with the best loss
         self.evaluated_step = self.measured_step = 0
@@ -139,6 +148,9 @@ class Training:
         self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
         self.measured_step = int(saved.get("measured_step", 0))
         self.evaluations_without_better = int(saved["evaluations_without_better"])
+        if not _are_alike(saved.get("reference"), self.reference):
+            raise CheckpointError("the reference model is not the one that the run began with: give lora.init_from the "
+                                  "adapter that it had then")  # fmt: skip
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
         if (before := saved["before"]) is not None:
             answers = tuple(map(str, before["answers"]))
@@ -156,7 +168,7 @@ class Training:
             "peak_bytes": self.peak_bytes, "evaluations_without_better": self.evaluations_without_better,
             "before": self.before and {"answers": self.before.answers, "matches": self.before.matches},
             "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
-            "best_metrics": self.best_metrics,
+            "best_metrics": self.best_metrics, "reference": self.reference,
         }  # fmt: skip
 
     def go(self) -> Trained:
@@ -200,7 +212,9 @@ class Training:
     def _add_references(self) -> None:
         """Let the examples hold what the model gives them now, before the first step."""
         with_them = partial(with_references, trainer=self.trainer, checksum=self.proven.checksum, watch=self.watch)
-        self.trainer.examples = with_them(self.proven.data.data.examples)
+        self.trainer.examples = examples = with_them(self.proven.data.data.examples)
+        found = examples.references
+        self.reference = None if found is None else found[examples.order].mean(axis=0).tolist()
         if self.eval_data is not None:
             self.eval_data = replace(self.eval_data, examples=with_them(self.eval_data.examples))
 
@@ -320,7 +334,12 @@ class Training:
             return None
         if isinstance(work := self.trainer.workload, SequenceHead):
             return self._label_metrics(work.plain(), eval_data, when)
-        rows = eval_data.examples[: self.recipe.train.metrics_examples]
+        count = self.recipe.train.metrics_examples
+        rows = (
+            answers_alone(eval_data.examples)[:count]
+            if self.recipe.preference and count
+            else eval_data.examples[:count]
+        )
         if not rows:
             return None
         try:

@@ -272,6 +272,11 @@ class PreferenceLM(CausalLM):
         """Return the number of examples."""
         return len(inputs.desirable)
 
+    @property
+    def prepares_steps(self) -> bool:
+        """Whether answers are judged one by one."""
+        return not self.objective.is_of_pairs
+
     def prepare_step(
         self, model: nn.Module, batches: Sequence[PreferenceInputs], processes: Processes = ALONE,
         counted: int | None = None,

@@ -15,6 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from qlora_lite.data.batch import Extent
 from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.errors import ModelError
+from qlora_lite.models.heads import is_encoder
 
 from .causal_lm import CausalLM
 from .forward import Inputs
@@ -54,6 +56,14 @@ class RewardHead(SequenceHead):
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``; each example gets two sequences again."""
         return enlarged_in_two(super().enlarged, examples, most)
+
+    def check_examples(self, model: object, examples: object) -> None:
+        """Check that the model is a decoder, whose last token has seen the whole chat, and see ``CausalLM``."""
+        super().check_examples(model, examples)
+        if isinstance(model, nn.Module) and is_encoder(model):
+            why = "is an encoder, whose head reads a token that no chat template writes"
+            raise ModelError(f"{type(model).__name__} {why}; rewards are for decoders (task.kind regression scores the "
+                             "texts of an encoder)")  # fmt: skip
 
     def collate(self, examples: Sequence[Example]) -> Texts:
         """Pack the sequences of examples; their targets are of no use."""

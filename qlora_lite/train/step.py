@@ -190,6 +190,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def _evaluated(
+    workload: Workload, model: nn.Module, batches: Iterable, processes: Processes, counted: int | None
+) -> Iterator[tuple]:
+    """Yield each batch with its inputs: one after the other, or all where a loss has to know of the others."""
+    device = workload.device(model)
+    if not workload.prepares_steps:
+        yield from ((batch, workload.inputs(batch, device)) for batch in batches)
+        return
+    whole = list(batches)
+    inputs = workload.prepare_step(model, [workload.inputs(batch, device) for batch in whole], processes, counted)
+    yield from zip(whole, inputs, strict=True)
+
+
 @torch.no_grad()
 def evaluate_loss(
     workload: Workload, model: nn.Module, batches: Iterable, processes: Processes = ALONE, counted: int | None = None
@@ -204,11 +217,8 @@ def evaluate_loss(
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     metrics: dict[str, torch.Tensor] = {}
     with evaluating(model):
-        for number, batch in enumerate(batches):
-            (inputs,), counts = (
-                workload.prepare_step(model, [workload.inputs(batch, device)]),
-                counted is None or number < counted,
-            )
+        for number, (batch, inputs) in enumerate(_evaluated(workload, model, batches, processes, counted)):
+            counts = counted is None or number < counted
             found = workload.loss(model, inputs)
             total += found.sum if counts else 0
             _add(metrics, found.metrics, 1 if counts else math.inf)

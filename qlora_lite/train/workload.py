@@ -171,6 +171,11 @@ class Workload:
         """Return what a step divides the sum of losses by; known before the loss is computed."""
         raise NotImplementedError
 
+    @property
+    def prepares_steps(self) -> bool:
+        """Whether the loss of a micro-batch has to know of the others of its step; see ``prepare_step``."""
+        return False
+
     def prepare_step(
         self, model: nn.Module, batches: Sequence, processes: Processes = ALONE, counted: int | None = None
     ) -> Sequence:

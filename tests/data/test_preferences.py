@@ -9,7 +9,15 @@ from tiny_tokenizer import make_tokenizer
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.mask import Marked
-from qlora_lite.data.preferences import ONE_END, ONE_LABEL, OTHER_PROMPT, SAME_ANSWERS, answer_tokens, paired
+from qlora_lite.data.preferences import (
+    ONE_END,
+    ONE_LABEL,
+    OTHER_PROMPT,
+    SAME_ANSWERS,
+    answer_tokens,
+    check_labels,
+    paired,
+)
 from qlora_lite.data.row_formats import LABELS, PAIRS, Conversation, Turn
 from qlora_lite.data.sources import Source
 from qlora_lite.data.statistics import Statistics
@@ -79,6 +87,15 @@ def test_columns_are_named_by_templates(read):
     assert len(problems) == 1 and 'rejected: "{...}"' in problems[0].message
     missing = read([row], prompt="{q}", completion="{good}").problems.found
     assert "needs rejected too" in missing[0].message
+
+
+def test_a_row_whose_answers_are_both_bad_is_one_problem(read):
+    rows = [
+        {"prompt": "what<|im_end|>", "chosen": "yes", "rejected": "no"},
+        {"prompt": "is", "chosen": "a", "rejected": "b"},
+    ]
+    data = read(rows)
+    assert data.problems.count == 1 and len(data.examples) == 1
 
 
 def test_what_a_conversation_shares_is_its_prompt(read):
@@ -182,8 +199,11 @@ def test_the_other_answer_is_cut_to_the_room_that_is_left(read):
 
 
 def test_labels_that_are_all_alike_or_missing_are_named(read):
-    alike = read([row | {"label": True} for row in labelled()], LABELS)
-    assert alike.problems.found[0].rule == ONE_LABEL and "every label is true" in alike.problems.found[0].message
+    alike = check_labels(read([row | {"label": True} for row in labelled()], LABELS).examples)
+    assert alike.rule == ONE_LABEL and "every label is true" in alike.message
+    assert check_labels(read(labelled(), LABELS).examples) is None
+    plain = read([{"text": "what", "label": True}], LABELS).problems.found
+    assert "have no prompt" in plain[0].message
     missing = read([*labelled(as_text=None), {"prompt": "q", "completion": "a"}], LABELS)
     assert "'label' must be true for a good answer" in missing.problems.found[0].message
 

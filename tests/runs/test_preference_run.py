@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_files import save_tiny, write_recipe
-from tiny_runs import summary_of
+from safetensors.torch import load_file
+from tiny_files import byte_tokenizer, save_tiny, write_recipe
+from tiny_runs import replace_adapter, summary_of
 
 from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.cli.main import cli
-from qlora_lite.errors import DataError, Interrupted, RecipeError
+from qlora_lite.data.storage import sequences_of
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError
 from qlora_lite.files import cache_root
+from qlora_lite.prepare.datasets import build_data, read_data
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import references
 from qlora_lite.runs.run import run_recipe
@@ -150,6 +153,13 @@ def test_an_adapter_to_begin_with_is_the_reference_also_when_the_run_resumes(mod
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for path in cache_root().glob("references/*"):
         path.unlink()
+    with pytest.raises(CheckpointError, match=r"lora\.init_from: "):
+        run_recipe(recipe(folder, model_folder), resume="")
+    tensors = load_file(tmp_path / "sft" / "out" / "adapter" / "adapter_model.safetensors")
+    replace_adapter(tmp_path / "sft" / "out", {name: tensor * 1.5 for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="the reference model is not the one that the run began with"):
+        run_recipe(again(), resume="")
+    replace_adapter(tmp_path / "sft" / "out", tensors)
     run_recipe(again(), resume="")
     margins = [line["eval_rewards/margins"] for line in lines(folder) if "eval_rewards/margins" in line]
     assert margins[0] == pytest.approx(0, abs=1e-6) and margins[-1] > 0
@@ -194,6 +204,39 @@ def test_the_commands_after_training_take_such_a_run(model_folder, tmp_path):
         result = CliRunner().invoke(cli, command)
         assert result.exit_code == 0, (command, result.output)
     assert "mean tokens: chosen" in CliRunner().invoke(cli, ["data", own_recipe]).output
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_what_is_measured_later_are_answers_to_imitate_of_the_rows_held_out(objective, model_folder, tmp_path):
+    made = recipe(tmp_path / "run", model_folder, objective)
+    made = made.model_copy(update={"data": made.data.model_copy(update={"eval": None, "eval_share": 0.3})})
+    tokenizer = byte_tokenizer("chatml")
+    held_out = read_data(made, tokenizer)["eval"].examples
+    measured = build_data(made, tokenizer, "eval").examples
+    expected = [sequences_of(row)[0] for row in held_out if row.desirable]
+    assert [row.where for row in measured] == [row.where for row in expected]
+    assert [row.answer for row in measured] == [row.answer for row in expected]
+    assert {row.answer for row in measured} <= {*NAMES}
+    assert all(row.first == 0 and row.token_ids.tolist() == other.token_ids.tolist()
+               for row, other in zip(measured, expected, strict=True))  # fmt: skip
+
+
+def test_metrics_of_likelihood_and_answers_are_of_good_answers(model_folder, tmp_path):
+    metrics = {"metrics": ["exact_match", "answer_loss"], "metrics_examples": 20, "max_steps": 1}
+    run_recipe(recipe(tmp_path / "run", model_folder, "kto", train=metrics))
+    scores = summary_of(tmp_path / "run" / "out")["metrics"]["after"]
+    assert scores["answer_loss"]["examples"] == scores["exact_match"]["examples"] == 10
+
+
+def test_runs_of_other_objectives_are_compared_in_either_order(model_folder, tmp_path):
+    run_recipe(recipe(tmp_path / "dpo", model_folder))
+    plain = write_recipe(tmp_path / "dpo", model_folder, lora={"rank": 8, "alpha": 16}, train={"max_steps": 1},
+                         output={"dir": str(tmp_path / "dpo" / "sft")})  # fmt: skip
+    run_recipe(load_recipe(plain))
+    runs = [str(tmp_path / "dpo" / name) for name in ("out", "sft")]
+    for order in (runs, runs[::-1]):
+        result = CliRunner().invoke(cli, ["compare", *order])
+        assert result.exit_code == 0, result.output
 
 
 def test_a_prompt_that_is_learned_has_a_reference_too(model_folder, tmp_path):

@@ -146,6 +146,16 @@ def test_with_the_references_of_the_model_itself_no_answer_is_preferred(kind):
         assert margins == pytest.approx([0, 0, 0], abs=1e-6)
 
 
+def test_an_evaluation_of_judged_answers_does_not_depend_on_how_they_are_packed():
+    work, model = adapted(OBJECTIVES["kto"])
+    rows = [replace(row, references=(row.references[0], row.references[1] - 20)) for row in pairs()]
+    whole = evaluate_loss(work, model, [work.collate(rows)])
+    parts = evaluate_loss(work, model, [work.collate(rows[n : n + 2]) for n in range(0, len(rows), 2)])
+    assert whole.metrics["kl"] > 0
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
+
+
 def test_metrics_are_means_over_pairs():
     work, model = adapted(OBJECTIVES["dpo"])
     rows = pairs()

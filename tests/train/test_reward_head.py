@@ -1,6 +1,7 @@
 """Reward models: the loss of pairs equals its definition and trl's, and runs are used as those of other heads."""
 
 import json
+import shutil
 
 import numpy as np
 import peft
@@ -19,7 +20,7 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.cli.main import cli
 from qlora_lite.data.labels import NUMBER
 from qlora_lite.data.storage import Example, sequences_of
-from qlora_lite.errors import RecipeError
+from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
@@ -139,6 +140,17 @@ def test_a_run_learns_what_is_chosen_and_predict_scores_chats(run, tmp_path):
     assert CliRunner().invoke(cli, command).exit_code == 0
     good, bad = (json.loads(line)["reward"] for line in out.read_text().splitlines())
     assert good > bad
+    alone = shutil.copytree(folder / "adapter", tmp_path / "alone")
+    pair = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "e1?", "chosen": "GOODGOOD", "rejected": "bad bad "}])
+    judged = write_jsonl(tmp_path / "judged.jsonl", [row | {"label": False} for row in asked])
+    for rows, expected in ((pair, [{"chosen": good, "rejected": bad}]), (judged, [{"reward": good}, {"reward": bad}])):
+        for opened in (folder, alone):
+            command = ["predict", str(opened), "--rows", str(rows), "--out", str(out)]
+            assert (result := CliRunner().invoke(cli, command)).exit_code == 0, result.output
+            found = [json.loads(line) for line in out.read_text().splitlines()]
+            for line, wanted in zip(found, expected, strict=True):
+                close = 1e-4 if opened == folder else 0.3  # alone it does not know that its base was in 16 bit
+                assert {name: line[name] for name in wanted} == pytest.approx(wanted, abs=close)
     measured = evaluate_recipe(load_recipe(recipe), folder / "adapter", 0)
     assert measured["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-4)
     assert measured["eval_metrics"]["rewards/accuracies"] == 1.0
@@ -159,6 +171,13 @@ def test_real_peft_loads_it_and_gives_the_same_scores(run, llama, tmp_path):
     with torch.no_grad():
         score = model(input_ids=ids.input_ids).logits[0, 0].item()
     assert json.loads(line)["reward"] == pytest.approx(score, abs=1e-3)
+
+
+def test_encoders_are_refused(tmp_path):
+    bert = save_headless(tmp_path / "bert", "bert")
+    byte_tokenizer("chatml").save_pretrained(bert)
+    with pytest.raises(ModelError, match="rewards are for decoders"):
+        run_recipe(load_recipe(head_recipe(tmp_path / "run", bert, "reward", chats(4), chats(2, "e"))))
 
 
 def test_settings_of_a_language_model_are_refused(llama, tmp_path):
