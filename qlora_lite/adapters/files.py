@@ -46,6 +46,7 @@ from .parts import (
     TOKEN_ROWS,
     freeze_weights,
     head_paths,
+    is_headed,
     is_of_head,
     is_tied,
     put_rows,
@@ -131,7 +132,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
 
 
 def _task_type(model: nn.Module) -> str:
-    return "SEQ_CLS" if model.config.problem_type else "CAUSAL_LM"
+    return "SEQ_CLS" if is_headed(model) else "CAUSAL_LM"
 
 
 def _trained_beside(model: nn.Module, layers: Collection[str]) -> dict:
@@ -338,7 +339,7 @@ def save_adapter(
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
-    with_head = _model_config(model) if model.config.problem_type else None
+    with_head = _model_config(model) if is_headed(model) else None
     write_adapter(Path(folder), tensors, method.config(model, str(base_model)), tokenizer, with_head)
     return sha256(Path(folder) / WEIGHTS_NAME)
 

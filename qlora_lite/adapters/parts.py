@@ -63,13 +63,18 @@ def is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
 
 
+def is_headed(model: nn.Module) -> bool:
+    """Return whether a model is transformers' for sequence classification, which its configuration says."""
+    return bool(getattr(getattr(model, "config", None), "problem_type", None))
+
+
 def head_paths(model: nn.Module) -> set[str]:
     """Return the paths of the modules between hidden states and outputs of a model for sequence classification.
 
     All that lies outside of its base model, and the base's pooler, which other architectures count to the head. A
     language model has none: its head is ``get_output_embeddings``.
     """
-    if not model.config.problem_type:
+    if not is_headed(model):
         return set()
     inner = model.base_model_prefix
     outside = {path for path, _ in model.named_modules() if path and path != inner and not path.startswith(f"{inner}.")}

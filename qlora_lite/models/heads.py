@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from qlora_lite.adapters.parts import head_paths, is_norm
+from qlora_lite.adapters.parts import head_paths, is_headed, is_norm
 from qlora_lite.errors import ModelError
 
 from .nested import LanguagePart
@@ -67,7 +67,7 @@ def _describe(config, head: Head) -> None:
 
 def is_encoder(model: nn.Module) -> bool:
     """Return whether a model has a head that reads all tokens of a sequence by way of its first, or of their mean."""
-    return bool(model.config.problem_type) and not hasattr(model, "score")
+    return is_headed(model) and not hasattr(model, "score")
 
 
 def note_new(model: nn.Module, missing: Sequence[str]) -> set[str]:

@@ -218,7 +218,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
     check_packs(recipe, ranks.speeds)
     packs = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     sources = {"auto": ("ranks", "host"), "disk": ()}.get(memory.stream_from, (memory.stream_from,))
-    if memory.resident_layers == "all" or recipe.adapter.method == "full":
+    if len(ranks.machines) == 1 or memory.resident_layers == "all" or recipe.adapter.method == "full":
         sources = ()
     plans: list[Plan] = []
     if not sources or (memory.stream_from != "ranks" and memory.resident_layers == "auto"):

@@ -286,7 +286,7 @@ def test_block_inputs_on_a_disk_change_no_bit_of_the_adapter_and_have_to_have_ro
     on_disk = {"offload_checkpoints": True, "offload_folder": str(tmp_path / "fast")}
     assert summary_of(run(memory=on_disk))["adapter_sha256"] == plain["adapter_sha256"]
     shutil.rmtree(run.folder)
-    monkeypatch.setattr("qlora_lite.prepare.plan.disk_usage", lambda folder: SimpleNamespace(free=1023))
+    monkeypatch.setattr("qlora_lite.prepare.ranks.disk_usage", lambda folder: SimpleNamespace(free=1023))
     with pytest.raises(OutputError, match=r"memory.offload_folder: needs .* and has 1023 B free; make room"):
         run(memory=on_disk)
 
