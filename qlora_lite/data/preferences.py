@@ -12,6 +12,7 @@ Shapes: T tokens of a sequence.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -101,9 +102,14 @@ def check_labels(examples: Examples) -> RowProblem | None:
     return RowProblem("", ONE_LABEL, message)
 
 
-def answers_alone(examples: Examples) -> Examples:
-    """Return the first sequences of examples whose answer is one to imitate, as rows for a language model."""
-    return stored([sequences_of(example)[0] for example in examples if example.desirable])
+def answers_alone(examples: Examples, count: int | None = None) -> Examples:
+    """Return the first sequences of examples whose answer is one to imitate, as rows for a language model.
+
+    Args:
+        count: the first ones, so many; None for all.
+    """
+    found = (sequences_of(example)[0] for example in examples if example.desirable)
+    return stored(list(islice(found, count)))
 
 
 def answer_tokens(examples: Examples) -> tuple[float, float]:

@@ -79,9 +79,8 @@ def _told_by(recipe: Recipe, which: str) -> str | None:
     """Return what the preferences of a recipe are told by in these rows; None where they are of another kind."""
     sources = build_sources(recipe, which)
     firsts = [row for source in sources for row in [_first_row(source)] if row is not None]
-    if recipe.preference == PAIRS and all(map(is_preference, firsts)):
-        return PAIRS
-    if recipe.preference == PAIRS and all(source.rejected for source in sources):
+    has_templates = all(source.rejected for source in sources)
+    if recipe.preference == PAIRS and (has_templates or all(map(is_preference, firsts))):
         return PAIRS
     return LABELS if recipe.preference == LABELS and all({"label", "kto_tag"} & row.keys() for row in firsts) else None
 

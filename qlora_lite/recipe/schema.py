@@ -378,7 +378,6 @@ _Tracker = Literal[
 
 # Objectives by what a row has: two answers to a prompt, or one and whether it is a good one.
 PREFERENCES = {"pairs": ("dpo", "ipo", "hinge", "orpo", "simpo", "cpo"), "labels": ("kto",)}
-WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"  # objectives that compare with the model that training begins with
 _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 
 

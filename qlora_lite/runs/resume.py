@@ -32,8 +32,9 @@ from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.load import settings_to_yaml
-from qlora_lite.recipe.schema import FORMER_NAMES, WITH_REFERENCE, Recipe, Train
+from qlora_lite.recipe.schema import FORMER_NAMES, Recipe, Train
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
+from qlora_lite.train.preference import WITH_REFERENCE
 from qlora_lite.train.settings import TrainSettings, lr_factor
 from qlora_lite.train.state import STATE, numbers_of
 

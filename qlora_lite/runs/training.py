@@ -334,12 +334,8 @@ class Training:
             return None
         if isinstance(work := self.trainer.workload, SequenceHead):
             return self._label_metrics(work.plain(), eval_data, when)
-        count = self.recipe.train.metrics_examples
-        rows = (
-            answers_alone(eval_data.examples)[:count]
-            if self.recipe.preference and count
-            else eval_data.examples[:count]
-        )
+        rows, count = eval_data.examples, self.recipe.train.metrics_examples
+        rows = answers_alone(rows, count) if self.recipe.preference else rows[:count]
         if not rows:
             return None
         try:

@@ -48,7 +48,7 @@ from .processes import ALONE, Processes
 from .workload import BatchShape, LossSum, Objective
 
 OF_TWO = 4  # tokens that two sequences have at least: one of a prompt, and a target
-WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"
+WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"  # objectives that compare with the model that training begins with
 USUAL_BETA, BETAS, SFT_WEIGHTS = 0.1, {"simpo": 2.0}, {"orpo": 1.0, "cpo": 1.0}  # where a recipe leaves them open
 OF_MEANS = "ipo", "simpo", "orpo"  # over a sequence's tokens, and not of sums
 
