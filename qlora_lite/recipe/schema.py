@@ -540,7 +540,8 @@ class Memory(_Section):
     fused_loss: Literal["auto", "off"] = "auto"
     """Liger's or cut-cross-entropy's loss in place of the chunked one, on a GPU and in training only. auto tries those
     that are installed on the run's own examples and head before the first step, and takes one that is faster, needs no
-    more memory and is about as accurate; none with train.deterministic. Results differ by rounding."""
+    more memory and is about as accurate; none with train.deterministic. Results differ by
+    rounding. No effect where train.objective learns from preferences, or with a head."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto takes fused GPU kernels where a trial on the run's own shapes before the first step finds them faster than
     plain operators and about as accurate: torch's for RMS norms, for attention over packed sequences and for capped
