@@ -11,7 +11,7 @@ of one label, binary cross-entropy of each of several, the squared error of a nu
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -52,6 +52,7 @@ class HeadLoss(Objective):
         problem: ONE_LABEL, LABELS or NUMBER.
     """
 
+    is_likelihood: ClassVar[bool] = False  # of tokens, whose perplexity could be told
     problem: str = ONE_LABEL
 
     def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Inputs) -> LossSum:
