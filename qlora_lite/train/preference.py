@@ -43,7 +43,7 @@ from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, sequence_losses
 from qlora_lite.ops.transfer import sent
 
 from .causal_lm import CausalLM
-from .forward import Inputs, hidden_states
+from .forward import Inputs, hidden_states, prepare
 from .processes import ALONE, Processes
 from .workload import BatchShape, LossSum, Objective
 
@@ -60,12 +60,14 @@ class PreferenceBatch(NamedTuple):
     other: the second ones, where they are measured apart.
     references: float32 [P, 2], what the reference model gives the sequences.
     desirable: bool [P], whether the first sequence's answer is one to imitate.
+    moved: of kto what ``PreferenceLM.prepare_step`` has found for the step.
     """
 
     own: Batch
     other: Batch | None
     references: torch.Tensor
     desirable: torch.Tensor
+    moved: float = 0.0
 
 
 class Sequences(NamedTuple):
@@ -82,10 +84,7 @@ class Sequences(NamedTuple):
 
 
 class PreferenceInputs(NamedTuple):
-    """A micro-batch as the model computes on it; see ``PreferenceBatch``.
-
-    moved: float32 [], of kto what ``PreferenceLM.prepare_step`` has found for the step.
-    """
+    """A micro-batch as the model computes on it; see ``PreferenceBatch``. ``moved`` is float32 []."""
 
     own: Sequences
     other: Sequences | None
@@ -235,15 +234,9 @@ class PreferenceLM(CausalLM):
         """See ``forward.prepare``."""
         if not isinstance(batch, PreferenceBatch):
             return super().inputs(batch, device)
-        own, other = self._sequences(batch.own, device), batch.other and self._sequences(batch.other, device)
+        own, other = sequences_in(batch.own, device), batch.other and sequences_in(batch.other, device)
         references, desirable = (sent(tensor, device) for tensor in (batch.references, batch.desirable))
-        return PreferenceInputs(own, other, references, desirable, torch.zeros((), device=device))
-
-    def _sequences(self, batch: Batch, device: torch.device) -> Sequences:
-        learned, ends = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1), torch.tensor(batch.row_lengths).cumsum(0)
-        numbers = torch.searchsorted(ends, learned, right=True)
-        counts = torch.bincount(numbers, minlength=len(ends)).clamp(min=1).float()
-        return Sequences(super().inputs(batch, device), sent(numbers, device), sent(counts, device))
+        return PreferenceInputs(own, other, references, desirable, torch.full((), batch.moved, device=device))
 
     def planned_inputs(self, shape: BatchShape, device: torch.device) -> PreferenceInputs:
         """Return inputs of zeros, with positions."""
@@ -278,15 +271,19 @@ class PreferenceLM(CausalLM):
         return not self.objective.is_of_pairs
 
     def prepare_step(
-        self, model: nn.Module, batches: Sequence[PreferenceInputs], processes: Processes = ALONE,
+        self, model: nn.Module, batches: Sequence[PreferenceBatch], processes: Processes = ALONE,
         counted: int | None = None,
-    ) -> Sequence[PreferenceInputs]:  # fmt: skip
+    ) -> Sequence[PreferenceBatch]:  # fmt: skip
         """Return a step's micro-batches with the mean log-ratio of all their answers to other prompts."""
         if self.objective.is_of_pairs:
             return batches
-        moved = [(self._of(model, each.other) - each.references[:, 1]).sum().item() for each in batches]
-        total, count = processes.exchange(sum(moved[:counted]), sum(map(self.weight, batches[:counted])))
-        return [each._replace(moved=torch.full_like(each.moved, max(0.0, total / count))) for each in batches]
+        moved, device = [], self.device(model)
+        for each in batches:
+            references = sent(each.references[:, 1], device)
+            moved.append((self._of(model, sequences_in(each.other, device)) - references).sum().item())
+        answers = sum(len(each.desirable) for each in batches[:counted])
+        total, count = processes.exchange(sum(moved[:counted]), answers)
+        return [each._replace(moved=max(0.0, total / count)) for each in batches]
 
     def loss(self, model: nn.Module, inputs: PreferenceInputs) -> LossSum:
         """Return the loss over a micro-batch's examples."""
@@ -302,6 +299,14 @@ class PreferenceLM(CausalLM):
     def _of(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
         tokens = sequences.tokens
         return self.objective.log_probabilities(model, hidden_states(model, tokens)[tokens.learned], sequences)
+
+
+def sequences_in(batch: Batch, device: torch.device) -> Sequences:
+    """Return packed sequences on a device, with what sums over each need."""
+    learned, ends = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1), torch.tensor(batch.row_lengths).cumsum(0)
+    numbers = torch.searchsorted(ends, learned, right=True)
+    counts = torch.bincount(numbers, minlength=len(ends)).clamp(min=1).float()
+    return Sequences(prepare(batch, device), sent(numbers, device), sent(counts, device))
 
 
 def enlarged_in_two(

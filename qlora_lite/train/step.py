@@ -110,12 +110,12 @@ def train_step(
         OtherRankError: it ran out on another rank.
     """
     parameters = parameters_of(optimizer)
+    with phase("forward"):
+        batches = workload.prepare_step(model, batches, processes, counted)
     inputs = [workload.inputs(batch, workload.device(model)) for batch in batches]
     shapes = [workload.shape(batch) for batch in batches[:counted]]
     own = sum(map(workload.weight, inputs[:counted])), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)
     total, tokens, targets = processes.exchange(*own)
-    with phase("forward"):
-        inputs = workload.prepare_step(model, inputs, processes, counted)
     mean, metrics = accumulate_gradients(workload, model, inputs, scale, total, counted)
     processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
@@ -140,7 +140,8 @@ def train_step_in_backward(workload: Workload, model: nn.Module, batch, optimize
     A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so
     is memory that runs out.
     """
-    (inputs,) = workload.prepare_step(model, [workload.inputs(batch, workload.device(model))])
+    (batch,) = workload.prepare_step(model, [batch])
+    inputs = workload.inputs(batch, workload.device(model))
     metrics: dict[str, torch.Tensor] = {}
     with phase("forward"):
         found, total = workload.loss(model, inputs), workload.weight(inputs)
@@ -195,12 +196,9 @@ def _evaluated(
 ) -> Iterator[tuple]:
     """Yield each batch with its inputs: one after the other, or all where a loss has to know of the others."""
     device = workload.device(model)
-    if not workload.prepares_steps:
-        yield from ((batch, workload.inputs(batch, device)) for batch in batches)
-        return
-    whole = list(batches)
-    inputs = workload.prepare_step(model, [workload.inputs(batch, device) for batch in whole], processes, counted)
-    yield from zip(whole, inputs, strict=True)
+    if workload.prepares_steps:
+        batches = workload.prepare_step(model, list(batches), processes, counted)
+    yield from ((batch, workload.inputs(batch, device)) for batch in batches)
 
 
 @torch.no_grad()

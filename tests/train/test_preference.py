@@ -122,8 +122,8 @@ def test_loss_and_gradients_equal_the_definition_however_the_examples_are_packed
     wanted = gradients(model)
     model.zero_grad()
 
-    batches = [work.inputs(work.collate(rows[n::parts]), CPU) for n in range(parts)]
-    means = accumulate_gradients(work, model, work.prepare_step(model, batches))
+    batches = [work.collate(rows[n::parts]) for n in range(parts)]
+    means = accumulate_gradients(work, model, [work.inputs(each, CPU) for each in work.prepare_step(model, batches)])
 
     assert means.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (gradients(model) - wanted).norm() <= 1e-5 * wanted.norm()
@@ -374,7 +374,7 @@ def test_loss_and_gradients_equal_trls(kind, tmp_path):
     known = work.references(reference, work.inputs(work.collate(found), CPU)).tolist()
     found = [replace(row, references=tuple(own)) for row, own in zip(found, known, strict=True)]
 
-    inputs = work.prepare_step(ours, [work.inputs(work.collate(found), CPU)])
+    inputs = [work.inputs(each, CPU) for each in work.prepare_step(ours, [work.collate(found)])]
     means = accumulate_gradients(work, ours, inputs)
 
     assert means.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
