@@ -62,7 +62,12 @@ class Answer(NamedTuple):
 
     text: str
     finish: str
-    tokens: int
+    token_ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.token_ids)
 
 
 def stop_ids(model: nn.Module, tokenizer, end_token_ids: Iterable[int] = ()) -> list[int]:
@@ -82,7 +87,7 @@ def answers(
     model: nn.Module, tokenizer, prompts: Sequence[str | list[int]], max_new_tokens: int, stop: Sequence[int] = (),
     batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
     before_batch: Callable[[list[int]], None] | None = None, stopping=None, first: int = 0,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int], None] | None = None, numbers: Sequence[int] | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Continue each rendered prompt.
 
@@ -96,6 +101,7 @@ def answers(
         stopping: a transformers ``StoppingCriteriaList``, asked after every token.
         first: number of the first prompt, for ``Sampling.seed``.
         done: called after each batch with the number of prompts answered so far.
+        numbers: of the prompts, where they are not counted from ``first`` on.
 
     Raises:
         DoesNotFitError: memory ran out over a single prompt.
@@ -107,6 +113,7 @@ def answers(
                   for prompt in prompts]  # fmt: skip
     tokens = [before + ids for ids in tokens]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    numbers = range(first, first + len(prompts)) if numbers is None else numbers
     config = _generation_config(max_new_tokens, list(stop))
     found: list[Answer | None] = [None] * len(prompts)
     was_training, device = model.training, device_of(model)
@@ -126,7 +133,7 @@ def answers(
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
                     streamer=None if own else streamer, custom_generate=own,
-                    logits_processor=_choosing(sampling, ids, max_new_tokens, [first + row for row in rows], stop),
+                    logits_processor=_choosing(sampling, ids, max_new_tokens, [numbers[row] for row in rows], stop),
                 )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -161,7 +168,7 @@ def _read(new: list[int], stop: Sequence[int], tokenizer) -> Answer:
     end = next((index for index, token in enumerate(new, 1) if token in stop), None)
     with tokenizer_faults():
         text = tokenizer.decode(new[:end], skip_special_tokens=True)
-    return Answer(text, "length" if end is None else "stop", len(new[:end]))
+    return Answer(text, "length" if end is None else "stop", tuple(new[:end]))
 
 
 def _contiguous_input(_head, inputs):

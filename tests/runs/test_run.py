@@ -351,7 +351,7 @@ def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model
 
     def answers(*arguments, **_):
         at_once.append(arguments[5])
-        return [Answer("", "stop", 1)] * len(arguments[2])
+        return [Answer("", "stop", (1,))] * len(arguments[2])
 
     monkeypatch.setattr("qlora_lite.inference.evaluate.answers", answers)
     run(train={"max_steps": 1, "metrics_examples": 2})
@@ -399,7 +399,7 @@ def test_prompts_that_cannot_be_answered_end_the_run_before_training_and_not_aft
         calls.append(1)
         if len(calls) == call:
             raise fault
-        return [Answer("x", "stop", 1)] * len(prompts)
+        return [Answer("x", "stop", (1,))] * len(prompts)
 
     monkeypatch.setattr("qlora_lite.inference.evaluate.answers", answers)
     if call == 1:

@@ -87,7 +87,7 @@ def test_metrics_that_cannot_be_measured_in_between_are_a_warning(run, monkeypat
         calls.append(1)
         if len(calls) == 2:
             raise DoesNotFitError("memory ran out over a prompt of 9 tokens")
-        return [Answer("x", "stop", 1)] * len(prompts)
+        return [Answer("x", "stop", (1,))] * len(prompts)
 
     monkeypatch.setattr("qlora_lite.inference.evaluate.answers", answers)
     folder = run(metrics_every_steps=1)
