@@ -127,7 +127,9 @@ class _PlainLines:
 
 
 def _describe(metrics, total: int) -> str:
-    return (f"step {metrics.step}/{total}  loss {metrics.loss:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
+    shown = "reward" if "reward" in metrics.metrics else "loss"  # of answers to prompts that differ from step to step
+    value = metrics.metrics.get(shown, metrics.loss)
+    return (f"step {metrics.step}/{total}  {shown} {value:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
             f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip
 
 

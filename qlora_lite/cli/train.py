@@ -103,9 +103,10 @@ def _of_step(summary: dict) -> str:
 
 
 def _rewards(metrics: dict) -> list[str]:
-    """Return lines of what an objective measured of preferences."""
+    """Return lines of what an objective measured of preferences, or of the model's own answers."""
     before, after = (metrics.get(when, {}) for when in ("before", "after"))
-    shown = {"rewards/accuracies": "{:.1%}", "rewards/margins": "{:.3f}"}
+    shown = {"rewards/accuracies": "{:.1%}", "rewards/margins": "{:.3f}", "reward": "{:.3f}",
+             "completions/mean_length": "{:.1f}"}  # fmt: skip
     return [f"{name:24} {form.format(before[name])} -> {form.format(after[name])}"
             for name, form in shown.items() if name in before and name in after]  # fmt: skip
 

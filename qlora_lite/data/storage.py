@@ -269,6 +269,12 @@ class ExampleWriter:
         return len(self.files) - 1, line, row
 
 
+def prompt_tokens(example: Example) -> int:
+    """Return the tokens before the last answer of an example: all up to the last run of tokens that are learned."""
+    others = np.flatnonzero(~example.learned[: int(np.flatnonzero(example.learned)[-1])])
+    return int(others[-1]) + 1 if len(others) else 0
+
+
 def load_arrays(folder: Path, files: Sequence[str], order: np.ndarray) -> Examples:
     """Map the files that an ``ExampleWriter`` wrote.
 

@@ -53,8 +53,9 @@ from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
-from qlora_lite.recipe.schema import FORMER_NAMES, WITH_VIRTUAL_TOKENS, Recipe
+from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
 from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
@@ -341,6 +342,9 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
         return RewardHead(PairLoss(), method, spec, labels=head.labels)
     if head:
         return SequenceHead(HeadLoss(head.problem), method, spec, labels=head.labels)
+    if kind == GRPO:
+        how = o.group_size, o.max_completion_tokens, o.sampling_temperature, o.policy_loss, o.scale_rewards
+        return PolicyLM(GroupPolicy(*how), method=method, spec=spec)
     if recipe.preference is None:
         return CausalLM(method=method, spec=spec)
     beta = BETAS.get(kind, USUAL_BETA) if o.beta == "auto" else o.beta

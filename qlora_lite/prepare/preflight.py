@@ -33,10 +33,10 @@ from qlora_lite.data.render import ROW_DAY
 from qlora_lite.data.row_formats import LABELS, PAIRS, answer_beside_text, check_format, recognise, used_columns
 from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
-from qlora_lite.data.storage import Example, Examples, row_lengths, sequences_of
+from qlora_lite.data.storage import Example, Examples, prompt_tokens, row_lengths, sequences_of
 from qlora_lite.data.template import special_ids_of
 from qlora_lite.errors import DataError, ModelError
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import GRPO, Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
@@ -53,6 +53,8 @@ FEW_TOKENS = 10_000  # fewer than the LoRA weights of any model worth training
 CAPACITY = "more target tokens than LoRA weights"
 ABSENT = "tokens of adapter.train_tokens that no row has"
 SEAM = "line end before an answer that begins with white space"
+LONG_GROUP = "group of answers longer than data.max_tokens"
+NO_PROMPT = "no prompt before the answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     parts = read_data(recipe, tokenizer)
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
-    for fault in label_faults(with_labels(recipe, data), data, eval_data):
+    faults = *_groups_too_long(recipe, data, eval_data), *label_faults(with_labels(recipe, data), data, eval_data)
+    for fault in faults:
         problems.append(problem_entry(fault, True))
         error_count += 1
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
@@ -231,6 +234,26 @@ def _broken_seams(data: Dataset) -> Iterator[RowProblem]:
                        "joined writes prompt and answer as they are")  # fmt: skip
             yield RowProblem(example.where, SEAM, message)
             return
+
+
+def _groups_too_long(recipe: Recipe, *parts: Dataset | None) -> Iterator[RowProblem]:
+    """Yield the row whose answers by the model may take more room than there is, and rows without a prompt."""
+    o, most = recipe.objective, recipe.data.max_tokens
+    if recipe.train.objective != GRPO:
+        return
+    for part in filter(None, parts):
+        prompts = [prompt_tokens(example) for example in part.examples]
+        if not prompts:
+            continue
+        longest, tokens = max(enumerate(prompts), key=lambda pair: pair[1])
+        if (group := o.group_size * (recipe.virtual_tokens + tokens + o.max_completion_tokens)) > most:
+            message = (f"objective.group_size {o.group_size} answers of up to {o.max_completion_tokens:,} tokens to a "
+                       f"prompt of {tokens:,} take {group:,}, and data.max_tokens is {most:,}; write at least "
+                       f"{group:,} there, or lower one of the two")  # fmt: skip
+            yield RowProblem(part.examples[longest].where, LONG_GROUP, message)
+        if 0 in prompts:
+            message = "there is no prompt before the answer; give rows with a prompt, or remove this one"
+            yield RowProblem(part.examples[prompts.index(0)].where, NO_PROMPT, message)
 
 
 def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:

@@ -17,7 +17,18 @@ from qlora_lite.constraints import (
 )
 
 from .reference import written
-from .schema import PREFERENCES, SHORTEST_ROW, WITH_VIRTUAL_TOKENS, Data, Lora, Memory, Objective, Prompt, Recipe
+from .schema import (
+    GRPO,
+    PREFERENCES,
+    SHORTEST_ROW,
+    WITH_VIRTUAL_TOKENS,
+    Data,
+    Lora,
+    Memory,
+    Objective,
+    Prompt,
+    Recipe,
+)
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
@@ -329,8 +340,10 @@ def _preferences(value: _Value) -> _Found:
         "undesirable_weight": ("kto",),
     }  # fmt: skip
     for name, unset in Objective().model_dump().items():
-        if objective not in whose[name] and value("objective", name) not in (None, unset):
-            message = f"objective.{name}: only with train.objective {' or '.join(whose[name])}"
+        given = value("objective", name)
+        given = tuple(given) if isinstance(given, list) else given
+        if objective not in whose.get(name, (GRPO,)) and given not in (None, unset):
+            message = f"objective.{name}: only with train.objective {' or '.join(whose.get(name, (GRPO,)))}"
             yield ("objective", name), f"{message}; remove one of the two"
     parts = [part for part in (value("data", "train"), value("data", "eval")) if isinstance(part, list | tuple)]
     sources = [each for part in parts for each in part if isinstance(each, dict)]
@@ -342,6 +355,9 @@ def _preferences(value: _Value) -> _Found:
         objective = "reward"
     if objective == "sft":
         return
+    if objective == GRPO:
+        yield from _rewards(value)
+        return
     of = "task.kind reward" if objective == "reward" else f"train.objective {objective}"
     why = "an example has two answers, or one that is judged"
     needs: dict[tuple[str, str], tuple[object, ...]] = {
@@ -352,6 +368,27 @@ def _preferences(value: _Value) -> _Found:
         if (given := value(*location)) is not None and given not in allowed:
             message = f"{'.'.join(location)} = {written(given)}: not possible with {of}: {why}"
             yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
+
+
+def _rewards(value: _Value) -> _Found:
+    if not value("objective", "rewards"):
+        yield ("train", "objective"), "train.objective = grpo: there is nothing to judge answers by; write " \
+                                      "objective.rewards: FILE.py:FUNCTION"  # fmt: skip
+    needs: dict[tuple[str, str], tuple[object, ...]] = {
+        ("data", "streaming"): (False,), ("data", "overflow"): ("error", "drop"),
+        ("data", "train_on"): ("assistant", "completion", "last"), ("task", "kind"): ("language-model",),
+        ("adapter", "method"): ("lora", "dora", "full"), ("lora", "dropout"): (0,),
+        ("train", "merge_aware"): ("off",),
+    }  # fmt: skip
+    for location, allowed in needs.items():
+        if (given := value(*location)) is not None and given not in allowed:
+            message = f"{'.'.join(location)} = {written(given)}: not possible with train.objective grpo"
+            yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
+    measured = value("train", "metrics") or ()
+    measured = (measured,) if isinstance(measured, str) else measured
+    if isinstance(measured, list | tuple) and (wrong := {"accuracy", "answer_loss"}.intersection(measured)):
+        message = f"train.metrics = {', '.join(sorted(wrong))}: not measured with train.objective grpo"
+        yield ("train", "metrics"), f"{message}; remove it, and measure with qlora-lite evaluate"
 
 
 def _full(value: _Value) -> _Found:

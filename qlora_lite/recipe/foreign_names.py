@@ -54,6 +54,8 @@ _RENAMED = {
         "pref_ftx rpo_alpha cpo_alpha",
     "objective.label_smoothing":
         "dpo_label_smoothing",
+    "objective.max_completion_tokens":
+        "max_completion_length",
     "objective.desirable_weight":
         "kto_desirable_weight kto_chosen_weight",
     "objective.undesirable_weight":
@@ -305,8 +307,8 @@ _NOT_OFFERED = {
     "remove it; all of the newest data on the hub is read": "shards shards_idx preprocess_shards",
 }  # fmt: skip
 OTHER_TRAINING = (
-    "fine-tuning and preferences are offered (train.objective), reward models (task.kind), but no PPO, GRPO or "
-    "distillation; continued pre-training is a recipe whose data.train are text files"
+    "fine-tuning and preferences are offered (train.objective), reward models (task.kind), but no PPO or distillation; "
+    "GRPO is a recipe of one's own (qlora-lite explain rewards), and continued pre-training one of text files"
 )
 _OTHER_TRAINING = {
     OTHER_TRAINING:

@@ -22,6 +22,7 @@ from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
 from .foreign_files import Code, Setting
+from .schema import GRPO
 from .strict_yaml import NOT_TEXT, scalar_value, shown
 
 Kind = Literal["lost", "changed", "unused"]
@@ -253,8 +254,8 @@ def _method(draft: Draft, setting: Setting, key: str) -> None:
 def _objective(draft: Draft, setting: Setting, key: str) -> None:
     """Convert what is learned: a stage, a loss within it, or a trainer's class."""
     said = re.sub("trainer$|config$", "", as_text(setting.value).lower())
-    found = {"sigmoid": draft.values.get(key, "dpo"), **{name: name for name in reference.choices_of(
-        reference.setting(key))}}.get(said)  # fmt: skip
+    choices = {*reference.choices_of(reference.setting(key))} - {GRPO}  # whose functions no configuration names
+    found = {"sigmoid": draft.values.get(key, "dpo"), **{name: name for name in choices}}.get(said)
     if said in ("rm", "reward"):
         draft.put("task.kind", "reward", setting)
     elif found == "sft" or said == "nll":

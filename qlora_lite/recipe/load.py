@@ -264,6 +264,9 @@ class _Checker:
             (("lora", "init_from"), paths.find_adapter), (("memory", "offload_folder"), paths.find_folder),
         ):  # fmt: skip
             self._find(place, find, self._value(*place))
+        rewards = self._value("objective", "rewards")
+        for name in rewards if isinstance(rewards, list) else [rewards]:
+            self._find(("objective", "rewards"), paths.find_function, name)
         for location, source in self._sources():
             self._find(location, paths.find_data, source.get("path"))
 

@@ -140,6 +140,18 @@ def find_adapter(path: str, bases: Bases) -> str:
     raise PathProblem(f"no such folder{_searched(expanded, bases)}")
 
 
+def find_function(name: str, bases: Bases) -> str:
+    """Return FILE.py:FUNCTION with the file's path made absolute; MODULE:FUNCTION stays as it is.
+
+    Raises:
+        PathProblem: it is neither, or the file is not there.
+    """
+    path, colon, function = name.rpartition(":")
+    if not colon or not function.isidentifier() or not path:
+        raise PathProblem("is not a function's place; write FILE.py:FUNCTION, or MODULE:FUNCTION")
+    return f"{find_data(path, bases)}:{function}" if path.endswith(".py") else name
+
+
 def find_template(template: str, bases: Bases) -> str:
     """Return `data.template` with a file's path made absolute; a template's name stays as it is.
 
@@ -179,7 +191,10 @@ def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
     if recipe.output.dir is not None:
         output["dir"] = os.path.abspath(os.path.expanduser(recipe.output.dir))
     model = {"path": _or_placed(find_model, recipe.model.path, bases("model", "path"))}
-    lora, memory = {}, {}
+    lora, memory, objective = {}, {}, {}
+    if recipe.objective.rewards:
+        places = bases("objective", "rewards")
+        objective["rewards"] = tuple(_or_placed(find_function, name, places) for name in recipe.objective.rewards)
     if recipe.lora.init_from is not None:
         lora["init_from"] = _or_placed(find_adapter, recipe.lora.init_from, bases("lora", "init_from"))
     if recipe.memory.offload_folder is not None:
@@ -191,6 +206,7 @@ def resolved(recipe: Recipe, bases: Callable[..., Bases], stem: str) -> Recipe:
             "lora": recipe.lora.model_copy(update=lora),
             "data": recipe.data.model_copy(update=data),
             "memory": recipe.memory.model_copy(update=memory),
+            "objective": recipe.objective.model_copy(update=objective),
             "output": recipe.output.model_copy(update=output),
         }
     )

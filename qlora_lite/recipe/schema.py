@@ -377,6 +377,7 @@ _Tracker = Literal[
 
 
 # Objectives by what a row has: two answers to a prompt, or one and whether it is a good one.
+GRPO = "grpo"
 PREFERENCES = {"pairs": ("dpo", "ipo", "hinge", "orpo", "simpo", "cpo"), "labels": ("kto",)}
 _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 
@@ -384,11 +385,12 @@ _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "ro
 class Train(_Section):
     """How training runs: steps, optimizer, evaluation and checkpoints."""
 
-    objective: Literal["sft", "dpo", "ipo", "hinge", "orpo", "simpo", "cpo", "kto"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "hinge", "orpo", "simpo", "cpo", "kto", "grpo"] = "sft"
     """What is learned. sft imitates answers. The others learn from preferences: dpo, ipo and hinge from pairs of a
     chosen and a rejected answer, as against the model that training begins with; orpo, simpo and cpo from pairs without
     such a reference; kto from single answers with a label, good or bad, and with a reference (qlora-lite explain
-    preferences)."""
+    preferences). grpo learns from the model's own answers and what functions of yours give for them (qlora-lite explain
+    rewards)."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; null trains for train.epochs."""
     epochs: PositiveFloat = 1.0
@@ -396,8 +398,8 @@ class Train(_Section):
     learning_rate: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
     """Peak learning rate, reached after the warm-up. auto depends on the model's family and width, and on lora.alpha:
     for alpha 32, 2.9e-4 for Llama-3.1-8B, more for narrower models, a tenth of that with adapter.method full, and a
-    twentieth where train.objective learns from preferences (qlora-lite explain learning-rate). A resumed run keeps the
-    one that it began with."""
+    twentieth where train.objective learns from preferences or rewards (qlora-lite explain learning-rate). A resumed run
+    keeps the one that it began with."""
     micro_batch_size: PositiveInt = 1
     """Packed sequences (examples, without data.packing) per forward and backward pass."""
     gradient_accumulation_steps: PositiveInt = 1
@@ -491,7 +493,7 @@ class Train(_Section):
 
 
 class Objective(_Section):
-    """The settings of the objectives that learn from preferences (train.objective)."""
+    """The settings of the objectives that learn from preferences or rewards (train.objective)."""
 
     beta: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
     """How far the model may move from its reference: more for a lower one. Of orpo the weight of the odds ratio, of
@@ -507,6 +509,25 @@ class Objective(_Section):
     """Weight of good answers in kto: the larger where they are few."""
     undesirable_weight: PositiveFloat = 1.0
     """Weight of bad answers in kto."""
+    rewards: Annotated[
+        tuple[Text, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        Rule("FILE.py:FUNCTION or MODULE:FUNCTION, or a list of them"),
+    ] = ()  # fmt: skip
+    """Functions of yours that judge the answers in grpo, as FILE.py:FUNCTION, the file beside the recipe, or
+    MODULE:FUNCTION. A function names what it takes of completions, references and prompts, lists of texts, and returns
+    a number for each completion; of several functions the numbers are added."""
+    group_size: Annotated[int, Field(ge=2, strict=True)] = 8
+    """Answers to each prompt in grpo, which are compared with one another."""
+    max_completion_tokens: PositiveInt = 256
+    """Maximum length of an answer in grpo, in tokens. group_size times prompt and answer count toward
+    data.max_tokens."""
+    sampling_temperature: PositiveFloat = 1.0
+    """Of the distribution that answers are drawn from in grpo."""
+    policy_loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """What grpo divides by: the tokens of all answers of a step (dapo), those of each answer (grpo), or
+    max_completion_tokens (dr_grpo)."""
+    scale_rewards: bool = True
+    """Whether grpo divides what an answer is worth by the standard deviation of its group."""
 
 
 class Memory(_Section):

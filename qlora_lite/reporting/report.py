@@ -125,6 +125,10 @@ def _figures(summary: dict[str, Any]) -> str:
         figure("Tokens per second", speed, detail=counted("tokens", "in total")),
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
     ]
+    rewards = [_of_objective(summary, when).get("reward") for when in _WHEN[::-1]]
+    if any(value is not None for value in rewards):
+        reached, began = ("" if value is None else short_number(value) for value in rewards)
+        figures[1] = figure("Reward", reached, began, "mean over held-out prompts")
     if any(share is not None for share in preferred):
         reached, began = ("" if share is None else _percent(share) for share in preferred)
         figures[0] = figure("Reward accuracy", reached, began, "held-out examples")

@@ -68,6 +68,7 @@ from qlora_lite.train.out_of_memory import (
     first_line,
     free_cached_memory,
 )
+from qlora_lite.train.policy import PolicyLM
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE
@@ -75,6 +76,7 @@ from qlora_lite.units import format_bytes, format_count
 
 from .async_checkpoint import check_space
 from .resume import BASE_MODEL, Continuation, data_identity, environment
+from .rewards import digest_of, judges_of, with_answers
 from .signals import Stop
 from .tracking import check_trackers
 
@@ -174,6 +176,7 @@ def prepare(
     if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
+    judges_of(recipe.objective.rewards)  # stops at once where a function is not there
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     if recipe.train.learning_rate == "auto":
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
@@ -194,7 +197,7 @@ def prepare(
     if template and template.name != "model":  # for other tools
         tokenizer.chat_template = portable_source(template)
     _log_data(found.report)
-    identity = data_identity(recipe, tokenizer, found.data, found.eval_data)
+    identity = data_identity(recipe, tokenizer, found.data, found.eval_data) | digest_of(recipe.objective.rewards)
     if continuation:
         continuation.compare_identity(identity)
     rows = rows_to_plan(recipe, found.data)
@@ -272,6 +275,8 @@ def load(planned: Planned) -> Loaded:
         options, shards = planned.settings.options, planned.processes.shards
         model = build_model(planned.with_ranks, options, planned.first_adapter, planned.first, shards)
     work = planned.plan.step.job.workload.of_tokenizer(planned.tokenizer)
+    if isinstance(work, PolicyLM):
+        work = with_answers(work, recipe.objective.rewards, planned.tokenizer, planned.data.data.end_token_ids)
     stream = build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()

@@ -285,12 +285,12 @@ class Trainer:
         result = self._whole_step(micro_batches) if whole else self._shared(micro_batches, self._step, s.shares)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
-        elif not self.took_part:
+        elif not self.took_part and (result.grad_norm or self.workload.always_learns):
             if self.workload.can_reach_every_layer([row for rows in micro_batches for row in rows]):
                 norms = dict(zip(self.names, result.norms.tolist(), strict=True))
                 self.workload.method.check_reached(self.model, norms)
                 self.took_part = True
-        elif result.grad_norm == 0 and not self._is_still:
+        elif result.grad_norm == 0 and self.workload.always_learns and not self._is_still:
             self._is_still = True
             log.warning("step %d: every gradient is zero, so that nothing is learned any more; a lower "
                         "train.learning_rate may have kept the model from breaking", self.step)  # fmt: skip

@@ -40,6 +40,8 @@ def probe_step(
             optimizer.step()
         if not accumulating:
             optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad(), phase("forward"):
+        workload.probe_preparation(model, inputs)
     if updates_in_backward:
         with UpdatesInBackward(optimizer, probing=True):
             accumulate_gradients(workload, model.train(), [inputs])

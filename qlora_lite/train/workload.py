@@ -111,6 +111,7 @@ class Workload:
     most_positions: int | None = None  # that the model was made for, so that a plan warns of longer examples
     compute_dtype: torch.dtype = torch.bfloat16  # of a planned model
     is_quantized: bool = False  # whether any weight is packed
+    always_learns: bool = True  # so that a step without any gradient is a fault
     keeps_codes: bool = False  # whether packed weights are those of the model's files, so that nothing is prepared
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
     movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
@@ -176,13 +177,16 @@ class Workload:
         """Whether the loss of a micro-batch has to know of the others of its step; see ``prepare_step``."""
         return False
 
+    def probe_preparation(self, model: nn.Module, inputs) -> None:
+        """Take the memory that ``prepare_step`` does, where that is more than the step's own: for a plan, too."""
+
     def prepare_step(
         self, model: nn.Module, batches: Sequence, processes: Processes = ALONE, counted: int | None = None
     ) -> Sequence:
-        """Return the inputs of a step's micro-batches with what the loss of each has to know of all.
+        """Return a step's micro-batches with what the loss of each has to know of all, or of the model now.
 
         Args:
-            batches: inputs.
+            batches: of ``collate``.
             processes: those that share the step; all call this.
             counted: see ``step.accumulate_gradients``.
         """

@@ -336,7 +336,7 @@ def test_a_file_of_unsloth_s_studio_is_read(made):
         (AXOLOTL + "trl: {num_generations: 4}\n", "trl.num_generations = 4: fine-tuning and preferences"),
         (AXOLOTL.replace("adapter: qlora", "adapter:"), "no adapter: all weights are trained"),
         (LLAMA_FACTORY.replace("stage: sft", "stage: ppo"), "theirs.yml:3: stage = ppo: fine-tuning and preferences"),
-        (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training is a recipe whose data"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training one of text files"),
         (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type = full: only LoRA weights are"),
         (TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1_8b"), "model._component_ = llama3_1_8b: trains all weights"),
         (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"), "with cross-entropy"),

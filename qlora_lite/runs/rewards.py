@@ -1,0 +1,134 @@
+"""What a policy is trained with: functions of the user's that judge answers, and what makes the answers.
+
+A function is named in the recipe, and stands in a file of the user's or in an installed module. It is called by the
+names of what it takes: completions, references, prompts, each a list of texts, of which those of one row stand side by
+side. (trl calls such functions with the same names and the columns of the rows; here rows are tokens and texts by then,
+and what a function has to know of a row is its answer, the reference.)
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from qlora_lite.data.storage import Example
+from qlora_lite.errors import RecipeError, TrainingError
+from qlora_lite.inference.generate import Sampling, answers, stop_ids
+from qlora_lite.train.policy import Answered, PolicyLM
+
+GIVEN = "completions", "references", "prompts"  # texts that a function may take, by name
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Functions that give a reward for each answer.
+
+    Args:
+        functions: by the name that a recipe has for each.
+    """
+
+    functions: Mapping[str, Callable[..., Sequence[float]]]
+
+    def __call__(self, examples: Sequence[Example], texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return what each function gives for answers, float32 [R], by its own name.
+
+        Raises:
+            TrainingError: not a finite number for each.
+        """
+        texts_of = list(texts), [each.answer for each in examples], [each.prompt for each in examples]
+        given = dict(zip(GIVEN, texts_of, strict=True))
+        found = {name: _numbers(name, each, given) for name, each in self.functions.items()}
+        return {name.rpartition(":")[2]: torch.tensor(numbers) for name, numbers in found.items()}
+
+
+def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping[str, list[str]]) -> list[float]:
+    wanted = inspect.signature(function).parameters.values()
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in wanted)
+    found = function(**(given if takes_all else {each.name: given[each.name] for each in wanted if each.name in given}))
+    count = len(given["completions"])
+    if not isinstance(found, Sequence | torch.Tensor) or len(found) != count:
+        what = f"{len(found)} numbers" if isinstance(found, Sequence | torch.Tensor) else type(found).__name__
+        raise TrainingError(f"{name} returned {what} for {count} completions; let it return a list of {count} numbers")
+    numbers = [float(each) if isinstance(each, int | float | torch.Tensor) else math.nan for each in found]
+    for place, number in enumerate(numbers):
+        if not math.isfinite(number):
+            of = f"the completion {given['completions'][place]!r}"[:300]
+            raise TrainingError(f"{name} returned {found[place]!r} for {of}; a reward is a finite number")
+    return numbers
+
+
+def judges_of(names: Sequence[str]) -> Judges:
+    """Return the functions that a recipe names.
+
+    Raises:
+        RecipeError: one of them is not there, or takes something else than ``GIVEN``.
+    """
+    return Judges({name: _function(name) for name in names})
+
+
+@cache
+def _function(name: str) -> Callable[..., Sequence[float]]:
+    """Import a function, FILE.py:FUNCTION or MODULE:FUNCTION; a file once in a process."""
+    path, _, attribute = name.rpartition(":")
+    try:
+        module = _module_of(Path(path)) if path.endswith(".py") else importlib.import_module(path)
+        found = getattr(module, attribute)
+    except (OSError, ImportError, SyntaxError, AttributeError) as error:
+        raise RecipeError(f"objective.rewards: {name} cannot be imported: {error}") from error
+    if not callable(found):
+        raise RecipeError(f"objective.rewards: {name} is {type(found).__name__}, and no function")
+    for each in inspect.signature(found).parameters.values():
+        is_open = each.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        if each.name not in GIVEN and each.default is inspect.Parameter.empty and not is_open:
+            raise RecipeError(f"objective.rewards: {name} wants {each.name!r}; there are {', '.join(GIVEN)}")
+    return found
+
+
+def _module_of(path: Path):
+    name = f"rewards_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest_of(names: Sequence[str]) -> dict[str, str]:
+    """Return what a resumed run compares: the content of the files that functions stand in."""
+    found = hashlib.sha256()
+    for name in names:
+        path, _, function = name.rpartition(":")
+        found.update(f"{function}\n".encode())
+        found.update(Path(path).read_bytes() if path.endswith(".py") else path.encode())
+    return {"rewards": found.hexdigest()} if names else {}
+
+
+def with_answers(
+    work: PolicyLM, names: Sequence[str], tokenizer: PreTrainedTokenizerFast, end_token_ids: Collection[int]
+) -> PolicyLM:
+    """Return a workload that answers with the model that it trains, and judges with a recipe's functions.
+
+    Args:
+        end_token_ids: the tokens that end an answer in the rows.
+    """
+
+    def answer(
+        model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int, numbers: Sequence[int],
+        max_completion_tokens: int, at_once: int,
+    ) -> list[Answered]:  # fmt: skip
+        sampling = Sampling(temperature, seed=seed)
+        stop = stop_ids(model, tokenizer, end_token_ids)
+        said = answers(model, tokenizer, prompts, max_completion_tokens, stop, at_once, sampling, numbers=numbers)
+        return [Answered(each.token_ids, each.text, each.finish == "length") for each in said]
+
+    return replace(work, answer=answer, judge=judges_of(names))

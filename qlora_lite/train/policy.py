@@ -1,0 +1,338 @@
+"""The workload that learns from rewards for its own answers: GRPO.
+
+Before each step the model answers every prompt of the step ``group_size`` times, drawn at random, and functions of the
+user's judge the answers. What an answer is worth is its reward beside those of its group: advantage = (reward - mean)
+/ (standard deviation + 1e-4). The step makes the tokens of answers with a positive advantage likelier, and the others
+less likely (DeepSeekMath, arXiv 2402.03300, equation 3). A step has one update and new answers come before the next
+one, so the ratio to the policy that answered is 1, and nothing is ever clipped. There is no reference model: its KL
+term has been left out since DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783) without loss.
+
+| policy_loss | what a token's gradient is divided by                   |
+|-----------|---------------------------------------------------------|
+| dapo      | the tokens of all answers of the step                   |
+| grpo      | the tokens of its answer, times the answers of the step |
+| dr_grpo   | ``max_completion_tokens``, times the answers of the step       |
+
+Answers come from the very weights that are trained, packed and placed as they are: there is no second copy of the model
+for them. A group is computed at once, packed like the rows of a language model, so an example's length is that of its
+whole group, each answer as long as it may be; what a plan counts, and a memory probe measures, is that, and the keys
+and values of a group beside it. The sums of log-probabilities by answer come from ``ops.loss.sequence_losses``.
+
+In an evaluation the model answers each prompt once, with the likeliest tokens, and the loss is minus the mean reward.
+
+Shapes: R answers of a micro-batch, G of each prompt in turn.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import ClassVar, NamedTuple, Self
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.data.batch import Batch, Extent
+from qlora_lite.data.storage import Example, prompt_tokens
+from qlora_lite.errors import DataError, ModelError, TrainingError
+from qlora_lite.memory.marks import category
+from qlora_lite.models import anatomy
+from qlora_lite.models.load import uses_row_attention
+from qlora_lite.models.memory_options import MemoryOptions, stream_of
+from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, sequence_losses
+from qlora_lite.ops.transfer import sent
+
+from .causal_lm import CausalLM, ModelSpec
+from .forward import hidden_states
+from .preference import Sequences, sequences_in
+from .processes import ALONE, Processes
+from .settings import TrainSettings
+from .workload import BatchShape, LossSum, Objective
+
+POLICY_LOSSES = "dapo", "grpo", "dr_grpo"
+LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl
+_ANSWERS_OF_A_ROW = 1 << 20  # apart in the numbers that random tokens are drawn by
+
+
+class Answered(NamedTuple):
+    """An answer's tokens, with the one that ends it if it ends, and its text."""
+
+    token_ids: Sequence[int]
+    text: str
+    is_cut: bool
+
+
+# Answer prompts [R] of tokens with a model: temperature, seed, a number for each, most tokens, how many at once
+Answer = Callable[[nn.Module, Sequence[list[int]], float, int, Sequence[int], int, int], Sequence[Answered]]
+# Judge the answers [R] to rows: rewards, float32 [R] of each function, by its name
+Judge = Callable[[Sequence[Example], Sequence[str]], Mapping[str, torch.Tensor]]
+
+
+class PolicyBatch(NamedTuple):
+    """Packed answers behind their prompts, in host memory; before they are there, tokens as many as they may have.
+
+    examples: the rows of the prompts.
+    factors: float32 [R], of the gradient of each answer's log-probability.
+    scores: of the answers, float32 [R] each, by the name of their mean.
+    """
+
+    answers: Batch
+    examples: tuple[Example, ...]
+    factors: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+
+class PolicyInputs(NamedTuple):
+    """A micro-batch as the model computes on it; see ``PolicyBatch``."""
+
+    sequences: Sequences
+    factors: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GroupPolicy(Objective):
+    """The loss of answers to prompts, by what they are worth.
+
+    Args:
+        group_size: answers to a prompt.
+        max_completion_tokens: of an answer.
+        temperature: of the distribution that tokens are drawn from, and whose log-probabilities are learned.
+        policy_loss: one of POLICY_LOSSES.
+        scale_rewards: whether advantages are divided by the standard deviation of their group.
+        chunk_tokens: tokens whose logits exist at once.
+    """
+
+    is_likelihood: ClassVar[bool] = False
+    group_size: int = 8
+    max_completion_tokens: int = 256
+    temperature: float = 1.0
+    policy_loss: str = "dapo"
+    scale_rewards: bool = True
+    chunk_tokens: int = AUTO_CHUNK_TOKENS
+
+    @property
+    def name(self) -> str:
+        """Of the objective."""
+        return "grpo"
+
+    def with_options(self, options: MemoryOptions) -> Self:
+        """Take the tokens at once from memory options."""
+        return replace(self, chunk_tokens=options.loss_chunk_tokens or AUTO_CHUNK_TOKENS)
+
+    def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Return what answers are worth, float32 [R], of their rewards [R]."""
+        groups = rewards.view(-1, self.group_size)
+        found = groups - groups.mean(1, keepdim=True)
+        if self.scale_rewards:
+            found = found / (groups.std(1, keepdim=True) + LEAST_DEVIATION)
+        return found.flatten()
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: PolicyInputs) -> LossSum:
+        """Return the loss of hidden states [N, D] of the tokens before the answers' tokens."""
+        sequences, its_head = inputs.sequences, anatomy.head(model)
+        its_head = its_head._replace(scale=its_head.scale / self.temperature)
+        count = len(sequences.counts)
+        with category("logits"):
+            targets = sequences.tokens.targets
+            sums = -sequence_losses(outputs, targets, its_head, self.chunk_tokens, sequences.numbers, count)
+        likelihoods = sums - sums.detach() + sequences.counts  # the ratios, which are 1
+        return LossSum(
+            -(inputs.factors * likelihoods).sum(), {name: each.sum() for name, each in inputs.scores.items()}
+        )
+
+
+@dataclass(frozen=True)
+class PolicyLM(CausalLM):
+    """A causal language model that learns from rewards; examples are rows whose last answer is a reference.
+
+    Args:
+        answer, judge: make answers and rewards; a plan has none.
+    """
+
+    objective: GroupPolicy = field(default_factory=GroupPolicy)
+    method: AdapterMethod = field(kw_only=True)
+    spec: ModelSpec | None = field(default=None, repr=False, kw_only=True)
+    answer: Answer | None = field(default=None, repr=False, compare=False, kw_only=True)
+    judge: Judge | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    always_learns = False  # the answers of every group may be worth the same
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the tokens of each group, if its answers are as long as they may be."""
+        o = self.objective
+        return [o.group_size * (self._virtual + prompt_tokens(each) + o.max_completion_tokens) for each in examples]
+
+    def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the tokens that the answers to each prompt may have."""
+        return [self.objective.group_size * self.objective.max_completion_tokens] * len(examples)
+
+    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
+        """Return examples whose prompts have as many tokens as any micro-batch's, the longest one among them."""
+        o, tokens = self.objective, np.concatenate([each.token_ids for each in examples])
+        before = self._virtual + o.max_completion_tokens
+        longest = max(1, most.longest // o.group_size - before)
+        others = max(most.rows - 1, most.tokens // o.group_size - most.rows * before - longest)
+        shares = np.diff(np.arange(most.rows) * others // max(1, most.rows - 1)) if most.rows > 1 else []
+        return [_with_prompt(examples[0], np.resize(tokens, length)) for length in (longest, *map(int, shares))]
+
+    def collate(self, examples: Sequence[Example]) -> PolicyBatch:
+        """Pack groups of answers whose tokens mean nothing yet; ``prepare_step`` gives them theirs."""
+        o, empty = self.objective, torch.zeros(len(examples) * self.objective.group_size)
+        answers = [np.resize(each.token_ids, o.max_completion_tokens) for each in examples for _ in range(o.group_size)]
+        return PolicyBatch(self._packed(self._repeated(examples), answers), tuple(examples), empty, {})
+
+    def _repeated(self, examples: Sequence[Example]) -> list[Example]:
+        return [each for each in examples for _ in range(self.objective.group_size)]
+
+    def _packed(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
+        """Return answers packed behind the prompts of examples, and nothing but the answers to be learned."""
+        found = []
+        for example, new in zip(examples, answers, strict=True):
+            prompt = example.token_ids[: prompt_tokens(example)]
+            ids = np.concatenate([prompt, np.asarray(new, np.int32)])
+            found.append(replace(example, token_ids=ids, learned=np.arange(len(ids)) >= len(prompt)))
+        return super().collate(found)
+
+    def shape(self, batch: PolicyBatch) -> BatchShape:
+        """Return the tokens of each answer with its prompt, and how many are targets."""
+        return super().shape(batch.answers)
+
+    def inputs(self, batch: PolicyBatch, device: torch.device) -> PolicyInputs:
+        """See ``forward.prepare``."""
+        scores = {name: sent(each, device) for name, each in batch.scores.items()}
+        return PolicyInputs(sequences_in(batch.answers, device), sent(batch.factors, device), scores)
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> PolicyInputs:
+        """Return inputs of zeros, with positions."""
+        zeros = torch.zeros(len(shape.lengths), device=device)
+        numbers = torch.zeros(shape.targets, dtype=torch.int64, device=device)
+        return PolicyInputs(Sequences(super().planned_inputs(shape, device), numbers, zeros), zeros.clone(), {})
+
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of a group whose answers and prompts together have so many tokens."""
+        o = self.objective
+        each = max(2, tokens // o.group_size)
+        return BatchShape((each,) * o.group_size, min(o.max_completion_tokens, each - 1) * o.group_size)
+
+    def weight(self, inputs: PolicyInputs) -> int:
+        """Return the number of answers."""
+        return len(inputs.factors)
+
+    prepares_steps = True
+
+    def prepare_step(
+        self, model: nn.Module, batches: Sequence[PolicyBatch], processes: Processes = ALONE,
+        counted: int | None = None,
+    ) -> Sequence[PolicyBatch]:  # fmt: skip
+        """Return a step's micro-batches with answers of the model, and what each is worth beside its group.
+
+        In an evaluation each prompt has one answer, of the likeliest tokens.
+
+        Raises:
+            TrainingError: there is nothing to answer or to judge with.
+        """
+        if self.answer is None or self.judge is None:
+            raise TrainingError("a policy that learns has to be given what answers, and what judges the answers")
+        o, learns, seed = self.objective, model.training, int(torch.randint(1 << 31, ()))
+        rows = [self._repeated(batch.examples) if learns else list(batch.examples) for batch in batches]
+        flat = [example for some in rows for example in some]
+        prompts = [example.token_ids[: prompt_tokens(example)].tolist() for example in flat]
+        numbers = [
+            crc32(example.token_ids.tobytes()) * _ANSWERS_OF_A_ROW + place % o.group_size
+            for some in rows for place, example in enumerate(some)
+        ]  # fmt: skip
+        at_once = max(len(batch.factors) for batch in batches)
+        drawn = o.temperature if learns else 0.0
+        said = self.answer(model, prompts, drawn, seed, numbers, o.max_completion_tokens, at_once)
+        judged = self.judge(flat, [answer.text for answer in said])
+        rewards = sum(judged.values(), torch.zeros(len(flat)))
+        lengths = torch.tensor([float(len(answer.token_ids)) for answer in said])
+        scores = {
+            "reward": rewards, "completions/mean_length": lengths,
+            "completions/clipped_ratio": torch.tensor([float(answer.is_cut) for answer in said]),
+        }  # fmt: skip
+        scores |= {f"rewards/{name}": each for name, each in judged.items()} if len(judged) > 1 else {}
+        factors = torch.zeros(len(flat))
+        if learns:
+            spread = rewards.view(-1, o.group_size).std(1).repeat_interleave(o.group_size)
+            scores |= {"reward_std": spread, "frac_reward_zero_std": (spread == 0).float()}
+            own = sum(map(len, rows[:counted]))
+            tokens, answers = processes.exchange(lengths[:own].sum().item(), own)
+            shares = {"dapo": answers / max(1, tokens), "grpo": 1 / lengths, "dr_grpo": 1 / o.max_completion_tokens}
+            factors = o.advantages(rewards) * shares[o.policy_loss]
+        found, start = [], 0
+        for batch, some in zip(batches, rows, strict=True):
+            these = slice(start, start := start + len(some))
+            packed = self._packed(some, [answer.token_ids for answer in said[these]])
+            own_scores = {name: each[these] for name, each in scores.items()}
+            found.append(PolicyBatch(packed, batch.examples, factors[these], own_scores))
+        return found
+
+    def loss(self, model: nn.Module, inputs: PolicyInputs) -> LossSum:
+        """Return the loss over a micro-batch's answers; in an evaluation minus their rewards."""
+        if not model.training and inputs.scores:
+            scores = {name: each.sum() for name, each in inputs.scores.items()}
+            return LossSum(-scores["reward"], scores)
+        tokens = inputs.sequences.tokens
+        return self.objective(model, hidden_states(model, tokens)[tokens.learned], inputs)
+
+    def probe_preparation(self, model: nn.Module, inputs: PolicyInputs) -> None:
+        """Read the prompts of a micro-batch, keep their keys and values, and those of answers, and make one token."""
+        lengths, new = inputs.sequences.tokens.row_lengths, self.objective.max_completion_tokens
+        was_training, device = model.training, inputs.factors.device
+        model.eval()
+        self._read(model, len(lengths), max(1, max(lengths) - new), min(new, max(lengths) - 1), device)
+        model.train(was_training)
+
+    def _read(self, model: nn.Module, count: int, prompt: int, new: int, device: torch.device) -> None:
+        ids = torch.zeros((count, prompt), dtype=torch.int64, device=device)
+        no_mask = {"attention_mask": ids.new_empty((count, 1, 0, 0))} if uses_row_attention(model) else {}
+        positions = torch.arange(prompt + new, device=device)[None]
+        base = anatomy.decoder(model)
+        kept = base(input_ids=ids, position_ids=positions[:, :prompt], use_cache=True, **no_mask).past_key_values
+        for layer in kept.layers:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)
+                setattr(layer, name, torch.cat([tensor, tensor[:, :, -1:].expand(-1, -1, new - 1, -1)], dim=2))
+        # the argument's name in transformers from 5.2x on, and before
+        name = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
+        base(input_ids=ids[:, :1], position_ids=positions[:, -1:], use_cache=True, **{name: kept}, **no_mask)
+
+    def choose_kernels(
+        self, model: nn.Module, largest: Callable[[], PolicyInputs], options: MemoryOptions,
+        recorded: Sequence[str] | None,
+    ) -> None:  # fmt: skip
+        """See ``kernels``."""
+        super().choose_kernels(model, lambda: largest().sequences.tokens, options, recorded)
+
+    def check_examples(self, model: object, examples: object) -> None:
+        """See ``CausalLM``; each example has a prompt."""
+        super().check_examples(model, examples)
+        for example in examples:
+            if not prompt_tokens(example):
+                raise DataError(f"{example.where}: there is no prompt before the answer; give rows with a prompt, or "
+                                "remove this one")  # fmt: skip
+
+    def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
+        """See ``CausalLM``; the model can answer while it is trained.
+
+        Raises:
+            ModelError: its weights are divided among ranks, or its head does more than a temperature can scale.
+        """
+        stream = stream_of(model)
+        if stream is not None and stream.placement.gathers:
+            raise ModelError("train.objective grpo: a base whose weights are divided among GPUs cannot answer on each "
+                             "for itself; choose memory.stream_from host, or a smaller model")  # fmt: skip
+        if anatomy.head(model).softcap is not None and self.objective.temperature != 1:
+            raise ModelError("objective.sampling_temperature: this model's logits are capped, and learned at a "
+                             "temperature of 1 alone; set it to 1")  # fmt: skip
+        super().check_model(model, settings)
+
+
+def _with_prompt(example: Example, tokens: np.ndarray) -> Example:
+    learned = np.zeros(len(tokens) + 1, np.bool_)
+    learned[-1] = True
+    return replace(example, token_ids=np.append(tokens, tokens[:1]), learned=learned)

@@ -1,0 +1,181 @@
+"""A run of GRPO answers, is judged by the user's functions, resumes to the bit, and says what is wrong before it
+begins."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+from click.testing import CliRunner
+from tiny_files import save_tiny, write_recipe
+from tiny_runs import summary_of
+
+from qlora_lite.artifacts.run_files import read_run
+from qlora_lite.cli.main import cli
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.rewards import judges_of
+from qlora_lite.runs.run import run_recipe
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+JUDGE = """
+def letters(completions):
+    return [float(len({*text})) for text in completions]
+
+
+def other(completions, references, prompts):
+    assert len(completions) == len(references) == len(prompts)
+    return [float(reference in prompt) for reference, prompt in zip(references, prompts)]
+
+
+def few(completions):
+    return [1.0]
+
+
+def words(completions):
+    return ["good" for _ in completions]
+
+
+def unknown(completions, solutions):
+    return [0.0 for _ in completions]
+
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy") / "model"
+    save_tiny(folder)
+    return folder
+
+
+def recipe(folder, model, overrides=(), rewards="judge.py:letters", **sections):
+    folder.mkdir(exist_ok=True)
+    (folder / "judge.py").write_text(JUDGE)
+    for part, mark in (("train", "?"), ("eval", "!")):
+        rows = [{"prompt": f"{n}{mark}", "completion": name} for n, name in enumerate(NAMES)]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_tokens": 200}
+    train = {
+        "objective": "grpo", "max_steps": 4, "save_every_steps": 2, "learning_rate": 0.003, "metrics_examples": 3,
+        "eval_every_steps": 2,
+    } | sections.pop("train", {})  # fmt: skip
+    objective = {"rewards": rewards, "group_size": 4, "max_completion_tokens": 8} | sections.pop("objective", {})
+    path = write_recipe(folder, model, data=data | sections.pop("data", {}), train=train, objective=objective,
+                        lora={"rank": 8, "alpha": 16}, **sections)  # fmt: skip
+    return load_recipe(path, list(overrides))
+
+
+def lines(folder):
+    times = {"seconds", "tokens_per_second", "peak_bytes"}
+    return [{k: v for k, v in line.items() if k not in times} for line in read_run(folder / "out").metrics]
+
+
+def test_a_stopped_run_answers_and_learns_the_same_to_the_bit(tmp_path, model_folder):
+    def progress(metrics, _total):
+        if metrics.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run_recipe(recipe(tmp_path / "whole", model_folder))
+    settings = recipe(tmp_path / "stopped", model_folder)
+    with pytest.raises(Interrupted):
+        run_recipe(settings, progress)
+    run_recipe(settings, resume=tmp_path / "stopped" / "out")
+    one, other = tmp_path / "whole", tmp_path / "stopped"
+    assert lines(one) == lines(other)
+    files = [path / "out" / "adapter" / "adapter_model.safetensors" for path in (one, other)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    summary = summary_of(one / "out")
+    before, after = (summary["eval_metrics"][when]["reward"] for when in ("before", "after"))
+    assert summary["eval_loss_before"] == -before and summary["eval_loss_after"] == -after and after >= before
+    assert summary["metrics"]["before"]["exact_match"]["examples"] == 3
+    page = (one / "out" / "report.html").read_text()
+    assert "Reward" in page and "completions/mean_length" in page
+
+
+def test_a_changed_function_is_another_run(tmp_path, model_folder):
+    def progress(metrics, _total):
+        if metrics.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = recipe(tmp_path / "run", model_folder)
+    with pytest.raises(Interrupted):
+        run_recipe(settings, progress)
+    (tmp_path / "run" / "judge.py").write_text(JUDGE.replace("len({*text})", "len(text)"))
+    with pytest.raises(CheckpointError, match="rewards"):
+        run_recipe(settings, resume=tmp_path / "run" / "out")
+
+
+def test_two_functions_are_added_and_each_is_reported(tmp_path, model_folder):
+    settings = recipe(tmp_path / "run", model_folder, rewards=["judge.py:letters", "judge.py:other"])
+    run_recipe(settings)
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    for step in steps:
+        assert step["reward"] == pytest.approx(step["rewards/letters"] + step["rewards/other"])
+    assert any(step["rewards/letters"] for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ("judge.py:absent", "has no attribute 'absent'"),
+        ("judge.py:NUMBER", "is int, and no function"),
+        ("judge.py:unknown", "wants 'solutions'; there are completions, references, prompts"),
+        ("no_such_module:letters", "No module named 'no_such_module'"),
+    ],
+)
+def test_what_is_no_function_is_said_before_anything_loads(tmp_path, model_folder, rewards, said):
+    settings = recipe(tmp_path / "run", model_folder, rewards=rewards)
+    with pytest.raises(RecipeError, match=said):
+        run_recipe(settings)
+    assert not (tmp_path / "run" / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("few", "returned 1 numbers for 4 completions"), ("words", "returned 'good' for the completion")]
+)
+def test_what_a_function_returns_wrongly_is_named(tmp_path, name, said):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    with pytest.raises(TrainingError, match=said):
+        judges_of([f"{tmp_path / 'judge.py'}:{name}"])([_Row()] * 4, ["a"] * 4)
+
+
+class _Row:
+    answer, prompt = "", ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.rewards=[]"], "nothing to judge answers by"),
+        (["objective.rewards=judge.py"], "write FILE.py:FUNCTION"),
+        (["objective.rewards=absent.py:letters"], "no such file"),
+        (["objective.beta=0.2"], r"objective\.beta: only with train\.objective dpo"),
+        (["train.objective=dpo"], r"objective\.rewards: only with train\.objective grpo"),
+        (["train.metrics=answer_loss"], "not measured with train.objective grpo"),
+        (["lora.dropout=0.1"], "not possible with train.objective grpo"),
+        (["data.streaming=true"], "not possible with train.objective grpo"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, model_folder, overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        recipe(tmp_path, model_folder, overrides)
+
+
+def test_a_group_that_has_no_room_is_named_with_the_row(tmp_path, model_folder):
+    recipe(tmp_path, model_folder)
+    result = CliRunner().invoke(cli, ["data", str(tmp_path / "recipe.yaml"), "data.max_tokens=40"])
+    assert isinstance(result.exception, DataError)
+    assert re.search(
+        r"train\.jsonl:1: .*group_size 4 answers of up to 8 tokens to a prompt of 21", str(result.exception)
+    )
+
+
+def test_a_plan_needs_neither_rows_nor_functions(tmp_path, model_folder):
+    recipe(tmp_path, model_folder)
+    result = CliRunner().invoke(cli, ["plan", str(tmp_path / "recipe.yaml"), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
