@@ -85,7 +85,7 @@ class PlannedAttention(TorchFunctionMode):
     def during(self, module: nn.Module) -> None:
         """Do so in every forward of a module: a backward, where it may run again, has no mode that was entered."""
         module.register_forward_pre_hook(lambda *_: self._begin())
-        module.register_forward_hook(lambda *_: self._end())
+        module.register_forward_hook(lambda *_: self._end(), always_call=True)  # where it raises, too
 
     def _begin(self) -> None:
         self.__enter__()

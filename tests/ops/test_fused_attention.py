@@ -353,3 +353,19 @@ def test_on_a_gpu_a_backward_over_few_heads_gives_the_same(key_heads, monkeypatc
         found.append(torch.autograd.grad(out, inputs, torch.ones_like(out)))
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 0.01 * other.norm()
+
+
+def test_a_module_that_raises_leaves_torchs_attention_as_it_was():
+    """Planned attention is causal: left behind, every encoder of the process would be."""
+
+    class Raises(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("values are needed")
+
+    module = Raises()
+    fused_attention.PlannedAttention().during(module)
+    query, key, value = torch.randn(3, 1, 2, 5, 8)
+    before = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    with pytest.raises(RuntimeError, match="values are needed"):
+        module(query)
+    assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, key, value), before)
