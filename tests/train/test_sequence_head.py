@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from methods import Case, ledger_of, plan
+from rank_processes import together
 from safetensors.torch import load_file
 from tiny_gguf import write_tiny_gguf
 from tiny_heads import DECODERS, ENCODERS, FAMILIES, encoder_tokenizer, save_headless
@@ -27,6 +28,8 @@ from qlora_lite.models.skeleton import read_part
 from qlora_lite.ops import attention
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from qlora_lite.train.process_group import ProcessGroup
+from qlora_lite.train.processes import ALONE
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
@@ -344,3 +347,30 @@ def test_families_without_a_head_are_an_error(folders):
 
 def test_all_families_are_tested():
     assert {*ENCODERS, *DECODERS} == {"bert", "roberta", "modernbert", "deberta-v2", "llama"}
+
+
+def course(folder, processes=ALONE):
+    """An evaluation, some steps and another evaluation, and what was learned."""
+    changes = {"max_tokens": 24, "gradient_accumulation_steps": 4, "max_steps": 3}
+    trainer = replace(case(folder), changes=changes).trainer(MemoryOptions())
+    trainer.processes = processes
+    rows = trainer.examples
+    losses = [trainer.evaluate(rows).loss, *(metrics.loss for metrics in trainer), trainer.evaluate(rows).loss]
+    return losses, [parameter.detach().clone() for parameter in trainer.parameters]
+
+
+def shared_course(number, count, folder, model):
+    """What each process does."""
+    losses, learned = course(model, ProcessGroup(number, count))
+    torch.save({"losses": losses, "learned": learned}, f"{folder}/{number}.pt")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_ranks_learn_what_one_process_learns(folders, name, tmp_path):
+    together(2, "train.test_sequence_head", "shared_course", tmp_path, str(folders[name]))
+    one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
+    losses, learned = course(folders[name])
+    assert all(map(torch.equal, one["learned"], other["learned"]))
+    assert one["losses"] == pytest.approx(losses, rel=1e-4)
+    for ours, theirs in zip(one["learned"], learned, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4)
