@@ -115,6 +115,8 @@ def _echo_result(shown: dict[str, Any], asked: int) -> None:
         signature = f"; {score['signature']}" if "signature" in score else ""
         on = f"{score['examples']:,} of {rows:,} examples"
         shown[name] = f"{format_score(name, score)} on {on}{signature}"
+    shown |= {f"preference {name}" if name == "loss" else name: value
+              for name, value in shown.pop("eval_metrics", {}).items()}  # fmt: skip
     for name, value in shown.items():
         label = _LABELS.get(name, name).replace("_", " ")
         echo(f"{label:22} {value:.4f}" if isinstance(value, float) else f"{label:22} {value}")

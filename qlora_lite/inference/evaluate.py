@@ -48,6 +48,7 @@ from qlora_lite.train.text_guards import check_embeddings, check_forward
 
 from .generate import Answer, answers, stop_ids
 from .label_texts import load_head, measure_labels
+from .preferred import attach_and_judge
 
 log = logging.getLogger("qlora_lite")
 CUT = " […]"  # behind an answer that did not end where its reference could have
@@ -281,7 +282,8 @@ def evaluate_recipe(
     Returns:
         eval_loss, perplexity, labelled_tokens, rows and, if asked for, metrics (value, standard_error and examples of
         each score, signature of sacrebleu's), and of exact match also exact_match and exact_match_rows, the rows that
-        were compared.
+        were compared; of a run on preferences, whose rows are pairs or judgements, eval_metrics, its objective's loss
+        and rewards.
 
     Raises:
         RecipeError: it is no recipe, names no evaluation rows, or a metric's package is not installed.
@@ -302,7 +304,10 @@ def evaluate_recipe(
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
-    if adapter:
+    judged: dict[str, float] = {}
+    if adapter and recipe.preference:
+        judged = attach_and_judge(recipe, model, adapter, tokenizer, settings)
+    elif adapter:
         load_adapter(model, adapter, recipe.train.merge_aware)
     check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
@@ -313,6 +318,7 @@ def evaluate_recipe(
     measured = {
         "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
         "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,
+        **({"eval_metrics": judged} if judged else {}),
     }  # fmt: skip
     if rows:
         arrange_weights(model)

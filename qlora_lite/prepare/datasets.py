@@ -65,7 +65,7 @@ def read_data(
     """
 
     def read(which: str) -> Dataset:
-        preference = recipe.preference if compares else _told_by(recipe, which)
+        preference = recipe.preference if compares else told_by(recipe, which)
         return _read(recipe, tokenizer, which, preference, compares)
 
     if share := recipe.data.eval_share:
@@ -75,7 +75,7 @@ def read_data(
     return found if compares else {which: _to_imitate(data) for which, data in found.items()}
 
 
-def _told_by(recipe: Recipe, which: str) -> str | None:
+def told_by(recipe: Recipe, which: str) -> str | None:
     """Return what the preferences of a recipe are told by in these rows; None where they are of another kind."""
     sources = build_sources(recipe, which)
     firsts = [row for source in sources for row in [_first_row(source)] if row is not None]

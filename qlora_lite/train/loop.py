@@ -500,7 +500,7 @@ def _counted(workload: Workload, batches: Iterable, done: Callable[[int], None] 
     count = 0
     for batch in batches:
         yield batch
-        count += len(workload.shape(batch).lengths)
+        count += len(workload.shape(batch).lengths) // workload.sequences
         if done:
             done(count)
 

@@ -160,6 +160,11 @@ class PolicyLM(CausalLM):
 
     always_learns = False  # the answers of every group may be worth the same
 
+    @property
+    def sequences(self) -> int:
+        """Of an example: the answers of its group."""
+        return self.objective.group_size
+
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the tokens of each group, if its answers are as long as they may be."""
         o = self.objective

@@ -204,6 +204,11 @@ class PreferenceLM(CausalLM):
 
     objective: Preference = field(default_factory=Preference)
 
+    @property
+    def sequences(self) -> int:
+        """Of an example, both of which are learned from where they are compared."""
+        return 2 if self.objective.is_of_pairs else 1
+
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
         return enlarged_in_two(super().enlarged, examples, most)

@@ -53,6 +53,8 @@ class RewardHead(SequenceHead):
 
     objective: Objective = field(default_factory=PairLoss)
 
+    sequences = 2
+
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``; each example gets two sequences again."""
         return enlarged_in_two(super().enlarged, examples, most)

@@ -14,10 +14,12 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import replace_adapter, summary_of
 
 from qlora_lite.artifacts.run_files import read_run
+from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
 from qlora_lite.data.storage import sequences_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError
 from qlora_lite.files import cache_root
+from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.prepare.datasets import build_data, read_data
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import references
@@ -58,7 +60,8 @@ def recipe(folder, model, objective="dpo", **sections):
     train, evaluation = (write_pairs(folder / f"{mark}.jsonl", mark, labels) for mark in "?!")
     data = {"train": train, "eval": evaluation, "max_tokens": 192}
     train = TRAIN | {"objective": objective} | sections.pop("train", {})
-    return load_recipe(write_recipe(folder, model, data=data, train=train, lora={"rank": 8, "alpha": 16}, **sections))
+    lora = sections.pop("lora", {"rank": 8, "alpha": 16})
+    return load_recipe(write_recipe(folder, model, data=data, train=train, lora=lora, **sections))
 
 
 def stopped_after(step):
@@ -204,6 +207,21 @@ def test_the_commands_after_training_take_such_a_run(model_folder, tmp_path):
         result = CliRunner().invoke(cli, command)
         assert result.exit_code == 0, (command, result.output)
     assert "mean tokens: chosen" in CliRunner().invoke(cli, ["data", own_recipe]).output
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+def test_a_finished_run_is_judged_again_as_training_judged_it(objective, model_folder, tmp_path):
+    run_recipe(recipe(tmp_path / "first", model_folder, objective))
+    begun = {"lora": {"rank": 8, "alpha": 16, "init_from": str(tmp_path / "first" / "out")}}
+    run_recipe(recipe(tmp_path / "second", model_folder, objective, **begun))
+    for name in ("first", "second"):
+        trained, summary = open_trained(tmp_path / name / "out"), summary_of(tmp_path / name / "out")
+        found = evaluate_recipe(trained.recipe, trained.adapter, 0)["eval_metrics"]
+        assert found.pop("loss") == pytest.approx(summary["eval_loss_after"], rel=1e-3)
+        assert found == pytest.approx(summary["eval_metrics"]["after"], rel=1e-3, abs=1e-4)
+        assert len({summary["eval_loss_before"], summary["eval_loss_after"]}) == 2
+    shown = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "second" / "out")], catch_exceptions=False).output
+    assert "preference loss" in shown and "rewards/accuracies" in shown
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

@@ -156,6 +156,13 @@ def test_an_evaluation_of_judged_answers_does_not_depend_on_how_they_are_packed(
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_an_evaluation_tells_how_many_examples_are_done(name):
+    rows, told = pairs(12), []
+    Case(adapted(OBJECTIVES[name])[0], of_text().build, rows, {"max_tokens": 40}).trainer().evaluate(rows, told.append)
+    assert told == sorted(told) and told[-1] == 12 and len({*told}) == len(told) > 2
+
+
 def test_metrics_are_means_over_pairs():
     work, model = adapted(OBJECTIVES["dpo"])
     rows = pairs()

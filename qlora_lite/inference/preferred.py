@@ -1,0 +1,73 @@
+"""Measure how an adapter that learned from preferences judges evaluation rows: rewards, as training reports them.
+
+A reward compares with the model that training began with: the base, or the base with the adapter of lora.init_from. It
+is the same model with other factors, so it is computed first, and the adapter's own factors come in afterwards.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_lite.adapters.files import attach_adapter, begin_with
+from qlora_lite.adapters.lora.inject import lora_layers
+from qlora_lite.adapters.lora.start import KAIMING
+from qlora_lite.adapters.read import Adapter, read_adapter
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with
+from qlora_lite.data.storage import Examples
+from qlora_lite.prepare.build import workload_of
+from qlora_lite.prepare.datasets import build_data, told_by
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.preference import PreferenceLM
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.step import evaluate_loss, evaluating
+
+
+def attach_and_judge(
+    recipe: Recipe, model: nn.Module, adapter: Path, tokenizer, settings: TrainSettings
+) -> dict[str, float]:  # fmt: skip
+    """Add an adapter to a base model; return the loss and the metrics of its objective on evaluation rows.
+
+    Nothing is returned for rows that are no preferences, and where the model that training began with is not the base
+    with LoRA weights: of DoRA, of weights of the base, and of a lora.start that splits them.
+    """
+    trained, first = read_adapter(model, adapter), None
+    if can_judge := recipe.lora.start == KAIMING and _is_lora(trained) and recipe.preference is not None:
+        can_judge = told_by(recipe, "eval") == recipe.preference
+    if can_judge and (folder := adapter_to_begin_with(recipe)):
+        first = read_adapter(model, folder)
+        can_judge = _is_lora(first)
+    attach_adapter(
+        model, replace(trained, merge_aware=recipe.train.merge_aware) if isinstance(trained, Adapter) else trained
+    )
+    if not can_judge:
+        return {}
+    examples = build_data(recipe, tokenizer, "eval", compares=True).examples
+    work = workload_of(recipe).with_options(settings.options)
+    settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(examples)))
+    if work.objective.needs_reference:
+        if first is None:
+            for _, layer in lora_layers(model):
+                nn.init.zeros_(layer.lora_B)
+        else:
+            begin_with(model, first)
+        examples = _with_references(work, model, examples, settings)
+        begin_with(model, trained)
+    result = evaluate_loss(work, model, eval_batches(work, examples, settings))
+    return {"loss": result.loss, **result.metrics}
+
+
+def _is_lora(adapter) -> bool:
+    return isinstance(adapter, Adapter) and not adapter.is_dora and not adapter.weights
+
+
+def _with_references(work: PreferenceLM, model: nn.Module, examples: Examples, settings: TrainSettings) -> Examples:
+    device = work.device(model)
+    with torch.no_grad(), evaluating(model):
+        found = [work.references(model, work.inputs(batch, device)) for batch in eval_batches(work, examples, settings)]
+    references: np.ndarray = np.zeros((len(examples.rows) - 1, 2), np.float32)
+    references[examples.order] = torch.cat(found).cpu().numpy()
+    return replace(examples, references=references)
