@@ -77,6 +77,8 @@ def _assumed_sequences(plan: Plan) -> str | None:
     if len(lengths) == 1 or plan.step.pack != plan.step.job.workload.full_pack(sum(lengths), packing=True):
         return None
     assumed = f"{len(lengths)} examples per packed sequence, one of them with nearly all of its tokens"
+    if len({*lengths}) == 1 and plan.step.job.workload.sequences == len(lengths):
+        assumed = f"{len(lengths)} sequences of one example, of {lengths[0]:,} tokens each"
     return f"no data was read; assumed: {assumed}"
 
 
@@ -147,6 +149,8 @@ def time_of_step(plan: Plan) -> str:
     """Return how long a step takes, and whether the host, which launches its operations, is what limits it."""
     chosen, machine = plan.chosen, plan.machine
     work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
+    if beside := chosen.prediction.job.workload.untimed:
+        said += f", and {beside}, whose time is not planned"
     updates = chosen.prediction.host_updates
     if updates and chosen.step_seconds <= updates / HOST_UPDATES_PER_SECOND:
         return (f"{said}, limited by the host, which updates {format_count(updates)} weights in its memory, at "

@@ -158,6 +158,7 @@ class PolicyLM(CausalLM):
     answer: Answer | None = field(default=None, repr=False, compare=False, kw_only=True)
     judge: Judge | None = field(default=None, repr=False, compare=False, kw_only=True)
 
+    untimed = "before it the answers"
     always_learns = False  # the answers of every group may be worth the same
 
     @property

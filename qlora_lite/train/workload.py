@@ -112,6 +112,7 @@ class Workload:
     compute_dtype: torch.dtype = torch.bfloat16  # of a planned model
     is_quantized: bool = False  # whether any weight is packed
     sequences: int = 1  # of an example, in the shape of a batch
+    untimed: str = ""  # what a step does beside what a plan knows the time of
     always_learns: bool = True  # so that a step without any gradient is a fault
     keeps_codes: bool = False  # whether packed weights are those of the model's files, so that nothing is prepared
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of

@@ -177,5 +177,9 @@ def test_a_group_that_has_no_room_is_named_with_the_row(tmp_path, model_folder):
 
 def test_a_plan_needs_neither_rows_nor_functions(tmp_path, model_folder):
     recipe(tmp_path, model_folder)
-    result = CliRunner().invoke(cli, ["plan", str(tmp_path / "recipe.yaml"), "--json"], catch_exceptions=False)
+    (tmp_path / "judge.py").unlink()
+    command = ["plan", str(tmp_path / "recipe.yaml"), "--gpu", "rtx-3060"]
+    result = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    assert re.search(r"assumed:\s+4\s+sequences\s+of\s+one\s+example,\s+of\s+50\s+tokens", result.output)
+    assert "and before it the answers" in " ".join(result.output.split())
