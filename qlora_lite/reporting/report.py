@@ -49,6 +49,9 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+_CHARTED = "rewards/", "completions/", "frac_reward_zero_std"  # metrics of objectives
+
+
 def render(run: RunFiles, folder_name: str) -> str:
     """Return the page's HTML."""
     known = {key: value for key, value in run.summary.items() if value is not None}
@@ -60,7 +63,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         _figures(summary),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Labels", _confusion(summary), "Held-out examples of each label (row), and what they were given."),
-        section("Loss", _loss_chart(run)),
+        section(_followed(run).capitalize(), _loss_chart(run)),
         section("Over training", _small_charts(run)),
         section(
             "What four bits cost", _damage(run), "Before training, on held-out examples; damage.html has the rest."
@@ -209,16 +212,22 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
+def _followed(run: RunFiles) -> str:
+    """Return what tells how training goes: of answers that are judged, not the loss, which is near 0 in every step."""
+    return "reward" if curve(run, "reward") else "loss"
+
+
 def _loss_chart(run: RunFiles) -> str:
+    name = _followed(run)
     series = [
-        *_noisy("training", curve(run, "loss")),
-        Series("evaluation", curve(run, "eval_loss"), 3, dots=True),
+        *_noisy("training", curve(run, name)),
+        Series("evaluation", curve(run, f"eval_{name}"), 3, dots=True),
     ]
     shown = [line for line in series if line.points]
     legend = "".join(f'<span><i class="key-{line.style}"></i>{line.label}</span>' for line in shown)
-    title = "Loss over training steps"
-    wide = line_chart(series, title=title, width=1000, height=300, log=True)
-    narrow = line_chart(series, title=title, width=350, height=230, log=True)
+    title, log = f"{name.capitalize()} over training steps", name == "loss"
+    wide = line_chart(series, title=title, width=1000, height=300, log=log)
+    narrow = line_chart(series, title=title, width=350, height=230, log=log)
     plots = f'<div class="plot wide">{wide}</div><div class="plot narrow">{narrow}</div>'
     return f'<div class="card"><p class="legend">{legend}</p>{plots}</div>'
 
@@ -239,7 +248,7 @@ def _small_charts(run: RunFiles) -> str:
         "Tokens per second": _noisy("tokens per second", curve(run, "tokens_per_second")),
         f"Peak memory, {unit}": [Series(unit, [(step, peak / unit_bytes) for step, peak in peaks], 2)],
     }
-    names = {str(name) for line in run.metrics for name in line if str(name).startswith("rewards/")}
+    names = {str(name) for line in run.metrics for name in line if str(name).startswith(_CHARTED)}
     charts |= {name: _noisy(name, curve(run, name)) for name in sorted(names)}
     cards = ""
     for title, series in charts.items():

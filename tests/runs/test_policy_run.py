@@ -94,7 +94,7 @@ def test_a_stopped_run_answers_and_learns_the_same_to_the_bit(tmp_path, model_fo
     assert summary["eval_loss_before"] == -before and summary["eval_loss_after"] == -after and after >= before
     assert summary["metrics"]["before"]["exact_match"]["examples"] == 3
     page = (one / "out" / "report.html").read_text()
-    assert "Reward" in page and "completions/mean_length" in page
+    assert "<h2>Reward</h2>" in page and "<h2>Loss</h2>" not in page and "completions/mean_length" in page
 
 
 def test_a_changed_function_is_another_run(tmp_path, model_folder):
