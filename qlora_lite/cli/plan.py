@@ -99,7 +99,7 @@ def plan(
             raise click.UsageError("--html, --max-tokens and --max-batch are for GPUs that are equal")
         _plan_unequal(settings, machines, cluster, as_json)
         return
-    machine = cluster.part(one)
+    machine = ranks.dividing(settings, cluster.part(one), world_size)
     share = ranks.share_of(settings, world_size)
     made = planner.plan_recipe(share, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))

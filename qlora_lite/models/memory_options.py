@@ -14,9 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from qlora_lite.constraints import DIVIDED_ON_GPUS
 from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
 from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
+from qlora_lite.ops.divided import Divided, TrainedOnAllRanks
 from qlora_lite.ops.offload import HostStore
 from qlora_lite.ops.shapes import is_planned
 from qlora_lite.ops.stream import (
@@ -187,11 +189,14 @@ def place(
                 if tensor is not None and ((tensor.requires_grad and not trains_base) or id(module) not in staying):
                     tensor.data = tensor.data.to(device)
     if streamed:
-        _streams[model] = BlockStream(streamed, device, _placement(options, ranks, in_files), trains_base)
+        placement = _placement(options, ranks, in_files, trains_base)
+        _streams[model] = BlockStream(streamed, device, placement, trains_base)
     return model
 
 
-def _placement(options: MemoryOptions, ranks: Ranks | None, are_in_files: bool) -> PlacementFactory:
+def _placement(
+    options: MemoryOptions, ranks: Ranks | None, are_in_files: bool, trains_base: bool
+) -> PlacementFactory:  # fmt: skip
     if options.stream_from == "disk":
         return in_files
     if options.stream_from == "host" and options.shards.count == 1:
@@ -200,6 +205,10 @@ def _placement(options: MemoryOptions, ranks: Ranks | None, are_in_files: bool) 
         raise ModelError("memory.stream_from ranks divides the model among several processes, and this is the only one")
     found = PlannedRanks(options.shards) if is_planned() else ranks
     waits_on_host = options.stream_from == "host"
+    if trains_base:
+        if waits_on_host or len({*options.shards.weights}) > 1:
+            raise ModelError(DIVIDED_ON_GPUS)
+        return partial(TrainedOnAllRanks, ranks=found)
     return partial(OnAllRanks, ranks=found, weights=options.shards.weights, in_host_memory=waits_on_host,
                    in_files=are_in_files)  # fmt: skip
 
@@ -243,7 +252,13 @@ def stream_of(model: nn.Module) -> BlockStream | None:
 def trained_on_host(model: nn.Module) -> Sequence[nn.Parameter]:
     """Return the weights that ``place`` left in host memory to be trained there."""
     stream = stream_of(model)
-    return stream.trained if stream else ()
+    return stream.trained if stream and not stream.placement.gathers else ()
+
+
+def divided_weights(model: nn.Module) -> Mapping[nn.Parameter, Divided]:
+    """Return the weights that are trained and divided among ranks (``ops.divided``), those of each block in turn."""
+    placement = stream.placement if (stream := stream_of(model)) else None
+    return placement.weights if isinstance(placement, TrainedOnAllRanks) else {}
 
 
 def settle(model: nn.Module) -> None:

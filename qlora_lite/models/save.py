@@ -5,7 +5,7 @@ names; ``quantizer`` loads it.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -123,7 +123,10 @@ def save_for_cache(model: nn.Module, folder: Path, first: First | None = None) -
     _write(model, folder, config, state, with_sums=True, first=first)
 
 
-def save_model(model: nn.Module, folder: Path, tokenizer, end_token_ids: Collection[int] = ()) -> None:
+def save_model(
+    model: nn.Module, folder: Path, tokenizer, end_token_ids: Collection[int] = (),
+    whole: Mapping[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write a model in 16 bit or more, its configuration and the tokenizer to a folder, all or nothing.
 
     Tensors have the names that files of this architecture have (experts one by one, say), but for a language model that
@@ -131,12 +134,13 @@ def save_model(model: nn.Module, folder: Path, tokenizer, end_token_ids: Collect
 
     Args:
         end_token_ids: tokens that end an answer, for the generation configuration.
+        whole: weights that are not whole in the model, by their names in it.
 
     Raises:
         ModelError: a weight is not finite.
         OutputError: the folder cannot be written.
     """
-    state = _each_once(model)
+    state = _each_once(model) | dict(whole or {})
     if broken := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
         raise ModelError(f"the model is not saved: its weight {broken} is not finite")
     if prefixes_of(model) is None:

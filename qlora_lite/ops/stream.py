@@ -12,14 +12,14 @@ A block's modules hold views of its slot while it is there and otherwise what li
 that whatever reads the model's tensors finds the true values. Saved tensors point into a slot: they must be gone
 before the slot is used again, which checkpointing per block sees to (autograd's version counters raise otherwise).
 
-Weights that are trained stay in host memory for good, where their optimizer updates them. What a block computes with
-are copies in its slot; their gradients leave for the host while the block before it is computed, and are handed to the
-weights themselves when that has been launched: the update there runs beside it. At most two blocks' gradients are in
-host memory at one time, and one block's on the device.
+Weights that are trained stay in host memory for good, where their optimizer updates them, or each rank has a part of
+them (``divided``). What a block computes with are copies in its slot; their gradients leave while the block before it
+is computed (``gradients``), and are handed to the weights themselves when that has been launched: an update on the
+host runs beside it.
 
 torch's own ``fully_shard`` divides blocks among ranks too. It does so parameter by parameter and gathers them through
-buffers of its own, for all blocks or for none, and to plan it takes processes. A block that lies flat and of which
-nothing is trained needs none of that: no gradient has to be divided.
+buffers of its own, for all blocks or for none, and to plan it takes processes. A block that lies flat needs none of
+that; ``divided`` says more.
 
 Sources: the idea of layer-to-layer execution, L2L, arXiv 2002.05645; that of dividing weights among ranks which gather
 them block by block, ZeRO's third stage, arXiv 1910.02054.
@@ -27,7 +27,6 @@ them block by block, ZeRO's third stage, arXiv 1910.02054.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol
@@ -37,98 +36,13 @@ from torch import nn
 
 from qlora_lite.memory.marks import category
 
+from .flat_block import ALIGNMENT, FlatBlock, Place
+from .gradients import Gradients, ToHost
 from .offload import SideStream, host_memory, pinned_bytes
 
 SLOTS = 2
 BUFFERS = 2  # of ``ReadAhead``: one is read into while the other goes to the device
 MAX_AT_ONCE_BYTES = 1 << 32  # of pinned memory; a host that has no room for more can still give less
-ALIGNMENT = 512  # bytes; what vector loads and copies of any device are content with, and what a plan counts in
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where one tensor of a block is registered, and where it lies in a flat buffer."""
-
-    registry: dict[str, torch.Tensor | None]
-    name: str
-    start: int
-    tensor: torch.Tensor  # while the block is not on the device
-
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the tensor's place in a flat buffer."""
-        size = self.tensor.nbytes
-        return flat[self.start : self.start + size].view(self.tensor.dtype).view(self.tensor.shape)
-
-    def shown(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return what stands for the tensor in a module while it lies in a flat buffer."""
-        found = self.view(flat)
-        return nn.Parameter(found, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else found
-
-
-class FlatBlock:
-    """The tensors of a block, one behind the other in any flat buffer of ``size`` bytes or more.
-
-    Args:
-        trains: those that are trained, too; else the frozen ones.
-        leave: given a trained tensor and its copy in a slot, which has a gradient.
-    """
-
-    def __init__(
-        self, block: nn.Module, trains: bool = False,
-        leave: Callable[[nn.Parameter, nn.Parameter], None] | None = None,
-    ):  # fmt: skip
-        self.places, self.size, self._leave = [], 0, leave
-        for registry, name, tensor in _tensors(block, trains):
-            self.places.append(_Place(registry, name, self.size, tensor))
-            self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-
-    def fill(self, flat: torch.Tensor) -> None:
-        """Copy the tensors to a buffer."""
-        for place in self.places:
-            place.view(flat).copy_(place.tensor.detach())
-
-    def fill_part(self, part: torch.Tensor, start: int) -> None:
-        """Copy to a buffer what lies behind a byte of one for the whole block, and read nothing else."""
-        for place in self.places:
-            first, last = max(start, place.start), min(start + len(part), place.start + place.tensor.nbytes)
-            if first < last:
-                source = place.tensor.detach().contiguous().view(-1).view(torch.uint8)
-                part[first - start : last - start].copy_(source[first - place.start : last - place.start])
-
-    def move(self, flat: torch.Tensor) -> None:
-        """Let the tensors lie in a buffer for good."""
-        self.fill(flat)
-        for place in self.places:
-            if place.tensor.requires_grad:  # the optimizer's: it stays the same object
-                place.tensor.data = place.view(flat)
-            else:
-                place.tensor = place.shown(flat)
-        self.show(None)
-
-    def show(self, flat: torch.Tensor | None) -> None:
-        """Let the block's modules see a copy in a slot, or where the tensors lie."""
-        for place in self.places:
-            shown = place.tensor if flat is None else place.shown(flat)
-            if flat is not None and shown.requires_grad:
-                shown.register_post_accumulate_grad_hook(partial(self._leave, place.tensor))
-            place.registry[place.name] = shown
-
-
-def _tensors(block: nn.Module, trains: bool) -> Iterator[tuple[dict, str, torch.Tensor]]:
-    for module in block.modules():
-        for registry in (module._parameters, module._buffers):
-            for name, tensor in registry.items():
-                if tensor is not None and (trains or not tensor.requires_grad) and tensor.numel():
-                    yield registry, name, tensor
-
-
-class _Leaving(NamedTuple):
-    """A gradient on its way to the host: the weight that it is for, itself here and there, and the end of its copy."""
-
-    weight: nn.Parameter
-    here: torch.Tensor | None
-    there: torch.Tensor
-    copied: object
 
 
 def _home(tensor: torch.Tensor) -> tuple[int, int]:
@@ -142,7 +56,8 @@ class Placement(Protocol):
 
     ``buffers`` are host memory beside the blocks' own, uint8; ``shards`` what lies of the blocks on the device beside
     the slots; ``in_files`` tells whether the blocks' tensors are still where they were loaded from, ``gathers`` whether
-    all ranks have to bring a block together; ``slot_bytes`` is how large a slot must be.
+    all ranks have to bring a block together; ``slot_bytes`` is how large a slot must be. ``gradients`` takes those of
+    weights that are trained; None leaves them to ``ToHost``.
     """
 
     buffers: Sequence[torch.Tensor]
@@ -150,6 +65,7 @@ class Placement(Protocol):
     in_files: bool
     gathers: bool
     slot_bytes: int
+    gradients: Gradients | None
 
     def begin(self, number: int) -> None:
         """Begin to fetch a block, without waiting."""
@@ -164,7 +80,7 @@ PlacementFactory = Callable[[Sequence[FlatBlock], SideStream], Placement]
 class InHostMemory:
     """The placement of blocks in host memory, each in one flat buffer."""
 
-    in_files, gathers, shards = False, False, ()
+    in_files, gathers, shards, gradients = False, False, (), None
 
     def __init__(self, blocks: Sequence[FlatBlock], side: SideStream):
         self._side, self._flat = side, []
@@ -212,7 +128,7 @@ class ReadAhead:
         side: the stream of the copies to the device.
     """
 
-    in_files, gathers, shards = True, False, ()
+    in_files, gathers, shards, gradients = True, False, (), None
 
     def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
         self._fills, self._sizes, self._side = fills, sizes, side
@@ -288,6 +204,9 @@ class Ranks(Protocol):
     def gather(self, whole: torch.Tensor, sizes: Sequence[int], own: torch.Tensor) -> None:
         """Fill a buffer with the parts of all ranks in order; each calls it for the same buffers in the same order."""
 
+    def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Give each rank its row of a buffer [ranks, bytes], and get from each the row that it has for this one."""
+
 
 class PlannedRanks:
     """Ranks of a plan, whose tensors have no values: what comes from the others is counted."""
@@ -300,6 +219,11 @@ class PlannedRanks:
         others = whole[len(own) :]
         with category("on other ranks"):  # no tensor is born here; the mark tells a ``WorkCounter`` what takes the wire
             others.copy_(others)
+
+    def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """See ``Ranks``."""
+        with category("on other ranks"):
+            received[1:].copy_(sent[1:])
 
 
 class OnAllRanks:
@@ -317,6 +241,7 @@ class OnAllRanks:
     """
 
     gathers = True
+    gradients: Gradients | None = None
 
     def __init__(
         self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks, weights: Sequence[int],
@@ -394,9 +319,9 @@ class BlockStream:
         self.side = SideStream(device)
         self._blocks = [FlatBlock(block, trains, self._leave) for block in blocks]
         self._trains = trains
-        self._leaving: dict[int, list[_Leaving]] = {}  # gradients, by the block that they are of
         self.sizes = [block.size for block in self._blocks]
         self.placement = placement(self._blocks, self.side)
+        self._gradients: Gradients = self.placement.gradients or ToHost(self.side)
         self._homes = {_home(place.tensor) for block in self._blocks for place in block.places}
         with category("base weights"):
             self._slots = [
@@ -426,8 +351,8 @@ class BlockStream:
         """
         if number == self._current:
             return
-        if self._leaving:
-            self._hand_over(before=number)
+        if self._gradients.waiting:
+            self._gradients.hand_over(before=number)
         begins = number == 0 or self._current is None  # a forward pass, which may follow another
         step = 1 if begins or number > self._current else -1
         if number not in self._in_slot:
@@ -442,33 +367,13 @@ class BlockStream:
         for other in filter(self._is_elsewhere, onward):
             self.placement.begin(other)
 
-    def _leave(self, weight: nn.Parameter, copy: nn.Parameter) -> None:
-        """Begin to copy a gradient to host memory."""
-        gradient, copy.grad = copy.grad, None
-        memory = host_memory(gradient.nbytes, self.side.device)
-        there = memory.view(gradient.dtype).view(gradient.shape)
-        leaving = _Leaving(weight, gradient, there, self.side.copy([(there, gradient)]))
-        self._leaving.setdefault(self._current, []).append(leaving)
-
-    def _hand_over(self, before: int | None) -> None:
-        """Let go of gradients on the device, and give weights theirs, of blocks whose next but one begins or of all.
-
-        Args:
-            before: the block that begins; None at the end of a backward pass.
-        """
-        for number in sorted(self._leaving, reverse=True):
-            for leaving in self._leaving[number]:
-                self.side.wait(leaving.copied)
-            if before is not None and number <= before + 1:  # updated beside the block that is launched now
-                self._leaving[number] = [leaving._replace(here=None) for leaving in self._leaving[number]]
-                continue
-            for weight, _, there, copied in self._leaving.pop(number):
-                self.side.wait_on_host(copied)
-                weight.backward(there)
+    def _leave(self, place: Place, copy: nn.Parameter) -> None:
+        assert self._current is not None  # whose backward pass this is
+        self._gradients.leave(self._current, place, copy)
 
     def end_backward(self) -> None:
         """Give all trained weights their gradients, and forget copies of them: they have been updated since."""
-        self._hand_over(before=None)
+        self._gradients.hand_over(before=None)
         if self.trained:
             self.settle()
 

@@ -35,15 +35,20 @@ class Prediction:
 
     @property
     def off_device_bytes(self) -> int:
-        """What is kept off a GPU; an adapter's copies are small, and a whole model's best weights are not."""
-        best = copied_bytes(self.job, self.simulation) if self.job.workload.method.trains_base else 0
-        return self.simulation.offloaded_bytes + best
+        """What is kept off a GPU; an adapter's copies are small, and a whole model's best weights are not.
+
+        A model that ranks have divided is put together in the first one's host memory when it is saved.
+        """
+        trains_base = self.job.workload.method.trains_base
+        best = copied_bytes(self.job, self.simulation) if trains_base else 0
+        saved = self.simulation.saved_bytes if trains_base and self.job.options.is_sharded else 0
+        return self.simulation.offloaded_bytes + best + saved
 
     @property
     def host_updates(self) -> int:
         """How many weights a step updates in host memory, where streamed blocks are trained."""
         job, sizes = self.job, self.simulation.streamed_sizes
-        if not sizes or not job.workload.method.trains_base:
+        if not sizes or not job.workload.method.trains_base or job.options.is_sharded:
             return 0
         streamed = 1 if job.workload.method.in_turn else job.options.streamed_of(job.workload.depth)
         return streamed * sum(sizes) // len(sizes) // job.workload.compute_dtype.itemsize
@@ -86,6 +91,7 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
 def copied_bytes(job: Job, simulation: Simulation) -> int:
     """Return what is copied for a checkpoint: of a whole model the best weights so far alone, see ``train.state``."""
     if job.workload.method.trains_base:
-        return max(0, job.saved_adapters - 1) * simulation.saved_bytes
+        own = simulation.trained_bytes if job.options.is_sharded else simulation.saved_bytes
+        return max(0, job.saved_adapters - 1) * own
     held = simulation.resident.breakdown
     return job.saved_adapters * held.get("adapter", 0) + held.get("optimizer", 0)

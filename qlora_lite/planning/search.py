@@ -278,11 +278,15 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
 def _may_stream(step: Step, options: MemoryOptions) -> bool:
     """Return whether all blocks but the uncheckpointed ones may be streamed.
 
-    Of blocks that learn in turn all are, or none: a plan is that of the first block's turn, and gradients and states of
-    a resident one lie on the device.
+    Of blocks that are trained all are, or none, where they learn in turn or are divided: of the former a plan is that
+    of the first block's turn, and of a resident one of either kind gradients and states lie on the device.
     """
-    in_turn = step.job.workload.method.in_turn
-    return options.layers_per_checkpoint == 1 and not (in_turn and options.uncheckpointed_layers)
+    return options.layers_per_checkpoint == 1 and not (_all_or_none(step) and options.uncheckpointed_layers)
+
+
+def _all_or_none(step: Step) -> bool:
+    method = step.job.workload.method
+    return method.in_turn or (method.trains_base and shards_of(step) > 1)
 
 
 def _moved_to_host(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
@@ -341,7 +345,7 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     if best.options.resident_layers is not None:  # of the same last blocks, so not where the user fixed some
         ways = (
             []
-            if best.options.uncheckpointed_layers or step.job.workload.method.in_turn
+            if best.options.uncheckpointed_layers or _all_or_none(step)
             else [("resident_layers",), ("resident_layers", "uncheckpointed_layers")]
         )
     ways = [names for names in ways if not step.fixed.keys() & {*names}]

@@ -34,6 +34,7 @@ from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_o
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import spare_bytes
 from qlora_lite.train.determinism import deterministic
+from qlora_lite.train.divided_weights import Parts, parts_of, trained_here
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.memory_probe import probe_step, probe_update
 from qlora_lite.train.optim import build_optimizer
@@ -73,11 +74,13 @@ class Job:
 
 
 class Trained(NamedTuple):
-    """What an update needs to know of a parameter."""
+    """What an update needs to know of a parameter; ``part_of``: how many values the weight has that it is a part of,
+    which ranks have divided, 0 of a whole one."""
 
     shape: torch.Size
     dtype: torch.dtype
     lr_ratio: float
+    part_of: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,8 @@ class Simulation:
 
     @property
     def trained_numbers(self) -> int:
-        """How many numbers are trained at a time."""
-        return sum(prod(each.shape) for each in self.trained)
+        """How many numbers of whole weights are trained at a time: each rank has gradients of all of them."""
+        return sum(prod(each.shape) for each in self.trained if not each.part_of)
 
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
@@ -264,9 +267,10 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     workload = job.workload.with_options(job.options)
     with planning_for(job.device_type):
         model = workload.planned_model(device, _as_counted(job), job.shape)
-    names, parameters = zip(*workload.method.parameters(model), strict=True)
+    names, parameters = zip(*trained_here(workload.method, model).items(), strict=True)
+    parts = parts_of(model)
     lr_ratios = workload.method.lr_ratios(names, job.loraplus_lr_ratio)
-    optimizer = _optimizer(job, parameters, lr_ratios, trained_on_host(model))
+    optimizer = _optimizer(job, parameters, lr_ratios, trained_on_host(model), parts)
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
@@ -293,7 +297,10 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
         ledger.disk_peak_bytes - in_files, frozen, saved, states,
         measured_because, tuple(stream.sizes) if stream else (),
-        tuple(Trained(p.shape, p.dtype, ratio) for p, ratio in zip(parameters, lr_ratios, strict=True)),
+        tuple(
+            Trained(p.shape, p.dtype, ratio, parts.values.get(p, 0))
+            for p, ratio in zip(parameters, lr_ratios, strict=True)
+        ),
     )  # fmt: skip
     return (simulation, moments) if timeline else simulation
 
@@ -305,10 +312,13 @@ def _as_counted(job: Job) -> MemoryOptions:
 
 
 def _optimizer(
-    job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float], on_host: Sequence[nn.Parameter] = ()
-) -> torch.optim.Optimizer:
+    job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float], on_host: Sequence[nn.Parameter] = (),
+    parts: Parts | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
     with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
-        return build_optimizer(parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios, on_host)
+        return build_optimizer(
+            parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios, on_host, parts=parts
+        )
 
 
 def _at_depth(job: Job, layers: int) -> Job:
@@ -386,7 +396,8 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
 def _update(job: Job, trained: tuple[Trained, ...]) -> Moment:
     """Return the highest moment of an update of such parameters, where nothing else lies in memory."""
     parameters = [nn.Parameter(torch.empty(each.shape, dtype=each.dtype, device=META)) for each in trained]
-    optimizer = _optimizer(job, parameters, [each.lr_ratio for each in trained])
+    parts = {p: each.part_of for p, each in zip(parameters, trained, strict=True) if each.part_of}
+    optimizer = _optimizer(job, parameters, [each.lr_ratio for each in trained], parts=Parts(parts))
     ledger = PlanLedger(job.device_type, run=remembered)
     with planning_for(job.device_type), deterministic(job.deterministic), ledger:
         ledger.claim(parameters, "adapter")

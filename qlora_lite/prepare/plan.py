@@ -117,9 +117,15 @@ def plan_recipe(
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
     trains_base = job.workload.method.trains_base
-    if trains_base and not m.optimizer_in_backward:
+    is_of_other_kind = m.optimizer_in_backward or m.stream_from not in ("auto", "ranks")
+    can_divide = machine.shards.count > 1
+    if trains_base and (is_of_other_kind or job.workload.method.in_turn):
+        can_divide = False
+    if trains_base and can_divide:
+        fixed["stream_from"] = "ranks"  # see ``constraints.DIVIDED_ON_GPUS``
+    elif trains_base and not m.optimizer_in_backward:
         fixed["resident_layers"] = None  # see ``constraints.STREAMED_TRAINED``
-    if machine.shards.count > 1 and not trains_base:
+    if can_divide:
         fixed["shards"] = machine.shards
     elif fixed.get("stream_from") == "ranks":
         raise RecipeError("memory.stream_from ranks divides the weights of layers among several processes, and this is "
@@ -376,8 +382,12 @@ def disk_bytes(plan: Plan) -> int:
     simulation = plan.chosen.prediction.simulation
     work, with_evaluation = plan.step.job.workload, plan.step.job.eval_shape is not None
     # all of a model is in its folder, trained or not
-    written = simulation.trained_bytes + simulation.frozen_bytes if work.method.trains_base else simulation.saved_bytes
-    space = Space(written, simulation.state_bytes, with_evaluation, plan.kept_checkpoints)
+    written, states, options = simulation.saved_bytes, simulation.state_bytes, plan.chosen.options
+    if work.method.trains_base:
+        divided = options.is_sharded
+        written = simulation.frozen_bytes + (simulation.saved_bytes if divided else simulation.trained_bytes)
+        states *= options.shards.count if divided else 1  # of whole weights they are counted for each rank
+    space = Space(written, states, with_evaluation, plan.kept_checkpoints)
     is_prepared = work.is_quantized and not work.keeps_codes
     times = 2 if plan.chosen.options.weights_on_disk else 1
     return is_prepared * times * simulation.frozen_bytes + space.whole_bytes()

@@ -18,6 +18,7 @@ from shutil import disk_usage
 
 import torch
 
+from qlora_lite.constraints import DIVIDED_ON_GPUS
 from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
 from qlora_lite.memory.gpus import GpuError, find_gpu
 from qlora_lite.models.load import resolve_device
@@ -128,6 +129,7 @@ def _common_plan(recipe: Recipe, machine: Machine, ranks: "Ranks", processes: Pr
     if machine.host_bytes is not None:
         machine = replace(machine, host_bytes=min(each.host_bytes or 0 for each in ranks.machines))
     machine = replace(machine, shards=Division((1,) * processes.shards.count))
+    machine = dividing(recipe, machine, processes.world_size)
     own = share_of(recipe, processes.world_size)
     if not processes.is_first:  # whose machine's measured speed would choose otherwise
         own = with_plan(own, json.loads(processes.tell("")))
@@ -216,6 +218,8 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         recipes = [with_plan(recipe, each) for each in of_ranks]
         return ranks.plan(recipes) if recipes[0].memory.resident_layers == "all" else _divided(recipes, ranks)
     check_packs(recipe, ranks.speeds)
+    if recipe.adapter.method == "full" and memory.stream_from == "ranks" and len(ranks.machines) > 1:
+        raise RecipeError(f"memory.stream_from ranks: {DIVIDED_ON_GPUS}, and these GPUs are not alike: leave it out")
     packs = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     sources = {"auto": ("ranks", "host"), "disk": ()}.get(memory.stream_from, (memory.stream_from,))
     if len(ranks.machines) == 1 or memory.resident_layers == "all" or recipe.adapter.method == "full":
@@ -360,6 +364,20 @@ def step_of_ranks(recipe: Recipe, ranks: Ranks, plans: Sequence[Plan], cluster: 
     found = shared(recipe, alone, slowest, cluster, ranks.budgets[fastest])
     speed_up = found.speed_up if all(plan.fits for plan in plans) else None
     return found._replace(packs=0, speed_up=speed_up)
+
+
+def dividing(recipe: Recipe, machine: Machine, world_size: int) -> Machine:
+    """Return the machine, which divides weights that are trained with all ranks or with none.
+
+    Raises:
+        RecipeError: it is to divide them with those of one machine of several.
+    """
+    if recipe.adapter.method != "full" or machine.shards.count in (1, world_size):
+        return machine
+    if recipe.memory.stream_from == "ranks":
+        raise RecipeError("memory.stream_from ranks divides weights that are trained among the GPUs of one machine, or "
+                          "among machines with one GPU each: leave it out, or start fewer processes")  # fmt: skip
+    return replace(machine, shards=UNDIVIDED)
 
 
 def speeds_of(recipe: Recipe, processes: Processes) -> list[float]:

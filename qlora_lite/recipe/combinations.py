@@ -273,7 +273,7 @@ def _stream_from(value: _Value) -> _Found:
         (("memory", "resident_layers"), "all", "no weights are streamed"),
         (("memory", "checkpointing"), "none", "no weights are streamed"),
         (("model", "quant"), "none" if source == "disk" else "", "weights are not prepared in a file"),
-        (("adapter", "method"), "full" if source == "ranks" else "", "all weights are trained, and none are frozen"),
+        (("adapter", "method"), "full" if source == "disk" else "", "all weights are trained"),
     ):
         if value(*place) == without:
             message = f"memory.stream_from = {source}: with {'.'.join(place)} {without} {why}"
@@ -422,10 +422,24 @@ def _full(value: _Value) -> _Found:
         if (given := value(section, name)) not in (None, "auto", only):
             message = f"{section}.{name} = {written(given)}: not possible with adapter.method full"
             yield (section, name), f"{message}; write {written(only)}, or remove it"
-    streams = value("memory", "resident_layers") not in (None, "auto", "all")
-    if streams and value("memory", "optimizer_in_backward") is not True:
-        message = f"memory.resident_layers: {STREAMED_TRAINED}"
-        yield ("memory", "resident_layers"), f"{message}; write memory.optimizer_in_backward: true, or all here"
+    yield from _full_and_streamed(value, resident)
     if value("model", "compute_dtype") == "float16":
         message = "model.compute_dtype = float16: full fine-tuning has no updates of float16 weights"
         yield ("model", "compute_dtype"), f"{message}; write bfloat16 or float32"
+
+
+def _full_and_streamed(value: _Value, resident: object) -> _Found:
+    in_backward = value("memory", "optimizer_in_backward") is True
+    if value("memory", "stream_from") == "ranks":
+        if in_backward:
+            message = "memory.optimizer_in_backward = true: each weight is updated before the ranks have added up its"
+            yield ("memory", "optimizer_in_backward"), f"{message} gradient; write false, or another memory.stream_from"
+        if value("adapter", "switch_every") not in (None, 0):
+            message = "adapter.switch_every: not possible with memory.stream_from ranks, where each rank has a part of"
+            yield ("adapter", "switch_every"), f"{message} every block; remove one of the two"
+        if resident not in (None, "auto", "all", 0):
+            message = f"memory.resident_layers = {resident}: with adapter.method full ranks divide all blocks, or none"
+            yield ("memory", "resident_layers"), f"{message}; write 0 or all"
+    elif resident not in (None, "auto", "all") and not in_backward:
+        message = f"memory.resident_layers: {STREAMED_TRAINED}"
+        yield ("memory", "resident_layers"), f"{message}; write memory.optimizer_in_backward: true, or all here"

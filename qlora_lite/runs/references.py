@@ -22,7 +22,9 @@ from qlora_lite.data.storage import Examples
 from qlora_lite.errors import OutputError
 from qlora_lite.files import cache_root, explain_write_errors, write_text
 from qlora_lite.inference.evaluate import Watch, watching
+from qlora_lite.models.memory_options import divided_weights
 from qlora_lite.quant.tensor_file import bit_sums
+from qlora_lite.train.divided_weights import tensors_here
 from qlora_lite.train.loop import Trainer
 
 log = logging.getLogger("qlora_lite")
@@ -70,8 +72,10 @@ def with_references(examples: Examples, trainer: Trainer, checksum: str, watch: 
 
 def _key(examples: Examples, trainer: Trainer, checksum: str) -> str:
     """Return what names the log-probabilities: 32 hexadecimal digits."""
-    model, method = trainer.model, trainer.workload.method
-    adapter = {name: str(bit_sums(tensor)) for name, tensor in method.tensors(model).items()}
+    model, method, processes = trainer.model, trainer.workload.method, trainer.processes
+    adapter = {name: str(bit_sums(tensor)) for name, tensor in tensors_here(method, model).items()}
+    if divided_weights(model):
+        adapter = {str(rank): processes.tell(json.dumps(adapter), rank) for rank in range(processes.world_size)}
     parts = [checksum, adapter, method.config(model, ""), examples.digest(), str(model.dtype), trainer.device.type]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -36,7 +36,7 @@ from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.locate import locate
-from qlora_lite.models.memory_options import on_disk
+from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import (
@@ -239,9 +239,11 @@ def prove(prepared: Prepared) -> Proven:
     has_evaluation, keep = prepared.data.eval_data is not None, prepared.recipe.train.keep_checkpoints
     method, model = outcome.trainer.workload.method, outcome.trainer.model
     written = model.parameters() if method.trains_base else outcome.trainer.parameters
-    weights = sum(tensor.nbytes for tensor in written)
+    weights, states = sum(tensor.nbytes for tensor in written), outcome.trainer.optimizer_bytes
+    if divided_weights(model):  # of whole weights they are counted for each rank
+        states = int(sum(prepared.processes.gather(states)))
     if prepared.processes.is_first:
-        check_space(prepared.run.path, Space(weights, outcome.trainer.optimizer_bytes, has_evaluation, keep))
+        check_space(prepared.run.path, Space(weights, states, has_evaluation, keep))
     return outcome
 
 
@@ -410,7 +412,8 @@ def write_data(run: RunFolder, found: Preflight) -> None:
 
 def _describe_model(loaded: Loaded, fingerprint: str) -> None:
     table = inventory(loaded.trainer.workload, loaded.model)
-    trainable = sum(parameter.numel() for parameter in loaded.trainer.parameters)
+    method = loaded.trainer.workload.method
+    trainable = sum(parameter.numel() for _, parameter in method.parameters(loaded.model))
     for entry in table:
         log.info("memory: %-26s %-9s %-6s %10s  %s", entry.group, entry.dtype, entry.device,
                  format_bytes(entry.bytes), entry.why)  # fmt: skip

@@ -8,12 +8,14 @@ import logging
 import math
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from qlora_lite.adapters.files import save_adapter
-from qlora_lite.adapters.read import CONFIG_NAME
+from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME
 from qlora_lite.artifacts.run_files import METRICS_DIGEST
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
@@ -36,11 +38,13 @@ from qlora_lite.models.save import save_model
 from qlora_lite.prepare.datasets import measures_of
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
+from qlora_lite.train.divided_weights import fill_here, parts_of, tensors_here
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
 from qlora_lite.train.out_of_memory import free_cached_memory
 from qlora_lite.train.sequence_head import SequenceHead
-from qlora_lite.train.state import STATE, capture, compare_tensors, restore
+from qlora_lite.train.state import STATE, capture, collection_of, compare_tensors, restore
+from qlora_lite.train.whole_tensors import Collection, Whole, layout_of, parts_here
 from qlora_lite.units import format_score
 
 from .async_checkpoint import Saver
@@ -158,6 +162,7 @@ class Training:
             self.before = Measured({}, answers, tuple(matches))  # its scores are in the summary
         if saved["best_loss"] is not None:
             compare_tensors(best, self.method.tensors(self.model), BEST)
+            best = parts_here(layout_of(self.method, self.model), self.processes.rank, best)
             self.best_loss, self.best_step = float(saved["best_loss"]), int(saved["best_step"])
             self.best_metrics = dict(saved.get("best_metrics", {}))
             self.best_factors = {name: tensor.clone() for name, tensor in best.items()}
@@ -288,7 +293,9 @@ class Training:
 
     def _check_alike(self) -> None:
         """Check that all ranks have learned the same, bit for bit."""
-        sums = list(map(bit_sums, self.trainer.parameters)) if self.processes.world_size > 1 else []
+        parts = parts_of(self.model).values
+        alike = [p for p in self.trainer.parameters if p not in parts] if self.processes.world_size > 1 else []
+        sums = list(map(bit_sums, alike))
         self.processes.wait()
         self.processes.require_equal("weights", str(sums))
 
@@ -386,7 +393,8 @@ class Training:
         if not loss < self.best_loss:  # NaN is never better
             return False
         self.best_loss, self.best_step, self.best_metrics = loss, self.trainer.step, self.eval_metrics
-        factors = self.method.tensors(self.model).items()
+        settle(self.model)
+        factors = tensors_here(self.method, self.model).items()
         self.best_factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in factors}
         self._try_save(self.best)
         return True
@@ -399,20 +407,37 @@ class Training:
             if self.eval_data is not None and not is_evaluated:
                 self._keep_if_best(self._eval_loss(self.eval_data))
             settle(self.model)
-            self.method.fill(self.model, self.best_factors)
+            fill_here(self.method, self.model, self.best_factors)
             return self._measure("after", self.best_loss)
         return self._measure("after")
 
     def _save_checkpoint(self) -> None:
         """Begin to write a checkpoint; all wait as long as the one before takes a slow disk."""
-        if self.processes.is_first:
-            self.saver.save(self.trainer.step, self._capture, copies=not self.method.trains_base)
+        with self._collected() as collection:
+            if self.processes.is_first:
+                capture = partial(self._capture, collection)
+                self.saver.save(self.trainer.step, capture, copies=not self.method.trains_base)
         self.processes.wait(long=True)
 
-    def _capture(self) -> Checkpoint:
+    @contextmanager
+    def _collected(self) -> Iterator[Collection | None]:
+        """Let the first rank put together inside what ranks have divided, if they have, for which the others serve."""
+        collection = collection_of(self.trainer, {} if self.best_factors is None else {BEST: self.best_factors})
+        if collection is None:
+            yield None
+        elif self.processes.is_first:
+            try:
+                yield collection
+            finally:
+                collection.end()
+        else:
+            yield collection
+            collection.serve()
+
+    def _capture(self, collection: Collection | None) -> Checkpoint:
         self.run.write_metrics()  # a checkpoint that knows of lines that wait would lose them
-        tensors, state = capture(self.trainer, copies=not self.method.trains_base)
-        if self.best_factors is not None:
+        tensors, state = capture(self.trainer, not self.method.trains_base, collection)
+        if self.best_factors is not None and collection is None:
             tensors[BEST] = self.best_factors
         proven = self.proven
         run = {
@@ -426,15 +451,22 @@ class Training:
 
     def _save_adapter(self, name: str) -> None:
         """Write the adapter, or the whole model that was trained, into the run's folder, and note its SHA-256."""
-        if not self.processes.is_first:
-            return
         folder = self.run.path / name
         if self.method.trains_base:
-            save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids)
-            self.digests[DIGESTS[name]] = weights_sha256(folder)
+            with self._collected() as collection:
+                if self.processes.is_first:
+                    self._save_model(folder, collection)
+                    self.digests[DIGESTS[name]] = weights_sha256(folder)
+            return
+        if not self.processes.is_first:
             return
         digest = save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
         self.digests[DIGESTS[name]] = digest
+
+    def _save_model(self, folder: Path, collection: Collection | None) -> None:
+        whole = collection.tensors[WEIGHTS_NAME] if collection else {}
+        whole = {name: each.cpu() for name, each in whole.items() if isinstance(each, Whole)}
+        save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids, whole)
 
     def _try_save(self, name: str) -> None:
         try:

@@ -6,8 +6,9 @@ and so are their states: a chunk of them is updated as if it were a single facto
 values, so none reaches across factors, and every bit is bitsandbytes' own. What an optimizer keeps of a factor has
 bitsandbytes' names, types and shapes. Factors of fewer than 4,096 values, whose states have 32 bits, are chunks of
 their own. A weight that is larger than a chunk should be (of a model that is trained whole) is updated piece by piece,
-so that what an update needs on the way stays that of a chunk. Gradients stay where autograd puts them, and are copied
-together: to add them into one tensor in backward would take an operation more for each factor.
+so that what an update needs on the way stays that of a chunk. Parts of weights that ranks have divided are updated one
+by one, where they lie, with states of as many bits as the whole weight's. Gradients stay where autograd puts them, and
+are copied together: to add them into one tensor in backward would take an operation more for each factor.
 
 A step can be left out without the host's waiting for a GPU: the update is computed in any case, and the GPU takes it
 or what was there before. That costs a copy of a chunk's states (2 bytes a value) and two operations. A CPU's step, and
@@ -16,7 +17,6 @@ one of paged states, which are the host's memory to torch, is left out by the ho
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from qlora_lite.ops.shapes import device_type, pieces
 from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 
+from .divided_weights import Parts
 from .eight_bit import CpuAdamW8bit, CpuLion8bit
 from .optim import are_finite, parameters_of
-from .rounding import round_stochastically
+from .rounding import places_of, round_stochastically
 
 # Values that are updated at once, if several factors have them. A CPU's float32 copies of them have 1 MiB: larger ones
 # leave the cache, smaller ones pay more for operators. A GPU's take 10 bytes a value: 240 MiB.
@@ -112,23 +113,24 @@ class _Flat:
     Args:
         stochastic_rounding: update bfloat16 weights in float32 and round them stochastically; see ``rounding``.
         on_host: parameters that are updated alone, and stay where they lie.
-        steps_before: see ``optim.build_optimizer``.
+        steps_before: see ``optim.build_optimizer``, as is the next.
     """
 
     def __init__(
         self, *args, stochastic_rounding: bool, on_host: frozenset[Tensor] = frozenset(), steps_before: int = 0,
-        **kwargs,
+        parts: Parts | None = None, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self._steps_before = steps_before
         self.stochastic_rounding, self.on_host = stochastic_rounding, on_host
+        self._parts = parts or Parts()
+        self._alone = {*on_host, *self._parts.values}
         self._chunks = [
-            _chunks([p for p in group["params"] if p not in on_host], self.args.min_8bit_size)
+            _chunks([p for p in group["params"] if p not in self._alone], self.args.min_8bit_size)
             for group in self.param_groups
         ]
         parameters = parameters_of(self)
-        counts = [-(-p.numel() // _piece_values(p)) for p in parameters]
-        self._places = dict(zip(parameters, accumulate(counts, initial=0), strict=False))
+        self._places = places_of(parameters, [-(-p.numel() // _piece_values(p)) for p in parameters], self._parts)
         self._counted: list[Tensor] = []  # the factors that the last step was counted of
         for chunk in (chunk for chunks in self._chunks for chunk in chunks):
             chunk.weights()
@@ -151,15 +153,15 @@ class _Flat:
             for chunk in chunks:
                 learning = [p for p in chunk.parameters if p.grad is not None]
                 if learning and not chunk.state:
-                    self._make_state(chunk, group, gindex)
+                    self._make_state(chunk, group, gindex, chunk.parameters[0].numel())
                 whole = len(learning) == len(chunk.parameters) and len({self.state[p]["step"] for p in learning}) == 1
-                for part in [chunk] if whole else map(self._alone, learning):
+                for part in [chunk] if whole else map(self._chunk_of, learning):
                     self._update(part, group, gindex, take, scale)
             for p in group["params"]:
-                if p in self.on_host and p.grad is not None:
+                if p in self._alone and p.grad is not None:
                     if not self.state[p]:
-                        self.init_state(group, p, gindex, 0)
-                    self._update(self._alone(p), group, gindex, take, scale)
+                        self._make_state_alone(p, group, gindex)
+                    self._update(self._chunk_of(p), group, gindex, take, scale)
 
     def forget_step(self) -> None:
         """Do not count the last step: it was left out."""
@@ -211,10 +213,21 @@ class _Flat:
         elif rounds:
             weights.copy_(values)
 
-    def _make_state(self, chunk: _Chunk, group: dict, gindex: int) -> None:
-        """Make a chunk's state in one tensor, and each factor's of views of it, as bitsandbytes would have it."""
+    def _make_state_alone(self, p: Tensor, group: dict, gindex: int) -> None:
+        if p in self._parts.values:
+            size = -(-p.numel() // BLOCK_VALUES) * BLOCK_VALUES
+            self._make_state(_Chunk([p], [size]), group, gindex, self._parts.values[p])
+        else:
+            self.init_state(group, p, gindex, 0)
+
+    def _make_state(self, chunk: _Chunk, group: dict, gindex: int, whole_values: int) -> None:
+        """Make a chunk's state in one tensor, and each factor's of views of it, as bitsandbytes would have it.
+
+        Args:
+            whole_values: how many values a factor has that is to have such a state.
+        """
         first, values = chunk.parameters[0], sum(chunk.sizes)
-        eight_bit = first.numel() >= self.args.min_8bit_size
+        eight_bit = whole_values >= self.args.min_8bit_size
         example = first.new_empty(self.args.min_8bit_size if eight_bit else BLOCK_VALUES)
         self.init_state(group, example, gindex, 0)
         form = self.state.pop(example)
@@ -232,7 +245,7 @@ class _Flat:
             for p, view in zip(chunk.parameters, views, strict=True):
                 self.state[p][key] = _of(storage, view)
 
-    def _alone(self, p: Tensor) -> _Chunk:
+    def _chunk_of(self, p: Tensor) -> _Chunk:
         """Return a chunk of a single factor."""
         stored = {key: _of(value, value.view(-1)) for key, value in self.state[p].items() if _is_stored(key, value)}
         return _Chunk([p], [p.numel()], self.state[p] | stored, list(stored.values()))

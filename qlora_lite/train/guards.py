@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import TrainingError
-from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.memory_options import MemoryOptions, divided_weights
 from qlora_lite.quant.tensor_file import bit_sums
 
 from .processes import Processes
@@ -85,7 +85,8 @@ def explain_not_finite(
         groups: the examples of each micro-batch.
         updated: some parameters have been changed by the step already.
     """
-    trained = list(workload.method.parameters(model))
+    divided = divided_weights(model)  # which others may have bad parts of, so that all look at what comes of them
+    trained = [(name, p) for name, p in workload.method.parameters(model) if p not in divided]
     bad_weights = [name for name, p in trained if not p.isfinite().all()]
     for examples in groups:
         place = f"the adapter weight {bad_weights[0]}" if bad_weights else _first_bad_place(workload, model, examples)

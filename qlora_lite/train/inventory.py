@@ -10,7 +10,7 @@ from torch import nn
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.memory.bar import TRAINED
 from qlora_lite.models.anatomy import text_config
-from qlora_lite.models.memory_options import on_disk, on_host, stream_of
+from qlora_lite.models.memory_options import divided_weights, on_disk, on_host, stream_of
 from qlora_lite.quant.formats import FORMATS, FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
@@ -46,19 +46,26 @@ def inventory(workload: Workload, model: nn.Module) -> list[Entry]:
 def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
     """Yield every parameter and buffer with its category (see ``memory.ledger``) and why it is there in this type."""
     embedding, head = workload.tables(model)
+    stream, divided = stream_of(model), divided_weights(model)
+    slots = {slot.untyped_storage()._cdata for slot in stream.slots} if stream and divided else set()
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor in divided or tensor.untyped_storage()._cdata in slots:
+                continue  # the former takes no memory, the latter is a copy
             if on_disk(model, tensor):
                 yield tensor, "on disk", "in the prepared model's file; read when it is needed"
             elif on_host(model, module, tensor):
                 yield tensor, "offloaded", "in host memory; travels to the device when it is needed"
             else:
                 yield (tensor, *_category(module, name, tensor, embedding, head, workload.method.trains_base))
-    if stream := stream_of(model):
+    if stream:
         for slot in stream.slots:
             yield slot, "base weights", "room for a streamed block"
+        kind = TRAINED[True] if divided else "base weights"
         for shard in stream.shards:
-            yield shard, "base weights", "this rank's part of a block, put together when it is needed"
+            yield shard, kind, "this rank's part of a block, put together when it is needed"
+        if divided:
+            yield stream.placement.gradients.buffer, "gradients", "room for those of a block, until ranks add them up"
         for buffer in stream.buffers:
             what = (
                 "this rank's part of a block" if stream.placement.gathers else "room for one that is read from the disk"

@@ -30,6 +30,7 @@ from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 
 from .causal_lm import CausalLM, answer_losses
+from .divided_weights import names_of_norms, parts_of, trained_here
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
 from .guards import check_choice, check_shareable, check_trainable, explain_not_finite
@@ -120,7 +121,7 @@ class Trainer:
         self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
-        check_trainable(model, sum(parameter.numel() for parameter in self.parameters))
+        check_trainable(model, sum(parameter.numel() for _, parameter in self.workload.method.parameters(model)))
         check_shareable(processes, settings.options)
         self._is_checked = False
         self.meter = PeakMeter(self.device)
@@ -129,17 +130,19 @@ class Trainer:
     def _take_parameters(self, steps_before: int = 0) -> None:
         """Take what the adapter method trains now, with an optimizer that begins afresh after some steps."""
         s, method = self.settings, self.workload.method
-        trained = dict(method.parameters(self.model))
+        trained = trained_here(method, self.model)
         if not trained:
             raise ModelError("there is nothing to train: the adapter method gives no parameter of this model")
         self.lr_ratios = method.lr_ratios(list(trained), s.loraplus_lr_ratio)
         self.optimizer = build_optimizer(
             trained.values(), s.optimizer, s.learning_rate, s.weight_decay, s.stochastic_rounding, self.lr_ratios,
-            trained_on_host(self.model), steps_before,
+            trained_on_host(self.model), steps_before, parts_of(self.model),
         )  # fmt: skip
         self.parameters = parameters_of(self.optimizer)
         names = {parameter: name for name, parameter in trained.items()}
         self.names = [names[parameter] for parameter in self.parameters]
+        parts = parts_of(self.model).values
+        self._names_of_norms = names_of_norms(method, self.model) if parts else self.names
 
     def take_turn(self, step: int) -> None:
         """Train what a step trains, where the adapter method trains weights in turn (``AdapterMethod.take_turn``)."""
@@ -178,9 +181,10 @@ class Trainer:
         # bitsandbytes never gives paged states back; others of the same size are freed after the memory probe
         name = s.optimizer.removeprefix("paged_")
         settle(self.model)
-        trained = [parameter for _, parameter in work.method.parameters(self.model)]
-        on_host = trained_on_host(self.model)
-        optimizer = build_optimizer(trained, name, 0.0, 0.0, s.stochastic_rounding, self.lr_ratios, on_host)
+        trained, on_host = trained_here(work.method, self.model).values(), trained_on_host(self.model)
+        optimizer = build_optimizer(
+            trained, name, 0.0, 0.0, s.stochastic_rounding, self.lr_ratios, on_host, parts=parts_of(self.model)
+        )
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             probe_step(
@@ -287,7 +291,7 @@ class Trainer:
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif not self.took_part and (result.grad_norm or self.workload.always_learns):
             if self.workload.can_reach_every_layer([row for rows in micro_batches for row in rows]):
-                norms = dict(zip(self.names, result.norms.tolist(), strict=True))
+                norms = dict(zip(self._names_of_norms, result.norms.tolist(), strict=True))
                 self.workload.method.check_reached(self.model, norms)
                 self.took_part = True
         elif result.grad_norm == 0 and self.workload.always_learns and not self._is_still:

@@ -21,7 +21,8 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.ops.shapes import is_planned, planning_for
 
-from .rounding import in_float32
+from .divided_weights import Parts
+from .rounding import in_float32, places_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
     stochastic_rounding: bool = True, lr_ratios: Iterable[float] | None = None,
-    on_host: Collection[torch.nn.Parameter] = (), steps_before: int = 0,
+    on_host: Collection[torch.nn.Parameter] = (), steps_before: int = 0, parts: Parts | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """Build an optimizer over what an adapter method trains; nothing else is decayed.
 
@@ -53,6 +54,7 @@ def build_optimizer(
             Parameters of one ratio are a group.
         on_host: parameters in host memory beside a GPU, which are updated there, each where it lies.
         steps_before: of the run: stochastic rounding draws by the run's step, and never twice alike.
+        parts: which parameters are parts of weights that ranks have divided; each is updated where it lies.
 
     Returns:
         One that may lay the factors end to end, and whose step can scale gradients and be left out; see ``flat``.
@@ -62,7 +64,9 @@ def build_optimizer(
         by_ratio.setdefault(ratio, []).append(parameter)
     groups = [{"params": some, LR_RATIO: ratio, "lr": learning_rate * ratio} for ratio, some in by_ratio.items()]
     if name == "adamw_torch":
-        optimizer = TorchAdamW(groups, stochastic_rounding, steps_before, lr=learning_rate, weight_decay=weight_decay)
+        optimizer = TorchAdamW(
+            groups, stochastic_rounding, steps_before, parts, lr=learning_rate, weight_decay=weight_decay
+        )
         optimizer.on_host = frozenset(on_host)
         return optimizer
     from . import flat
@@ -77,7 +81,7 @@ def build_optimizer(
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
     return optimizer_class(
         groups, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding,
-        on_host=frozenset(on_host), steps_before=steps_before,
+        on_host=frozenset(on_host), steps_before=steps_before, parts=parts,
     )  # fmt: skip
 
 
@@ -111,13 +115,17 @@ class TorchAdamW(torch.optim.AdamW):
 
     Args:
         stochastic: float32 states for bfloat16 parameters, which are updated in float32 and rounded stochastically.
-        steps_before: see ``build_optimizer``.
+        steps_before: see ``build_optimizer``, as is the next.
     """
 
-    def __init__(self, groups: Sequence[dict], stochastic: bool, steps_before: int, **settings):
+    def __init__(
+        self, groups: Sequence[dict], stochastic: bool, steps_before: int, parts: Parts | None = None, **settings
+    ):  # fmt: skip
         # one factor after the other on a GPU too: all at once hold further values of each
         super().__init__(groups, foreach=False, **settings)
-        self._rounded = dict(enumerate(parameters_of(self))) if stochastic else {}
+        parameters = parameters_of(self)
+        places = places_of(parameters, [1] * len(parameters), parts or Parts())
+        self._rounded = {place: p for p, place in places.items()} if stochastic else {}
         self._steps_before = steps_before
 
     def step(self, if_finite: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> None:

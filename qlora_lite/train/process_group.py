@@ -61,6 +61,11 @@ class GroupShards(Shards):
             for work in works:
                 work.wait()
 
+    def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """See ``Shards``."""
+        with _explaining_loss():
+            dist.all_to_all_single(received, sent, group=self._group)
+
     def bytes_per_second(self, device: torch.device) -> float | None:
         """See ``Shards``."""
         own = torch.zeros(_MEASURED_BYTES // self.count, dtype=torch.uint8, device=device)
@@ -196,16 +201,26 @@ class ProcessGroup(Processes):
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
         self.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
 
-    def tell(self, text: str) -> str:
+    def tell(self, text: str, source: int = 0) -> str:
         """See ``Processes``."""
         told = torch.tensor([*text.encode()], dtype=torch.uint8)
         length = torch.tensor(len(told))
         with _explaining_loss():
-            dist.broadcast(length, 0, self._patient)
-            if not self.is_first:
+            dist.broadcast(length, source, self._patient)
+            if self.rank != source:
                 told = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(told, 0, self._patient)
+            dist.broadcast(told, source, self._patient)
         return bytes(told.tolist()).decode()
+
+    def hand_in(self, tensor: torch.Tensor) -> None:
+        """See ``Processes``."""
+        with _explaining_loss():
+            dist.send(tensor, 0, self._patient)
+
+    def collect(self, tensor: torch.Tensor, source: int) -> None:
+        """See ``Processes``."""
+        with _explaining_loss():
+            dist.recv(tensor, source, self._patient)
 
     def wait(self, long: bool = False) -> None:
         """See ``Processes``."""

@@ -55,6 +55,10 @@ class Shards:
         """Fill a buffer with the parts of all ranks in order; see ``ops.stream.Ranks``."""
         whole.copy_(own)
 
+    def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Give each rank its row of a buffer [ranks, bytes], and get from each the row that it has for this one."""
+        received.copy_(sent)
+
     def bytes_per_second(self, device: torch.device) -> float | None:
         """Measure what a rank gets from the others; None where there are none."""
         return None
@@ -117,9 +121,15 @@ class Processes:
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Put the sum over all ranks in the place of each gradient; one that no rank has stays None."""
 
-    def tell(self, text: str) -> str:
-        """Return the first rank's text."""
+    def tell(self, text: str, source: int = 0) -> str:
+        """Return the text of the first rank, or of another one."""
         return text
+
+    def hand_in(self, tensor: torch.Tensor) -> None:
+        """Send the first rank a tensor in host memory, which it is waiting for."""
+
+    def collect(self, tensor: torch.Tensor, source: int) -> None:
+        """Fill a tensor in host memory with what a rank hands in."""
 
     def require_equal(self, what: str, text: str) -> None:
         """Check that all ranks have the first one's text.

@@ -6,17 +6,20 @@ chances that make it right on average. Factors are in float32 for their own upda
 updates all in one call, all of them are at the same time.
 
 The chances of what is rounded at once are a function of its first factor's place and of how often that was updated:
-nothing is left in a generator's state, so a resumed run rounds the same way.
+nothing is left in a generator's state, so a resumed run rounds the same way. What ranks have divided they round each by
+chances of its own, which no other rank has, so that these depend on how many ranks there are.
 
 Source: stochastic rounding, arXiv 1502.02551; for weights in bfloat16, arXiv 2010.06192.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from .divided_weights import Parts
 
 _DROPPED_BITS = 16  # of a float32's, for a bfloat16
 _PLACES = 65_537  # seeds of one step; a CPU's generator takes 32 bits of a seed
@@ -35,6 +38,22 @@ def round_stochastically(values: Tensor, step: int, place: int) -> Tensor:
     # the larger the dropped bits, the more often the noise carries into those that stay
     values.view(torch.int32).add_(noise.random_(0, 1 << _DROPPED_BITS, generator=generator))
     return values.view(torch.bfloat16)[..., 1::2]  # the upper half of each float32, which every torch has last
+
+
+def places_of(parameters: Sequence[Tensor], counts: Sequence[int], parts: Parts) -> dict[Tensor, int]:
+    """Return each parameter's first place: those of whole weights alike on all ranks, those of parts on one alone.
+
+    Args:
+        counts: how many places each has.
+    """
+    is_part = [p in parts.values for p in parameters]
+    whole = sum(count for count, divided in zip(counts, is_part, strict=True) if not divided)
+    begins = {False: 0, True: whole + parts.rank * ((_PLACES - whole) // parts.count)}
+    places = {}
+    for p, count, divided in zip(parameters, counts, is_part, strict=True):
+        places[p] = begins[divided]
+        begins[divided] += count
+    return places
 
 
 @cache

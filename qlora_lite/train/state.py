@@ -11,10 +11,12 @@
 
 The schedule and the order of the rows are functions of the step and the epoch and have no state. Optimizer states are
 copied into buffers that the optimizer itself has made: `load_state_dict` of bitsandbytes would give ordinary memory
-for paged states, and torch's casts states to the parameter's type.
+for paged states, and torch's casts states to the parameter's type. What ranks have divided is put together for the
+file, and each takes its part of it (``whole_tensors``).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
@@ -24,30 +26,34 @@ from qlora_lite.errors import CheckpointError, TrainingError
 from qlora_lite.models.memory_options import settle
 
 from .checkpoints import Checkpoint, Tensors
+from .divided_weights import fill_here, tensors_here
 from .generators import generator_states, restore_generators
 from .loop import Trainer
 from .loss_scale import LossScale
+from .whole_tensors import Collection, layout_of, parts_here
 
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "state.json"
 _COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")  # the last may be None
 _TABLES = ("qmap1", "qmap2")  # bitsandbytes' code tables: constants that all states share
 
 
-def capture(trainer: Trainer, copies: bool = True) -> tuple[dict[str, Tensors], dict]:
+def capture(
+    trainer: Trainer, copies: bool = True, collection: Collection | None = None
+) -> tuple[dict[str, Tensors], dict]:  # fmt: skip
     """Copy a trainer's state to host memory; return the tensors by file, and the numbers.
 
     Args:
         copies: False returns the tensors themselves, to be written before the next step changes them.
+        collection: of weights that ranks have divided, and of their states; see ``collection_of``.
 
     Raises:
         TrainingError: the factors are not finite, or do nothing although they were trained: no state to go back to.
     """
-    settle(trainer.model)
-    factors = trainer.workload.method.tensors(trainer.model)
-    _check_worth_keeping(trainer, factors)
-    states, numbers = _optimizer_state(trainer)
-    tensors = {WEIGHTS_NAME: factors, OPTIMIZER: states, GENERATORS: generator_states(trainer.device)}
-    _wait(trainer.device)
+    if collection is None:
+        tensors, numbers = _tensors_here(trainer)
+    else:
+        tensors, numbers = collection.tensors, collection.numbers
+    tensors = tensors | {GENERATORS: generator_states(trainer.device)}
     if copies:
         tensors = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return tensors, {
@@ -55,6 +61,32 @@ def capture(trainer: Trainer, copies: bool = True) -> tuple[dict[str, Tensors], 
         "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "took_part": trainer.took_part,
         "loss_scale": trainer.loss_scale and asdict(trainer.loss_scale), "optimizer": numbers,
     }  # fmt: skip
+
+
+def _tensors_here(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
+    settle(trainer.model)
+    factors = tensors_here(trainer.workload.method, trainer.model)
+    _check_worth_keeping(trainer, factors)
+    states, numbers = _optimizer_state(trainer)
+    _wait(trainer.device)
+    return {WEIGHTS_NAME: factors, OPTIMIZER: states}, numbers
+
+
+def collection_of(trainer: Trainer, more: Mapping[str, Tensors]) -> Collection | None:
+    """Return weights that ranks have divided and their states, to be put together on the first rank; None where they
+    are whole. All ranks call it at the same time.
+
+    Args:
+        more: further tensors of weights, this rank's parts, by file.
+
+    Raises:
+        TrainingError: see ``capture``.
+    """
+    layout = layout_of(trainer.workload.method, trainer.model)
+    if not layout.ranges:
+        return None
+    tensors, numbers = _tensors_here(trainer)
+    return Collection(trainer.processes, layout, tensors | more, numbers)
 
 
 def _wait(device: torch.device) -> None:
@@ -98,22 +130,25 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """
     state, saved = numbers_of(checkpoint), checkpoint.tensors
     trainer.take_turn(max(1, state["step"]))
+    layout = layout_of(trainer.workload.method, trainer.model)
+    rank = trainer.processes.rank
     compare_tensors(saved[WEIGHTS_NAME], trainer.workload.method.tensors(trainer.model), WEIGHTS_NAME)
     if saved[OPTIMIZER]:
         _make_states(trainer)
     tensors, numbers = _optimizer_state(trainer)
-    compare_tensors(saved[OPTIMIZER], tensors, OPTIMIZER)
+    states, factors = (parts_here(layout, rank, saved[name]) for name in (OPTIMIZER, WEIGHTS_NAME))
+    compare_tensors(states, tensors, OPTIMIZER)
     if {name: set(values) for name, values in numbers.items()} != {
-        name: set(values) for name, values in state["optimizer"].items()
+        name: set(values) for name, values in state["optimizer"].items() if not layout.name_of(name) or name in numbers
     }:
         raise CheckpointError(f"{STATE}: the optimizer has other numbers than the one of this run")
     _wait(trainer.device)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(saved[OPTIMIZER][name])
+            tensor.copy_(states[name])
     for name, parameter in zip(trainer.names, trainer.parameters, strict=True):
         trainer.optimizer.state.get(parameter, {}).update(state["optimizer"].get(name, {}))
-    trainer.workload.method.fill(trainer.model, saved[WEIGHTS_NAME])
+    fill_here(trainer.workload.method, trainer.model, factors)
     for name in (*_COUNTS, "took_part"):
         setattr(trainer, name, state[name])
     if trainer.loss_scale and (scale := state.get("loss_scale")):

@@ -18,6 +18,7 @@ from qlora_lite.models.memory_options import stream_of
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
+from .divided_weights import norms_of_all, parts_of
 from .loss_scale import unscale
 from .optim import UpdatesInBackward, clip_scale, gradient_norms, parameters_of
 from .out_of_memory import no_retry
@@ -109,7 +110,7 @@ def train_step(
         DoesNotFitError: memory ran out in the update, when some weights may have been changed already.
         OtherRankError: it ran out on another rank.
     """
-    parameters = parameters_of(optimizer)
+    parameters, parts = parameters_of(optimizer), parts_of(model).values
     with phase("forward"):
         batches = workload.prepare_step(model, batches, processes, counted)
     inputs = [workload.inputs(batch, workload.device(model)) for batch in batches]
@@ -120,10 +121,10 @@ def train_step(
     processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
         with no_retry("while the ranks added up their gradients"):
-            processes.add_up_gradients(parameters)
+            processes.add_up_gradients([p for p in parameters if p not in parts])
             processes.add_up([mean, *metrics.values()])
-        unscale(parameters, scale)
-        norms = gradient_norms(parameters)
+            unscale(parameters, scale)
+            norms = norms_of_all(model, parameters, gradient_norms(parameters), processes)
         numbers = torch.stack([mean, torch.linalg.vector_norm(norms), *metrics.values()])
         read = _begin_reading(numbers)
         with category("optimizer"), no_retry("while the weights were updated"):
