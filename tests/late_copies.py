@@ -115,7 +115,7 @@ def copies_end_late() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("ops.offload", "ops.stream", "models.host_tables"):
             patch.setattr(f"qlora_lite.{module}.SideStream", side_stream)
-        for module in ("offload", "stream"):
+        for module in ("offload", "stream", "gradients"):
             patch.setattr(f"qlora_lite.ops.{module}.host_memory", noted(host_memory))
         patch.setattr("qlora_lite.ops.offload.disk_memory", noted(disk_memory))
         yield

@@ -117,12 +117,13 @@ def plan_recipe(
         if job.workload.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
     trains_base = job.workload.method.trains_base
-    is_of_other_kind = m.optimizer_in_backward or m.stream_from not in ("auto", "ranks")
     can_divide = machine.shards.count > 1
-    if trains_base and (is_of_other_kind or job.workload.method.in_turn):
+    if trains_base and (m.stream_from not in ("auto", "ranks") or job.workload.method.in_turn):
         can_divide = False
     if trains_base and can_divide:
         fixed["stream_from"] = "ranks"  # see ``constraints.DIVIDED_ON_GPUS``
+        if m.optimizer_in_backward:  # whose gradients of whole weights would all have to be added up at the end
+            fixed["resident_layers"] = 0
     elif trains_base and not m.optimizer_in_backward:
         fixed["resident_layers"] = None  # see ``constraints.STREAMED_TRAINED``
     if can_divide:

@@ -218,8 +218,10 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         recipes = [with_plan(recipe, each) for each in of_ranks]
         return ranks.plan(recipes) if recipes[0].memory.resident_layers == "all" else _divided(recipes, ranks)
     check_packs(recipe, ranks.speeds)
-    if recipe.adapter.method == "full" and memory.stream_from == "ranks" and len(ranks.machines) > 1:
-        raise RecipeError(f"memory.stream_from ranks: {DIVIDED_ON_GPUS}, and these GPUs are not alike: leave it out")
+    divides = memory.stream_from == "ranks" or memory.optimizer_in_backward
+    if recipe.adapter.method == "full" and divides and len(ranks.machines) > 1:
+        setting = "optimizer_in_backward" if memory.optimizer_in_backward else "stream_from ranks"
+        raise RecipeError(f"memory.{setting}: {DIVIDED_ON_GPUS}, and these GPUs are not alike: leave it out")
     packs = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     sources = {"auto": ("ranks", "host"), "disk": ()}.get(memory.stream_from, (memory.stream_from,))
     if len(ranks.machines) == 1 or memory.resident_layers == "all" or recipe.adapter.method == "full":
@@ -374,9 +376,10 @@ def dividing(recipe: Recipe, machine: Machine, world_size: int) -> Machine:
     """
     if recipe.adapter.method != "full" or machine.shards.count in (1, world_size):
         return machine
-    if recipe.memory.stream_from == "ranks":
-        raise RecipeError("memory.stream_from ranks divides weights that are trained among the GPUs of one machine, or "
-                          "among machines with one GPU each: leave it out, or start fewer processes")  # fmt: skip
+    if recipe.memory.stream_from == "ranks" or recipe.memory.optimizer_in_backward:
+        setting = "optimizer_in_backward" if recipe.memory.optimizer_in_backward else "stream_from ranks"
+        raise RecipeError(f"memory.{setting} divides weights that are trained among the GPUs of one machine, or among "
+                          "machines with one GPU each: leave it out, or start fewer processes")  # fmt: skip
     return replace(machine, shards=UNDIVIDED)
 
 
@@ -407,10 +410,16 @@ def share_of(recipe: Recipe, world_size: int) -> Recipe:
     t = recipe.train
     if world_size == 1:
         return recipe
-    if recipe.memory.optimizer_in_backward:
+    in_backward, packs = recipe.memory.optimizer_in_backward, t.micro_batch_size * t.gradient_accumulation_steps
+    if in_backward and not _divides_in_backward(recipe):
         raise RecipeError("memory.optimizer_in_backward updates each weight before several processes have added up its "
-                          "gradient: train in one process, or leave it out")  # fmt: skip
-    packs = t.micro_batch_size * t.gradient_accumulation_steps
+                          "gradient, but for weights that they divide (adapter.method full without switch_every, "
+                          "memory.stream_from and memory.resident_layers left out): train in one process, or leave it "
+                          "out")  # fmt: skip
+    if in_backward and packs % world_size:
+        more = -(-packs // world_size) * world_size
+        raise RecipeError(f"{world_size} processes cannot share a micro-batch of {packs}: set train.micro_batch_size "
+                          f"to {more}")  # fmt: skip
     if packs % world_size:
         more = -(-packs // world_size) * world_size
         raise RecipeError(
@@ -418,6 +427,12 @@ def share_of(recipe: Recipe, world_size: int) -> Recipe:
             f"to {more} with train.micro_batch_size 1, or start a number of processes that divides {packs}"
         )
     return _with_packs(recipe, packs // world_size)
+
+
+def _divides_in_backward(recipe: Recipe) -> bool:
+    memory = recipe.memory
+    asks_for_it = memory.stream_from in ("auto", "ranks") and memory.resident_layers in ("auto", 0)
+    return recipe.adapter.method == "full" and not recipe.adapter.switch_every and asks_for_it
 
 
 def _with_packs(recipe: Recipe, packs: int, runs: int | None = None) -> Recipe:

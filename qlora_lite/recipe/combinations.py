@@ -273,7 +273,6 @@ def _stream_from(value: _Value) -> _Found:
         (("memory", "resident_layers"), "all", "no weights are streamed"),
         (("memory", "checkpointing"), "none", "no weights are streamed"),
         (("model", "quant"), "none" if source == "disk" else "", "weights are not prepared in a file"),
-        (("adapter", "method"), "full" if source == "disk" else "", "all weights are trained"),
     ):
         if value(*place) == without:
             message = f"memory.stream_from = {source}: with {'.'.join(place)} {without} {why}"
@@ -431,9 +430,6 @@ def _full(value: _Value) -> _Found:
 def _full_and_streamed(value: _Value, resident: object) -> _Found:
     in_backward = value("memory", "optimizer_in_backward") is True
     if value("memory", "stream_from") == "ranks":
-        if in_backward:
-            message = "memory.optimizer_in_backward = true: each weight is updated before the ranks have added up its"
-            yield ("memory", "optimizer_in_backward"), f"{message} gradient; write false, or another memory.stream_from"
         if value("adapter", "switch_every") not in (None, 0):
             message = "adapter.switch_every: not possible with memory.stream_from ranks, where each rank has a part of"
             yield ("adapter", "switch_every"), f"{message} every block; remove one of the two"

@@ -42,15 +42,18 @@ def check_choice(workload: Workload, options: MemoryOptions) -> None:
         raise TrainingError(f"{type(workload).__name__} has no {', '.join(wrong)} to set")
 
 
-def check_shareable(processes: Processes, options: MemoryOptions) -> None:
+def check_shareable(processes: Processes, options: MemoryOptions, divided: bool = False) -> None:
     """Check that a step's gradients are all there when several ranks add them up.
+
+    Args:
+        divided: ranks have divided the weights, and add up each gradient in the backward pass.
 
     Raises:
         TrainingError: each is used and dropped in the backward pass.
     """
-    if processes.world_size > 1 and options.optimizer_in_backward:
+    if processes.world_size > 1 and options.optimizer_in_backward and not divided:
         raise TrainingError("memory.optimizer_in_backward updates each weight before the ranks have added up its "
-                            "gradient: it is for one process")  # fmt: skip
+                            "gradient: it is for one process, or for weights that ranks have divided")  # fmt: skip
 
 
 def frozen_checksum(model: nn.Module, in_turn: Iterable[nn.Parameter] = ()) -> str:

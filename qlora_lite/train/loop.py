@@ -122,7 +122,7 @@ class Trainer:
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for _, parameter in self.workload.method.parameters(model)))
-        check_shareable(processes, settings.options)
+        check_shareable(processes, settings.options, bool(parts_of(model).count > 1))
         self._is_checked = False
         self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
@@ -341,9 +341,11 @@ class Trainer:
         Raises:
             DoesNotFitError: memory ran out.
         """
-        (rows,) = micro_batches
+        own = self.processes.share(micro_batches)
+        (rows,) = own or micro_batches[:1]
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
-            return train_step_in_backward(self.workload, self.model, self.workload.collate(rows), self.optimizer)
+            batch = self.workload.collate(rows)
+            return train_step_in_backward(self.workload, self.model, batch, self.optimizer, self.processes, bool(own))
 
     def _shared(
         self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], shares: Sequence[Share] = ()

@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_lite.memory.marks import category, phase
 
+from .divided_weights import parts_of
 from .optim import UpdatesInBackward, clip_scale, gradient_norms, is_updated_on_host, updating
 from .step import accumulate_gradients
 from .workload import Workload
@@ -43,8 +44,9 @@ def probe_step(
     with torch.no_grad(), phase("forward"):
         workload.probe_preparation(model, inputs)
     if updates_in_backward:
-        with UpdatesInBackward(optimizer, probing=True):
+        with UpdatesInBackward(optimizer, True, parts_of(model).values) as updates:
             accumulate_gradients(workload, model.train(), [inputs])
+        updates.update_whole()
     else:
         accumulate_gradients(workload, model.train(), [inputs])
         probe_update(parameters, optimizer, max_grad_norm)

@@ -22,6 +22,7 @@ from qlora_lite.memory.marks import category, phase
 from qlora_lite.ops.shapes import is_planned, planning_for
 
 from .divided_weights import Parts
+from .processes import Processes
 from .rounding import in_float32, places_of
 
 log = logging.getLogger(__name__)
@@ -198,22 +199,33 @@ class UpdatesInBackward:
     backward passes a step, leaving a step out. It costs a call of the optimizer a factor, each of which looks at all
     factors for the one with a gradient.
 
+    Where ranks have divided weights, those that are whole have gradients that are still to be added up: these are kept
+    until ``update_whole``.
+
     Args:
         optimizer: any that leaves parameters without a gradient alone, as all of ``build_optimizer``'s do.
         probing: let the optimizer see gradients of zero.
+        parts: the parameters that are parts of divided weights.
 
     Source: the idea of LOMO, arXiv 2306.09782, section 3.1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, probing: bool = False):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, probing: bool = False, parts: Collection[torch.Tensor] = ()
+    ):  # fmt: skip
         self.optimizer, self.probing = optimizer, probing
         self.parameters = parameters_of(optimizer)
+        self._whole = [p for p in self.parameters if p not in parts] if parts else []
+        self._kept: dict[torch.nn.Parameter, torch.Tensor] = {}  # gradients of these
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list = []
 
     def __enter__(self):
         self._norms.clear()
-        self._handles = [p.register_post_accumulate_grad_hook(self._update) for p in self.parameters]
+        whole = {*self._whole}
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._keep if p in whole else self._update) for p in self.parameters
+        ]
         return self
 
     def __exit__(self, *error):
@@ -230,6 +242,24 @@ class UpdatesInBackward:
         with phase("optimizer"), updating(self.optimizer, [parameter]):
             self.optimizer.step()
         parameter.grad = None
+
+    def _keep(self, parameter: torch.nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        self._kept[parameter] = self._kept[parameter].add_(gradient) if parameter in self._kept else gradient
+
+    def update_whole(self, processes: Processes | None = None) -> None:
+        """Update the whole weights with the sums of all ranks' gradients."""
+        for parameter, gradient in self._kept.items():
+            parameter.grad = gradient
+        self._kept.clear()
+        if processes is not None:
+            processes.add_up_gradients(self._whole)
+        gradients = [(parameter, parameter.grad) for parameter in self._whole if parameter.grad is not None]
+        for parameter, _ in gradients:
+            parameter.grad = None  # an update is of all that have one
+        while gradients:
+            parameter, parameter.grad = gradients.pop(0)
+            self._update(parameter)
 
     def norms(self) -> torch.Tensor:
         """Return the norm of each parameter's gradient, float32 [n].

@@ -135,28 +135,43 @@ def train_step(
     return StepResult(loss, grad_norm, norms, int(tokens), int(targets), dict(zip(metrics, values, strict=True)))
 
 
-def train_step_in_backward(workload: Workload, model: nn.Module, batch, optimizer: torch.optim.Optimizer) -> StepResult:
+def train_step_in_backward(
+    workload: Workload, model: nn.Module, batch, optimizer: torch.optim.Optimizer, processes: Processes = ALONE,
+    counts: bool = True,
+) -> StepResult:  # fmt: skip
     """Run one optimizer step whose backward pass updates each parameter; equals ``train_step`` without clipping.
 
     A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so
-    is memory that runs out.
+    is memory that runs out. Several ranks have divided the weights, and each updates its parts when their gradients
+    have come; whole ones are updated at the end.
+
+    Args:
+        batch: the workload's; of several ranks, this one's.
+        processes: those that the step is shared with.
+        counts: False for a rank that there is no batch left for.
     """
-    (batch,) = workload.prepare_step(model, [batch])
-    inputs = workload.inputs(batch, workload.device(model))
+    parts = parts_of(model).values
+    (batch,) = workload.prepare_step(model, [batch], processes, int(counts))
+    inputs, shape = workload.inputs(batch, workload.device(model)), workload.shape(batch)
+    own = (workload.weight(inputs), shape.tokens, shape.targets) if counts else (0.0, 0.0, 0.0)
+    total, tokens, targets = processes.exchange(*own)
+    weight = total if counts else math.inf
     metrics: dict[str, torch.Tensor] = {}
     with phase("forward"):
-        found, total = workload.loss(model, inputs), workload.weight(inputs)
-        loss = found.sum / total
-    value, shape = loss.item(), workload.shape(batch)
-    _add(metrics, found.metrics, total)
-    metrics = {name: metric.item() for name, metric in metrics.items()}
+        found = workload.loss(model, inputs)
+        loss = found.sum / weight
+    _add(metrics, found.metrics, weight)
+    sums = [loss.detach().clone(), *metrics.values()]
+    processes.add_up(sums)
+    value, *values = (each.item() for each in sums)
+    about = int(tokens), int(targets), dict(zip(metrics, values, strict=True))
     if not math.isfinite(value):
-        return StepResult(value, value, loss.detach()[None], shape.tokens, shape.targets, metrics)
-    with phase("backward"), UpdatesInBackward(optimizer) as updates:
+        return StepResult(value, value, sums[0][None], *about)
+    with phase("backward"), UpdatesInBackward(optimizer, parts=parts) as updates:
         _backward(model, loss)
-    norms = updates.norms()
-    norm = torch.linalg.vector_norm(norms).item()
-    return StepResult(value, norm, norms, shape.tokens, shape.targets, metrics)
+    updates.update_whole(processes)
+    norms = norms_of_all(model, updates.parameters, updates.norms(), processes)
+    return StepResult(value, torch.linalg.vector_norm(norms).item(), norms, *about)
 
 
 def _backward(model: nn.Module, loss: torch.Tensor, scale: float = 1.0) -> None:

@@ -25,6 +25,7 @@ from qlora_lite.models.memory_options import MemoryOptions, trained_on_host
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked
 from qlora_lite.ops.loss import head_logits
 
+from .divided_weights import parts_of
 from .forward import hidden_states, prepare
 from .guards import FLOAT16_ENDS
 from .settings import TrainSettings
@@ -206,6 +207,8 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
             raise TrainingError(f"{STREAMED_TRAINED}; {cure}")
         return
     given = {name: getattr(settings, name) for name in WITH_UPDATES_IN_BACKWARD}
+    if given["gradient_accumulation_steps"] == parts_of(model).count:  # one micro-batch for each rank
+        given["gradient_accumulation_steps"] = 1
     found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()
              if given[name] != only]  # fmt: skip
     if runs_unpacked(model):

@@ -529,13 +529,11 @@ def test_weights_that_come_from_a_disk_have_to_be_streamed(problems, recipe):
         ("memory.resident_layers=all", "memory.resident_layers all no weights are streamed", ("disk", "ranks")),
         ("memory.checkpointing=none", "memory.checkpointing none no weights are streamed", ("disk", "ranks")),
         ("model.quant=none", "model.quant none weights are not prepared in a file", ("disk",)),
-        ("adapter.method=full", "adapter.method full all weights are trained, and none are frozen", ("ranks",)),
     ):
         for source in of:
             wrong = " ".join(problems(GOOD, f"memory.stream_from={source}", setting))
             assert f"memory.stream_from = {source}: with {said}; remove one of the two" in wrong
-        if "full" not in setting:
-            assert recipe(GOOD, "memory.stream_from=host", setting)
+        assert recipe(GOOD, "memory.stream_from=host", setting)
     assert recipe(GOOD, "memory.stream_from=ranks", "model.quant=none")
 
 

@@ -11,15 +11,17 @@ from rank_processes import together
 from tiny import build_tiny
 from tiny_trainer import SETTINGS, examples
 
+from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, divided_weights, place, settle, stream_of
-from qlora_lite.ops.flat_block import ALIGNMENT
+from qlora_lite.ops.flat_block import ALIGNMENT, FlatBlock
+from qlora_lite.ops.offload import SideStream
 from qlora_lite.ops.stream import Division
 from qlora_lite.planning.simulate import simulate, simulate_whole
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.process_group import ProcessGroup
-from qlora_lite.train.processes import ALONE
+from qlora_lite.train.processes import ALONE, Shards
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, collection_of, restore
 from qlora_lite.train.whole_tensors import layout_of
@@ -31,13 +33,13 @@ def divided_by(count):
     return MemoryOptions(resident_layers=0, stream_from="ranks", shards=Division((1,) * count))
 
 
-def trainer(group, options, name="llama", dtype="float32", architecture=(), **settings):
+def trainer(group, options, name="llama", dtype="float32", architecture=(), rows=None, **settings):
     """A trainer of all weights of a tiny model; equal arguments give equal ones."""
     model = adopt(build_tiny(name, getattr(torch, dtype), num_hidden_layers=BLOCKS, **dict(architecture)))
     WORK.method.apply(model)
     place(model, torch.device("cpu"), options, trains_base=True, ranks=group.shards)
     settings = TrainSettings(**(SETTINGS | settings | dict(options=options)))
-    training = Trainer(model, examples(), settings, workload=WORK, processes=group)
+    training = Trainer(model, rows or examples(), settings, workload=WORK, processes=group)
     training.check()
     return training
 
@@ -129,9 +131,20 @@ def test_divided_weights_become_what_whole_ones_do(count, cases, tmp_path):
 def others(number, count, folder):
     """What each process does: bfloat16 is rounded stochastically, memory is as planned, a run is killed and resumed."""
     group, options = ProcessGroup(number, count), divided_by(count)
+    in_backward(group, options)
     rounded(group, options)
     planned(group, options)
     resumed(group, options, Path(folder))
+
+
+def in_backward(group, options):
+    """With a last step of an epoch in which one rank has no micro-batch."""
+    settings = dict(optimizer="adamw_8bit", rows=examples(5), max_steps=4) | UNCLIPPED
+    found = [
+        course(trainer(group, each, **settings)) for each in (options, replace(options, optimizer_in_backward=True))
+    ]
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[1][1][name], tensor) for name, tensor in found[0][1].items())
 
 
 def rounded(group, options):
@@ -150,9 +163,12 @@ def rounded(group, options):
 
 
 def planned(group, options):
-    for settings in (dict(gradient_accumulation_steps=2), dict(gradient_accumulation_steps=4)):
-        settings |= dict(dtype="bfloat16", optimizer="adamw_8bit", architecture=[("vocab_size", 4096)])
-        training = trainer(group, options, **settings)
+    for accumulated, is_in_backward in ((2, False), (4, False), (2, True)):
+        settings = dict(
+            dtype="bfloat16", optimizer="adamw_8bit", architecture=[("vocab_size", 4096)], max_grad_norm=0.0
+        )
+        options = replace(options, optimizer_in_backward=is_in_backward)
+        training = trainer(group, options, gradient_accumulation_steps=accumulated, **settings)
         job = replace(job_of(training, training.model.config), accumulating=training._accumulates)
         job = replace(job, options=replace(options, shards=Division((1, 1), group.rank)))
         found = ledger_of(training).peak
@@ -177,11 +193,12 @@ def resumed(group, options, folder):
     whole = make(options)
     list(whole)
     expected = whole_weights(whole)
-    for first, second in ((options, options), (options, MemoryOptions()), (MemoryOptions(), options)):
+    pairs = (options, options), (options, MemoryOptions()), (MemoryOptions(), options)
+    for number, (first, second) in enumerate(pairs):
         begun = make(first)
         for _ in zip(range(2), begun):  # noqa: B905 (the second step is the last one that is taken)
             pass
-        at = folder / f"{len(list(folder.iterdir()))}"
+        at = folder / f"checkpoints {number}"
         collection = collection_of(begun, {})
         if group.is_first:
             tensors, state = capture(begun, False, collection)
@@ -200,3 +217,54 @@ def resumed(group, options, folder):
 
 def test_divided_weights_are_rounded_planned_and_resumed(tmp_path):
     together(2, "train.test_divided", "others", tmp_path)
+
+
+class Twin(Shards):
+    """The first of two ranks that compute alike, and change nothing: what the other one has of each block is known."""
+
+    def __init__(self, model):
+        super().__init__(0, 2)
+        self.wholes, self.numbers = [], {}
+        for block in blocks(model):
+            flat = FlatBlock(block, trains=True)
+            self.wholes.append(torch.zeros(2 * -(-flat.size // (2 * ALIGNMENT)) * ALIGNMENT, dtype=torch.uint8))
+            flat.fill(self.wholes[-1])
+
+    def gather(self, whole, sizes, own):
+        number = self.numbers.setdefault(own.data_ptr(), len(self.numbers))
+        whole.copy_(torch.cat([own, self.wholes[number][len(own) :]]))
+
+    def exchange(self, received, sent):
+        received.copy_(sent[:1].expand_as(sent))
+
+
+class Late(SideStream):
+    """A side stream whose work is done in the moment that something waits for it."""
+
+    def __init__(self, device):
+        self.device, self.stream, self.done, self.begun = device, None, 0, []
+
+    def launch(self, action):
+        self.begun.append(action)
+        return len(self.begun)
+
+    def wait(self, event):
+        while event is not None and self.done < event:
+            self.begun[self.done]()
+            self.done += 1
+
+
+def test_exchanges_that_end_late_are_waited_for(monkeypatch):
+    """The buffer of gradients is not written to before it has been sent, and no sum is used before it is there."""
+    found = []
+    for side in (SideStream, Late):
+        monkeypatch.setattr("qlora_lite.ops.stream.SideStream", side)
+        model = adopt(build_tiny("llama", num_hidden_layers=BLOCKS))
+        WORK.method.apply(model)
+        ranks = Twin(model)
+        place(model, torch.device("cpu"), divided_by(2), trains_base=True, ranks=ranks)
+        settings = TrainSettings(**(SETTINGS | dict(learning_rate=0.0, options=divided_by(2))))
+        training = Trainer(model, examples(), settings, workload=WORK)
+        training.check()
+        found.append([(step.loss, step.grad_norm) for step in training])
+    assert found[0] == found[1] and all(norm > 0 for _, norm in found[0])
