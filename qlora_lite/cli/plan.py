@@ -120,7 +120,7 @@ def plan(
     if as_json:
         echo_exactly(json.dumps(plan_text.as_json(made, others) | found))
     else:
-        _show(found, planner.MAX_PACKS, html)
+        _show(found, planner.MAX_PACKS, html, settings.adapter.method == "full")
     if not made.fits:
         if not as_json:
             raise planner.does_not_fit(made, others)
@@ -248,12 +248,13 @@ def _print(text: str) -> None:
     echo_styled(printed.get(), nl=False)
 
 
-def _show(found: dict, most_packs: int, html: Path | None) -> None:
+def _show(found: dict, most_packs: int, html: Path | None, trains_base: bool = False) -> None:
     if shared := found.get("shared"):
         faster = f", {shared['speed_up']:.2f} times as fast as one" if shared["speed_up"] else ""
         wire = f"{format_bytes(shared['wire_bytes'])} of gradients a step over {shared['slowest_link']}"
         if shared["weight_bytes"]:
-            wire = f"{format_bytes(shared['weight_bytes'])} of weights from the others, {wire}"
+            of = "weights and their gradients" if trains_base else "weights"
+            wire = f"{format_bytes(shared['weight_bytes'])} of {of} from the others, {wire}"
         nodes = f" on {shared['nodes']} machines" if shared["nodes"] > 1 else ""
         each = f"each {shared['packs']} of a step's packs" if shared["packs"] else "each its share of a step's packs"
         echo(f"{shared['gpus'] * shared['nodes']} GPUs{nodes}, {each}: about "

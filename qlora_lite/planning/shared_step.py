@@ -56,8 +56,9 @@ class SharedStep(NamedTuple):
     """A step of several GPUs.
 
     ``wire_bytes`` is what each sends of gradients a step, ``wire_seconds`` how long that takes; ``weight_bytes`` is
-    what each gets of divided weights, beside the computation. ``step_seconds`` is ``wire_seconds`` and the share's own
-    time, and ``speed_up`` how many times as fast as one such GPU.
+    what each gets of divided weights, and of the gradients of those that are trained, beside the computation.
+    ``step_seconds`` is ``wire_seconds`` and the share's own time, and ``speed_up`` how many times as fast as one such
+    GPU.
     """
 
     gpus: int  # of each machine

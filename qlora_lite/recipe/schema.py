@@ -592,7 +592,8 @@ class Memory(_Section):
     )
     """How many of the last layers keep their weights on the device; those of the others wait where memory.stream_from
     says and are copied, one layer ahead, in forward and in backward. Results are the same to the bit. With
-    adapter.method full they are updated in host memory, which needs memory.optimizer_in_backward."""
+    adapter.method full they are updated in host memory, which needs memory.optimizer_in_backward, or divided among
+    several GPUs (0)."""
     stream_from: Literal["auto", "host", "disk", "ranks"] = "auto"
     """Where streamed weights wait. host is pinned memory for all of them; disk leaves 4-bit weights in the file of the
     prepared model (of a 4-bit checkpoint, in its own), of which host memory holds two layers, and more where the system
@@ -601,7 +602,7 @@ class Memory(_Section):
     several processes train and one has no room for all weights, and disk only if host memory has room for no other
     plan; estimates of time assume a disk that reads 2 GB/s. If the file can no longer be read, the process ends."""
     optimizer_in_backward: bool = False
-    """Update each LoRA weight as soon as its gradient is computed, so that all gradients never exist at one time.
+    """Update each weight as soon as its gradient is computed, so that all gradients never exist at one time.
     Clipping, gradient accumulation and skipped steps need all of them first: only with train.max_grad_norm 0,
     train.gradient_accumulation_steps 1 and train.on_not_finite stop, and never in float16."""
     cache_dequantized: bool | Literal["auto"] = "auto"

@@ -134,7 +134,8 @@ def transfers(plan: Plan) -> str | None:
     )
     hides, what = max(computing, starting), "of launching operations" if starting > computing else "of computation"
     parts = []
-    for seconds, of in ((bus, "of copies between host and GPU"), (link, "of weights from the other ranks")):
+    what_ranks_send = "weights and their gradients" if plan.step.job.workload.method.trains_base else "weights"
+    for seconds, of in ((bus, "of copies between host and GPU"), (link, f"of {what_ranks_send} from the other ranks")):
         if seconds:
             hidden = "hidden behind" if seconds <= hides and machine.device_type == "cuda" else (
                 "longer than" if seconds > hides else "beside")  # fmt: skip

@@ -122,7 +122,7 @@ class Trainer:
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for _, parameter in self.workload.method.parameters(model)))
-        check_shareable(processes, settings.options, bool(parts_of(model).count > 1))
+        check_shareable(processes, settings.options, parts_of(model).count > 1)
         self._is_checked = False
         self.meter = PeakMeter(self.device)
         weakref.finalize(self, self.meter.close)  # its thread would outlive the trainer
@@ -141,8 +141,8 @@ class Trainer:
         self.parameters = parameters_of(self.optimizer)
         names = {parameter: name for name, parameter in trained.items()}
         self.names = [names[parameter] for parameter in self.parameters]
-        parts = parts_of(self.model).values
-        self._names_of_norms = names_of_norms(method, self.model) if parts else self.names
+        is_divided = parts_of(self.model).count > 1
+        self._names_of_norms = names_of_norms(method, self.model) if is_divided else self.names
 
     def take_turn(self, step: int) -> None:
         """Train what a step trains, where the adapter method trains weights in turn (``AdapterMethod.take_turn``)."""

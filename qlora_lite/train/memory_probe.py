@@ -44,7 +44,7 @@ def probe_step(
     with torch.no_grad(), phase("forward"):
         workload.probe_preparation(model, inputs)
     if updates_in_backward:
-        with UpdatesInBackward(optimizer, True, parts_of(model).values) as updates:
+        with UpdatesInBackward(optimizer, True, parts_of(model)) as updates:
             accumulate_gradients(workload, model.train(), [inputs])
         updates.update_whole()
     else:

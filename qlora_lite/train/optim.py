@@ -205,17 +205,18 @@ class UpdatesInBackward:
     Args:
         optimizer: any that leaves parameters without a gradient alone, as all of ``build_optimizer``'s do.
         probing: let the optimizer see gradients of zero.
-        parts: the parameters that are parts of divided weights.
+        parts: see ``build_optimizer``.
 
     Source: the idea of LOMO, arXiv 2306.09782, section 3.1.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, probing: bool = False, parts: Collection[torch.Tensor] = ()
+        self, optimizer: torch.optim.Optimizer, probing: bool = False, parts: Parts | None = None
     ):  # fmt: skip
         self.optimizer, self.probing = optimizer, probing
         self.parameters = parameters_of(optimizer)
-        self._whole = [p for p in self.parameters if p not in parts] if parts else []
+        is_divided = parts is not None and parts.count > 1
+        self._whole = [p for p in self.parameters if p not in parts.values] if is_divided else []
         self._kept: dict[torch.nn.Parameter, torch.Tensor] = {}  # gradients of these
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list = []

@@ -150,7 +150,7 @@ def train_step_in_backward(
         processes: those that the step is shared with.
         counts: False for a rank that there is no batch left for.
     """
-    parts = parts_of(model).values
+    parts = parts_of(model)
     (batch,) = workload.prepare_step(model, [batch], processes, int(counts))
     inputs, shape = workload.inputs(batch, workload.device(model)), workload.shape(batch)
     own = (workload.weight(inputs), shape.tokens, shape.targets) if counts else (0.0, 0.0, 0.0)

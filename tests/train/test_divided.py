@@ -119,7 +119,7 @@ def check_memory(training, number, count):
         assert [0, *ends] == [*begins, weight.numel()] and not any(start % 256 for start in begins)
 
 
-@pytest.mark.parametrize(("count", "cases"), [(2, [0, 1, 2, 3]), (3, [4])])
+@pytest.mark.parametrize(("count", "cases"), [(2, [0, 1, 2, 3, 4]), pytest.param(3, [4], marks=pytest.mark.slow)])
 def test_divided_weights_become_what_whole_ones_do(count, cases, tmp_path):
     """To the bit, where gradients are added up in one order: of two ranks with one micro-batch each.
 
@@ -132,6 +132,7 @@ def others(number, count, folder):
     """What each process does: bfloat16 is rounded stochastically, memory is as planned, a run is killed and resumed."""
     group, options = ProcessGroup(number, count), divided_by(count)
     in_backward(group, options)
+    skipped(group, options)
     rounded(group, options)
     planned(group, options)
     resumed(group, options, Path(folder))
@@ -145,6 +146,29 @@ def in_backward(group, options):
     ]
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[1][1][name], tensor) for name, tensor in found[0][1].items())
+
+
+def skipped(group, options):
+    """A step that is not finite on one rank is left out by all."""
+    found = []
+    for each in (options, MemoryOptions()):
+        settings = dict(optimizer="adamw_8bit", on_not_finite="skip", max_skipped_steps=1) | UNCLIPPED
+        training = trainer(group, each, **settings)
+        loss, calls = training.workload.loss, []
+
+        def broken(model, inputs, training=training, loss=loss, calls=calls):
+            found, is_bad = loss(model, inputs), training.step == 2 and not calls and group.rank == 1
+            calls += [1] * is_bad
+            return found._replace(sum=found.sum * float("nan")) if is_bad else found
+
+        object.__setattr__(training.workload, "loss", broken)
+        try:
+            list(training)
+        finally:
+            object.__delattr__(training.workload, "loss")
+        assert training.skipped == 1
+        found.append(whole_weights(training))
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
 
 
 def rounded(group, options):
