@@ -68,6 +68,52 @@ def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
         plan(1.75, 1, stream_from="ranks")
 
 
+def test_gpus_that_have_no_room_for_all_that_is_trained_divide_it(tmp_path):
+    """Of the same model 8 GiB with gradients and states: to host memory only what is not divided could go."""
+    save_config(tmp_path)
+    settings = ("adapter.method=full", "model.quant=none", "data.max_tokens=256", "train.gradient_accumulation_steps=4",
+                "memory.loss_chunk_tokens=1024")  # fmt: skip
+    recipe = recipe_of({"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}}, settings, "r")
+    card = machine_of_gpu(find_gpu("rtx-3060"))
+
+    def plan(gib, gpus, nodes=1, train=(), **memory):
+        changes = {"memory": memory, "train": dict(train)}
+        own = recipe.model_copy(update={
+            section: getattr(recipe, section).model_copy(update=each) for section, each in changes.items()
+        })  # fmt: skip
+        joined = {"link": "pcie4" if gpus > 1 else None, "network": "ethernet-10g" if nodes > 1 else None}
+        machine = ranks.dividing(own, Cluster(gpus, nodes, **joined).part(card), gpus * nodes)
+        return planner.plan_recipe(ranks.share_of(own, gpus * nodes), machine, int(gib * 2**30))
+
+    whole, found = plan(7, 2), plan(4, 4)
+    assert whole.fits and whole.chosen.options.resident_layers is None
+    options, simulation = found.chosen.options, found.chosen.prediction.simulation
+    assert found.fits and options.is_sharded and (options.resident_layers, options.stream_from) == (0, "ranks")
+    part = -(-OF_BLOCK // (4 * ALIGNMENT)) * ALIGNMENT
+    brought, sent = 2 * 24 - 2, 24  # the last two of forward are the first two of backward
+    assert simulation.work.link_bytes == (brought + sent) * part * 3
+    assert "of weights and their gradients from the other ranks" in plan_text.transfers(found)
+    outside = 2 * 4096 * 1024 + 1024  # numbers of embeddings, head and the last norm
+    assert simulation.trained_numbers == outside
+    assert simulation.trained_bytes == 2 * outside + 24 * OF_BLOCK // 4
+    assert simulation.saved_bytes == 2 * outside + 24 * OF_BLOCK
+    assert found.chosen.prediction.host_updates == 0
+    updated = plan(4, 4, train={"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
+                   optimizer_in_backward=True)  # fmt: skip
+    saved = found.peak_bytes - updated.peak_bytes
+    assert updated.chosen.options.is_sharded and 0.8 < saved / (24 * OF_BLOCK / 4) < 1.1, "the gradients of a part"
+    assert planner.disk_bytes(found) == pytest.approx(planner.disk_bytes(whole), rel=0.05)
+    on_machines = plan(7, 2, 2)
+    assert on_machines.fits and not on_machines.chosen.options.is_sharded
+    for options in ({"stream_from": "ranks"}, {"optimizer_in_backward": True}):
+        with pytest.raises(RecipeError, match="divides weights that are trained among the GPUs of one machine"):
+            plan(7, 2, 2, **options)
+    machines = ranks.Ranks((card, replace(card, flops_per_second=2 * card.flops_per_second)), (2**33, 2**33))
+    own = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"stream_from": "ranks"})})
+    with pytest.raises(RecipeError, match=r"divided in equal parts, .* and these GPUs are not alike: leave it out"):
+        ranks.plan_ranks(own, machines)
+
+
 def test_divided_weights_that_are_converted_when_they_are_loaded_take_host_memory(tmp_path):
     """Files in float16 and a step in bfloat16: what is not a page of a file any more is whole in each process."""
     save_config(tmp_path, dtype="float16")
