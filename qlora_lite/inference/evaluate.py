@@ -27,7 +27,7 @@ from qlora_lite.data.metrics import (
     score_texts,
 )
 from qlora_lite.data.storage import Example
-from qlora_lite.errors import DataError, ModelError, RecipeError
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
@@ -42,6 +42,7 @@ from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import CausalLM, answer_losses
 from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_embeddings, check_forward
@@ -95,6 +96,7 @@ def measure(
     model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
     losses: Losses | None = None, at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS,
     measures: Measures = EXACT_MATCH, new_tokens: int | None = None, watch: Watch | None = None,
+    processes: Processes = ALONE,
 ) -> Measured:  # fmt: skip
     """Answer every example's prompt greedily, once for all metrics, and score the answers.
 
@@ -108,10 +110,12 @@ def measure(
         measures: what is measured.
         new_tokens: most tokens of an answer; None is a few more than the longest reference has.
         watch: told of the answers so far.
+        processes: those that share the answers, and have the same model and examples; all measure at the same time.
 
     Raises:
         DataError: a row is plain text and has no answer, there is nothing to compare in any, or the references are not
             what a metric needs.
+        DoesNotFitError, ModelError: see ``answers``; of several processes, all raise one.
     """
     problems, is_error = check_references(examples, measures)
     if is_error:
@@ -123,7 +127,7 @@ def measure(
     shown: tuple = ()
     matches: tuple = ()
     if measures.needs_answers:
-        references, said = _answered(model, tokenizer, asked, ends, at_once, new_tokens, watch)
+        references, said = _answered(model, tokenizer, asked, ends, at_once, new_tokens, watch, processes)
         compared = zip(asked, references, said, strict=True)
         records = [_record(*each, measures.matching) for each in compared]
         texts = references, [answer.text for answer in said]
@@ -147,14 +151,34 @@ def measure(
 
 def _answered(
     model: nn.Module, tokenizer, asked: Sequence[Example], ends: Collection[int], at_once: Callable[[int], int],
-    new_tokens: int | None, watch: Watch | None,
+    new_tokens: int | None, watch: Watch | None, processes: Processes,
 ) -> tuple[list[str], list[Answer]]:  # fmt: skip
     """Return the references as the tokenizer gives them back, and the greedy answers."""
     prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked, new_tokens)
-    done = watching(watch, "answers", len(asked))
-    said = answers(model, tokenizer, prompts, new, stop_ids(model, tokenizer, ends), at_once(prompt + new), done=done)
+    done, ranks = watching(watch, "answers", len(asked)), processes.world_size
+    ask = partial(answers, model, tokenizer, max_new_tokens=new, stop=stop_ids(model, tokenizer, ends),
+                  batch_size=at_once(prompt + new),
+                  done=done and (lambda count: done(min(ranks * count, len(asked)))))  # fmt: skip
+    said = _shared_answers(ask, prompts, processes)
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     return tokenizer.batch_decode(written, skip_special_tokens=True), said
+
+
+def _shared_answers(
+    ask: Callable[[Sequence[str]], list[Answer]], prompts: Sequence[str], processes: Processes
+) -> list[Answer]:  # fmt: skip
+    """Return the answers to all prompts, of which each process makes its share."""
+    own: list[Answer] = []
+    error: DoesNotFitError | ModelError | None = None
+    try:
+        own = ask(processes.share(prompts))
+    except (DoesNotFitError, ModelError) as caught:
+        error = caught
+    found = 0 if error is None else 1 if isinstance(error, DoesNotFitError) else 2
+    if worst := int(processes.largest(found)):
+        raise error or (DoesNotFitError, ModelError)[worst - 1]("another rank could not make its answers")
+    told = (json.loads(processes.tell(json.dumps(own), rank)) for rank in range(processes.world_size))
+    return [Answer(*each) for part in told for each in part]
 
 
 def _prompt_tokens(tokenizer, example: Example) -> list[int]:

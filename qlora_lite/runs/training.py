@@ -42,6 +42,7 @@ from qlora_lite.train.divided_weights import fill_here, parts_of, tensors_here
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
 from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.processes import ALONE
 from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.state import STATE, capture, collection_of, compare_tensors, restore
 from qlora_lite.train.whole_tensors import Collection, Whole, layout_of, parts_here
@@ -350,6 +351,7 @@ class Training:
                 result = measure(
                     self.model, self.proven.tokenizer, rows, eval_data.end_token_ids, self.trainer.answer_losses,
                     self._prompts_at_once, measures_of(self.recipe), new_tokens_of(self.recipe), self._watch,
+                    ALONE if self.trainer.is_sharded else self.processes,  # else all run each block together
                 )  # fmt: skip
         except (DoesNotFitError, ModelError) as error:
             if self.trainer.step:
