@@ -5,8 +5,9 @@ names; ``quantizer`` loads it.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -34,6 +35,21 @@ from .split import write_first
 SHARD_BYTES = 4 * 2**30
 
 
+class Elsewhere(Protocol):
+    """A tensor, or what stands for one that ``cpu`` has to fetch first (``train.whole_tensors.Whole``)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape."""
+
+    def cpu(self) -> torch.Tensor:
+        """Return the tensor, in host memory."""
+
+
 def quantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's tensors under bitsandbytes' names; a tied tensor appears once."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
@@ -56,10 +72,10 @@ def _each_once(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: state[name] for name in names.values()}
 
 
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
+def _owned(tensor: Elsewhere) -> torch.Tensor:
     """Return a contiguous host tensor; small tables shared between layers are copied, as the format wants."""
-    tensor = tensor.cpu().contiguous()
-    return tensor.clone() if tensor.numel() <= 256 else tensor
+    found = tensor.cpu().contiguous()
+    return found.clone() if found.numel() <= 256 else found
 
 
 def bnb_config(model: nn.Module) -> dict:
@@ -125,7 +141,7 @@ def save_for_cache(model: nn.Module, folder: Path, first: First | None = None) -
 
 def save_model(
     model: nn.Module, folder: Path, tokenizer, end_token_ids: Collection[int] = (),
-    whole: Mapping[str, torch.Tensor] | None = None,
+    elsewhere: Mapping[str, Elsewhere] | None = None,
 ) -> None:  # fmt: skip
     """Write a model in 16 bit or more, its configuration and the tokenizer to a folder, all or nothing.
 
@@ -134,25 +150,31 @@ def save_model(
 
     Args:
         end_token_ids: tokens that end an answer, for the generation configuration.
-        whole: weights that are not whole in the model, by their names in it.
+        elsewhere: weights that are not whole in the model, by their names in it: fetched for one file at a time, or for
+            all where files have other tensors than the model.
 
     Raises:
         ModelError: a weight is not finite.
         OutputError: the folder cannot be written.
     """
-    state = _each_once(model) | dict(whole or {})
-    if broken := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
+    state, elsewhere = _each_once(model), elsewhere or {}
+    here = {name: tensor for name, tensor in state.items() if name not in elsewhere}
+    if broken := next((name for name, tensor in here.items() if not tensor.isfinite().all()), None):
         raise ModelError(f"the model is not saved: its weight {broken} is not finite")
     if prefixes_of(model) is None:
-        state = revert_weight_conversion(model, state)
+        shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+        reverted = revert_weight_conversion(model, dict(shapes))
+        if any(reverted.get(name) is not tensor for name, tensor in shapes.items()):
+            here |= {name: tensor.cpu() for name, tensor in elsewhere.items()}
+            state, elsewhere = revert_weight_conversion(model, {name: here[name] for name in state}), {}
     generation = model.generation_config.to_diff_dict() if model.can_generate() else None
     if generation is not None and (ends := sorted({*end_token_ids, tokenizer.eos_token_id} - {None})):
         generation["eos_token_id"] = ends
-    _write(model, folder, None, state, tokenizer, generation=generation)
+    _write(model, folder, None, state | dict(elsewhere), tokenizer, generation=generation)
 
 
 def _write(
-    model: nn.Module, folder: Path, quantization: dict | None, state: dict[str, torch.Tensor], tokenizer=None,
+    model: nn.Module, folder: Path, quantization: dict | None, state: Mapping[str, Elsewhere], tokenizer=None,
     with_sums=False, generation: dict | None = None, first: First | None = None,
 ) -> None:  # fmt: skip
     config = {**model.config.to_diff_dict(), "use_cache": True, "architectures": [type(model).__name__]}
@@ -160,7 +182,13 @@ def _write(
         config |= {"dtype": str(model.dtype).removeprefix("torch.")}
     else:
         config |= {"quantization_config": quantization}
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
+    sizes = {
+        name: tensor
+        if isinstance(tensor, torch.Tensor)
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in state.items()
+    }
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     with replacing_folder(folder) as new:
         for file, names in plan.filename_to_tensors.items():
             shard = {name: _owned(state[name]) for name in names}

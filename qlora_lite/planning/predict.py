@@ -35,14 +35,9 @@ class Prediction:
 
     @property
     def off_device_bytes(self) -> int:
-        """What is kept off a GPU; an adapter's copies are small, and a whole model's best weights are not.
-
-        A model that ranks have divided is put together in the first one's host memory when it is saved.
-        """
-        trains_base = self.job.workload.method.trains_base
-        best = copied_bytes(self.job, self.simulation) if trains_base else 0
-        saved = self.simulation.saved_bytes if trains_base and self.job.options.is_sharded else 0
-        return self.simulation.offloaded_bytes + best + saved
+        """What is kept off a GPU; an adapter's copies are small, and a whole model's best weights are not."""
+        best = copied_bytes(self.job, self.simulation) if self.job.workload.method.trains_base else 0
+        return self.simulation.offloaded_bytes + best
 
     @property
     def host_updates(self) -> int:

@@ -345,7 +345,9 @@ def _cure(plan: Plan, others: Sequence[Alternative]) -> str:
     try:
         return _shorter(plan)
     except DoesNotFitError:
-        return f"no sequence length fits: choose a smaller model{f' or a lower {size}' if size else ''}"
+        return f"no sequence length fits: {fewer if method.trains_base else 'choose a smaller model'}" + (
+            f" or a lower {size}" if size else ""
+        )
 
 
 def _shorter(plan: Plan) -> str:

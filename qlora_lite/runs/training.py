@@ -466,9 +466,9 @@ class Training:
         self.digests[DIGESTS[name]] = digest
 
     def _save_model(self, folder: Path, collection: Collection | None) -> None:
-        whole = collection.tensors[WEIGHTS_NAME] if collection else {}
-        whole = {name: each.cpu() for name, each in whole.items() if isinstance(each, Whole)}
-        save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids, whole)
+        found = collection.tensors[WEIGHTS_NAME] if collection else {}
+        elsewhere = {name: each for name, each in found.items() if isinstance(each, Whole)}
+        save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids, elsewhere)
 
     def _try_save(self, name: str) -> None:
         try:

@@ -9,8 +9,12 @@ import torch
 from adapters.test_full import WORK, job_of, ledger_of
 from rank_processes import together
 from tiny import build_tiny
+from tiny_files import byte_tokenizer
 from tiny_trainer import SETTINGS, examples
+from transformers import AutoModelForCausalLM
 
+from qlora_lite.adapters.read import WEIGHTS_NAME
+from qlora_lite.models import save
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, divided_weights, place, settle, stream_of
@@ -24,7 +28,7 @@ from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE, Shards
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, collection_of, restore
-from qlora_lite.train.whole_tensors import layout_of
+from qlora_lite.train.whole_tensors import Whole, layout_of
 
 BLOCKS = 3
 
@@ -138,6 +142,7 @@ def others(number, count, folder):
     rounded(group, options)
     planned(group, options)
     resumed(group, options, Path(folder))
+    saved(group, options, Path(folder))
 
 
 def in_backward(group, options):
@@ -234,14 +239,32 @@ def resumed(group, options, folder):
         elif collection:
             collection.serve()
         group.wait(long=True)
-        saved = read_checkpoint(next(at.iterdir()))
+        found = read_checkpoint(next(at.iterdir()))
         again = make(second)
-        restore(again, saved)
+        restore(again, found)
         list(again)
         assert all(torch.equal(whole_weights(again)[name], tensor) for name, tensor in expected.items())
 
 
-def test_divided_weights_are_rounded_planned_and_resumed(tmp_path):
+def saved(group, options, folder):
+    """Fetched for one file at a time, or all at once where files have experts one by one."""
+    save.SHARD_BYTES = 100_000
+    for name in ("llama", "qwen3_moe"):
+        training = trainer(group, options, name)
+        expected, collection = whole_weights(training), collection_of(training, {})
+        if not group.is_first:
+            collection.serve()
+            continue
+        weights = collection.tensors[WEIGHTS_NAME]
+        elsewhere = {key: each for key, each in weights.items() if isinstance(each, Whole)}
+        save.save_model(training.model, folder / name, byte_tokenizer(), (), elsewhere)
+        collection.end()
+        assert len(list((folder / name).glob("*.safetensors"))) > 1 and len(elsewhere) > 20
+        again = AutoModelForCausalLM.from_pretrained(folder / name).state_dict()
+        assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
+
+
+def test_divided_weights_are_rounded_planned_resumed_and_saved(tmp_path):
     together(2, "train.test_divided", "others", tmp_path)
 
 
