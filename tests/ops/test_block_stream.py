@@ -79,7 +79,7 @@ def test_what_only_shares_a_storage_with_a_streamed_weight_is_not_one():
 class Halves:
     """A placement of a caller's own: what another holder has of each block is fetched when it is to be brought."""
 
-    in_files, gathers, buffers, shards = False, False, (), ()
+    in_files, gathers, buffers, shards, gradients = False, False, (), (), None
 
     def __init__(self, blocks, side):
         self.begun, self._halves, self.slot_bytes = [], [], max(block.size for block in blocks)
