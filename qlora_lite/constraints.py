@@ -18,4 +18,10 @@ WITH_HEAD = {  # of a recipe whose task.kind is another than language-model
     ("train", "metrics_examples"): 0, ("train", "metrics_choices"): None, ("memory", "loss_chunk_tokens"): "auto",
     ("memory", "head"): "auto", ("train", "objective"): "sft",
 }  # fmt: skip
+OF_PICTURES = "task.kind image-classification"
+WITH_PICTURES: dict[tuple[str, str], tuple[object, ...]] = {  # of a recipe whose rows are pictures; what else is auto
+    ("data", "max_tokens"): (1024,), ("data", "overflow"): ("error",),
+    ("data", "order"): ("shuffle", "as-is"), ("data", "streaming"): (False,), ("memory", "tile_tokens"): ("off",),
+    ("memory", "embeddings"): ("device",), ("model", "quant"): ("none", "nf4", "fp4"),
+}  # fmt: skip
 OF_CHATS = ("data", "template"), ("data", "train_on"), ("data", "train_on_end")  # of those, what rewards have a use for

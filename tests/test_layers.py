@@ -124,7 +124,7 @@ def test_whatever_is_imported_comes_with_the_installation_or_an_extra():
     declared = project["dependencies"] + extras  # of an extra, where it is used
     names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared}
     names |= {"yaml", "numpy", "jinja2", "annotated_types", "pyarrow"}  # pyyaml's; torch's, pydantic's and datasets'
-    names |= {"triton"}  # torch's, where it is built for a GPU
+    names |= {"triton", "PIL"}  # torch's, where it is built for a GPU; pillow's
     tops = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_names(path)}
     assert tops - sys.stdlib_module_names - names == {"qlora_lite"}
 

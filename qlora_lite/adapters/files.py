@@ -50,6 +50,7 @@ from .parts import (
     is_of_head,
     is_tied,
     put_rows,
+    reads_pictures,
     train_head,
     train_parts,
     train_tokens,
@@ -131,7 +132,10 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     }
 
 
-def _task_type(model: nn.Module) -> str:
+def _task_type(model: nn.Module) -> str | None:
+    """Return peft's word for what a model is for; it has none for pictures, which None leaves to the model itself."""
+    if reads_pictures(model):
+        return None
     return "SEQ_CLS" if is_headed(model) else "CAUSAL_LM"
 
 

@@ -68,15 +68,21 @@ def is_headed(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "problem_type", None))
 
 
+def base_path(model: nn.Module) -> str:
+    """Return the name of a model's part between inputs and hidden states: of CLIP with a head, its vision tower."""
+    prefix = model.base_model_prefix
+    return prefix if hasattr(model, prefix) or not hasattr(model, "vision_model") else "vision_model"
+
+
 def head_paths(model: nn.Module) -> set[str]:
-    """Return the paths of the modules between hidden states and outputs of a model for sequence classification.
+    """Return the paths of the modules between hidden states and outputs of a model for classification.
 
     All that lies outside of its base model, and the base's pooler, which other architectures count to the head. A
     language model has none: its head is ``get_output_embeddings``.
     """
     if not is_headed(model):
         return set()
-    inner = model.base_model_prefix
+    inner = base_path(model)
     outside = {path for path, _ in model.named_modules() if path and path != inner and not path.startswith(f"{inner}.")}
     pooler = f"{inner}.pooler"
     return outside | {path for path, _ in model.named_modules() if path == pooler or path.startswith(f"{pooler}.")}
@@ -109,10 +115,20 @@ def is_of_head(name: str) -> bool:
     return not {*name.split(".")}.isdisjoint(("score", "classifier", "pooler", "head"))
 
 
+def reads_pictures(model: nn.Module) -> bool:
+    """Return whether a model of transformers reads pictures and no tokens."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
+def tables_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return embeddings and head of a language model, None where it has none, as one of pictures does."""
+    return None if reads_pictures(model) else model.get_input_embeddings(), model.get_output_embeddings()
+
+
 def is_tied(model: nn.Module) -> bool:
     """Return whether the embeddings are the head too."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is embedding.weight
+    head = model.get_output_embeddings()  # first, since a model of pictures may have no embeddings
+    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
 
 
 def train_parts(model: nn.Module, parts: Collection[str]) -> None:
@@ -223,7 +239,7 @@ def put_rows(model: nn.Module, rows: Mapping[str, tuple[Sequence[int], nn.Parame
     Args:
         rows: tokens, rising, and their rows, by the path of the module; of tied tables the same parameter.
     """
-    embedding = model.get_input_embeddings()
+    embedding, _ = tables_of(model)
     for path, (tokens, parameter) in rows.items():
         module = model.get_submodule(path)
         kind = EmbeddingWithRows if module is embedding else HeadWithRows

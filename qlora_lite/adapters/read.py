@@ -37,7 +37,7 @@ from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
 from .lora.start import base_of, first_sum_of
-from .parts import TOKEN_ROWS, head_parameters, is_tied
+from .parts import TOKEN_ROWS, head_parameters, is_tied, tables_of
 from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
@@ -385,7 +385,7 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
     head that is the embeddings. With a bias in such a module, and ``bias`` too, it saves that three times.
     """
     ends, has_biases = config.get("modules_to_save") or [], config.get("bias", "none") != "none"
-    tables = [table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table]
+    tables = [table.weight for table in tables_of(model) if table]
     own_head = head_parameters(model)
     tables += own_head.values()
     tied = model.get_input_embeddings().weight if config.get("ensure_weight_tying") and is_tied(model) else None

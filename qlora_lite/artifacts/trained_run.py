@@ -43,6 +43,7 @@ from qlora_lite.prepare.build import (
     without_start,
 )
 from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.prepare.recipe_head import picture_processor
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
@@ -137,7 +138,9 @@ class TrainedRun:
         return build_skeleton(self.recipe)
 
     def tokenizer(self):
-        """Return the tokenizer with the chat template that training used."""
+        """Return the tokenizer with the chat template that training used; of pictures their processor."""
+        if self.recipe.of_pictures:
+            return picture_processor(self.recipe)
         tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision, self.recipe.adapter.train_tokens)
         if self.recipe.data.template or self.own_template or tokenizer.chat_template:
             tokenizer.chat_template = self.template(tokenizer).source
@@ -308,8 +311,11 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     base, revision = named_base(folder)
     if not (path := base or model_path):
         raise ModelError(f"the adapter {folder} does not name its base model; give that with --model PATH")
-    named = Recipe(model=Model(path=path, revision=revision), task=_task_of(folder),
-                   data=Data.model_construct(train=()))  # fmt: skip
+    task = _task_of(folder)
+    model, size = Model(path=path, revision=revision), None
+    if task.kind == "image-classification":
+        model, size = Model(path=path, revision=revision, quant="none"), _size_of(folder)
+    named = Recipe(model=model, task=task, data=Data.model_construct(train=(), resolution=size))
     recipe = _where_it_lies_now(named, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
@@ -333,10 +339,12 @@ def _task_of(folder: Path) -> Task:
     Raises:
         ModelError: it does not.
     """
-    if read_json(folder / ADAPTER_CONFIG).get("task_type") != "SEQ_CLS":
-        return Task()
     said = read_json(folder / MODEL_CONFIG_NAME) if (folder / MODEL_CONFIG_NAME).is_file() else {}
+    of_pictures = str(said.get("architectures")).endswith("ForImageClassification']")
+    if not of_pictures and read_json(folder / ADAPTER_CONFIG).get("task_type") != "SEQ_CLS":
+        return Task()
     kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
+    kind = "image-classification" if of_pictures else kind
     labels = said.get("id2label")
     if kind == "regression" and labels == {"0": REWARD_LABEL}:
         kind = "reward"
@@ -345,6 +353,13 @@ def _task_of(folder: Path) -> Task:
                          "and problem_type: add them, or use the run that trained it")  # fmt: skip
     names = None if kind in ("regression", "reward") else tuple(map(str, labels.values()))
     return Task.model_validate({"kind": kind, "labels": names})
+
+
+def _size_of(folder: Path) -> int | None:
+    """Return the size of the pictures that an adapter alone was trained on, if its files say it."""
+    path = folder / "preprocessor_config.json"
+    edges = read_json(path).get("crop_size") if path.is_file() else None
+    return edges.get("height") if isinstance(edges, dict) else None
 
 
 def _new_tokens(folder: Path, recipe: Recipe) -> tuple[str, ...]:

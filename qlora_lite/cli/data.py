@@ -28,11 +28,10 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
         settings = load_recipe(recipe, overrides)
         prepare(verbose=False)
         logging.getLogger("qlora_lite.progress").setLevel(logging.INFO)
-        from qlora_lite.models.tokenizer import load_tokenizer
         from qlora_lite.prepare.preflight import preflight
+        from qlora_lite.prepare.recipe_head import reader_of
 
-        m, tokens = settings.model, settings.adapter.train_tokens
-        found = preflight(settings, load_tokenizer(m.path, m.revision, tokens), rows)
+        found = preflight(settings, reader_of(settings), rows)
     except QloraLiteError as error:
         if as_json:
             echo_exactly(json.dumps(_report_of(error)))
@@ -117,8 +116,9 @@ def _count_lines(counts: dict) -> list[str]:
     return [
         _line("rows", f"{counts['rows_read']:,} read, {counts['rows_kept']:,} kept{dropped}{cut}"),
         *(_line("dropped", f"{reason}: {where}") for reason, where in places.items() if where),
-        _line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})"),
-    ]
+        *([_line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})")]
+          if counts["tokens"] else []),
+    ]  # fmt: skip
 
 
 def _label_lines(report: dict) -> list[str]:

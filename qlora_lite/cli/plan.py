@@ -114,7 +114,7 @@ def plan(
     if world_size > 1:
         found["shared"] = ranks.shared(settings, one, made, cluster)._asdict()
     if max_tokens:
-        found |= _longest(planner, made)
+        found |= _longest(planner, made, settings)
     if max_batch:
         found["max_batch"] = _or_none(planner.max_batch, made)
     if as_json:
@@ -197,8 +197,17 @@ def _title(settings, machine) -> str:
     }
     alone = f"{', '.join(settings.adapter.train_also) or 'rows of tokens'} alone"
     size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}" if settings.lora.targets else alone)
-    rows = f"{settings.data.max_tokens:,} tokens, {size}"
+    rows = f"{_length(settings)}, {size}"
     return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
+
+
+def _length(settings) -> str:
+    from qlora_lite.prepare.recipe_head import picture_processor
+
+    if not settings.of_pictures:
+        return f"{settings.data.max_tokens:,} tokens"
+    processor = picture_processor(settings)
+    return f"{settings.train.micro_batch_size:,} pictures of {processor.height} x {processor.width} pixels"
 
 
 def machine_for(settings, vram=None, gpu=None):
@@ -220,8 +229,10 @@ def machine_for(settings, vram=None, gpu=None):
     return machine
 
 
-def _longest(planner, made) -> dict:
+def _longest(planner, made, settings) -> dict:
     """Return the largest data.max_tokens that fits, and what it takes of the host and of time."""
+    if settings.of_pictures:
+        raise click.UsageError("--max-tokens is for rows of tokens, and this recipe's are pictures; see --max-batch")
     longest = _or_none(planner.longest_pack, made)
     if longest is None:
         return {"max_tokens": None}

@@ -10,7 +10,10 @@ from .output import echo, prepare, step_progress
 
 @click.command()
 @click.argument("run")
-@click.option("--rows", required=True, metavar="FILE", help="Data file with the columns of the run's own rows.")
+@click.option(
+    "--rows", required=True, metavar="FILE",
+    help="Data file with the columns of the run's own rows, or a folder of pictures.",
+)  # fmt: skip
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="JSONL file: place, label, probabilities and, where a row has one, its own label as reference.",
@@ -19,8 +22,9 @@ from .output import echo, prepare, step_progress
 def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: bool) -> None:
     """Label every row of a file.
 
-    RUN is a run folder with task.kind classification, multi-label, regression or reward (rows are then chats, which
-    get scores), or its adapter folder. Texts longer than the run's data.max_tokens are cut; longer chats are an error.
+    RUN is a run folder with a task.kind other than language-model, or its adapter folder. Of task.kind reward rows are
+    chats, which get scores, and of image-classification pictures. Texts longer than the run's data.max_tokens are cut;
+    longer chats are an error.
     """
     prepare(verbose=False)
     from qlora_lite.inference.label_texts import predict_labels
@@ -28,4 +32,4 @@ def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: 
     with step_progress("loading"):
         done = predict_labels(run, rows, out, model_path, unfinished)
     cut = f"; cut to data.max_tokens: {done.cut:,}" if done.cut else ""
-    echo(f"{done.texts:,} texts labelled in {out}{cut}")
+    echo(f"{done.texts:,} rows labelled in {out}{cut}")

@@ -31,6 +31,7 @@ from .example_checks import NOTHING_TO_LEARN
 from .fast_render import Form, make_form
 from .labelled_rows import labelled_examples
 from .mask import Marked, Row, answers_of, mark_rows, render_row
+from .pictures import picture_examples
 from .preferences import mismatched, paired
 from .render import CONTROL_TOKEN, check_shape, render_ahead
 from .row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
@@ -72,6 +73,9 @@ def make_examples(
     Raises:
         DataError: a file cannot be read, its format is not known, or there is no template.
     """
+    if settings.of_pictures:
+        yield from picture_examples(source, settings, statistics)
+        return
     if settings.problem:
         yield from labelled_examples(source, tokenizer, settings, statistics)
         return

@@ -120,6 +120,7 @@ def read_examples(
     max_rows: int | None = None,
     preference: str | None = None,
     problem: str | None = None,
+    of_pictures: bool = False,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -142,6 +143,7 @@ def read_examples(
             ``max_tokens`` is then of both sequences of an example.
         problem: what the rows have labels for (``labels``), so that template and train_on do not matter; None are rows
             for a language model.
+        of_pictures: rows are pictures with labels (``pictures``), which need no tokenizer: give None.
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -149,8 +151,8 @@ def read_examples(
     Raises:
         DataError: an argument is out of range.
     """
-    _check_arguments(sources, tokenizer, train_on, max_tokens, overflow)
-    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem)
+    _check_arguments(sources, tokenizer, train_on, max_tokens, overflow, of_pictures)
+    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures)
     job = _Job(sources, tokenizer, template, settings)
     examples, statistics = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
@@ -240,7 +242,8 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
         left = f"no row is left to train on: {_reasons(statistics.dropped)}"
         statistics.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
     end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end and not job.settings.problem
-    for problem in check_examples(examples, job.tokenizer.bos_token_id, end_ids, end_is_target):
+    begin_id = None if job.settings.of_pictures else job.tokenizer.bos_token_id
+    for problem in check_examples(examples, begin_id, end_ids, end_is_target):
         statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
 
 
@@ -250,6 +253,7 @@ def _check_arguments(
     train_on: str,
     max_tokens: int,
     overflow: str,
+    of_pictures: bool = False,
 ) -> None:
     if train_on not in TRAIN_ON:
         raise DataError(f"data.train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
@@ -257,10 +261,10 @@ def _check_arguments(
         raise DataError(f"data.overflow {overflow!r} is unknown; choose one of {', '.join(OVERFLOW)}")
     if not isinstance(max_tokens, int) or max_tokens < 2:
         raise DataError(f"data.max_tokens is {max_tokens!r}; a row needs at least 2 tokens")
-    if not hasattr(tokenizer, "is_fast"):
+    if not of_pictures and not hasattr(tokenizer, "is_fast"):
         name = type(tokenizer).__name__
         raise DataError(f"a tokenizer is wanted, not {name}; qlora_lite.load_tokenizer(PATH) loads one")
-    if not tokenizer.is_fast:
+    if not of_pictures and not tokenizer.is_fast:
         raise DataError(
             "this tokenizer has no tokenizer.json, so the place of its tokens in the text is unknown; "
             "convert it with transformers first (load it with AutoTokenizer and save it again)"

@@ -39,6 +39,7 @@ class Settings:
     max_rows: int | None = None
     preference: str | None = None  # see ``row_formats.read_conversations``
     problem: str | None = None
+    of_pictures: bool = False  # rows are pictures, see ``pictures``
 
 
 @dataclass(slots=True)

@@ -32,11 +32,11 @@ from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
-from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings
 from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.prepare.label_checks import with_labels
+from qlora_lite.prepare.recipe_head import reader_of
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -322,7 +322,7 @@ def evaluate_recipe(
     if out:
         with explain_write_errors(Path(out)):  # now, and not when all is answered
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer or load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
+    tokenizer = tokenizer or reader_of(recipe)
     if recipe.problem is not None:
         return _evaluate_labels(recipe, adapter, tokenizer, watch)
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
@@ -363,7 +363,7 @@ def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Wat
     if recipe.task.labels is None:  # of a recipe, whose rows say them
         recipe = with_labels(recipe, build_data(recipe, tokenizer))
     model, work = load_head(recipe, adapter, tokenizer)
-    check_embeddings(model, data.examples)
+    work.check_examples(model, data.examples)
     settings = train_settings(recipe)
     watched = watching(watch, "evaluation", len(data.examples))
     result = evaluate_loss(work, model, eval_batches(work, data.examples, settings, watched))

@@ -17,9 +17,12 @@ from qlora_lite.data.label_metrics import confusion, probabilities, scores_of
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
 from qlora_lite.data.metrics import Score
+from qlora_lite.data.pictures import example_of as picture_example
+from qlora_lite.data.pictures import read_pictures
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
+from qlora_lite.data.statistics import Statistics
 from qlora_lite.files import write_text
 from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
@@ -93,6 +96,8 @@ def predict_labels(
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     if recipe.label_problem is None:
         return _score_chats(trained, rows, out, done)
+    if recipe.of_pictures:
+        return _label_pictures(trained, rows, out, done)
     found, problems = read_texts(recipe, rows), Problems()
     examples, cut = [], 0
     for row, encoding in zip(found, encode_texts([row.texts for row in found], tokenizer), strict=True):
@@ -134,6 +139,26 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: D
         names = ("chosen", "rejected") if by else ("reward",)
         lines.append({"where": example.where} | {name: next(scores) for name in names})
     write_text(Path(out), "".join(json.dumps(line) + "\n" for line in lines))
+    return Predicted(len(lines), 0)
+
+
+def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
+    """Label every picture of a folder or of a table's rows; labels that it has are the references."""
+    recipe, statistics = trained.recipe, Statistics()
+    (source,) = with_known_columns([schema.Source(path=str(rows))], (*recipe.data.train, *(recipe.data.eval or ())))
+    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
+    found = list(read_pictures(own, statistics, recipe.problem, needs_label=False))
+    statistics.problems.raise_if_any()
+    blank = (recipe.task.labels or ("",))[0]
+    examples = [picture_example(replace(picture, label=blank), digest) for picture, digest in found]
+    model, work = load_head(recipe, trained.adapter, trained.tokenizer())
+    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe), done))
+    lines = []
+    for (picture, _), output in zip(found, outputs.numpy(), strict=True):
+        reference = {} if picture.label is None else {"reference": picture.label}
+        said = {"where": picture.where, "picture": picture.path} | described(output, work.labels, work.problem)
+        lines.append(said | reference)
+    write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Predicted(len(lines), 0)
 
 

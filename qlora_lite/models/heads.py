@@ -1,8 +1,9 @@
-"""Models with a head for sequence classification: one row of outputs for each sequence.
+"""Models with a head for classification: one row of outputs for each sequence, or for each picture.
 
-What transformers' ``AutoModelForSequenceClassification`` makes of a configuration, so that peft and transformers load
-what is trained here. The configuration says it, by transformers' own ``problem_type`` and ``id2label``; without them
-(``nested.read_language_part``) the same files are those of a language model.
+What transformers' ``AutoModelForSequenceClassification`` or ``AutoModelForImageClassification`` makes of a
+configuration, so that peft and transformers load what is trained here. The configuration says it, by transformers' own
+``problem_type`` and ``id2label``; without them (``nested.read_language_part``) the same files are those of a language
+model.
 
 A decoder's head reads the last token of a sequence, an encoder's the first one, or the mean of all. transformers
 computes a head of a padded batch; here its modules are run on the tokens that they read, of packed sequences. Which
@@ -24,6 +25,7 @@ from qlora_lite.adapters.parts import head_paths, is_headed, is_norm
 from qlora_lite.errors import ModelError
 
 from .nested import LanguagePart
+from .pretrained import is_of_pictures
 
 _new: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()  # names of weights that no file had, by model
 
@@ -36,11 +38,13 @@ class Head:
         problem: one of those of ``data.labels``, in transformers' words.
         labels: the names of its outputs, in order; of a number there is one.
         seed: of the weights that it begins with.
+        of_pictures: whether it reads pictures and no text.
     """
 
     problem: str
     labels: tuple[str, ...]
     seed: int = 0
+    of_pictures: bool = False
 
 
 def with_head(part: LanguagePart, head: Head | None) -> LanguagePart:
@@ -49,14 +53,27 @@ def with_head(part: LanguagePart, head: Head | None) -> LanguagePart:
     Raises:
         ModelError: transformers has no such model.
     """
+    if is_of_pictures(part.config) != bool(head and head.of_pictures):
+        raise ModelError(_other_inputs(part.config))
     if head is None:
         return part
     config = copy.deepcopy(part.config)
+    if head.of_pictures:
+        _describe(config, head)
+        return replace(part, config=config)
     if part.whole is not None or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelError(f"transformers has no model of the type {config.model_type} for sequence classification; "
                          "choose another model")  # fmt: skip
     _describe(config, head)
     return replace(part, config=config)
+
+
+def _other_inputs(config) -> str:
+    """Say that a model reads something else than is asked of it, or is no model that transformers has a head for."""
+    if is_of_pictures(config):
+        return f"a model of the type {config.model_type} reads pictures; write task.kind: image-classification"
+    why = "transformers has no model of the type {} for image classification; choose DINOv2, ViT, SigLIP or CLIP"
+    return why.format(config.model_type)
 
 
 def _describe(config, head: Head) -> None:

@@ -45,7 +45,7 @@ from .heads import Head, begin_head, note_new, with_head
 from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
-from .pretrained import model_of, model_with
+from .pretrained import is_of_pictures, model_of, model_with
 from .published import is_published, published_formats, published_state
 from .quantizer import InFiles, QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
@@ -543,7 +543,8 @@ def use_row_attention(model: nn.Module) -> bool:
     AttentionMaskInterface.register(ROW_ATTENTION, _mask_for_padding_only)
     if not model._supports_attention_backend:
         return False
-    model.set_attn_implementation(ROW_ATTENTION)
+    with _without_report() if is_of_pictures(model.config) else nullcontext():  # of the absent half of CLIP
+        model.set_attn_implementation(ROW_ATTENTION)
     return True
 
 

@@ -40,7 +40,7 @@ from .anatomy import decoder
 from .cache import from_gguf_header
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
-from .pretrained import config_of, model_from
+from .pretrained import config_of, is_of_pictures, model_from
 
 # What transformers raises over a configuration that contradicts itself, or lacks a library.
 _BUILD_ERRORS = (
@@ -90,6 +90,11 @@ class LanguagePart:
         return next((re.sub(begin, here, path) for begin, here in begins.items() if re.search(begin, path)), path)
 
 
+def of_blocks(config):
+    """Return the configuration that says how many blocks there are, and their width: of CLIP that of its tower."""
+    return config.vision_config if is_of_pictures(config) and hasattr(config, "vision_config") else config
+
+
 def read_language_part(folder: Path, name: str, gguf_file: str | None = None) -> LanguagePart:
     """Read the configuration of a folder, or of a GGUF file in it, and find the language model.
 
@@ -119,6 +124,8 @@ def language_part(config) -> LanguagePart:
     Raises:
         ModelError: transformers cannot load the language model alone.
     """
+    if is_of_pictures(config):  # CLIP and SigLIP nest a vision tower, which transformers takes apart itself
+        return LanguagePart(config, None, {})
     try:
         text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
     except ValueError as error:

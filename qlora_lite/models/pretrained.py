@@ -13,10 +13,12 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -56,8 +58,16 @@ def config_of(folder: Path, **options):
     return config
 
 
+def is_of_pictures(config) -> bool:
+    """Return whether a configuration is that of a vision encoder, which transformers puts a head for pictures on."""
+    kind = type(config)
+    return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
 def auto_of(config):
     """Return transformers' class for a configuration: a causal language model, or one with a head (``heads``)."""
+    if config.problem_type and is_of_pictures(config):
+        return AutoModelForImageClassification
     return AutoModelForSequenceClassification if config.problem_type else AutoModelForCausalLM
 
 

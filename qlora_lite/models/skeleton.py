@@ -28,7 +28,7 @@ from .gguf_codes import Formats
 from .kept import kept_layers
 from .load import KEEP, adopt
 from .locate import locate
-from .nested import LanguagePart, language_part, read_language_part, without_weights
+from .nested import LanguagePart, language_part, of_blocks, read_language_part, without_weights
 from .quantizer import quantize_head, replace_weights
 
 log = logging.getLogger("qlora_lite")
@@ -72,6 +72,12 @@ def read_part(path: str, revision: str | None = None) -> LanguagePart:
     return language_part(AutoConfig.for_model(**known))
 
 
+def folder_of(path: str, revision: str | None = None) -> Path | None:
+    """Return where a model's small files lie, on this disk or in the hub's cache; None where they do not."""
+    local = Path(os.path.expanduser(path))
+    return local if os.path.isdir(local) else _folder_in_cache(path, revision)
+
+
 def _folder_in_cache(path: str, revision: str | None) -> Path | None:
     """Return where the hub's cache has a model's configuration."""
     try:
@@ -84,9 +90,10 @@ def _folder_in_cache(path: str, revision: str | None) -> Path | None:
 def shallow_config(config, layers: int):
     """Return a copy of a model's configuration with fewer blocks."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    part = of_blocks(config)
+    part.num_hidden_layers = layers
+    if getattr(part, "layer_types", None):
+        part.layer_types = part.layer_types[:layers]
     return config
 
 
@@ -114,7 +121,7 @@ def block_pattern(
 
 def _kinds_of_blocks(config, method: AdapterMethod | None, keep_16bit: tuple[str, ...], formats: Formats) -> list[int]:
     """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
-    model, depth = meta_model(config, "none", False, torch.float32), config.num_hidden_layers
+    model, depth = meta_model(config, "none", False, torch.float32), of_blocks(config).num_hidden_layers
     found, layers, experts = blocks(model), linear_layers(model), expert_weights(model)
     adapted = method.layer_kinds(list(layers), list(experts), in_blocks(model)) if method else {}
     matched: dict[nn.Module, tuple] = {}
@@ -166,7 +173,7 @@ def meta_model(
         model = without_weights(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        kind = "model for sequence classification" if config.problem_type else "causal language model"
+        kind = "model for classification" if config.problem_type else "causal language model"
         raise ModelError(f"no {kind} can be built from this configuration: {reason}") from error
     if quant != "none":
         kept = kept_layers(model, keep_16bit, config)

@@ -94,7 +94,8 @@ def build_candidate(step: Step, machine: Machine, options: MemoryOptions, packs:
     """Simulate one way to run the step, if that was not done before."""
     micro_batches = step.packs * step.micro_batches // packs
     shape, evaluation = step.pack.times(packs), step.job.eval_shape
-    if evaluation is not None and evaluation.tokens <= shape.tokens:
+    counts = step.job.workload.has_large_inputs  # a probe has both
+    if evaluation is not None and evaluation.tokens <= shape.tokens and not counts:
         evaluation = None
     options = settled(step, options)
     job = replace(step.job, shape=shape, eval_shape=evaluation, accumulating=micro_batches > 1, options=options)

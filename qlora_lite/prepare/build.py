@@ -44,7 +44,7 @@ from qlora_lite.models.load import (
 )
 from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
-from qlora_lite.models.nested import without_weights
+from qlora_lite.models.nested import of_blocks, without_weights
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.models.tokenizer import load_tokenizer
@@ -55,6 +55,7 @@ from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
 from qlora_lite.train.reward_head import PairLoss, RewardHead
@@ -62,7 +63,7 @@ from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
 
-from .recipe_head import head_of, part_of
+from .recipe_head import head_of, part_of, picture_processor
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     said = recipe.data.model_dump() | recipe.train.model_dump() | recipe.memory.model_dump()
     said["options"] = MemoryOptions(**fixed_options(recipe))
     said["learning_rate"] = learning_rate_of(recipe)
+    said["max_tokens"], said["packing"] = recipe.sequence_tokens, recipe.packs
     return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings) if field.name in said})
 
 
@@ -89,7 +91,7 @@ def learning_rate_of(recipe: Recipe) -> float:
     if recipe.train.learning_rate != "auto":
         return recipe.train.learning_rate
     config, lora = read_config(recipe.model.path, recipe.model.revision), recipe.lora
-    if not isinstance(width := getattr(config, "hidden_size", None), int):
+    if not isinstance(width := getattr(of_blocks(config), "hidden_size", None), int):
         raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
                          "say; set a number")  # fmt: skip
     if recipe.adapter.method == "full":
@@ -340,6 +342,9 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
     method, o, kind = method_of(recipe), recipe.objective, recipe.train.objective
     if (head := head_of(recipe)) and recipe.task.kind == "reward":
         return RewardHead(PairLoss(), method, spec, labels=head.labels)
+    if head and recipe.of_pictures:
+        processor = picture_processor(recipe)
+        return PictureHead(HeadLoss(head.problem), method, spec, labels=head.labels, processor=processor)
     if head:
         return SequenceHead(HeadLoss(head.problem), method, spec, labels=head.labels)
     if kind == GRPO:

@@ -25,6 +25,7 @@ from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
@@ -109,9 +110,9 @@ def plan_recipe(
     d = recipe.data
     config = part_of(recipe).config
     job = job_of(recipe, config, machine, eval_shape)
-    together = not job.workload.runs_row_by_row(d.max_tokens)
+    together, tokens = not job.workload.runs_row_by_row(d.max_tokens), recipe.sequence_tokens
     if d.has_eval and eval_shape is None:
-        job = replace(job, eval_shape=job.workload.full_pack(d.max_tokens, packing=together), saved_adapters=2)
+        job = replace(job, eval_shape=job.workload.full_pack(tokens, packing=together), saved_adapters=2)
     machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
         if job.workload.tables_are_tied and one in fixed:
@@ -131,7 +132,7 @@ def plan_recipe(
     elif fixed.get("stream_from") == "ranks":
         raise RecipeError("memory.stream_from ranks divides the weights of layers among several processes, and this is "
                           "one: start more (qlora-lite train --gpus), or set it to auto")  # fmt: skip
-    pack = shape or job.workload.full_pack(d.max_tokens, d.packing and together)
+    pack = shape or job.workload.full_pack(tokens, recipe.packs and together)
     step = Step(
         job, pack, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward,
@@ -145,7 +146,7 @@ def plan_recipe(
     if recipe.model.quant_head and config.tie_word_embeddings and not (chosen or least).options.host_embeddings:
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
-    _warn_of_length(job, max(shape.lengths) if shape else d.max_tokens)
+    _warn_of_length(job, max(shape.lengths) if shape else tokens)
     kept = recipe.train.keep_checkpoints
     return Plan(
         machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept, learning_rate_of(recipe)
@@ -215,6 +216,11 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
         half_job = replace(job, eval_shape=evaluation)
         half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
         changed[f"data.max_tokens={tokens // 2}"] = half
+    work = job.workload
+    if isinstance(work, PictureHead) and work.spec and not work.method.trains_base:  # what 4 bits save
+        quant = "none" if work.is_quantized else "nf4"
+        stored = replace(work, spec=replace(work.spec, quant=quant))
+        changed[f"model.quant={quant}"] = replace(step, job=replace(job, workload=stored), known={})
     for change, other_step in changed.items():
         yield _alternative(plan, change, build_candidate(other_step, plan.machine, chosen.options, chosen.packs))
 

@@ -27,6 +27,8 @@ from qlora_lite.data.fields import columns_of
 from qlora_lite.data.labelled_rows import FORMAT as LABELLED
 from qlora_lite.data.labelled_rows import columns_for
 from qlora_lite.data.metrics import check_references
+from qlora_lite.data.pictures import FORMAT as PICTURES
+from qlora_lite.data.pictures import is_folder_of_pictures, not_read, picture_columns
 from qlora_lite.data.preferences import answer_tokens, check_labels
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.render import ROW_DAY
@@ -153,18 +155,18 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     problems += [problem_entry(problem, False) for problem in warned]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
-        **_counts(data),
+        **_counts(recipe, data),
         "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
         **_lengths(recipe, data),
         "answer_tokens": _answer_tokens(recipe, data),
         "sources": _sources(recipe, data, "train"),
         "template": _describe_template(data, tokenizer),
-        "special_tokens": _special_tokens(data, tokenizer),
+        "special_tokens": [] if recipe.of_pictures else _special_tokens(data, tokenizer),
         "eval": eval_data and {
-            **_counts(eval_data),
+            **_counts(recipe, eval_data),
             "sources": _sources(recipe, eval_data, "eval"),
         },
-        "rows": _rows(data, tokenizer, rows_to_show),
+        "rows": [] if recipe.of_pictures else _rows(data, tokenizer, rows_to_show),
         **({"labels": balance} if (balance := balance_of(recipe, data, eval_data)) else {}),
     }  # fmt: skip
     return Preflight(data, eval_data, report)
@@ -284,6 +286,8 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
 
 def _absent_tokens(recipe: Recipe, tokenizer, data: Dataset) -> Iterator[RowProblem]:
     """Yield a warning of tokens whose rows are to be trained and that no training row has."""
+    if not recipe.adapter.train_tokens:
+        return
     wanted = {tokenizer.convert_tokens_to_ids(token): token for token in recipe.adapter.train_tokens}
     if recipe.data.streaming:
         return
@@ -310,22 +314,23 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
     yield from ((problem, is_error) for problem in found)
 
 
-def _counts(data: Dataset) -> dict:
+def _counts(recipe: Recipe, data: Dataset) -> dict:
+    tokens, targets = (0, 0) if recipe.of_pictures else (data.tokens, data.learned_tokens)
     return {
         "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped,
-        "dropped_at": data.dropped_at, "truncated": data.truncated, "split": data.split, "tokens": data.tokens,
-        "learned_tokens": data.learned_tokens,
+        "dropped_at": data.dropped_at, "truncated": data.truncated, "split": data.split, "tokens": tokens,
+        "learned_tokens": targets,
     }  # fmt: skip
 
 
 def _lengths(recipe: Recipe, data: Dataset) -> dict:
     d = recipe.data
-    lengths = row_lengths(data.examples)
-    packs = plan_epoch(lengths, d.max_tokens, d.packing, 1, d.order, recipe.train.seed, 0)
+    lengths = [] if recipe.of_pictures else row_lengths(data.examples)
+    packs = plan_epoch(lengths, d.max_tokens, recipe.packs, 1, d.order, recipe.train.seed, 0)
     return {
         "max_tokens": d.max_tokens,
-        "packs": len(packs) if d.packing else None,
-        "packing_efficiency": packing_efficiency(lengths, d.max_tokens, packs) if d.packing else None,
+        "packs": len(packs) if recipe.packs else None,
+        "packing_efficiency": packing_efficiency(lengths, d.max_tokens, packs) if recipe.packs else None,
         "longest_tokens": max(lengths, default=0),
         "lengths": [{"from": first, "to": last, "rows": count} for first, last, count in histogram(lengths)],
     }
@@ -350,9 +355,15 @@ def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
         counts["learned_tokens"] = int(part.learned_counts.sum())
-        how = _describe_labelled(source, unused) if recipe.label_problem else _describe_source(source, unused, recipe)
+        how = _describe(source, unused, recipe)
         described.append(how | counts)
     return described
+
+
+def _describe(source: Source, unused: dict[str, Counter[str]], recipe: Recipe) -> dict:
+    if recipe.of_pictures:
+        return _describe_pictures(source, unused)
+    return _describe_labelled(source, unused) if recipe.label_problem else _describe_source(source, unused, recipe)
 
 
 def _parts(data: Dataset) -> Iterator[Examples]:
@@ -389,6 +400,22 @@ def _describe_labelled(source: Source, unused: dict[str, Counter[str]]) -> dict:
         used = columns.names if columns else columns_of(source.prompt) + columns_of(source.completion)
         notes += [f"{what} not used: {_first(names)}" for what, names in unused_of(unused, used)]
     return {"path": source.path, "format": LABELLED, "weight": source.weight, "notes": notes}
+
+
+def _describe_pictures(source: Source, unused: dict[str, Counter[str]]) -> dict:
+    """Describe a source of pictures: the columns of a table, and what of it is not used."""
+    notes = []
+    with suppress(DataError, StopIteration, OSError):  # as above
+        if is_folder_of_pictures(source.path):
+            unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in not_read(source.path)]
+            notes += [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
+        else:
+            where, row = next(read_rows(source, Problems()))
+            held, label = picture_columns(row, where, source)
+            notes += [f"picture: {held}; label: {label}"] if held and label else []
+            used = {held or "", label or "", *columns_of(source.prompt), *columns_of(source.completion)}
+            notes += [f"{what} not used: {_first(names)}" for what, names in unused_of(unused, used)]
+    return {"path": source.path, "format": PICTURES, "weight": source.weight, "notes": notes}
 
 
 def _left_out(source: Source) -> list[str]:

@@ -1,9 +1,14 @@
 """The head that a recipe's task section asks for, and the model with it."""
 
+from qlora_lite.constraints import OF_PICTURES
 from qlora_lite.data.labels import NUMBER
+from qlora_lite.data.pictures import Processor, processor_of
+from qlora_lite.errors import ModelError
 from qlora_lite.models.heads import Head, with_head
-from qlora_lite.models.nested import LanguagePart
-from qlora_lite.models.skeleton import read_part
+from qlora_lite.models.locate import read_json
+from qlora_lite.models.nested import LanguagePart, of_blocks
+from qlora_lite.models.skeleton import folder_of, read_config, read_part
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
 
 PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
@@ -17,7 +22,45 @@ def head_of(recipe: Recipe) -> Head | None:
         labels: tuple[str, ...] = (REWARD_LABEL,)
     else:
         labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
-    return Head(recipe.problem, labels, recipe.train.seed)
+    return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures)
+
+
+def reader_of(recipe: Recipe):
+    """Return what makes a model's inputs of a recipe's rows: its tokenizer, or the processor of its pictures.
+
+    Raises:
+        ModelError: see ``load_tokenizer`` and ``picture_processor``.
+    """
+    m = recipe.model
+    if recipe.of_pictures:
+        return picture_processor(recipe)
+    return load_tokenizer(m.path, m.revision, recipe.adapter.train_tokens)
+
+
+def picture_processor(recipe: Recipe) -> Processor:
+    """Return how a recipe's pictures become pixels, as its model's files say; without them ImageNet's colours.
+
+    Raises:
+        ModelError: the model is not one of pictures, or ``data.resolution`` is no multiple of its patches.
+        DataError: see ``data.pictures.processor_of``.
+    """
+    m, wanted = recipe.model, recipe.data.resolution
+    config = of_blocks(read_config(m.path, m.revision))
+    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    if size is None or not isinstance(patch, int):
+        raise ModelError(f"{m.path} ({config.model_type}) is no vision encoder of patches, which {OF_PICTURES} needs; "
+                         "choose DINOv2, ViT, SigLIP or CLIP")  # fmt: skip
+    if wanted and wanted % patch:
+        near = sorted({max(patch, wanted // patch * patch), -(-wanted // patch) * patch})
+        raise ModelError(f"data.resolution {wanted} is no multiple of the model's patches of {patch} pixels; write "
+                         f"{' or '.join(map(str, near))}")  # fmt: skip
+    folder = folder_of(m.path, m.revision)
+    said = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if folder and (folder / name).is_file():
+            said = read_json(folder / name)
+            break
+    return processor_of(said.get("image_processor", said), size, wanted, recipe.data.augment)
 
 
 def part_of(recipe: Recipe) -> LanguagePart:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 
 from qlora_lite.constraints import (
     OF_CHATS,
+    OF_PICTURES,
     STREAMED_TRAINED,
     UPDATES_IN_FLOAT16,
     WITH_COMPILE,
     WITH_FULL,
     WITH_HEAD,
+    WITH_PICTURES,
     WITH_UPDATES_IN_BACKWARD,
 )
 
@@ -46,7 +48,7 @@ def conflicts(value: _Value) -> _Found:
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
-        _no_layers, _merge_aware, _preferences, _with_head,
+        _no_layers, _merge_aware, _preferences, _with_head, _pictures,
     ):  # fmt: skip
         yield from check(value)
 
@@ -98,10 +100,10 @@ def _with_head(value: _Value) -> _Found:
     labels = value("task", "labels")
     if kind in ("language-model", "regression", "reward"):
         if labels is not None:
-            yield ("task", "labels"), f"task.labels: only with task.kind classification or multi-label, not {kind}"
+            yield ("task", "labels"), f"task.labels: only with a task.kind that gives labels, not {kind}"
     elif value("data", "streaming") is True and labels is None:
         yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
-    if kind == "classification" and isinstance(labels, list) and len(labels) == 1:
+    if kind in ("classification", "image-classification") and isinstance(labels, list) and len(labels) == 1:
         yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
     if kind == "language-model":
         return
@@ -117,6 +119,21 @@ def _with_head(value: _Value) -> _Found:
         if (given := value(section, name)) not in (None, only):
             message = f"{section}.{name} = {written(given)}: for a language model, not with task.kind {kind}"
             yield (section, name), f"{message}; remove it"
+
+
+def _pictures(value: _Value) -> _Found:
+    if value("task", "kind") != "image-classification":
+        for name in ("resolution", "augment"):
+            if value("data", name) not in (None, "none"):
+                yield ("data", name), f"data.{name}: only with {OF_PICTURES}; remove it"
+        return
+    for (section, name), allowed in WITH_PICTURES.items():
+        given = value(section, name)
+        if given is None or given == "auto" or any(given == each for each in allowed):
+            continue
+        message = f"{section}.{name} = {written(given)}: not possible with {OF_PICTURES}, where an example is a picture"
+        cure = "remove it" if name == "max_tokens" else f"write {' or '.join(map(written, allowed))}, or remove it"
+        yield (section, name), f"{message}; {cure}"
 
 
 def _no_layers(value: _Value) -> _Found:
@@ -402,7 +419,8 @@ def _full(value: _Value) -> _Found:
     if switches and value("train", "compile") is True:
         message = "adapter.switch_every: not possible with train.compile, which would compile every block once a turn"
         yield ("adapter", "switch_every"), f"{message}; remove one of the two"
-    if (quant := value("model", "quant")) != "none":
+    quant = value("model", "quant")
+    if quant != "none" and not (quant is None and value("task", "kind") == "image-classification"):
         said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
         yield (
             ("model", "quant") if quant else ("adapter", "method"),

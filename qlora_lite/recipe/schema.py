@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
 
 from qlora_lite.units import parse_bytes
 
@@ -24,6 +24,7 @@ ALL_LINEAR = "all-linear"
 PROBLEMS = {  # of task.kind, in transformers' words
     "language-model": None, "classification": "single_label_classification",
     "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
+    "image-classification": "single_label_classification",
 }  # fmt: skip
 REWARD_LABEL = "reward"  # of the one output of a reward model
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
@@ -154,14 +155,17 @@ class Model(_Section):
 
 
 class Task(_Section):
-    """What the model is trained to give: text, or labels of texts by way of a head that is trained with it."""
+    """What the model is trained to give: text, or labels of texts or pictures by way of a head that is trained too."""
 
-    kind: Literal["language-model", "classification", "multi-label", "regression", "reward"] = "language-model"
+    kind: Literal[
+        "language-model", "classification", "multi-label", "regression", "reward", "image-classification",
+    ] = "language-model"  # fmt: skip
     """language-model learns to write. The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
     label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
     label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
-    (qlora-lite explain heads)."""
+    (qlora-lite explain heads). image-classification gives pictures one label of several, by a vision encoder (DINOv2,
+    ViT, SigLIP, CLIP), with model.quant none unless it says otherwise (qlora-lite explain pictures)."""
     labels: Annotated[
         tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
     ] = None  # fmt: skip
@@ -360,6 +364,13 @@ class Data(_Section):
     order: Literal["shuffle", "as-is", "longest-first", "by-length"] = "shuffle"
     """Order of the examples in an epoch; shuffle depends on train.seed and the epoch only. longest-first shows at once
     what does not fit; by-length groups examples of similar length and shuffles the steps."""
+    resolution: PositiveInt | None = None
+    """Edge of the square that the model sees of a picture, in pixels, a multiple of its patch size; null is what the
+    model's files say. Memory and time grow with its square. Only with task.kind image-classification."""
+    augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
+    """What training makes of a picture, anew in each step: flip mirrors every second one, crop takes a random part of
+    it, of 8 % of its area or more (torchvision's RandomHorizontalFlip and RandomResizedCrop). It depends on train.seed,
+    the step and the picture only. Only with task.kind image-classification."""
     streaming: bool = False
     """Tokenise while training and store nothing: for sources too large for a first pass. Hub data sets are then read
     over the network instead of downloaded, once more for each epoch. Needs data.order as-is and train.max_steps; only
@@ -654,6 +665,17 @@ class Recipe(_Section):
     memory: Memory = Memory()
     output: Output = Output()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unpacked_pictures(cls, settings: object) -> object:
+        """Take model.quant none where pictures are classified and nothing else is said: 4 bits save little there."""
+        if not isinstance(settings, dict):
+            return settings
+        task, model = settings.get("task"), settings.get("model")
+        if not isinstance(task, dict) or task.get("kind") != "image-classification":
+            return settings
+        return {**settings, "model": {"quant": "none", **model}} if isinstance(model, dict) else settings
+
     @property
     def virtual_tokens(self) -> int:
         """Virtual tokens before every row."""
@@ -675,6 +697,21 @@ class Recipe(_Section):
     def label_problem(self) -> str | None:
         """What the labels of rows are for, likewise; None where rows have none."""
         return None if self.task.kind == "reward" else self.problem
+
+    @property
+    def of_pictures(self) -> bool:
+        """Whether rows are pictures."""
+        return self.task.kind == "image-classification"
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Length of a packed sequence; of pictures, which count as one token each, how many are evaluated at once."""
+        return self.train.micro_batch_size if self.of_pictures else self.data.max_tokens
+
+    @property
+    def packs(self) -> bool:
+        """Whether a sequence holds several rows; pictures stand one by one."""
+        return self.data.packing and not self.of_pictures
 
     @property
     def recipe_hash(self) -> str:

@@ -70,19 +70,26 @@ def _figures(report: dict) -> str:
     )
     evaluation = report.get("eval")
     left_out, lengths = sum(report["dropped"].values()), report.get("answer_tokens") or {}
+    rows = figure("Rows kept", f"{report['rows_kept']:,}", detail=f"of {report['rows_read']:,}, {left_out:,} left out")
+    if report["rows_kept"] and not report["tokens"]:  # pictures
+        return f'<div class="figures">{rows}{figure("Evaluation examples", _evaluated(evaluation))}</div>'
     figures = [
-        figure("Rows kept", f"{report['rows_kept']:,}", detail=f"of {report['rows_read']:,}, {left_out:,} left out"),
+        rows,
         figure("Tokens", f"{report['tokens']:,}", detail=f"longest example {report.get('longest_tokens', 0):,}"),
         figure("Target tokens", f"{share:.1%}", detail=f"{report['learned_tokens']:,} tokens"),
         figure("Packing efficiency", f"{full:.1%}" if full is not None else "", detail=packs),
         figure(
             "Evaluation examples",
-            f"{evaluation['rows_kept']:,}" if evaluation else "none",
+            _evaluated(evaluation),
             detail=f"{evaluation['learned_tokens']:,} target tokens" if evaluation else "",
         ),
     ]
     figures += [figure(f"Mean tokens, {name}", f"{mean:.1f}") for name, mean in lengths.items()]
     return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _evaluated(evaluation: dict | None) -> str:
+    return f"{evaluation['rows_kept']:,}" if evaluation else "none"
 
 
 def _labels(report: dict) -> str:

@@ -24,7 +24,6 @@ from qlora_lite.memory.meter import PeakMeter, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.memory_options import set_memory_options
-from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
@@ -32,6 +31,7 @@ from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
+from qlora_lite.prepare.recipe_head import reader_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason
@@ -65,7 +65,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
             state at the failure.
         OutputError: the folder cannot be written.
     """
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
+    tokenizer = reader_of(recipe)
     data, eval_data = build_data(recipe, tokenizer, compares=True), build_data(recipe, tokenizer, "eval", compares=True)
     eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
     recipe = with_labels(recipe, data)

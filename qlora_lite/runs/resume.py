@@ -28,6 +28,7 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
+from qlora_lite.data.pictures import Processor
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
@@ -340,8 +341,15 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
     return labels | {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": _digest_of_reader(tokenizer),
     }
+
+
+def _digest_of_reader(reader) -> str:
+    """Return a digest of a tokenizer, or of what makes pixels of pictures."""
+    if isinstance(reader, Processor):
+        return reader.digest
+    return hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def _digest_of_labels(data: Dataset, eval_data: Dataset | None) -> str:

@@ -38,7 +38,6 @@ from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
-from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import (
     add_adapter,
     build_model,
@@ -54,7 +53,7 @@ from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
-from qlora_lite.prepare.recipe_head import head_of
+from qlora_lite.prepare.recipe_head import head_of, reader_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.reporting.plan_text import reason
@@ -177,7 +176,7 @@ def prepare(
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
     judges_of(recipe.objective.rewards)  # stops at once where a function is not there
-    tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
+    tokenizer = reader_of(recipe)
     if recipe.train.learning_rate == "auto":
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
         log.info("train.learning_rate: auto is %g", rate)
@@ -389,9 +388,10 @@ def _log_data(report: dict) -> None:
         log.info("data: %s: %s", path, note)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     efficiency = report["packing_efficiency"]
+    tokens = f", {report['tokens']} tokens, {report['learned_tokens']} learned" if report["tokens"] else ""
     log.info(
-        "data: %d of %d rows, %d tokens, %d learned%s%s", report["rows_kept"], report["rows_read"],
-        report["tokens"], report["learned_tokens"], f", left out: {left_out}" if left_out else "",
+        "data: %d of %d rows%s%s%s", report["rows_kept"], report["rows_read"], tokens,
+        f", left out: {left_out}" if left_out else "",
         f", {report['packs']} packs {efficiency:.0%} full" if efficiency else "",
     )  # fmt: skip
 

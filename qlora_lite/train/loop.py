@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -113,6 +114,7 @@ class Trainer:
         self._turn = 0  # the first step of the turn that is trained, where weights are trained in turn
         self.total_steps = self.epochs.total_steps()
         self.step = self.skipped = 0
+        self._order: list[list[list[int]]] = []  # the rows of each micro-batch of each step of the epoch
         self.epoch = self.epoch_step = 0  # the next step's: its epoch, and the steps before it in that epoch
         self.optimizer_bytes = 0  # of its states, known after a memory probe
         self.took_part = False  # every wrapped layer, which a step has shown
@@ -258,6 +260,15 @@ class Trainer:
             self.epoch_step += 1
             yield self._train(micro_batches)
 
+    def _expect_next(self) -> None:
+        """Let the workload make the next step's examples ready, as far as this rank computes them."""
+        if self.stream is not None or self.step >= self.total_steps:
+            return
+        following = self._order[self.epoch_step] if self.epoch_step < len(self._order) else []
+        groups = [[self.examples[row] for row in rows] for rows in following]
+        own = self._own(groups, self.settings.shares)
+        self.workload.expect([each for rows in own for each in rows], self.settings.seed, self.step + 1)
+
     def _steps(self) -> Iterator[list[Sequence]]:
         """Yield the rows of each micro-batch of each step, from the present place in the data on."""
         while True:
@@ -268,7 +279,8 @@ class Trainer:
 
     def _steps_of_epoch(self) -> Iterator[list[Sequence]]:
         if self.stream is None:
-            for step in self.epochs.steps(self.epoch):
+            self._order = self.epochs.steps(self.epoch)
+            for step in self._order:
                 yield [[self.examples[row] for row in rows] for rows in step]
             return
         s = self.settings
@@ -286,7 +298,9 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         whole = s.options.optimizer_in_backward
         self.processes.seed(s.seed, self.step, self.device)
-        result = self._whole_step(micro_batches) if whole else self._shared(micro_batches, self._step, s.shares)
+        collate = partial(self.workload.training_batch, seed=s.seed, step=self.step)
+        shared = partial(self._shared, compute=self._step, shares=s.shares, collate=collate)
+        result = self._whole_step(micro_batches) if whole else shared(micro_batches)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
         elif not self.took_part and (result.grad_norm or self.workload.always_learns):
@@ -320,6 +334,7 @@ class Trainer:
 
     def _step(self, batches: Iterator, counted: int) -> StepResult:
         s, whole = self.settings, list(batches)
+        self._expect_next()
 
         def attempt(scale: float) -> StepResult:
             self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
@@ -344,12 +359,14 @@ class Trainer:
         own = self.processes.share(micro_batches)
         (rows,) = own or micro_batches[:1]
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
-            batch = self.workload.collate(rows)
+            batch = self.workload.training_batch(rows, self.settings.seed, self.step)
+            self._expect_next()
             return train_step_in_backward(self.workload, self.model, batch, self.optimizer, self.processes, bool(own))
 
     def _shared(
-        self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], shares: Sequence[Share] = ()
-    ) -> T:
+        self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], shares: Sequence[Share] = (),
+        collate: Callable | None = None,
+    ) -> T:  # fmt: skip
         """Return what the ranks' ``compute`` makes of their shares of the batches; it is told how many of them count.
 
         A rank for which there is none computes the first for nothing. Ranks that get weights from each other run as
@@ -357,25 +374,31 @@ class Trainer:
 
         Args:
             shares: of the ranks; none where all are equal.
+            collate: makes a batch of examples; None is the workload's for evaluation.
         """
-        rank = self.processes.rank
-        own = own_micro_batches(groups, shares, rank) if shares else self.processes.share(groups)
+        own = self._own(groups, shares)
 
         def alike(batches: list[Sequence]) -> tuple[list[Sequence], int]:
             most = int(self.processes.largest(len(batches))) if self.is_sharded else len(batches)
             return batches + batches[:1] * (most - len(batches)), len(batches) if own else 0
 
-        return self._within_memory(own or groups[:1], compute, self.processes, alike)
+        return self._within_memory(own or groups[:1], compute, self.processes, alike, collate)
+
+    def _own(self, groups: Sequence[Sequence], shares: Sequence[Share]) -> Sequence[Sequence]:
+        """Return the batches that this rank computes."""
+        return own_micro_batches(groups, shares, self.processes.rank) if shares else self.processes.share(groups)
 
     def _within_memory(
         self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], processes: Processes = ALONE,
         alike: Callable[[list[Sequence]], tuple[list[Sequence], int]] = lambda parts: (parts, len(parts)),
+        collate: Callable | None = None,
     ) -> T:  # fmt: skip
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
 
         Args:
             processes: those that compute together, and do it again together.
             alike: returns the batches that are run, and how many of them count.
+            collate: see ``_shared``.
 
         Raises:
             DoesNotFitError: a single row is too large, or other ranks are in the middle of a block.
@@ -386,7 +409,7 @@ class Trainer:
             run, counted = alike(parts)
             try:
                 with no_retry("between ranks that wait for each other's weights") if self.is_sharded else nullcontext():
-                    return compute((self.workload.collate(rows) for rows in run), counted)
+                    return compute(map(collate or self.workload.collate, run), counted)
             except OtherRankError:
                 pass
             except (RuntimeError, MemoryError) as error:

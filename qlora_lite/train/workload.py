@@ -118,6 +118,7 @@ class Workload:
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
     movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
     tables_are_tied: bool = False  # so that they lie in one place
+    has_large_inputs: bool = False  # pictures, beside which another batch's inputs count too; token ids do not
 
     # Examples and batches.
 
@@ -145,6 +146,20 @@ class Workload:
     def collate(self, examples: Sequence):
         """Return a batch of examples, in host memory."""
         raise NotImplementedError
+
+    def training_batch(self, examples: Sequence, seed: int, step: int):
+        """Return a batch of examples to be trained on, which may be drawn anew for each step, as augmentations are.
+
+        It has the shape of ``collate``'s, and depends on the arguments alone, whatever else the step's batches hold.
+
+        Args:
+            seed: of the run.
+            step: counted from 1.
+        """
+        return self.collate(examples)
+
+    def expect(self, examples: Sequence, seed: int, step: int) -> None:
+        """Begin to make the examples of a later step ready, beside what is computed until then."""
 
     def shape(self, batch) -> BatchShape:
         """Return a batch's shape."""

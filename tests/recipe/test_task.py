@@ -49,7 +49,7 @@ def test_what_makes_no_sense_beside_a_head_is_an_error_with_the_cure(tmp_path, o
 
 def test_names_of_labels_belong_to_labels(tmp_path):
     for kind in ("language-model", "regression"):
-        with pytest.raises(RecipeError, match=r"task\.labels: only with task\.kind classification or multi-label"):
+        with pytest.raises(RecipeError, match=r"task\.labels: only with a task\.kind that gives labels"):
             recipe(tmp_path, task={"kind": kind, "labels": ["a", "b"]})
     assert recipe(tmp_path, task={"kind": "classification", "labels": ["a", "b"]}).task.labels == ("a", "b")
 

@@ -97,7 +97,7 @@ def test_predict_takes_rows_without_labels_and_an_adapter_alone(run, bert, tmp_p
     result = CliRunner().invoke(
         cli, ["predict", str(folder), "--rows", str(rows), "--out", str(tmp_path / "a.jsonl")], catch_exceptions=False
     )
-    assert result.exit_code == 0 and "6 texts labelled" in result.output
+    assert result.exit_code == 0 and "6 rows labelled" in result.output
     found = lines(tmp_path / "a.jsonl")
     assert [row["label"] for row in found] == ["bad", "good"] * 3 and "reference" not in found[0]
     alone = tmp_path / "alone"

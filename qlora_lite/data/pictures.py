@@ -1,0 +1,518 @@
+"""Pictures with labels as examples: found in folders and tables, looked at one by one, decoded, cut and augmented.
+
+A source is a folder with a folder of pictures for each class, or a table (CSV, TSV, JSONL, Parquet, Arrow) whose rows
+name a picture file, or hold a picture's bytes as data sets of the hub do, and its label. Bytes are written once into
+the cache, under a name made of their content, so that an example always names a file.
+
+An example of a picture is an ``Example`` as any other: its prompt is the file's path, its answer the label, and its
+TOKENS token ids are the first bits of the file's SHA-256. So whatever orders, holds out, compares and digests rows of
+text does so with pictures by their content, wherever they lie; the model never sees these numbers.
+
+Every picture is decoded once before training, by threads: what is broken is then a bad row with a place and a reason.
+(Trusting the header, the usual way, ends a run hours later in a worker.) Pillow decodes; what it is given is turned to
+three channels of 8 bits: 16 bits are scaled, not clipped as Pillow's own conversion does, and an alpha channel is left
+out, as transformers' processors do.
+
+A processor is that of the model's own files (``preprocessor_config.json``), in transformers' words: resize, cut out of
+the middle, scale, normalise. Augmentations are torchvision's RandomResizedCrop and RandomHorizontalFlip with their
+defaults; what they draw follows from the run's seed, the step and the picture alone, so that neither threads nor a
+resumed run change a bit.
+
+Shapes: pixels float32 [3, H, W].
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_lite.errors import DataError
+from qlora_lite.files import cache_root, explain_write_errors
+
+from .data_files import READER_OF_SUFFIX, data_suffix
+from .fields import columns_of, fill
+from .hub import PREFIX
+from .labelled_rows import LABEL_COLUMNS
+from .labels import label_text
+from .sources import Source, read_rows
+from .statistics import Settings, Statistics, count_unused, no_counts
+from .storage import Example
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+PICTURE_COLUMNS = "image", "path", "file_name", "file", "filename", "image_path", "picture", "img"
+FORMAT = "pictures"  # what a report calls such rows
+BROKEN, NO_CLASS = "broken picture", "picture without a class"
+TOKENS = 2  # of an example: 62 bits of its content
+MAX_PIXELS = 89_478_485  # of a picture: 256 MiB with three channels, where Pillow begins to warn
+AUGMENTS = ("none", "flip", "crop", "crop-flip")
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
+_AT_ONCE = 256  # pictures that are looked at together
+_AREA, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # torchvision's RandomResizedCrop
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in the order red, green, blue
+_BICUBIC = 3  # Pillow's number
+# What Pillow raises over a file that is no picture, cut short, or not what its header says.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture file with its label as text; None where it has none and needs none."""
+
+    path: str
+    label: str | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Processor:
+    """How a picture becomes pixels: resize, cut, scale, normalise.
+
+    Args:
+        height, width: of the result.
+        resize: the shortest edge before the cut, or height and width; None resizes nothing.
+        resample: Pillow's number of the filter.
+        scale: factor on 0 to 255.
+        mean, std: of each channel, after scaling.
+        augment: one of AUGMENTS, in training.
+    """
+
+    height: int
+    width: int
+    resize: int | tuple[int, int] | None = None
+    resample: int = _BICUBIC
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = _MEAN
+    std: tuple[float, ...] = _STD
+    augment: str = "none"
+
+    def pixels(self, image: "Image", chance: random.Random | None = None) -> np.ndarray:
+        """Return the pixels of a picture, float32 [3, H, W].
+
+        Args:
+            image: three channels of 8 bits.
+            chance: draws the augmentation; None augments nothing.
+        """
+        flips = chance is not None and "flip" in self.augment
+        if chance is not None and "crop" in self.augment:
+            box = _random_box(image.width, image.height, chance)
+            image = image.resize((self.width, self.height), self.resample, box)
+        else:
+            image = self._resized(image)
+        array = np.asarray(image, np.float32).transpose(2, 0, 1)
+        array = _cut(array, self.height, self.width)
+        if flips and chance.random() < 0.5:
+            array = array[:, :, ::-1]
+        # in the order of its axes: a convolution would copy a batch that is laid out otherwise
+        array = np.ascontiguousarray(array)
+        return (array * np.float32(self.scale) - self._column(self.mean)) / self._column(self.std)
+
+    def _resized(self, image: "Image") -> "Image":
+        if self.resize is None:
+            return image
+        if isinstance(self.resize, tuple):
+            return image.resize(self.resize[::-1], self.resample)
+        short, long = sorted((image.width, image.height))
+        other = int(self.resize * long / short)
+        size = (self.resize, other) if image.width <= image.height else (other, self.resize)
+        return image.resize(size, self.resample)
+
+    def _column(self, values: Sequence[float]) -> np.ndarray:
+        return np.array(values, np.float32)[:, None, None]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it for transformers' AutoImageProcessor, without the augmentation."""
+        edges = {"height": self.height, "width": self.width}
+        first = self.resize
+        exact = dict(zip(edges, first, strict=True)) if isinstance(first, tuple) else edges
+        size = {"shortest_edge": first} if isinstance(first, int) else exact
+        said = {
+            "image_processor_type": "BitImageProcessor", "do_resize": first is not None, "size": size,
+            "resample": self.resample, "do_center_crop": True, "crop_size": edges, "do_rescale": True,
+            "rescale_factor": self.scale, "do_normalize": True, "image_mean": [*self.mean], "image_std": [*self.std],
+            "do_convert_rgb": True,
+        }  # fmt: skip
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def digest(self) -> str:
+        """A SHA-256 of what changes pixels."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def processor_of(
+    said: Mapping[str, object], size: int | tuple[int, int], wanted: int | None = None, augment: str = "none"
+) -> Processor:
+    """Return the processor that a model's files describe, for pictures of a size.
+
+    Args:
+        said: what ``preprocessor_config.json`` says; nothing where a model has none.
+        size: of the pictures that the model was made for, one edge or height and width.
+        wanted: edge of the pictures that are wanted instead; None is what the files say.
+        augment: one of AUGMENTS.
+
+    Raises:
+        DataError: it says what is no size, or no number.
+    """
+    try:
+        crop = _edges(said.get("crop_size")) if said.get("do_center_crop") else None
+        resize = _resize_of(said.get("size")) if said.get("do_resize", bool(said)) else None
+        exact = resize if isinstance(resize, tuple) else None
+        height, width = crop or exact or _edges(size)
+        mean, std = (tuple(map(float, said.get(name) or usual)) for name, usual in
+                     (("image_mean", _MEAN), ("image_std", _STD)))  # fmt: skip
+        if not said.get("do_normalize", True):
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        scale = float(said.get("rescale_factor") or 1 / 255) if said.get("do_rescale", True) else 1.0
+        resample = int(said.get("resample", _BICUBIC))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"the model's preprocessor_config.json cannot be used: {error}") from error
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise DataError("the model's preprocessor_config.json is for pictures of other than three channels")
+    if resize is None:
+        resize = height if height == width else (height, width)
+    if wanted:
+        resize = round(resize * wanted / min(height, width)) if isinstance(resize, int) else (wanted, wanted)
+        height = width = wanted
+    return Processor(height, width, resize, resample, scale, mean, std, augment)
+
+
+def _edges(said: object) -> tuple[int, int]:
+    """Return height and width of a size as transformers writes one."""
+    if isinstance(said, Mapping):
+        return (said["height"], said["width"]) if "height" in said else (said["shortest_edge"],) * 2
+    height, width = (said, said) if isinstance(said, int) else said
+    return int(height), int(width)
+
+
+def _resize_of(said: object) -> int | tuple[int, int] | None:
+    if isinstance(said, Mapping):
+        return int(said["shortest_edge"]) if "shortest_edge" in said else _edges(said)
+    return said if said is None or isinstance(said, int) else _edges(said)
+
+
+def _random_box(width: int, height: int, chance: random.Random) -> tuple[float, float, float, float]:
+    """Return the part of a picture that RandomResizedCrop takes: left, upper, right, lower."""
+    for _ in range(_TRIES):
+        area = width * height * chance.uniform(*_AREA)
+        ratio = math.exp(chance.uniform(*map(math.log, _RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = chance.randint(0, width - w), chance.randint(0, height - h)
+            return left, upper, left + w, upper + h
+    ratio = min(max(width / height, _RATIO[0]), _RATIO[1])  # of what is left, the middle
+    w, h = min(width, height * ratio), min(height, width / ratio)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def _cut(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the middle of a picture [3, H, W], with black around it where it is smaller."""
+    short = [max(0, wanted - there) for wanted, there in zip((height, width), array.shape[1:], strict=True)]
+    if any(short):
+        array = np.pad(array, [(0, 0), *((each // 2, each - each // 2) for each in short)])
+    above, left = (array.shape[1] - height) // 2, (array.shape[2] - width) // 2
+    return array[:, above : above + height, left : left + width]
+
+
+def decode(path: str | Path) -> "Image":
+    """Return a picture with three channels of 8 bits, turned as its camera says; of several frames the first.
+
+    Raises:
+        DataError: it is broken, too large or not there.
+    """
+    library, ops = _pillow()
+    try:
+        with library.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
+                                f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
+            image.load()
+            image = ops.exif_transpose(image)
+            if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+                image = library.fromarray(_in_8_bits(np.asarray(image)))
+            return image.convert("RGB")
+    except FileNotFoundError:
+        what = f"there is no picture {path}; correct the path, which begins where the table lies"
+        raise DataError(what, BROKEN) from None
+    except (library.DecompressionBombError, library.DecompressionBombWarning):
+        raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller", BROKEN) from None
+    except _BROKEN as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"not a whole picture ({reason}); replace or remove it", BROKEN) from None
+
+
+def _in_8_bits(array: np.ndarray) -> np.ndarray:
+    """Return a grey picture of 16 bits in 8; of floating-point numbers, from 0 to 1 or to 255."""
+    if array.dtype.kind == "f":
+        factor = 255.0 if array.max(initial=0) <= 1 else 1.0
+    else:
+        factor = 255 / 65535 if array.max(initial=0) > 255 or array.dtype == np.uint16 else 1.0
+    return np.clip(np.rint(array.astype(np.float64) * factor), 0, 255).astype(np.uint8)
+
+
+@cache
+def _pillow():
+    """Return Pillow's modules.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise DataError("pictures need Pillow: pip install 'qlora-lite[vision]'") from None
+    return Image, ImageOps
+
+
+def is_folder_of_pictures(path: str) -> bool:
+    """Return whether a source is a folder with pictures in it, and no table."""
+    return not path.startswith(PREFIX) and os.path.isdir(os.path.expanduser(path)) and any(_pictures_in(path))
+
+
+def _pictures_in(path: str) -> Iterator[Path]:
+    return (each for each in _files_in(path) if each.suffix.lower() in SUFFIXES)
+
+
+def _files_in(path: str) -> Iterator[Path]:
+    """Yield the files below a folder by name, without hidden ones and what lies in hidden folders."""
+    folder = Path(os.path.expanduser(path))
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
+
+
+def not_read(path: str) -> list[Path]:
+    """Return the files of a folder of pictures that are no pictures by their names."""
+    return [each for each in _files_in(path) if each.suffix.lower() not in SUFFIXES]
+
+
+def read_pictures(
+    source: Source, statistics: Statistics, problem: str, needs_label: bool = True, max_rows: int | None = None
+) -> Iterator[tuple[Picture, str]]:
+    """Yield the good pictures of a source in order, each with its content's SHA-256; others are noted.
+
+    Raises:
+        DataError: the source has none, or no columns that are known.
+    """
+    _pillow()
+    rows = _of_folder if is_folder_of_pictures(source.path) and source.rows is None else _of_table
+    found = islice(rows(source, statistics, problem, needs_label), max_rows)
+    with ThreadPoolExecutor(_threads()) as pool:
+        while True:
+            bad_before = statistics.problems.count
+            chunk = list(islice(found, _AT_ONCE))
+            looked_at = list(zip(chunk, pool.map(_looked_at, chunk), strict=True))
+            for picture, result in looked_at:
+                statistics.seen_kinds[_kind(picture)] += 1
+                if isinstance(result, DataError):
+                    statistics.problems.add(picture.where, result)
+            good = [(picture, result) for picture, result in looked_at if isinstance(result, str)]
+            statistics.kept_kinds.update(_kind(picture) for picture, _ in good)
+            statistics.kept_files.update(picture.where.rpartition(":")[0] for picture, _ in good)
+            statistics.rows_read += len(good) + statistics.problems.count - bad_before
+            if not chunk:
+                return
+            yield from good
+
+
+def _kind(picture: Picture) -> str:
+    return f"with the label {picture.label!r}"
+
+
+def _looked_at(picture: Picture) -> str | DataError:
+    """Return the SHA-256 of a picture's file, or what is wrong with it."""
+    try:
+        decode(picture.path)
+        return hashlib.sha256(Path(picture.path).read_bytes()).hexdigest()
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"cannot be read ({error.strerror or error})", BROKEN)
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label: bool) -> Iterator[Picture]:
+    """Yield the pictures of a folder, each labelled by the folder below it that it lies in."""
+    folder = Path(os.path.expanduser(source.path))
+    if source.prompt:
+        raise DataError(f"{source.path}: prompt and completion are for the columns of a table, and this is a folder of "
+                        "pictures; remove them, or name the table in it")  # fmt: skip
+    names = {path.relative_to(folder).parts[0].lower() for path in _pictures_in(source.path)}
+    if needs_label and len(splits := sorted(names & _SPLITS)) > 1:
+        raise DataError(f"{source.path}: its folders are splits ({', '.join(splits)}), not classes; name one of them, "
+                        f"such as {folder / splits[0]}")  # fmt: skip
+    for path in _pictures_in(source.path):
+        inside, where = path.relative_to(folder).parts, f"{path}:1"
+        if not str(path).isprintable():  # of bytes that are no UTF-8 too
+            statistics.problems.add("", f"{str(path)!a}: the name is not plain text; rename the file", BROKEN)
+        elif len(inside) > 1:
+            yield Picture(str(path), label_text(inside[0], problem), where)
+        elif needs_label:
+            message = "the picture lies in no folder of a class; move it into one, or name pictures in a table"
+            statistics.problems.add(where, message, NO_CLASS)
+        else:
+            yield Picture(str(path), None, where)
+
+
+def _of_table(source: Source, statistics: Statistics, problem: str, needs_label: bool) -> Iterator[Picture]:
+    """Yield the pictures that the rows of a table name or hold."""
+    columns, unused = None, statistics.unused[-1] if statistics.unused else no_counts()
+    if source.rows is None and os.path.isdir(os.path.expanduser(source.path)) and not _has_table(source.path):
+        raise DataError(f"{source.path}: neither a picture ({', '.join(sorted(SUFFIXES))}) nor a table in this folder; "
+                        "give a folder with a folder of pictures for each class, or a table")  # fmt: skip
+    for where, row in read_rows(source, statistics.problems):
+        columns = columns or picture_columns(row, where, source, needs_label)
+        try:
+            held, label = columns
+            path = _file_of(row.get(held), where) if held else _relative(fill(source.prompt, row), where)
+            names = columns_of(source.completion) if label is None and source.completion else ()
+            value = row.get(label) if label else (row.get(names[0]) if len(names) == 1 else None)
+            if value is not None or needs_label:
+                value = label_text(value, problem)
+        except DataError as error:
+            statistics.problems.add(where, error)
+            continue
+        used = {held, label, *names, *columns_of(source.prompt)} - {None}
+        count_unused(unused, row, frozenset(used))
+        yield Picture(str(path), value, where)
+
+
+def _has_table(path: str) -> bool:
+    return any(data_suffix(each) in READER_OF_SUFFIX for each in _files_in(path))
+
+
+def picture_columns(
+    row: Mapping[str, object], where: str, source: Source, needs_label: bool = True
+) -> tuple[str | None, str | None]:
+    """Return the columns of picture and label of a table by one of its rows; None where templates name them.
+
+    Raises:
+        DataError: there are no such columns, or the source says a format of texts.
+    """
+    if source.format not in (None, "table"):
+        raise DataError(f"{source.path}: format {source.format} is of rows for a language model; pictures are found by "
+                        "folders or columns, or named by prompt and completion")  # fmt: skip
+    if source.prompt:
+        named = columns_of(source.prompt)
+        whole = named[0] if named and source.prompt == f"{{{named[0]}}}" else None
+        if whole and whole not in row:
+            raise DataError(f"{where}: there is no column {whole!r} among {', '.join(map(repr, row))}")
+        return whole, None
+    held = next((name for name in PICTURE_COLUMNS if name in row), None)
+    label = next((name for name in LABEL_COLUMNS if name in row), None)
+    if held is None or (label is None and needs_label):
+        what, columns = "no picture" if held is None else "no label", ", ".join(map(repr, row))
+        raise DataError(f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
+                        "completion, as in {path: rows.csv, prompt: '{photo}', completion: '{kind}'}")  # fmt: skip
+    return held, label
+
+
+def _file_of(value: object, where: str) -> Path:
+    """Return the file of a row's picture: the one that it names, or one in the cache with the bytes that it holds."""
+    if isinstance(value, Mapping):  # as data sets of the hub have them
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return _stored(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError("the picture is missing: write a path, or a picture's bytes as data sets of the hub have them")
+    return _relative(value, where)
+
+
+def _relative(name: str, where: str) -> Path:
+    """Return a path as the folder of the table means it."""
+    return Path(where.rpartition(":")[0]).parent / os.path.expanduser(name)
+
+
+def _stored(content: bytes) -> Path:
+    """Write a picture into the cache, under a name made of its content."""
+    name = hashlib.sha256(content).hexdigest()
+    path = cache_root() / "pictures" / name[:2] / name
+    if not path.exists():
+        with explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{name}.{os.getpid()}.partial")
+            partial.write_bytes(content)
+            partial.replace(path)
+    return path
+
+
+def picture_examples(source: Source, settings: Settings, statistics: Statistics) -> Iterator[list[Example]]:
+    """Yield the examples of a source, some at a time, in the order of the rows.
+
+    Raises:
+        DataError: see ``read_pictures``.
+    """
+    statistics.unused.append(no_counts())
+    found = read_pictures(source, statistics, settings.problem, max_rows=settings.max_rows)
+    while chunk := list(islice(found, _AT_ONCE)):
+        yield [example_of(picture, digest) for picture, digest in chunk]
+
+
+def example_of(picture: Picture, digest: str) -> Example:
+    """Return the example of a picture.
+
+    Args:
+        digest: SHA-256 of its file.
+    """
+    words = np.frombuffer(bytes.fromhex(digest)[: 4 * TOKENS], np.uint32) >> 1
+    learned = np.arange(TOKENS) == TOKENS - 1
+    return Example(words.astype(np.int32), learned, picture.path, picture.label or "", picture.where)
+
+
+class Decoder:
+    """Make pixels of pictures in threads, and of those that will be asked for next ahead of time."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_threads(), "pictures")
+        self._begun: dict[tuple, Future] = {}
+
+    def expect(self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None) -> None:
+        """Begin with pictures that ``pixels`` will be asked for next; what was begun before is forgotten."""
+        keys = [_key(example, processor, draw) for example in examples]
+        self._begun = {key: self._begun.get(key) or self._pool.submit(_pixels, *key) for key in keys}
+
+    def pixels(self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None) -> np.ndarray:
+        """Return the pixels of pictures, float32 [N, 3, H, W].
+
+        Args:
+            draw: seed of the run and step, by which pictures are augmented; None augments nothing.
+
+        Raises:
+            DataError: a picture is broken by now, or gone.
+        """
+        keys = [_key(example, processor, draw) for example in examples]
+        waiting = [self._begun.get(key) or self._pool.submit(_pixels, *key) for key in keys]
+        return np.stack([each.result() for each in waiting])
+
+
+def _key(example: Example, processor: Processor, draw: tuple[int, int] | None) -> tuple:
+    return example.prompt, example.where, example.token_ids.tobytes(), processor, draw
+
+
+def _pixels(path: str, where: str, content: bytes, processor: Processor, draw: tuple[int, int] | None) -> np.ndarray:
+    chance = None if draw is None else random.Random(f"{draw[0]}/{draw[1]}/{content.hex()}")
+    try:
+        return processor.pixels(decode(path), chance)
+    except DataError as error:
+        raise DataError(f"{where}: {error}", error.rule) from None
+
+
+@cache
+def decoder() -> Decoder:
+    """Return the process's decoder, whose threads are started when they are first needed."""
+    return Decoder()

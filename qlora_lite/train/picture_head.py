@@ -1,0 +1,218 @@
+"""The workload that is a vision encoder with a head: one label for each picture.
+
+An example is one picture and one sequence of length 1, whatever its patches, since all pictures of a run have one
+size: a micro-batch is a batch [N, 3, H, W], and memory depends on N. The model runs as transformers wrote it, head
+included (DINOv2's reads the first token beside the mean of the patches, SigLIP's and CLIP's the mean), so that there is
+nothing of its inputs or outputs that could differ from what transformers and peft compute.
+
+Pixels are made by ``data.pictures.Decoder``, in threads, of the next step while the present one computes.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from qlora_lite.adapters.parts import base_path
+from qlora_lite.data.batch import Extent
+from qlora_lite.data.labels import target_of
+from qlora_lite.data.pictures import Processor, decoder
+from qlora_lite.data.storage import Example
+from qlora_lite.errors import DataError, ModelError
+from qlora_lite.memory.marks import category
+from qlora_lite.models import anatomy
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.nested import of_blocks
+from qlora_lite.models.skeleton import give_storage, meta_copy
+
+from .causal_lm import TRAINED_WEIGHTS
+from .sequence_head import SequenceHead
+from .settings import TrainSettings
+from .text_guards import check_updates_in_backward
+from .workload import ONLY_BLOCKS, BatchShape
+
+_RESIZES = "interpolate_pos_encoding"  # transformers' argument for pictures of another size than the model's own
+
+
+class Pictures(NamedTuple):
+    """Pixels, float32 [N, 3, H, W], and the number of each picture's label, int64 [N]."""
+
+    pixels: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PictureHead(SequenceHead):
+    """A vision encoder with a head. Its objective is given the head's outputs [N, C], float32.
+
+    Args:
+        processor: what makes pixels of pictures.
+    """
+
+    processor: Processor = field(default_factory=lambda: Processor(224, 224))
+
+    has_large_inputs: ClassVar[bool] = True
+
+    def of_tokenizer(self, tokenizer: Processor) -> Self:
+        """Take the processor that reads the rows."""
+        return replace(self, processor=tokenizer)
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return 1 for each."""
+        return [1] * len(examples)
+
+    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
+        """Return the pictures: a batch of most pictures needs as much as any."""
+        return examples
+
+    def expect(self, examples: Sequence[Example], seed: int, step: int) -> None:
+        """See ``Workload.expect``."""
+        decoder().expect(examples, self.processor, self._draw(seed, step))
+
+    def training_batch(self, examples: Sequence[Example], seed: int, step: int) -> Pictures:
+        """Return augmented pictures with what is to be found for each."""
+        return self._batch(examples, self._draw(seed, step))
+
+    def collate(self, examples: Sequence[Example]) -> Pictures:
+        """Return pictures as they are, with what is to be found for each."""
+        return self._batch(examples, None)
+
+    def _draw(self, seed: int, step: int) -> tuple[int, int] | None:
+        return None if self.processor.augment == "none" else (seed, step)
+
+    def _batch(self, examples: Sequence[Example], draw: tuple[int, int] | None) -> Pictures:
+        found = [target_of(example, self.problem, self._numbers) for example in examples]
+        pixels = decoder().pixels(examples, self.processor, draw)
+        return Pictures(torch.from_numpy(pixels), torch.tensor(found, dtype=torch.int64))
+
+    def shape(self, batch: Pictures) -> BatchShape:
+        """Return how many pictures there are."""
+        return BatchShape((1,) * len(batch.targets), len(batch.targets))
+
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of one picture, or of so many that are evaluated at once."""
+        count = tokens if packing else 1
+        return BatchShape((1,) * count, count)
+
+    def inputs(self, batch: Pictures, device: torch.device) -> Pictures:
+        """Return the batch on the device."""
+        return Pictures(*(tensor.to(device) for tensor in batch))
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> Pictures:
+        """Return pictures of zeros."""
+        count, p = len(shape.lengths), self.processor
+        pixels = torch.zeros(count, 3, p.height, p.width, device=device)
+        return Pictures(pixels, torch.zeros(count, dtype=torch.int64, device=device))
+
+    def outputs(self, model: nn.Module, inputs: Pictures) -> torch.Tensor:
+        """Return the head's outputs for each picture, float32 [N, C].
+
+        Raises:
+            ModelError: the model takes pictures of its own size alone.
+        """
+        options = {_RESIZES: True} if self._resizes(model) else {}
+        logits = model(pixel_values=inputs.pixels, **options).logits
+        with category("logits"):
+            return logits.float()
+
+    def _resizes(self, model: nn.Module) -> bool:
+        """Return whether the model has to be told that pictures are not of its own size; DINOv2 sees that itself."""
+        size, p = of_blocks(model.config).image_size, self.processor
+        if (p.height, p.width) == (tuple(size) if isinstance(size, list | tuple) else (size, size)):
+            return False
+        forwards = (each.forward for each in (model, getattr(model, base_path(model))))
+        return any(_RESIZES in inspect.signature(forward).parameters for forward in forwards)
+
+    @property
+    def depth(self) -> int:
+        """The model's blocks."""
+        return of_blocks(self.spec.config).num_hidden_layers
+
+    @property
+    def most_tokens(self) -> None:
+        """Nothing limits how many pictures are computed at once."""
+        return None
+
+    @property
+    def most_positions(self) -> None:
+        """A picture has as many tokens as patches."""
+        return None
+
+    @property
+    def fixed_options(self) -> Mapping[str, object]:
+        """Those of tokens and logits, of which there are none, and of weights that are trained."""
+        only = {name: value for name, value in ONLY_BLOCKS.items() if name != "optimizer_in_backward"}
+        return only | (dict(TRAINED_WEIGHTS) if self.method.trains_base else {})
+
+    @property
+    def movable_tables(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def tables(self, model: nn.Module) -> tuple[None, None]:
+        """Return none."""
+        return None, None
+
+    def runs_row_by_row(self, longest: int) -> bool:
+        """Never: all pictures of a batch run together."""
+        return False
+
+    def needs_values(self, model: nn.Module) -> bool:
+        """Nothing follows from values."""
+        return False
+
+    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
+        """See ``Workload``."""
+        spec = self.spec
+        model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, False, spec.keep_16bit, ())
+        self._check_kind(model)
+        self.method.apply(model)
+        if device.type != "meta":
+            give_storage(model, device)
+        place(model, device, options, trains_base=self.method.trains_base)
+        set_memory_options(model, options)
+        return model
+
+    def _check_kind(self, model: nn.Module) -> None:
+        """Check that the model is a transformer whose blocks can be recomputed one by one.
+
+        Raises:
+            ModelError: it is not, or cannot take pictures of the size.
+        """
+        name, config = type(model).__name__, of_blocks(model.config)
+        depth = getattr(config, "num_hidden_layers", None)
+        if not model._supports_attention_backend or len(anatomy.blocks(model)) != depth:
+            raise ModelError(f"{name} is no plain vision transformer, whose blocks all have one shape; choose DINOv2, "
+                             "ViT, SigLIP or CLIP")  # fmt: skip
+        with torch.device("meta"):
+            pixels = torch.zeros(1, 3, self.processor.height, self.processor.width)
+        if next(model.parameters()).is_meta:
+            try:
+                self.outputs(model, Pictures(pixels, pixels))
+            except (ValueError, RuntimeError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ModelError(f"{name} cannot compute pictures of {self.processor.height} x "
+                                 f"{self.processor.width} pixels ({reason}); write another data.resolution, or remove "
+                                 "it") from error  # fmt: skip
+
+    def check_examples(self, model: object, examples: object) -> None:
+        """Check that it is a model, and that the examples are rows."""
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"a model is wanted, not {type(model).__name__}; qlora_lite.load_model(PATH) loads one")
+        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), Example | None):
+            raise DataError(f"examples is {type(examples).__name__}; give those of data.examples.read_examples")
+
+    def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
+        """Set the memory options; the model computes as transformers wrote it, so that there is nothing to compare."""
+        set_memory_options(model, replace(settings.options, kernels="plain"))
+        check_updates_in_backward(model, settings)
+
+    def check_forward(self, model: nn.Module, longest: int) -> None:
+        """Nothing runs otherwise than in the model's own code."""
+
+    def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
+        """Every picture does."""
+        return True

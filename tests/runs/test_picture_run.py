@@ -1,0 +1,236 @@
+"""Runs of vision encoders as a user has them: trained, resumed, used by commands and by peft, and refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import peft
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny_heads import save_headless
+from tiny_pictures import ENCODERS, drawn, picture_recipe, save_encoder
+from tiny_runs import summary_of
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.cli.main import cli
+from qlora_lite.data.pictures import decode
+from qlora_lite.errors import DataError, Interrupted, ModelError, RecipeError
+from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.inference.label_texts import predict_labels
+from qlora_lite.models.load import load_model
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.run import run_recipe
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    return {name: save_encoder(folder / name, name) for name in ENCODERS}
+
+
+@pytest.fixture(scope="module")
+def run(bases, tmp_path_factory):
+    """A finished run with augmentations, and its recipe."""
+    train = {"max_steps": 16, "eval_every_steps": 8, "save_every_steps": 4, "lr_scheduler": "constant"}
+    recipe = picture_recipe(tmp_path_factory.mktemp("run"), bases["dinov2"], train=train, data={"augment": "crop-flip"})
+    return run_recipe(load_recipe(recipe)), recipe
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(*arguments):
+    return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+
+
+def test_it_learns_and_writes_down_scores_labels_and_confusion(run):
+    folder, _ = run
+    summary = summary_of(folder)
+    assert summary["metrics"]["after"]["accuracy"]["value"] == 1.0
+    assert summary["labels"] == ["cool", "hot"] and summary["confusion"]["after"] == [[4, 0], [0, 4]]
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    report = json.loads((folder / "data.json").read_text())
+    assert report["sources"][0]["format"] == "pictures" and report["labels"]["train"]["baseline_accuracy"] == 0.5
+    measured, predicted = (summary["plan"][name] for name in ("measured_peak_bytes", "predicted_peak_bytes"))
+    assert measured == pytest.approx(predicted, rel=0.3)  # of a process of 300 MiB; the ledger is compared elsewhere
+
+
+def test_a_stopped_run_with_augmentations_is_resumed_to_the_bit(run, tmp_path):
+    folder, recipe = run
+
+    def stop(metrics, _total):
+        if metrics.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
+    with pytest.raises(Interrupted):
+        run_recipe(settings, stop)
+    assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
+    one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    losses = [[line["loss"] for line in lines(path / "metrics.jsonl") if "loss" in line]
+              for path in (folder, tmp_path / "out")]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_another_picture_or_processor_is_another_run(bases, tmp_path):
+    recipe = picture_recipe(tmp_path, bases["vit"], train={"save_every_steps": 2})
+
+    def stop(metrics, _total):
+        if metrics.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_recipe(load_recipe(recipe), stop)
+    changed = tmp_path / "train" / "hot" / "000.png"
+    before = changed.read_bytes()
+    drawn("hot", 77).save(changed)
+    with pytest.raises(Exception, match="other training rows than before"):
+        run_recipe(load_recipe(recipe), resume=tmp_path / "out")
+    changed.write_bytes(before)
+    run_recipe(load_recipe(recipe), resume=tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize("name", ["dinov2", "vit", "siglip", "clip"])
+def test_real_peft_and_transformers_give_the_probabilities_that_predict_wrote(bases, name, tmp_path):
+    recipe = picture_recipe(tmp_path, bases[name])
+    folder = run_recipe(load_recipe(recipe))
+    adapter = folder / "adapter"
+    assert predict_labels(folder, tmp_path / "eval", tmp_path / "out.jsonl").texts == 8
+    base = AutoModelForImageClassification.from_pretrained(bases[name], config=AutoConfig.from_pretrained(adapter))
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    processor = AutoImageProcessor.from_pretrained(adapter, backend="pil")
+    assert model.config.id2label == {0: "cool", 1: "hot"}
+    for row in lines(tmp_path / "out.jsonl"):
+        with torch.no_grad():
+            shares = model(**processor(decode(row["picture"]), return_tensors="pt")).logits.softmax(-1)[0]
+        assert list(row["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
+        assert row["reference"] == os.path.basename(os.path.dirname(row["picture"]))
+
+
+def test_predict_takes_a_folder_a_table_and_an_adapter_alone(run, tmp_path):
+    folder, recipe = run
+    rows = recipe.parent / "eval" / "hot"
+    result = command("predict", folder, "--rows", rows, "--out", tmp_path / "a.jsonl")
+    assert result.exit_code == 0 and "4 rows labelled" in result.output
+    found = lines(tmp_path / "a.jsonl")
+    assert {row["label"] for row in found} == {"hot"} and "reference" not in found[0]
+    table = tmp_path / "rows.csv"
+    table.write_text("path\n" + "".join(f"{path}\n" for path in sorted(rows.iterdir())))
+    predict_labels(folder, table, tmp_path / "b.jsonl")
+    assert [row["probabilities"] for row in lines(tmp_path / "b.jsonl")] == [row["probabilities"] for row in found]
+    shutil.copytree(folder / "adapter", tmp_path / "alone")
+    predict_labels(tmp_path / "alone", rows, tmp_path / "c.jsonl")
+    alone = [row["probabilities"]["hot"] for row in lines(tmp_path / "c.jsonl")]
+    assert alone == pytest.approx([row["probabilities"]["hot"] for row in found], abs=0.05)  # in bfloat16, maybe
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"none")
+    with pytest.raises(DataError, match="not a whole picture"):
+        predict_labels(folder, tmp_path / "bad", tmp_path / "d.jsonl")
+
+
+def test_evaluate_measures_it_again_without_augmentations(run):
+    folder, _ = run
+    trained, summary = open_trained(folder, has_head=True), summary_of(folder)
+    found = evaluate_recipe(trained.recipe, trained.adapter, 0)
+    assert found["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
+    assert found["confusion"]["matrix"] == summary["confusion"]["after"]
+
+
+@pytest.mark.parametrize("how", ["dora", "probe", "nf4", "held out", "budget"])
+def test_other_ways_to_train_it(bases, tmp_path, how):
+    sections = {
+        "dora": {"adapter": {"method": "dora"}}, "probe": {"lora": {"targets": []}}, "nf4": {"model": {"quant": "nf4"}},
+        "held out": {"data": {"eval_share": 0.25}}, "budget": {"memory": {"micro_batches": "auto", "budget": "2GiB"}},
+    }[how]  # fmt: skip
+    path = picture_recipe(tmp_path, bases["dinov2"], **sections)
+    if how == "held out":
+        settings = yaml.safe_load(path.read_text())
+        del settings["data"]["eval"]
+        path.write_text(yaml.safe_dump(settings))
+    recipe = load_recipe(path)
+    assert recipe.model.quant == ("nf4" if how == "nf4" else "none")
+    summary = summary_of(run_recipe(recipe))
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    if how == "held out":
+        assert summary["metrics"]["after"]["accuracy"]["examples"] == 6
+
+
+def test_full_fine_tuning_leaves_a_classifier_that_transformers_loads(bases, tmp_path):
+    path = picture_recipe(tmp_path, bases["dinov2"], adapter={"method": "full"}, train={"learning_rate": 0.002})
+    settings = yaml.safe_load(path.read_text())
+    del settings["lora"]
+    path.write_text(yaml.safe_dump(settings))
+    folder = run_recipe(load_recipe(path))
+    model = AutoModelForImageClassification.from_pretrained(folder / "model").eval()
+    processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
+    predict_labels(folder, tmp_path / "eval", tmp_path / "out.jsonl")
+    for row in lines(tmp_path / "out.jsonl"):
+        with torch.no_grad():
+            shares = model(**processor(decode(row["picture"]), return_tensors="pt")).logits.softmax(-1)[0]
+        assert list(row["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
+
+
+def test_data_and_plan_speak_of_pictures_and_of_what_4_bits_save(bases, run):
+    _, recipe = run
+    said = command("data", recipe).output
+    assert "(pictures)" in said and "24 read, 24 kept" in said and "tokens" not in said
+    said = command("plan", recipe).output
+    assert "4 pictures of 28 x 28 pixels" in said and "model.quant=nf4" in said
+    assert json.loads(command("plan", recipe, "--json").output.splitlines()[-1])["fits"]
+    with pytest.raises(Exception, match="--max-tokens is for rows of tokens"):
+        CliRunner().invoke(cli, ["plan", str(recipe), "--max-tokens"], catch_exceptions=False, standalone_mode=False)
+
+
+def test_resolution_and_model_are_checked_before_anything_is_read(bases, tmp_path):
+    recipe = picture_recipe(tmp_path, bases["dinov2"])
+    with pytest.raises(ModelError, match=r"data.resolution 30 is no multiple of .* 14 pixels; write 28 or 42"):
+        run_recipe(load_recipe(recipe, ["data.resolution=30"]))
+    summary = summary_of(run_recipe(load_recipe(recipe, ["data.resolution=42", "train.max_steps=2"])))
+    assert summary["steps"] == 2
+    bert = save_headless(tmp_path / "bert", "bert")
+    with pytest.raises(ModelError, match=r"\(bert\) is no vision encoder"):
+        run_recipe(load_recipe(recipe, [f"model.path={bert}", f"output.dir={tmp_path / 'other'}"]))
+    with pytest.raises(ModelError, match=r"reads pictures; write task\.kind: image-classification"):
+        load_model(bases["dinov2"], "none", use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"data": {"max_tokens": 512}}, "data.max_tokens = 512: not possible with task.kind image-classification"),
+        ({"data": {"overflow": "truncate"}}, "data.overflow = truncate: not possible"),
+        ({"data": {"order": "by-length"}}, "data.order = by-length: not possible"),
+        ({"memory": {"tile_tokens": 8}}, "memory.tile_tokens = 8: not possible"),
+        ({"model": {"quant": "keep"}}, "model.quant = keep: not possible"),
+        ({"data": {"template": "plain"}}, "data.template = plain: for a language model"),
+        ({"adapter": {"method": "full"}, "model": {"quant": "nf4"}}, "full fine-tuning trains 16-bit weights"),
+        ({"task": {"labels": ["a"]}}, "one label is nothing to choose from"),
+        ({"task": {"kind": "classification"}, "data": {"augment": "flip"}}, "data.augment: only with task.kind image"),
+    ],
+)
+def test_settings_that_make_no_sense_for_pictures_are_refused(bases, tmp_path, settings, fault):
+    path = picture_recipe(tmp_path, bases["vit"], **settings)
+    with pytest.raises(RecipeError, match=re.escape(fault)):
+        load_recipe(path)
+
+
+def test_a_run_s_own_recipe_loads_again(run):
+    folder, recipe = run
+    assert load_recipe(folder / "recipe.yaml").recipe_hash == load_recipe(recipe).recipe_hash
+
+
+def test_numbers_as_labels_stay_in_their_order(bases, tmp_path):
+    recipe = picture_recipe(tmp_path, bases["vit"], train={"max_steps": 1})
+    rows = [f"train/{label}/{number:03}.png,{number % 11}\n" for label in ("cool", "hot") for number in range(12)]
+    (tmp_path / "rows.csv").write_text("path,label\n" + "".join(rows))
+    folder = run_recipe(load_recipe(recipe, [f"data.train={tmp_path / 'rows.csv'}", "data.eval=null"]))
+    assert summary_of(folder)["labels"] == [str(number) for number in range(11)]

@@ -1,0 +1,84 @@
+"""Tiny random vision encoders, pictures that a few steps can tell apart, and recipes for both."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from qlora_lite.data.examples import read_examples
+from qlora_lite.data.labels import ONE_LABEL
+from qlora_lite.data.sources import Source
+
+_SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+_TOWER = dict(**_SIZES, intermediate_size=48, image_size=28, patch_size=14)
+_TEXT = dict(**_SIZES, intermediate_size=48, vocab_size=50, max_position_embeddings=8)
+# name -> (model_type, settings, transformers' class whose files a user has)
+ENCODERS = {
+    "dinov2": ("dinov2", dict(**_SIZES, mlp_ratio=2, image_size=28, patch_size=14, use_mask_token=False), AutoModel),
+    "vit": ("vit", _TOWER, AutoModelForImageClassification),
+    "siglip": ("siglip", dict(vision_config=_TOWER, text_config=_TEXT), AutoModel),
+    "clip": ("clip", dict(vision_config=_TOWER, text_config=_TEXT), AutoModel),
+}  # fmt: skip
+STILL = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 28, "width": 28}, do_resize=True, resample=2,
+             do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+             image_processor_type="ViTImageProcessor")  # fmt: skip
+COLOURS = {"cool": (20, 60, 200), "hot": (220, 70, 30)}
+
+
+def save_encoder(folder: Path, name: str, seed: int = 0, **changes) -> Path:
+    """Write a tiny model of a family as it is published, with its processor's settings."""
+    model_type, settings, auto = ENCODERS[name]
+    torch.manual_seed(seed)
+    model = auto.from_config(AutoConfig.for_model(model_type, **(settings | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(STILL))
+    return folder
+
+
+def drawn(label: str, number: int, size: int = 34) -> Image.Image:
+    """A noisy picture in the colour of its class, of another shape each."""
+    chance = np.random.default_rng([number, len(label)])
+    shape = (size, size + number % 5, 3)
+    noise = chance.normal(0, 25, shape)
+    return Image.fromarray(np.clip(np.array(COLOURS[label]) + noise, 0, 255).astype(np.uint8))
+
+
+def write_pictures(folder: Path, count: int, first: int = 0) -> Path:
+    """Write a folder with a folder of so many pictures for each class."""
+    for label in COLOURS:
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for number in range(first, first + count):
+            drawn(label, number).save(folder / label / f"{number:03}.png")
+    return folder
+
+
+def picture_recipe(folder: Path, base: Path | str, **sections) -> Path:
+    """Write pictures and a recipe of a run that takes a second; ``sections`` are merged over its own."""
+    recipe = {
+        "model": {"path": str(base), "compute_dtype": "float32", "device": "cpu"},
+        "task": {"kind": "image-classification"},
+        "lora": {"rank": 4, "alpha": 8, "dtype": "float32"},
+        "data": {"train": str(write_pictures(folder / "train", 12)),
+                 "eval": str(write_pictures(folder / "eval", 4, 100))},
+        "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch", "micro_batch_size": 4},
+        "memory": {"checkpointing": "block", "micro_batches": "as-given"},
+        "output": {"dir": str(folder / "out")},
+    }  # fmt: skip
+    for name, values in sections.items():
+        recipe[name] = recipe.get(name, {}) | values
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def picture_rows(folder: Path) -> list:
+    """The examples of a folder of pictures, in memory."""
+    return list(read_examples([Source(str(folder))], None, problem=ONE_LABEL, of_pictures=True).examples)

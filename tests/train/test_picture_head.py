@@ -1,0 +1,197 @@
+"""Vision encoders with a head: loss and gradients are those of transformers and peft; planned, augmented, resumed."""
+
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from methods import Case, ledger_of, plan
+from tiny_pictures import ENCODERS, STILL, picture_rows, save_encoder, write_pictures
+from transformers import AutoConfig, AutoModelForImageClassification, DINOv3ViTConfig, SwinConfig
+
+from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
+from qlora_lite.adapters.full import Full
+from qlora_lite.adapters.lora.inject import lora_layers
+from qlora_lite.data.labels import ONE_LABEL
+from qlora_lite.data.pictures import processor_of
+from qlora_lite.errors import ModelError
+from qlora_lite.models.heads import Head, with_head
+from qlora_lite.models.load import load_model
+from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.skeleton import read_part
+from qlora_lite.train.causal_lm import ModelSpec
+from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from qlora_lite.train.picture_head import PictureHead, Pictures
+from qlora_lite.train.sequence_head import HeadLoss
+from qlora_lite.train.state import STATE, capture, restore
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.workload import BatchShape
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+NAMES = ("cool", "hot")
+METHOD = Lora(rank=4, alpha=8.0, dtype=torch.float32, head=True)
+HEAD = Head(ONE_LABEL, NAMES, 0, of_pictures=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    return {name: save_encoder(folder / name, name) for name in ENCODERS}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return picture_rows(write_pictures(tmp_path_factory.mktemp("pictures"), 5))
+
+
+@pytest.fixture(params=ENCODERS)
+def family(request):
+    return request.param
+
+
+def loaded(folder, quant="none"):
+    return load_model(folder, quant, compute_dtype=torch.float32, use_cache=False, head=HEAD)
+
+
+def workload(folder, quant="none", size=28, augment="none", method=METHOD):
+    config = with_head(read_part(str(folder)), HEAD).config
+    spec = ModelSpec(config, quant, compute_dtype=torch.float32)
+    processor = processor_of(STILL, 28, size, augment)
+    return PictureHead(HeadLoss(ONE_LABEL), method, spec, labels=NAMES, processor=processor)
+
+
+def with_factors(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def gradients(model):
+    named = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
+    return {name: named[tensor.data_ptr()].grad for name, tensor in METHOD.tensors(model).items()}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize("size", [28, 42])
+def test_loss_gradients_and_logits_are_those_of_transformers_and_peft(folders, rows, family, size, tmp_path):
+    folder, work = folders[family], workload(folders[family], size=size)
+    model = loaded(folder)
+    torch.manual_seed(0)
+    METHOD.apply(model)
+    with_factors(model)
+    save_adapter(model, tmp_path / "adapter", folder, method=METHOD)
+    batch = work.inputs(work.collate(rows), CPU)
+    ours = accumulate_gradients(work, model, [batch]).loss.item()
+
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForImageClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    resized = {} if size == 28 or family == "dinov2" else {"interpolate_pos_encoding": True}
+    found = theirs(pixel_values=batch.pixels, labels=batch.targets, **resized)
+    found.loss.backward()
+    assert ours == pytest.approx(found.loss.item(), rel=1e-5)
+    torch.testing.assert_close(work.outputs(model, batch), found.logits, rtol=1e-5, atol=1e-5)
+    expected = {name.replace(".modules_to_save.default", "").replace(".default", ""): parameter.grad
+                for name, parameter in theirs.named_parameters() if parameter.requires_grad}  # fmt: skip
+    mine = gradients(model)
+    assert mine.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values()).item()
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def case(folder, rows, **how):
+    work, quant = workload(folder, **how), how.get("quant", "none")
+    changes = {"max_tokens": 4, "packing": False, "micro_batch_size": 4}
+    return Case(work, lambda: loaded(folder, quant), rows, changes)
+
+
+@pytest.mark.parametrize(("name", "quant"), [("dinov2", "none"), ("dinov2", "nf4"), ("vit", "none"), ("clip", "nf4")])
+def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name, quant):
+    one = case(folders[name], rows, quant=quant)
+    fastest, least = plan(one, 2**40)
+    for candidate in (fastest, least):
+        trainer = one.trainer(candidate.options)
+        assert ledger_of(trainer).peak.total == pytest.approx(candidate.prediction.simulation.peak().total, rel=0.01)
+        assert len(list(trainer)) == 4
+
+
+def test_all_weights_are_planned_and_trained_too(folders, rows):
+    one = case(folders["dinov2"], rows, method=Full())
+    fastest, _ = plan(one, 2**40)
+    trainer = one.trainer(fastest.options)
+    assert ledger_of(trainer).peak.total == pytest.approx(fastest.prediction.simulation.peak().total, rel=0.01)
+    steps = list(trainer)
+    assert steps[-1].loss < steps[0].loss
+
+
+def test_killed_and_resumed_it_goes_on_to_the_bit_with_augmentations(folders, rows, tmp_path):
+    one = case(folders["dinov2"], rows, augment="crop-flip")
+    whole = one.trainer()
+    steps = list(whole)
+    first = one.trainer()
+    metrics = iter(first)
+    next(metrics), next(metrics)
+    tensors, state = capture(first)
+    folder = write_checkpoint(tmp_path / "checkpoints", Checkpoint(first.step, tensors, {STATE: state}), {}, "")
+    torch.manual_seed(1)
+    resumed = one.trainer()
+    restore(resumed, read_checkpoint(folder))
+    assert [step.loss for step in resumed] == [step.loss for step in steps[2:]]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
+    plain = case(folders["dinov2"], rows).trainer()
+    assert [step.loss for step in plain] != [step.loss for step in steps]
+
+
+def test_a_step_s_pictures_do_not_depend_on_how_it_is_cut_or_on_what_was_expected(folders, rows):
+    work = workload(folders["dinov2"], augment="crop-flip")
+    whole = work.training_batch(rows, 0, 7).pixels
+    work.expect(rows[3:], 0, 7)
+    parts = [work.training_batch(part, 0, 7).pixels for part in (rows[:3], rows[3:])]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(work.training_batch(rows[::-1], 0, 7).pixels, whole.flip(0))
+    for other in (work.training_batch(rows, 0, 8), work.training_batch(rows, 1, 7), work.collate(rows)):
+        assert not torch.equal(other.pixels, whole)
+    assert torch.equal(work.collate(rows).pixels, work.collate(rows).pixels)
+
+
+def test_the_next_step_s_pictures_are_made_while_this_one_computes(folders, rows, monkeypatch):
+    trainer = case(folders["dinov2"], rows, augment="flip").trainer()
+    told = []
+    monkeypatch.setattr(PictureHead, "expect", lambda self, *what: told.append((len(what[0]), *what[1:])))
+    steps = len(list(trainer))
+    # the settings of the test's trainer have two micro-batches a step and seed 0: 8, 2, 8, 2 pictures of two epochs
+    assert told == [(2, trainer.settings.seed, 2), (0, trainer.settings.seed, 3), (2, trainer.settings.seed, 4)]
+    assert steps == 4
+
+
+def test_a_saved_adapter_gives_the_same_outputs_again(folders, rows, family, tmp_path):
+    model, work = loaded(folders[family]), workload(folders[family])
+    METHOD.apply(model)
+    save_adapter(with_factors(model), tmp_path / "adapter", "base", method=METHOD)
+    again = load_adapter(loaded(folders[family]), tmp_path / "adapter")
+    batch = work.inputs(work.collate(rows), CPU)
+    assert torch.equal(work.outputs(model.eval(), batch), work.outputs(again.eval(), batch))
+
+
+def test_models_that_cannot_be_trained_so_are_refused_with_a_reason(folders):
+    part = read_part(str(folders["vit"]))
+    with pytest.raises(ModelError, match="no model of the type dinov3_vit for image classification; choose DINOv2"):
+        with_head(replace(part, config=DINOv3ViTConfig()), HEAD)
+    for head in (None, Head(ONE_LABEL, NAMES)):
+        with pytest.raises(ModelError, match=r"a model of the type vit reads pictures; write task.kind: image-class"):
+            with_head(part, head)
+    swin = SwinConfig(image_size=28, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=7)
+    spec = ModelSpec(with_head(replace(part, config=swin), HEAD).config, "none", compute_dtype=torch.float32)
+    with pytest.raises(ModelError, match="no plain vision transformer"):
+        replace(workload(folders["vit"]), spec=spec).planned_model(META, MemoryOptions(), BatchShape((1,), 1))
+
+
+def test_shapes_count_pictures(folders, rows):
+    work = workload(folders["vit"])
+    assert work.shape(work.collate(rows)) == BatchShape((1,) * 10, 10)
+    assert work.full_pack(6, True) == BatchShape((1,) * 6, 6) and work.full_pack(6, False) == BatchShape((1,), 1)
+    planned = work.planned_inputs(BatchShape((1,) * 3, 3), META)
+    assert isinstance(planned, Pictures) and planned.pixels.shape == (3, 3, 28, 28) and len(planned.targets) == 3
