@@ -116,7 +116,6 @@ class Processor:
         if flips and chance.random() < 0.5:
             array = array[:, :, ::-1]
         # in the order of its axes: a convolution would copy a batch that is laid out otherwise
-        array = np.ascontiguousarray(array)
         return (array * np.float32(self.scale) - self._column(self.mean)) / self._column(self.std)
 
     def _resized(self, image: "Image") -> "Image":
