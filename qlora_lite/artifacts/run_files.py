@@ -16,6 +16,7 @@ from typing import Any
 
 METRICS_DIGEST = "metrics_sha256"  # of the file's bytes, in the summary of a run that ended and in a checkpoint
 DAMAGE = "damage.json"  # what four bits cost, where `qlora-lite damage` was asked for the run
+PICTURES = "pictures.json"  # what a report shows of held-out pictures, where rows are such
 FILES = RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
@@ -28,6 +29,7 @@ class RunFiles:
     recipe: str
     problems: list[str]
     damage: dict[str, Any]
+    pictures: dict[str, Any]
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -46,7 +48,8 @@ def read_run(run_dir: Path) -> RunFiles:
     if len(metrics) < len(lines):
         problems.append(f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read.")
     damage = _json_object(_read(run_dir / DAMAGE, [])) or {}
-    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, damage)
+    pictures = _json_object(_read(run_dir / PICTURES, [])) or {}
+    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, damage, pictures)
 
 
 def _read(path: Path, problems: list[str]) -> str:

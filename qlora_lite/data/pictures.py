@@ -22,6 +22,7 @@ Shapes: pixels float32 [3, H, W].
 """
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -116,6 +117,7 @@ class Processor:
         if flips and chance.random() < 0.5:
             array = array[:, :, ::-1]
         # in the order of its axes: a convolution would copy a batch that is laid out otherwise
+        array = np.ascontiguousarray(array)
         return (array * np.float32(self.scale) - self._column(self.mean)) / self._column(self.std)
 
     def _resized(self, image: "Image") -> "Image":
@@ -237,7 +239,6 @@ def decode(path: str | Path) -> "Image":
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
                                 f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
-            image.load()
             image = ops.exif_transpose(image)
             if image.mode in ("F", "I") or image.mode.startswith("I;16"):
                 image = library.fromarray(_in_8_bits(np.asarray(image)))
@@ -250,6 +251,18 @@ def decode(path: str | Path) -> "Image":
     except _BROKEN as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"not a whole picture ({reason}); replace or remove it", BROKEN) from None
+
+
+def thumbnail(path: str | Path, edge: int = 96) -> bytes:
+    """Return a picture as a JPEG of a few thousand bytes for a page.
+
+    Raises:
+        DataError: see ``decode``.
+    """
+    image, buffer = decode(path), io.BytesIO()
+    image.thumbnail((edge, edge))
+    image.save(buffer, "jpeg", quality=80)
+    return buffer.getvalue()
 
 
 def _in_8_bits(array: np.ndarray) -> np.ndarray:

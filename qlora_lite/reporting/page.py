@@ -62,7 +62,7 @@ def pairs(title: str, entries: Iterable[tuple[str, object]]) -> str:
 
 def page(title: str, body: str) -> str:
     """Return the whole document."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -107,6 +107,12 @@ h3 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0 0 8px; }
 }
 .figure { background: var(--card); padding: 14px 16px; }
 .confusion td { text-align: right; background: color-mix(in srgb, var(--pale) calc(var(--share) * 100%), transparent); }
+.seen { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; font-size: 14px; }
+.seen img { width: 56px; height: 56px; object-fit: contain; border-radius: 4px; vertical-align: middle; }
+.seen img.large { width: 96px; height: 96px; }
+.seen img.patches { image-rendering: pixelated; }
+.seen figure { margin: 0; }
+.seen figcaption { color: var(--soft); font-size: 12px; max-width: 9em; overflow-wrap: anywhere; }
 .label, .detail, .legend { font-size: 13px; color: var(--soft); }
 .value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .value span { white-space: nowrap; }

@@ -25,6 +25,8 @@ from qlora_lite.units import format_bytes, format_score, format_seconds
 
 from .charts import Series, line_chart, short_number, smooth
 from .page import figure, page, pairs, section, table, text
+from .pictures_section import NOTE as PICTURES_NOTE
+from .pictures_section import pictures_of
 
 _WHEN = "before", "after"
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
@@ -63,6 +65,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         _figures(summary),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Labels", _confusion(summary), "Held-out examples of each label (row), and what they were given."),
+        section("Pictures before and after", pictures_of(run.pictures), PICTURES_NOTE),
         section(_followed(run).capitalize(), _loss_chart(run)),
         section("Over training", _small_charts(run)),
         section(

@@ -341,15 +341,15 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
     return labels | {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,
-        "tokenizer": _digest_of_reader(tokenizer),
+        **_digest_of_reader(tokenizer),
     }
 
 
-def _digest_of_reader(reader) -> str:
+def _digest_of_reader(reader) -> dict[str, str | None]:
     """Return a digest of a tokenizer, or of what makes pixels of pictures."""
     if isinstance(reader, Processor):
-        return reader.digest
-    return hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest()
+        return {"picture processor": reader.digest}
+    return {"tokenizer": hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest()}
 
 
 def _digest_of_labels(data: Dataset, eval_data: Dataset | None) -> str:

@@ -4,6 +4,7 @@ All that it must remember to go on after an interruption is in ``_progress``; th
 two steps both belong together, and only there are they saved.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME
-from qlora_lite.artifacts.run_files import METRICS_DIGEST
+from qlora_lite.artifacts.run_files import METRICS_DIGEST, PICTURES
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
     DIGESTS,
@@ -29,9 +30,11 @@ from qlora_lite.artifacts.run_folder import (
 )
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.preferences import answers_alone
-from qlora_lite.errors import CheckpointError, DoesNotFitError, Interrupted, ModelError, OutputError
+from qlora_lite.errors import CheckpointError, DataError, DoesNotFitError, Interrupted, ModelError, OutputError
+from qlora_lite.files import write_text
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.inference.label_texts import measure_labels
+from qlora_lite.inference.shown_pictures import COMPARED, SHOWN, described, given, look, spread
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import settle
 from qlora_lite.models.save import save_model
@@ -42,6 +45,7 @@ from qlora_lite.train.divided_weights import fill_here, parts_of, tensors_here
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
 from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.state import STATE, capture, collection_of, compare_tensors, restore
@@ -328,6 +332,8 @@ class Training:
         if metrics := self.eval_metrics if loss is None else self.best_metrics:
             self.run.update(eval_metrics=self.run.summary.get("eval_metrics", {}) | {when: metrics})
         result = self._metrics(self.eval_data, f"{when} training")
+        if isinstance(work := self.trainer.workload, PictureHead):
+            self._show_pictures(work.plain(), self.eval_data, when)
         if result:
             found = result.figures()
             if "exact_match" in found:
@@ -379,6 +385,24 @@ class Training:
             self.run.update(confusion=known | {when.partition(" ")[0]: matrix})
         self._log_scores(result, when, len(eval_data.examples))
         return result
+
+    def _show_pictures(self, work: PictureHead, eval_data: Dataset, when: str) -> None:
+        """Write down what the model makes of some held-out pictures, for the report; what hinders it is a warning."""
+        held, training = spread(eval_data.examples, SHOWN), spread(self.proven.data.data.examples, COMPARED)
+        try:
+            with self._at_once():
+                seen, known = (
+                    self.trainer.computed(part, lambda _, batches: look(work, self.model, batches))
+                    for part in (held, training)
+                )
+                if not self.processes.is_first:
+                    return
+                path = self.run.path / PICTURES
+                before = json.loads(path.read_text(encoding="utf-8")) if when == "after" and path.is_file() else {}
+                found = before | {"given": given(held), when: described(work, held, seen, training, known)}
+                write_text(path, json.dumps(found) + "\n")
+        except (DataError, OutputError, DoesNotFitError, ValueError) as error:
+            log.warning("the report shows no pictures %s training: %s", when, error)
 
     def _log_scores(self, result: Measured, when: str, count: int) -> None:
         shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}

@@ -161,7 +161,7 @@ def test_the_page_loads_nothing(report):
     assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     html = report()
     assert "://" not in html and "@import" not in html and "url(" not in html
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     assert ("content", policy) in page.attributes
 
 

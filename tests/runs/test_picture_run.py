@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
 from qlora_lite.data.pictures import decode
-from qlora_lite.errors import DataError, Interrupted, ModelError, RecipeError
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
 from qlora_lite.models.load import load_model
@@ -58,6 +58,13 @@ def test_it_learns_and_writes_down_scores_labels_and_confusion(run):
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     report = json.loads((folder / "data.json").read_text())
     assert report["sources"][0]["format"] == "pictures" and report["labels"]["train"]["baseline_accuracy"] == 0.5
+    shown = json.loads((folder / "pictures.json").read_text())
+    assert len(shown["given"]) == len(shown["before"]) == len(shown["after"]) == 8
+    assert [one["label"] for one in shown["after"]] == [one["label"] for one in shown["given"]]
+    assert {each["label"] for one in shown["after"][:4] for each in one["neighbours"]} == {"cool"}
+    assert shown["before"] != shown["after"]
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 8 * (1 + 2 * 4) and "Pictures before and after" in page
     measured, predicted = (summary["plan"][name] for name in ("measured_peak_bytes", "predicted_peak_bytes"))
     assert measured == pytest.approx(predicted, rel=0.3)  # of a process of 300 MiB; the ledger is compared elsewhere
 
@@ -81,7 +88,8 @@ def test_a_stopped_run_with_augmentations_is_resumed_to_the_bit(run, tmp_path):
 
 
 def test_another_picture_or_processor_is_another_run(bases, tmp_path):
-    recipe = picture_recipe(tmp_path, bases["vit"], train={"save_every_steps": 2})
+    base = shutil.copytree(bases["vit"], tmp_path / "base")
+    recipe = picture_recipe(tmp_path, base, train={"save_every_steps": 2})
 
     def stop(metrics, _total):
         if metrics.step == 3:
@@ -92,10 +100,16 @@ def test_another_picture_or_processor_is_another_run(bases, tmp_path):
     changed = tmp_path / "train" / "hot" / "000.png"
     before = changed.read_bytes()
     drawn("hot", 77).save(changed)
-    with pytest.raises(Exception, match="other training rows than before"):
+    with pytest.raises(CheckpointError, match="other training rows than before"):
         run_recipe(load_recipe(recipe), resume=tmp_path / "out")
     changed.write_bytes(before)
+    settings = tmp_path / "base" / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace("0.5", "0.4"))
+    with pytest.raises(CheckpointError, match="picture processor"):
+        run_recipe(load_recipe(recipe), resume=tmp_path / "out")
+    settings.write_text(settings.read_text().replace("0.4", "0.5"))
     run_recipe(load_recipe(recipe), resume=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "pictures.json").read_text()).keys() == {"given", "before", "after"}
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's

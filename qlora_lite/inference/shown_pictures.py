@@ -1,0 +1,109 @@
+"""What a report shows of some held-out pictures, before training and after: label, neighbours, and what patches say.
+
+Neighbours are the training pictures whose features point the same way (cosine similarity); features are the first token
+of the last hidden states where the encoder has tokens beside its patches, else the mean. A map colours each patch by
+the first three principal components of all shown patches, red, green and blue: patches of one colour look alike to the
+encoder. Signs of components are chosen so that their largest weight is positive, and each runs from its least to its
+most value.
+
+Shapes: features [N, D], patches [N, H, W, D], maps [N, H, W, 3].
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_lite.adapters.parts import base_path
+from qlora_lite.data.label_metrics import probabilities
+from qlora_lite.data.pictures import thumbnail
+from qlora_lite.data.storage import Example
+from qlora_lite.models.nested import of_blocks
+from qlora_lite.train.picture_head import PictureHead, Pictures
+from qlora_lite.train.step import evaluating
+
+SHOWN, COMPARED, NEIGHBOURS = 12, 200, 3  # held-out pictures; training pictures that neighbours are looked for among
+
+
+class Seen(NamedTuple):
+    """What an encoder with a head makes of pictures, in host memory: outputs [N, C], features, patches."""
+
+    outputs: torch.Tensor
+    features: torch.Tensor
+    patches: torch.Tensor
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return so many examples, evenly spread over all, which are ordered by class where they come from folders."""
+    count = min(count, len(examples))
+    return [examples[int(index)] for index in np.linspace(0, len(examples) - 1, count)] if count else []
+
+
+def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures]) -> Seen:
+    """Return what a model makes of pictures, with dropout off."""
+    found, device, kept = [], work.device(model), []
+    encoder, size = getattr(model, base_path(model)), of_blocks(model.config).patch_size
+    handle = encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
+    height, width = work.processor.height // size, work.processor.width // size
+    try:
+        with torch.no_grad(), evaluating(model):
+            for batch in batches:
+                outputs = work.outputs(model, work.inputs(batch, device)).cpu()
+                hidden = kept.pop().float().cpu()
+                others = hidden.shape[1] - height * width  # class and register tokens, which come first
+                features = hidden[:, 0] if others else hidden.mean(1)
+                found.append((outputs, features, hidden[:, others:].unflatten(1, (height, width))))
+    finally:
+        handle.remove()
+    return Seen(*map(torch.cat, zip(*found, strict=True)))
+
+
+def maps_of(patches: torch.Tensor) -> np.ndarray:
+    """Return colours for patches, uint8 [N, H, W, 3]; see the module's text."""
+    flat = patches.flatten(0, 2)
+    flat = flat - flat.mean(0)
+    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
+    axes = axes[:3]
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    values = flat @ axes.T
+    low, high = values.amin(0), values.amax(0)
+    values = (values - low) / (high - low).clamp(min=1e-12)
+    colours = functional.pad(values, (0, 3 - values.shape[1]))
+    return (255 * colours).round().to(torch.uint8).unflatten(0, patches.shape[:3]).numpy()
+
+
+def described(
+    work: PictureHead, held: Sequence[Example], seen: Seen, training: Sequence[Example], known: Seen
+) -> list[dict[str, Any]]:
+    """Return what was made of held-out pictures, in JSON's terms, pictures as data URIs."""
+    shares = probabilities(seen.outputs.numpy(), work.problem)
+    near = functional.normalize(seen.features) @ functional.normalize(known.features).T
+    nearest = near.topk(min(NEIGHBOURS, len(training))).indices.tolist()
+    result = []
+    for share, places, colours in zip(shares, nearest, maps_of(seen.patches), strict=True):
+        neighbours = [{"picture": _jpeg(training[place]), "label": training[place].answer} for place in places]
+        result.append({"label": work.labels[int(share.argmax())], "share": float(share.max()),
+                       "neighbours": neighbours, "map": _png(colours)})  # fmt: skip
+    return result
+
+
+def given(examples: Sequence[Example]) -> list[dict[str, str]]:
+    """Return held-out pictures with their labels, likewise."""
+    return [{"where": each.where, "label": each.answer, "picture": _jpeg(each)} for each in examples]
+
+
+def _jpeg(example: Example) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(thumbnail(example.prompt)).decode()}"
+
+
+def _png(colours: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(colours).save(buffer, "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

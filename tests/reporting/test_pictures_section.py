@@ -1,0 +1,55 @@
+"""Held-out pictures on a run's page: what is shown of a good file, and nothing of one that is not what it should be."""
+
+import numpy as np
+import pytest
+import torch
+
+from qlora_lite.inference.shown_pictures import maps_of, spread
+from qlora_lite.reporting.pictures_section import pictures_of
+
+URI = "data:image/png;base64,AAAA"
+GIVEN = {"where": "a/x.png:1", "label": "cat & dog", "picture": URI}
+SEEN = {"label": "<b>", "share": 0.75, "neighbours": [{"picture": URI, "label": "n"}], "map": URI}
+
+
+def test_a_card_shows_label_share_neighbours_and_map_before_and_after():
+    found = pictures_of({"given": [GIVEN], "before": [SEEN], "after": [SEEN | {"label": "cat & dog"}]})
+    assert found.count("<img") == 1 + 2 * 2 and found.count('class="card"') == 1
+    assert "cat &amp; dog" in found and "&lt;b&gt;" in found and "<b>" not in found
+    assert "before: " in found and "after: " in found and found.count("75%") == 2
+    assert found.count('class="bad"') == 1 and found.count('class="good"') == 1
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {}, {"given": 3}, {"given": [7]}, {"given": [GIVEN | {"picture": "https://x/y.png"}]},
+        {"given": [GIVEN | {"picture": 'data:image/png;base64,A" onload="x'}]}, {"given": [GIVEN | {"picture": None}]},
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_left_out(found):
+    assert pictures_of(found) == ""
+
+
+@pytest.mark.parametrize("before", [None, [], [3], [{"neighbours": 3}], [{"neighbours": [4], "map": "javascript:x"}]])
+def test_what_is_missing_of_a_picture_is_left_out(before):
+    found = pictures_of({"given": [GIVEN], "before": before})
+    assert found.count("<img") == 1 and "javascript" not in found
+
+
+def test_patches_that_are_alike_get_one_colour_and_signs_do_not_matter():
+    chance = torch.Generator().manual_seed(0)
+    kinds = torch.randn(3, 8, generator=chance)
+    patches = kinds[torch.randint(3, (2, 4, 5), generator=chance)]
+    maps = maps_of(patches)
+    assert maps.shape == (2, 4, 5, 3) and maps.dtype == np.uint8
+    colours = {tuple(kind.tolist()): set() for kind in kinds}
+    for patch, colour in zip(patches.flatten(0, 2), maps.reshape(-1, 3), strict=True):
+        colours[tuple(patch.tolist())].add(tuple(colour.tolist()))
+    assert all(len(found) == 1 for found in colours.values()) and len(set.union(*colours.values())) == 3
+    assert maps.min() == 0 and maps.max() == 255
+    assert maps_of(torch.ones(1, 2, 2, 8)).shape == (1, 2, 2, 3)
+
+
+def test_shown_examples_are_spread_over_all():
+    assert spread(range(100), 4) == [0, 33, 66, 99] and spread(range(3), 12) == [0, 1, 2] and spread([], 5) == []
