@@ -120,6 +120,7 @@ h3 { font-size: 13px; font-weight: 600; color: var(--soft); margin: 0 0 8px; }
 .card, .scroll { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; min-width: 0; }
 .card { padding: 14px 16px; }
 .grid2 { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25em), 1fr)); }
+.wide { overflow-x: auto; }
 .columns { columns: 25em; column-gap: 16px; }
 .columns .card { break-inside: avoid; margin-bottom: 16px; }
 .plot { position: relative; }

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -62,7 +63,7 @@ def render(run: RunFiles, folder_name: str) -> str:
     body = [
         _head(summary, name, folder_name),
         _notices(run, summary),
-        _figures(summary),
+        _figures(summary, "Pictures" if run.pictures else "Tokens"),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Labels", _confusion(summary), "Held-out examples of each label (row), and what they were given."),
         section("Pictures before and after", pictures_of(run.pictures), PICTURES_NOTE),
@@ -106,7 +107,7 @@ def _notices(run: RunFiles, summary: dict[str, Any]) -> str:
     return "".join(f'<p class="notice">{text(notice)}</p>' for notice in notices + run.problems)
 
 
-def _figures(summary: dict[str, Any]) -> str:
+def _figures(summary: dict[str, Any], unit_of_speed: str) -> str:
     def shown(key: str, write: Callable[[float], str]) -> str:
         value = number(summary.get(key))
         return "" if value is None else write(value) if math.isfinite(value) else "not finite"
@@ -128,7 +129,7 @@ def _figures(summary: dict[str, Any]) -> str:
         figure(name, exact[0], exact[1], counted("exact_match_rows", "held-out examples")),
         figure("Evaluation loss", loss[0], loss[1], unit if any(loss) else ""),
         figure("Peak memory", shown("peak_bytes", lambda value: format_bytes(int(value)))),
-        figure("Tokens per second", speed, detail=counted("tokens", "in total")),
+        figure(f"{unit_of_speed} per second", speed, detail=counted("tokens", "in total")),
         figure("Time", shown("seconds", format_seconds), detail=counted("steps", "steps")),
     ]
     rewards = [_of_objective(summary, when).get("reward") for when in _WHEN[::-1]]
@@ -144,11 +145,12 @@ def _figures(summary: dict[str, Any]) -> str:
 def _scores(run: RunFiles) -> str:
     """List the metrics before and after training, and those measured in between."""
     before, after = (_scores_of(run.summary.get("metrics"), when) for when in _WHEN)
+    measured = replace(run, metrics=[row for row in run.metrics if "loss" not in row])  # and not those of a step's rows
     rows: list[list[object]] = []
     for name in {**before, **after}:
         ends = before.get(name), after.get(name)
         known = next(filter(None, ends[::-1]))
-        between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, name))
+        between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(measured, name))
         rows.append([name.replace("_", " "), *(format_score(name, score) if score else "" for score in ends), between,
                      known.get("examples"), known.get("signature", "")])  # fmt: skip
     rows += _objective_scores(run)
@@ -191,7 +193,7 @@ def _matrix(when: str, labels: list, matrix: list[list[int]]) -> str:
         rows += f"<tr><th>{text(label)}</th>{cells}</tr>"
     corner = '<th title="the label that a row has, and the one that it was given">is \\ given</th>'
     table = f'<table class="confusion"><thead><tr>{corner}{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'<div class="card"><h3>{text(when.capitalize())}</h3>{table}</div>'
+    return f'<div class="card"><h3>{text(when.capitalize())}</h3><div class="wide">{table}</div></div>'
 
 
 def _scores_of(metrics: object, when: str) -> dict[str, dict[str, Any]]:

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_lite.artifacts.run_files import RunFiles
 from qlora_lite.inference.shown_pictures import maps_of, spread
 from qlora_lite.reporting.pictures_section import pictures_of
+from qlora_lite.reporting.report import render
 
 URI = "data:image/png;base64,AAAA"
 GIVEN = {"where": "a/x.png:1", "label": "cat & dog", "picture": URI}
@@ -53,3 +55,10 @@ def test_patches_that_are_alike_get_one_colour_and_signs_do_not_matter():
 
 def test_shown_examples_are_spread_over_all():
     assert spread(range(100), 4) == [0, 33, 66, 99] and spread(range(3), 12) == [0, 1, 2] and spread([], 5) == []
+
+
+def test_a_step_s_own_accuracy_is_no_measurement_of_held_out_rows():
+    score = {"accuracy": {"value": 0.5, "standard_error": 0.1, "examples": 4}}
+    steps = [{"step": 1, "loss": 2.0, "accuracy": 0.125}, {"step": 1, "accuracy": 0.375}]
+    page = render(RunFiles({"metrics": {"before": score, "after": score}}, steps, "", [], {}, {}), "run")
+    assert "0.375 (step 1)" in page and "0.125 (step" not in page
