@@ -29,7 +29,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
         prepare(verbose=False)
         logging.getLogger("qlora_lite.progress").setLevel(logging.INFO)
         from qlora_lite.prepare.preflight import preflight
-        from qlora_lite.prepare.recipe_head import reader_of
+        from qlora_lite.prepare.readers import reader_of
 
         found = preflight(settings, reader_of(settings), rows)
     except QloraLiteError as error:

@@ -36,7 +36,7 @@ from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings
 from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.prepare.label_checks import with_labels
-from qlora_lite.prepare.recipe_head import reader_of
+from qlora_lite.prepare.readers import reader_of
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe

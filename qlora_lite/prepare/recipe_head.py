@@ -8,7 +8,6 @@ from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.locate import read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
 from qlora_lite.models.skeleton import folder_of, read_config, read_part
-from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
 
 PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
@@ -23,18 +22,6 @@ def head_of(recipe: Recipe) -> Head | None:
     else:
         labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
     return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures)
-
-
-def reader_of(recipe: Recipe):
-    """Return what makes a model's inputs of a recipe's rows: its tokenizer, or the processor of its pictures.
-
-    Raises:
-        ModelError: see ``load_tokenizer`` and ``picture_processor``.
-    """
-    m = recipe.model
-    if recipe.of_pictures:
-        return picture_processor(recipe)
-    return load_tokenizer(m.path, m.revision, recipe.adapter.train_tokens)
 
 
 def picture_processor(recipe: Recipe) -> Processor:

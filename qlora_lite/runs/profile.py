@@ -31,7 +31,7 @@ from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
-from qlora_lite.prepare.recipe_head import reader_of
+from qlora_lite.prepare.readers import reader_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason

@@ -53,7 +53,8 @@ from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
-from qlora_lite.prepare.recipe_head import head_of, reader_of
+from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.recipe_head import head_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.reporting.plan_text import reason

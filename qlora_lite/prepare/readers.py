@@ -1,0 +1,20 @@
+"""What makes a model's inputs of a recipe's rows.
+
+Apart from ``recipe_head``, because a tokenizer needs no model code, see ``datasets``.
+"""
+
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.recipe.schema import Recipe
+
+
+def reader_of(recipe: Recipe):
+    """Return a recipe's tokenizer, or the processor of its pictures.
+
+    Raises:
+        ModelError: see ``load_tokenizer`` and ``recipe_head.picture_processor``.
+    """
+    if recipe.of_pictures:
+        from .recipe_head import picture_processor  # and with it the libraries that a model needs
+
+        return picture_processor(recipe)
+    return load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
