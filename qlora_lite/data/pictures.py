@@ -387,6 +387,9 @@ def _of_table(source: Source, statistics: Statistics, problem: str, needs_label:
     if source.rows is None and os.path.isdir(os.path.expanduser(source.path)) and not _has_table(source.path):
         raise DataError(f"{source.path}: neither a picture ({', '.join(sorted(SUFFIXES))}) nor a table in this folder; "
                         "give a folder with a folder of pictures for each class, or a table")  # fmt: skip
+    if source.rows is None and Path(source.path).suffix.lower() in SUFFIXES:
+        raise DataError(f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
+                        "name one of these")  # fmt: skip
     for where, row in read_rows(source, statistics.problems):
         columns = columns or picture_columns(row, where, source, needs_label)
         try:

@@ -189,6 +189,14 @@ def test_models_that_cannot_be_trained_so_are_refused_with_a_reason(folders):
         replace(workload(folders["vit"]), spec=spec).planned_model(META, MemoryOptions(), BatchShape((1,), 1))
 
 
+def test_a_real_encoder_s_table_of_positions_stays_in_16_bit_beside_nf4(tmp_path):
+    folder = save_encoder(tmp_path / "large", "dinov2", hidden_size=64, image_size=518)
+    model = loaded(folder, "nf4")
+    positions = model.dinov2.embeddings.position_embeddings
+    assert positions.numel() > 2**16 and positions.is_floating_point()
+    assert type(model.dinov2.encoder.layer[0].mlp.fc1).__name__ == "QuantLinear"
+
+
 def test_shapes_count_pictures(folders, rows):
     work = workload(folders["vit"])
     assert work.shape(work.collate(rows)) == BatchShape((1,) * 10, 10)
