@@ -293,9 +293,9 @@ def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None) -> Non
         RecipeError: it has a head where a language model is wanted, or the other way round.
     """
     if has_head is False and recipe.problem is not None:
-        rows = "pictures" if recipe.of_pictures else "texts"
-        raise RecipeError(f"{name} labels {rows} (task.kind {recipe.task.kind}), and writes no answers: use `qlora-lite "
-                          "predict` or `evaluate`, or its adapter folder with peft")  # fmt: skip
+        what = f"labels {'pictures' if recipe.of_pictures else 'texts'} (task.kind {recipe.task.kind})"
+        raise RecipeError(f"{name} {what}, and writes no answers: use `qlora-lite predict` or `evaluate`, or its "
+                          "adapter folder with peft")  # fmt: skip
     if has_head and recipe.problem is None:
         raise RecipeError(f"{name} is a language model without a head for labels: use `qlora-lite generate`")
 

@@ -2,7 +2,7 @@
 
 from qlora_lite.constraints import OF_PICTURES
 from qlora_lite.data.labels import NUMBER
-from qlora_lite.data.pictures import Processor, processor_of
+from qlora_lite.data.picture_processor import Processor, processor_of
 from qlora_lite.errors import ModelError
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.locate import read_json
@@ -29,7 +29,7 @@ def picture_processor(recipe: Recipe) -> Processor:
 
     Raises:
         ModelError: the model is not one of pictures, or ``data.resolution`` is no multiple of its patches.
-        DataError: see ``data.pictures.processor_of``.
+        DataError: see ``data.picture_processor.processor_of``.
     """
     m, wanted = recipe.model, recipe.data.resolution
     config = of_blocks(read_config(m.path, m.revision))

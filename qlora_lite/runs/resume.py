@@ -28,7 +28,7 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
-from qlora_lite.data.pictures import Processor
+from qlora_lite.data.picture_processor import Processor
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources

@@ -19,7 +19,8 @@ from torch import nn
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.batch import Extent
 from qlora_lite.data.labels import target_of
-from qlora_lite.data.pictures import Processor, decoder
+from qlora_lite.data.picture_processor import Processor
+from qlora_lite.data.pictures import decoder
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.memory.marks import category

@@ -13,7 +13,7 @@ from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
 from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.data.labels import ONE_LABEL
-from qlora_lite.data.pictures import processor_of
+from qlora_lite.data.picture_processor import processor_of
 from qlora_lite.errors import ModelError
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
