@@ -18,7 +18,6 @@ WITH_HEAD = {  # of a recipe whose task.kind is another than language-model
     ("train", "metrics_examples"): 0, ("train", "metrics_choices"): None, ("memory", "loss_chunk_tokens"): "auto",
     ("memory", "head"): "auto", ("train", "objective"): "sft",
 }  # fmt: skip
-OF_PICTURES = "task.kind image-classification"
 WITH_PICTURES: dict[tuple[str, str], tuple[object, ...]] = {  # of a recipe whose rows are pictures; what else is auto
     ("data", "max_tokens"): (1024,), ("data", "overflow"): ("error",),
     ("data", "order"): ("shuffle", "as-is"), ("data", "streaming"): (False,), ("memory", "tile_tokens"): ("off",),

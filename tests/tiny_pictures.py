@@ -82,3 +82,29 @@ def picture_recipe(folder: Path, base: Path | str, **sections) -> Path:
 def picture_rows(folder: Path) -> list:
     """The examples of a folder of pictures, in memory."""
     return list(read_examples([Source(str(folder))], None, problem=ONE_LABEL, of_pictures=True).examples)
+
+
+def write_masks(folder: Path, count: int, first: int = 0) -> Path:
+    """Write pictures of a box on noise, and masks that say where it is: 1 a cool one, 2 a hot one, 0 elsewhere."""
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        chance = np.random.default_rng(number)
+        picture = np.clip(chance.normal(120, 15, (28, 28, 3)), 0, 255).astype(np.uint8)
+        mask = np.zeros((28, 28), np.uint8)
+        left, top = 14 * chance.integers(0, 2, 2)
+        label = number % 2
+        picture[top : top + 14, left : left + 14] = list(COLOURS.values())[label]
+        mask[top : top + 14, left : left + 14] = 1 + label
+        mask[0, 0] = 255
+        Image.fromarray(picture).save(folder / "images" / f"{number:03}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number:03}.png")
+    return folder
+
+
+def mask_recipe(folder: Path, base: Path | str, **sections) -> Path:
+    """Write a recipe as ``picture_recipe`` does, of pictures with masks."""
+    data = {"train": str(write_masks(folder / "masked", 16)), "eval": str(write_masks(folder / "masked-eval", 6, 100))}
+    sections["data"] = data | sections.get("data", {})
+    train = {"max_steps": 30, "lr_scheduler": "constant"} | sections.pop("train", {})
+    return picture_recipe(folder, base, task={"kind": "image-segmentation"}, train=train, **sections)

@@ -17,6 +17,7 @@ from .storage import Example
 
 # Kinds of problem, in transformers' words (``config.problem_type``).
 ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+MASKS = "segmentation"  # for which transformers has no word: each pixel of a picture has a label, see ``masks``
 _WITHOUT = "-1"  # what the test sets of GLUE have in place of a label
 MAX_NAMES = 1000  # more are no classes
 
@@ -71,7 +72,9 @@ def _number(value: object) -> float:
 
 
 def names_of(example: Example, problem: str) -> list[str]:
-    """Return the labels of an example: one, or any number of LABELS."""
+    """Return the labels of an example: one, or any number of LABELS and of MASKS."""
+    if problem == MASKS:
+        return json.loads(example.answer)["classes"]
     return json.loads(example.answer) if problem == LABELS else [example.answer]
 
 
@@ -120,6 +123,8 @@ def balance(examples: Sequence[Example], problem: str) -> dict:
                 "smallest": min(values, default=0.0), "largest": max(values, default=0.0)}  # fmt: skip
     counts = Counter(name for example in examples for name in names_of(example, problem))
     shown = {name: counts[name] for name in sorted(counts, key=_rank)}
+    if problem == MASKS:
+        return {"counts": shown}  # pictures that have a class in them
     if problem == LABELS:
         whole = Counter(example.answer for example in examples)
         return {"counts": shown, "baseline_accuracy": max(whole.values(), default=0) / max(1, len(examples))}

@@ -58,29 +58,39 @@ class Processor:
             image: three channels of 8 bits.
             chance: draws the augmentation; None augments nothing.
         """
+        array = self.cut(image, self.resample, 0, chance).astype(np.float32)
+        return (array * np.float32(self.scale) - self._column(self.mean)) / self._column(self.std)
+
+    def cut(self, image: "Image", resample: int, fill: int, chance: random.Random | None = None) -> np.ndarray:
+        """Return a picture resized, cut and augmented, its values as they are, [channels, H, W].
+
+        Args:
+            resample: Pillow's number of the filter.
+            fill: the value around a picture that is too small.
+            chance: see ``pixels``; of one state, it draws the same for pictures of one size.
+        """
         flips = chance is not None and "flip" in self.augment
         if chance is not None and "crop" in self.augment:
             box = _random_box(image.width, image.height, chance)
-            image = image.resize((self.width, self.height), self.resample, box)
+            image = image.resize((self.width, self.height), resample, box)
         else:
-            image = self._resized(image)
-        array = np.asarray(image, np.float32).transpose(2, 0, 1)
-        array = _cut(array, self.height, self.width)
-        if flips and chance.random() < 0.5:
+            image = self._resized(image, resample)
+        array = np.asarray(image)
+        array = _cut(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), self.height, self.width, fill)
+        if flips and chance is not None and chance.random() < 0.5:
             array = array[:, :, ::-1]
         # in the order of its axes: a convolution would copy a batch that is laid out otherwise
-        array = np.ascontiguousarray(array)
-        return (array * np.float32(self.scale) - self._column(self.mean)) / self._column(self.std)
+        return np.ascontiguousarray(array)
 
-    def _resized(self, image: "Image") -> "Image":
+    def _resized(self, image: "Image", resample: int) -> "Image":
         if self.resize is None:
             return image
         if isinstance(self.resize, tuple):
-            return image.resize(self.resize[::-1], self.resample)
+            return image.resize(self.resize[::-1], resample)
         short, long = sorted((image.width, image.height))
         other = int(self.resize * long / short)
         size = (self.resize, other) if image.width <= image.height else (other, self.resize)
-        return image.resize(size, self.resample)
+        return image.resize(size, resample)
 
     def _column(self, values: Sequence[float]) -> np.ndarray:
         return np.array(values, np.float32)[:, None, None]
@@ -170,10 +180,10 @@ def _random_box(width: int, height: int, chance: random.Random) -> tuple[float, 
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def _cut(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the middle of a picture [3, H, W], with black around it where it is smaller."""
+def _cut(array: np.ndarray, height: int, width: int, fill: int) -> np.ndarray:
+    """Return the middle of a picture [channels, H, W], with one value around it where it is smaller."""
     short = [max(0, wanted - there) for wanted, there in zip((height, width), array.shape[1:], strict=True)]
     if any(short):
-        array = np.pad(array, [(0, 0), *((each // 2, each - each // 2) for each in short)])
+        array = np.pad(array, [(0, 0), *((each // 2, each - each // 2) for each in short)], constant_values=fill)
     above, left = (array.shape[1] - height) // 2, (array.shape[2] - width) // 2
     return array[:, above : above + height, left : left + width]

@@ -9,9 +9,7 @@ TOKENS token ids are the first bits of the file's SHA-256. So whatever orders, h
 text does so with pictures by their content, wherever they lie; the model never sees these numbers.
 
 Every picture is decoded once before training, by threads: what is broken is then a bad row with a place and a reason.
-(Trusting the header, the usual way, ends a run hours later in a worker.) Pillow decodes; what it is given is turned to
-three channels of 8 bits: 16 bits are scaled, not clipped as Pillow's own conversion does, and an alpha channel is left
-out, as transformers' processors do.
+(Trusting the header, the usual way, ends a run hours later in a worker.)
 
 What augmentations draw (``picture_processor``) follows from the run's seed, the step and the picture alone, so that
 neither threads nor a resumed run change a bit.
@@ -20,16 +18,14 @@ Shapes: pixels float32 [N, 3, H, W].
 """
 
 import hashlib
-import io
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -40,95 +36,32 @@ from .data_files import READER_OF_SUFFIX, data_suffix
 from .fields import columns_of, fill
 from .hub import PREFIX
 from .labelled_rows import LABEL_COLUMNS
-from .labels import label_text
+from .labels import MASKS, ONE_LABEL, label_text
+from .masks import classes_of, label_of_mask
+from .picture_files import BROKEN, decode, pillow
 from .picture_processor import Processor
 from .sources import Source, read_rows
 from .statistics import Settings, Statistics, count_unused, no_counts
 from .storage import Example
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 PICTURE_COLUMNS = "image", "path", "file_name", "file", "filename", "image_path", "picture", "img"
 FORMAT = "pictures"  # what a report calls such rows
-BROKEN, NO_CLASS = "broken picture", "picture without a class"
+NO_CLASS, NO_MASK = "picture without a class", "picture without a mask"
+MASK_COLUMNS = "mask", "masks", "annotation", "segmentation", "label", "labels"
 TOKENS = 2  # of an example: 62 bits of its content
-MAX_PIXELS = 89_478_485  # of a picture: 256 MiB with three channels, where Pillow begins to warn
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"})
 _AT_ONCE = 256  # pictures that are looked at together
-# What Pillow raises over a file that is no picture, cut short, or not what its header says.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture file with its label as text; None where it has none and needs none."""
+    """A picture file with its label as text, None where it has none and needs none; or with the file of its mask."""
 
     path: str
     label: str | None
     where: str
-
-
-def decode(path: str | Path) -> "Image":
-    """Return a picture with three channels of 8 bits, turned as its camera says; of several frames the first.
-
-    Raises:
-        DataError: it is broken, too large or not there.
-    """
-    library, ops = _pillow()
-    try:
-        with library.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
-                                f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
-            image = ops.exif_transpose(image)
-            if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-                image = library.fromarray(_in_8_bits(np.asarray(image)))
-            return image.convert("RGB")
-    except FileNotFoundError:
-        what = f"there is no picture {path}; correct the path, which begins where the table lies"
-        raise DataError(what, BROKEN) from None
-    except (library.DecompressionBombError, library.DecompressionBombWarning):
-        raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller", BROKEN) from None
-    except _BROKEN as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"not a whole picture ({reason}); replace or remove it", BROKEN) from None
-
-
-def thumbnail(path: str | Path, edge: int = 96) -> bytes:
-    """Return a picture as a JPEG of a few thousand bytes for a page.
-
-    Raises:
-        DataError: see ``decode``.
-    """
-    image, buffer = decode(path), io.BytesIO()
-    image.thumbnail((edge, edge))
-    image.save(buffer, "jpeg", quality=80)
-    return buffer.getvalue()
-
-
-def _in_8_bits(array: np.ndarray) -> np.ndarray:
-    """Return a grey picture of 16 bits in 8; of floating-point numbers, from 0 to 1 or to 255."""
-    if array.dtype.kind == "f":
-        factor = 255.0 if array.max(initial=0) <= 1 else 1.0
-    else:
-        factor = 255 / 65535 if array.max(initial=0) > 255 or array.dtype == np.uint16 else 1.0
-    return np.clip(np.rint(array.astype(np.float64) * factor), 0, 255).astype(np.uint8)
-
-
-@cache
-def _pillow():
-    """Return Pillow's modules.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise DataError("pictures need Pillow: pip install 'qlora-lite[vision]'") from None
-    return Image, ImageOps
+    mask: str | None = None
 
 
 def is_folder_of_pictures(path: str) -> bool:
@@ -161,7 +94,7 @@ def read_pictures(
     Raises:
         DataError: the source has none, or no columns that are known.
     """
-    _pillow()
+    pillow()
     rows = _of_folder if is_folder_of_pictures(source.path) and source.rows is None else _of_table
     found = islice(rows(source, statistics, problem, needs_label), max_rows)
     with ThreadPoolExecutor(_threads()) as pool:
@@ -173,7 +106,7 @@ def read_pictures(
                 statistics.seen_kinds[_kind(picture)] += 1
                 if isinstance(result, DataError):
                     statistics.problems.add(picture.where, result)
-            good = [(picture, result) for picture, result in looked_at if isinstance(result, str)]
+            good = [result for _, result in looked_at if not isinstance(result, DataError)]
             statistics.kept_kinds.update(_kind(picture) for picture, _ in good)
             statistics.kept_files.update(picture.where.rpartition(":")[0] for picture, _ in good)
             statistics.rows_read += len(good) + statistics.problems.count - bad_before
@@ -183,14 +116,16 @@ def read_pictures(
 
 
 def _kind(picture: Picture) -> str:
-    return f"with the label {picture.label!r}"
+    return "with a mask" if picture.mask else f"with the label {picture.label!r}"
 
 
-def _looked_at(picture: Picture) -> str | DataError:
-    """Return the SHA-256 of a picture's file, or what is wrong with it."""
+def _looked_at(picture: Picture) -> tuple[Picture, str] | DataError:
+    """Return a picture, its mask described, with the SHA-256 of its file; or what is wrong with either."""
     try:
-        decode(picture.path)
-        return hashlib.sha256(Path(picture.path).read_bytes()).hexdigest()
+        size = decode(picture.path).size
+        if picture.mask:
+            picture = replace(picture, label=label_of_mask(picture.mask, size))
+        return picture, hashlib.sha256(Path(picture.path).read_bytes()).hexdigest()
     except DataError as error:
         return error
     except OSError as error:
@@ -207,6 +142,9 @@ def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label
     if source.prompt:
         raise DataError(f"{source.path}: prompt and completion are for the columns of a table, and this is a folder of "
                         "pictures; remove them, or name the table in it")  # fmt: skip
+    if problem == MASKS:
+        yield from _with_masks(folder, statistics, needs_label)
+        return
     names = {path.relative_to(folder).parts[0].lower() for path in _pictures_in(source.path)}
     if needs_label and len(splits := sorted(names & _SPLITS)) > 1:
         raise DataError(f"{source.path}: its folders are splits ({', '.join(splits)}), not classes; name one of them, "
@@ -224,6 +162,24 @@ def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label
             yield Picture(str(path), None, where)
 
 
+def _with_masks(folder: Path, statistics: Statistics, needs_mask: bool) -> Iterator[Picture]:
+    """Yield the pictures of a folder's folder images, each with the mask of its name in the folder masks."""
+    images, masks = folder / "images", folder / "masks"
+    if not images.is_dir() and not needs_mask:
+        yield from (Picture(str(path), None, f"{path}:1") for path in _pictures_in(str(folder)))
+        return
+    if not images.is_dir() or (needs_mask and not masks.is_dir()):
+        raise DataError(f"{folder}: pictures with masks are a folder with the folders images and masks, each mask with "
+                        "its picture's name, or a table with the columns image and mask")  # fmt: skip
+    found = {path.relative_to(masks).with_suffix(""): path for path in _pictures_in(str(masks))}
+    for path in _pictures_in(str(images)):
+        mask, where = found.get(path.relative_to(images).with_suffix("")), f"{path}:1"
+        if mask is None and needs_mask:
+            statistics.problems.add(where, f"there is no mask of this name in {masks}; add it", NO_MASK)
+        else:
+            yield Picture(str(path), None, where, mask and str(mask))
+
+
 def _of_table(source: Source, statistics: Statistics, problem: str, needs_label: bool) -> Iterator[Picture]:
     """Yield the pictures that the rows of a table name or hold."""
     columns, unused = None, statistics.unused[-1] if statistics.unused else no_counts()
@@ -234,20 +190,24 @@ def _of_table(source: Source, statistics: Statistics, problem: str, needs_label:
         raise DataError(f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
                         "name one of these")  # fmt: skip
     for where, row in read_rows(source, statistics.problems):
-        columns = columns or picture_columns(row, where, source, needs_label)
+        columns = columns or picture_columns(row, where, source, needs_label, problem)
         try:
             held, label = columns
             path = _file_of(row.get(held), where) if held else _relative(fill(source.prompt, row), where)
             names = columns_of(source.completion) if label is None and source.completion else ()
             value = row.get(label) if label else (row.get(names[0]) if len(names) == 1 else None)
-            if value is not None or needs_label:
+            mask = None
+            if problem == MASKS:
+                mask = str(_file_of(value, where)) if value is not None or needs_label else None
+                value = None
+            elif value is not None or needs_label:
                 value = label_text(value, problem)
         except DataError as error:
             statistics.problems.add(where, error)
             continue
         used = {held, label, *names, *columns_of(source.prompt)} - {None}
         count_unused(unused, row, frozenset(used))
-        yield Picture(str(path), value, where)
+        yield Picture(str(path), value, where, mask)
 
 
 def _has_table(path: str) -> bool:
@@ -255,7 +215,7 @@ def _has_table(path: str) -> bool:
 
 
 def picture_columns(
-    row: Mapping[str, object], where: str, source: Source, needs_label: bool = True
+    row: Mapping[str, object], where: str, source: Source, needs_label: bool = True, problem: str = ONE_LABEL
 ) -> tuple[str | None, str | None]:
     """Return the columns of picture and label of a table by one of its rows; None where templates name them.
 
@@ -272,9 +232,10 @@ def picture_columns(
             raise DataError(f"{where}: there is no column {whole!r} among {', '.join(map(repr, row))}")
         return whole, None
     held = next((name for name in PICTURE_COLUMNS if name in row), None)
-    label = next((name for name in LABEL_COLUMNS if name in row), None)
+    label = next((name for name in (MASK_COLUMNS if problem == MASKS else LABEL_COLUMNS) if name in row), None)
     if held is None or (label is None and needs_label):
-        what, columns = "no picture" if held is None else "no label", ", ".join(map(repr, row))
+        missing = "no mask" if problem == MASKS else "no label"
+        what, columns = "no picture" if held is None else missing, ", ".join(map(repr, row))
         raise DataError(f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
                         "completion, as in {path: rows.csv, prompt: '{photo}', completion: '{kind}'}")  # fmt: skip
     return held, label
@@ -339,35 +300,45 @@ class Decoder:
         self._pool = ThreadPoolExecutor(_threads(), "pictures")
         self._begun: dict[tuple, Future] = {}
 
-    def expect(self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None) -> None:
-        """Begin with pictures that ``pixels`` will be asked for next; what was begun before is forgotten."""
-        keys = [_key(example, processor, draw) for example in examples]
-        self._begun = {key: self._begun.get(key) or self._pool.submit(_pixels, *key) for key in keys}
+    def expect(
+        self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None, problem: str
+    ) -> None:
+        """Begin with pictures that ``made`` will be asked for next; what was begun before is forgotten."""
+        keys = [(_key(each, processor, draw), each) for each in examples]
+        self._begun = {key: self._begun.get(key) or self._pool.submit(_made, each, processor, draw, problem)
+                       for key, each in keys}  # fmt: skip
 
-    def pixels(self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None) -> np.ndarray:
-        """Return the pixels of pictures, float32 [N, 3, H, W].
+    def made(
+        self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None, problem: str
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Return the pixels of pictures, and the classes of pixels where they have masks.
 
         Args:
             draw: seed of the run and step, by which pictures are augmented; None augments nothing.
+            problem: MASKS, or another, of pictures without masks.
 
         Raises:
             DataError: a picture is broken by now, or gone.
         """
-        keys = [_key(example, processor, draw) for example in examples]
-        waiting = [self._begun.get(key) or self._pool.submit(_pixels, *key) for key in keys]
-        return np.stack([each.result() for each in waiting])
+        waiting = [self._begun.get(_key(each, processor, draw))
+                   or self._pool.submit(_made, each, processor, draw, problem) for each in examples]  # fmt: skip
+        return [each.result() for each in waiting]
 
 
 def _key(example: Example, processor: Processor, draw: tuple[int, int] | None) -> tuple:
-    return example.prompt, example.where, example.token_ids.tobytes(), processor, draw
+    return example.prompt, example.answer, example.token_ids.tobytes(), processor, draw
 
 
-def _pixels(path: str, where: str, content: bytes, processor: Processor, draw: tuple[int, int] | None) -> np.ndarray:
-    chance = None if draw is None else random.Random(f"{draw[0]}/{draw[1]}/{content.hex()}")
+def _made(
+    example: Example, processor: Processor, draw: tuple[int, int] | None, problem: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    drawn_by = None if draw is None else f"{draw[0]}/{draw[1]}/{example.token_ids.tobytes().hex()}"
+    chances = [None if drawn_by is None else random.Random(drawn_by) for _ in range(2)]  # of both the same
     try:
-        return processor.pixels(decode(path), chance)
+        pixels = processor.pixels(decode(example.prompt), chances[0])
+        return pixels, classes_of(example, processor, chances[1]) if problem == MASKS and example.answer else None
     except DataError as error:
-        raise DataError(f"{where}: {error}", error.rule) from None
+        raise DataError(f"{example.where}: {error}", error.rule) from None
 
 
 @cache

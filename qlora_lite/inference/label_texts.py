@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
@@ -17,20 +18,23 @@ from qlora_lite.data.label_metrics import confusion, probabilities, scores_of
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
 from qlora_lite.data.metrics import Score
+from qlora_lite.data.picture_files import decode, pillow
+from qlora_lite.data.pictures import Picture, read_pictures
 from qlora_lite.data.pictures import example_of as picture_example
-from qlora_lite.data.pictures import read_pictures
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Statistics
-from qlora_lite.files import write_text
+from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
 from qlora_lite.recipe import schema
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.mask_head import MaskHead, measure_masks
 from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
+from qlora_lite.train.step import evaluating
 
 log = logging.getLogger("qlora_lite")
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
@@ -42,6 +46,9 @@ def measure_labels(
     workload: SequenceHead, model: nn.Module, batches: Iterable[Texts]
 ) -> tuple[dict[str, Score], list[list[int]] | None]:  # fmt: skip
     """Return the scores of a model on batches of labelled texts, and of one label the confusion matrix."""
+    if isinstance(workload, MaskHead):
+        scores, matrix = measure_masks(workload, model, batches)
+        return scores, matrix if len(workload.labels) <= MAX_SHOWN else None
     outputs, there = (each.numpy() for each in outputs_for(workload, model, batches))
     matrix = None
     if workload.problem == ONE_LABEL and len(workload.labels) <= MAX_SHOWN:
@@ -147,8 +154,10 @@ def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path, done
     recipe, statistics = trained.recipe, Statistics()
     (source,) = with_known_columns([schema.Source(path=str(rows))], (*recipe.data.train, *(recipe.data.eval or ())))
     own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
-    found = list(read_pictures(own, statistics, recipe.problem, needs_label=False))
+    found = list(read_pictures(own, statistics, recipe.label_problem or "", needs_label=False))
     statistics.problems.raise_if_any()
+    if recipe.has_masks:
+        return _write_masks(trained, [picture for picture, _ in found], Path(out), done)
     blank = (recipe.task.labels or ("",))[0]
     examples = [picture_example(replace(picture, label=blank), digest) for picture, digest in found]
     model, work = load_head(recipe, trained.adapter, trained.tokenizer())
@@ -159,6 +168,31 @@ def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path, done
         said = {"where": picture.where, "picture": picture.path} | described(output, work.labels, work.problem)
         lines.append(said | reference)
     write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return Predicted(len(lines), 0)
+
+
+def _write_masks(trained: TrainedRun, pictures: Sequence[Picture], out: Path, done: Done | None) -> Predicted:
+    """Write a mask of its own size for every picture into a folder beside the file, which names them."""
+    model, work = load_head(trained.recipe, trained.adapter, trained.tokenizer())
+    assert isinstance(work, MaskHead)
+    folder, device, lines = out.with_name(f"{out.stem}-masks"), work.device(model), []
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    library, _ = pillow()
+    examples = [picture_example(replace(picture, label=""), "0" * 64) for picture in pictures]
+    numbered = iter(enumerate(pictures, 1))
+    with torch.no_grad(), evaluating(model):
+        for batch in eval_batches(work, examples, train_settings(trained.recipe), done):
+            given = work.outputs(model, work.inputs(batch, device)).argmax(1).to(torch.uint8).cpu().numpy()
+            for classes, (number, picture) in zip(given, numbered, strict=False):
+                path = folder / f"{number:05}-{Path(picture.path).stem}.png"
+                size = decode(picture.path).size
+                with explain_write_errors(path):
+                    library.fromarray(classes).resize(size, library.Resampling.NEAREST).save(path)
+                shares = np.bincount(classes.ravel(), minlength=len(work.labels)) / classes.size
+                shown = {label: float(share) for label, share in zip(work.labels, shares, strict=True) if share}
+                lines.append({"where": picture.where, "picture": picture.path, "mask": str(path), "shares": shown})
+    write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Predicted(len(lines), 0)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.label_metrics import probabilities
-from qlora_lite.data.pictures import thumbnail
+from qlora_lite.data.picture_files import thumbnail
 from qlora_lite.data.storage import Example
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.train.picture_head import PictureHead, Pictures

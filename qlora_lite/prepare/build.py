@@ -55,6 +55,7 @@ from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.mask_head import MaskHead, MaskLoss
 from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
@@ -342,6 +343,8 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
     method, o, kind = method_of(recipe), recipe.objective, recipe.train.objective
     if (head := head_of(recipe)) and recipe.task.kind == "reward":
         return RewardHead(PairLoss(), method, spec, labels=head.labels)
+    if head and recipe.has_masks:
+        return MaskHead(MaskLoss(), method, spec, labels=head.labels, processor=picture_processor(recipe))
     if head and recipe.of_pictures:
         processor = picture_processor(recipe)
         return PictureHead(HeadLoss(head.problem), method, spec, labels=head.labels, processor=processor)

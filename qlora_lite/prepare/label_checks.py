@@ -6,7 +6,7 @@ Apart from ``recipe_head``, because it needs no model code, see ``datasets``.
 from collections.abc import Iterator
 
 from qlora_lite.data.examples import Dataset
-from qlora_lite.data.labels import MAX_NAMES, NUMBER, ONE_LABEL, balance, label_names, names_of
+from qlora_lite.data.labels import MASKS, MAX_NAMES, NUMBER, ONE_LABEL, balance, label_names, names_of
 from qlora_lite.data.problems import RowProblem
 from qlora_lite.recipe.schema import Recipe
 
@@ -15,9 +15,11 @@ UNKNOWN_LABEL, ONE_CLASS, MANY_LABELS = "label without an output", "one label in
 
 def with_labels(recipe: Recipe, data: Dataset) -> Recipe:
     """Return a recipe with the names of its rows' labels, if it asks for those."""
-    if recipe.problem in (None, NUMBER) or recipe.task.labels is not None:
+    if recipe.label_problem in (None, NUMBER) or recipe.task.labels is not None:
         return recipe
-    names = label_names(data.examples, recipe.problem)
+    names = label_names(data.examples, recipe.label_problem)
+    if recipe.has_masks:  # whose numbers are the classes' own
+        names = tuple(map(str, range(1 + max(map(int, names), default=-1))))
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": names})})
 
 
@@ -27,17 +29,17 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
     Args:
         recipe: with the names of its labels.
     """
-    problem, names = recipe.problem, recipe.task.labels or ()
+    problem, names = recipe.label_problem, recipe.task.labels or ()
     if problem in (None, NUMBER) or not len(data.examples):
         return
-    if problem == ONE_LABEL and len(names) == 1:
+    if problem in (ONE_LABEL, MASKS) and len(names) == 1:
         yield RowProblem("", ONE_CLASS, f"all rows have the label {names[0]!r}, so that there is nothing to learn")
     if len(names) > MAX_NAMES or (problem == ONE_LABEL and len(names) > max(20, len(data.examples) // 2)):
         message = (f"{len(names):,} different labels in {len(data.examples):,} rows are no classes; for numbers write "
                    "task.kind: regression")  # fmt: skip
         yield RowProblem("", MANY_LABELS, message)
         return
-    known = {*names}
+    known = set(map(str, range(len(names)))) if problem == MASKS else {*names}
     for part in filter(None, (data, eval_data)):
         for example in part.examples:
             if unknown := next((name for name in names_of(example, problem) if name not in known), None):

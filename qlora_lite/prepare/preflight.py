@@ -362,7 +362,7 @@ def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
 
 def _describe(source: Source, unused: dict[str, Counter[str]], recipe: Recipe) -> dict:
     if recipe.of_pictures:
-        return _describe_pictures(source, unused)
+        return _describe_pictures(source, unused, recipe.label_problem or "")
     return _describe_labelled(source, unused) if recipe.label_problem else _describe_source(source, unused, recipe)
 
 
@@ -402,7 +402,7 @@ def _describe_labelled(source: Source, unused: dict[str, Counter[str]]) -> dict:
     return {"path": source.path, "format": LABELLED, "weight": source.weight, "notes": notes}
 
 
-def _describe_pictures(source: Source, unused: dict[str, Counter[str]]) -> dict:
+def _describe_pictures(source: Source, unused: dict[str, Counter[str]], problem: str) -> dict:
     """Describe a source of pictures: the columns of a table, and what of it is not used."""
     notes = []
     with suppress(DataError, StopIteration, OSError):  # as above
@@ -411,7 +411,7 @@ def _describe_pictures(source: Source, unused: dict[str, Counter[str]]) -> dict:
             notes += [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
         else:
             where, row = next(read_rows(source, Problems()))
-            held, label = picture_columns(row, where, source)
+            held, label = picture_columns(row, where, source, problem=problem)
             notes += [f"picture: {held}; label: {label}"] if held and label else []
             used = {held or "", label or "", *columns_of(source.prompt), *columns_of(source.completion)}
             notes += [f"{what} not used: {_first(names)}" for what, names in unused_of(unused, used)]

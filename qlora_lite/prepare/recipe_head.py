@@ -1,6 +1,7 @@
 """The head that a recipe's task section asks for, and the model with it."""
 
-from qlora_lite.constraints import OF_PICTURES
+from dataclasses import replace
+
 from qlora_lite.data.labels import NUMBER
 from qlora_lite.data.picture_processor import Processor, processor_of
 from qlora_lite.errors import ModelError
@@ -35,8 +36,8 @@ def picture_processor(recipe: Recipe) -> Processor:
     config = of_blocks(read_config(m.path, m.revision))
     size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
     if size is None or not isinstance(patch, int):
-        raise ModelError(f"{m.path} ({config.model_type}) is no vision encoder of patches, which {OF_PICTURES} needs; "
-                         "choose DINOv2, ViT, SigLIP or CLIP")  # fmt: skip
+        raise ModelError(f"{m.path} ({config.model_type}) is no vision encoder of patches, which task.kind "
+                         f"{recipe.task.kind} needs; choose DINOv2, ViT, SigLIP or CLIP")  # fmt: skip
     if wanted and wanted % patch:
         near = sorted({max(patch, wanted // patch * patch), -(-wanted // patch) * patch})
         raise ModelError(f"data.resolution {wanted} is no multiple of the model's patches of {patch} pixels; write "
@@ -47,7 +48,9 @@ def picture_processor(recipe: Recipe) -> Processor:
         if folder and (folder / name).is_file():
             said = read_json(folder / name)
             break
-    return processor_of(said.get("image_processor", said), size, wanted, recipe.data.augment)
+    found = processor_of(said.get("image_processor", said), size, wanted, recipe.data.augment)
+    # all of a picture is to be segmented, and not its middle alone
+    return replace(found, resize=(found.height, found.width)) if recipe.has_masks else found
 
 
 def part_of(recipe: Recipe) -> LanguagePart:

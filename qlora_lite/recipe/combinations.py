@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from qlora_lite.constraints import (
     OF_CHATS,
-    OF_PICTURES,
     STREAMED_TRAINED,
     UPDATES_IN_FLOAT16,
     WITH_COMPILE,
@@ -21,6 +20,7 @@ from qlora_lite.constraints import (
 from .reference import written
 from .schema import (
     GRPO,
+    OF_PICTURES,
     PREFERENCES,
     SHORTEST_ROW,
     WITH_VIRTUAL_TOKENS,
@@ -103,7 +103,7 @@ def _with_head(value: _Value) -> _Found:
             yield ("task", "labels"), f"task.labels: only with a task.kind that gives labels, not {kind}"
     elif value("data", "streaming") is True and labels is None:
         yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
-    if kind in ("classification", "image-classification") and isinstance(labels, list) and len(labels) == 1:
+    if kind in ("classification", *OF_PICTURES) and isinstance(labels, list) and len(labels) == 1:
         yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
     if kind == "language-model":
         return
@@ -122,18 +122,18 @@ def _with_head(value: _Value) -> _Found:
 
 
 def _pictures(value: _Value) -> _Found:
-    if value("task", "kind") != "image-classification":
+    if (kind := value("task", "kind")) not in OF_PICTURES:
         for name in ("resolution", "augment"):
             if value("data", name) not in (None, "none"):
-                yield ("data", name), f"data.{name}: only with {OF_PICTURES}; remove it"
+                yield ("data", name), f"data.{name}: only with task.kind {' or '.join(OF_PICTURES)}; remove it"
         return
     for (section, name), allowed in WITH_PICTURES.items():
         given = value(section, name)
         if given is None or given == "auto" or any(given == each for each in allowed):
             continue
-        message = f"{section}.{name} = {written(given)}: not possible with {OF_PICTURES}, where an example is a picture"
+        why = f"not possible with task.kind {kind}, where an example is a picture"
         cure = "remove it" if name == "max_tokens" else f"write {' or '.join(map(written, allowed))}, or remove it"
-        yield (section, name), f"{message}; {cure}"
+        yield (section, name), f"{section}.{name} = {written(given)}: {why}; {cure}"
 
 
 def _no_layers(value: _Value) -> _Found:
@@ -420,7 +420,7 @@ def _full(value: _Value) -> _Found:
         message = "adapter.switch_every: not possible with train.compile, which would compile every block once a turn"
         yield ("adapter", "switch_every"), f"{message}; remove one of the two"
     quant = value("model", "quant")
-    if quant != "none" and not (quant is None and value("task", "kind") == "image-classification"):
+    if quant != "none" and not (quant is None and value("task", "kind") in OF_PICTURES):
         said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
         yield (
             ("model", "quant") if quant else ("adapter", "method"),

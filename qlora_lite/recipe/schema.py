@@ -24,8 +24,9 @@ ALL_LINEAR = "all-linear"
 PROBLEMS = {  # of task.kind, in transformers' words
     "language-model": None, "classification": "single_label_classification",
     "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
-    "image-classification": "single_label_classification",
+    "image-classification": "single_label_classification", "image-segmentation": "single_label_classification",
 }  # fmt: skip
+OF_PICTURES = "image-classification", "image-segmentation"  # of task.kind
 REWARD_LABEL = "reward"  # of the one output of a reward model
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
@@ -159,13 +160,15 @@ class Task(_Section):
 
     kind: Literal[
         "language-model", "classification", "multi-label", "regression", "reward", "image-classification",
+        "image-segmentation",
     ] = "language-model"  # fmt: skip
     """language-model learns to write. The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
     label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
     label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
     (qlora-lite explain heads). image-classification gives pictures one label of several, by a vision encoder (DINOv2,
-    ViT, SigLIP, CLIP), with model.quant none unless it says otherwise (qlora-lite explain pictures)."""
+    ViT, SigLIP, CLIP), and image-segmentation one to each of their pixels, both with model.quant none unless it says
+    otherwise (qlora-lite explain pictures)."""
     labels: Annotated[
         tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
     ] = None  # fmt: skip
@@ -366,11 +369,11 @@ class Data(_Section):
     what does not fit; by-length groups examples of similar length and shuffles the steps."""
     resolution: PositiveInt | None = None
     """Edge of the square that the model sees of a picture, in pixels, a multiple of its patch size; null is what the
-    model's files say. Memory and time grow with its square. Only with task.kind image-classification."""
+    model's files say. Memory and time grow with its square. Only where rows are pictures (task.kind)."""
     augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
     """What training makes of a picture, anew in each step: flip mirrors every second one, crop takes a random part of
     it, of 8 % of its area or more (torchvision's RandomHorizontalFlip and RandomResizedCrop). It depends on train.seed,
-    the step and the picture only. Only with task.kind image-classification."""
+    the step and the picture only. Only where rows are pictures (task.kind)."""
     streaming: bool = False
     """Tokenise while training and store nothing: for sources too large for a first pass. Hub data sets are then read
     over the network instead of downloaded, once more for each epoch. Needs data.order as-is and train.max_steps; only
@@ -672,7 +675,7 @@ class Recipe(_Section):
         if not isinstance(settings, dict):
             return settings
         task, model = settings.get("task"), settings.get("model")
-        if not isinstance(task, dict) or task.get("kind") != "image-classification":
+        if not isinstance(task, dict) or task.get("kind") not in OF_PICTURES:
             return settings
         return {**settings, "model": {"quant": "none", **model}} if isinstance(model, dict) else settings
 
@@ -696,12 +699,19 @@ class Recipe(_Section):
     @property
     def label_problem(self) -> str | None:
         """What the labels of rows are for, likewise; None where rows have none."""
+        if self.has_masks:
+            return "segmentation"
         return None if self.task.kind == "reward" else self.problem
 
     @property
     def of_pictures(self) -> bool:
         """Whether rows are pictures."""
-        return self.task.kind == "image-classification"
+        return self.task.kind in OF_PICTURES
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether rows are pictures with a class for each pixel."""
+        return self.task.kind == "image-segmentation"
 
     @property
     def sequence_tokens(self) -> int:

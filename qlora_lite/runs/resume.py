@@ -9,6 +9,7 @@ its last bit differs from one machine to another. Other bits are said like anoth
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
+from qlora_lite.data.labels import MASKS
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
@@ -337,7 +339,8 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         local = [source.path for source in build_sources(recipe, "train") if not source.path.startswith(PREFIX)]
         files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
-    labels = {} if recipe.label_problem is None else {"labels": _digest_of_labels(data, eval_data)}
+    problem = recipe.label_problem
+    labels = {} if problem is None else {"labels": _digest_of_labels(problem, data, eval_data)}
     return labels | {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,
@@ -352,12 +355,13 @@ def _digest_of_reader(reader) -> dict[str, str | None]:
     return {"tokenizer": hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest()}
 
 
-def _digest_of_labels(data: Dataset, eval_data: Dataset | None) -> str:
+def _digest_of_labels(problem: str, data: Dataset, eval_data: Dataset | None) -> str:
     """Return a digest of the labels of texts, which are no tokens."""
     found = hashlib.sha256()
     for part in filter(None, (data, eval_data)):
         for example in part.examples:
-            found.update(f"{example.answer}\n".encode())
+            mask = json.loads(example.answer) if problem == MASKS else {}  # by content, wherever it lies
+            found.update(f"{mask.get('sha256', example.answer)}\n".encode())
     return found.hexdigest()
 
 

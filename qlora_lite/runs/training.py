@@ -332,7 +332,7 @@ class Training:
         if metrics := self.eval_metrics if loss is None else self.best_metrics:
             self.run.update(eval_metrics=self.run.summary.get("eval_metrics", {}) | {when: metrics})
         result = self._metrics(self.eval_data, f"{when} training")
-        if isinstance(work := self.trainer.workload, PictureHead):
+        if isinstance(work := self.trainer.workload, PictureHead) and not self.recipe.has_masks:
             self._show_pictures(work.plain(), self.eval_data, when)
         if result:
             found = result.figures()

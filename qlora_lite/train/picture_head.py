@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -71,7 +72,7 @@ class PictureHead(SequenceHead):
 
     def expect(self, examples: Sequence[Example], seed: int, step: int) -> None:
         """See ``Workload.expect``."""
-        decoder().expect(examples, self.processor, self._draw(seed, step))
+        decoder().expect(examples, self.processor, self._draw(seed, step), self.objective.name)
 
     def training_batch(self, examples: Sequence[Example], seed: int, step: int) -> Pictures:
         """Return augmented pictures with what is to be found for each."""
@@ -85,9 +86,17 @@ class PictureHead(SequenceHead):
         return None if self.processor.augment == "none" else (seed, step)
 
     def _batch(self, examples: Sequence[Example], draw: tuple[int, int] | None) -> Pictures:
-        found = [target_of(example, self.problem, self._numbers) for example in examples]
-        pixels = decoder().pixels(examples, self.processor, draw)
-        return Pictures(torch.from_numpy(pixels), torch.tensor(found, dtype=torch.int64))
+        made = decoder().made(examples, self.processor, draw, self.objective.name)
+        pixels = torch.from_numpy(np.stack([each for each, _ in made]))
+        return Pictures(pixels, self._targets(examples, [classes for _, classes in made]))
+
+    def _targets(self, examples: Sequence[Example], classes: list[np.ndarray | None]) -> torch.Tensor:
+        """Return what is to be found for pictures.
+
+        Args:
+            classes: of their pixels, where they have masks.
+        """
+        return torch.tensor([target_of(example, self.problem, self._numbers) for example in examples])
 
     def shape(self, batch: Pictures) -> BatchShape:
         """Return how many pictures there are."""
@@ -114,18 +123,18 @@ class PictureHead(SequenceHead):
         Raises:
             ModelError: the model takes pictures of its own size alone.
         """
-        options = {_RESIZES: True} if self._resizes(model) else {}
-        logits = model(pixel_values=inputs.pixels, **options).logits
+        logits = model(pixel_values=inputs.pixels, **self.options_of(model)).logits
         with category("logits"):
             return logits.float()
 
-    def _resizes(self, model: nn.Module) -> bool:
-        """Return whether the model has to be told that pictures are not of its own size; DINOv2 sees that itself."""
+    def options_of(self, model: nn.Module) -> dict[str, bool]:
+        """Return what tells a model that pictures are not of its own size; DINOv2 sees that itself."""
         size, p = of_blocks(model.config).image_size, self.processor
         if (p.height, p.width) == (tuple(size) if isinstance(size, list | tuple) else (size, size)):
-            return False
+            return {}
         forwards = (each.forward for each in (model, getattr(model, base_path(model))))
-        return any(_RESIZES in inspect.signature(forward).parameters for forward in forwards)
+        takes = any(_RESIZES in inspect.signature(forward).parameters for forward in forwards)
+        return {_RESIZES: True} if takes else {}
 
     @property
     def depth(self) -> int:
@@ -192,7 +201,7 @@ class PictureHead(SequenceHead):
             pixels = torch.zeros(1, 3, self.processor.height, self.processor.width)
         if next(model.parameters()).is_meta:
             try:
-                self.outputs(model, Pictures(pixels, pixels))
+                self.outputs(model, Pictures(pixels, pixels[:, 0]))
             except (ValueError, RuntimeError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ModelError(f"{name} cannot compute pictures of {self.processor.height} x "

@@ -15,8 +15,9 @@ from transformers import AutoImageProcessor
 
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.labels import ONE_LABEL
+from qlora_lite.data.picture_files import BROKEN, decode
 from qlora_lite.data.picture_processor import AUGMENTS, Processor, processor_of
-from qlora_lite.data.pictures import BROKEN, NO_CLASS, decode
+from qlora_lite.data.pictures import NO_CLASS
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError

@@ -6,20 +6,22 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import peft
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_heads import save_headless
-from tiny_pictures import ENCODERS, drawn, picture_recipe, save_encoder
+from tiny_pictures import ENCODERS, drawn, mask_recipe, picture_recipe, save_encoder
 from tiny_runs import summary_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
-from qlora_lite.data.pictures import decode
+from qlora_lite.data.picture_files import decode
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
@@ -191,6 +193,43 @@ def test_full_fine_tuning_leaves_a_classifier_that_transformers_loads(bases, tmp
         with torch.no_grad():
             shares = model(**processor(decode(row["picture"]), return_tensors="pt")).logits.softmax(-1)[0]
         assert list(row["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
+
+
+def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, tmp_path):
+    recipe = mask_recipe(tmp_path, bases["dinov2"], data={"augment": "flip"}, train={"save_every_steps": 10})
+    folder = run_recipe(load_recipe(recipe))
+    summary = summary_of(folder)
+    before, after = (summary["metrics"][when]["miou"]["value"] for when in ("before", "after"))
+    assert after > 0.6 > before and summary["labels"] == ["0", "1", "2"]
+    assert sum(map(sum, summary["confusion"]["after"])) == 6 * (28 * 28 - 1)
+    trained = open_trained(folder, has_head=True)
+    assert evaluate_recipe(trained.recipe, trained.adapter, 0)["metrics"]["miou"]["value"] == pytest.approx(after)
+
+    def stop(metrics, _total):
+        if metrics.step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = load_recipe(recipe, [f"output.dir={tmp_path / 'again'}"])
+    with pytest.raises(Interrupted):
+        run_recipe(settings, stop)
+    run_recipe(settings, resume=tmp_path / "again")
+    one, other = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+    images = tmp_path / "masked-eval" / "images"
+    assert predict_labels(folder, images, tmp_path / "out.jsonl").texts == 6
+    for row in lines(tmp_path / "out.jsonl"):
+        with Image.open(row["mask"]) as given, Image.open(row["picture"].replace("images", "masks")) as mask:
+            assert given.size == mask.size
+            assert (np.asarray(given) == np.asarray(mask)).mean() > 0.8
+        assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+def test_a_mask_with_a_class_that_training_lacks_is_found_before(bases, tmp_path):
+    recipe = mask_recipe(tmp_path, bases["vit"])
+    Image.new("L", (28, 28), 7).save(tmp_path / "masked-eval" / "masks" / "101.png")
+    with pytest.raises(DataError, match="the label '7' is none of those that are trained: 0, 1, 2"):
+        run_recipe(load_recipe(recipe))
 
 
 def test_data_and_plan_speak_of_pictures_and_of_what_4_bits_save(bases, run):

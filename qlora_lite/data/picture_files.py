@@ -1,0 +1,94 @@
+"""Open picture files, whatever is in them, and say what is wrong with those that are broken.
+
+Pillow decodes. What it is given is turned to three channels of 8 bits: 16 bits are scaled, not clipped as Pillow's own
+conversion does, and an alpha channel is left out, as transformers' processors do.
+"""
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qlora_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BROKEN = "broken picture"
+MAX_PIXELS = 89_478_485  # of a picture: 256 MiB with three channels, where Pillow begins to warn
+# What Pillow raises over a file that is no picture, cut short, or not what its header says.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError)
+
+
+@cache
+def pillow():
+    """Return Pillow's modules.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise DataError("pictures need Pillow: pip install 'qlora-lite[vision]'") from None
+    return Image, ImageOps
+
+
+def open_picture(path: str | Path) -> "Image":
+    """Return a picture as it is in its file, turned as its camera says; of several frames the first.
+
+    Raises:
+        DataError: it is broken, too large or not there.
+    """
+    library, ops = pillow()
+    try:
+        with library.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
+                                f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
+            image.load()
+            return ops.exif_transpose(image)
+    except FileNotFoundError:
+        what = f"there is no picture {path}; correct the path, which begins where the table lies"
+        raise DataError(what, BROKEN) from None
+    except (library.DecompressionBombError, library.DecompressionBombWarning):
+        raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller", BROKEN) from None
+    except _BROKEN as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"not a whole picture ({reason}); replace or remove it", BROKEN) from None
+
+
+def decode(path: str | Path) -> "Image":
+    """Return a picture with three channels of 8 bits.
+
+    Raises:
+        DataError: see ``open_picture``.
+    """
+    image = open_picture(path)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        library, _ = pillow()
+        image = library.fromarray(_in_8_bits(np.asarray(image)))
+    return image.convert("RGB")
+
+
+def thumbnail(path: str | Path, edge: int = 96) -> bytes:
+    """Return a picture as a JPEG of a few thousand bytes for a page.
+
+    Raises:
+        DataError: see ``open_picture``.
+    """
+    image, buffer = decode(path), io.BytesIO()
+    image.thumbnail((edge, edge))
+    image.save(buffer, "jpeg", quality=80)
+    return buffer.getvalue()
+
+
+def _in_8_bits(array: np.ndarray) -> np.ndarray:
+    """Return a grey picture of 16 bits in 8; of floating-point numbers, from 0 to 1 or to 255."""
+    if array.dtype.kind == "f":
+        factor = 255.0 if array.max(initial=0) <= 1 else 1.0
+    else:
+        factor = 255 / 65535 if array.max(initial=0) > 255 or array.dtype == np.uint16 else 1.0
+    return np.clip(np.rint(array.astype(np.float64) * factor), 0, 255).astype(np.uint8)

@@ -1,0 +1,119 @@
+"""The workload that is a vision encoder with a head over its patches: a class for each pixel (segmentation).
+
+The head is the one of image classification, a linear layer, applied to every patch: where it reads the first token
+beside the mean of the patches (DINOv2), it reads each patch in the mean's place. So the model has no module that
+transformers' class for image classification lacks, and transformers and peft load the adapter into that. The logits of
+patches become those of pixels by bilinear interpolation, as in DINOv2's linear evaluation (Oquab et al., "DINOv2",
+2023, section 7.4), and the loss is cross-entropy, the mean over a picture's pixels that have a class, then over the
+pictures: a picture with few such pixels counts as much as another.
+
+Shapes: logits float32 [N, C, H, W], targets int64 [N, H, W], -100 where a pixel has no class.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qlora_lite.adapters.parts import base_path
+from qlora_lite.data.labels import MASKS
+from qlora_lite.data.masks import WITHOUT
+from qlora_lite.data.metrics import Score
+from qlora_lite.data.storage import Example
+from qlora_lite.errors import ModelError
+from qlora_lite.memory.marks import category
+from qlora_lite.models.nested import of_blocks
+
+from .picture_head import PictureHead, Pictures
+from .step import evaluating
+from .workload import BatchShape, LossSum, Objective
+
+
+@dataclass(frozen=True)
+class MaskLoss(Objective):
+    """The cross-entropy of pixels, and the share of them that are given their class."""
+
+    is_likelihood: ClassVar[bool] = False
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Pictures) -> LossSum:
+        """Return the sum over pictures of their pixels' means."""
+        with category("logits"):
+            each = functional.cross_entropy(outputs, inputs.targets, ignore_index=WITHOUT, reduction="none")
+        counted = inputs.targets != WITHOUT
+        counts = counted.sum((1, 2)).clamp(min=1)
+        with torch.no_grad():
+            right = ((outputs.argmax(1) == inputs.targets).sum((1, 2)) / counts).sum()
+        return LossSum((each.sum((1, 2)) / counts).sum(), {"pixel_accuracy": right})
+
+    @property
+    def name(self) -> str:
+        """The problem's."""
+        return MASKS
+
+
+@dataclass(frozen=True)
+class MaskHead(PictureHead):
+    """A vision encoder with a head over its patches. Its objective is given the logits of pixels."""
+
+    objective: Objective = field(default_factory=MaskLoss)
+
+    def _targets(self, examples: Sequence[Example], classes: list[np.ndarray | None]) -> torch.Tensor:
+        size = (self.processor.height, self.processor.width)
+        blank = np.full(size, WITHOUT, np.int64)  # of pictures that are to be labelled
+        return torch.from_numpy(np.stack([blank if each is None else each for each in classes]))
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> Pictures:
+        """Return pictures of zeros."""
+        found, p = super().planned_inputs(shape, device), self.processor
+        targets = torch.zeros(len(shape.lengths), p.height, p.width, dtype=torch.int64, device=device)
+        return found._replace(targets=targets)
+
+    def outputs(self, model: nn.Module, inputs: Pictures) -> torch.Tensor:
+        """Return the logits of pixels.
+
+        Raises:
+            ModelError: the model's head is no linear layer over tokens.
+        """
+        encoder, p, size = getattr(model, base_path(model)), self.processor, of_blocks(model.config).patch_size
+        hidden = encoder(pixel_values=inputs.pixels, **self.options_of(model)).last_hidden_state
+        height, width = p.height // size, p.width // size
+        patches = hidden[:, hidden.shape[1] - height * width :]
+        reads = self._width_of(model)
+        if reads == 2 * hidden.shape[2]:
+            patches = torch.cat([hidden[:, :1].expand_as(patches), patches], dim=2)
+        elif reads != hidden.shape[2]:
+            raise ModelError(f"{type(model).__name__} has no head that can read single patches; choose DINOv2, ViT, "
+                             "SigLIP or CLIP")  # fmt: skip
+        with category("logits"):
+            logits = model.classifier(patches).float().transpose(1, 2).unflatten(2, (height, width))
+            return functional.interpolate(logits, (p.height, p.width), mode="bilinear", align_corners=False)
+
+    def _width_of(self, model: nn.Module) -> int:
+        return next(parameter.shape[1] for parameter in model.classifier.parameters() if parameter.ndim == 2)
+
+
+@torch.no_grad()
+def measure_masks(work: MaskHead, model: nn.Module, batches: Iterable[Pictures]) -> tuple[dict[str, Score], list]:
+    """Return mean intersection over union and accuracy of pixels, with dropout off, and the confusion of pixels.
+
+    The union of a class is all pixels that have it or were given it, in all pictures together; a class that no pixel
+    has and none was given does not count.
+    """
+    count, device, pictures = len(work.labels), work.device(model), 0
+    matrix = torch.zeros(count * count, dtype=torch.int64)
+    with evaluating(model):
+        for batch in batches:
+            given = work.outputs(model, work.inputs(batch, device)).argmax(1).cpu()
+            has_class = batch.targets != WITHOUT
+            matrix += torch.bincount(batch.targets[has_class] * count + given[has_class], minlength=count * count)
+            pictures += len(given)
+    square = matrix.view(count, count)
+    both, union = square.diagonal(), square.sum(0) + square.sum(1) - square.diagonal()
+    miou = (both[union > 0] / union[union > 0]).mean().item() if union.any() else 0.0
+    accuracy = (both.sum() / square.sum().clamp(min=1)).item()
+    scores = {"miou": miou, "pixel_accuracy": accuracy}
+    return {name: Score(value, None, pictures) for name, value in scores.items()}, square.tolist()
