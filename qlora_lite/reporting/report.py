@@ -65,7 +65,7 @@ def render(run: RunFiles, folder_name: str) -> str:
         _notices(run, summary),
         _figures(summary, "Pictures" if run.pictures else "Tokens"),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
-        section("Labels", _confusion(summary), "Held-out examples (of masks, pixels) by label (row) and what they got."),
+        section("Labels", _confusion(summary), "Held-out examples or pixels by label (row), and what they were given."),
         section("Pictures before and after", pictures_of(run.pictures), PICTURES_NOTE),
         section(_followed(run).capitalize(), _loss_chart(run)),
         section("Over training", _small_charts(run)),
