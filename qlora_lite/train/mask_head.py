@@ -79,7 +79,7 @@ class MaskHead(PictureHead):
             ModelError: the model's head is no linear layer over tokens.
         """
         encoder, p, size = getattr(model, base_path(model)), self.processor, of_blocks(model.config).patch_size
-        hidden = encoder(pixel_values=inputs.pixels, **self.options_of(model)).last_hidden_state
+        hidden = encoder(pixel_values=self.on_device(model, inputs.pixels), **self.options_of(model)).last_hidden_state
         height, width = p.height // size, p.width // size
         patches = hidden[:, hidden.shape[1] - height * width :]
         reads = self._width_of(model)

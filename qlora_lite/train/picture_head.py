@@ -34,7 +34,7 @@ from .causal_lm import TRAINED_WEIGHTS
 from .sequence_head import SequenceHead
 from .settings import TrainSettings
 from .text_guards import check_updates_in_backward
-from .workload import ONLY_BLOCKS, BatchShape
+from .workload import ONLY_BLOCKS, BatchShape, LossSum
 
 _RESIZES = "interpolate_pos_encoding"  # transformers' argument for pictures of another size than the model's own
 
@@ -108,8 +108,8 @@ class PictureHead(SequenceHead):
         return BatchShape((1,) * count, count)
 
     def inputs(self, batch: Pictures, device: torch.device) -> Pictures:
-        """Return the batch on the device."""
-        return Pictures(*(tensor.to(device) for tensor in batch))
+        """Return the batch, in host memory: a step has all of its micro-batches' inputs at once."""
+        return batch
 
     def planned_inputs(self, shape: BatchShape, device: torch.device) -> Pictures:
         """Return pictures of zeros."""
@@ -123,9 +123,18 @@ class PictureHead(SequenceHead):
         Raises:
             ModelError: the model takes pictures of its own size alone.
         """
-        logits = model(pixel_values=inputs.pixels, **self.options_of(model)).logits
+        logits = model(pixel_values=self.on_device(model, inputs.pixels), **self.options_of(model)).logits
         with category("logits"):
             return logits.float()
+
+    def on_device(self, model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+        """Return an input where the model computes."""
+        return tensor.to(self.device(model))
+
+    def loss(self, model: nn.Module, inputs: Pictures) -> LossSum:
+        """Return the loss over the pictures."""
+        outputs = self.outputs(model, inputs)
+        return self.objective(model, outputs, inputs._replace(targets=self.on_device(model, inputs.targets)))
 
     def options_of(self, model: nn.Module) -> dict[str, bool]:
         """Return what tells a model that pictures are not of its own size; DINOv2 sees that itself."""

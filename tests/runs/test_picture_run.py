@@ -212,6 +212,12 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'again'}"])
     with pytest.raises(Interrupted):
         run_recipe(settings, stop)
+    mask = tmp_path / "masked" / "masks" / "003.png"
+    before = mask.read_bytes()
+    mask.write_bytes((tmp_path / "masked" / "masks" / "001.png").read_bytes())  # of the same classes
+    with pytest.raises(CheckpointError, match="other labels than before"):
+        run_recipe(settings, resume=tmp_path / "again")
+    mask.write_bytes(before)
     run_recipe(settings, resume=tmp_path / "again")
     one, other = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
     assert all(torch.equal(one[key], other[key]) for key in one)
