@@ -26,6 +26,7 @@ from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelErro
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
 from qlora_lite.models.load import load_model
+from qlora_lite.prepare.recipe_head import picture_processor
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
@@ -218,7 +219,9 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
     with pytest.raises(CheckpointError, match="other labels than before"):
         run_recipe(settings, resume=tmp_path / "again")
     mask.write_bytes(before)
-    run_recipe(settings, resume=tmp_path / "again")
+    shutil.move(tmp_path / "masked", tmp_path / "moved")
+    moved = load_recipe(recipe, [f"output.dir={tmp_path / 'again'}", f"data.train={tmp_path / 'moved'}"])
+    run_recipe(moved, resume=tmp_path / "again")
     one, other = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -229,6 +232,14 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
             assert given.size == mask.size
             assert (np.asarray(given) == np.asarray(mask)).mean() > 0.8
         assert sum(row["shares"].values()) == pytest.approx(1)
+
+
+def test_a_picture_with_a_mask_is_resized_whole(bases, tmp_path):
+    base = shutil.copytree(bases["dinov2"], tmp_path / "base")
+    middle = {"do_resize": True, "size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 28}
+    (base / "preprocessor_config.json").write_text(json.dumps(middle))
+    recipes = picture_recipe(tmp_path / "a", base), mask_recipe(tmp_path / "b", base)
+    assert [picture_processor(load_recipe(recipe)).resize for recipe in recipes] == [32, (28, 28)]
 
 
 def test_a_mask_with_a_class_that_training_lacks_is_found_before(bases, tmp_path):

@@ -199,7 +199,7 @@ def test_a_real_encoder_s_table_of_positions_stays_in_16_bit_beside_nf4(tmp_path
 
 def test_shapes_count_pictures(folders, rows):
     work = workload(folders["vit"])
-    assert work.shape(work.collate(rows)) == BatchShape((1,) * 10, 10)
+    assert work.shape(work.collate(rows)) == BatchShape((1,) * 10, 10) and work.collate(rows).pixels.is_contiguous()
     assert work.full_pack(6, True) == BatchShape((1,) * 6, 6) and work.full_pack(6, False) == BatchShape((1,), 1)
     planned = work.planned_inputs(BatchShape((1,) * 3, 3), META)
     assert isinstance(planned, Pictures) and planned.pixels.shape == (3, 3, 28, 28) and len(planned.targets) == 3
