@@ -27,6 +27,7 @@ from qlora_lite.data.render import end_of_answers
 from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
+from qlora_lite.models.heads import OF_PIXELS
 from qlora_lite.models.load import load_model, resolve_device
 from qlora_lite.models.locate import ModelFiles, locate, read_json
 from qlora_lite.models.pretrained import tokenizer_of
@@ -45,7 +46,7 @@ from qlora_lite.prepare.build import (
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.prepare.recipe_head import picture_processor
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
+from qlora_lite.recipe.schema import OF_PICTURES, PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
 from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
 
@@ -314,7 +315,7 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
         raise ModelError(f"the adapter {folder} does not name its base model; give that with --model PATH")
     task = _task_of(folder)
     model, size = Model(path=path, revision=revision), None
-    if task.kind == "image-classification":
+    if task.kind in OF_PICTURES:
         model, size = Model(path=path, revision=revision, quant="none"), _size_of(folder)
     named = Recipe(model=model, task=task, data=Data.model_construct(train=(), resolution=size))
     recipe = _where_it_lies_now(named, model_path)
@@ -345,7 +346,8 @@ def _task_of(folder: Path) -> Task:
     if not of_pictures and read_json(folder / ADAPTER_CONFIG).get("task_type") != "SEQ_CLS":
         return Task()
     kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
-    kind = "image-classification" if of_pictures else kind
+    if of_pictures:
+        kind = "image-segmentation" if said.get(OF_PIXELS) else "image-classification"
     labels = said.get("id2label")
     if kind == "regression" and labels == {"0": REWARD_LABEL}:
         kind = "reward"

@@ -22,7 +22,7 @@ def head_of(recipe: Recipe) -> Head | None:
         labels: tuple[str, ...] = (REWARD_LABEL,)
     else:
         labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
-    return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures)
+    return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures, recipe.has_masks)
 
 
 def picture_processor(recipe: Recipe) -> Processor:

@@ -232,6 +232,11 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
             assert given.size == mask.size
             assert (np.asarray(given) == np.asarray(mask)).mean() > 0.8
         assert sum(row["shares"].values()) == pytest.approx(1)
+    shutil.copytree(folder / "adapter", tmp_path / "alone")
+    predict_labels(tmp_path / "alone", images, tmp_path / "b.jsonl")
+    for row, other in zip(lines(tmp_path / "out.jsonl"), lines(tmp_path / "b.jsonl"), strict=True):
+        with Image.open(row["mask"]) as one, Image.open(other["mask"]) as two:
+            assert (np.asarray(one) == np.asarray(two)).mean() > 0.95  # in bfloat16, maybe
 
 
 def test_a_picture_with_a_mask_is_resized_whole(bases, tmp_path):
