@@ -393,7 +393,7 @@ def test_more_steps_give_the_longer_run_where_the_learning_rates_are_the_same(la
 
 def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab, monkeypatch):
     lab.begin_with_stopped(4)
-    monkeypatch.setattr("qlora_lite.runs.stages.load_tokenizer", None)  # before anything is loaded
+    monkeypatch.setattr("qlora_lite.runs.stages.reader_of", None)  # before anything is loaded
     with pytest.raises(
         CheckpointError, match=r"steps: 8 -> 11, for which train\.lr_scheduler cosine gives the 4 steps"
     ):
