@@ -17,6 +17,7 @@ from torch import nn
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
+from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
@@ -134,7 +135,7 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
 
 def _task_type(model: nn.Module) -> str | None:
     """Return peft's word for what a model is for; it has none for pictures, which None leaves to the model itself."""
-    if reads_pictures(model):
+    if reads_pictures(model) or isinstance(model, OwnBlocks):
         return None
     return "SEQ_CLS" if is_headed(model) else "CAUSAL_LM"
 

@@ -20,6 +20,7 @@ from qlora_lite.ops import compiled
 from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
 from qlora_lite.ops.divided import Divided, TrainedOnAllRanks
 from qlora_lite.ops.offload import HostStore
+from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.ops.shapes import is_planned
 from qlora_lite.ops.stream import (
     UNDIVIDED,
@@ -316,20 +317,30 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     host = HostStore(device, options.offload_folder) if options.offload_checkpoints else None
     skipping: dict[tuple, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its kind
     selective, segments = options.checkpointing == "selective", Segments(options.layers_per_checkpoint, checkpointed)
+    calls: dict[nn.Module, Callable] = {}
     for number, block in enumerate(found):
-        block.gradient_checkpointing = number < checkpointed or options.compile
-        # the place that transformers documents for it
         around = _keeping(options, stay=False)  # until the block's own backward
         checkpoint = Checkpoint(
             number, host, skipping[_kind(block)], around, selective, options.compile, segments, partial(_trains, block)
         )
-        block._gradient_checkpointing_func = checkpoint if number < checkpointed else compiled.value
+        if number < checkpointed or options.compile:
+            calls[block] = checkpoint if number < checkpointed else compiled.value
+    _run_blocks(model, found, calls)
     use_kernels(model, options.allowed_kernels)
     outside = [decoder(model)] if of_model is None else []  # of blocks
     tiled = sum(_set_tiles(module, options, skipping) for module in (*outside, *found))
     if options.tile_tokens and not tiled:
         raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
                          "set memory.tile_tokens to off")  # fmt: skip
+
+
+def _run_blocks(model: nn.Module, found: Sequence[nn.Module], calls: Mapping[nn.Module, Callable]) -> None:
+    if isinstance(model, OwnBlocks):
+        model.run_blocks(calls)
+        return
+    for block in found:  # the place that transformers documents for it
+        block.gradient_checkpointing = block in calls
+        block._gradient_checkpointing_func = calls.get(block, compiled.value)
 
 
 def _kind(module: nn.Module) -> tuple[type, ...]:

@@ -332,8 +332,10 @@ class BlockStream:
         self._current: int | None = None
         for number, block in enumerate(blocks):
             # Whichever part runs first brings the block. (Hooks of the block itself do not see a recomputation: since
-            # transformers 5.20 checkpointing stands between them and forward.)
-            for part in block.children():
+            # transformers 5.20 checkpointing stands between them and forward. Those of diffusers do, and PixArt's begin
+            # with a parameter of their own.)
+            own = [block] if any(True for _ in block.parameters(recurse=False)) else []
+            for part in (*own, *block.children()):
                 part.register_forward_pre_hook(self._entering(number))
 
     def _entering(self, number: int):

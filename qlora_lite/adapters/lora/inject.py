@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError, require_one_of
 from qlora_lite.experts.packing import LORA, expert_weights, use_experts
+from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import frozen_weight, is_linear, routers
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
@@ -49,6 +50,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks of a model, which transformers marks by their class, by path, in order."""
+    if isinstance(model, OwnBlocks):
+        return {path: model.get_submodule(path) for path in model.block_paths()}
     return {path: m for path, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
 
 
