@@ -190,10 +190,10 @@ def meta_copy(config, *how) -> nn.Module:
         if len(_built) == MAX_BUILT:
             _built.clear()
         _built[key] = meta_model(config, *how)
-    return _copied(_built[key])
+    return copied(_built[key])
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """Copy a model, and its tensors without asking torch what a copy of one without values is."""
     known = {}
     for tensor in (*model.parameters(), *model.buffers()):
