@@ -109,7 +109,7 @@ def _planned(
         attn_mask = torch.where(
             attn_mask, torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device), float("-inf")
         )
-    return fused_attention(query, key, value, attn_mask, scale)
+    return fused_attention(query, key, value, attn_mask, scale, causal=is_causal)
 
 
 class _FewHeadsBackward(torch.autograd.Function):

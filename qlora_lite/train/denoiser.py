@@ -1,0 +1,311 @@
+"""The workload that is a denoiser: latents are given noise, and the model says which it was.
+
+An example is one picture and one sequence of length 1, since all pictures of a run have one size and all texts one
+length: memory depends on how many there are. Text encoders and autoencoder have done their part before
+(``data.latents``).
+
+With x the latents, e noise of a standard normal distribution, and (a, s) how much there is of either at a timestep t:
+
+    noisy = a x + s e
+    epsilon:  target = e           a = sqrt(p), s = sqrt(1 - p), p the product of 1 - beta up to t
+    v:        target = a e - s x   the same
+    flow:     target = e - x       a = 1 - s, t = 1000 s
+
+The loss of a picture is the mean square of the difference over its latents, times a weight that depends on t. Noise and
+timesteps follow from the seed, the step and the example's number alone: not from its place in a micro-batch, or how
+many there are, so that a step is the same however it is cut, and a resumed run draws what it would have drawn.
+(diffusers' training scripts draw from one generator for all.) Evaluations draw the same each time.
+
+Sources: DDPM, arXiv 2006.11239; v, arXiv 2202.00512; rectified flow with its sampling and weights, arXiv 2403.03206,
+section 3; min-SNR, arXiv 2303.09556.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.data.latents import LatentExample, LatentShapes, check_shapes, stacked
+from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
+from qlora_lite.models.denoisers import TIMESTEPS, Conditions, DenoiserModel, DenoiserSpec, count_blocks, meta_denoiser
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.skeleton import give_storage
+from qlora_lite.ops.fused_attention import PlannedAttention
+
+from .settings import TrainSettings
+from .workload import ONLY_BLOCKS, BatchShape, LossSum, Objective, Workload
+
+EPSILON, V, FLOW = "epsilon", "v", "flow"
+UNIFORM, LOGIT_NORMAL = "uniform", "logit_normal"
+PLAIN, MIN_SNR, SIGMA_SQRT, COSMAP = "none", "min_snr", "sigma_sqrt", "cosmap"
+EVALUATION = 0, 0  # seed and step that evaluations draw by; steps count from 1
+_LEAST_FLOW = 1e-4  # of the noise, so that no weight is infinite
+
+
+class Draw(NamedTuple):
+    """What is drawn for a picture beside its noise: its timestep, how much of latents and noise it has, its weight."""
+
+    timestep: float
+    signal: float
+    noise: float
+    weight: float
+
+
+class Noised(NamedTuple):
+    """A batch, in host memory: latents and noise [N, C, H, W], what a ``Draw`` has [N], and conditions."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    draws: Draw  # of tensors, float32 [N]
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class DenoisingLoss(Objective):
+    """The mean square of what the model predicts less what it is to predict.
+
+    Args:
+        prediction: "epsilon" (SD 1.5, SDXL, PixArt), "v" (SD 2), or "flow" (SD3, FLUX).
+        sampling: of timesteps: "uniform", or "logit_normal", which has more in the middle.
+        logit_mean, logit_std: of the normal distribution whose logistic function is sampled.
+        shift: of flow: more noise at each timestep, for larger pictures; s becomes shift s / (1 + (shift - 1) s).
+        weighting: "none"; of epsilon and v "min_snr"; of flow "sigma_sqrt" or "cosmap".
+        min_snr_gamma: the largest ratio of signal and noise that counts.
+        schedule, beta_start, beta_end: of epsilon and v: betas grow in a straight line ("linear") or their roots do
+            ("scaled_linear").
+    """
+
+    prediction: str = EPSILON
+    sampling: str = UNIFORM
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    weighting: str = PLAIN
+    min_snr_gamma: float = 5.0
+    schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    is_likelihood: ClassVar[bool] = False
+
+    def __post_init__(self):
+        require_one_of("prediction", self.prediction, (EPSILON, V, FLOW))
+        require_one_of("sampling", self.sampling, (UNIFORM, LOGIT_NORMAL))
+        fitting = (PLAIN, SIGMA_SQRT, COSMAP) if self.prediction == FLOW else (PLAIN, MIN_SNR)
+        require_one_of("weighting", self.weighting, fitting)
+        require_one_of("schedule", self.schedule, ("linear", "scaled_linear"))
+        if not (self.shift > 0 and self.logit_std > 0 and self.min_snr_gamma > 0):
+            raise ModelError("shift, logit_std and min_snr_gamma are above 0")
+        if self.shift != 1 and self.prediction != FLOW:
+            raise ModelError(f"shift is for the prediction {FLOW}: set it to 1")
+
+    @property
+    def name(self) -> str:
+        """What a run's record calls it."""
+        return f"denoising ({self.prediction})"
+
+    def draw(self, generator: torch.Generator) -> Draw:
+        """Draw a timestep."""
+        if self.sampling == UNIFORM:
+            place = float(torch.rand((), dtype=torch.float64, generator=generator))
+        else:
+            normal = float(torch.randn((), dtype=torch.float64, generator=generator))
+            place = 1 / (1 + math.exp(-(self.logit_mean + self.logit_std * normal)))
+        return self.at(place)
+
+    def at(self, place: float) -> Draw:
+        """Return what belongs to a place between 0, no noise, and 1."""
+        if self.prediction == FLOW:
+            noise = max(_LEAST_FLOW, self.shift * place / (1 + (self.shift - 1) * place))
+            return Draw(TIMESTEPS * noise, 1 - noise, noise, self._flow_weight(noise))
+        timestep = min(int(place * TIMESTEPS), TIMESTEPS - 1)
+        kept = _kept_signal(self.schedule, self.beta_start, self.beta_end)[timestep]
+        return Draw(timestep, math.sqrt(kept), math.sqrt(1 - kept), self._snr_weight(kept / (1 - kept)))
+
+    def _flow_weight(self, noise: float) -> float:
+        if self.weighting == SIGMA_SQRT:
+            return noise**-2
+        return 2 / (math.pi * (1 - 2 * noise + 2 * noise**2)) if self.weighting == COSMAP else 1.0
+
+    def _snr_weight(self, snr: float) -> float:
+        if self.weighting == PLAIN:
+            return 1.0
+        return min(snr, self.min_snr_gamma) / (snr if self.prediction == EPSILON else snr + 1)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, draws: Draw) -> torch.Tensor:
+        """Return what the model is to predict, [N, C, H, W]."""
+        if self.prediction == EPSILON:
+            return noise
+        if self.prediction == FLOW:
+            return noise - latents
+        return _each(draws.signal) * noise - _each(draws.noise) * latents
+
+    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Noised) -> LossSum:
+        """Return the sum of the pictures' losses; their unweighted ones are reported where weights differ."""
+        target = self.target(inputs.latents, inputs.noise, inputs.draws)
+        squares = (outputs.float() - target).square().flatten(1).mean(1)
+        metrics = {} if self.weighting == PLAIN else {"unweighted_loss": squares.detach().sum()}
+        return LossSum((squares * inputs.draws.weight).sum(), metrics)
+
+
+@lru_cache
+def _kept_signal(schedule: str, start: float, end: float) -> list[float]:
+    """Return the products of 1 - beta, rounded to float32 as in diffusers."""
+    if schedule == "linear":
+        betas = torch.linspace(start, end, TIMESTEPS)
+    else:
+        betas = torch.linspace(start**0.5, end**0.5, TIMESTEPS) ** 2
+    return (1 - betas).cumprod(0).tolist()
+
+
+def _each(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a number for each picture so that it multiplies all of it."""
+    return numbers[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Denoiser(Workload):
+    """A denoiser of diffusers; its objective is given what it predicts [N, C, H, W].
+
+    Args:
+        spec: of the model; see ``models.denoisers.spec_of``.
+        shapes: of the examples; see ``data.latents.shapes_of``.
+    """
+
+    spec: DenoiserSpec
+    shapes: LatentShapes
+    objective: DenoisingLoss = field(default_factory=DenoisingLoss)
+    method: AdapterMethod = field(default_factory=Lora)
+
+    name: ClassVar[str] = "denoiser"
+    has_large_inputs: ClassVar[bool] = True
+    # diffusers' blocks take more than one tensor, so that none goes on where another ended
+    fixed_options: ClassVar[Mapping[str, object]] = {**ONLY_BLOCKS, "layers_per_checkpoint": 1}
+
+    @property
+    def depth(self) -> int:
+        """The model's blocks."""
+        return count_blocks(self.spec)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the spec."""
+        return self.spec.compute_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weight is packed."""
+        return self.spec.quant != "none"
+
+    def places(self, examples: Sequence[LatentExample]) -> list[str]:
+        """See ``Workload``."""
+        return [example.place for example in examples]
+
+    def collate(self, examples: Sequence[LatentExample]) -> Noised:
+        """Return pictures with noise that is the same at each evaluation."""
+        return self.training_batch(examples, *EVALUATION)
+
+    def training_batch(self, examples: Sequence[LatentExample], seed: int, step: int) -> Noised:
+        """Return pictures with the noise of a step."""
+        draws, noise = [], []
+        for example in examples:
+            generator = _generator(seed, step, example.number)
+            draws.append(self.objective.draw(generator))
+            noise.append(torch.randn(self.shapes.latents, generator=generator))
+        latents, *conditions, sizes = (stacked(examples, name) for name in LatentShapes._fields)
+        conditions = [None if each is None else each.to(self.compute_dtype) for each in conditions]
+        numbers = Draw(*(torch.tensor(column, dtype=torch.float32) for column in zip(*draws, strict=True)))
+        return Noised(latents.float(), torch.stack(noise), numbers, Conditions(*conditions, sizes))
+
+    def shape(self, batch: Noised) -> BatchShape:
+        """Return how many pictures there are."""
+        return BatchShape((1,) * len(batch.latents), len(batch.latents))
+
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of one picture, or of so many that are evaluated at once."""
+        count = tokens if packing else 1
+        return BatchShape((1,) * count, count)
+
+    def inputs(self, batch: Noised, device: torch.device) -> Noised:
+        """Return the batch, in host memory: a step has all of its micro-batches' inputs at once."""
+        return batch
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> Noised:
+        """Return a batch of zeros."""
+
+        def zeros(each: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+            return None if each is None else torch.zeros(len(shape.lengths), *each, dtype=dtype, device=device)
+
+        s, dtype = self.shapes, self.compute_dtype
+        conditions = Conditions(zeros(s.text, dtype), zeros(s.pooled, dtype), zeros(s.mask, dtype), zeros(s.sizes))
+        return Noised(zeros(s.latents), zeros(s.latents), Draw(*(zeros(()) for _ in Draw._fields)), conditions)
+
+    def weight(self, inputs: Noised) -> float:
+        """Return how many pictures there are."""
+        return len(inputs.latents)
+
+    def loss(self, model: DenoiserModel, inputs: Noised) -> LossSum:
+        """Return the sum of the losses of the pictures."""
+        inputs = self._on_device(model, inputs)
+        noisy = _each(inputs.draws.signal) * inputs.latents + _each(inputs.draws.noise) * inputs.noise
+        predicted = model(noisy.to(self.compute_dtype), inputs.draws.timestep, inputs.conditions)
+        return self.objective(model, predicted, inputs)
+
+    def _on_device(self, model: DenoiserModel, inputs: Noised) -> Noised:
+        device = self.device(model)
+        draws = Draw(*(numbers.to(device) for numbers in inputs.draws))
+        conditions = Conditions(*(None if each is None else each.to(device) for each in inputs.conditions))
+        return Noised(inputs.latents.to(device), inputs.noise.to(device), draws, conditions)
+
+    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> DenoiserModel:
+        """See ``Workload``."""
+        model = meta_denoiser(self.spec)
+        self.method.apply(model)
+        if device.type != "meta":
+            give_storage(model, device)
+        place(model, device, options, self.blocks(model))
+        set_memory_options(model, options, self.blocks(model))
+        if device.type == "meta":
+            for block in self.blocks(model):
+                PlannedAttention().during(block)
+        return model
+
+    def blocks(self, model: DenoiserModel) -> list[nn.Module]:
+        """See ``models.denoisers``."""
+        return [model.get_submodule(path) for path in model.block_paths()]
+
+    def check_examples(self, model: object, examples: object) -> None:
+        """Check that it is a denoiser, and that all examples have the shapes of the run.
+
+        Raises:
+            ModelError, DataError: it is not, or one has not.
+        """
+        if not isinstance(model, DenoiserModel):
+            raise ModelError(f"a denoiser is wanted, not {type(model).__name__}; models.denoisers.load_denoiser loads "
+                             "one")  # fmt: skip
+        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), LatentExample | None):
+            raise DataError(f"examples is {type(examples).__name__}; give a list of data.latents.LatentExample")
+        check_shapes(examples, self.shapes)
+
+    def check_model(self, model: DenoiserModel, settings: TrainSettings) -> None:
+        """Set the memory options; the model computes as diffusers wrote it, so that there is nothing to compare.
+
+        Raises:
+            TrainingError: it computes in float16, whose gradients would underflow.
+        """
+        if self.compute_dtype == torch.float16:
+            raise TrainingError("denoisers are trained in bfloat16 or float32: set model.compute_dtype to one of them")
+        set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
+
+
+def _generator(seed: int, step: int, number: int) -> torch.Generator:
+    """Return a random generator for one example in one step."""
+    mixed = np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed))
