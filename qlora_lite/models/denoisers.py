@@ -20,7 +20,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -237,6 +237,7 @@ DENOISERS: dict[str, type[DenoiserModel]] = {
     "UNet2DConditionModel": UNet, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": StableDiffusion3,
     "FluxTransformer2DModel": Flux, "Flux2Transformer2DModel": Flux2,
 }  # fmt: skip
+_ALIKE = PixArt, Flux, Flux2
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,25 @@ def meta_denoiser(spec: DenoiserSpec) -> DenoiserModel:
 def count_blocks(spec: DenoiserSpec) -> int:
     """Return how many blocks a model has."""
     return len(_skeleton(spec).block_paths())
+
+
+def blocks_alike(spec: DenoiserSpec) -> dict[str, int]:
+    """Return how many blocks are before each list of equal ones, by the list's path, of models made of such lists.
+
+    Those of a U-Net have many shapes, and SD3's last block has no second stream.
+    """
+    kind = type(_skeleton(spec))
+    if kind not in _ALIKE:
+        return {}
+    paths = [path.rpartition(".")[0] for path in _skeleton(spec).block_paths()]
+    return {path: paths.index(path) for path in dict.fromkeys(paths)}
+
+
+def with_depth(spec: DenoiserSpec, depth: int) -> DenoiserSpec:
+    """Return the spec with so many blocks, of the last kind fewer."""
+    config, *lists = json.loads(spec.config), *blocks_alike(spec).values()
+    config["num_single_layers" if len(lists) > 1 else "num_layers"] = depth - lists[-1]
+    return replace(spec, config=json.dumps(config, sort_keys=True))
 
 
 def load_denoiser(folder: str | Path, spec: DenoiserSpec) -> DenoiserModel:

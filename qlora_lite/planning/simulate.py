@@ -144,7 +144,7 @@ def _repeating(job: Job) -> Simulation:
     if depth <= deeper:
         return _on_meta(job)
     small, large = (
-        _ends(_on_meta(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
+        _ends(job, _on_meta(_at_depth(job, layers)), layers, 0, (front, pattern)) for layers in (shallow, deeper)
     )
     return _continued(job, small, [(large, (depth - shallow) // pattern)], 0)
 
@@ -200,7 +200,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
 
     @cache
     def of(first: int, last: int) -> _Ends:
-        return _ends(_on_meta(with_last(last, first + last)), first + last, last, (front, 1))
+        return _ends(job, _on_meta(with_last(last, first + last)), first + last, last, (front, 1))
 
     def at(count: int) -> Simulation:
         if not 2 <= count <= depth - max(1, unlike):  # else some of the last blocks are of another kind
@@ -340,12 +340,12 @@ class _Ends(NamedTuple):
     moments: dict[tuple[str, str, tuple[str, int] | None], Moment]
 
 
-def _ends(simulation: Simulation, layers: int, last: int, ends: tuple[int, int]) -> _Ends:
+def _ends(job: Job, simulation: Simulation, layers: int, last: int, ends: tuple[int, int]) -> _Ends:
     """Key the moments of a simulation; ``ends`` is how many blocks of a kind are kept from its start and its end."""
     found = {}
     for (name, module), moment in simulation.moments.items():
         block = _BLOCK.search(module)
-        place = block and _place(int(block[1]), layers - last, last, *ends)
+        place = block and _place(int(block[1]) + _before(job, module), layers - last, last, *ends)
         if block is None or place is not None:
             found[name, _BLOCK.sub(".#", module, count=1), place] = moment
     return _Ends(simulation, found)
@@ -374,7 +374,8 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
     for key in base.moments:
         if all(key in other.moments for other, _ in slopes):
             name, module, place = key
-            module = module.replace("#", str(_number(place, depth, last)), 1)
+            if place is not None:
+                module = module.replace("#", str(_number(place, depth, last) - _before(job, module)), 1)
             moments[name, module] = Moment(name, module, line(lambda ends, key=key: ends.moments[key].bytes))
     trained = base.simulation.trained
     trained += sum((other.simulation.trained[len(trained) :] * steps for other, steps in slopes), ())
@@ -410,10 +411,13 @@ def _update(job: Job, trained: tuple[Trained, ...]) -> Moment:
     return max((m for m in ledger.peaks.values() if m.phase == "optimizer"), key=lambda m: m.total)
 
 
-def _number(place: tuple[str, int] | None, depth: int, last: int) -> int | None:
+def _before(job: Job, module: str) -> int:
+    """Return how many blocks are in lists before that which a module is in."""
+    return next((count for path, count in job.workload.blocks_before.items() if module.startswith(f"{path}.")), 0)
+
+
+def _number(place: tuple[str, int], depth: int, last: int) -> int:
     """Return the number of the block at a place, at the whole depth."""
-    if place is None:
-        return None
     kind, number = place
     start, count = (0, depth - last) if kind == "first" else (depth - last, last)
     return start + number if number >= 0 else start + count + number

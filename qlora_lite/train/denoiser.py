@@ -24,17 +24,27 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import nn
 
 from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.lora.inject import blocks_of, in_blocks, linear_layers
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.latents import LatentExample, LatentShapes, check_shapes, stacked
 from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
-from qlora_lite.models.denoisers import TIMESTEPS, Conditions, DenoiserModel, DenoiserSpec, count_blocks, meta_denoiser
+from qlora_lite.models.denoisers import (
+    TIMESTEPS,
+    Conditions,
+    DenoiserModel,
+    DenoiserSpec,
+    blocks_alike,
+    count_blocks,
+    meta_denoiser,
+    with_depth,
+)
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.skeleton import give_storage
 from qlora_lite.ops.fused_attention import PlannedAttention
@@ -170,6 +180,17 @@ def _each(numbers: torch.Tensor) -> torch.Tensor:
     return numbers[:, None, None, None]
 
 
+@lru_cache
+def _pattern(spec: DenoiserSpec, method: AdapterMethod) -> tuple[int, int] | None:
+    """Return what ``Workload.pattern`` does; None where no two blocks are known to be alike."""
+    model, lists = meta_denoiser(spec), list(blocks_alike(spec).values())
+    kinds = method.layer_kinds(list(linear_layers(model)), (), in_blocks(model))
+    adapted = [{name.removeprefix(path): kind for name, kind in kinds.items() if name.startswith(f"{path}.")}
+               for path in blocks_of(model)]  # fmt: skip
+    are_alike = lists and all(each == adapted[-1] for each in adapted[lists[-1] :])
+    return (lists[-1], 1) if are_alike else None
+
+
 @dataclass(frozen=True)
 class Denoiser(Workload):
     """A denoiser of diffusers; its objective is given what it predicts [N, C, H, W].
@@ -193,6 +214,19 @@ class Denoiser(Workload):
     def depth(self) -> int:
         """The model's blocks."""
         return count_blocks(self.spec)
+
+    @property
+    def blocks_before(self) -> Mapping[str, int]:
+        """See ``models.denoisers.blocks_alike``."""
+        return blocks_alike(self.spec)
+
+    def pattern(self) -> tuple[int, int]:
+        """See ``Workload``: the last list's blocks are alike, where they are adapted alike."""
+        return _pattern(self.spec, self.method) or super().pattern()
+
+    def at_depth(self, depth: int) -> Self:
+        """See ``Workload``."""
+        return self if depth == self.depth else replace(self, spec=with_depth(self.spec, depth))
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -118,6 +118,7 @@ class Workload:
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
     movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
     tables_are_tied: bool = False  # so that they lie in one place
+    blocks_before: Mapping[str, int] = MappingProxyType({})  # by the path of each list of blocks but the first
     has_large_inputs: bool = False  # pictures, beside which another batch's inputs count too; token ids do not
 
     # Examples and batches.

@@ -21,9 +21,9 @@ from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.data.latents import LatentExample, shapes_of
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.denoisers import load_denoiser, meta_denoiser, spec_of
-from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
 from qlora_lite.ops.own_blocks import BlockCalls
-from qlora_lite.planning.simulate import Job, simulate
+from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.denoiser import Denoiser, DenoisingLoss
@@ -375,3 +375,35 @@ def test_layers_outside_of_blocks_are_adapted_only_where_they_are_named(folders)
     assert {path for path, _ in lora_layers(model)}.isdisjoint({"transformer.x_embedder", "transformer.proj_out"})
     model = add_lora(load_denoiser(folders["flux"], workload("flux").spec), ["x_embedder"], rank=2)
     assert [path for path, _ in lora_layers(model)] == ["transformer.x_embedder"]
+
+
+@pytest.mark.parametrize("options", [
+    MemoryOptions(), MemoryOptions(uncheckpointed_layers=3), MemoryOptions(resident_layers=2, offload_checkpoints=True),
+], ids=["block", "kept", "streamed"])  # fmt: skip
+@pytest.mark.parametrize(("family", "depth"), [("pixart", 9), ("flux", 9)])
+def test_a_deep_model_is_planned_as_two_shallow_ones_continued(family, depth, options):
+    work = workload(family, "nf4").at_depth(depth)
+    assert work.depth == depth and work.pattern() == ((0, 1) if family == "pixart" else (1, 1))
+    for device_type in ("cpu", "cuda"):
+        job = Job(work, work.full_pack(2, True), None, device_type, optimizer="adamw_torch", options=options)
+        assert simulate(job).peak() == simulate_whole(job).peak()
+        assert simulate(job).offloaded_bytes == simulate_whole(job).offloaded_bytes
+
+
+def test_blocks_that_are_adapted_otherwise_are_not_alike():
+    some = Lora((Target("*.single_transformer_blocks.1.attn.to_q"),), rank=2)
+    assert replace(workload("flux"), method=some).pattern() == (3, 1)
+    assert workload("unet").pattern() == (workload("unet").depth, 1)
+    assert workload("sd3").pattern() == (2, 1)
+
+
+def test_a_parameter_of_a_streamed_block_itself_is_there_when_the_block_begins(folders):
+    options, work, seen = MemoryOptions(resident_layers=0), workload("pixart"), []
+    model = adapted(folders, work, "pixart").train()
+    place(model, CPU, options, work.blocks(model))
+    set_memory_options(model, options, work.blocks(model))
+    slots = {slot.untyped_storage().data_ptr() for slot in stream_of(model).slots}
+    for block in work.blocks(model):
+        block.register_forward_pre_hook(lambda block, _: seen.append(block.scale_shift_table.untyped_storage()))
+    accumulate_gradients(work, model, [work.collate(latent_examples("pixart")[:1])])
+    assert len(seen) == 4 and all(storage.data_ptr() in slots for storage in seen)
