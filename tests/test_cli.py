@@ -597,7 +597,7 @@ def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(redir
     log, handler = logging.getLogger("qlora_lite"), logging.getLogger("qlora_lite").handlers[0]
     with step_progress() as show:
         log.info("a line of the log")
-        show(SimpleNamespace(step=3, loss=0.5, tokens_per_second=100.0, peak_bytes=2**20), 4)
+        show(SimpleNamespace(step=3, loss=0.5, metrics={}, tokens_per_second=100.0, peak_bytes=2**20), 4)
     log.info("a last line")
     lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]", terminal.getvalue())]
     assert {"a line of the log", "a last line"} <= set(lines) and handler.stream is terminal

@@ -88,9 +88,9 @@ def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
 
 
 def test_the_last_blocks_may_be_kept_beside_a_limit_of_the_host():
-    step = step_of(64, uncheckpointed_layers=2, offload_checkpoints=True)
+    step = step_of(64, 8, uncheckpointed_layers=2, offload_checkpoints=True)
     assert longest_tokens(step, 2**30, 2**31, 64, 512) == 512
-    device, host = needs(1024, 2, uncheckpointed_layers=2)
+    device, host = needs(1024, 2, 8, uncheckpointed_layers=2)
     without = replace(step, fixed=step.fixed | {"stream_from": "host"})
     assert longest_tokens(without, device, host, 64, FAR) >= 1024 > longest_tokens(without, device, host - 1, 64, FAR)
     assert longest_tokens(step, device, host - 1, 64, FAR) >= 1024

@@ -934,11 +934,11 @@ def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, w
 def test_memory_that_runs_out_in_a_save_costs_that_checkpoint_and_no_step(lab, whole, monkeypatch, caplog):
     capture, calls = training.capture, []
 
-    def short(trainer, **how):
+    def short(trainer, *more, **how):
         calls.append(trainer.step)
         if trainer.step == 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return capture(trainer, **how)
+        return capture(trainer, *more, **how)
 
     monkeypatch.setattr(training, "capture", short)
     lab.run()

@@ -349,8 +349,8 @@ def test_the_summary_counts_the_rows_that_exact_match_compares(run, tmp_path):
 def test_prompts_for_exact_matches_share_what_the_budget_leaves_beside_the_model(run, monkeypatch):
     at_once = []
 
-    def answers(*arguments, **_):
-        at_once.append(arguments[5])
+    def answers(*arguments, batch_size, **_):
+        at_once.append(batch_size)
         return [Answer("", "stop", (1,))] * len(arguments[2])
 
     monkeypatch.setattr("qlora_lite.inference.evaluate.answers", answers)

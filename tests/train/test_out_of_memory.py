@@ -287,8 +287,8 @@ def test_a_memory_probe_leaves_room_for_states_outside_the_allocator(is_paged, m
     training, made, left = trainer(), [], []
     build = loop.build_optimizer
 
-    def remembered(*arguments):
-        optimizer = build(*arguments)
+    def remembered(*arguments, **options):
+        optimizer = build(*arguments, **options)
         made.append(weakref.ref(optimizer))
         return optimizer
 
