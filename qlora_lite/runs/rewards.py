@@ -81,11 +81,12 @@ def _function(name: str) -> Callable[..., Sequence[float]]:
     path, _, attribute = name.rpartition(":")
     try:
         module = _module_of(Path(path)) if path.endswith(".py") else importlib.import_module(path)
-        found = getattr(module, attribute)
-    except (OSError, ImportError, SyntaxError, AttributeError) as error:
+    except (OSError, ImportError, SyntaxError) as error:
         raise RecipeError(f"objective.rewards: {name} cannot be imported: {error}") from error
+    found = getattr(module, attribute, None)
     if not callable(found):
-        raise RecipeError(f"objective.rewards: {name} is {type(found).__name__}, and no function")
+        there = ", ".join(each for each, value in vars(module).items() if inspect.isfunction(value)) or "none"
+        raise RecipeError(f"objective.rewards: {name} is no function; of functions there are {there}")
     for each in inspect.signature(found).parameters.values():
         is_open = each.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         if each.name not in GIVEN and each.default is inspect.Parameter.empty and not is_open:

@@ -122,8 +122,8 @@ def test_two_functions_are_added_and_each_is_reported(tmp_path, model_folder):
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        ("judge.py:absent", "has no attribute 'absent'"),
-        ("judge.py:NUMBER", "is int, and no function"),
+        ("judge.py:absent", "judge.py:absent is no function; of functions there are letters, other, few, words"),
+        ("judge.py:NUMBER", "judge.py:NUMBER is no function"),
         ("judge.py:unknown", "wants 'solutions'; there are completions, references, prompts"),
         ("no_such_module:letters", "No module named 'no_such_module'"),
     ],
