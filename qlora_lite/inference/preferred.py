@@ -4,6 +4,7 @@ A reward compares with the model that training began with: the base, or the base
 is the same model with other factors, so it is computed first, and the adapter's own factors come in afterwards.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from qlora_lite.adapters.lora.start import KAIMING
 from qlora_lite.adapters.read import Adapter, read_adapter
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.data.storage import Examples
+from qlora_lite.errors import ModelError
 from qlora_lite.prepare.build import workload_of
 from qlora_lite.prepare.datasets import build_data, told_by
 from qlora_lite.recipe.schema import Recipe
@@ -24,6 +26,8 @@ from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.preference import PreferenceLM
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss, evaluating
+
+log = logging.getLogger("qlora_lite")
 
 
 def attach_and_judge(
@@ -34,19 +38,23 @@ def attach_and_judge(
     Nothing is returned for rows that are no preferences, and where the model that training began with is not the base
     with LoRA weights: of DoRA, of weights of the base, and of a lora.start that splits them.
     """
-    trained, first = read_adapter(model, adapter), None
+    trained, first, work = read_adapter(model, adapter), None, workload_of(recipe).with_options(settings.options)
     if can_judge := recipe.lora.start == KAIMING and _is_lora(trained) and recipe.preference is not None:
         can_judge = told_by(recipe, "eval") == recipe.preference
-    if can_judge and (folder := adapter_to_begin_with(recipe)):
-        first = read_adapter(model, folder)
-        can_judge = _is_lora(first)
+    if can_judge and work.objective.needs_reference:
+        try:
+            folder = adapter_to_begin_with(recipe)
+            first = read_adapter(model, folder) if folder else None
+        except ModelError as error:
+            log.warning("rewards are not measured: %s", error)
+            can_judge = False
+        can_judge = can_judge and (first is None or _is_lora(first))
     attach_adapter(
         model, replace(trained, merge_aware=recipe.train.merge_aware) if isinstance(trained, Adapter) else trained
     )
     if not can_judge:
         return {}
     examples = build_data(recipe, tokenizer, "eval", compares=True).examples
-    work = workload_of(recipe).with_options(settings.options)
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(examples)))
     if work.objective.needs_reference:
         if first is None:

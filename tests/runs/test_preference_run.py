@@ -222,6 +222,10 @@ def test_a_finished_run_is_judged_again_as_training_judged_it(objective, model_f
         assert len({summary["eval_loss_before"], summary["eval_loss_after"]}) == 2
     shown = CliRunner().invoke(cli, ["evaluate", str(tmp_path / "second" / "out")], catch_exceptions=False).output
     assert "preference loss" in shown and "rewards/accuracies" in shown
+    (tmp_path / "first").rename(tmp_path / "elsewhere")  # what a reference was begun with
+    trained = open_trained(tmp_path / "second" / "out")
+    found = evaluate_recipe(trained.recipe, trained.adapter, 0)
+    assert found["eval_loss"] > 0 and ("eval_metrics" in found) == (objective == "simpo")
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
