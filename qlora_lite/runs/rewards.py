@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping
     if not isinstance(found, Sequence | torch.Tensor) or len(found) != count:
         what = f"{len(found)} numbers" if isinstance(found, Sequence | torch.Tensor) else type(found).__name__
         raise TrainingError(f"{name} returned {what} for {count} completions; let it return a list of {count} numbers")
-    numbers = [float(each) if isinstance(each, int | float | torch.Tensor) else math.nan for each in found]
+    numbers = [float(each) if isinstance(each, Real | torch.Tensor) else math.nan for each in found]
     for place, number in enumerate(numbers):
         if not math.isfinite(number):
             of = f"the completion {given['completions'][place]!r}"[:300]
@@ -70,8 +71,12 @@ def judges_of(names: Sequence[str]) -> Judges:
     """Return the functions that a recipe names.
 
     Raises:
-        RecipeError: one of them is not there, or takes something else than ``GIVEN``.
+        RecipeError: one of them is not there, takes something else than ``GIVEN``, or is called like another.
     """
+    own = [name.rpartition(":")[2] for name in names]
+    if twice := next((each for each in own if own.count(each) > 1), None):
+        raise RecipeError(f"objective.rewards: two functions are called {twice}, and each is reported by its name; "
+                          "rename one")  # fmt: skip
     return Judges({name: _function(name) for name in names})
 
 

@@ -4,8 +4,8 @@ Before each step the model answers every prompt of the step ``group_size`` times
 user's judge the answers. What an answer is worth is its reward beside those of its group: advantage = (reward - mean)
 / (standard deviation + 1e-4). The step makes the tokens of answers with a positive advantage likelier, and the others
 less likely (DeepSeekMath, arXiv 2402.03300, equation 3). A step has one update and new answers come before the next
-one, so the ratio to the policy that answered is 1, and nothing is ever clipped. There is no reference model: its KL
-term has been left out since DAPO (arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783) without loss.
+one, so the ratio to the policy that answered is 1, and nothing is ever clipped. There is no reference model: like DAPO
+(arXiv 2503.14476) and Dr. GRPO (arXiv 2503.20783), this leaves its KL term out.
 
 | policy_loss | what a token's gradient is divided by                   |
 |-----------|---------------------------------------------------------|
@@ -301,8 +301,9 @@ class PolicyLM(CausalLM):
         kept = base(input_ids=ids, position_ids=positions[:, :prompt], use_cache=True, **no_mask).past_key_values
         for layer in kept.layers:
             for name in ("keys", "values"):
-                tensor = getattr(layer, name)
-                setattr(layer, name, torch.cat([tensor, tensor[:, :, -1:].expand(-1, -1, new - 1, -1)], dim=2))
+                if isinstance(tensor := getattr(layer, name, None), torch.Tensor):  # other layers keep a state
+                    longer = torch.cat([tensor, tensor[:, :, -1:].expand(-1, -1, new - 1, -1)], dim=2)
+                    setattr(layer, name, longer)
         # the argument's name in transformers from 5.2x on, and before
         name = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         base(input_ids=ids[:, :1], position_ids=positions[:, -1:], use_cache=True, **{name: kept}, **no_mask)
@@ -330,8 +331,8 @@ class PolicyLM(CausalLM):
         """
         stream = stream_of(model)
         if stream is not None and stream.placement.gathers:
-            raise ModelError("train.objective grpo: a base whose weights are divided among GPUs cannot answer on each "
-                             "for itself; choose memory.stream_from host, or a smaller model")  # fmt: skip
+            raise ModelError("train.objective grpo: a model whose weights are divided among GPUs cannot answer on each "
+                             "for itself; train on one GPU, or take a model that each has room for")  # fmt: skip
         if anatomy.head(model).softcap is not None and self.objective.temperature != 1:
             raise ModelError("objective.sampling_temperature: this model's logits are capped, and learned at a "
                              "temperature of 1 alone; set it to 1")  # fmt: skip

@@ -91,6 +91,7 @@ def test_a_stopped_run_answers_and_learns_the_same_to_the_bit(tmp_path, model_fo
 
     summary = summary_of(one / "out")
     before, after = (summary["eval_metrics"][when]["reward"] for when in ("before", "after"))
+    assert any(line.get("frac_reward_zero_std", 1.0) < 1 for line in lines(one))  # answers of a group differ
     assert summary["eval_loss_before"] == -before and summary["eval_loss_after"] == -after and after >= before
     assert summary["metrics"]["before"]["exact_match"]["examples"] == 3
     page = (one / "out" / "report.html").read_text()
@@ -126,6 +127,7 @@ def test_two_functions_are_added_and_each_is_reported(tmp_path, model_folder):
         ("judge.py:NUMBER", "judge.py:NUMBER is no function"),
         ("judge.py:unknown", "wants 'solutions'; there are completions, references, prompts"),
         ("no_such_module:letters", "No module named 'no_such_module'"),
+        (["judge.py:letters", "json:letters"], "two functions are called letters"),
     ],
 )
 def test_what_is_no_function_is_said_before_anything_loads(tmp_path, model_folder, rewards, said):

@@ -248,6 +248,15 @@ def test_keys_and_values_of_long_answers_are_in_the_plan():
     assert kept < ledger.peak.total - before < 2 * kept
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "mistral", "gpt2"])
+def test_a_group_s_memory_is_probed_of_models_that_keep_other_things_than_keys(name):
+    model = quantized_pair(name)[0]
+    work = workload()
+    inputs = work.inputs(work.collate(rows(2)), CPU)
+    with torch.no_grad():
+        work.probe_preparation(model, inputs)
+
+
 def test_the_largest_micro_batch_is_one_that_no_real_one_exceeds():
     work, examples = workload(), rows(12)
     trainer = Case(work, of_text().build, examples, {"max_tokens": 70}).trainer()
