@@ -248,6 +248,21 @@ def test_keys_and_values_of_long_answers_are_in_the_plan():
     assert kept < ledger.peak.total - before < 2 * kept
 
 
+def test_a_memory_probe_keeps_a_group_s_keys_and_values_before_its_step(monkeypatch):
+    seen, probe = [], PolicyLM.probe_preparation
+
+    def noted(work, model, inputs):
+        seen.append(len(inputs.factors))
+        probe(work, model, inputs)
+
+    monkeypatch.setattr(PolicyLM, "probe_preparation", noted)
+    case = Case(workload(), of_text().build, rows(4), {"max_tokens": 120})
+    case.trainer().probe_memory()
+    measured = len(seen)
+    plan(case, 2**40)
+    assert measured == 1 < len(seen) and all(count % GROUP == 0 for count in seen)
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "mistral", "gpt2"])
 def test_a_group_s_memory_is_probed_of_models_that_keep_other_things_than_keys(name):
     model = quantized_pair(name)[0]
