@@ -12,8 +12,8 @@ WITH_FULL = {  # of a recipe whose adapter.method is full
 }  # fmt: skip
 WITH_HEAD = {  # of a recipe whose task.kind is another than language-model
     ("model", "quant_head"): False, ("adapter", "train_also"): [], ("adapter", "train_tokens"): [],
-    ("adapter", "switch_every"): 0, ("lora", "start"): "kaiming", ("lora", "init_from"): None,
-    ("data", "template"): None, ("data", "train_on"): "assistant", ("data", "train_on_end"): True,
+    ("adapter", "switch_every"): 0, ("lora", "start"): "kaiming", ("data", "template"): None,
+    ("data", "train_on"): "assistant", ("data", "train_on_end"): True,
     ("train", "merge_aware"): "off", ("train", "compile"): False, ("train", "metrics_every_steps"): 0,
     ("train", "metrics_examples"): 0, ("train", "metrics_choices"): None, ("memory", "loss_chunk_tokens"): "auto",
     ("memory", "head"): "auto", ("train", "objective"): "sft",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import nn
@@ -448,6 +449,24 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
     except (RecipeError, ModelError) as error:
         raise ModelError(f"lora.init_from: {error}") from error
     return opened.adapter
+
+
+def with_labels_of(adapter: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe with the labels of the adapter that ``lora.init_from`` means, whose head is for those alone.
+
+    Raises:
+        ModelError: the adapter is for another kind of task, or for other labels than the recipe has already.
+    """
+    task = _task_of(adapter)
+    if task.kind != recipe.task.kind:
+        raise ModelError(
+            f"lora.init_from: the adapter is of task.kind {task.kind}, this recipe's is {recipe.task.kind}"
+        )
+    if recipe.task.labels not in (None, task.labels):
+        own, theirs = (f"[{', '.join(labels or ())}]" for labels in (recipe.task.labels, task.labels))
+        raise ModelError(f"lora.init_from: the adapter's head is for the labels {short(theirs)}, and this run's are "
+                         f"{short(own)}: write task.labels: {theirs}, and leave out rows with others")  # fmt: skip
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": task.labels})})
 
 
 def _as_it_ran(opened: OpenedRun) -> Recipe:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_lite.artifacts.trained_run import adapter_to_begin_with
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.files import explain_write_errors, write_text
@@ -68,14 +68,16 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     tokenizer = reader_of(recipe)
     data, eval_data = build_data(recipe, tokenizer, compares=True), build_data(recipe, tokenizer, "eval", compares=True)
     eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
-    recipe = with_labels(recipe, data)
+    recipe, first_adapter = with_labels(recipe, data), adapter_to_begin_with(recipe)
+    if first_adapter:
+        with_labels_of(first_adapter, recipe)
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product
         plan, settings = plan_run(recipe, rows, eval_examples)
         log.info("plan: %s", reason(plan))
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-        model = build_model(recipe, settings.options, adapter_to_begin_with(recipe))
+        model = build_model(recipe, settings.options, first_adapter)
         work = plan.step.job.workload.of_tokenizer(tokenizer)
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.start import First
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
-from qlora_lite.artifacts.trained_run import adapter_to_begin_with
+from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.metrics import check_packages
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
@@ -186,13 +186,16 @@ def prepare(
     is_needed = not continuation or workload_of(recipe).objective.needs_reference
     first_adapter = adapter_to_begin_with(recipe) if is_needed else None
     if first_adapter:
-        add_adapter(recipe, build_skeleton(recipe), first_adapter)  # stops at once where it does not fit
+        begun = with_labels_of(first_adapter, recipe)
+        add_adapter(begun, build_skeleton(begun), first_adapter)  # stops at once where it does not fit
         log.info("lora: training begins with the factors of %s", first_adapter)
     found = preflight(recipe, tokenizer)
     if run.proven:
         write_data(run, found)
     found.raise_if_unusable()
     recipe = with_labels(recipe, found.data)
+    if first_adapter:
+        with_labels_of(first_adapter, recipe)
     template = found.data.template
     if template and template.name != "model":  # for other tools
         tokenizer.chat_template = portable_source(template)

@@ -120,6 +120,27 @@ def test_a_long_text_is_cut_and_counted_and_a_bad_row_named(run, tmp_path):
         predict_labels(run[0], rows, tmp_path / "out.jsonl")
 
 
+def test_another_run_begins_with_its_head_for_the_same_labels_alone(run, bert, tmp_path):
+    folder, _ = run
+    begun = {"lora": {"init_from": str(folder)}, "train": {"max_steps": 1, "learning_rate": 1e-6, "seed": 3}}
+    rows = {"rows": named(labelled_rows(24)), "eval_rows": named(labelled_rows(12, "e"))}
+    first, second = summary_of(folder), summary_of(
+        run_recipe(load_recipe(head_recipe(tmp_path / "second", bert, **begun, **rows)))
+    )  # fmt: skip
+    assert second["metrics"]["before"] == first["metrics"]["after"] and second["labels"] == ["bad", "good"]
+    assert second["eval_loss_before"] == pytest.approx(first["eval_loss_after"], rel=1e-4)
+    other = {k: [r | {"label": r["label"].replace("good", "fair")} for r in found] for k, found in rows.items()}
+    with pytest.raises(ModelError, match=r"labels '\[bad, good\]', and this run's are '\[bad, fair\]': write task.lab"):
+        run_recipe(load_recipe(head_recipe(tmp_path / "other", bert, **begun, **other)))
+    numbers = {k: [r | {"label": 0.5} for r in found] for k, found in rows.items()}
+    with pytest.raises(ModelError, match=r"is of task\.kind classification, this recipe's is regression"):
+        recipe = head_recipe(tmp_path / "number", bert, "regression", **begun, **numbers)
+        run_recipe(load_recipe(recipe))
+    with pytest.raises(ModelError, match=r"write task.labels: \[bad, good\]"):
+        named_ones = begun | {"task": {"labels": ["good", "bad"]}}
+        run_recipe(load_recipe(head_recipe(tmp_path / "turned", bert, **named_ones, **rows)))
+
+
 def test_evaluate_measures_it_again(run):
     trained = open_trained(run[0], has_head=True)
     found, summary = evaluate_recipe(trained.recipe, trained.adapter, 0), summary_of(run[0])
