@@ -7,7 +7,8 @@ value, and 8-bit states in blocks of 256 values, so that parts become what the w
 block together in a slot, in forward and again in backward; the copies' gradients go to the ranks that have the parts
 (``gradients.ToOwners``), after each micro-batch, so that they add up there. A rank holds 1 / N of the blocks' weights,
 gradients and states, two slots and one block's gradients. Embeddings, head and what else lies outside of blocks are
-whole on each rank: their gradients are added up once a step, as those of whole models are.
+whole on each rank: their gradients are added up once a step, as those of whole models are. So are those of parts
+between several machines, each of which has all parts.
 
 In the place of a divided weight a module holds a placeholder of its shape and type without memory, all of whose values
 are not numbers: what reads it by mistake finds out.

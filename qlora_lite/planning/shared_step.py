@@ -6,6 +6,9 @@ for all N of them. None of that is hidden behind computation, because it begins 
 Sums within each machine first, and then between machines, would take the network 2 (M - 1) / M of them for M machines:
 less than the ring by at most the factor 2 - 2 / N, and by hardly anything with many machines. NCCL's trees, which it
 prefers for small messages, pass as many bytes in fewer turns; what a turn costs is not counted.
+
+Weights that are trained and divided among the GPUs of each of several machines have their gradients added up between
+the machines too: each GPU's part in a ring of its own, all of which the machine's network carries.
 """
 
 from dataclasses import replace
@@ -87,8 +90,11 @@ def shared_step(alone: Candidate | None, share: Candidate, cluster: Cluster) -> 
         share: that of one GPU's part of them.
         cluster: the GPUs and their links.
     """
-    wire_bytes = gradient_bytes(share.prediction.simulation.trained_numbers, cluster.world_size)
-    wire_seconds = wire_bytes / (REACHED * LINKS[cluster.slowest])
+    simulation = share.prediction.simulation
+    of_whole = gradient_bytes(simulation.trained_numbers, cluster.world_size)
+    of_parts = gradient_bytes(simulation.part_numbers, cluster.nodes) if cluster.gpus > 1 else 0
+    wire_bytes = of_whole + of_parts
+    wire_seconds = (of_whole + cluster.gpus * of_parts) / (REACHED * LINKS[cluster.slowest])
     seconds = share.step_seconds + wire_seconds
     packs = share.packs * share.micro_batches
     speed_up = alone.step_seconds / seconds if alone else None

@@ -109,6 +109,11 @@ class Simulation:
         """How many numbers of whole weights are trained at a time: each rank has gradients of all of them."""
         return sum(prod(each.shape) for each in self.trained if not each.part_of)
 
+    @property
+    def part_numbers(self) -> int:
+        """How many numbers of divided weights this rank trains at a time."""
+        return sum(prod(each.shape) for each in self.trained if each.part_of)
+
     def peak(self, name: str | None = None) -> Moment:
         """Return the highest moment of a phase, or of all."""
         return max((m for m in self.moments.values() if name in (None, m.phase)), key=lambda m: m.total)

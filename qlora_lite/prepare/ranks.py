@@ -369,18 +369,16 @@ def step_of_ranks(recipe: Recipe, ranks: Ranks, plans: Sequence[Plan], cluster: 
 
 
 def dividing(recipe: Recipe, machine: Machine, world_size: int) -> Machine:
-    """Return the machine, which divides weights that are trained with all ranks or with none.
+    """Return the machine, after a check that the ranks of several machines can update what it divides.
 
     Raises:
-        RecipeError: it is to divide them with those of one machine of several.
+        RecipeError: they would in the backward pass, when a gradient is added up within each machine alone.
     """
-    if recipe.adapter.method != "full" or machine.shards.count in (1, world_size):
-        return machine
-    if recipe.memory.stream_from == "ranks" or recipe.memory.optimizer_in_backward:
-        setting = "optimizer_in_backward" if recipe.memory.optimizer_in_backward else "stream_from ranks"
-        raise RecipeError(f"memory.{setting} divides weights that are trained among the GPUs of one machine, or among "
-                          "machines with one GPU each: leave it out, or start fewer processes")  # fmt: skip
-    return replace(machine, shards=UNDIVIDED)
+    is_trained = recipe.adapter.method == "full" and machine.shards.count not in (1, world_size)
+    if is_trained and recipe.memory.optimizer_in_backward:
+        raise RecipeError("memory.optimizer_in_backward is for weights that are divided among the GPUs of one machine, "
+                          "or among machines with one GPU each: leave it out, or start fewer processes")  # fmt: skip
+    return machine
 
 
 def speeds_of(recipe: Recipe, processes: Processes) -> list[float]:

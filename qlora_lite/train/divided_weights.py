@@ -73,7 +73,8 @@ def norms_of_all(
     numbers = {each.part: number for number, each in enumerate(weights.values()) if each.part is not None}
     whole = len(parameters) - len(numbers)
     squares = torch.zeros(len(weights), dtype=torch.float32, device=norms.device)
-    squares[[numbers[part] for part in parameters[whole:]]] = norms[whole:].square()
+    if processes.rank < parts_of(model).count:  # of the first machine: all have the same parts
+        squares[[numbers[part] for part in parameters[whole:]]] = norms[whole:].square()
     processes.add_up([squares])
     return torch.cat([norms[:whole], squares.sqrt()])
 

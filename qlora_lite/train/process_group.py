@@ -7,9 +7,10 @@ follows the time that steps take, and a rank that does not come is named. Sums a
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,10 @@ class ProcessGroup(Processes):
         if 1 < local_world_size < world_size and world_size % local_world_size == 0:
             group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
             self._shards = GroupShards(rank % local_world_size, local_world_size, group)
+            same = [[*range(first, world_size, local_world_size)] for first in range(local_world_size)]
+            self._machines, _ = dist.new_subgroups_by_enumeration(same, timeout=BLOCK_ANSWER)
         else:
+            self._machines = None
             self._shards = GroupShards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
         self._exchanged: float | None = None  # when last
         self._longest_seconds = 0.0  # between two of them
@@ -181,13 +185,21 @@ class ProcessGroup(Processes):
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """See ``Processes``."""
+        self._add_up(tensors, self._sum)
+
+    def add_up_parts(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """See ``Processes``."""
+        if self._machines is not None:
+            self._add_up([p.grad for p in parameters], partial(dist.all_reduce, group=self._machines))
+
+    def _add_up(self, tensors: Sequence[torch.Tensor], sum_: Callable[[torch.Tensor], object]) -> None:
         for some in _buckets(tensors):
             sizes = [piece.numel() for piece in some]
             added = torch.empty(sum(sizes), dtype=torch.float32, device=some[0].device)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 place.copy_(piece)
             with self._waiting():
-                self._sum(added)
+                sum_(added)
             for piece, place in zip(some, added.split(sizes), strict=True):
                 piece.copy_(place)
 

@@ -121,6 +121,9 @@ class Processes:
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Put the sum over all ranks in the place of each gradient; one that no rank has stays None."""
 
+    def add_up_parts(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Put the sum over the machines in the place of each gradient of a part of a weight, which each machine has."""
+
     def tell(self, text: str, source: int = 0) -> str:
         """Return the text of the first rank, or of another one."""
         return text

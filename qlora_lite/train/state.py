@@ -131,7 +131,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     state, saved = numbers_of(checkpoint), checkpoint.tensors
     trainer.take_turn(max(1, state["step"]))
     layout = layout_of(trainer.workload.method, trainer.model)
-    rank = trainer.processes.rank
+    rank = trainer.processes.shards.rank
     compare_tensors(saved[WEIGHTS_NAME], trainer.workload.method.tensors(trainer.model), WEIGHTS_NAME)
     if saved[OPTIMIZER]:
         _make_states(trainer)

@@ -122,6 +122,7 @@ def train_step(
     with phase("optimizer"):
         with no_retry("while the ranks added up their gradients"):
             processes.add_up_gradients([p for p in parameters if p not in parts])
+            processes.add_up_parts([p for p in parameters if p in parts])
             processes.add_up([mean, *metrics.values()])
             unscale(parameters, scale)
             norms = norms_of_all(model, parameters, gradient_norms(parameters), processes)

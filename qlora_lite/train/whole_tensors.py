@@ -163,7 +163,8 @@ class Collection:
         """Hand in what the first rank asks for, until it has all that it wants."""
         while said := self.processes.tell(""):
             file, key, is_number = json.loads(said)
-            if self.layout.slices_of(key, is_number)[self.processes.rank] is not None:
+            slices, rank = self.layout.slices_of(key, is_number), self.processes.rank
+            if rank < len(slices) and slices[rank] is not None:  # of the first machine: all have the same parts
                 tensor = self.here[file][key].detach().cpu().contiguous().view(-1)
                 self.processes.hand_in(tensor.view(torch.uint8))
 

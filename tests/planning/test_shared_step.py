@@ -11,7 +11,7 @@ from qlora_lite.errors import RecipeError
 from qlora_lite.memory.gpus import LINKS, REACHED, find_gpu
 from qlora_lite.ops.stream import ALIGNMENT
 from qlora_lite.planning.machine import machine_of_gpu
-from qlora_lite.planning.shared_step import Cluster
+from qlora_lite.planning.shared_step import Cluster, shared_step
 from qlora_lite.prepare import plan as planner
 from qlora_lite.prepare import ranks
 from qlora_lite.recipe.load import recipe_of
@@ -103,11 +103,16 @@ def test_gpus_that_have_no_room_for_all_that_is_trained_divide_it(tmp_path):
     saved = found.peak_bytes - updated.peak_bytes
     assert updated.chosen.options.is_sharded and 0.8 < saved / (24 * OF_BLOCK / 4) < 1.1, "the gradients of a part"
     assert planner.disk_bytes(found) == pytest.approx(planner.disk_bytes(whole), rel=0.05)
-    on_machines = plan(7, 2, 2)
-    assert on_machines.fits and not on_machines.chosen.options.is_sharded
-    for options in ({"stream_from": "ranks"}, {"optimizer_in_backward": True}):
-        with pytest.raises(RecipeError, match="divides weights that are trained among the GPUs of one machine"):
-            plan(7, 2, 2, **options)
+    on_machines = plan(4, 4, 2, train={"gradient_accumulation_steps": 8}).chosen
+    assert (
+        on_machines.options.shards.count == 4
+        and on_machines.prediction.peak_bytes == found.chosen.prediction.peak_bytes
+    )
+    assert on_machines.prediction.simulation.part_numbers == 24 * OF_BLOCK // 8, "each machine's ranks have all parts"
+    step = shared_step(None, on_machines, Cluster(4, 2, "pcie4", "ethernet-10g"))
+    assert step.wire_bytes == 4 * outside * 2 * 7 // 8 + 4 * 24 * OF_BLOCK // 8 * 2 // 2
+    with pytest.raises(RecipeError, match=r"optimizer_in_backward is for .* among the GPUs of one machine"):
+        plan(7, 2, 2, optimizer_in_backward=True)
     machines = ranks.Ranks((card, replace(card, flops_per_second=2 * card.flops_per_second)), (2**33, 2**33))
     own = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"stream_from": "ranks"})})
     with pytest.raises(RecipeError, match=r"divided in equal parts, .* and these GPUs are not alike: leave it out"):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,8 +57,9 @@ def whole_weights(training):
         found[name] = parameter.detach()
         if name in layout.ranges:
             found[name] = torch.zeros(parameter.numel())
-            if (part := weights[parameter].part) is not None:
-                values = layout.ranges[name][training.processes.rank]
+            part, rank = weights[parameter].part, training.processes.rank
+            if part is not None and rank < len(layout.ranges[name]):  # of the first machine
+                values = layout.ranges[name][rank]
                 found[name][values.start : values.stop] = part.detach()
             training.processes.add_up([found[name]])
             found[name] = found[name].view(parameter.shape).to(parameter.dtype)
@@ -132,6 +134,34 @@ def test_divided_weights_become_what_whole_ones_do(count, cases, tmp_path):
     The others have rows that do not divide by the ranks, so that some run a micro-batch for nothing.
     """
     together(count, "train.test_divided", "courses", tmp_path, cases)
+
+
+def on_machines(number, count, folder):
+    """What each process of two machines with two each does: both machines have all parts, alike to the bit."""
+    group, options = ProcessGroup(number, count, 2), divided_by(2)
+    for changes in (
+        dict(optimizer="adamw_torch", max_grad_norm=0.1), dict(optimizer="adamw_8bit", dtype="bfloat16"),
+    ):  # fmt: skip
+        settings = UNCLIPPED | dict(gradient_accumulation_steps=4) | changes
+        training = trainer(group, options, **settings)
+        found, learned = course(training)
+        parts = [
+            each.part.detach().float() for each in divided_weights(training.model).values() if each.part is not None
+        ]
+        sums = [part.clone() for part in parts]
+        group.add_up_parts([SimpleNamespace(grad=each) for each in sums])
+        assert all(torch.equal(both, 2 * part) for both, part in zip(sums, parts, strict=True))
+        if number or changes.get("dtype"):
+            continue
+        alone, by_one = course(trainer(ALONE, MemoryOptions(), **settings))
+        torch.testing.assert_close(steps_of(found), steps_of(alone), rtol=1e-5, atol=1e-6)
+        for name, tensor in by_one.items():
+            torch.testing.assert_close(learned[name], tensor, rtol=1e-4, atol=2e-5)
+    resumed(group, options, Path(folder))
+
+
+def test_each_of_two_machines_divides_the_weights_that_are_trained(tmp_path):
+    together(4, "train.test_divided", "on_machines", tmp_path)
 
 
 def others(number, count, folder):
