@@ -212,7 +212,11 @@ def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"), [({"flops_per_second": 1.0}, "options"), ({"memory_bytes": 1}, "less free")]
+    ("changes", "reason"),
+    [
+        pytest.param({"flops_per_second": 1.0}, "options", marks=pytest.mark.slow),
+        ({"memory_bytes": 1}, "less free"),
+    ],
 )
 def test_where_no_length_can_be_run_it_is_said(changes, reason):
     capped = caps.CappedDevice()

@@ -243,7 +243,10 @@ SAID = {  # what files say beyond what transformers' reader takes; family, setti
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SAID)
+SLOW = {"scale of a 27B"}  # which transformers knows by its number of layers
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in SAID])
 def test_a_gguf_base_is_scaled_as_its_file_says(case, run_of, tmp_path):
     family, options = SAID[case]
     run = run_of(family, **options)
