@@ -24,7 +24,7 @@ from qlora_lite.models.anatomy import device_of
 SEQUENCES, TOKENS = 2, 24
 EXACT = 1e-3  # of an adapter file: rounding in float32 gives 1e-6, a scale wrong by 1 % gives 1e-2
 SHARE = 0.2  # that a merged file's share may be off: the adapter's own rounding
-SHARE_4_BIT = 0.4  # the same in 4 bits (SmolLM2 with an adapter for GSM8K: 0.17)
+SHARE_4_BIT = 0.4  # the same in 4 bits, which round the adapted weights again
 
 
 class Change(NamedTuple):

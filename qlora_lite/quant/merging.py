@@ -100,10 +100,9 @@ def closest_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tens
     """Return an NF4 weight with codes whose products with given inputs X are near to those of W + scale * B A.
 
     From ``merged_codes`` on by coordinate descent: column by column each weight takes the code that is best while all
-    others stay, so that |X (W' - W - scale * B A)^T| never grows. (GPTQ rounds each column once and has later ones make
-    up for it, which moves far more weights of a W that is on the grid already: SmolLM2 on GSM8K has KL 4.9e-2 to the
-    trained model with stochastic rounding, 1.5e-1 with GPTQ, 1.5e-2 so.) Beside the codes that takes memory for five of
-    the weight in float32.
+    others stay, so that |X (W' - W - scale * B A)^T| never grows. GPTQ rounds each column once and has later ones make
+    up for it, which moves far more weights of a W that is on the grid already, and so ends further from the trained
+    model than ``merged_codes``. Beside the codes this takes memory for five of the weight in float32.
 
     Args:
         gram: X^T X, float32 [in, in]; left as it is.
