@@ -28,7 +28,7 @@ from qlora_lite.planning.machine import Machine, machine_of_gpu, this_machine
 from qlora_lite.planning.search import SPARED
 from qlora_lite.planning.shared_step import Cluster, SharedStep, shared_step
 from qlora_lite.planning.simulate import streamed_sizes
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import GRPO, Recipe
 from qlora_lite.train.epochs import Epochs
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.processes import ALONE, Processes
@@ -224,7 +224,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         raise RecipeError(f"memory.{setting}: {DIVIDED_ON_GPUS}, and these GPUs are not alike: leave it out")
     packs = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     sources = {"auto": ("ranks", "host"), "disk": ()}.get(memory.stream_from, (memory.stream_from,))
-    if len(ranks.machines) == 1 or memory.resident_layers == "all" or recipe.adapter.method == "full":
+    if len(ranks.machines) == 1 or memory.resident_layers == "all" or _is_whole(recipe):
         sources = ()
     plans: list[Plan] = []
     if not sources or (memory.stream_from != "ranks" and memory.resident_layers == "auto"):
@@ -237,6 +237,11 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         raise RecipeError("model.compute_dtype auto is not the same type on all of these GPUs, and they train one "
                           "model: set it to float16, or to float32")  # fmt: skip
     return plans
+
+
+def _is_whole(recipe: Recipe) -> bool:
+    """Return whether no rank can have an unequal part of the model."""
+    return recipe.adapter.method == "full" or recipe.train.objective == GRPO
 
 
 def _fastest_divided(recipe: Recipe, ranks: Ranks, packs: int, source: str) -> list[Plan]:
@@ -369,11 +374,14 @@ def step_of_ranks(recipe: Recipe, ranks: Ranks, plans: Sequence[Plan], cluster: 
 
 
 def dividing(recipe: Recipe, machine: Machine, world_size: int) -> Machine:
-    """Return the machine, after a check that the ranks of several machines can update what it divides.
+    """Return the machine, which divides nothing where each rank answers for itself.
 
     Raises:
-        RecipeError: they would in the backward pass, when a gradient is added up within each machine alone.
+        RecipeError: ranks of several machines would update what each machine divides in the backward pass, when a
+            gradient is added up within the machine alone.
     """
+    if recipe.train.objective == GRPO:
+        return replace(machine, shards=UNDIVIDED)
     is_trained = recipe.adapter.method == "full" and machine.shards.count not in (1, world_size)
     if is_trained and recipe.memory.optimizer_in_backward:
         raise RecipeError("memory.optimizer_in_backward is for weights that are divided among the GPUs of one machine, "

@@ -394,7 +394,7 @@ def _rewards(value: _Value) -> _Found:
         ("data", "streaming"): (False,), ("data", "overflow"): ("error", "drop"),
         ("data", "train_on"): ("assistant", "completion", "last"), ("task", "kind"): ("language-model",),
         ("adapter", "method"): ("lora", "dora", "full"), ("lora", "dropout"): (0,),
-        ("train", "merge_aware"): ("off",),
+        ("train", "merge_aware"): ("off",), ("memory", "stream_from"): ("auto", "host", "disk"),
     }  # fmt: skip
     for location, allowed in needs.items():
         if (given := value(*location)) is not None and given not in allowed:

@@ -14,6 +14,10 @@ from tiny_runs import summary_of
 from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.cli.main import cli
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
+from qlora_lite.memory.gpus import find_gpu
+from qlora_lite.planning.machine import machine_of_gpu
+from qlora_lite.planning.shared_step import Cluster
+from qlora_lite.prepare import ranks
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.rewards import judges_of
 from qlora_lite.runs.run import run_recipe
@@ -161,6 +165,7 @@ class _Row:
         (["train.metrics=answer_loss"], "not measured with train.objective grpo"),
         (["lora.dropout=0.1"], "not possible with train.objective grpo"),
         (["data.streaming=true"], "not possible with train.objective grpo"),
+        (["memory.stream_from=ranks"], "not possible with train.objective grpo; write auto or host or disk"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, model_folder, overrides, said):
@@ -185,3 +190,11 @@ def test_a_plan_needs_neither_rows_nor_functions(tmp_path, model_folder):
     assert result.exit_code == 0, result.output
     assert re.search(r"assumed:\s+4\s+sequences\s+of\s+one\s+example,\s+of\s+50\s+tokens", result.output)
     assert "and before it the answers" in " ".join(result.output.split())
+
+
+def test_ranks_each_of_which_answers_divide_no_model(tmp_path, model_folder):
+    answers = recipe(tmp_path, model_folder)
+    for objective, count in (("grpo", 1), ("sft", 2)):
+        own = answers.model_copy(update={"train": answers.train.model_copy(update={"objective": objective})})
+        part = Cluster(2, link="pcie4").part(machine_of_gpu(find_gpu("rtx-3090")))
+        assert ranks.dividing(own, part, 2).shards.count == count
