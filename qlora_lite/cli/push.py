@@ -1,4 +1,4 @@
-"""``qlora-lite push``: upload a run's adapter or merged model to the hub, with a model card."""
+"""``qlora-lite push``: upload a run's adapter or model to the hub, with a model card."""
 
 import tempfile
 from pathlib import Path
@@ -26,8 +26,9 @@ def push(run: str, repo: str, merged: Path | None, base_model: str | None, publi
          model_path: str | None, unfinished: bool) -> None:  # fmt: skip
     """Upload RUN's adapter, or its merged model, to the hub's repository OWNER/NAME, which is private unless --public.
 
-    The adapter goes in peft's format, with a model card of the run's settings and figures. All that is sent is shown
-    first; checkpoints, logs, data and paths of this machine are never sent.
+    The adapter goes in peft's format, a model that was trained whole in transformers', with a model card of the run's
+    settings and figures. All that is sent is shown first; checkpoints, logs, data and paths of this machine are never
+    sent.
     """
     prepare()
     from huggingface_hub import HfApi

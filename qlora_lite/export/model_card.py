@@ -15,6 +15,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_score, format_seconds
 
 PROJECT = "qlora-lite"
+METHODS = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}  # of what can be exported
 _HUB_DATA = "hub:"
 
 
@@ -28,7 +29,7 @@ class CardFacts:
         licence: metadata of the base model that begins with "license"; empty where it has none.
         recipe: of the run.
         summary: what the run's ``summary.json`` holds.
-        merged_into: for a merged model what it was merged into ("nf4", "original"); None for an adapter.
+        merged_into: for a merged model what it was merged into ("nf4", "original"); None for another.
         has_template: the tokenizer beside it has a chat template.
         notes: what a user of the files has to know.
         packed_as: how the files of the base model have the weights that were trained on; empty where they are in 16
@@ -44,6 +45,11 @@ class CardFacts:
     has_template: bool
     notes: tuple[str, ...] = ()
     packed_as: str = ""
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the files are a model, and no adapter."""
+        return self.merged_into is not None or self.recipe.adapter.method == "full"
 
 
 def model_card(facts: CardFacts) -> str:
@@ -71,8 +77,8 @@ def _metadata(facts: CardFacts) -> dict:
             if source.path.startswith(_HUB_DATA)]  # fmt: skip
     found = {
         "base_model": facts.base_model,
-        "base_model_relation": facts.base_model and ("finetune" if facts.merged_into else "adapter"),
-        "library_name": "transformers" if facts.merged_into else "peft",
+        "base_model_relation": facts.base_model and ("finetune" if facts.is_model else "adapter"),
+        "library_name": "transformers" if facts.is_model else "peft",
         "pipeline_tag": "text-generation",
         "tags": [*_methods(facts), PROJECT],
         "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
@@ -82,7 +88,10 @@ def _metadata(facts: CardFacts) -> dict:
 
 def _methods(facts: CardFacts) -> list[str]:
     """Return what the hub calls the ways in which a run was trained."""
-    names = ["lora", "dora"] if facts.recipe.adapter.method == "dora" else ["lora"]
+    method = facts.recipe.adapter.method
+    if method == "full":
+        return ["full-fine-tuning"]
+    names = ["lora", "dora"] if method == "dora" else ["lora"]
     is_plain = facts.recipe.model.quant == "none" and not facts.packed_as
     return names if is_plain else [*names, *(f"q{name}" for name in names)]
 
@@ -91,7 +100,9 @@ def _introduction(facts: CardFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A base model"
     weights = _weights(facts)
     kind = _name_of_method(facts.recipe)
-    if facts.merged_into:
+    if facts.recipe.adapter.method == "full":
+        what = f"{base} with all weights trained"
+    elif facts.merged_into:
         what = (
             f"{base} with a {kind} adapter merged into its {facts.merged_into} weights, which was trained on {weights}"
         )
@@ -107,11 +118,11 @@ def _weights(facts: CardFacts) -> str:
 
 
 def _name_of_method(recipe: Recipe) -> str:
-    return {"lora": "LoRA", "dora": "DoRA"}[recipe.adapter.method]
+    return METHODS[recipe.adapter.method]
 
 
 def _use(facts: CardFacts) -> str:
-    if facts.merged_into:
+    if facts.is_model:
         name, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
     else:
         name = "AutoPeftModelForCausalLM"
@@ -131,7 +142,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_spe
 
 def _as_in_training(facts: CardFacts) -> str:
     quant = facts.recipe.model.quant
-    if quant == "none" or facts.packed_as or facts.merged_into:
+    if quant == "none" or facts.packed_as or facts.is_model:
         return ""
     double = str(facts.recipe.model.double_quant)
     skipped = [pattern.replace(".", r"\.").replace("*", ".*") for pattern in facts.recipe.model.keep_16bit]
@@ -179,15 +190,18 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     rate = summary.get("learning_rate", r.train.learning_rate)  # earlier runs have it in the recipe alone
     also = ", ".join(r.adapter.train_also)
     targets = ", ".join(f"`{target.pattern}`" for target in r.lora.targets)
+    how = "-"
+    if targets and r.adapter.method != "full":
+        how = (f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
+               f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
+               f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}")  # fmt: skip
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
         ("target tokens", _count(counted.get("learned_tokens"))),
         ("base weights", facts.packed_as or "16 bit" * (r.model.quant == "none") or
          f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"
          f"{', but for ' + ', '.join(f'`{each}`' for each in kept) if (kept := r.model.keep_16bit) else ''}"),
-        (_name_of_method(r), f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
-         f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
-         f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}" if targets else "-"),
+        (_name_of_method(r), how),
         ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
         ("tokens with rows of their own", ", ".join(f"`{token}`" for token in r.adapter.train_tokens) or "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
@@ -200,6 +214,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
          f"{'packed' if r.data.packing else 'not packed'}, of up to {r.data.max_tokens} tokens"),
         ("loss on", {"assistant": "assistant messages", "completion": "completions", "all": "all tokens",
                      "last": "the last assistant message"}[r.data.train_on]),
+        ("objective", r.train.objective if r.train.objective != "sft" else "-"),
         ("seed", str(r.train.seed)),
         ("time", format_seconds(summary["seconds"]) if _figure(summary.get("seconds"), "g") != "-" else "-"),
         ("device", str(summary.get("device") or "-")),

@@ -1,4 +1,4 @@
-"""Upload a run's adapter, or a model that it was merged into, to the hub with a model card.
+"""Upload a run's adapter, a model that it was merged into, or one that was trained whole, to the hub with a model card.
 
 What is sent is a list of files by name and never a folder: checkpoints, logs and data cannot slip in, nor what
 somebody has put beside a merged model. The caller shows the list and the card before ``send``; nothing is written to
@@ -59,7 +59,7 @@ class PushSettings:
 
     Args:
         repo: OWNER/NAME of the repository.
-        merged: folder that ``qlora-lite merge`` wrote of the run; None pushes the adapter.
+        merged: folder that ``qlora-lite merge`` wrote of the run; None pushes the adapter, or the whole model.
         base_model: OWNER/NAME of the base model, where the run names a file or folder of this machine.
         public: whether everybody may see a new repository.
     """
@@ -113,7 +113,7 @@ def prepare_push(
 
     Args:
         run: a run folder.
-        scratch: empty folder for the exported adapter, which must be there until it is sent.
+        scratch: empty folder for an exported adapter, which must be there until it is sent.
         api: of the hub.
         model_path: where the base model lies, if not where the run says.
         unfinished: take what a run that did not reach its end has.
@@ -128,9 +128,11 @@ def prepare_push(
         raise RecipeError(f"{run} is an adapter without a run to write a model card from; use `hf upload`")
     opened = open_run(run)
     trained = open_trained(run, model_path, unfinished)
-    trained.require_adapter("upload it with `hf upload`")
+    is_whole = opened.recipe.adapter.method == "full"
+    if is_whole and settings.merged:
+        raise ModelError(f"{run} has a whole model, which no merge has made; leave out --merged")
     base_model = settings.base_model or _name_on_the_hub(opened.recipe.model.path)
-    if base_model is None and settings.merged is None:
+    if base_model is None and settings.merged is None and not is_whole:
         raise ModelError(
             f"{opened.recipe.model.path} is on this machine, where nobody else finds it; name the base model on the "
             "hub with --base-model OWNER/NAME"
@@ -139,16 +141,16 @@ def prepare_push(
     licence = _licence(api, base_model) if base_model else {}
     if not licence:
         notes.append("the base model's licence is not known, the card leaves it out")
-    folder = settings.merged or scratch / "adapter"
-    if settings.merged is None:
+    folder = settings.merged or (opened.adapter if is_whole else scratch / "adapter")
+    about_files, merged_into = (), None
+    if settings.merged:
+        merged_into = _merged_into(folder, trained)
+    elif not is_whole:
         report = export_run(run, folder, ExportSettings("peft"), model_path, unfinished)
         about_files = tuple(note.replace(trained.files.name, base_model) for note in report["notes"])
-        merged_into = None
-    else:
-        about_files, merged_into = (), _merged_into(folder, trained)
     files, left_out, changes = _files(folder, base_model, opened.recipe.model.path)
     notes += changes
-    if settings.merged and left_out:
+    if left_out and (settings.merged or is_whole):
         notes.append(f"not sent: {', '.join(left_out)}")
     facts = CardFacts(settings.repo, base_model, licence, opened.recipe, opened.summary, merged_into,
                       "chat_template.jinja" in files, about_files, _packed_as(trained))  # fmt: skip

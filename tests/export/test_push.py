@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from runs.test_full_run import full_recipe
 from tiny_files import byte_tokenizer, save_tiny
 from tiny_published import save_published
 from tiny_runs import make_run, tiny_run
@@ -22,6 +23,7 @@ from qlora_lite.export.push import Push, send
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
 from qlora_lite.recipe.load import load_recipe, recipe_of
+from qlora_lite.runs.run import run_recipe
 
 REPO, BASE = "me/orders", "them/Base-1B"
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -133,6 +135,23 @@ def test_a_merged_model_goes_without_what_else_lies_in_its_folder(run, hub, comm
     (tmp_path / "merged" / "merge_report.json").write_text('{"run": "another"}')
     code, _, err = command("push", run, REPO, "--merged", tmp_path / "merged", "--public", "--yes")
     assert code == 2 and "is not a merged model of run" in err
+
+
+def test_a_model_that_was_trained_whole_goes_as_it_is(hub, command, tmp_path):
+    save_tiny(tmp_path / "base")
+    run = run_recipe(full_recipe(tmp_path, tmp_path / "base"))
+    code, _, err = command("push", run, REPO, "--base-model", BASE, "--yes")
+    assert code == 0, err
+    files = ADAPTER_FILES - {"adapter_config.json", "adapter_model.safetensors"}
+    assert hub.sent.keys() == files | {"config.json", "generation_config.json", "model.safetensors"}
+    assert hub.sent["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
+    assert str(tmp_path).encode() not in b"".join(hub.sent.values())
+    card = hub.sent["README.md"].decode()
+    assert "library_name: transformers" in card and "base_model_relation: finetune" in card and "rank" not in card
+    assert "- full-fine-tuning" in card and f"{BASE}) with all weights trained, which" not in card
+    assert "with all weights trained with qlora-lite." in card
+    code, _, err = command("push", run, REPO, "--merged", run / "model", "--yes")
+    assert code == 2 and "has a whole model, which no merge has made; leave out --merged" in err
 
 
 @pytest.mark.parametrize("base", [None, BASE])
