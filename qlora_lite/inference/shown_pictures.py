@@ -1,6 +1,8 @@
 """What a report shows of some held-out pictures, before training and after: label, neighbours, and what patches say.
 
-Neighbours are the training pictures whose features point the same way (cosine similarity); features are the first token
+Neighbours are the training pictures whose features point the same way (cosine similarity). How often the nearest one
+has a held-out picture's label is a score of the encoder alone, of its head's classes or of others it never saw (recall
+at 1 of a search for pictures of the same class). Features are the first token
 of the last hidden states where the encoder has tokens beside its patches, else the mean. A map colours each patch by
 the first three principal components of all shown patches, red, green and blue: patches of one colour look alike to the
 encoder. Signs of components are chosen so that their largest weight is positive, and each runs from its least to its
@@ -21,17 +23,19 @@ from torch.nn import functional
 
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.label_metrics import probabilities
+from qlora_lite.data.metrics import Score, mean
 from qlora_lite.data.picture_files import thumbnail
 from qlora_lite.data.storage import Example
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.train.picture_head import PictureHead, Pictures
 from qlora_lite.train.step import evaluating
 
-SHOWN, COMPARED, NEIGHBOURS = 12, 200, 3  # held-out pictures; training pictures that neighbours are looked for among
+SHOWN, NEIGHBOURS = 12, 3  # held-out pictures, and neighbours of each
+COMPARED = 500  # pictures of either kind, at most, for the score of neighbours
 
 
 class Seen(NamedTuple):
-    """What an encoder with a head makes of pictures, in host memory: outputs [N, C], features, patches."""
+    """What an encoder with a head makes of pictures, in host memory: outputs [N, C], features, patches (or none)."""
 
     outputs: torch.Tensor
     features: torch.Tensor
@@ -44,8 +48,8 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[int(index)] for index in np.linspace(0, len(examples) - 1, count)] if count else []
 
 
-def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures]) -> Seen:
-    """Return what a model makes of pictures, with dropout off."""
+def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures], patches: bool = True) -> Seen:
+    """Return what a model makes of pictures, with dropout off, its patches only if they are wanted."""
     found, device, kept = [], work.device(model), []
     encoder, size = getattr(model, base_path(model)), of_blocks(model.config).patch_size
     handle = encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
@@ -57,10 +61,19 @@ def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures]) -> Se
                 hidden = kept.pop().float().cpu()
                 others = hidden.shape[1] - height * width  # class and register tokens, which come first
                 features = hidden[:, 0] if others else hidden.mean(1)
-                found.append((outputs, features, hidden[:, others:].unflatten(1, (height, width))))
+                shown = hidden[:, others if patches else hidden.shape[1] :]
+                found.append((outputs, features, shown.unflatten(1, (-1, width))))
     finally:
         handle.remove()
     return Seen(*map(torch.cat, zip(*found, strict=True)))
+
+
+def neighbour_score(
+    held: Sequence[Example], features: torch.Tensor, training: Sequence[Example], known: torch.Tensor
+) -> Score:  # fmt: skip
+    """Return how often the training picture that is nearest to a held-out one has the same label."""
+    nearest = (functional.normalize(features) @ functional.normalize(known).T).argmax(1).tolist()
+    return mean([training[place].answer == each.answer for each, place in zip(held, nearest, strict=True)])
 
 
 def maps_of(patches: torch.Tensor) -> np.ndarray:

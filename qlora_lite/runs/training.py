@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,11 +30,12 @@ from qlora_lite.artifacts.run_folder import (
 )
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.preferences import answers_alone
+from qlora_lite.data.storage import Example
 from qlora_lite.errors import CheckpointError, DataError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.files import write_text
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.inference.label_texts import measure_labels
-from qlora_lite.inference.shown_pictures import COMPARED, SHOWN, described, given, look, spread
+from qlora_lite.inference.shown_pictures import COMPARED, SHOWN, Seen, described, given, look, neighbour_score, spread
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import settle
 from qlora_lite.models.save import save_model
@@ -333,7 +334,7 @@ class Training:
             self.run.update(eval_metrics=self.run.summary.get("eval_metrics", {}) | {when: metrics})
         result = self._metrics(self.eval_data, f"{when} training")
         if isinstance(work := self.trainer.workload, PictureHead) and not self.recipe.has_masks:
-            self._show_pictures(work.plain(), self.eval_data, when)
+            result = self._with_pictures(work.plain(), self.eval_data, when, result)
         if result:
             found = result.figures()
             if "exact_match" in found:
@@ -386,23 +387,32 @@ class Training:
         self._log_scores(result, when, len(eval_data.examples))
         return result
 
-    def _show_pictures(self, work: PictureHead, eval_data: Dataset, when: str) -> None:
-        """Write down what the model makes of some held-out pictures, for the report; what hinders it is a warning."""
-        held, training = spread(eval_data.examples, SHOWN), spread(self.proven.data.data.examples, COMPARED)
+    def _with_pictures(
+        self, work: PictureHead, eval_data: Dataset, when: str, result: Measured | None
+    ) -> Measured | None:  # fmt: skip
+        """Write down what the model makes of some held-out pictures, for the report; return the scores with that of
+        neighbours. What hinders it is a warning."""
+        training, held = (spread(part, COMPARED) for part in (self.proven.data.data.examples, eval_data.examples))
+        shown = spread(held, SHOWN)
+
+        def seen(part: Sequence[Example], patches: bool = False) -> Seen:
+            return self.trainer.computed(part, lambda _, batches: look(work, self.model, batches, patches))
+
         try:
             with self._at_once():
-                seen, known = (
-                    self.trainer.computed(part, lambda _, batches: look(work, self.model, batches))
-                    for part in (held, training)
-                )
-                if not self.processes.is_first:
-                    return
+                known, features, all_of_shown = seen(training), seen(held).features, seen(shown, patches=True)
+            score = neighbour_score(held, features, training, known.features)
+            if self.processes.is_first:
                 path = self.run.path / PICTURES
                 before = json.loads(path.read_text(encoding="utf-8")) if when == "after" and path.is_file() else {}
-                found = before | {"given": given(held), when: described(work, held, seen, training, known)}
+                found = before | {"given": given(shown), when: described(work, shown, all_of_shown, training, known)}
                 write_text(path, json.dumps(found) + "\n")
         except (DataError, OutputError, DoesNotFitError, ValueError) as error:
             log.warning("the report shows no pictures %s training: %s", when, error)
+            return result
+        more = Measured({"accuracy_nearest_neighbour": score})
+        self._log_scores(more, f"{when} training", len(held))
+        return result._replace(scores=result.scores | more.scores) if result else more
 
     def _log_scores(self, result: Measured, when: str, count: int) -> None:
         shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}

@@ -1,11 +1,13 @@
 """Held-out pictures on a run's page: what is shown of a good file, and nothing of one that is not what it should be."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from qlora_lite.artifacts.run_files import RunFiles
-from qlora_lite.inference.shown_pictures import maps_of, spread
+from qlora_lite.inference.shown_pictures import maps_of, neighbour_score, spread
 from qlora_lite.reporting.pictures_section import pictures_of
 from qlora_lite.reporting.report import render
 
@@ -51,6 +53,13 @@ def test_patches_that_are_alike_get_one_colour_and_signs_do_not_matter():
     assert all(len(found) == 1 for found in colours.values()) and len(set.union(*colours.values())) == 3
     assert maps.min() == 0 and maps.max() == 255
     assert maps_of(torch.ones(1, 2, 2, 8)).shape == (1, 2, 2, 3)
+
+
+def test_the_nearest_picture_is_that_of_the_smallest_angle_and_its_label_counts():
+    held, training = ([SimpleNamespace(answer=label) for label in labels] for labels in ("aabb", "ab"))
+    features = torch.tensor([[9.0, 1.0], [1.0, 9.0], [1.0, 2.0], [0.1, 0.3]])
+    score = neighbour_score(held, features, training, torch.tensor([[0.1, 0.0], [0.0, 50.0]]))
+    assert (score.value, score.examples) == (0.75, 4)  # the second of a kind is nearer to the other
 
 
 def test_shown_examples_are_spread_over_all():

@@ -57,6 +57,8 @@ def test_it_learns_and_writes_down_scores_labels_and_confusion(run):
     folder, _ = run
     summary = summary_of(folder)
     assert summary["metrics"]["after"]["accuracy"]["value"] == 1.0
+    neighbour = [summary["metrics"][when]["accuracy_nearest_neighbour"] for when in ("before", "after")]
+    assert neighbour[1]["value"] == 1.0 and [each["examples"] for each in neighbour] == [8, 8]
     assert summary["labels"] == ["cool", "hot"] and summary["confusion"]["after"] == [[4, 0], [0, 4]]
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     report = json.loads((folder / "data.json").read_text())
