@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DoesNotFitError
@@ -28,6 +29,7 @@ from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
+from qlora_lite.prepare.eva import first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
@@ -71,13 +73,16 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     recipe, first_adapter = with_labels(recipe, data), adapter_to_begin_with(recipe)
     if first_adapter:
         with_labels_of(first_adapter, recipe)
+    first = first_of(recipe, data.examples) if recipe.lora.start == EVA else None
+    if first:
+        recipe = with_ranks(recipe, ranks_of(recipe, first))
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product
         plan, settings = plan_run(recipe, rows, eval_examples)
         log.info("plan: %s", reason(plan))
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-        model = build_model(recipe, settings.options, first_adapter)
+        model = build_model(recipe, settings.options, first_adapter, first)
         work = plan.step.job.workload.of_tokenizer(tokenizer)
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()

@@ -39,6 +39,16 @@ def test_predicted_and_measured_agree_and_the_time_of_each_phase_is_told(recipe,
     assert "<svg" in page and "saved activations" in page and figures["peak_module"].rpartition(".")[2] in page
 
 
+def test_a_start_from_activations_has_its_own_ranks(tmp_path):
+    save_tiny(tmp_path / "model")
+    own = load_recipe(write_recipe(tmp_path, tmp_path / "model"), ["lora.start=eva"])
+    figures = profile.profile_recipe(own, tmp_path / "out", steps=2).figures
+    for name in ("adapter", "optimizer"):
+        assert figures["measured"][name] == figures["predicted"][name]
+    plain = profile.profile_recipe(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "plain", steps=2).figures
+    assert figures["measured"]["adapter"] != plain["measured"]["adapter"], "layers differ in size"
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [(torch.OutOfMemoryError, "out of memory. Tried 20 MiB"), (RuntimeError, "DefaultCPUAllocator: out of memory")],
