@@ -23,4 +23,10 @@ WITH_PICTURES: dict[tuple[str, str], tuple[object, ...]] = {  # of a recipe whos
     ("data", "order"): ("shuffle", "as-is"), ("data", "streaming"): (False,), ("memory", "tile_tokens"): ("off",),
     ("memory", "embeddings"): ("device",), ("model", "quant"): ("none", "nf4", "fp4"),
 }  # fmt: skip
+WITH_VISION: dict[tuple[str, str], tuple[object, ...]] = {  # of a recipe whose chats have pictures
+    ("adapter", "method"): ("lora", "dora"), ("adapter", "train_tokens"): ([],), ("lora", "start"): ("kaiming",),
+    ("model", "quant"): ("nf4", "fp4", "none"), ("data", "overflow"): ("error", "drop"),
+    ("data", "streaming"): (False,), ("train", "objective"): ("sft",), ("train", "compile"): (False,),
+    ("train", "metrics_examples"): (0,), ("train", "merge_aware"): ("off",),
+}  # fmt: skip
 OF_CHATS = ("data", "template"), ("data", "train_on"), ("data", "train_on_end")  # of those, what rewards have a use for

@@ -120,6 +120,11 @@ def reads_pictures(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
+def has_vision_tower(model: nn.Module) -> bool:
+    """Return whether a model of transformers reads pictures beside tokens."""
+    return hasattr(getattr(model, "config", None), "vision_config") and not reads_pictures(model)
+
+
 def tables_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """Return embeddings and head of a language model, None where it has none, as one of pictures does."""
     return None if reads_pictures(model) else model.get_input_embeddings(), model.get_output_embeddings()

@@ -50,6 +50,7 @@ class Batch:
             -100.
         row_lengths: tokens of each row; their sum is T.
         where: the place of each row.
+        pixels: of the rows' pictures, float32 [N, 3, H, W]; None without any.
     """
 
     input_ids: torch.Tensor
@@ -57,6 +58,7 @@ class Batch:
     labels: torch.Tensor
     row_lengths: tuple[int, ...]
     where: tuple[str, ...]
+    pixels: torch.Tensor | None = None
 
 
 def plan_epoch(
@@ -202,21 +204,26 @@ class Extent(NamedTuple):
     rows: int
     longest: int  # tokens of a row
     learned: int  # tokens
+    pictures: int = 0
 
 
-def extent_of(lengths: Sequence[int], learned: Sequence[int], batches: Sequence[Sequence[int]]) -> Extent:
+def extent_of(
+    lengths: Sequence[int], learned: Sequence[int], batches: Sequence[Sequence[int]],
+    pictures: Sequence[int] | None = None,
+) -> Extent:  # fmt: skip
     """Return the most of each that any of some micro-batches has.
 
     Args:
         lengths: tokens of each row.
         learned: target tokens of each row.
         batches: the rows of each micro-batch, at least one.
+        pictures: of each row; None where rows have none.
     """
     counts = np.fromiter(map(len, batches), np.int64)
     rows, starts = np.fromiter(chain.from_iterable(batches), np.int64), np.cumsum(counts) - counts
-    tokens, taught = np.asarray(lengths)[rows], np.asarray(learned)[rows]
-    sums = (np.add.reduceat(each, starts).max() for each in (tokens, taught))
-    return Extent(int(next(sums)), int(counts.max()), int(tokens.max()), int(next(sums)))
+    tokens, taught, shown = (np.asarray(each)[rows] for each in (lengths, learned, pictures or [0] * len(lengths)))
+    most, learned_most, pictures_most = (int(np.add.reduceat(each, starts).max()) for each in (tokens, taught, shown))
+    return Extent(most, int(counts.max()), int(tokens.max()), learned_most, pictures_most)
 
 
 def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:

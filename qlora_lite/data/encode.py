@@ -30,10 +30,10 @@ from qlora_lite.errors import DataError, tokenizer_faults
 from .example_checks import NOTHING_TO_LEARN
 from .fast_render import Form, make_form
 from .labelled_rows import labelled_examples
-from .mask import Marked, Row, answers_of, mark_rows, render_row
+from .mask import Marked, Row, answers_of, mark_rows, render_row, with_pictures
 from .pictures import picture_examples
 from .preferences import mismatched, paired
-from .render import CONTROL_TOKEN, check_shape, render_ahead
+from .render import CONTROL_TOKEN, check_shape, for_pictures, render_ahead
 from .row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
 from .sources import Source
 from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
@@ -128,7 +128,10 @@ def _prepared(
         if isinstance(chunk[0], Document):
             yield chunk
             continue
-        statistics.template = statistics.template or choose_template(tokenizer, template)
+        if statistics.template is None:
+            reader = settings.pictures
+            chosen = choose_template(tokenizer, template, reader and reader.template(tokenizer))
+            statistics.template = for_pictures(chosen, reader.token) if reader else chosen
         if rendered := _rendered(chunk, settings, statistics):
             yield rendered
 
@@ -223,14 +226,17 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, statist
         except DataError as error:
             form = error
         forms.append(form)
-    ahead, rendered = render_ahead(template, formless), []
-    for conversation, form in zip(conversations, forms, strict=True):
+    ahead, rendered, reader = render_ahead(template, formless), [], settings.pictures
+    shown = reader.looked_at([each.pictures for each in conversations]) if reader else [None] * len(conversations)
+    for conversation, form, pictures in zip(conversations, forms, shown, strict=True):
         try:
             if isinstance(form, DataError):
                 raise form
             made = None if form else next(ahead)
             row = render_row(conversation, template, settings.train_on, settings.train_on_end, form, made)
-            rendered.append((conversation, row))
+            if isinstance(pictures, DataError):
+                raise pictures
+            rendered.append((conversation, with_pictures(row, template.picture, pictures) if pictures else row))
         except DataError as error:
             statistics.problems.add(conversation.where, error)
     return rendered
@@ -242,7 +248,7 @@ def _form(conversation: Conversation, template: Template, statistics: Statistics
     shape = (*[(turn.role, not turn.content, bool(turn.calls)) for turn in turns], bool(conversation.tools))
     if shape not in statistics.shapes:
         check_shape(template, conversation)
-        statistics.shapes[shape] = make_form(template, conversation)
+        statistics.shapes[shape] = None if template.picture else make_form(template, conversation)
     return statistics.shapes[shape]
 
 

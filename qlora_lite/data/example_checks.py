@@ -189,11 +189,11 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
     Returns:
         What is wrong, if anything, and whether it is so much that evaluation means nothing (1 % and above).
     """
-    places: dict[bytes, list[str]] = {}
+    places: dict[tuple, list[str]] = {}
     for row in evaluation:
-        places.setdefault(row.token_ids.tobytes(), []).append(row.where)
+        places.setdefault(_content(row), []).append(row.where)
     alike = np.flatnonzero(np.isin(signatures(train), signatures(evaluation))).tolist()
-    twins = {key: row.where for row in map(train.__getitem__, alike) if (key := row.token_ids.tobytes()) in places}
+    twins = {key: row.where for row in map(train.__getitem__, alike) if (key := _content(row)) in places}
     found = [(where, twins[key]) for key, wheres in places.items() if key in twins for where in wheres]
     if not found:
         return None, False
@@ -203,6 +203,10 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
         f"{', ...' if len(found) > _SHOWN_ROWS else ''}); remove them from data.train or data.eval"
     )
     return RowProblem(found[0][0], IN_BOTH, message), len(found) >= OVERLAP_ERROR_SHARE * len(evaluation)
+
+
+def _content(row: Example) -> tuple:
+    return row.token_ids.tobytes(), *(picture.digest for picture in row.pictures)
 
 
 def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_share: bool = False) -> RowProblem | None:
@@ -242,8 +246,10 @@ def prompt_signatures(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarr
     """
     examples = stored(examples)
     starts, ends = examples.rows[examples.order, 2], examples.rows[examples.order + 1, 1]
-    spans = zip(starts.tolist(), ends.tolist(), strict=True)
-    return np.array([hash(examples.text[start:end].tobytes()) for start, end in spans], np.int64), ends > starts
+    spans, pictures = zip(starts.tolist(), ends.tolist(), strict=True), examples.picture_digests
+    texts = [examples.text[start:end].tobytes() for start, end in spans]
+    content = zip(texts, pictures, strict=True) if pictures else texts
+    return np.array(list(map(hash, content)), np.int64), ends > starts
 
 
 def signatures(examples: Sequence[Example]) -> np.ndarray:
@@ -253,6 +259,8 @@ def signatures(examples: Sequence[Example]) -> np.ndarray:
         places = np.arange(len(ids)) - np.repeat(starts, rows.lengths)
         weights = scattered(np.arange(rows.lengths.max(), dtype=np.uint64))
         found.append(np.add.reduceat((ids + 1).astype(np.uint64) * weights[places], starts))
+        if pictures := rows.picture_digests:
+            found[-1] ^= np.array([hash(each) & (2**64 - 1) for each in pictures], np.uint64)
     return np.concatenate(found)
 
 

@@ -28,6 +28,7 @@ from qlora_lite.files import replacing_folder
 
 from .encode import make_examples
 from .example_checks import NOTHING_TO_LEARN, check_examples
+from .picture_reader import PictureReader
 from .problems import Problems
 from .sources import Source
 from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
@@ -121,6 +122,7 @@ def read_examples(
     preference: str | None = None,
     problem: str | None = None,
     of_pictures: bool = False,
+    pictures: PictureReader | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -144,6 +146,7 @@ def read_examples(
         problem: what the rows have labels for (``labels``), so that template and train_on do not matter; None are rows
             for a language model.
         of_pictures: rows are pictures with labels (``pictures``), which need no tokenizer: give None.
+        pictures: what reads the pictures of chats; None refuses rows with some.
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -152,7 +155,11 @@ def read_examples(
         DataError: an argument is out of range.
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow, of_pictures)
-    settings = Settings(train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures)
+    settings = Settings(
+        train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures, pictures
+    )  # fmt: skip
+    if pictures:
+        sources = [replace(source, with_pictures=True) for source in sources]
     job = _Job(sources, tokenizer, template, settings)
     examples, statistics = _cached(job, cache) if cache else _read(job, None)
     return Dataset(

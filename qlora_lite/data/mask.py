@@ -15,8 +15,11 @@ Shapes: T tokens of a row, or of all rows; R rows, S spans. Characters are count
 all rows, end to end; spans are (first, one past the last).
 """
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,9 +28,9 @@ from qlora_lite.errors import DataError
 
 from .example_checks import NOTHING_TO_LEARN
 from .fast_render import Form
-from .render import END_OF_ANSWER, Ahead, render
+from .render import END_OF_ANSWER, TEMPLATE, Ahead, render
 from .row_formats import Conversation
-from .storage import Example
+from .storage import Example, PictureFile
 from .template import Template
 from .tokenise import TextTokens, tokenise_rows
 
@@ -54,12 +57,14 @@ class Row:
         learned: the spans to learn.
         answers: the spans of answers, end token included; the last answer is always among them.
         where: the row's place.
+        pictures: those that are in the text.
     """
 
     text: str
     learned: tuple[tuple[int, int], ...]
     answers: tuple[tuple[int, int], ...]
     where: str
+    pictures: tuple[PictureFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,48 @@ def render_row(
     spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
     found = tuple(rendering.answers[index] for index in needed)
     return Row(rendering.text, tuple(spans), found, conversation.where)
+
+
+def with_pictures(row: Row, picture: str, shown: Sequence[tuple[PictureFile, str]]) -> Row:
+    """Return a rendered conversation in which each picture is written out, and never learned.
+
+    Args:
+        picture: what the template wrote for each.
+        shown: the pictures, each with the text that stands for it.
+
+    Raises:
+        DataError: the template wrote more or fewer.
+    """
+    begins = [found.start() for found in re.finditer(re.escape(picture), row.text)]
+    if len(begins) != len(shown):
+        raise DataError(f"the chat template writes {len(begins)} pictures where the row has {len(shown)}; choose "
+                        "another data.template", TEMPLATE)  # fmt: skip
+    texts, parts = [text for _, text in shown], row.text.split(picture)
+    grown = [0, *accumulate(len(text) - len(picture) for text in texts)]
+    ends = zip(begins, pairwise(grown), strict=True)
+    holes = [(begin + before, begin + after + len(picture)) for begin, (before, after) in ends]
+
+    def moved(span: tuple[int, int]) -> tuple[int, int]:
+        first, last = (at + grown[bisect_left(begins, at)] for at in span)
+        return first, last
+
+    return Row(
+        "".join(chain(parts[:1], *zip(texts, parts[1:], strict=True))),
+        tuple(piece for span in row.learned for piece in _without(moved(span), holes)),
+        tuple(map(moved, row.answers)), row.where, tuple(file for file, _ in shown),
+    )  # fmt: skip
+
+
+def _without(span: tuple[int, int], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of a span outside of holes."""
+    first, last = span
+    for begin, end in holes:
+        if first <= begin and end <= last:
+            if first < begin:
+                yield first, begin
+            first = end
+    if first < last:
+        yield first, last
 
 
 def tokenise(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[Tokens]:
@@ -323,7 +370,8 @@ def mark_rows(rows: Sequence[Row], template: Template, train_on_end: bool) -> tu
             last_end = start + ends[-1]
         begin = row.answers[-1][0]
         answer = template.special.sub("", row.text[begin : tokens.starts[last_end] - first])
-        made.append(Marked(Example(ids, marks, row.text[:begin], answer, row.where), int(last_end) - start + 1))
+        example = Example(ids, marks, row.text[:begin], answer, row.where, pictures=row.pictures)
+        made.append(Marked(example, int(last_end) - start + 1))
     return made, end_ids
 
 

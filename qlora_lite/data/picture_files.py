@@ -4,7 +4,10 @@ Pillow decodes. What it is given is turned to three channels of 8 bits: 16 bits 
 conversion does, and an alpha channel is left out, as transformers' processors do.
 """
 
+import hashlib
 import io
+import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_lite.errors import DataError
+from qlora_lite.files import cache_root, explain_write_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +38,47 @@ def pillow():
     except ImportError:
         raise DataError("pictures need Pillow: pip install 'qlora-lite[vision]'") from None
     return Image, ImageOps
+
+
+def threads() -> int:
+    """Return how many threads decode pictures."""
+    return min(8, os.cpu_count() or 1)
+
+
+def file_of(value: object, where: str) -> Path:
+    """Return the file of a row's picture: the one that it names, or one in the cache with the bytes that it holds.
+
+    Args:
+        where: the place of the row.
+
+    Raises:
+        DataError: there is none.
+    """
+    if isinstance(value, Mapping):  # as data sets of the hub have them
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return _stored(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError("the picture is missing: write a path, or a picture's bytes as data sets of the hub have them")
+    return relative_file(value, where)
+
+
+def relative_file(name: str, where: str) -> Path:
+    """Return a path as the folder of the table means it."""
+    return Path(where.rpartition(":")[0]).parent / os.path.expanduser(name)
+
+
+def _stored(content: bytes) -> Path:
+    """Write a picture into the cache, under a name made of its content."""
+    name = hashlib.sha256(content).hexdigest()
+    path = cache_root() / "pictures" / name[:2] / name
+    if not path.exists():
+        with explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{name}.{os.getpid()}.partial")
+            partial.write_bytes(content)
+            partial.replace(path)
+    return path
 
 
 def open_picture(path: str | Path) -> "Image":

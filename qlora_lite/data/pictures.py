@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 
 from qlora_lite.errors import DataError
-from qlora_lite.files import cache_root, explain_write_errors
 
 from .data_files import READER_OF_SUFFIX, data_suffix
 from .fields import columns_of, fill
@@ -38,7 +37,7 @@ from .hub import PREFIX
 from .labelled_rows import LABEL_COLUMNS
 from .labels import MASKS, ONE_LABEL, label_text
 from .masks import classes_of, label_of_mask
-from .picture_files import BROKEN, decode, pillow
+from .picture_files import BROKEN, decode, file_of, pillow, relative_file, threads
 from .picture_processor import Processor
 from .sources import Source, read_rows
 from .statistics import Settings, Statistics, count_unused, no_counts
@@ -97,7 +96,7 @@ def read_pictures(
     pillow()
     rows = _of_folder if is_folder_of_pictures(source.path) and source.rows is None else _of_table
     found = islice(rows(source, statistics, problem, needs_label), max_rows)
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         while True:
             bad_before = statistics.problems.count
             chunk = list(islice(found, _AT_ONCE))
@@ -130,10 +129,6 @@ def _looked_at(picture: Picture) -> tuple[Picture, str] | DataError:
         return error
     except OSError as error:
         return DataError(f"cannot be read ({error.strerror or error})", BROKEN)
-
-
-def _threads() -> int:
-    return min(8, os.cpu_count() or 1)
 
 
 def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label: bool) -> Iterator[Picture]:
@@ -193,12 +188,12 @@ def _of_table(source: Source, statistics: Statistics, problem: str, needs_label:
         columns = columns or picture_columns(row, where, source, needs_label, problem)
         try:
             held, label = columns
-            path = _file_of(row.get(held), where) if held else _relative(fill(source.prompt, row), where)
+            path = file_of(row.get(held), where) if held else relative_file(fill(source.prompt, row), where)
             names = columns_of(source.completion) if label is None and source.completion else ()
             value = row.get(label) if label else (row.get(names[0]) if len(names) == 1 else None)
             mask = None
             if problem == MASKS:
-                mask = str(_file_of(value, where)) if value is not None or needs_label else None
+                mask = str(file_of(value, where)) if value is not None or needs_label else None
                 value = None
             elif value is not None or needs_label:
                 value = label_text(value, problem)
@@ -241,35 +236,6 @@ def picture_columns(
     return held, label
 
 
-def _file_of(value: object, where: str) -> Path:
-    """Return the file of a row's picture: the one that it names, or one in the cache with the bytes that it holds."""
-    if isinstance(value, Mapping):  # as data sets of the hub have them
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return _stored(value)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError("the picture is missing: write a path, or a picture's bytes as data sets of the hub have them")
-    return _relative(value, where)
-
-
-def _relative(name: str, where: str) -> Path:
-    """Return a path as the folder of the table means it."""
-    return Path(where.rpartition(":")[0]).parent / os.path.expanduser(name)
-
-
-def _stored(content: bytes) -> Path:
-    """Write a picture into the cache, under a name made of its content."""
-    name = hashlib.sha256(content).hexdigest()
-    path = cache_root() / "pictures" / name[:2] / name
-    if not path.exists():
-        with explain_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{name}.{os.getpid()}.partial")
-            partial.write_bytes(content)
-            partial.replace(path)
-    return path
-
-
 def picture_examples(source: Source, settings: Settings, statistics: Statistics) -> Iterator[list[Example]]:
     """Yield the examples of a source, some at a time, in the order of the rows.
 
@@ -297,7 +263,7 @@ class Decoder:
     """Make pixels of pictures in threads, and of those that will be asked for next ahead of time."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_threads(), "pictures")
+        self._pool = ThreadPoolExecutor(threads(), "pictures")
         self._begun: dict[tuple, Future] = {}
 
     def expect(

@@ -23,6 +23,7 @@ from datetime import datetime
 
 from qlora_lite.errors import DataError
 
+from .picture_turns import MARK
 from .probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
 from .row_formats import Conversation, Turn, as_message
 from .template import CHATML_TOOLS, NAMED_TEMPLATES, Template
@@ -189,7 +190,7 @@ def _rendered_at_once(
         return
     asked = [
         (
-            [as_message(turn) for turn in conversation.turns],
+            [message_of(template, turn) for turn in conversation.turns],
             {"tools": list(conversation.tools) or None},
             [(count, _OPTIONS[kind]) for count, kind in wanted],
         )
@@ -198,6 +199,39 @@ def _rendered_at_once(
     made = iter(render_rows_apart(_in_rows(template.source), template.tokenizer.special_tokens_map, asked))
     for _, wanted in rows:
         yield {key: next(made) for key in wanted}
+
+
+def message_of(template: Template, turn: Turn) -> dict[str, object]:
+    """Return a turn as the object that a template takes, pictures as it takes them."""
+    message = as_message(turn)
+    if not template.takes_parts:
+        return message | {"content": turn.content.replace(MARK, template.picture)} if template.picture else message
+    parts = re.split(f"({MARK})", turn.content)
+    said = [{"type": "image"} if part == MARK else {"type": "text", "text": part} for part in parts if part]
+    return message | {"content": said or [{"type": "text", "text": ""}]}
+
+
+def for_pictures(template: Template, token: str) -> Template:
+    """Return a template for chats with pictures.
+
+    Args:
+        token: what a template writes for a picture.
+
+    Raises:
+        DataError: it writes pictures neither in lists of parts nor in text.
+    """
+    turns = Turn("user", f"{MARK}qzx0xzq"), Turn("assistant", "qzx1xzq")
+    written = re.compile(rf"{re.escape(token)}\s*qzx0xzq")
+    for takes_parts in (True, False):
+        changed = replace(template, picture=token, takes_parts=takes_parts)
+        try:
+            text = render_turns(changed, turns, False)
+        except DataError:
+            continue
+        if written.search(text) and "'type'" not in text and text.count(token) == 1:
+            return changed
+    fault = f"the chat template ({template.name}) writes no {token} for a picture; set data.template to another"
+    raise DataError(fault, TEMPLATE)
 
 
 def check_shape(template: Template, conversation: Conversation) -> None:
@@ -276,7 +310,7 @@ def _raw(
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    messages, special = [as_message(turn) for turn in turns], template.tokenizer.special_tokens_map
+    messages, special = [message_of(template, turn) for turn in turns], template.tokenizer.special_tokens_map
     options |= {"tools": list(tools) or None}
     if template.source in NAMED_TEMPLATES.values():
         (text,), blocks = render_jinja_template([messages], chat_template=source, **options, **special)
@@ -377,7 +411,8 @@ def _check_nothing_dropped(turns: Sequence[Turn], text: str, answers: dict[int, 
     """
     position = 0
     for index, turn in enumerate(turns):
-        content = turn.content.strip()
+        *between, content = map(str.strip, turn.content.split(MARK))  # pictures
+        position = max([position, *(text.find(piece, position) for piece in between)])
         if index in answers:
             position = max(position, answers[index][0] - max(len(content) - 1, 0))
         position = text.find(content, position)

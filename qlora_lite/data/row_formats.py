@@ -23,8 +23,9 @@ the beginning of "chosen"; an answer is text, a turn or a list of turns; a text 
 begins with "Human:", as Anthropic's are. What "chosen" does not share with "rejected" is learned. No preference row is
 taken for another format, since the answer would be lost: see ``is_preference``. Where answers are compared (PAIRS), a
 row becomes two conversations, and a table needs the template of the rejected answer too.
-Rows with pictures, sounds or videos are errors, and so are placeholders such as <image> in a user's turn: at its
-beginning or end, alone on a line, or right before a word, and not closed (</video>), as tags in HTML code are.
+Rows with pictures (but for a model that reads some, see ``picture_turns``), sounds or videos are errors, and so are
+placeholders such as <image> in a user's turn: at its beginning or end, alone on a line, or right before a word, and not
+closed (</video>), as tags in HTML code are.
 Rows with "label" (or "kto_tag") false, as KTO marks bad answers, are left out; a label of another kind has no meaning.
 Where answers are judged one by one (LABELS), all rows need one: true or false, 1 or 0.
 
@@ -40,14 +41,16 @@ from pathlib import Path
 
 from qlora_lite.errors import DataError
 
+from . import picture_turns
 from .data_files import data_suffix
 from .fields import columns_of, fill, kind_of, text_of
 from .json_rows import ask_for_columns, ask_for_list
+from .picture_files import file_of
 from .problems import Problems
 from .sources import Source, ask_for_sign, read_rows
 from .tools import check_calls, tool_calls, tool_definitions
 
-CHOSEN = "chosen"
+CHOSEN, ANSWERED = "chosen", "prompt-completion"
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", CHOSEN, "text", "table")
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -62,7 +65,10 @@ _NOT_SUPPORTED = {
 }  # fmt: skip
 _MEDIA = "image", "images", "video", "videos", "audio", "audios"
 _REFUSED = *_MEDIA, *_NOT_SUPPORTED
-_TEXT_ONLY = "this program trains text, not pictures, sounds or videos; remove such rows"
+_TEXT_ONLY = (
+    "a model of text reads no pictures, sounds or videos; remove such rows, or train a vision-language model on "
+    "pictures (task.kind image-text-to-text)"
+)
 MEDIA = "picture, sound or video"
 _PLACEHOLDER = (
     r"(?:<(?:image|video|audio)>|<\|(?:vision_start|(?:image|video|audio)(?:_pad|_[0-9]+)?)\|>|<image_soft_token>|"
@@ -127,6 +133,7 @@ class Conversation:
         tools: definitions of the tools, as ``tools.tool_definitions`` makes them.
         kinds: see ``kinds_of``.
         desirable: whether its answer is one to imitate.
+        pictures: the files of those that ``picture_turns.MARK`` stands for in the turns, in order.
     """
 
     turns: tuple[Turn, ...]
@@ -134,6 +141,7 @@ class Conversation:
     tools: tuple[dict, ...] = ()
     kinds: tuple[str, ...] = ()
     desirable: bool = True
+    pictures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +229,7 @@ def read_conversations(
             continue
         if look is not None:
             used = used_columns(format_name, source) if used is None else used
-            look(row, used.union(judged))
+            look(row, used.union(judged, picture_turns.COLUMNS if source.with_pictures else ()))
         for normal in made:
             if preference == LABELS:
                 normal = replace(normal, desirable=all(judged.values()))
@@ -574,6 +582,12 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     """
     if format_name == CHOSEN:  # and rewritten by ``chosen_alone``
         format_name = "prompt-completion"
+    shown: list[object] = []
+    if source.with_pictures:
+        if format_name == "table":
+            pair = {"prompt": fill(source.prompt, row), "completion": fill(source.completion, row)}
+            row, format_name = pair | {name: row[name] for name in picture_turns.COLUMNS if name in row}, ANSWERED
+        row, shown = picture_turns.take_out(row)
     if format_name != "table":
         _refuse(row)
         if is_preference(row):
@@ -593,7 +607,8 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
         turns = _pair_of(row, format_name)
     _check_order(turns)
     _check_text_only(turns)
-    return Conversation(turns, where, tools)
+    files = tuple(str(file_of(picture_turns.content_of(said), where)) for said in shown)
+    return Conversation(turns, where, tools, pictures=files)
 
 
 def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:

@@ -57,6 +57,7 @@ class Source:
             else lines.
         setting: the setting that names it, for messages.
         rejected: the template of the answer that ``completion`` is preferred to, where answers are compared.
+        with_pictures: whether chats may hold pictures.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Source:
     documents: str | None = None
     setting: str = "data.train"
     rejected: str | None = None
+    with_pictures: bool = False
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .fast_render import Form
+from .picture_reader import PictureReader
 from .problems import Problems
 from .row_formats import ROLES, WITH_TURNS
 from .template import Template
@@ -40,6 +41,7 @@ class Settings:
     preference: str | None = None  # see ``row_formats.read_conversations``
     problem: str | None = None
     of_pictures: bool = False  # rows are pictures, see ``pictures``
+    pictures: PictureReader | None = None  # of chats that may hold some
 
 
 @dataclass(slots=True)

@@ -22,11 +22,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 
 from .problems import read_place, write_place
+
+
+class PictureFile(NamedTuple):
+    """A picture of a row: its file, and the SHA-256 of what is in it."""
+
+    path: str
+    digest: str
+
 
 FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
 _COLUMNS = 8
@@ -46,6 +54,7 @@ class Example:
         first: tokens of the first of two sequences; 0 where there is one.
         desirable: whether the answer is one to imitate.
         references: what the reference model gives the sequences, where that is known (``Examples.references``).
+        pictures: those of a chat, in order; their tokens are among ``token_ids``.
     """
 
     token_ids: np.ndarray
@@ -56,6 +65,7 @@ class Example:
     first: int = 0
     desirable: bool = True
     references: tuple[float, ...] = ()
+    pictures: tuple[PictureFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,7 @@ class Examples(Sequence[Example]):
         order: int64 [N], the row of each example.
         references: float32 [R, 2], the logarithm of the probability that the reference model gives the target tokens of
             each row's two sequences; None where it is not known.
+        pictures: those of each row, in memory; None where no row has any.
     """
 
     token_ids: np.ndarray
@@ -80,6 +91,7 @@ class Examples(Sequence[Example]):
     files: tuple[str, ...]
     order: np.ndarray
     references: np.ndarray | None = None
+    pictures: tuple[tuple[PictureFile, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -103,6 +115,7 @@ class Examples(Sequence[Example]):
             first,
             bool(desirable),
             () if self.references is None else tuple(self.references[row].tolist()),
+            self.pictures[row] if self.pictures else (),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -120,11 +133,17 @@ class Examples(Sequence[Example]):
         starts = self.rows[:-1, 0]
         return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
 
+    @property
+    def picture_digests(self) -> list[str]:
+        """Return what tells the pictures of each example from others: nothing where none has any."""
+        return ["".join(each.digest for each in self.pictures[row]) for row in self.order] if self.pictures else []
+
     def digest(self) -> str:
-        """Return a SHA-256 over tokens and mask of all examples in order, wherever they come from."""
+        """Return a SHA-256 over tokens, mask and pictures of all examples in order, wherever they come from."""
         result = hashlib.sha256()
         for array in (self.order, self.rows[:, 0], *self._of_pairs(), self.token_ids, self.learned):
             result.update(np.ascontiguousarray(array))
+        result.update(" ".join(self.picture_digests).encode())
         return result.hexdigest()
 
     def _of_pairs(self) -> list[np.ndarray]:
@@ -223,6 +242,7 @@ class ExampleWriter:
     count: int = 0
     _sinks: dict[str, BinaryIO] = field(default_factory=dict)
     _ends: list[int] = field(default_factory=lambda: [0, 0])  # tokens and bytes of text so far
+    _pictures: list[tuple[PictureFile, ...]] = field(default_factory=list)
 
     def add_all(self, examples: Iterable[Example]) -> None:
         """Append examples."""
@@ -243,6 +263,7 @@ class ExampleWriter:
         rows[:, 6:] = [(example.first, example.desirable) for example in batch]
         self._ends = [int(rows[-1, 0]), int(rows[-1, 2])]
         self._sinks["rows"].write(rows.tobytes())
+        self._pictures += [example.pictures for example in batch]
         self.count += len(batch)
 
     def finish(self, order: np.ndarray) -> Examples:
@@ -254,7 +275,8 @@ class ExampleWriter:
         self.add_all(())
         if self.folder is None:
             buffers = {name: sink.getbuffer() for name, sink in self._sinks.items()}
-            return _examples({name: np.frombuffer(buffers[name], FILES[name]) for name in FILES}, self.files, order)
+            found = _examples({name: np.frombuffer(buffers[name], FILES[name]) for name in FILES}, self.files, order)
+            return replace(found, pictures=tuple(self._pictures)) if any(self._pictures) else found
         for sink in self._sinks.values():
             sink.close()
         return load_arrays(self.folder, self.files, order)

@@ -135,6 +135,8 @@ class Template:
         cut: ``special`` where a text may be cut before each match and tokenised piece by piece, else None.
         special_ids: the ids of the special tokens.
         token_lengths: see ``tokenise.lengths_of_tokens``.
+        picture: what stands for a picture in what it writes; "" where turns are text alone.
+        takes_parts: whether it is given turns as lists of parts, as those of vision-language models want them.
     """
 
     name: str
@@ -146,6 +148,8 @@ class Template:
     cut: re.Pattern[str] | None
     special_ids: frozenset[int]
     token_lengths: np.ndarray | None = field(compare=False)
+    picture: str = ""
+    takes_parts: bool = False
 
 
 @tokenizer_faults()

@@ -16,8 +16,8 @@ from torch.nn import functional
 from qlora_lite.data.batch import Batch
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.ops.loss import Head, head_logits
-from qlora_lite.train.forward import hidden_states, prepare
-from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import hidden_states
 
 CHUNK_TOKENS = 64  # of logits at once: 64 MiB for a vocabulary of 262,144
 
@@ -46,16 +46,16 @@ class Likeness(NamedTuple):
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[Batch]) -> Outputs:
-    """Run a model over batches and keep what it says about their target tokens.
+def outputs(model: nn.Module, batches: Iterable[Batch], work: CausalLM) -> Outputs:
+    """Run a model over batches of a workload and keep what it says about their target tokens.
 
     Raises:
         ModelError: rows run together here would not give the model's own logits.
     """
-    check_forward(model.eval())
+    work.check_forward(model.eval(), 0)
     hidden, targets = [], []
     for batch in batches:
-        inputs = prepare(batch, device_of(model))
+        inputs = work.inputs(batch, device_of(model))
         hidden.append(hidden_states(model, inputs)[inputs.learned].cpu())
         targets.append(inputs.targets.cpu())
     own = head(model)

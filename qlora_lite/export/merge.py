@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from qlora_lite.models.merge import (
     write_merged,
 )
 from qlora_lite.models.save import SHARD_BYTES, save_quantized
-from qlora_lite.prepare.build import build_to_use, start_of, train_settings
+from qlora_lite.prepare.build import build_to_use, start_of, train_settings, workload_of
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
@@ -194,6 +195,7 @@ class HeldOut:
     batches: list
     rows: int
     where: str
+    work: CausalLM
 
 
 def held_out(trained: TrainedRun, count: int) -> HeldOut:
@@ -217,7 +219,8 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     except DataError as error:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]
-    return HeldOut(list(eval_batches(CausalLM(), examples, train_settings(recipe))), len(examples), name)
+    work = workload_of(recipe) if recipe.with_vision else CausalLM()
+    return HeldOut(list(eval_batches(work, examples, train_settings(recipe))), len(examples), name, work)
 
 
 def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:
@@ -337,6 +340,7 @@ def _keeps_codes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -
     own = settings.quantize == NF4 == trained.quantization[0] and merged.onto == TRAINED
     plain = all(each.experts == 1 and each.lora_magnitude_vector is None and each.lora_A.shape[1] % 2 == 0
                 for each in merged.adapter.layers.values())  # fmt: skip
+    plain = plain and not trained.recipe.with_vision  # whose codes would be chosen without their pictures
     return own and plain and merged.adapter.merge_aware in (OFF, NF4)
 
 
@@ -358,7 +362,8 @@ def _check_quantized(models: dict, quant: str) -> None:
 def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
     require_space(out, sum(file.stat().st_size for file in dense.glob("*.safetensors")) // 3)
     m = trained.recipe.model
-    model = load_model(str(dense), quant, m.double_quant, torch.bfloat16, use_cache=False, keep_16bit=m.keep_16bit)
+    model = load_model(str(dense), quant, m.double_quant, torch.bfloat16, use_cache=False, keep_16bit=m.keep_16bit,
+                       with_vision=trained.recipe.with_vision)  # fmt: skip
     save_quantized(model, out, trained.tokenizer())
 
 
@@ -371,10 +376,11 @@ def _measure(
         dense: folder of the merged model in 16 or 32 bit.
         codes: folder of the 4-bit one where it is written already; None quantises the dense one.
     """
-    base = outputs(build_to_use(trained.recipe), rows.batches) if start_of(trained.recipe) else None
+    said = partial(outputs, batches=rows.batches, work=rows.work)
+    base = said(build_to_use(trained.recipe)) if start_of(trained.recipe) else None
     model = trained.build_base()
-    base = base or outputs(model, rows.batches)
-    reference = outputs(attach_adapter(model, trained.adapter_to_merge(trained.skeleton())), rows.batches)
+    base = base or said(model)
+    reference = said(attach_adapter(model, trained.adapter_to_merge(trained.skeleton())))
     del model
     m, dtype = trained.recipe.model, DTYPES[settings.dtype]
     if dtype == torch.float16 and trained.device.type == "cpu":
@@ -387,7 +393,7 @@ def _measure(
                 "keep_16bit": () if quant == "none" or folder == codes else m.keep_16bit,
                 "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
-        return outputs(build_to_use(recipe, use_cache=False), rows.batches)
+        return said(build_to_use(recipe, use_cache=False))
 
     found = {"base": base, "trained": reference, "merged": written("none", dtype)}
     found[f"merged, then {again}"] = written(again, trained.compute_dtype, codes or dense)

@@ -33,7 +33,7 @@ from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
-from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings
+from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.readers import reader_of
@@ -45,7 +45,7 @@ from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
-from qlora_lite.train.text_guards import check_embeddings, check_forward
+from qlora_lite.train.text_guards import check_embeddings
 
 from .generate import Answer, answers, stop_ids
 from .label_texts import load_head, measure_labels
@@ -333,9 +333,10 @@ def evaluate_recipe(
         judged = attach_and_judge(recipe, model, adapter, tokenizer, settings)
     elif adapter:
         load_adapter(model, adapter, recipe.train.merge_aware)
-    check_forward(model, settings.max_tokens)
+    work = workload_of(recipe) if recipe.with_vision else CausalLM(virtual=count_virtual(model))
+    work = work.with_options(settings.options)
+    work.check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
-    work = CausalLM(virtual=count_virtual(model)).with_options(settings.options)
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)

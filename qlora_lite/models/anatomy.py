@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lite.adapters.parts import NormInFloat32, base_path, is_headed
+from qlora_lite.adapters.parts import NormInFloat32, base_path, has_vision_tower, is_headed
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
 from qlora_lite.ops.token_rows import HeadWithRows, RowsOver
@@ -32,7 +32,7 @@ def decoder(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: the model has no such part.
     """
-    inner = getattr(model, base_path(model), None)
+    inner = model.get_decoder() if has_vision_tower(model) else getattr(model, base_path(model), None)
     if inner is None or inner is model or (model.get_output_embeddings() is None and not is_headed(model)):
         raise ModelError(f"{type(model).__name__} is not a causal language model with a separate head")
     return inner

@@ -45,7 +45,7 @@ from .heads import Head, begin_head, note_new, with_head
 from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
 from .nested import LanguagePart, read_language_part, stored_names, without_weights
-from .pretrained import is_of_pictures, model_of, model_with
+from .pretrained import is_of_pictures, is_vision_language, model_of, model_with
 from .published import is_published, published_formats, published_state
 from .quantizer import InFiles, QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
 from .save import save_for_cache
@@ -163,6 +163,7 @@ def load_model(
     path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
     in_files: bool = False, keep_16bit: Sequence[str] = (), start: Start | None = None, head: Head | None = None,
+    with_vision: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Load a causal language model, or one with a head for sequence classification, frozen, in training mode off.
 
@@ -183,6 +184,7 @@ def load_model(
         start: how weights are split between the base, which is loaded, and what its LoRA weights begin as
             (``adapters.lora.start.take_first``).
         head: of sequences; None loads a language model.
+        with_vision: load the whole of a vision-language model, and not its language model alone.
 
     Raises:
         ModelError: files are missing or broken, part of the model would silently stay in 16 bit, a pattern of
@@ -196,7 +198,7 @@ def load_model(
     files = locate(path, revision)
     path = files.name
     stored, asked = stored_quantization(files.config), (quant, double_quant)
-    part = with_head(read_language_part(files.folder, path, files.gguf_file), head)
+    part = with_head(read_language_part(files.folder, path, files.gguf_file, with_vision), head)
     if keep_16bit and stored is None and quant not in FOUR_BIT:
         raise ModelError(f"keep_16bit is for a model that is quantised here, and quant is {quant}")
     check_kept(part.config, keep_16bit, path)
@@ -267,6 +269,8 @@ def entry_of(
     how: dict[str, object] = {"quant": quant, "double_quant": double_quant, "dtype": str(dtype)}
     if config.problem_type:
         how["outputs"] = config.num_labels
+    if is_vision_language(config):
+        how["with_vision"] = True
     if keep_16bit:
         how["keep_16bit"] = sorted(kept_layers(without_weights(config), keep_16bit))
     if start:

@@ -40,7 +40,8 @@ from .anatomy import decoder
 from .cache import from_gguf_header
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
-from .pretrained import config_of, is_of_pictures, model_from
+from .pretrained import config_of, is_of_pictures, is_vision_language, model_from
+from .vision_language import check_family
 
 # What transformers raises over a configuration that contradicts itself, or lacks a library.
 _BUILD_ERRORS = (
@@ -91,16 +92,22 @@ class LanguagePart:
 
 
 def of_blocks(config):
-    """Return the configuration that says how many blocks there are, and their width: of CLIP that of its tower."""
+    """Return the configuration that says how many blocks there are, and their width: of CLIP that of its tower, of a
+    vision-language model that of its language model."""
+    if is_vision_language(config):
+        return config.get_text_config(decoder=True)
     return config.vision_config if is_of_pictures(config) and hasattr(config, "vision_config") else config
 
 
-def read_language_part(folder: Path, name: str, gguf_file: str | None = None) -> LanguagePart:
+def read_language_part(
+    folder: Path, name: str, gguf_file: str | None = None, with_vision: bool = False
+) -> LanguagePart:  # fmt: skip
     """Read the configuration of a folder, or of a GGUF file in it, and find the language model.
 
     Args:
         name: of the model, for messages.
         gguf_file: its name in the folder.
+        with_vision: see ``language_part``.
 
     Raises:
         ModelError: it cannot be read; see ``as_the_file_says`` and ``language_part``.
@@ -115,15 +122,21 @@ def read_language_part(folder: Path, name: str, gguf_file: str | None = None) ->
     except (OSError, *_BUILD_ERRORS) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot read the configuration of {name}: {reason}") from error
-    return language_part(config)
+    return language_part(config, with_vision)
 
 
-def language_part(config) -> LanguagePart:
+def language_part(config, with_vision: bool = False) -> LanguagePart:
     """Return the language model of a configuration, which may be all that there is.
 
+    Args:
+        with_vision: return the whole of a vision-language model.
+
     Raises:
-        ModelError: transformers cannot load the language model alone.
+        ModelError: transformers cannot load the language model alone, or the whole is of no family that is known.
     """
+    if with_vision:
+        check_family(config)
+        return LanguagePart(config, None, {})
     if is_of_pictures(config):  # CLIP and SigLIP nest a vision tower, which transformers takes apart itself
         return LanguagePart(config, None, {})
     try:

@@ -14,13 +14,18 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
+    Idefics3Processor,
 )
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -58,14 +63,40 @@ def config_of(folder: Path, **options):
     return config
 
 
+def processor_of(folder: Path, model_type: str, tokens: int):
+    """Return the processor of a vision-language model, which resizes by Pillow wherever it runs.
+
+    SmolVLM's own needs libraries for videos; what it makes of pictures, that of Idefics3 makes too.
+
+    Args:
+        tokens: of a picture of one size.
+
+    Raises:
+        ModelError: it takes code from the folder; beside what transformers raises.
+    """
+    _refuse_code(folder)
+    if model_type == "smolvlm":
+        images = AutoImageProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
+        return Idefics3Processor(images, tokenizer_of(folder), tokens)
+    return AutoProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
+
+
 def is_of_pictures(config) -> bool:
     """Return whether a configuration is that of a vision encoder, which transformers puts a head for pictures on."""
     kind = type(config)
     return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
+def is_vision_language(config) -> bool:
+    """Return whether a configuration is that of a language model and a vision tower together."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+
+
 def auto_of(config):
-    """Return transformers' class for a configuration: a causal language model, or one with a head (``heads``)."""
+    """Return transformers' class for a configuration: a causal language model, alone or with a vision tower, or one
+    with a head (``heads``)."""
+    if is_vision_language(config):
+        return AutoModelForImageTextToText
     if config.problem_type and is_of_pictures(config):
         return AutoModelForImageClassification
     return AutoModelForSequenceClassification if config.problem_type else AutoModelForCausalLM

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig
 
-from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
+from qlora_lite.adapters.lora.inject import linear_layers, usually_adapted
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
@@ -43,21 +43,24 @@ def read_config(path: str, revision: str | None = None):
     return read_part(path, revision).config
 
 
-def read_part(path: str, revision: str | None = None) -> LanguagePart:
+def read_part(path: str, revision: str | None = None, with_vision: bool = False) -> LanguagePart:
     """Find a model's language model without its weights: in the configuration of its folder or file, in the hub's
     cache, or among the families that ship with the package, there under another owner too; nothing is downloaded.
+
+    Args:
+        with_vision: see ``nested.language_part``.
 
     Raises:
         ModelError: it is in none of these places, or cannot be loaded alone.
     """
     local = Path(os.path.expanduser(path))
     if os.path.isdir(local):
-        return read_language_part(local, path)
+        return read_language_part(local, path, with_vision=with_vision)
     if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)
-        return read_language_part(files.folder, path, files.gguf_file)
+        return read_language_part(files.folder, path, files.gguf_file, with_vision)
     if (folder := _folder_in_cache(path, revision)) is not None:
-        return read_language_part(folder, path)
+        return read_language_part(folder, path, with_vision=with_vision)
     known = known_config(path)
     if known is None and (named := namesake(path)):
         log.warning("%s is taken for a copy of %s: planned with the shapes of that", path, named)
@@ -69,7 +72,7 @@ def read_part(path: str, revision: str | None = None) -> LanguagePart:
             f"{path!r} is no folder or file here, not in the hub's cache, and not among the configurations that "
             f"ship for planning; {hint}. {CONFIG_IS_ENOUGH}"
         )
-    return language_part(AutoConfig.for_model(**known))
+    return language_part(AutoConfig.for_model(**known), with_vision)
 
 
 def folder_of(path: str, revision: str | None = None) -> Path | None:
@@ -123,13 +126,13 @@ def _kinds_of_blocks(config, method: AdapterMethod | None, keep_16bit: tuple[str
     """Return a number for each block, equal for those that agree in all that memory and work can depend on."""
     model, depth = meta_model(config, "none", False, torch.float32), of_blocks(config).num_hidden_layers
     found, layers, experts = blocks(model), linear_layers(model), expert_weights(model)
-    adapted = method.layer_kinds(list(layers), list(experts), in_blocks(model)) if method else {}
+    adapted = method.layer_kinds(list(layers), list(experts), usually_adapted(model)) if method else {}
     matched: dict[nn.Module, tuple] = {}
     kept = dict.fromkeys(kept_layers(model, keep_16bit, config), "16 bit")
     for name, kind in (*formats, *adapted.items(), *kept.items()):
         module = layers[name] if name in layers else experts[name].experts
         matched[module] = (*matched.get(module, ()), kind)
-    types = getattr(config, "layer_types", None) or [None] * depth
+    types = getattr(of_blocks(config), "layer_types", None) or [None] * depth
     if not len(found) == len(types) == depth:
         return list(range(depth))  # nothing is known of them
     kinds = [_facts(block, matched) | {"layer type": kind} for block, kind in zip(found, types, strict=True)]

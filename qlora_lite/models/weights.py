@@ -24,6 +24,7 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.lora.start import First, Start
+from qlora_lite.adapters.parts import has_vision_tower
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.linear import is_conv1d, is_linear
@@ -115,7 +116,8 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
     if files.gguf_file:
         return _gguf_file(files, skeleton) or _whole_model(files)
     places, entries = _index(files)
-    mapping = read_language_part(files.folder, files.name).key_mapping(entries)
+    part = read_language_part(files.folder, files.name, with_vision=has_vision_tower(skeleton))
+    mapping = part.key_mapping(entries)
     names = _parameter_names(skeleton, list(entries), mapping)
     experts = _of_experts(skeleton, list(entries), mapping)
     if any(".quant_state." in name for name in entries):

@@ -347,12 +347,12 @@ class _Ends(NamedTuple):
 
 def _ends(job: Job, simulation: Simulation, layers: int, last: int, ends: tuple[int, int]) -> _Ends:
     """Key the moments of a simulation; ``ends`` is how many blocks of a kind are kept from its start and its end."""
-    found = {}
+    found, beside = {}, tuple(f"{path}." for path in job.workload.beside_blocks)
     for (name, module), moment in simulation.moments.items():
-        block = _BLOCK.search(module)
+        block = None if module.startswith(beside) else _BLOCK.search(module)
         place = block and _place(int(block[1]) + _before(job, module), layers - last, last, *ends)
         if block is None or place is not None:
-            found[name, _BLOCK.sub(".#", module, count=1), place] = moment
+            found[name, _BLOCK.sub(".#", module, count=1) if block else module, place] = moment
     return _Ends(simulation, found)
 
 

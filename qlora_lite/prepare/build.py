@@ -56,6 +56,7 @@ from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.mask_head import MaskHead, MaskLoss
+from qlora_lite.train.picture_chats import PictureChatLM
 from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
@@ -64,7 +65,7 @@ from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
 from qlora_lite.train.workload import BatchShape
 
-from .recipe_head import head_of, part_of, picture_processor
+from .recipe_head import head_of, part_of, picture_processor, picture_reader
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def build_model(
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
         quant_head=m.quant_head, in_files=options.loads_from_files, keep_16bit=m.keep_16bit, start=start_of(recipe),
-        head=head_of(recipe),
+        head=head_of(recipe), with_vision=recipe.with_vision,
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if first:
@@ -261,7 +262,7 @@ def build_to_use(
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
         quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
-        start=start_of(recipe) if adapters else None, head=head_of(recipe),
+        start=start_of(recipe) if adapters else None, head=head_of(recipe), with_vision=recipe.with_vision,
     )  # fmt: skip
     take_first(model)  # which training alone begins with
     if options.resident_layers is not None and any(map(changes_base, adapters)):
@@ -353,6 +354,8 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
     if kind == GRPO:
         how = o.group_size, o.max_completion_tokens, o.sampling_temperature, o.policy_loss, o.scale_rewards
         return PolicyLM(GroupPolicy(*how), method=method, spec=spec)
+    if reader := picture_reader(recipe):
+        return PictureChatLM(method=method, spec=spec, reader=reader)
     if recipe.preference is None:
         return CausalLM(method=method, spec=spec)
     beta = BETAS.get(kind, USUAL_BETA) if o.beta == "auto" else o.beta

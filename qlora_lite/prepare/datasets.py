@@ -109,6 +109,10 @@ def _read(recipe: Recipe, tokenizer, which: str, preference: str | None, compare
         return read_examples(sources, None, problem=recipe.label_problem, of_pictures=True)
     room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one
     settings = d.template, d.train_on, room, d.overflow, d.train_on_end
+    if recipe.with_vision:
+        from .recipe_head import picture_reader  # and with it the libraries that a model needs
+
+        return read_examples(sources, tokenizer, *settings, pictures=picture_reader(recipe))
     if d.streaming and which == "train":
         rows = STREAM_SAMPLE_ROWS
         return read_examples(sources, tokenizer, *settings, None, rows, preference, recipe.label_problem)

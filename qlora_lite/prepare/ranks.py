@@ -74,7 +74,8 @@ def plan_run(
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
     work = workload_of(recipe)
-    epochs = Epochs(work.lengths(examples), work.target_counts(examples), one_by_one)
+    counts = work.lengths(examples), work.target_counts(examples)
+    epochs = Epochs(*counts, one_by_one, pictures=work.picture_counts(examples))
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
     shapes = work.shape(pack), evaluation and work.shape(evaluation)
     ranks = _ranks_of(recipe, machine, headroom, processes)

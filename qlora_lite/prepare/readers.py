@@ -17,4 +17,8 @@ def reader_of(recipe: Recipe):
         from .recipe_head import picture_processor  # and with it the libraries that a model needs
 
         return picture_processor(recipe)
+    if recipe.with_vision:
+        from .recipe_head import picture_reader
+
+        picture_reader(recipe)  # stops at once where the model reads no pictures
     return load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)

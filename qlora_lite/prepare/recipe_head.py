@@ -1,14 +1,19 @@
-"""The head that a recipe's task section asks for, and the model with it."""
+"""The head that a recipe's task section asks for, and the model with it; what reads its pictures."""
 
 from dataclasses import replace
+from functools import cache, partial
 
+from qlora_lite.data import picture_processor as of_encoders
 from qlora_lite.data.labels import NUMBER
-from qlora_lite.data.picture_processor import Processor, processor_of
+from qlora_lite.data.picture_processor import Processor
+from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError
 from qlora_lite.models.heads import Head, with_head
-from qlora_lite.models.locate import read_json
+from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
+from qlora_lite.models.pretrained import processor_of
 from qlora_lite.models.skeleton import folder_of, read_config, read_part
+from qlora_lite.models.vision_language import FAMILIES
 from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
 
 PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
@@ -48,9 +53,48 @@ def picture_processor(recipe: Recipe) -> Processor:
         if folder and (folder / name).is_file():
             said = read_json(folder / name)
             break
-    found = processor_of(said.get("image_processor", said), size, wanted, recipe.data.augment)
+    found = of_encoders.processor_of(said.get("image_processor", said), size, wanted, recipe.data.augment)
     # all of a picture is to be segmented, and not its middle alone
     return replace(found, resize=(found.height, found.width)) if recipe.has_masks else found
+
+
+def picture_reader(recipe: Recipe) -> PictureReader | None:
+    """Return what reads the pictures of a recipe's chats; None where they have none.
+
+    Raises:
+        ModelError: the model is of no family that is known, or sees no pictures of ``data.resolution``.
+    """
+    if not recipe.with_vision:
+        return None
+    m, wanted = recipe.model, recipe.data.resolution
+    config = read_part(m.path, m.revision, with_vision=True).config
+    family, edge = FAMILIES[config.model_type], config.vision_config.image_size
+    if wanted and not family.cuts and wanted != edge:
+        raise ModelError(f"data.resolution {wanted}: a model of the type {config.model_type} sees pictures of {edge} x "
+                         f"{edge} pixels alone; remove it")  # fmt: skip
+    if wanted and wanted % edge:
+        near = sorted({max(edge, wanted // edge * edge), -(-wanted // edge) * edge})
+        raise ModelError(f"data.resolution {wanted} is no multiple of {edge} pixels, the edge of the parts that the "
+                         f"model cuts a picture into; write {' or '.join(map(str, near))}")  # fmt: skip
+    tokens, longest = family.tokens(config), wanted if family.cuts else None
+    of_model = m.path, m.revision
+    return PictureReader(config.image_token_id, tokens, edge, longest, of_model, partial(loaded_processor, *of_model))
+
+
+@cache
+def loaded_processor(path: str, revision: str | None):
+    """Return transformers' processor of a vision-language model.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    config = read_part(path, revision, with_vision=True).config
+    folder = locate(path, revision, with_weights=False).folder
+    try:
+        return processor_of(folder, config.model_type, FAMILIES[config.model_type].tokens(config))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load the processor of {path}'s pictures: {reason}") from error
 
 
 def part_of(recipe: Recipe) -> LanguagePart:
@@ -59,4 +103,5 @@ def part_of(recipe: Recipe) -> LanguagePart:
     Raises:
         ModelError: see ``read_part`` and ``models.heads.with_head``.
     """
-    return with_head(read_part(recipe.model.path, recipe.model.revision), head_of(recipe))
+    m = recipe.model
+    return with_head(read_part(m.path, m.revision, recipe.with_vision), head_of(recipe))

@@ -15,6 +15,7 @@ from qlora_lite.constraints import (
     WITH_HEAD,
     WITH_PICTURES,
     WITH_UPDATES_IN_BACKWARD,
+    WITH_VISION,
 )
 
 from .reference import written
@@ -98,14 +99,14 @@ def _virtual(value: _Value) -> _Found:
 def _with_head(value: _Value) -> _Found:
     kind = value("task", "kind") or "language-model"
     labels = value("task", "labels")
-    if kind in ("language-model", "regression", "reward"):
+    if kind in ("language-model", "regression", "reward", "image-text-to-text"):
         if labels is not None:
             yield ("task", "labels"), f"task.labels: only with a task.kind that gives labels, not {kind}"
     elif value("data", "streaming") is True and labels is None:
         yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
     if kind in ("classification", *OF_PICTURES) and isinstance(labels, list) and len(labels) == 1:
         yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
-    if kind == "language-model":
+    if kind in ("language-model", "image-text-to-text"):
         return
     method = value("adapter", "method") or "lora"
     if method not in ("lora", "dora", "full"):
@@ -122,22 +123,25 @@ def _with_head(value: _Value) -> _Found:
 
 
 def _pictures(value: _Value) -> _Found:
-    if (kind := value("task", "kind")) not in OF_PICTURES:
-        for name in ("resolution", "augment"):
+    kind, has_vision = value("task", "kind"), value("task", "kind") == "image-text-to-text"
+    if kind not in OF_PICTURES:
+        for name in ("augment",) if has_vision else ("resolution", "augment"):
             if value("data", name) not in (None, "none"):
                 yield ("data", name), f"data.{name}: only with task.kind {' or '.join(OF_PICTURES)}; remove it"
-        return
-    for (section, name), allowed in WITH_PICTURES.items():
+        if not has_vision:
+            return
+    for (section, name), allowed in (WITH_VISION if has_vision else WITH_PICTURES).items():
         given = value(section, name)
         if given is None or given == "auto" or any(given == each for each in allowed):
             continue
-        why = f"not possible with task.kind {kind}, where an example is a picture"
+        example = "has pictures" if has_vision else "is a picture"
+        why = f"not possible with task.kind {kind}, where an example {example}"
         cure = "remove it" if name == "max_tokens" else f"write {' or '.join(map(written, allowed))}, or remove it"
         yield (section, name), f"{section}.{name} = {written(given)}: {why}; {cure}"
 
 
 def _no_layers(value: _Value) -> _Found:
-    if value("lora", "targets") != [] or value("task", "kind") not in (None, "language-model"):
+    if value("lora", "targets") != [] or value("task", "kind") not in (None, "language-model", "image-text-to-text"):
         return
     plain = {("adapter", "method"): "lora", ("lora", "start"): "kaiming", ("train", "merge_aware"): "off"}
     for (section, name), usual in plain.items():

@@ -25,6 +25,7 @@ PROBLEMS = {  # of task.kind, in transformers' words
     "language-model": None, "classification": "single_label_classification",
     "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
     "image-classification": "single_label_classification", "image-segmentation": "single_label_classification",
+    "image-text-to-text": None,
 }  # fmt: skip
 OF_PICTURES = "image-classification", "image-segmentation"  # of task.kind
 REWARD_LABEL = "reward"  # of the one output of a reward model
@@ -160,9 +161,10 @@ class Task(_Section):
 
     kind: Literal[
         "language-model", "classification", "multi-label", "regression", "reward", "image-classification",
-        "image-segmentation",
+        "image-segmentation", "image-text-to-text",
     ] = "language-model"  # fmt: skip
-    """language-model learns to write. The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
+    """language-model learns to write, image-text-to-text to write about pictures in chats, with a vision-language model
+    (qlora-lite explain pictures). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
     label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
     label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
@@ -369,7 +371,9 @@ class Data(_Section):
     what does not fit; by-length groups examples of similar length and shuffles the steps."""
     resolution: PositiveInt | None = None
     """Edge of the square that the model sees of a picture, in pixels, a multiple of its patch size; null is what the
-    model's files say. Memory and time grow with its square. Only where rows are pictures (task.kind)."""
+    model's files say. Memory and time grow with its square. Of a vision-language model that cuts pictures into parts
+    (SmolVLM, Idefics3), the longer edge that a picture is scaled to before, a multiple of a part's. Only where rows are
+    pictures or have some (task.kind)."""
     augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
     """What training makes of a picture, anew in each step: flip mirrors every second one, crop takes a random part of
     it, of 8 % of its area or more (torchvision's RandomHorizontalFlip and RandomResizedCrop). It depends on train.seed,
@@ -707,6 +711,11 @@ class Recipe(_Section):
     def of_pictures(self) -> bool:
         """Whether rows are pictures."""
         return self.task.kind in OF_PICTURES
+
+    @property
+    def with_vision(self) -> bool:
+        """Whether chats have pictures, which a vision tower beside the language model reads."""
+        return self.task.kind == "image-text-to-text"
 
     @property
     def has_masks(self) -> bool:

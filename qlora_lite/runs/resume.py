@@ -34,6 +34,7 @@ from qlora_lite.data.picture_processor import Processor
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.recipe.load import settings_to_yaml
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe, Train
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
@@ -345,6 +346,7 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,
         **_digest_of_reader(tokenizer),
+        **({"picture processor": reader.digest} if (reader := picture_reader(recipe)) else {}),
     }
 
 

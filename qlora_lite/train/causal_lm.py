@@ -22,6 +22,7 @@ from qlora_lite.models.gguf_codes import Formats
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.load import is_converted, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
 from qlora_lite.ops.fused_attention import PlannedAttention
@@ -193,7 +194,7 @@ class CausalLM(Workload):
     @property
     def depth(self) -> int:
         """The model's blocks."""
-        return self.spec.config.num_hidden_layers
+        return of_blocks(self.spec.config).num_hidden_layers
 
     @property
     def most_tokens(self) -> int | None:
@@ -203,7 +204,7 @@ class CausalLM(Workload):
     @property
     def most_positions(self) -> int | None:
         """``max_position_embeddings`` of the configuration."""
-        return getattr(self.spec.config, "max_position_embeddings", None)
+        return getattr(of_blocks(self.spec.config), "max_position_embeddings", None)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -24,15 +24,20 @@ class Epochs:
         learned: target tokens of each row.
         settings: see ``TrainSettings``.
         rank: whose micro-batches they are, where ranks have shares of their own.
+        pictures: of each row; None where rows have none.
 
     Raises:
         TrainingError: there are no rows.
     """
 
-    def __init__(self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings, rank: int = 0):
+    def __init__(
+        self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings, rank: int = 0,
+        pictures: Sequence[int] | None = None,
+    ):  # fmt: skip
         if not len(lengths):
             raise TrainingError("there are no rows to train on")
         self.lengths, self.learned, self.settings, self.rank = lengths, learned, settings, rank
+        self.pictures = pictures
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
         """Return the rows of each micro-batch of each step of an epoch."""
@@ -66,7 +71,7 @@ class Epochs:
             micro_batches = [rows for step in steps for rows in self._computed(step)]
             if micro_batches:
                 largest = max([largest, *micro_batches], key=self._tokens)
-                extents.append(extent_of(self.lengths, self.learned, micro_batches))
+                extents.append(extent_of(self.lengths, self.learned, micro_batches, self.pictures))
             done += len(steps)
             if done == s.max_steps or (not s.max_steps and epoch + 1 >= epochs):
                 return done, largest, _most(extents)
@@ -79,7 +84,8 @@ class Epochs:
         tokens = packs * s.max_tokens if s.packing else sum(nlargest(packs, self.lengths))
         tokens = min(tokens, sum(self.lengths))
         learned = min(seen.learned + tokens - seen.tokens, sum(self.learned))
-        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned)
+        pictures = min(seen.pictures + tokens - seen.tokens, sum(self.pictures or (0,)))
+        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned, pictures)
 
     def _computed(self, step: list[list[int]]) -> list[list[int]]:
         """Return the rows of each micro-batch of a step, as far as this rank may compute them."""

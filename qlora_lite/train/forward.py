@@ -12,6 +12,7 @@ from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.packing import runs_unpacked
+from qlora_lite.models.vision_language import embedded
 from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
@@ -27,6 +28,8 @@ class Inputs(NamedTuple):
     targets: int64 [N].
     row_ends: of a GPU, where rows end (``ops.packed_attention.sequence_ends``).
     token_types: int64 [1, T + filler], which text of a pair each token is of; None where the model does not ask.
+    pixels: float32 [N, 3, H, W], in host memory, of a vision-language model's pictures; None without any.
+    picture_tokens: int64 [P], the positions of the tokens that stand for them.
     """
 
     input_ids: torch.Tensor
@@ -36,6 +39,8 @@ class Inputs(NamedTuple):
     targets: torch.Tensor
     row_ends: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
+    pixels: torch.Tensor | None = None
+    picture_tokens: torch.Tensor | None = None
 
 
 def prepare(batch: Batch, device: torch.device) -> Inputs:
@@ -71,6 +76,8 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     at_once = {"row_ends": inputs.row_ends} if "sequences" in kernels and inputs.row_ends is not None else {}
     at_once |= {"row_flex": True} if FLEX in kernels else {}
     at_once |= {} if inputs.token_types is None else {"token_type_ids": inputs.token_types}
+    if inputs.pixels is not None:
+        at_once["inputs_embeds"] = embedded(model, inputs.input_ids, inputs.pixels, inputs.picture_tokens)
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
 
 
@@ -80,7 +87,7 @@ def _decoded(
     """Return the last hidden states of the rows that the tokens begin with.
 
     Args:
-        at_once: ``row_attention``'s further arguments.
+        at_once: ``row_attention``'s further arguments, and embeddings in place of those of the tokens.
     """
     rows = {}
     if uses_row_attention(model):
@@ -93,7 +100,8 @@ def _decoded(
         rows["attention_mask"] = (torch.arange(ids.shape[1], device=ids.device) < row_lengths[0]).long()[None]
     if is_encoder(model) and (first := first_position(model)):
         positions = positions + first
-    output = decoder(model)(input_ids=ids, position_ids=positions, **rows, **at_once)
+    tokens = {} if "inputs_embeds" in at_once else {"input_ids": ids}
+    output = decoder(model)(position_ids=positions, **tokens, **rows, **at_once)
     return output.last_hidden_state[0, : sum(row_lengths)]
 
 

@@ -108,7 +108,8 @@ class Trainer:
         self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.processes = processes
-        self.epochs = Epochs(workload.lengths(examples), workload.target_counts(examples), settings, processes.rank)
+        counts = workload.lengths(examples), workload.target_counts(examples)
+        self.epochs = Epochs(*counts, settings, processes.rank, workload.picture_counts(examples))
         self.device = workload.device(model)
         self._take_parameters()
         self._turn = 0  # the first step of the turn that is trained, where weights are trained in turn
@@ -554,7 +555,7 @@ def largest_batches(
     lengths = workload.lengths(eval_examples)
     batches = _eval_plan(lengths, epochs.settings)
     rows = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
-    most = extent_of(lengths, workload.target_counts(eval_examples), batches)
+    most = extent_of(lengths, workload.target_counts(eval_examples), batches, workload.picture_counts(eval_examples))
     rows = workload.enlarged([eval_examples[row] for row in rows], most)
     return largest, _fullest(workload, rows, most_tokens)
 

@@ -39,7 +39,7 @@ LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.
 
 
 def check_forward(
-    model: nn.Module, longest: int = 0, error_of: Callable[[nn.Module], float] | None = None
+    model: nn.Module, longest: int = 0, error_of: Callable[[nn.Module], float] | None = None, must_pack: bool = False
 ) -> float:  # fmt: skip
     """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
 
@@ -51,6 +51,7 @@ def check_forward(
     Args:
         longest: tokens of the longest row that there may be; the comparison is of short ones.
         error_of: returns the relative L2 error; None is of a language model's logits.
+        must_pack: refuse a model whose rows have to run one by one.
 
     Returns:
         The relative L2 error.
@@ -61,15 +62,19 @@ def check_forward(
     compare = error_of or _logits_error
     _check_embeddings_finite(model)
     if not runs_unpacked(model) and (why := why_unpacked(model, longest)):
+        if must_pack:
+            raise ModelError(f"{type(model).__name__} cannot be trained on pictures in chats: each row would have to "
+                             f"run by itself, since {why}; choose another model")  # fmt: skip
         run_unpacked(model)
         log.warning("%s: each row is run by itself, since %s", type(model).__name__, why)
     tolerance = LOGITS_TOLERANCE[model.dtype]
     error = compare(model)
     together = error
-    for change, why in (
+    changes = (
         (run_unpacked, "packed sequences see each other"),
         (use_own_attention, "attention over rows leaves something out, and transformers' own takes its place"),
-    ):
+    )
+    for change, why in () if must_pack else changes:
         if not error <= tolerance:
             change(model)
             error = compare(model)
@@ -132,6 +137,15 @@ def _logits_error(model: nn.Module) -> float:
             [model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows]
         ).float()
     model.train(was_training)
+    return relative_error(packed, alone, model)
+
+
+def relative_error(packed: torch.Tensor, alone: torch.Tensor, model: nn.Module) -> float:
+    """Return the relative L2 error of logits as against a model's own.
+
+    Raises:
+        ModelError: its own are not finite.
+    """
     size = alone.norm()
     if not math.isfinite(size.item()):
         raise ModelError(f"{type(model).__name__}: its own logits are not finite: {_bad_weight(model)}; {_cure(model)}")

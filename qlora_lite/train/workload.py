@@ -29,11 +29,12 @@ from .settings import TrainSettings
 class BatchShape:
     """All of a micro-batch that memory depends on: the length of each sequence, and the number of targets in all.
 
-    Of pictures of one size each is a sequence of length 1.
+    Of pictures of one size each is a sequence of length 1; in chats, ``pictures`` is how many the tower computes.
     """
 
     lengths: tuple[int, ...]
     targets: int
+    pictures: int = 0
 
     @property
     def tokens(self) -> int:
@@ -42,7 +43,7 @@ class BatchShape:
 
     def times(self, count: int) -> "BatchShape":
         """Return the shape of so many such batches in one."""
-        return BatchShape(self.lengths * count, self.targets * count)
+        return BatchShape(self.lengths * count, self.targets * count, self.pictures * count)
 
 
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
@@ -120,6 +121,7 @@ class Workload:
     tables_are_tied: bool = False  # so that they lie in one place
     blocks_before: Mapping[str, int] = MappingProxyType({})  # by the path of each list of blocks but the first
     has_large_inputs: bool = False  # pictures, beside which another batch's inputs count too; token ids do not
+    beside_blocks: tuple[str, ...] = ()  # paths of modules that have blocks of their own, such as a vision tower
 
     # Examples and batches.
 
@@ -130,6 +132,10 @@ class Workload:
     def target_counts(self, examples: Sequence) -> Sequence[int]:
         """Return how many targets each example has."""
         return [1] * len(examples)
+
+    def picture_counts(self, examples: Sequence) -> Sequence[int] | None:
+        """Return how many pictures each example has beside its tokens; None where none has any."""
+        return None
 
     def places(self, examples: Sequence) -> list[str]:
         """Return where each example came from, for errors."""

@@ -178,7 +178,7 @@ def test_a_batch_has_the_types_and_shapes_that_models_take():
 def test_enlarged_rows_have_the_most_of_everything_that_some_micro_batch_has(rows, more):
     examples = [taught(length, length - 1 - length % 2) for length in rows]
     own = extent_of(rows, [int(e.learned.sum()) for e in examples], [range(len(rows))])
-    most = Extent(*(mine + beyond for mine, beyond in zip(own, more, strict=True)))
+    most = Extent(*(mine + beyond for mine, beyond in zip(own[:4], more, strict=True)))
     most = most._replace(tokens=max(most.tokens, 2 * most.rows, most.longest))
     most = most._replace(rows=max(most.rows, -(-most.tokens // most.longest)))  # as of any real ones
     batch = collate(enlarged(examples, most))
@@ -205,7 +205,9 @@ def test_the_rows_of_an_enlarged_batch_are_of_various_lengths_as_those_given_are
 
 
 def test_the_most_of_some_micro_batches_is_that_of_a_look_at_each():
-    assert extent_of([5, 7, 2, 9], [1, 6, 1, 3], [[0, 1], [2], [3, 2, 0]]) == (16, 3, 9, 7)
+    rows = [5, 7, 2, 9], [1, 6, 1, 3], [[0, 1], [2], [3, 2, 0]]
+    assert extent_of(*rows) == (16, 3, 9, 7, 0)
+    assert extent_of(*rows, [0, 4, 1, 2]) == (16, 3, 9, 7, 4)
 
 
 def taught(length, count):

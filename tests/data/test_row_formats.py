@@ -164,10 +164,10 @@ def test_an_explicit_format_wins_over_recognition(read):
         ({"messages": [user("q"), assistant(" \n")]}, "'content' is empty"),
         ({"messages": [user("q"), assistant([])]}, "'content' is empty"),
         ({"messages": [user("q"), assistant(["a"])]}, "has a part that is not"),
-        ({"messages": [user([{"type": "image"}]), assistant("a")]}, "a part of type 'image': this program trains text"),
-        ({"messages": [user("q") | {"images": ["a.png"]}, assistant("a")]}, "'images' is not supported: this program"),
-        ({"messages": [user("q"), assistant("a")], "image": "a.png"}, "'image' is not supported: this program trains"),
-        ({"messages": [user("<image>q"), assistant("a")]}, "turn 1 holds the placeholder '<image>': this program"),
+        ({"messages": [user([{"type": "image"}]), assistant("a")]}, "a part of type 'image': a model of text reads no"),
+        ({"messages": [user("q") | {"images": ["a.png"]}, assistant("a")]}, "'images' is not supported: a model of"),
+        ({"messages": [user("q"), assistant("a")], "image": "a.png"}, "'image' is not supported: a model of text"),
+        ({"messages": [user("<image>q"), assistant("a")]}, "turn 1 holds the placeholder '<image>': a model of text"),
         ({"messages": [user("q"), assistant("a", weight=0.5)]}, "weight 0.5"),
         ({"messages": [user("q"), assistant("a", train="no")]}, "turn 2 has train 'no'; a turn is learned (true)"),
         ({"messages": [user("q"), assistant("a", train=0)]}, "turn 2 has train 0; a turn is learned (true) or not"),
@@ -195,7 +195,7 @@ def test_a_placeholder_of_a_picture_in_a_prompt_is_an_error_of_its_row_in_every_
         ({"q": text, "a": "a"}, {"prompt": "{q}", "completion": "{a}"}),
     ):  # fmt: skip
         kept, problems = read([row], **settings)
-        assert kept == [] and "trains text, not pictures, sounds or videos; remove such rows" in problems[0]
+        assert kept == [] and "a model of text reads no pictures, sounds or videos; remove such rows" in problems[0]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """Choose a model's linear layers by name and wrap them with LoRA weights, and put such beside the weights of experts.
 
-Targets are ``"all-linear"`` (every linear layer inside the decoder blocks; never the head), ``"experts"`` (the weights
-of all fused experts), plain names such as ``"q_proj"`` or ``"gate_up_proj"`` (the last part of a path), or glob
-patterns over the whole path such as ``"model.layers.*.mlp.*"``. A name or pattern that matches linear layers means
-those alone, so that experts are adapted only where that was asked for. A pattern may carry its own rank and alpha;
-where several match, the last one wins. A target that matches nothing is an error, since silence would train less than
-was asked for.
+Targets are ``"all-linear"`` (every linear layer inside the decoder blocks; never the head or a vision tower),
+``"experts"`` (the weights of all fused experts), plain names such as ``"q_proj"`` or ``"gate_up_proj"`` (the last part
+of a path), or glob patterns over the whole path such as ``"model.layers.*.mlp.*"``. A name or pattern that matches
+linear layers means those alone, so that experts are adapted only where that was asked for. A pattern may carry its own
+rank and alpha; where several match, the last one wins. A target that matches nothing is an error, since silence would
+train less than was asked for.
 """
 
 from collections.abc import Collection, Container, Iterator, Sequence
@@ -24,7 +24,7 @@ from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import frozen_weight, is_linear, routers
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
 
-from ..parts import head_paths
+from ..parts import has_vision_tower, head_paths
 from .dora import DoraLinear
 from .layer import LoraExperts, LoraLinear, LoraWeights, merging_of
 from .shared import share_inputs
@@ -61,6 +61,16 @@ def in_blocks(model: nn.Module) -> set[str]:
     if not blocks:
         return {path for path, _ in model.named_modules()}
     return {f"{path}.{name}" for path, block in blocks.items() for name, _ in block.named_modules()}
+
+
+def usually_adapted(model: nn.Module) -> set[str]:
+    """Return the paths that "all-linear" means: all inside of blocks, but for a vision tower's beside a language
+    model."""
+    inside = in_blocks(model)
+    if not has_vision_tower(model):
+        return inside
+    decoder = next(path for path, module in model.named_modules() if module is model.get_decoder())
+    return {path for path in inside if path.startswith(f"{decoder}.")}
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -134,7 +144,7 @@ def add_lora(
     wanted = _as_targets(targets)
     _check_factors(rank, alpha, dropout, dtype)
     layers, experts, kind = linear_layers(model), expert_weights(model), DoraLinear if dora else LoraLinear
-    chosen = choose_layers(layers, experts, wanted, in_blocks(model))
+    chosen = choose_layers(layers, experts, wanted, usually_adapted(model))
     adapted = experts.keys() & chosen.keys()
     if adapted and (dropout or dora):
         is_set, cure = ("adapter.method dora", "to lora") if dora else (f"lora.dropout {dropout:g}", "to 0")

@@ -37,7 +37,7 @@ from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.nf4 import Packed, dequantize, quantize
 from qlora_lite.quant.tensor_file import bit_sums
 
-from .inject import Target, choose_layers, in_blocks, linear_layers, matching
+from .inject import Target, choose_layers, in_blocks, linear_layers, matching, usually_adapted
 from .layer import lora_scale
 
 KAIMING, LOFTQ, PISSA, OLORA = "kaiming", "loftq", "pissa", "olora"
@@ -86,7 +86,7 @@ class Start:
             ModelError: see ``choose_layers``; or a target names experts.
         """
         layers, experts = linear_layers(model), expert_weights(model)
-        chosen = choose_layers(layers, experts, self.targets, in_blocks(model))
+        chosen = choose_layers(layers, experts, self.targets, usually_adapted(model))
         kept = matching(layers, experts, [Target(pattern) for pattern in self.kept], in_blocks(model))
         if adapted := experts.keys() & chosen.keys():
             raise ModelError(f"lora.start {self.kind} is for linear layers, and lora.targets name experts too, such as "

@@ -1,0 +1,127 @@
+"""Vision-language models: a vision tower, a projector, and a language model that reads what comes of them.
+
+A picture stands in the text as tokens of one kind. Their embeddings are replaced by what the projector makes of the
+picture, and from there on they are tokens like others. transformers does so with a mask, whose result has a shape that
+follows from values; here the positions are known beforehand, so that a plan runs the same code.
+
+Families differ in what the tower is given and in what is taken of it. Here are those whose pictures all have one size
+(of some a larger picture is cut into several), and whose language model sees them as it sees words: LLaVA, Idefics3 and
+SmolVLM. The tower computes ``AT_ONCE`` pictures at a time where nothing in it is trained: what they need then does not
+grow with their number.
+
+Shapes: N pictures of one size, [N, 3, H, W], K tokens each, hidden states [N * K, D].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+
+from .anatomy import device_of
+
+AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How pictures become tokens.
+
+    Args:
+        features: returns hidden states [N, K, D] of a model's pictures.
+        arguments: returns the pictures of one row as transformers' own forward takes them.
+        tokens: returns K by a configuration.
+        tower: path of the tower in the model.
+        cuts: whether a picture may be cut into several of one size.
+    """
+
+    features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    arguments: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    tokens: Callable[[object], int]
+    tower: str
+    cuts: bool = False
+
+
+def _of_llava(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    config, inner = model.config, model.base_model
+    numbers = config.vision_feature_layer
+    outputs = inner.vision_tower(pixels, output_hidden_states=True)
+    taken = [outputs.hidden_states[number] for number in ([numbers] if isinstance(numbers, int) else numbers)]
+    if config.vision_feature_select_strategy == "default":  # without the token of the whole picture
+        taken = [each[:, 1:] for each in taken]
+    return inner.multi_modal_projector(torch.cat(taken, dim=-1))
+
+
+def _tokens_of_llava(config) -> int:
+    vision = config.vision_config
+    has_class = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy != "default"
+    return (vision.image_size // vision.patch_size) ** 2 + has_class
+
+
+def _of_idefics(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the tokens of whole pictures: nothing of them is padding, so that none is hidden."""
+    inner, tower = model.base_model, model.base_model.vision_model
+    patches = [edge // tower.patch_size for edge in pixels.shape[2:]]
+    whole = torch.ones(len(pixels), *patches, dtype=torch.bool, device=pixels.device)
+    embedded = tower.embeddings(pixel_values=pixels, patch_attention_mask=whole)
+    hidden = tower.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
+    return inner.connector(tower.post_layernorm(hidden))
+
+
+def _tokens_of_idefics(config) -> int:
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+
+
+_IDEFICS = Family(
+    _of_idefics, lambda pixels: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
+)
+FAMILIES: Mapping[str, Family] = MappingProxyType({
+    "llava": Family(_of_llava, lambda pixels: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower"),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+})  # fmt: skip
+
+
+def check_family(config) -> None:
+    """Check that a configuration is that of a family whose pictures are understood.
+
+    Raises:
+        ModelError: it is not; the message names those that are.
+    """
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"a model of the type {config.model_type} cannot be trained on pictures in chats; choose a "
+                         f"model of the types {', '.join(FAMILIES)}, or train on text alone (task.kind "
+                         "language-model)")  # fmt: skip
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family of a model; see ``check_family``."""
+    return FAMILIES[model.config.model_type]
+
+
+def picture_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states [N * K, D] that stand for pictures [N, 3, H, W], of the model's device and type."""
+    family = family_of(model)
+    device = device_of(model)
+    learns = any(p.requires_grad for p in model.get_submodule(family.tower).parameters())
+    parts = []
+    for part in (pixels,) if learns else pixels.split(AT_ONCE):
+        parts.append(family.features(model, part.to(device, model.dtype)).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def embedded(model: nn.Module, ids: torch.Tensor, pixels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings [1, T, D] of tokens, those of pictures in their places.
+
+    Args:
+        ids: int64 [1, T].
+        pixels: float32 [N, 3, H, W].
+        places: int64 [N * K], the positions of the tokens that stand for pictures.
+    """
+    embeddings = model.get_input_embeddings()(ids)
+    found = picture_tokens(model, pixels).to(embeddings.dtype)
+    return embeddings[0].index_copy(0, places, found)[None]

@@ -1,0 +1,198 @@
+"""Runs of vision-language models as a user has them: trained, resumed, used by commands and by peft, and refused."""
+
+import json
+import os
+import signal
+
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny_pictures import drawn, save_encoder
+from tiny_runs import summary_of
+from tiny_vision_language import FAMILIES, chat_recipe, save_vision_language
+from transformers import AutoModelForImageTextToText
+
+from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.cli.main import cli
+from qlora_lite.errors import CheckpointError, Interrupted, ModelError, RecipeError
+from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.models.vision_language import family_of
+from qlora_lite.prepare.build import workload_of
+from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.recipe_head import loaded_processor
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.run import run_recipe
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_vision_language(folder / name, name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def run(bases, tmp_path_factory):
+    """A finished run whose tower is adapted too, and its recipe."""
+    train = {"max_steps": 8, "eval_every_steps": 4, "save_every_steps": 2, "lr_scheduler": "constant"}
+    lora = {"targets": ["all-linear", "*vision*.q_proj"], "rank": 4, "alpha": 8, "dtype": "float32"}
+    folder, model = tmp_path_factory.mktemp("run"), {"quant": "none"}
+    recipe = chat_recipe(folder, bases["smolvlm"], train=train, lora=lora, model=model)
+    return run_recipe(load_recipe(recipe)), recipe
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def of_transformers(model, recipe):
+    """The mean loss of a recipe's evaluation rows, each by itself, by transformers' own forward."""
+    data, work = build_data(recipe, load_tokenizer(recipe.model.path), "eval"), workload_of(recipe)
+    total, count = 0.0, 0
+    for example in data.examples:
+        ids = torch.from_numpy(example.token_ids.copy()).long()[None]
+        labels = torch.where(torch.from_numpy(example.learned.copy()), ids[0], -100)[1:]
+        pixels = torch.from_numpy(work.reader.of_examples([example]))
+        with torch.no_grad():
+            logits = model(input_ids=ids, **family_of(model).arguments(pixels)).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def test_it_learns_and_the_plan_holds(run):
+    folder, _ = run
+    summary = summary_of(folder)
+    assert summary["eval_loss_after"] < 0.75 * summary["eval_loss_before"]
+    measured, predicted = (summary["plan"][name] for name in ("measured_peak_bytes", "predicted_peak_bytes"))
+    assert measured == pytest.approx(predicted, rel=0.3)  # of a process of 300 MiB; the ledger is compared elsewhere
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert any("vision_model" in name for name in adapter) and any("text_model" in name for name in adapter)
+
+
+def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
+    folder, recipe = run
+
+    def stop(metrics, _total):
+        if metrics.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
+    with pytest.raises(Interrupted):
+        run_recipe(settings, stop)
+    assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
+    one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(folder) == losses(tmp_path / "out")
+
+
+def test_another_picture_is_another_run(bases, tmp_path):
+    recipe = chat_recipe(tmp_path, bases["llava"], train={"save_every_steps": 2})
+
+    def stop(metrics, _total):
+        if metrics.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_recipe(load_recipe(recipe), stop)
+    changed = tmp_path / "rows" / "pictures" / "000.png"
+    before = changed.read_bytes()
+    drawn("hot", 77).save(changed)
+    with pytest.raises(CheckpointError, match="other training rows than before"):
+        run_recipe(load_recipe(recipe), resume=tmp_path / "out")
+    changed.write_bytes(before)
+    said = bases["llava"] / "processor_config.json"
+    text = said.read_text()
+    said.write_text(text.replace("0.48145466", "0.4"))
+    with pytest.raises(CheckpointError, match="picture processor"):
+        resumed_in_another_process(recipe, tmp_path)
+    said.write_text(text)
+
+
+def resumed_in_another_process(recipe, folder):
+    loaded_processor.cache_clear()
+    try:
+        run_recipe(load_recipe(recipe), resume=folder / "out")
+    finally:
+        loaded_processor.cache_clear()
+
+
+def test_evaluate_measures_it_again(run):
+    folder, _ = run
+    trained, summary = open_trained(folder), summary_of(folder)
+    found = evaluate_recipe(trained.recipe, trained.adapter, 0)
+    assert found["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+def test_real_peft_and_transformers_have_the_loss_that_the_run_has(run, bases):
+    folder, recipe = run
+    base = AutoModelForImageTextToText.from_pretrained(bases["smolvlm"], dtype=torch.float32)
+    before = of_transformers(base.eval(), load_recipe(recipe))
+    after = of_transformers(peft.PeftModel.from_pretrained(base, folder / "adapter").eval(), load_recipe(recipe))
+    summary = summary_of(folder)
+    assert before == pytest.approx(summary["eval_loss_before"], rel=1e-5)
+    assert after == pytest.approx(summary["eval_loss_after"], rel=1e-5)
+
+
+def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, tmp_path):
+    folder, recipe = run
+    report = merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", dtype="f32", rows=4))
+    assert report["models"]["merged"]["loss"] == pytest.approx(summary_of(folder)["eval_loss_after"], abs=0.05)
+    stored, new = (load_file(path / "model.safetensors") for path in (bases["smolvlm"], tmp_path / "merged"))
+    assert stored.keys() == new.keys()
+    changed = {name for name in stored if not torch.equal(stored[name], new[name])}
+    assert any("vision_model" in name for name in changed) and any("text_model" in name for name in changed)
+    assert not any("connector" in name for name in changed)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert report["models"]["merged"]["loss"] == pytest.approx(of_transformers(merged, load_recipe(recipe)), rel=1e-4)
+    assert (tmp_path / "merged" / "processor_config.json").is_file()
+
+
+def test_other_ways_to_train_it(bases, tmp_path):
+    for number, (name, sections) in enumerate({
+        "llava": {"model": {"quant": "none"}, "adapter": {"method": "dora"}},
+        "idefics3": {"model": {"keep_16bit": ["*vision*"]}, "data": {"resolution": 32}},
+        "smolvlm": {"memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"}},
+    }.items()):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        summary = summary_of(run_recipe(load_recipe(chat_recipe(folder, bases[name], **sections))))
+        assert summary["eval_loss_after"] < summary["eval_loss_before"], name
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"adapter": {"method": "bottleneck"}}, r"adapter.method = bottleneck: not possible with task.kind image-text"),
+        ({"model": {"quant": "keep"}}, "model.quant = keep: not possible"),
+        ({"data": {"overflow": "truncate"}}, "data.overflow = truncate: .* an example has pictures; write error or"),
+        ({"data": {"augment": "flip"}}, "data.augment: only with task.kind image-classification or image-segmentation"),
+        ({"train": {"objective": "dpo"}}, "train.objective = dpo: not possible with task.kind image-text-to-text"),
+        ({"lora": {"start": "pissa"}}, "lora.start = pissa: not possible with task.kind image-text-to-text"),
+        ({"train": {"metrics_examples": 2}}, "train.metrics_examples = 2: not possible"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_with_pictures_are_refused(bases, tmp_path, sections, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(chat_recipe(tmp_path, bases["llava"], **sections))
+
+
+def test_models_that_are_of_no_family_are_refused_before_anything_is_loaded(tmp_path):
+    encoder = save_encoder(tmp_path / "encoder", "vit")
+    with pytest.raises(
+        ModelError, match="of the type vit cannot be trained on pictures in chats; choose a model of the"
+    ):
+        run_recipe(load_recipe(chat_recipe(tmp_path, encoder)))
+
+
+def test_the_plan_counts_pictures_and_data_shows_them(bases, tmp_path):
+    recipe = chat_recipe(tmp_path, bases["smolvlm"])
+    planned = CliRunner().invoke(cli, ["plan", str(recipe), "--json"], catch_exceptions=False)
+    assert planned.exit_code == 0, planned.output
+    shown = CliRunner().invoke(cli, ["data", str(recipe)], catch_exceptions=False)
+    assert shown.exit_code == 0 and "12" in shown.output

@@ -1,0 +1,133 @@
+"""Tiny random vision-language models as they are published, and chats about pictures that a few steps can learn."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from data.tiny_tokenizer import make_tokenizer
+from tiny_pictures import COLOURS, drawn
+from transformers import AutoConfig, AutoModelForImageTextToText, Idefics3Processor, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from qlora_lite.data.picture_reader import PictureReader
+from qlora_lite.data.storage import Example, PictureFile
+
+_TEXT = dict(model_type="llama", vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512, pad_token_id=2, bos_token_id=1,
+             eos_token_id=2)  # fmt: skip
+_VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+               patch_size=8)  # fmt: skip
+TOKEN = 3  # of the token that stands for pictures
+# model_type -> settings; 16 tokens a picture, or 4
+FAMILIES = {
+    "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
+                  vision_feature_layer=-2, vision_feature_select_strategy="default"),
+    "idefics3": dict(text_config=_TEXT, vision_config=_VISION, image_token_id=TOKEN, scale_factor=2),
+    "smolvlm": dict(text_config=_TEXT | dict(tie_word_embeddings=True), vision_config=_VISION, image_token_id=TOKEN,
+                    scale_factor=2, tie_word_embeddings=True),
+}  # fmt: skip
+TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4}
+
+
+def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
+    """Build a random model whose every part shows in the logits."""
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **FAMILIES[name]), dtype=dtype)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(5.0 if "text_model" in path or "language_model" in path else 2.0)
+    return model.eval().requires_grad_(False)
+
+
+def reader(name: str) -> PictureReader:
+    """What reads made-up pictures, which need no processor."""
+    return Noise(TOKEN, TOKENS[name], 32)
+
+
+class Noise(PictureReader):
+    """A reader whose pictures are noise that depends on their names."""
+
+    def _pixels_of(self, picture):
+        chance = np.random.default_rng([*picture.path.encode()])
+        return chance.normal(0, 1, (int(picture.digest or 1), 3, self.edge, self.edge)).astype(np.float32)
+
+
+def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> list[Example]:
+    """Rows of random tokens; those of each row say of how many parts each of its pictures is."""
+    chance, found = np.random.default_rng(seed), []
+    for number, parts in enumerate(pictures):
+        ids = [1, *chance.integers(5, 400, 4)]
+        for count in parts:
+            ids += [*[TOKEN] * (TOKENS[name] * count), *chance.integers(5, 400, 2)]
+        answer = chance.integers(5, 400, 6)
+        learned = np.arange(len(ids) + 6) >= len(ids)
+        files = tuple(PictureFile(f"{number}/{index}", str(count)) for index, count in enumerate(parts))
+        found.append(Example(np.array([*ids, *answer], np.int32), learned, "", "", f"row {number}", pictures=files))
+    return found
+
+
+_PARTS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3))
+SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>",
+           "<end_of_utterance>", *_PARTS)  # fmt: skip
+# as SmolVLM's, which takes turns as lists of parts alone
+OF_PARTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"
+)
+
+
+def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = True) -> Path:
+    """Write a tiny model of a family as it is published, with tokenizer and processor; parts: cut pictures."""
+    build_vision_language(name, seed).save_pretrained(folder)
+    tokenizer = make_tokenizer(special=SPECIAL)
+    tokenizer.chat_template = OF_PARTS
+    if name == "llava":
+        pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        processor = LlavaProcessor(pixels, tokenizer, 8, "default", OF_PARTS, num_additional_image_tokens=1)
+    else:
+        pixels = Idefics3ImageProcessorPil(size={"longest_edge": 64 if parts else 32},
+                                           max_image_size={"longest_edge": 32})  # fmt: skip
+        processor = Idefics3Processor(pixels, tokenizer, 4, OF_PARTS)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_chats(folder: Path, count: int, first: int = 0) -> Path:
+    """Write pictures of two colours, and chats that ask for the colour, in the forms that sets have."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(first, first + count):
+        label = list(COLOURS)[number % 2]
+        name = f"pictures/{number:03}.png"
+        drawn(label, number).save(folder / name)
+        asked = [{"type": "image", "path": name}, {"type": "text", "text": "what is it"}]
+        answer = {"role": "assistant", "content": f"it is {label}"}
+        rows.append({"messages": [{"role": "user", "content": asked}, answer]})
+    path = folder / f"chats-{first}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat_recipe(folder: Path, base: Path | str, **sections) -> Path:
+    """Write chats and a recipe of a run that takes seconds; ``sections`` are merged over its own."""
+    recipe = {
+        "model": {"path": str(base), "compute_dtype": "float32", "device": "cpu"},
+        "task": {"kind": "image-text-to-text"},
+        "lora": {"rank": 4, "alpha": 8, "dtype": "float32"},
+        "data": {"train": str(write_chats(folder / "rows", 12)), "eval": str(write_chats(folder / "rows", 4, 100)),
+                 "max_tokens": 160},
+        "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch"},
+        "output": {"dir": str(folder / "out")},
+    }  # fmt: skip
+    for name, values in sections.items():
+        recipe[name] = recipe.get(name, {}) | values
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path

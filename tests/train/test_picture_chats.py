@@ -1,0 +1,211 @@
+"""Vision-language models: loss and gradients are those of transformers and peft; packed as alone, planned, resumed."""
+
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from methods import Case, ledger_of, plan
+from tiny import build_nested
+from tiny_vision_language import FAMILIES, TOKEN, build_vision_language, noise_rows, reader
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
+from qlora_lite.adapters.lora.inject import Target, lora_layers
+from qlora_lite.data.batch import IGNORED_LABEL
+from qlora_lite.errors import DataError, ModelError
+from qlora_lite.models import vision_language
+from qlora_lite.models.load import load_model
+from qlora_lite.models.skeleton import read_part
+from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
+from qlora_lite.models.vision_language import family_of
+from qlora_lite.planning.simulate import Job, simulate, simulate_whole
+from qlora_lite.train.causal_lm import ModelSpec
+from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from qlora_lite.train.picture_chats import PictureChatLM
+from qlora_lite.train.state import STATE, capture, restore
+from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.workload import BatchShape
+
+CPU = torch.device("cpu")
+METHOD = Lora(rank=4, alpha=8.0, dtype=torch.float32)
+# the language model alone; the tower's attention too
+TARGETS = {"language": (Target("all-linear"),), "both": (Target("all-linear"), Target("*vision*.layers.0.*.q_proj"))}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in FAMILIES:
+        build_vision_language(name).save_pretrained(folder / name)
+    return {name: folder / name for name in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def loaded(folder, quant="none"):
+    return load_model(folder, quant, compute_dtype=torch.float32, use_cache=False, with_vision=True)
+
+
+def workload(folder, family, quant="none", targets="language"):
+    spec = ModelSpec(read_part(str(folder), with_vision=True).config, quant, compute_dtype=torch.float32)
+    return PictureChatLM(method=replace(METHOD, targets=TARGETS[targets]), spec=spec, reader=reader(family))
+
+
+def with_factors(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def adapted(work, model):
+    torch.manual_seed(0)
+    work.method.apply(model)
+    return with_factors(model)
+
+
+def by_transformers(work, model, examples):
+    """The summed loss of rows that transformers' own forward computes one by one."""
+    total = 0.0
+    for example in examples:
+        ids = torch.from_numpy(example.token_ids).long()[None]
+        labels = torch.where(torch.from_numpy(example.learned), ids[0], -100)[1:]
+        pixels = work.reader.of_examples([example])
+        shown = {} if pixels is None else family_of(model).arguments(torch.from_numpy(pixels))
+        logits = model(input_ids=ids, **shown).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize("targets", TARGETS)
+def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, targets, tmp_path):
+    work, rows = workload(folders[family], family, targets=targets), noise_rows(family)
+    model = adapted(work, loaded(folders[family]))
+    save_adapter(model, tmp_path / "adapter", folders[family], method=work.method)
+    batch = work.inputs(work.collate(rows), CPU)
+    ours = accumulate_gradients(work, model, [batch]).loss.item() * work.weight(batch)
+
+    base = AutoModelForImageTextToText.from_pretrained(folders[family], dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    loss = by_transformers(work, theirs.base_model.model, rows)
+    loss.backward()
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name.replace(".default", ""): parameter.grad / work.weight(batch)
+                for name, parameter in theirs.named_parameters() if parameter.requires_grad}  # fmt: skip
+    named = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
+    mine = {name: named[tensor.data_ptr()].grad for name, tensor in work.method.tensors(model).items()}
+    assert mine.keys() == expected.keys()
+    assert any("vision" in name for name in mine) == (targets == "both")
+    largest = max(gradient.abs().max() for gradient in expected.values()).item()
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_packed_rows_have_the_losses_that_they_have_alone(folders, family, quant):
+    work, rows = workload(folders[family], family, quant), noise_rows(family)
+    model = adapted(work, loaded(folders[family], quant))
+    packed = work.token_losses(model, work.inputs(work.collate(rows), CPU))
+    alone = [work.token_losses(model, work.inputs(work.collate([row]), CPU)) for row in rows]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    shown = work.inputs(work.collate(rows[:1]), CPU)
+    other = shown._replace(pixels=torch.zeros_like(shown.pixels))
+    assert not torch.allclose(work.token_losses(model, shown), work.token_losses(model, other), rtol=1e-3)
+
+
+def test_tokens_of_pictures_are_no_targets(folders, family):
+    work, rows = workload(folders[family], family), noise_rows(family)
+    everything = [replace(row, learned=row.token_ids != 1) for row in rows]
+    batch = work.collate(everything)
+    taught = batch.labels[batch.labels != IGNORED_LABEL]
+    assert TOKEN not in taught and len(taught) == sum(int((row.token_ids != TOKEN).sum()) - 1 for row in rows)
+    gone = replace(rows[0], pictures=())
+    with pytest.raises(DataError, match="the pictures of row 0 are 0 tokens, and the rows have"):
+        work.collate([gone])
+
+
+def case(folder, family, **how):
+    work, quant = workload(folder, family, **how), how.get("quant", "none")
+    changes = {"max_tokens": 80, "packing": True, "micro_batch_size": 1}
+    return Case(work, lambda: loaded(folder, quant), noise_rows(family, ((1,), (), (2, 1), (1,), (), (1, 1))), changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("llava", {}), ("idefics3", {"quant": "nf4"}), ("smolvlm", {"targets": "both"})]
+)
+def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name, how):
+    one = case(folders[name], name, **how)
+    fastest, least = plan(one, 2**40)
+    for candidate in (fastest, least):
+        trainer = one.trainer(candidate.options)
+        assert ledger_of(trainer).peak.total == pytest.approx(candidate.prediction.simulation.peak().total, rel=0.01)
+        assert len(list(trainer)) == trainer.total_steps
+
+
+def test_a_plan_counts_what_the_tower_takes(folders):
+    work = workload(folders["smolvlm"], "smolvlm", targets="both")
+    job = Job(work, BatchShape((200,), 40, 1), None, optimizer="adamw_torch")
+    one, many = (simulate(replace(job, shape=replace(job.shape, pictures=count))).peak().total for count in (1, 30))
+    pixels = 29 * 3 * 32 * 32 * 4
+    assert many - one > 5 * pixels
+    frozen = replace(job, workload=workload(folders["smolvlm"], "smolvlm"))
+    one, many = (simulate(replace(frozen, shape=replace(job.shape, pictures=count))).peak().total for count in (4, 30))
+    assert many - one < 1.5 * 26 * 3 * 32 * 32 * 4
+
+
+def test_a_deep_model_is_planned_from_two_shallow_ones(folders):
+    config = AutoConfig.from_pretrained(folders["smolvlm"])
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 7, 5
+    spec = ModelSpec(config, "nf4", compute_dtype=torch.float32)
+    work = PictureChatLM(method=replace(METHOD, targets=TARGETS["both"]), spec=spec, reader=reader("smolvlm"))
+    job = Job(work, BatchShape((60, 40), 40, 6), None, optimizer="adamw_torch")
+    assert simulate(job).peak().total == simulate_whole(job).peak().total
+
+
+def test_killed_and_resumed_it_goes_on_to_the_bit(folders, tmp_path):
+    one = case(folders["smolvlm"], "smolvlm", targets="both")
+    whole = one.trainer()
+    steps = list(whole)
+    first = one.trainer()
+    metrics = iter(first)
+    next(metrics), next(metrics)
+    tensors, state = capture(first)
+    folder = write_checkpoint(tmp_path / "checkpoints", Checkpoint(first.step, tensors, {STATE: state}), {}, "")
+    torch.manual_seed(1)
+    resumed = one.trainer()
+    restore(resumed, read_checkpoint(folder))
+    assert [step.loss for step in resumed] == [step.loss for step in steps[2:]]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
+
+
+@torch.no_grad()
+def test_a_saved_adapter_gives_the_same_losses_again(folders, family, tmp_path):
+    work, rows = workload(folders[family], family, targets="both"), noise_rows(family)
+    model = adapted(work, loaded(folders[family]))
+    save_adapter(model, tmp_path / "adapter", "base", method=work.method)
+    again = load_adapter(loaded(folders[family]), tmp_path / "adapter")
+    batch = work.inputs(work.collate(rows), CPU)
+    assert torch.equal(work.token_losses(model, batch), work.token_losses(again, batch))
+
+
+def test_models_of_other_families_are_refused_with_a_reason(tmp_path):
+    build_nested("mistral3").save_pretrained(tmp_path)
+    for read in (read_part, load_model):
+        with pytest.raises(ModelError, match="of the type mistral3 cannot be trained on pictures in chats; choose a m"):
+            read(str(tmp_path), with_vision=True)
+
+
+def test_a_model_that_computes_pictures_otherwise_is_not_trained(folders, monkeypatch):
+    one = case(folders["idefics3"], "idefics3")
+    family = FAMILIES_HERE["idefics3"]
+    changed = replace(family, features=lambda model, pixels: 1.05 * family.features(model, pixels))
+    monkeypatch.setattr(vision_language, "FAMILIES", {"idefics3": changed})
+    with pytest.raises(ModelError, match="rows trained here give other logits than the model itself gives"):
+        one.trainer()
