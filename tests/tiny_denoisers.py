@@ -30,7 +30,17 @@ CONFIGS = {
         _class_name="Flux2Transformer2DModel", patch_size=1, in_channels=4, num_layers=1, num_single_layers=2,
         timestep_guidance_channels=32, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=False, **_STREAMS,
     ),
+    "dit": dict(
+        _class_name="DiTTransformer2DModel", sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2,
+        num_attention_heads=2, attention_head_dim=16, num_embeds_ada_norm=3,
+    ),
+    "unet2d": dict(
+        _class_name="UNet2DModel", sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        down_block_types=["DownBlock2D", "AttnDownBlock2D"], up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+        block_out_channels=[32, 32], attention_head_dim=8, norm_num_groups=8, num_class_embeds=4,
+    ),
 }  # fmt: skip
+OF_CLASSES = "dit", "unet2d"
 
 
 def save_denoiser(folder, name):
@@ -55,8 +65,10 @@ def latent_examples(name, count=10):
 
     return [
         LatentExample(
-            normal(4, 8, 8), normal(5, 32), number, None if name in ("pixart", "flux2") else normal(16),
+            normal(4, 8, 8), None if name in OF_CLASSES else normal(5, 32), number,
+            None if name in ("pixart", "flux2", *OF_CLASSES) else normal(16),
             np.array([1, 1, 1, 1, number % 2], np.float32) if name == "pixart" else None,
             np.array([64, 64, 0, number, 64, 64], np.float32) if name == "unet" else None, f"pictures/{number}.png",
+            np.array(number % 3) if name in OF_CLASSES else None,
         ) for number in range(count)
     ]  # fmt: skip

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from accelerate import init_empty_weights
@@ -67,12 +67,16 @@ class Conditions(NamedTuple):
         pooled: embeddings of the whole texts, [N, P]: SDXL, SD3, FLUX.1.
         mask: 1 for tokens of the text and 0 for padding, [N, T]: PixArt.
         sizes: heights and widths, original and of the target, and where it was cut, [N, 6]: SDXL.
+        labels: numbers of classes, int64 [N]: DiT, UNet2DModel.
+        guidance: scale for models that were distilled with it, [N]; None is 1, which is none: FLUX.
     """
 
-    text: torch.Tensor
+    text: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     sizes: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
 
 class DenoiserModel(OwnBlocks):
@@ -80,6 +84,9 @@ class DenoiserModel(OwnBlocks):
 
     part: ClassVar[str] = "transformer"
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    takes_text: ClassVar[bool] = True  # else numbers of classes, or nothing
+    takes_rectangles: ClassVar[bool] = True  # of several sizes
+    can_stream: ClassVar[bool] = True  # no block's weights are used outside of it
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
@@ -104,6 +111,33 @@ class DenoiserModel(OwnBlocks):
     def device(self) -> torch.device:
         """Where it computes: what is last stands outside of blocks, which may lie elsewhere."""
         return list(self.parameters())[-1].device
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of its latents."""
+        return self.config.in_channels
+
+    @property
+    def multiple(self) -> int:
+        """What height and width of latents are multiples of: of patches."""
+        return self.config.patch_size
+
+    @property
+    def classes(self) -> int:
+        """How many classes it tells apart beside the neutral one, whose number this is; 0 where it knows none."""
+        return 0
+
+    def attention_outside(self) -> list[nn.Module]:
+        """Return the attention layers that are in no block."""
+        return []
+
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one picture's ``Conditions``, by name.
+
+        Args:
+            tokens: of its text.
+        """
+        return {"text": (tokens, self.config.joint_attention_dim)}
 
     def get_input_embeddings(self) -> None:
         """Return none: there are no tokens."""
@@ -136,6 +170,19 @@ class UNet(DenoiserModel):
 
     part = "unet"
 
+    @property
+    def multiple(self) -> int:
+        """See ``DenoiserModel``: it is halved at each level but the first."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See ``DenoiserModel``."""
+        found: dict[str, tuple[int, ...]] = {"text": (tokens, self.config.cross_attention_dim)}
+        if self.config.addition_embed_type == "text_time":
+            pooled = self.config.projection_class_embeddings_input_dim - 6 * self.config.addition_time_embed_dim
+            found |= {"pooled": (pooled,), "sizes": (6,)}
+        return found
+
     def block_paths(self) -> list[str]:
         """See ``OwnBlocks``."""
         unet = self.denoiser
@@ -163,8 +210,69 @@ class UNet(DenoiserModel):
         return self.denoiser(latents, timesteps, conditions.text, added_cond_kwargs=added, return_dict=False)[0]
 
 
+class ClassUNet(UNet):
+    """A U-Net of pixels or latents that knows classes, the last one the neutral, or nothing."""
+
+    takes_text = False
+
+    @property
+    def classes(self) -> int:
+        """See ``DenoiserModel``."""
+        return max(0, (self.config.num_class_embeds or 0) - 1)
+
+    def attention_outside(self) -> list[nn.Module]:
+        """See ``DenoiserModel``: all of them."""
+        return [m for m in self.modules() if isinstance(m, library().models.attention_processor.Attention)]
+
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See ``DenoiserModel``."""
+        return {"labels": ()} if self.config.num_class_embeds else {}
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """See ``DenoiserModel``."""
+        return self.denoiser(latents, timesteps, conditions.labels, return_dict=False)[0]
+
+
+class DiT(DenoiserModel):
+    """DiT: transformer blocks that are told a class. Half of the channels that it may predict are variances.
+
+    diffusers draws anew in each block which classes are left out in training. Here that is the caption's to be, for the
+    whole model (``diffusion.caption_dropout``). The first block's embedding of the class is used behind the last block
+    once more, so that blocks cannot be streamed.
+    """
+
+    takes_text = False
+    takes_rectangles = False
+    can_stream = False
+
+    @property
+    def classes(self) -> int:
+        """See ``DenoiserModel``."""
+        return self.config.num_embeds_ada_norm
+
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See ``DenoiserModel``."""
+        return {"labels": ()}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but for embeddings of classes, which leave out none."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, library().models.embeddings.LabelEmbedding):
+                module.eval()
+        return self
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """See ``DenoiserModel``."""
+        return self.denoiser(latents, timesteps, conditions.labels, return_dict=False)[0][:, : latents.shape[1]]
+
+
 class PixArt(DenoiserModel):
     """PixArt-alpha and -sigma. Half of the channels that it predicts are variances, which are not trained."""
+
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See ``DenoiserModel``."""
+        return {"text": (tokens, self.config.caption_channels), "mask": (tokens,)}
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """See ``DenoiserModel``."""
@@ -178,6 +286,14 @@ class PixArt(DenoiserModel):
 class StableDiffusion3(DenoiserModel):
     """SD3 and SD3.5: blocks with two streams, of which the last one ends the text's."""
 
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See ``DenoiserModel``."""
+        return {**super().condition_shapes(tokens), "pooled": (self.config.pooled_projection_dim,)}
+
+    def idle_layers(self) -> list[str]:
+        """See ``OwnBlocks``: what the last block's text attends to is not used."""
+        return [f"{self.block_paths()[-1]}.attn.add_q_proj"]
+
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """See ``DenoiserModel``."""
         return self.denoiser(latents, conditions.text, conditions.pooled, timesteps, return_dict=False)[0]
@@ -186,10 +302,24 @@ class StableDiffusion3(DenoiserModel):
 class Flux(DenoiserModel):
     """FLUX.1: blocks with two streams, then with one. 2 x 2 latents are a token.
 
-    Models that were distilled with guidance are told to have a guidance of 1: none.
+    Models that were distilled with guidance are told to have a guidance of 1 in training: none.
     """
 
     block_lists = "transformer_blocks", "single_transformer_blocks"
+
+    @property
+    def latent_channels(self) -> int:
+        """See ``DenoiserModel``."""
+        return self.config.in_channels // 4
+
+    @property
+    def multiple(self) -> int:
+        """See ``DenoiserModel``."""
+        return 2
+
+    def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See ``DenoiserModel``."""
+        return {**super().condition_shapes(tokens), "pooled": (self.config.pooled_projection_dim,)}
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """See ``DenoiserModel``."""
@@ -198,7 +328,7 @@ class Flux(DenoiserModel):
         places = _grid(h // 2, w // 2, 3, latents)
         predicted = self.denoiser(
             tokens, conditions.text, conditions.pooled, timesteps / TIMESTEPS, places,
-            places.new_zeros(conditions.text.shape[1], 3), _guidance(self, timesteps), return_dict=False,
+            places.new_zeros(conditions.text.shape[1], 3), _guidance(self, timesteps, conditions), return_dict=False,
         )[0]  # fmt: skip
         return predicted.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
 
@@ -216,7 +346,7 @@ class Flux2(DenoiserModel):
         of_text[:, 3] = torch.arange(len(of_text), device=latents.device)
         predicted = self.denoiser(
             latents.flatten(2).transpose(1, 2), conditions.text, timesteps / TIMESTEPS, places, of_text,
-            _guidance(self, timesteps), return_dict=False,
+            _guidance(self, timesteps, conditions), return_dict=False,
         )[0]  # fmt: skip
         return predicted.transpose(1, 2).reshape(n, c, h, w)
 
@@ -229,13 +359,16 @@ def _grid(height: int, width: int, numbers: int, like: torch.Tensor) -> torch.Te
     return places.view(height * width, numbers)
 
 
-def _guidance(model: DenoiserModel, timesteps: torch.Tensor) -> torch.Tensor | None:
-    return torch.ones_like(timesteps) if model.config.guidance_embeds else None
+def _guidance(model: DenoiserModel, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor | None:
+    if not model.config.guidance_embeds:
+        return None
+    return torch.ones_like(timesteps) if conditions.guidance is None else conditions.guidance
 
 
 DENOISERS: dict[str, type[DenoiserModel]] = {
     "UNet2DConditionModel": UNet, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": StableDiffusion3,
     "FluxTransformer2DModel": Flux, "Flux2Transformer2DModel": Flux2,
+    "DiTTransformer2DModel": DiT, "UNet2DModel": ClassUNet,
 }  # fmt: skip
 _ALIKE = PixArt, Flux, Flux2
 
@@ -314,6 +447,15 @@ def _of_config(kind: type[nn.Module], config: Mapping) -> nn.Module:
 def _skeleton(spec: DenoiserSpec) -> DenoiserModel:
     with torch.device("meta"):
         return _build(spec)
+
+
+def skeleton_of(spec: DenoiserSpec) -> DenoiserModel:
+    """Return a model on the meta device to be asked and not to be changed: it is everybody's.
+
+    Raises:
+        ModelError: see ``meta_denoiser``.
+    """
+    return _skeleton(spec)
 
 
 def meta_denoiser(spec: DenoiserSpec) -> DenoiserModel:

@@ -313,7 +313,9 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     if checkpointed < streamed:
         raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_layers, or lower "
                          "memory.uncheckpointed_layers with memory.checkpointing=block or selective")  # fmt: skip
-    device = device_of(model) if of_model is None else next(p for p in model.parameters() if p.requires_grad).device
+    parameters = list(model.parameters())
+    trained = next((p for p in parameters if p.requires_grad), parameters[-1])  # the last one stands outside of blocks
+    device = device_of(model) if of_model is None else trained.device
     host = HostStore(device, options.offload_folder) if options.offload_checkpoints else None
     skipping: dict[tuple, Skipping] = defaultdict(Skipping)  # what is learned of one block holds for its kind
     selective, segments = options.checkpointing == "selective", Segments(options.layers_per_checkpoint, checkpointed)

@@ -21,6 +21,10 @@ class OwnBlocks(nn.Module):
         """Return the paths of the blocks, in the order in which they run."""
         raise NotImplementedError
 
+    def idle_layers(self) -> list[str]:
+        """Return the paths of layers whose output nothing uses, so that they cannot learn."""
+        return []
+
     def run_blocks(self, calls: Mapping[nn.Module, Callable]) -> None:
         """Have blocks run by ``calls[block](block, *inputs)`` wherever gradients are recorded, all others as they are.
 

@@ -1,8 +1,8 @@
 """The workload that is a denoiser: latents are given noise, and the model says which it was.
 
-An example is one picture and one sequence of length 1, since all pictures of a run have one size and all texts one
-length: memory depends on how many there are. Text encoders and autoencoder have done their part before
-(``data.latents``).
+An example is one picture and one sequence of length 1: all texts of a run have one length, and pictures, of which a
+plan takes the largest, about one area, so that memory depends on how many there are. Those of other aspect ratios in a
+micro-batch run one shape after the other. Text encoders and autoencoder have done their part before (``data.latents``).
 
 With x the latents, e noise of a standard normal distribution, and (a, s) how much there is of either at a timestep t:
 
@@ -33,7 +33,8 @@ from torch import nn
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import blocks_of, in_blocks, linear_layers
 from qlora_lite.adapters.method import AdapterMethod
-from qlora_lite.data.latents import LatentExample, LatentShapes, check_shapes, stacked
+from qlora_lite.data.batch import Extent
+from qlora_lite.data.latents import LatentExample, LatentSet, LatentShapes, check_shapes, stacked
 from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
 from qlora_lite.models.denoisers import (
     TIMESTEPS,
@@ -43,12 +44,14 @@ from qlora_lite.models.denoisers import (
     blocks_alike,
     count_blocks,
     meta_denoiser,
+    skeleton_of,
     with_depth,
 )
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.skeleton import give_storage
 from qlora_lite.ops.fused_attention import PlannedAttention
 
+from .causal_lm import TRAINED_WEIGHTS
 from .settings import TrainSettings
 from .workload import ONLY_BLOCKS, BatchShape, LossSum, Objective, Workload
 
@@ -69,12 +72,26 @@ class Draw(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """A batch, in host memory: latents and noise [N, C, H, W], what a ``Draw`` has [N], and conditions."""
+    """A batch, in host memory: latents and noise [N, C, H, W], what a ``Draw`` has [N], and conditions.
+
+    ``others``: pictures of other shapes, likewise.
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
     draws: Draw  # of tensors, float32 [N]
     conditions: Conditions
+    others: tuple["Noised", ...] = ()
+
+    @property
+    def parts(self) -> tuple["Noised", ...]:
+        """Batches of one shape each."""
+        return self, *self.others
+
+    @property
+    def count(self) -> int:
+        """How many pictures there are."""
+        return sum(len(part.latents) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -197,18 +214,29 @@ class Denoiser(Workload):
 
     Args:
         spec: of the model; see ``models.denoisers.spec_of``.
-        shapes: of the examples; see ``data.latents.shapes_of``.
+        shapes: of the examples, with the largest latents; see ``data.latents.shapes_of``.
+        caption_dropout: share of examples that are told ``neutral`` in training, drawn anew in each step.
+        pixels_per_latent: of the edge of a latent, which sizes of pictures follow from.
+        neutral: an example whose text (or class) is none.
     """
 
     spec: DenoiserSpec
     shapes: LatentShapes
     objective: DenoisingLoss = field(default_factory=DenoisingLoss)
     method: AdapterMethod = field(default_factory=Lora)
+    caption_dropout: float = 0.0
+    pixels_per_latent: int = 1
+    neutral: LatentExample | None = None
 
     name: ClassVar[str] = "denoiser"
     has_large_inputs: ClassVar[bool] = True
-    # diffusers' blocks take more than one tensor, so that none goes on where another ended
-    fixed_options: ClassVar[Mapping[str, object]] = {**ONLY_BLOCKS, "layers_per_checkpoint": 1}
+
+    @property
+    def fixed_options(self) -> Mapping[str, object]:
+        """See ``Workload``: blocks take more than one tensor, so that none goes on where another ended."""
+        found = {**ONLY_BLOCKS, "layers_per_checkpoint": 1, "stream_from": "host"}
+        found |= dict(TRAINED_WEIGHTS) if self.method.trains_base else {}
+        return found if skeleton_of(self.spec).can_stream else {**found, "resident_layers": None}
 
     @property
     def depth(self) -> int:
@@ -242,25 +270,42 @@ class Denoiser(Workload):
         """See ``Workload``."""
         return [example.place for example in examples]
 
+    def enlarged(self, examples: Sequence[LatentExample], most: Extent) -> Sequence[LatentExample]:
+        """Return pictures of the largest shape."""
+        largest = np.zeros(self.shapes.latents, np.float32)
+        return [replace(example, latents=largest) for example in examples]
+
     def collate(self, examples: Sequence[LatentExample]) -> Noised:
         """Return pictures with noise that is the same at each evaluation."""
-        return self.training_batch(examples, *EVALUATION)
+        return self._batch(examples, *EVALUATION, 0.0)
 
     def training_batch(self, examples: Sequence[LatentExample], seed: int, step: int) -> Noised:
         """Return pictures with the noise of a step."""
-        draws, noise = [], []
+        return self._batch(examples, seed, step, self.caption_dropout)
+
+    def _batch(self, examples: Sequence[LatentExample], seed: int, step: int, dropout: float) -> Noised:
+        shapes: dict[tuple[int, ...], list[LatentExample]] = {}
+        for example in examples:
+            shapes.setdefault(example.latents.shape, []).append(example)
+        first, *others = (self._of_one_shape(group, seed, step, dropout) for group in shapes.values())
+        return first._replace(others=tuple(others))
+
+    def _of_one_shape(self, examples: Sequence[LatentExample], seed: int, step: int, dropout: float) -> Noised:
+        draws, noise, told = [], [], []
         for example in examples:
             generator = _generator(seed, step, example.number)
             draws.append(self.objective.draw(generator))
-            noise.append(torch.randn(self.shapes.latents, generator=generator))
-        latents, *conditions, sizes = (stacked(examples, name) for name in LatentShapes._fields)
-        conditions = [None if each is None else each.to(self.compute_dtype) for each in conditions]
+            noise.append(torch.randn(example.latents.shape, generator=generator))
+            is_dropped = dropout and self.neutral and float(torch.rand((), generator=generator)) < dropout
+            told.append(self.neutral if is_dropped and self.neutral else example)
+        latents, sizes = (stacked(examples, name) for name in ("latents", "sizes"))
         numbers = Draw(*(torch.tensor(column, dtype=torch.float32) for column in zip(*draws, strict=True)))
-        return Noised(latents.float(), torch.stack(noise), numbers, Conditions(*conditions, sizes))
+        conditions = conditions_of(told, self.compute_dtype)._replace(sizes=sizes)
+        return Noised(latents.float(), torch.stack(noise), numbers, conditions)
 
     def shape(self, batch: Noised) -> BatchShape:
         """Return how many pictures there are."""
-        return BatchShape((1,) * len(batch.latents), len(batch.latents))
+        return BatchShape((1,) * batch.count, batch.count)
 
     def full_pack(self, tokens: int, packing: bool) -> BatchShape:
         """Return the shape of one picture, or of so many that are evaluated at once."""
@@ -278,15 +323,23 @@ class Denoiser(Workload):
             return None if each is None else torch.zeros(len(shape.lengths), *each, dtype=dtype, device=device)
 
         s, dtype = self.shapes, self.compute_dtype
-        conditions = Conditions(zeros(s.text, dtype), zeros(s.pooled, dtype), zeros(s.mask, dtype), zeros(s.sizes))
+        told = zeros(s.text, dtype), zeros(s.pooled, dtype), zeros(s.mask, dtype), zeros(s.sizes)
+        conditions = Conditions(*told, zeros(s.labels, torch.int64))
         return Noised(zeros(s.latents), zeros(s.latents), Draw(*(zeros(()) for _ in Draw._fields)), conditions)
 
     def weight(self, inputs: Noised) -> float:
         """Return how many pictures there are."""
-        return len(inputs.latents)
+        return inputs.count
 
     def loss(self, model: DenoiserModel, inputs: Noised) -> LossSum:
         """Return the sum of the losses of the pictures."""
+        first, *others = (self._loss(model, part) for part in inputs.parts)
+        for each in others:
+            metrics = {name: value + each.metrics[name] for name, value in first.metrics.items()}
+            first = LossSum(first.sum + each.sum, metrics)
+        return first
+
+    def _loss(self, model: DenoiserModel, inputs: Noised) -> LossSum:
         inputs = self._on_device(model, inputs)
         noisy = _each(inputs.draws.signal) * inputs.latents + _each(inputs.draws.noise) * inputs.noise
         predicted = model(noisy.to(self.compute_dtype), inputs.draws.timestep, inputs.conditions)
@@ -304,11 +357,11 @@ class Denoiser(Workload):
         self.method.apply(model)
         if device.type != "meta":
             give_storage(model, device)
-        place(model, device, options, self.blocks(model))
+        place(model, device, options, self.blocks(model), trains_base=self.method.trains_base)
         set_memory_options(model, options, self.blocks(model))
         if device.type == "meta":
-            for block in self.blocks(model):
-                PlannedAttention().during(block)
+            for module in (*self.blocks(model), *model.attention_outside()):
+                PlannedAttention().during(module)
         return model
 
     def blocks(self, model: DenoiserModel) -> list[nn.Module]:
@@ -326,7 +379,7 @@ class Denoiser(Workload):
                              "one")  # fmt: skip
         if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), LatentExample | None):
             raise DataError(f"examples is {type(examples).__name__}; give a list of data.latents.LatentExample")
-        check_shapes(examples, self.shapes)
+        check_shapes(examples[:1] if isinstance(examples, LatentSet) else examples, self.shapes)
 
     def check_model(self, model: DenoiserModel, settings: TrainSettings) -> None:
         """Set the memory options; the model computes as diffusers wrote it, so that there is nothing to compare.
@@ -337,6 +390,13 @@ class Denoiser(Workload):
         if self.compute_dtype == torch.float16:
             raise TrainingError("denoisers are trained in bfloat16 or float32: set model.compute_dtype to one of them")
         set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
+
+
+def conditions_of(examples: Sequence[LatentExample], dtype: torch.dtype) -> Conditions:
+    """Return what a denoiser is told of some examples, in the type that it computes in."""
+    text, pooled, mask, sizes, labels = (stacked(examples, name) for name in LatentShapes._fields[1:])
+    computed = (None if each is None else each.to(dtype) for each in (text, pooled, mask))
+    return Conditions(*computed, sizes, labels)
 
 
 def _generator(seed: int, step: int, number: int) -> torch.Generator:

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 import diffusers
 import peft
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
-from tiny_denoisers import CONFIGS, latent_examples, save_denoiser
+from tiny_denoisers import CONFIGS, OF_CLASSES, latent_examples, save_denoiser
 
 from qlora_lite.adapters.diffusers_files import save_for_diffusers
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
@@ -42,7 +42,9 @@ LOSSES = {
     "v": DenoisingLoss("v", weighting="min_snr"), "flow": DenoisingLoss("flow", "logit_normal", shift=3.0),
     "cosmap": DenoisingLoss("flow", weighting="cosmap"), "sigma_sqrt": DenoisingLoss("flow", weighting="sigma_sqrt"),
 }  # fmt: skip
-USUAL = {"unet": "min_snr", "pixart": "epsilon", "sd3": "flow", "flux": "flow", "flux2": "cosmap"}
+USUAL = {"unet": "min_snr", "pixart": "epsilon", "sd3": "flow", "flux": "flow", "flux2": "cosmap", "dit": "epsilon",
+         "unet2d": "min_snr"}  # fmt: skip
+NOT_LOADED = "pixart", *OF_CLASSES  # families that diffusers loads no LoRA file into
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,8 @@ def predicted_by(model, name, noisy, timesteps, given):
         return model(noisy, timestep=timesteps, encoder_hidden_states=given.text,
                      pooled_projections=given.pooled).sample  # fmt: skip
     n, c, h, w = noisy.shape
+    if name in OF_CLASSES:
+        return model(noisy, timesteps.long(), given.labels).sample[:, :c]
     if name == "flux":
         pipe = diffusers.FluxPipeline
         out = model(
@@ -115,6 +119,15 @@ def predicted_by(model, name, noisy, timesteps, given):
         txt_ids=pipe._prepare_text_ids(given.text), img_ids=places,
     ).sample  # fmt: skip
     return pipe._unpack_latents_with_ids(out, places)
+
+
+def in_step(model):
+    """Return diffusers' model in training mode, but for the classes that DiT would leave out."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, diffusers.models.embeddings.LabelEmbedding):
+            module.dropout_prob = 0
+    return model
 
 
 def reference_step(model, name, loss, batch):
@@ -159,7 +172,7 @@ def test_loss_and_gradients_are_those_of_a_training_step_of_diffusers(folders, f
         their_layer.lora_B.default.weight.data.copy_(layer.lora_B)
     batch = work.training_batch(latent_examples(family)[:4], 0, 1)
     ours = accumulate_gradients(work, model.train(), [batch])
-    expected = reference_step(theirs.train(), family, work.objective, batch)
+    expected = reference_step(in_step(theirs), family, work.objective, batch)
     assert float(ours.loss) == pytest.approx(expected, rel=1e-5)
     for (name, layer), path in zip(layers.items(), paths, strict=True):
         their_layer = theirs.get_submodule(path)
@@ -213,6 +226,10 @@ def test_it_is_planned_and_holds_to_the_plan(folders, family, quant):
                          ids=["streamed", "offloaded"])  # fmt: skip
 def test_what_goes_to_host_memory_holds_to_the_plan(folders, family, options):
     tried = case(folders, family, "nf4")
+    if family == "dit" and options.resident_layers is not None:  # whose blocks are not for that
+        with pytest.raises(TrainingError, match="has no resident_layers to set"):
+            placed(tried, options).check()
+        return
     trainer, work = placed(tried, options), tried.workload
     largest, evaluation = largest_batches(work, tried.examples, tried.examples, trainer.epochs)
     accumulates = trainer.settings.gradient_accumulation_steps > 1
@@ -268,7 +285,7 @@ def test_diffusers_computes_the_same_with_the_adapter_file(folders, family, tmp_
     batch = work.collate(latent_examples(family)[:2])
     theirs, plain = in_diffusers(folders[family], family), in_diffusers(folders[family], family)
     asked = family, batch.latents, batch.draws.timestep, batch.conditions
-    if family == "pixart":  # which diffusers loads no LoRA file into
+    if family in NOT_LOADED:
         paths = [name.partition(".")[2] for name, _ in lora_layers(model)]
         peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=4, target_modules=paths), theirs)
         weights = {name.partition(".")[2]: tensor for name, tensor in load_file(path).items()}

@@ -144,7 +144,8 @@ def add_lora(
     wanted = _as_targets(targets)
     _check_factors(rank, alpha, dropout, dtype)
     layers, experts, kind = linear_layers(model), expert_weights(model), DoraLinear if dora else LoraLinear
-    chosen = choose_layers(layers, experts, wanted, usually_adapted(model))
+    idle = set(model.idle_layers()) if isinstance(model, OwnBlocks) else set()
+    chosen = choose_layers(layers, experts, wanted, usually_adapted(model) - idle)
     adapted = experts.keys() & chosen.keys()
     if adapted and (dropout or dora):
         is_set, cure = ("adapter.method dora", "to lora") if dora else (f"lora.dropout {dropout:g}", "to 0")
