@@ -29,4 +29,9 @@ WITH_VISION: dict[tuple[str, str], tuple[object, ...]] = {  # of a recipe whose 
     ("data", "streaming"): (False,), ("train", "objective"): ("sft",), ("train", "compile"): (False,),
     ("train", "metrics_examples"): (0,), ("train", "merge_aware"): ("off",),
 }  # fmt: skip
+WITH_DENOISERS: dict[tuple[str, str], tuple[object, ...]] = {  # of one whose model is a denoiser, likewise
+    ("data", "augment"): ("none",), ("memory", "optimizer_in_backward"): (False,),
+    ("memory", "layers_per_checkpoint"): (1,), ("memory", "stream_from"): ("host",),
+    ("model", "compute_dtype"): ("bfloat16", "float32"), ("model", "keep_16bit"): ([],),
+}  # fmt: skip
 OF_CHATS = ("data", "template"), ("data", "train_on"), ("data", "train_on_end")  # of those, what rewards have a use for

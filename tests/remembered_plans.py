@@ -6,6 +6,12 @@ import qlora_lite.prepare.ranks
 from qlora_lite.planning import simulate
 
 
+def _shown(spec):
+    """A spec with all of its configuration; a denoiser's is text already."""
+    config = spec.config
+    return spec if isinstance(config, str) else replace(spec, config=config.to_json_string(use_diff=False))
+
+
 def remember_simulations(setattr_=setattr) -> dict:
     """Put a memory before the simulation of a step at some depth.
 
@@ -21,7 +27,7 @@ def remember_simulations(setattr_=setattr) -> dict:
         if timeline:
             return real(job, timeline)
         spec = job.workload.spec  # which is not shown
-        key = repr((job, replace(spec, config=spec.config.to_json_string(use_diff=False))))
+        key = repr((job, _shown(spec)))
         if key not in known:
             known[key] = real(job)
         return known[key]

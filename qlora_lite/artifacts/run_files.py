@@ -10,13 +10,15 @@ Layer L0: the standard library only.
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 METRICS_DIGEST = "metrics_sha256"  # of the file's bytes, in the summary of a run that ended and in a checkpoint
 DAMAGE = "damage.json"  # what four bits cost, where `qlora-lite damage` was asked for the run
 PICTURES = "pictures.json"  # what a report shows of held-out pictures, where rows are such
+SAMPLES = "samples"  # folder of pictures that a denoiser drew before and after training
+SAMPLES_INDEX = "samples.json"  # of that folder: prompts, and the pictures as data URIs
 FILES = RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
@@ -30,6 +32,7 @@ class RunFiles:
     problems: list[str]
     damage: dict[str, Any]
     pictures: dict[str, Any]
+    samples: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -49,7 +52,8 @@ def read_run(run_dir: Path) -> RunFiles:
         problems.append(f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read.")
     damage = _json_object(_read(run_dir / DAMAGE, [])) or {}
     pictures = _json_object(_read(run_dir / PICTURES, [])) or {}
-    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, damage, pictures)
+    samples = _json_object(_read(run_dir / SAMPLES / SAMPLES_INDEX, [])) or {}
+    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, damage, pictures, samples)
 
 
 def _read(path: Path, problems: list[str]) -> str:

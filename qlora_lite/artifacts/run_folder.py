@@ -35,7 +35,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.terminal import LogFormatter
 from qlora_lite.train.checkpoints import CHECKPOINTS, folder_of, newest_whole, steps_on_disk
 
-from .run_files import METRICS, RECIPE, SUMMARY
+from .run_files import METRICS, RECIPE, SAMPLES, SUMMARY
 
 log = logging.getLogger("qlora_lite")
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
@@ -51,7 +51,7 @@ LOG = "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
 _OUTPUTS = (
     METRICS, SUMMARY, TEMPLATE, "report.html", "data.html", "data.json", ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST,
-    CHECKPOINTS,
+    CHECKPOINTS, SAMPLES,
 )  # fmt: skip
 VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 
@@ -296,7 +296,7 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
     if not isinstance(summary, dict) or summary.get("status") != COMPLETE:
         return False
     adapter = path / trained_folders(recipe)[0]
-    is_there = _holds_weights(adapter) and any(adapter.glob("*.safetensors"))
+    is_there = _holds_weights(adapter) and weights_sha256(adapter) is not None
     is_whole = is_same and is_there and _is_as_written(adapter)
     if not is_whole and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to continue from; choose another output.dir")
@@ -311,13 +311,17 @@ def trained_folders(recipe: Recipe) -> tuple[str, str]:
 
 
 def _holds_weights(folder: Path) -> bool:
-    name = "config.json" if folder.name in (MODEL, MODEL_LAST) else ADAPTER_CONFIG
-    return (folder / name).is_file()
+    names = ("config.json", "model_index.json") if folder.name in (MODEL, MODEL_LAST) else (ADAPTER_CONFIG,)
+    return any((folder / name).is_file() for name in names)
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """Return the SHA-256 of the safetensors file of a folder, of several files that of theirs; None without any."""
-    digests = [sha256(file) for file in sorted(folder.glob("*.safetensors"))]
+    """Return the SHA-256 of the safetensors file of a folder, of several files that of theirs; None without any.
+
+    Of a diffusion pipeline's folder it is the denoiser's.
+    """
+    files = [file for part in (".", "transformer", "unet") for file in (folder / part).glob("*.safetensors")]
+    digests = [sha256(file) for file in sorted(files)]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest() if len(digests) > 1 else next(iter(digests), None)
 
 

@@ -35,6 +35,7 @@ from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import first_lora_weights
 from qlora_lite.prepare.build import (
+    base_files,
     build_skeleton,
     build_to_use,
     compute_dtype_of,
@@ -242,7 +243,8 @@ class TrainedRun:
 
 
 def open_trained(
-    run: str | Path, model_path: str | None = None, unfinished: bool = False, has_head: bool | None = False
+    run: str | Path, model_path: str | None = None, unfinished: bool = False, has_head: bool | None = False,
+    draws: bool = False,
 ) -> TrainedRun:  # fmt: skip
     """Open a run for use, or an adapter alone.
 
@@ -251,6 +253,7 @@ def open_trained(
         model_path: where the base model is, if not where the run or the adapter says.
         unfinished: take the best adapter so far, else the last, of a run that did not reach its end.
         has_head: what is wanted: a head that labels texts, or (False) a language model; None takes either.
+        draws: a denoiser is wanted.
 
     Raises:
         RecipeError: it is no such folder, has no adapter, or the run did not reach its end.
@@ -263,7 +266,7 @@ def open_trained(
         require_kind(alone.recipe, folder, has_head)
         return alone
     opened = open_run(folder)
-    require_kind(opened.recipe, folder, has_head)
+    require_kind(opened.recipe, folder, has_head, draws)
     if (status := opened.summary.get("status")) != "complete" and not unfinished:
         raise RecipeError(
             f"the run {folder} did not finish (status {status}); add --unfinished to use its adapter "
@@ -275,7 +278,7 @@ def open_trained(
         return _open_whole(folder, opened, model_path)
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
-        files = locate(recipe.model.path, recipe.model.revision)
+        files = base_files(recipe)
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
         raise ModelError(moved if model_path else f"{moved}. Give its new location with --model PATH") from error
@@ -284,16 +287,22 @@ def open_trained(
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
 
 
-def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None) -> None:
+def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None, draws: bool = False) -> None:
     """Check that a recipe is of what is wanted.
 
     Args:
         name: of the recipe or run, for messages.
-        has_head: see ``open_trained``.
+        has_head, draws: see ``open_trained``.
 
     Raises:
-        RecipeError: it has a head where a language model is wanted, or the other way round.
+        RecipeError: it is of another kind.
     """
+    if draws and not recipe.generates_pictures:
+        raise RecipeError(f"{name} is of task.kind {recipe.task.kind}, and draws no pictures")
+    if recipe.generates_pictures:
+        if draws:
+            return
+        raise RecipeError(f"{name} draws pictures (task.kind {recipe.task.kind}): use `qlora-lite generate`")
     if has_head is False and recipe.problem is not None:
         what = f"labels {'pictures' if recipe.of_pictures else 'texts'} (task.kind {recipe.task.kind})"
         raise RecipeError(f"{name} {what}, and writes no answers: use `qlora-lite predict` or `evaluate`, or its "
@@ -306,7 +315,7 @@ def _open_whole(folder: Path, opened: OpenedRun, model_path: str | None) -> Trai
     if model_path:
         raise ModelError(f"{folder} has a whole model, and needs no base model: leave out --model")
     recipe, path = _where_it_lies_now(_as_it_ran(opened), str(opened.adapter)), opened.recipe.model.path
-    files = locate(recipe.model.path)
+    files = base_files(recipe)
     return TrainedRun(folder.resolve().name, recipe, None, opened.end_token_ids, files, began_as=path)
 
 
@@ -474,6 +483,8 @@ def _as_it_ran(opened: OpenedRun) -> Recipe:
     recipe = opened.recipe
     if recipe.problem not in (None, PROBLEMS["regression"]) and (labels := opened.summary.get("labels")):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(labels)})})
+    if recipe.generates_pictures and (names := opened.summary.get("classes")):
+        recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(names)})})
     try:
         return with_plan(recipe, opened.summary["plan"]["chosen"])
     except (KeyError, TypeError, CheckpointError):

@@ -4,10 +4,13 @@ import sys
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 import click
 
-from qlora_lite.errors import DataError, DoesNotFitError, ModelError
+from qlora_lite.artifacts.run_files import RECIPE
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
+from qlora_lite.recipe.load import load_recipe
 
 from .options import context_option, model_option
 from .output import echo, echo_exactly, importing, prepare, step_progress
@@ -58,7 +61,11 @@ def _of_a_conversation(command):
     metavar="FILE",
     help="File of prompts to answer: text (one per line), JSONL, CSV or Parquet.",
 )
-@click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="JSONL file for the answers to --prompts.")
+@click.option(
+    "--out", type=click.Path(), metavar="FILE",
+    help="JSONL file for the answers to --prompts; of a run that draws pictures a .png file for --prompt, or a folder "
+    "for those of --prompts.",
+)  # fmt: skip
 @click.option("--column", help="Column of --prompts with the prompt, if its name does not say so.")
 @click.option("--overwrite", is_flag=True, help="Start over if --out exists; otherwise it is continued.")
 @click.option("--base", is_flag=True, help="Leave out the run's adapter.")
@@ -67,14 +74,24 @@ def _of_a_conversation(command):
     type=click.IntRange(min=0),
     help="Random seed, for a temperature above 0.  [default: 0 with --prompts, else random]",
 )
+@click.option("--steps", type=click.IntRange(min=1), help="Steps for a picture.  [default: the run's]")
+@click.option("--guidance", type=click.FloatRange(min=1), help="Scale of guidance for a picture.  [default: the run's]")
 @_of_a_conversation
 def generate(run: str, prompt: str | None, prompts: str | None, out: str | None, column: str | None, overwrite: bool,
-             base: bool, seed: int | None, **options) -> None:  # fmt: skip
+             base: bool, seed: int | None, steps: int | None, guidance: float | None, **options) -> None:  # fmt: skip
     """Answer one prompt, or a file of prompts.
 
     RUN is a run folder, or an adapter folder in the PEFT format. For a RECIPE, or a MODEL (a name, a folder or a .gguf
-    file), the base model answers without an adapter.
+    file), the base model answers without an adapter. A RUN of task.kind image-generation draws a picture.
     """
+    if _draws_pictures(Path(run)):
+        changed = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+        _draw(run, prompt, prompts, out, base, 0 if seed is None else seed, changed, options["model_path"])
+        return
+    if steps is not None or guidance is not None:
+        raise click.UsageError("--steps and --guidance are for a run that draws pictures (task.kind image-generation)")
+    if out is not None and Path(out).is_dir():
+        raise click.UsageError(f"--out {out} is a folder; name a JSONL file")
     if (prompt is None) == (prompts is None):
         raise click.UsageError("give --prompt TEXT, or --prompts FILE with --out FILE")
     if (prompts is None) != (out is None):
@@ -90,6 +107,38 @@ def generate(run: str, prompt: str | None, prompts: str | None, out: str | None,
     answer = session.reply(show)
     if not show:
         echo_exactly(answer)
+
+
+def _draws_pictures(folder: Path) -> bool:
+    """Return whether a folder is that of a run of a denoiser."""
+    try:
+        return load_recipe(folder / RECIPE, check_files=False).generates_pictures
+    except RecipeError:
+        return False
+
+
+def _draw(
+    run: str, prompt: str | None, prompts: str | None, out: str | None, base: bool, seed: int, changed: dict,
+    model_path: str | None,
+) -> None:  # fmt: skip
+    """Draw a picture of each prompt."""
+    if (prompt is None) == (prompts is None) or out is None:
+        raise click.UsageError(f"{run} draws pictures: give --prompt TEXT and --out FILE.png, or --prompts FILE and "
+                               "--out FOLDER")  # fmt: skip
+    if prompts is None and Path(out).suffix.lower() != ".png":
+        raise click.UsageError(f"--out {out}: the picture of --prompt is a .png file")
+    texts = Path(prompts).read_text(encoding="utf-8").splitlines() if prompts is not None else [prompt or ""]
+    prepare(verbose=False)
+    with importing():
+        from qlora_lite.inference.draw import draw_prompts, write_pictures
+
+    with step_progress("loading"):
+        pictures = draw_prompts(run, texts, seed, changed, base, model_path)
+    folder = Path(out).parent if prompts is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number:04}.png" for number in range(1, len(texts) + 1)] if prompts else [Path(out).name]
+    write_pictures(pictures, [folder / name for name in names])
+    echo(f"{len(pictures):,} picture{'s' if len(pictures) > 1 else ''} drawn in {out}")
 
 
 def _answer_file(

@@ -15,7 +15,7 @@ from qlora_lite.memory.gpus import LINK, LINKS, NETWORK
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
-from qlora_lite.recipe.schema import WITH_VIRTUAL_TOKENS, Recipe
+from qlora_lite.recipe.schema import GENERATING_PICTURES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.terminal import printable
 from qlora_lite.units import format_bytes, format_seconds, parse_bytes
 
@@ -182,6 +182,10 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
         near = [name for name in (closest_recipe(named), *nearest(named)) if name]
         meant = f"did you mean {', '.join(near)}?" if near else "see qlora-lite recipes list, and plan --models."
         raise RecipeError(f"no recipe or known model is called {named!r}; {meant} {CONFIG_IS_ENOUGH}")
+    if path.is_dir() and (path / "model_index.json").is_file():
+        task = {"kind": GENERATING_PICTURES}
+        settings = {"model": {"path": os.path.abspath(path)}, "task": task, "data": {"train": "not-read"}}
+        return recipe_of(settings, overrides, named)
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{named} has no config.json; name a recipe's .yaml file, or a model's folder")
     is_local = path.is_dir() or (is_gguf and not named.startswith(PACKAGE_PREFIX))
@@ -202,10 +206,14 @@ def _title(settings, machine) -> str:
 
 
 def _length(settings) -> str:
+    from qlora_lite.prepare.recipe_denoiser import fit_of
     from qlora_lite.prepare.recipe_head import picture_processor
 
     if not settings.of_pictures:
         return f"{settings.data.max_tokens:,} tokens"
+    if settings.generates_pictures:
+        height, width = fit_of(settings).largest
+        return f"{settings.train.micro_batch_size:,} pictures of {height} x {width} pixels"
     processor = picture_processor(settings)
     return f"{settings.train.micro_batch_size:,} pictures of {processor.height} x {processor.width} pixels"
 

@@ -74,21 +74,24 @@ def _result(folder, summary: dict) -> str:
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
     lines += _rewards(summary.get("eval_metrics", {})) + _metrics(summary.get("metrics", {}))
+    draws = "picture_size" in summary
     skipped, kind = summary["skipped_steps"], "model" if "model_sha256" in summary else "adapter"
     merge = "merge, " if kind == "adapter" else ""
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
-        f"{'speed':24} {summary['tokens_per_second']:.0f} tokens/s",
+        f"{'speed':24} {summary['tokens_per_second']:.{1 if draws else 0}f} {'pictures' if draws else 'tokens'}/s",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{kind:24} {folder / kind}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
-        f"{'next':24} {_next(summary, shlex.quote(str(folder)), merge)}",
+        f"{'next':24} {_next(summary, shlex.quote(str(folder)), merge, draws)}",
     ]
     return "\n".join(lines)
 
 
-def _next(summary: dict, folder: str, merge: str) -> str:
+def _next(summary: dict, folder: str, merge: str, draws: bool) -> str:
+    if draws:
+        return f"qlora-lite generate {folder} --prompt TEXT --out FILE.png"
     if "labels" in summary:
         return f"qlora-lite predict {folder} --rows FILE --out FILE (or evaluate)"
     return f"qlora-lite chat {folder} (or generate, evaluate, {merge}export, serve)"

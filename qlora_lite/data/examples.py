@@ -26,6 +26,7 @@ import numpy as np
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import replacing_folder
 
+from .captions import Fit
 from .encode import make_examples
 from .example_checks import NOTHING_TO_LEARN, check_examples
 from .picture_reader import PictureReader
@@ -123,6 +124,7 @@ def read_examples(
     problem: str | None = None,
     of_pictures: bool = False,
     pictures: PictureReader | None = None,
+    fit: Fit | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -147,6 +149,7 @@ def read_examples(
             for a language model.
         of_pictures: rows are pictures with labels (``pictures``), which need no tokenizer: give None.
         pictures: what reads the pictures of chats; None refuses rows with some.
+        fit: of pictures with captions in the place of labels, what they are cut to (``captions``).
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -156,7 +159,7 @@ def read_examples(
     """
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow, of_pictures)
     settings = Settings(
-        train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures, pictures
+        train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures, fit, pictures
     )  # fmt: skip
     if pictures:
         sources = [replace(source, with_pictures=True) for source in sources]

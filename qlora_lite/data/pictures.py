@@ -23,7 +23,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import numpy as np
 
 from qlora_lite.errors import DataError
 
+from .captions import CAPTION_COLUMNS, CAPTIONS, Fit, caption_in, caption_of, metadata_of
 from .data_files import READER_OF_SUFFIX, data_suffix
 from .fields import columns_of, fill
 from .hub import PREFIX
@@ -86,27 +87,32 @@ def not_read(path: str) -> list[Path]:
 
 
 def read_pictures(
-    source: Source, statistics: Statistics, problem: str, needs_label: bool = True, max_rows: int | None = None
-) -> Iterator[tuple[Picture, str]]:
+    source: Source, statistics: Statistics, problem: str, needs_label: bool = True, max_rows: int | None = None,
+    fit: Fit | None = None,
+) -> Iterator[tuple[Picture, str]]:  # fmt: skip
     """Yield the good pictures of a source in order, each with its content's SHA-256; others are noted.
+
+    Args:
+        fit: of pictures with captions, what they are cut to.
 
     Raises:
         DataError: the source has none, or no columns that are known.
     """
     pillow()
+    source = with_metadata(source) if problem == CAPTIONS else source
     rows = _of_folder if is_folder_of_pictures(source.path) and source.rows is None else _of_table
-    found = islice(rows(source, statistics, problem, needs_label), max_rows)
+    found = islice(rows(source, statistics, problem, needs_label, fit), max_rows)
     with ThreadPoolExecutor(threads()) as pool:
         while True:
             bad_before = statistics.problems.count
             chunk = list(islice(found, _AT_ONCE))
-            looked_at = list(zip(chunk, pool.map(_looked_at, chunk), strict=True))
+            looked_at = list(zip(chunk, pool.map(partial(_looked_at, fit=fit), chunk), strict=True))
             for picture, result in looked_at:
-                statistics.seen_kinds[_kind(picture)] += 1
+                statistics.seen_kinds[_kind(picture, problem)] += 1
                 if isinstance(result, DataError):
                     statistics.problems.add(picture.where, result)
             good = [result for _, result in looked_at if not isinstance(result, DataError)]
-            statistics.kept_kinds.update(_kind(picture) for picture, _ in good)
+            statistics.kept_kinds.update(_kind(picture, problem) for picture, _ in good)
             statistics.kept_files.update(picture.where.rpartition(":")[0] for picture, _ in good)
             statistics.rows_read += len(good) + statistics.problems.count - bad_before
             if not chunk:
@@ -114,14 +120,25 @@ def read_pictures(
             yield from good
 
 
-def _kind(picture: Picture) -> str:
+def with_metadata(source: Source) -> Source:
+    """Return a source that is a folder with a table of its pictures' captions as that table."""
+    is_folder = source.rows is None and is_folder_of_pictures(source.path)
+    table = metadata_of(Path(os.path.expanduser(source.path))) if is_folder else None
+    return replace(source, path=str(table)) if table else source
+
+
+def _kind(picture: Picture, problem: str) -> str:
+    if problem == CAPTIONS:
+        return "with a caption"
     return "with a mask" if picture.mask else f"with the label {picture.label!r}"
 
 
-def _looked_at(picture: Picture) -> tuple[Picture, str] | DataError:
+def _looked_at(picture: Picture, fit: Fit | None) -> tuple[Picture, str] | DataError:
     """Return a picture, its mask described, with the SHA-256 of its file; or what is wrong with either."""
     try:
         size = decode(picture.path).size
+        if fit:
+            fit.size_of(*size)
         if picture.mask:
             picture = replace(picture, label=label_of_mask(picture.mask, size))
         return picture, hashlib.sha256(Path(picture.path).read_bytes()).hexdigest()
@@ -131,7 +148,9 @@ def _looked_at(picture: Picture) -> tuple[Picture, str] | DataError:
         return DataError(f"cannot be read ({error.strerror or error})", BROKEN)
 
 
-def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label: bool) -> Iterator[Picture]:
+def _of_folder(
+    source: Source, statistics: Statistics, problem: str, needs_label: bool, fit: Fit | None
+) -> Iterator[Picture]:
     """Yield the pictures of a folder, each labelled by the folder below it that it lies in."""
     folder = Path(os.path.expanduser(source.path))
     if source.prompt:
@@ -139,6 +158,9 @@ def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label
                         "pictures; remove them, or name the table in it")  # fmt: skip
     if problem == MASKS:
         yield from _with_masks(folder, statistics, needs_label)
+        return
+    if fit:
+        yield from _with_captions(folder, statistics, fit)
         return
     names = {path.relative_to(folder).parts[0].lower() for path in _pictures_in(source.path)}
     if needs_label and len(splits := sorted(names & _SPLITS)) > 1:
@@ -155,6 +177,15 @@ def _of_folder(source: Source, statistics: Statistics, problem: str, needs_label
             statistics.problems.add(where, message, NO_CLASS)
         else:
             yield Picture(str(path), None, where)
+
+
+def _with_captions(folder: Path, statistics: Statistics, fit: Fit) -> Iterator[Picture]:
+    """Yield the pictures of a folder, each with its caption."""
+    for path in _pictures_in(str(folder)):
+        try:
+            yield Picture(str(path), caption_of(path, folder, fit), f"{path}:1")
+        except DataError as error:
+            statistics.problems.add(f"{path}:1", error)
 
 
 def _with_masks(folder: Path, statistics: Statistics, needs_mask: bool) -> Iterator[Picture]:
@@ -175,7 +206,9 @@ def _with_masks(folder: Path, statistics: Statistics, needs_mask: bool) -> Itera
             yield Picture(str(path), None, where, mask and str(mask))
 
 
-def _of_table(source: Source, statistics: Statistics, problem: str, needs_label: bool) -> Iterator[Picture]:
+def _of_table(
+    source: Source, statistics: Statistics, problem: str, needs_label: bool, fit: Fit | None
+) -> Iterator[Picture]:
     """Yield the pictures that the rows of a table name or hold."""
     columns, unused = None, statistics.unused[-1] if statistics.unused else no_counts()
     if source.rows is None and os.path.isdir(os.path.expanduser(source.path)) and not _has_table(source.path):
@@ -185,14 +218,16 @@ def _of_table(source: Source, statistics: Statistics, problem: str, needs_label:
         raise DataError(f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
                         "name one of these")  # fmt: skip
     for where, row in read_rows(source, statistics.problems):
-        columns = columns or picture_columns(row, where, source, needs_label, problem)
+        columns = columns or picture_columns(row, where, source, needs_label and not fit, problem)
         try:
             held, label = columns
             path = file_of(row.get(held), where) if held else relative_file(fill(source.prompt, row), where)
             names = columns_of(source.completion) if label is None and source.completion else ()
             value = row.get(label) if label else (row.get(names[0]) if len(names) == 1 else None)
             mask = None
-            if problem == MASKS:
+            if fit:
+                value = caption_in(row, label or (names[0] if len(names) == 1 else None), fit)
+            elif problem == MASKS:
                 mask = str(file_of(value, where)) if value is not None or needs_label else None
                 value = None
             elif value is not None or needs_label:
@@ -227,7 +262,8 @@ def picture_columns(
             raise DataError(f"{where}: there is no column {whole!r} among {', '.join(map(repr, row))}")
         return whole, None
     held = next((name for name in PICTURE_COLUMNS if name in row), None)
-    label = next((name for name in (MASK_COLUMNS if problem == MASKS else LABEL_COLUMNS) if name in row), None)
+    of = {MASKS: MASK_COLUMNS, CAPTIONS: CAPTION_COLUMNS}.get(problem, LABEL_COLUMNS)
+    label = next((name for name in of if name in row), None)
     if held is None or (label is None and needs_label):
         missing = "no mask" if problem == MASKS else "no label"
         what, columns = "no picture" if held is None else missing, ", ".join(map(repr, row))
@@ -243,7 +279,7 @@ def picture_examples(source: Source, settings: Settings, statistics: Statistics)
         DataError: see ``read_pictures``.
     """
     statistics.unused.append(no_counts())
-    found = read_pictures(source, statistics, settings.problem, max_rows=settings.max_rows)
+    found = read_pictures(source, statistics, settings.problem, max_rows=settings.max_rows, fit=settings.fit)
     while chunk := list(islice(found, _AT_ONCE)):
         yield [example_of(picture, digest) for picture, digest in chunk]
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from .captions import Fit
 from .fast_render import Form
 from .picture_reader import PictureReader
 from .problems import Problems
@@ -41,6 +42,7 @@ class Settings:
     preference: str | None = None  # see ``row_formats.read_conversations``
     problem: str | None = None
     of_pictures: bool = False  # rows are pictures, see ``pictures``
+    fit: Fit | None = None  # of pictures with captions, see ``captions``
     pictures: PictureReader | None = None  # of chats that may hold some
 
 

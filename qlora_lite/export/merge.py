@@ -220,6 +220,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]
     work = workload_of(recipe) if recipe.with_vision else CausalLM()
+    assert isinstance(work, CausalLM)
     return HeldOut(list(eval_batches(work, examples, train_settings(recipe))), len(examples), name, work)
 
 

@@ -65,7 +65,7 @@ def locate(path: str | Path, revision: str | None = None, with_weights: bool = T
     if os.path.isdir(local):
         read_json(local / "config.json")
         return ModelFiles(path, local, _check_weights(local))
-    folder = _download(path, revision, with_weights)
+    folder = download(path, revision, with_weights)
     read_json(folder / "config.json")
     return ModelFiles(path, folder, _downloaded_weights(folder) if with_weights else ())
 
@@ -77,7 +77,12 @@ def _package_file(path: str) -> Path:
         raise ModelError(f"model.path {path!r}: {error.args[0]}") from None
 
 
-def _download(name: str, revision: str | None, with_weights: bool) -> Path:
+def download(name: str, revision: str | None, with_weights: bool) -> Path:
+    """Return the folder in the hub's cache that holds a hub model, of which what is missing is downloaded.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

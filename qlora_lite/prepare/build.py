@@ -28,6 +28,7 @@ from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.cache import base_fingerprint
+from qlora_lite.models.denoisers import load_denoiser
 from qlora_lite.models.gguf_codes import Formats, kept_formats
 from qlora_lite.models.kept import check_kept
 from qlora_lite.models.load import (
@@ -63,8 +64,16 @@ from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preferen
 from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.workload import BatchShape, Workload
 
+from .recipe_denoiser import (
+    FULL_RATE,
+    LORA_RATE,
+    denoiser_of,
+    in_float32_or_bfloat16,
+    pipeline_of,
+    spec_of_recipe,
+)
 from .recipe_head import head_of, part_of, picture_processor, picture_reader
 
 log = logging.getLogger(__name__)
@@ -92,6 +101,8 @@ def learning_rate_of(recipe: Recipe) -> float:
     """
     if recipe.train.learning_rate != "auto":
         return recipe.train.learning_rate
+    if recipe.generates_pictures:
+        return FULL_RATE if recipe.adapter.method == "full" else LORA_RATE
     config, lora = read_config(recipe.model.path, recipe.model.revision), recipe.lora
     if not isinstance(width := getattr(of_blocks(config), "hidden_size", None), int):
         raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
@@ -114,6 +125,8 @@ def fixed_options(recipe: Recipe) -> dict[str, Any]:
 def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Return the type that a recipe's model computes in on a device."""
     m = recipe.model
+    if recipe.generates_pictures:
+        return in_float32_or_bfloat16(resolve_compute_dtype(m.compute_dtype, device))
     asks = m.compute_dtype == "auto" and fast_dtype(device) == torch.float16  # else the model does not matter
     return resolve_compute_dtype(m.compute_dtype, device, read_config(m.path, m.revision).model_type if asks else "")
 
@@ -134,6 +147,11 @@ def build_model(
     device = resolve_device(m.device)
     dtype = compute_dtype_of(recipe, device)
     options = options or MemoryOptions()
+    if recipe.generates_pictures:
+        model = load_denoiser(pipeline_of(recipe, with_weights=True).denoiser, spec_of_recipe(recipe, dtype))
+        add_adapter(recipe, model, adapter)
+        paths = map(model.get_submodule, model.block_paths())
+        return place(model, device, options, list(paths), trains_base=method_of(recipe).trains_base)
     model = load_model(
         m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
         quant_head=m.quant_head, in_files=options.loads_from_files, keep_16bit=m.keep_16bit, start=start_of(recipe),
@@ -198,6 +216,18 @@ def without_start(recipe: Recipe) -> Recipe:
     """Return a recipe whose base is the model as its files have it."""
     unset = {name: Recipe.model_fields["lora"].default.model_dump()[name] for name in ("start", "start_alternations")}
     return recipe.model_copy(update={"lora": recipe.lora.model_copy(update=unset)})
+
+
+def base_files(recipe: Recipe) -> ModelFiles:
+    """Return the files of a recipe's base model.
+
+    Raises:
+        ModelError: see ``locate``, and ``models.pipelines.Pipeline.files``.
+    """
+    m = recipe.model
+    if recipe.generates_pictures:
+        return pipeline_of(recipe, with_weights=True).files(m.path)
+    return locate(m.path, m.revision)
 
 
 def fingerprint_of(recipe: Recipe, files: ModelFiles) -> str:
@@ -300,7 +330,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     """Describe a recipe's training step for the planner; the shape of its micro-batches is the planner's to set.
 
     Args:
-        config: transformers configuration of the model.
+        config: transformers configuration of the model; None of a denoiser.
         machine: planned for.
         eval_shape: of the largest evaluation batch, None without one.
 
@@ -309,6 +339,18 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
             compute in float16 and update LoRA weights in backward; or see ``build_skeleton``.
     """
     m, t = recipe.model, recipe.train
+
+    def job(work: Workload) -> Job:
+        return Job(
+            work, BatchShape((1,), 1), eval_shape, machine.device_type,
+            t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
+            saved_adapters=1 if eval_shape is None else 2,
+        )  # fmt: skip
+
+    if recipe.generates_pictures:
+        auto = in_float32_or_bfloat16(machine.dtype)
+        dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
+        return job(denoiser_of(recipe, method_of(recipe), dtype))
     quant, double_quant = quantization_of(recipe, config.to_dict())
     refuse_stored(start_of(recipe), stored_quantization(config.to_dict()))
     auto = auto_dtype(machine.dtype, config.model_type)
@@ -328,20 +370,18 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         chosen_layers(without_weights(config), targets_of(recipe), recipe.lora.rank, recipe.lora.alpha)
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
-    return Job(
-        workload_of(recipe, spec), BatchShape((1,), 1), eval_shape, machine.device_type,
-        t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
-        saved_adapters=1 if eval_shape is None else 2,
-    )  # fmt: skip
+    return job(workload_of(recipe, spec))
 
 
-def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> CausalLM:
-    """Return what a recipe trains: a head, or a language model by its objective.
+def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> Workload:
+    """Return what a recipe trains: a head, a denoiser, or a language model by its objective.
 
     Args:
         spec: of the model, for a plan.
     """
     method, o, kind = method_of(recipe), recipe.objective, recipe.train.objective
+    if recipe.generates_pictures:
+        return denoiser_of(recipe, method, compute_dtype_of(recipe, resolve_device(recipe.model.device)))
     if (head := head_of(recipe)) and recipe.task.kind == "reward":
         return RewardHead(PairLoss(), method, spec, labels=head.labels)
     if head and recipe.has_masks:

@@ -105,6 +105,8 @@ def _to_imitate(data: Dataset) -> Dataset:
 def _read(recipe: Recipe, tokenizer, which: str, preference: str | None, compares: bool) -> Dataset:
     d = recipe.data
     sources = build_sources(recipe, which, compares)
+    if recipe.generates_pictures:
+        return read_examples(sources, None, problem=recipe.label_problem, of_pictures=True, fit=tokenizer)
     if recipe.of_pictures:
         return read_examples(sources, None, problem=recipe.label_problem, of_pictures=True)
     room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one

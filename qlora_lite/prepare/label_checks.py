@@ -5,6 +5,7 @@ Apart from ``recipe_head``, because it needs no model code, see ``datasets``.
 
 from collections.abc import Iterator
 
+from qlora_lite.data.captions import CAPTIONS
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.labels import MASKS, MAX_NAMES, NUMBER, ONE_LABEL, balance, label_names, names_of
 from qlora_lite.data.problems import RowProblem
@@ -15,7 +16,7 @@ UNKNOWN_LABEL, ONE_CLASS, MANY_LABELS = "label without an output", "one label in
 
 def with_labels(recipe: Recipe, data: Dataset) -> Recipe:
     """Return a recipe with the names of its rows' labels, if it asks for those."""
-    if recipe.label_problem in (None, NUMBER) or recipe.task.labels is not None:
+    if recipe.label_problem in (None, NUMBER, CAPTIONS) or recipe.task.labels is not None:
         return recipe
     names = label_names(data.examples, recipe.label_problem)
     if recipe.has_masks:  # whose numbers are the classes' own
@@ -30,7 +31,7 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
         recipe: with the names of its labels.
     """
     problem, names = recipe.label_problem, recipe.task.labels or ()
-    if problem in (None, NUMBER) or not len(data.examples):
+    if problem in (None, NUMBER, CAPTIONS) or not len(data.examples):
         return
     if problem in (ONE_LABEL, MASKS) and len(names) == 1:
         yield RowProblem("", ONE_CLASS, f"all rows have the label {names[0]!r}, so that there is nothing to learn")
@@ -50,7 +51,7 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
 
 def balance_of(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> dict | None:
     """Return how the labels of training and evaluation rows are spread; None of a language model."""
-    if (problem := recipe.label_problem) is None:
+    if (problem := recipe.label_problem) in (None, CAPTIONS):
         return None
     found = {"kind": recipe.task.kind, "train": balance(data.examples, problem)}
     return found | ({"eval": balance(eval_data.examples, problem)} if eval_data else {})

@@ -108,7 +108,7 @@ def plan_recipe(
         raise GpuError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
-    config = part_of(recipe).config
+    config = None if recipe.generates_pictures else part_of(recipe).config
     job = job_of(recipe, config, machine, eval_shape)
     together, tokens = not job.workload.runs_row_by_row(d.max_tokens), recipe.sequence_tokens
     if d.has_eval and eval_shape is None:
@@ -143,7 +143,12 @@ def plan_recipe(
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
-    if recipe.model.quant_head and config.tie_word_embeddings and not (chosen or least).options.host_embeddings:
+    if (
+        recipe.model.quant_head
+        and config is not None
+        and config.tie_word_embeddings
+        and not (chosen or least).options.host_embeddings
+    ):
         log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
                     "the 4-bit copy takes memory and saves none")  # fmt: skip
     _warn_of_length(job, max(shape.lengths) if shape else tokens)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
+from qlora_lite.data.captions import BESIDE, CAPTIONS, METADATA
 from qlora_lite.data.data_files import left_out
 from qlora_lite.data.example_checks import check_overlap, check_prompts, count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
@@ -265,7 +266,12 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
     Machines, 2025).
     """
     tokens, x, optimizer = data.learned_tokens, recipe.lora, recipe.train.optimizer
-    if recipe.data.streaming or tokens < FEW_TOKENS or recipe.problem or recipe.adapter.method not in ("lora", "dora"):
+    if (
+        recipe.data.streaming
+        or tokens < FEW_TOKENS
+        or recipe.label_problem
+        or recipe.adapter.method not in ("lora", "dora")
+    ):
         return
     from .build import build_skeleton, method_of  # and with it the libraries that a model needs
 
@@ -407,7 +413,9 @@ def _describe_pictures(source: Source, unused: dict[str, Counter[str]], problem:
     notes = []
     with suppress(DataError, StopIteration, OSError):  # as above
         if is_folder_of_pictures(source.path):
-            unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in not_read(source.path)]
+            own = {BESIDE, *METADATA} if problem == CAPTIONS else set()
+            files = [path for path in not_read(source.path) if not own & {path.name, path.suffix}]
+            unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in files]
             notes += [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
         else:
             where, row = next(read_rows(source, Problems()))

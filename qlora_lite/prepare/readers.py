@@ -8,11 +8,15 @@ from qlora_lite.recipe.schema import Recipe
 
 
 def reader_of(recipe: Recipe):
-    """Return a recipe's tokenizer, or the processor of its pictures.
+    """Return a recipe's tokenizer, or the processor of its pictures, or what cuts them for a denoiser.
 
     Raises:
-        ModelError: see ``load_tokenizer`` and ``recipe_head.picture_processor``.
+        ModelError: see ``load_tokenizer``, ``recipe_head.picture_processor`` and ``recipe_denoiser.fit_of``.
     """
+    if recipe.generates_pictures:
+        from .recipe_denoiser import fit_of
+
+        return fit_of(recipe)
     if recipe.of_pictures:
         from .recipe_head import picture_processor  # and with it the libraries that a model needs
 

@@ -11,6 +11,7 @@ from qlora_lite.constraints import (
     STREAMED_TRAINED,
     UPDATES_IN_FLOAT16,
     WITH_COMPILE,
+    WITH_DENOISERS,
     WITH_FULL,
     WITH_HEAD,
     WITH_PICTURES,
@@ -20,12 +21,15 @@ from qlora_lite.constraints import (
 
 from .reference import written
 from .schema import (
+    CLASSIFYING_PICTURES,
+    GENERATING_PICTURES,
     GRPO,
     OF_PICTURES,
     PREFERENCES,
     SHORTEST_ROW,
     WITH_VIRTUAL_TOKENS,
     Data,
+    Diffusion,
     Lora,
     Memory,
     Objective,
@@ -49,7 +53,7 @@ def conflicts(value: _Value) -> _Found:
     for check in (
         _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
-        _no_layers, _merge_aware, _preferences, _with_head, _pictures,
+        _no_layers, _merge_aware, _preferences, _with_head, _pictures, _denoisers,
     ):  # fmt: skip
         yield from check(value)
 
@@ -104,13 +108,15 @@ def _with_head(value: _Value) -> _Found:
             yield ("task", "labels"), f"task.labels: only with a task.kind that gives labels, not {kind}"
     elif value("data", "streaming") is True and labels is None:
         yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
-    if kind in ("classification", *OF_PICTURES) and isinstance(labels, list) and len(labels) == 1:
+    if kind in ("classification", *CLASSIFYING_PICTURES) and isinstance(labels, list) and len(labels) == 1:
         yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
     if kind in ("language-model", "image-text-to-text"):
         return
     method = value("adapter", "method") or "lora"
-    if method not in ("lora", "dora", "full"):
-        message = f"adapter.method = {written(method)}: a head (task.kind {kind}) is trained with lora, dora or full"
+    is_denoiser = kind == GENERATING_PICTURES
+    if method not in ("lora", "full", *(() if is_denoiser else ("dora",))):
+        what, methods = ("a denoiser", "lora or full") if is_denoiser else ("a head", "lora, dora or full")
+        message = f"adapter.method = {written(method)}: {what} (task.kind {kind}) is trained with {methods}"
         yield ("adapter", "method"), f"{message}; write one of these"
     if value("data", "overflow") == "split":
         yield ("data", "overflow"), f"data.overflow = split: a text of task.kind {kind} has one label; write truncate"
@@ -127,10 +133,13 @@ def _pictures(value: _Value) -> _Found:
     if kind not in OF_PICTURES:
         for name in ("augment",) if has_vision else ("resolution", "augment"):
             if value("data", name) not in (None, "none"):
-                yield ("data", name), f"data.{name}: only with task.kind {' or '.join(OF_PICTURES)}; remove it"
+                yield ("data", name), f"data.{name}: only with task.kind {', '.join(OF_PICTURES)}; remove it"
         if not has_vision:
             return
-    for (section, name), allowed in (WITH_VISION if has_vision else WITH_PICTURES).items():
+    allowed_there = WITH_VISION if has_vision else WITH_PICTURES
+    if kind == GENERATING_PICTURES:
+        allowed_there = WITH_PICTURES | WITH_DENOISERS
+    for (section, name), allowed in allowed_there.items():
         given = value(section, name)
         if given is None or given == "auto" or any(given == each for each in allowed):
             continue
@@ -138,6 +147,27 @@ def _pictures(value: _Value) -> _Found:
         why = f"not possible with task.kind {kind}, where an example {example}"
         cure = "remove it" if name == "max_tokens" else f"write {' or '.join(map(written, allowed))}, or remove it"
         yield (section, name), f"{section}.{name} = {written(given)}: {why}; {cure}"
+
+
+def _denoisers(value: _Value) -> _Found:
+    own = {"data": {"buckets": True, "caption": None}, "diffusion": Diffusion().model_dump()}
+    if value("task", "kind") != GENERATING_PICTURES:
+        for section, unset in own.items():
+            for name, usual in unset.items():
+                given = value(section, name)
+                if (tuple(given) if isinstance(given, list) else given) not in (None, usual):
+                    message = f"{section}.{name}: only with task.kind {GENERATING_PICTURES}"
+                    yield (section, name), f"{message}; remove it"
+        return
+    if value("lora", "targets") == [] and value("adapter", "method") in (None, "lora"):
+        yield ("lora", "targets"), "lora.targets = []: nothing is trained; name layers, or remove it"
+    prediction, weighting = value("diffusion", "prediction"), value("diffusion", "weighting")
+    fitting = {"flow": ("sigma_sqrt", "cosmap"), "epsilon": ("min_snr",), "v": ("min_snr",)}.get(str(prediction), ())
+    if fitting and weighting not in (None, "none", *fitting):
+        message = f"diffusion.weighting = {written(weighting)}: not with diffusion.prediction {prediction}"
+        yield ("diffusion", "weighting"), f"{message}; write none or {' or '.join(fitting)}"
+    if prediction in ("epsilon", "v") and value("diffusion", "shift") not in (None, "auto", 1):
+        yield ("diffusion", "shift"), "diffusion.shift: only with diffusion.prediction flow; remove it"
 
 
 def _no_layers(value: _Value) -> _Found:
@@ -424,7 +454,7 @@ def _full(value: _Value) -> _Found:
         message = "adapter.switch_every: not possible with train.compile, which would compile every block once a turn"
         yield ("adapter", "switch_every"), f"{message}; remove one of the two"
     quant = value("model", "quant")
-    if quant != "none" and not (quant is None and value("task", "kind") in OF_PICTURES):
+    if quant != "none" and not (quant is None and value("task", "kind") in CLASSIFYING_PICTURES):
         said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
         yield (
             ("model", "quant") if quant else ("adapter", "method"),

@@ -26,8 +26,11 @@ PROBLEMS = {  # of task.kind, in transformers' words
     "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
     "image-classification": "single_label_classification", "image-segmentation": "single_label_classification",
     "image-text-to-text": None,
+    "image-generation": None,
 }  # fmt: skip
-OF_PICTURES = "image-classification", "image-segmentation"  # of task.kind
+CLASSIFYING_PICTURES = "image-classification", "image-segmentation"  # of task.kind
+GENERATING_PICTURES = "image-generation"
+OF_PICTURES = *CLASSIFYING_PICTURES, GENERATING_PICTURES
 REWARD_LABEL = "reward"  # of the one output of a reward model
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
@@ -161,7 +164,7 @@ class Task(_Section):
 
     kind: Literal[
         "language-model", "classification", "multi-label", "regression", "reward", "image-classification",
-        "image-segmentation", "image-text-to-text",
+        "image-segmentation", "image-generation", "image-text-to-text",
     ] = "language-model"  # fmt: skip
     """language-model learns to write, image-text-to-text to write about pictures in chats, with a vision-language model
     (qlora-lite explain pictures). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
@@ -170,11 +173,13 @@ class Task(_Section):
     label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
     (qlora-lite explain heads). image-classification gives pictures one label of several, by a vision encoder (DINOv2,
     ViT, SigLIP, CLIP), and image-segmentation one to each of their pixels, both with model.quant none unless it says
-    otherwise (qlora-lite explain pictures)."""
+    otherwise (qlora-lite explain pictures). image-generation trains the denoiser of a diffusion model (Stable
+    Diffusion, SDXL, SD3, PixArt, FLUX, DiT) on pictures with captions (qlora-lite explain diffusion)."""
     labels: Annotated[
         tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
     ] = None  # fmt: skip
-    """Names of the labels, in the order of the head's outputs; null are those of the training rows, sorted."""
+    """Names of the labels, in the order of the head's outputs, or of a class-conditional denoiser's classes; null are
+    those of the training rows, sorted (of a denoiser, those of its model_index.json, where it has some)."""
 
 
 class Target(_Section):
@@ -374,6 +379,12 @@ class Data(_Section):
     model's files say. Memory and time grow with its square. Of a vision-language model that cuts pictures into parts
     (SmolVLM, Idefics3), the longer edge that a picture is scaled to before, a multiple of a part's. Only where rows are
     pictures or have some (task.kind)."""
+    buckets: bool = True
+    """Cut each picture of task.kind image-generation to the rectangle of about data.resolution squared pixels that is
+    nearest to its own aspect ratio, from 1:2 to 2:1; false cuts squares."""
+    caption: str | None = None
+    """Caption of the pictures of task.kind image-generation that have none of their own, such as "a photo of sks dog";
+    "" is the neutral prompt."""
     augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
     """What training makes of a picture, anew in each step: flip mirrors every second one, crop takes a random part of
     it, of 8 % of its area or more (torchvision's RandomHorizontalFlip and RandomResizedCrop). It depends on train.seed,
@@ -548,6 +559,35 @@ class Objective(_Section):
     """Whether grpo divides what an answer is worth by the standard deviation of its group."""
 
 
+class Diffusion(_Section):
+    """What the denoiser of task.kind image-generation learns, and which pictures show it."""
+
+    prediction: Literal["auto", "epsilon", "v", "flow"] = "auto"
+    """What the denoiser predicts: the noise (epsilon), velocity (v), or the way from picture to noise (flow matching).
+    auto is what the model's scheduler says."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of timesteps in training; logit_normal has more in the middle (SD3)."""
+    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = "none"
+    """Weight of the loss by timestep: min_snr with epsilon and v; sigma_sqrt or cosmap with flow."""
+    min_snr_gamma: PositiveFloat = 5.0
+    """Of weighting min_snr, the largest ratio of signal and noise that counts."""
+    shift: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
+    """Of prediction flow: more noise at each timestep, for larger pictures. auto is what the model's scheduler says."""
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of examples, drawn anew in each step, whose caption is left out, so that classifier-free guidance keeps
+    working; 0.1 is usual in full fine-tuning."""
+    sample_prompts: Annotated[
+        tuple[str, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        Rule("a prompt, or a list of prompts"),
+    ] = ()  # fmt: skip
+    """Prompts (or names of classes; "" is the neutral prompt) whose pictures before and after training the report
+    shows."""
+    sample_steps: PositiveInt = 30
+    """Steps of the scheduler for a picture."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.0
+    """Scale of classifier-free guidance for pictures; 1 is none."""
+
+
 class Memory(_Section):
     """How memory is traded for time in training. At inference budget, tile_tokens and loss_chunk_tokens count."""
 
@@ -669,6 +709,7 @@ class Recipe(_Section):
     data: Data
     train: Train = Train()
     objective: Objective = Objective()
+    diffusion: Diffusion = Diffusion()
     memory: Memory = Memory()
     output: Output = Output()
 
@@ -679,7 +720,7 @@ class Recipe(_Section):
         if not isinstance(settings, dict):
             return settings
         task, model = settings.get("task"), settings.get("model")
-        if not isinstance(task, dict) or task.get("kind") not in OF_PICTURES:
+        if not isinstance(task, dict) or task.get("kind") not in CLASSIFYING_PICTURES:
             return settings
         return {**settings, "model": {"quant": "none", **model}} if isinstance(model, dict) else settings
 
@@ -703,8 +744,8 @@ class Recipe(_Section):
     @property
     def label_problem(self) -> str | None:
         """What the labels of rows are for, likewise; None where rows have none."""
-        if self.has_masks:
-            return "segmentation"
+        if self.has_masks or self.generates_pictures:
+            return "segmentation" if self.has_masks else "captions"
         return None if self.task.kind == "reward" else self.problem
 
     @property
@@ -716,6 +757,11 @@ class Recipe(_Section):
     def with_vision(self) -> bool:
         """Whether chats have pictures, which a vision tower beside the language model reads."""
         return self.task.kind == "image-text-to-text"
+
+    @property
+    def generates_pictures(self) -> bool:
+        """Whether the model is a denoiser."""
+        return self.task.kind == GENERATING_PICTURES
 
     @property
     def has_masks(self) -> bool:

@@ -29,6 +29,22 @@ def pictures_of(found: dict[str, Any]) -> str:
     return f'<div class="columns">{cards}</div>' if cards else ""
 
 
+SAMPLES_NOTE = "The same prompts and the same noise, by the pipeline's scheduler, before training and after."
+
+
+def samples_of(found: dict[str, Any]) -> str:
+    """Return a box for each prompt with what a denoiser drew of it; nothing where there is none."""
+    prompts, cards = found.get("prompts"), ""
+    for number, prompt in enumerate(prompts if isinstance(prompts, list) else ()):
+        whens = ((when, found.get(when)) for when in _WHEN)
+        drawn = [(when, uris[number]) for when, uris in whens if isinstance(uris, list) and number < len(uris)]
+        figures = "".join(f"<figure>{_image(uri, 'large')}<figcaption>{when}</figcaption></figure>"
+                          for when, uri in drawn if _image(uri))  # fmt: skip
+        title = text(prompt) if prompt else "no prompt"
+        cards += f'<div class="card"><h3>{title}</h3><div class="seen">{figures}</div></div>' if figures else ""
+    return f'<div class="columns">{cards}</div>' if cards else ""
+
+
 def _seen(when: str, one: dict[str, Any], label: object) -> str:
     share = one.get("share")
     style = "good" if one.get("label") == label else "bad"

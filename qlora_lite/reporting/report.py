@@ -27,7 +27,7 @@ from qlora_lite.units import format_bytes, format_score, format_seconds
 from .charts import Series, line_chart, short_number, smooth
 from .page import figure, page, pairs, section, table, text
 from .pictures_section import NOTE as PICTURES_NOTE
-from .pictures_section import pictures_of
+from .pictures_section import SAMPLES_NOTE, pictures_of, samples_of
 
 _WHEN = "before", "after"
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
@@ -63,10 +63,11 @@ def render(run: RunFiles, folder_name: str) -> str:
     body = [
         _head(summary, name, folder_name),
         _notices(run, summary),
-        _figures(summary, "Pictures" if run.pictures else "Tokens"),
+        _figures(summary, "Pictures" if run.pictures or run.samples else "Tokens"),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Labels", _confusion(summary), "Held-out examples or pixels by label (row), and what they were given."),
         section("Pictures before and after", pictures_of(run.pictures), PICTURES_NOTE),
+        section("Samples before and after", samples_of(run.samples), SAMPLES_NOTE),
         section(_followed(run).capitalize(), _loss_chart(run)),
         section("Over training", _small_charts(run)),
         section(

@@ -26,6 +26,7 @@ from qlora_lite.artifacts.run_folder import (
     newest_path,
     package_versions,
 )
+from qlora_lite.data.captions import Fit
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
@@ -352,7 +353,7 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
 
 def _digest_of_reader(reader) -> dict[str, str | None]:
     """Return a digest of a tokenizer, or of what makes pixels of pictures."""
-    if isinstance(reader, Processor):
+    if isinstance(reader, Processor | Fit):
         return {"picture processor": reader.digest}
     return {"tokenizer": hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest()}
 

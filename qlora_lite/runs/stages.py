@@ -12,8 +12,8 @@ import gc
 import json
 import logging
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.start import First
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
+from qlora_lite.data.captions import Fit
+from qlora_lite.data.latents import Stored
 from qlora_lite.data.metrics import check_packages
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
@@ -35,11 +37,11 @@ from qlora_lite.inference.evaluate import Measured, Watch
 from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
-from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.prepare.build import (
     add_adapter,
+    base_files,
     build_model,
     build_skeleton,
     fingerprint_of,
@@ -50,14 +52,17 @@ from qlora_lite.prepare.build import (
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
 from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
+from qlora_lite.prepare.latents import encode, named_classes
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.recipe_denoiser import with_neutral
 from qlora_lite.prepare.recipe_head import head_of
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.reporting.plan_text import reason
+from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.guards import frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import StepMetrics, Trainer, largest_batches
@@ -98,13 +103,14 @@ class Prepared:
     progress: Progress | None  # called after every step with its metrics and the total number of steps
     watch: Watch | None
     processes: Processes  # that train together
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast  # or what makes a model's inputs of pictures
     data: Preflight
     rows: Sequence[Example]  # whose largest micro-batch decides what fits
     first_adapter: Path | None  # whose weights training begins with
     first: First | None  # what the LoRA weights begin as, of lora.start eva
     ranks: Ranks | None  # of which each layer is then
     identity: dict  # see ``Continuation.compare_identity``
+    prompts: Mapping[str, Stored]  # of pictures that a denoiser draws, what was computed of each
 
     @property
     def eval_examples(self) -> Sequence[Example]:
@@ -178,6 +184,8 @@ def prepare(
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
     judges_of(recipe.objective.rewards)  # stops at once where a function is not there
     tokenizer = reader_of(recipe)
+    if recipe.generates_pictures:
+        base_files(recipe)  # stops at once where they are not there
     if recipe.train.learning_rate == "auto":
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
         log.info("train.learning_rate: auto is %g", rate)
@@ -203,6 +211,12 @@ def prepare(
     identity = data_identity(recipe, tokenizer, found.data, found.eval_data) | digest_of(recipe.objective.rewards)
     if continuation:
         continuation.compare_identity(identity)
+    prompts: Mapping[str, Stored] = {}
+    if recipe.generates_pictures:
+        recipe = named_classes(recipe, found.data)
+        encoded = encode(recipe, tokenizer, [found.data, *([found.eval_data] if found.eval_data else [])], watch)
+        prompts, (training, *evaluation) = encoded.prompts, encoded.parts
+        found = replace(found, data=training, eval_data=next(iter(evaluation), None))
     rows = rows_to_plan(recipe, found.data)
     first: First | None = None
     ranks: Ranks | None = None
@@ -213,7 +227,7 @@ def prepare(
         ranks = ranks_of(recipe, first)
     return Prepared(
         recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,
-        first, ranks, identity,
+        first, ranks, identity, prompts,
     )  # fmt: skip
 
 
@@ -282,6 +296,8 @@ def load(planned: Planned) -> Loaded:
     work = planned.plan.step.job.workload.of_tokenizer(planned.tokenizer)
     if isinstance(work, PolicyLM):
         work = with_answers(work, recipe.objective.rewards, planned.tokenizer, planned.data.data.end_token_ids)
+    if isinstance(work, Denoiser):
+        work = with_neutral(work, planned.rows)
     stream = build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
@@ -290,7 +306,7 @@ def load(planned: Planned) -> Loaded:
                     "that it cannot have them: the next step measures what it takes")  # fmt: skip
     if continuation:
         trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
-    fingerprint = fingerprint_of(recipe, locate(recipe.model.path, recipe.model.revision))
+    fingerprint = fingerprint_of(recipe, base_files(recipe))
     identity = {
         BASE_MODEL: fingerprint, "type of device": device_of(model).type,
         "compute type": str(model.dtype).removeprefix("torch."),
@@ -434,8 +450,16 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
         other_results=[what for what, is_set in changing.items() if is_set],
         learning_rate=loaded.settings.learning_rate,
         **({"labels": [*head.labels]} if (head := head_of(loaded.recipe)) else {}),
+        **_of_denoiser(loaded),
         **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
     )  # fmt: skip
+
+
+def _of_denoiser(loaded: Loaded) -> dict[str, list]:
+    """Return what a summary says of a denoiser: height and width of its largest pictures, and names of its classes."""
+    if not isinstance(loaded.tokenizer, Fit):
+        return {}
+    return {"picture_size": [*loaded.tokenizer.largest], "classes": [*(loaded.recipe.task.labels or ())]}
 
 
 def _device_name(device: torch.device) -> str:

@@ -15,9 +15,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from qlora_lite.adapters.diffusers_files import save_for_diffusers
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME
-from qlora_lite.artifacts.run_files import METRICS_DIGEST, PICTURES
+from qlora_lite.artifacts.run_files import METRICS_DIGEST, PICTURES, SAMPLES
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
     DIGESTS,
@@ -33,19 +34,25 @@ from qlora_lite.data.preferences import answers_alone
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import CheckpointError, DataError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.files import write_text
+from qlora_lite.inference.draw import Drawing, by_prompt, draw, write_samples
 from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
 from qlora_lite.inference.label_texts import measure_labels
 from qlora_lite.inference.shown_pictures import COMPARED, SHOWN, Seen, described, given, look, neighbour_score, spread
 from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.denoisers import DenoiserModel
 from qlora_lite.models.memory_options import settle
+from qlora_lite.models.pipelines import save_pipeline
 from qlora_lite.models.save import save_model
 from qlora_lite.prepare.datasets import measures_of
+from qlora_lite.prepare.latents import NEUTRAL
+from qlora_lite.prepare.recipe_denoiser import pipeline_of
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
+from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.divided_weights import fill_here, parts_of, tensors_here
 from qlora_lite.train.guards import check_frozen
 from qlora_lite.train.loop import StepMetrics
-from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
 from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.sequence_head import SequenceHead
@@ -201,9 +208,11 @@ class Training:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
                     if continuation is None:
                         self.before = self._measure("before")
+                        self._draw("before")
                     self.run.trains = True
                     self._train()
                     after = self._measure_best()
+                    self._draw("after")
             except StopNow as cut:
                 if cut.stop is not self.stop:  # a second signal, by the caller's handler: perhaps in half a step
                     raise
@@ -414,6 +423,21 @@ class Training:
         self._log_scores(more, f"{when} training", len(held))
         return result._replace(scores=result.scores | more.scores) if result else more
 
+    def _draw(self, when: str) -> None:
+        """Write pictures of the recipe's prompts, for the report; what hinders it is a warning."""
+        work, prompts, d = self.trainer.workload, self.recipe.diffusion.sample_prompts, self.recipe.diffusion
+        if not isinstance(work, Denoiser) or not prompts or not self.processes.is_first:
+            return
+        how = Drawing(d.sample_steps, d.guidance_scale, self.recipe.train.seed)
+        known, folder = self.proven.prompts, self.run.path / SAMPLES
+        try:
+            with self._at_once(), explaining_memory("lower data.resolution", "memory ran out over a picture"):
+                stored = by_prompt(prompts, known)
+                pictures = draw(work, self.model, pipeline_of(self.recipe), stored, known[NEUTRAL], how)
+            write_samples(folder, when, prompts, pictures)
+        except (DataError, ModelError, OutputError, DoesNotFitError) as error:
+            log.warning("the report shows no pictures %s training: %s", when, error)
+
     def _log_scores(self, result: Measured, when: str, count: int) -> None:
         shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}
         said = ", ".join(f"{name} {score}" for name, score in shown.items())
@@ -497,9 +521,14 @@ class Training:
         if not self.processes.is_first:
             return
         digest = save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
-        self.digests[DIGESTS[name]] = digest
+        if self.recipe.generates_pictures:
+            save_for_diffusers(self.model, folder)
+        self.digests[DIGESTS[name]] = weights_sha256(folder) if self.recipe.generates_pictures else digest
 
     def _save_model(self, folder: Path, collection: Collection | None) -> None:
+        if isinstance(self.model, DenoiserModel):
+            save_pipeline(pipeline_of(self.recipe), self.model, folder, self.proven.recipe.task.labels)
+            return
         found = collection.tensors[WEIGHTS_NAME] if collection else {}
         elsewhere = {name: each for name, each in found.items() if isinstance(each, Whole)}
         save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids, elsewhere)

@@ -97,6 +97,7 @@ def total_parameters(model: nn.Module, method: AdapterMethod) -> int:
     """Return the number of weights of the model without the adapter, 4-bit ones counted whole."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     plain = sum(parameter.numel() for parameter in {*frozen, *method.trained_base(model)})
-    copy = model.get_output_embeddings() if getattr(text_config(model), "tie_word_embeddings", False) else None
+    head = model.get_output_embeddings()
+    copy = head if head is not None and getattr(text_config(model), "tie_word_embeddings", False) else None
     packed = [m for m in model.modules() if isinstance(m, PackedWeight) and m is not copy]
     return plain + sum(prod(m.shape) for m in packed)

@@ -1,0 +1,341 @@
+"""A diffusion pipeline's folder: where its denoiser, scheduler, autoencoder and text encoders lie, and what they give.
+
+diffusers' ``model_index.json`` names the parts. A folder without an autoencoder is one of a denoiser of pixels; a bare
+denoiser's folder is a pipeline with diffusers' own scheduler and nothing else. Nothing here loads a whole pipeline:
+the autoencoder and the text encoders are loaded one after the other, used, and freed before the denoiser is there.
+
+Shapes: pictures float32 [N, C, H, W], from -1 to 1; latents [N, C, H, W], as ``models.denoisers`` wants them.
+"""
+
+import gc
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_lite.errors import ModelError
+from qlora_lite.files import content_digest, replacing_folder
+
+from .denoisers import CONFIG, DENOISERS, DenoiserModel, DenoiserSpec, library, meta_denoiser, spec_of
+from .locate import ModelFiles, download, read_json
+
+log = logging.getLogger("qlora_lite")
+INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler_config.json"
+PARTS = "transformer", "unet"  # folders of denoisers
+AUTOENCODER, SCHEDULER = "vae", "scheduler"
+DDPM = {"_class_name": "DDPMScheduler"}  # diffusers' own defaults, where a folder has no scheduler
+_CLIP = 77  # tokens of its texts
+# How long the texts of each pipeline are, in tokens, beside CLIP's, and what its encode_prompt gives, by the names of
+# Conditions.
+_TEXT: dict[str, tuple[int, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": (0, ("text",)), "StableDiffusionXLPipeline": (0, ("text", "", "pooled")),
+    "PixArtAlphaPipeline": (120, ("text", "mask")), "PixArtSigmaPipeline": (300, ("text", "mask")),
+    "StableDiffusion3Pipeline": (256, ("text", "", "pooled")),
+    "FluxPipeline": (512, ("text", "pooled")),
+    "Flux2Pipeline": (512, ("text",)), "Flux2KleinPipeline": (512, ("text",)),
+}  # fmt: skip
+_TAKES_THREE = "StableDiffusion3Pipeline"  # texts, for its encoders
+_GUIDED = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", (
+    "StableDiffusion3Pipeline"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline's folder.
+
+    Args:
+        folder: of the pipeline, or of a bare denoiser.
+        index: what ``model_index.json`` says; nothing of a bare denoiser.
+        part: the denoiser's folder below, "" of a bare one.
+    """
+
+    folder: Path
+    index: Mapping[str, Any]
+    part: str
+
+    @property
+    def denoiser(self) -> Path:
+        """The denoiser's folder."""
+        return self.folder / self.part
+
+    @property
+    def kind(self) -> str:
+        """The pipeline's class in diffusers."""
+        return str(self.index.get("_class_name", "no pipeline"))
+
+    @cached_property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The scheduler's configuration."""
+        path = self.folder / SCHEDULER / SCHEDULER_CONFIG
+        return read_json(path) if path.is_file() else DDPM
+
+    @cached_property
+    def autoencoder(self) -> Mapping[str, Any] | None:
+        """The autoencoder's configuration; None of a denoiser of pixels."""
+        return read_json(self.folder / AUTOENCODER / CONFIG) if self.has(AUTOENCODER) else None
+
+    def has(self, part: str) -> bool:
+        """Return whether there is a part: one that ``model_index.json`` names, with a folder."""
+        return self.index.get(part, (None, None)) != [None, None] and (self.folder / part).is_dir()
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes that a denoiser knows, in order, where the pipeline says them."""
+        names = self.index.get("id2label")
+        if not isinstance(names, dict) or not names:
+            return None
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of a latent's edge."""
+        if self.autoencoder is None:
+            return 1
+        patches = 2 if self._packs_latents else 1
+        return patches * 2 ** (len(self.autoencoder.get("block_out_channels", ())) - 1)
+
+    @property
+    def picture_channels(self) -> int:
+        """Channels of pictures; the caller knows those of a denoiser of pixels."""
+        return 3 if self.autoencoder is None else self.autoencoder.get("in_channels", 3)
+
+    @property
+    def _packs_latents(self) -> bool:
+        return self.kind.startswith("Flux2")
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a text.
+
+        Raises:
+            ModelError: the pipeline is of no class that is known here.
+        """
+        if self.kind not in _TEXT:
+            raise ModelError(f"{self.folder} is {self.kind}, whose texts are not known here; known are: "
+                             f"{', '.join(_TEXT)}")  # fmt: skip
+        length, _ = _TEXT[self.kind]
+        if not self.kind.startswith("StableDiffusion"):
+            return length
+        said = self.folder / "tokenizer" / "tokenizer_config.json"
+        found = read_json(said).get("model_max_length") if said.is_file() else None
+        return length + (min(found, _CLIP) if isinstance(found, int) else _CLIP)
+
+    def files(self, name: str) -> ModelFiles:
+        """Return the denoiser's files.
+
+        Raises:
+            ModelError: there are no weights.
+        """
+        weights = tuple(sorted(self.denoiser.glob("diffusion_pytorch_model*.safetensors")))
+        if not weights:
+            raise ModelError(f"{self.denoiser} has no diffusion_pytorch_model.safetensors; fetch the model's "
+                             "safetensors files")  # fmt: skip
+        return ModelFiles(name, self.denoiser, weights)
+
+
+def open_pipeline(path: str | Path, revision: str | None = None, with_weights: bool = True) -> Pipeline:
+    """Open a pipeline's folder, or a bare denoiser's; a hub model is downloaded on first use.
+
+    Args:
+        with_weights: False downloads no weights.
+
+    Raises:
+        ModelError: it is neither, or has no denoiser that is known here.
+    """
+    folder = Path(os.path.expanduser(path))
+    if not folder.is_dir():
+        folder = download(str(path), revision, with_weights)
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        part = next((part for part in PARTS if (folder / part / CONFIG).is_file()), None)
+        if part is None:
+            raise ModelError(f"{folder} is {index.get('_class_name')}, without a folder {' or '.join(PARTS)} that has "
+                             f"a {CONFIG}; fetch the whole pipeline")  # fmt: skip
+        return Pipeline(folder, index, part)
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("_class_name") in DENOISERS:
+        return Pipeline(folder, {}, "")
+    raise ModelError(f"{folder} is no diffusion pipeline: it has neither {INDEX} nor the {CONFIG} of a denoiser "
+                     f"({', '.join(DENOISERS)}); task.kind image-generation needs one")  # fmt: skip
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Return whether a folder is a pipeline's."""
+    return (Path(os.path.expanduser(path)) / INDEX).is_file()
+
+
+def spec_in(pipeline: Pipeline, **how) -> DenoiserSpec:
+    """Return the spec of a pipeline's denoiser; see ``models.denoisers.spec_of``."""
+    return spec_of(pipeline.denoiser, **how)
+
+
+def part_digest(pipeline: Pipeline, *parts: str) -> str:
+    """Return what names parts of a pipeline by their content: configurations, vocabularies, weights."""
+    files = [file for part in parts for file in sorted((pipeline.folder / part).rglob("*")) if file.is_file()]
+    digests = [(str(file.relative_to(pipeline.folder)), content_digest(file)) for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def save_pipeline(
+    pipeline: Pipeline, model: DenoiserModel, folder: Path, labels: Sequence[str] | None = None
+) -> None:  # fmt: skip
+    """Write a folder like a pipeline's with another denoiser, all or nothing; its other parts are linked or copied.
+
+    Args:
+        labels: names of its classes.
+
+    Raises:
+        ModelError: a weight is not finite.
+        OutputError: the folder cannot be written.
+    """
+    if broken := next((name for name, each in model.named_parameters() if not each.isfinite().all()), None):
+        raise ModelError(f"the model is not saved: its weight {broken} is not finite")
+    with replacing_folder(folder) as new:
+        for file in sorted(pipeline.folder.rglob("*")) if pipeline.part else ():
+            place = file.relative_to(pipeline.folder)
+            if file.is_file() and place.parts[0] != pipeline.part and place.parts[0] in (INDEX, *pipeline.index):
+                (new / place).parent.mkdir(parents=True, exist_ok=True)
+                _linked(file, new / place)
+        model.denoiser.save_pretrained(new / pipeline.part)
+        if labels and pipeline.part:
+            index = {**pipeline.index, "id2label": {str(number): name for number, name in enumerate(labels)}}
+            (new / INDEX).unlink()
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _linked(file: Path, place: Path) -> None:
+    try:
+        os.link(file.resolve(), place)
+    except OSError:  # another file system
+        shutil.copyfile(file, place)
+
+
+class Autoencoder:
+    """A pipeline's autoencoder, in float32: some do not survive float16."""
+
+    def __init__(self, pipeline: Pipeline, device: torch.device):
+        diffusers, said = library(), pipeline.autoencoder
+        assert said is not None
+        name = str(said.get("_class_name"))
+        kind = getattr(diffusers, name, None)
+        if kind is None:
+            raise ModelError(f"{pipeline.folder / AUTOENCODER} is {name}, which diffusers does not have")
+        folder = pipeline.folder / AUTOENCODER
+        self._model = _loaded(lambda: kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True),
+                              folder).to(device).eval()  # fmt: skip
+        self._device, self._packs = device, pipeline._packs_latents
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return the latents of pictures: the mean of their distribution, so that they are always the same."""
+        latents = self._model.encode(pictures.to(self._device)).latent_dist.mode()
+        if self._packs:
+            mean, std = self._statistics(latents)
+            return ((_packed(latents) - mean) / std).cpu()
+        config = self._model.config
+        return ((latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the pictures of latents."""
+        latents, config = latents.to(self._device, torch.float32), self._model.config
+        if self._packs:
+            mean, std = self._statistics(latents)
+            latents = _unpacked(latents * std + mean)
+        else:
+            latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return self._model.decode(latents, return_dict=False)[0].cpu()
+
+    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean and standard deviation of FLUX.2's latents by channel, [1, C, 1, 1]."""
+        norm = self._model.bn
+        std = torch.sqrt(norm.running_var + self._model.config.batch_norm_eps)
+        return norm.running_mean.view(1, -1, 1, 1).to(latents), std.view(1, -1, 1, 1).to(latents)
+
+
+def _packed(latents: torch.Tensor) -> torch.Tensor:
+    """Return 2 x 2 latents as one with four times the channels, as FLUX.2 has them."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+
+
+def _unpacked(latents: torch.Tensor) -> torch.Tensor:
+    n, c, h, w = latents.shape
+    return latents.view(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+
+
+class TextEncoders:
+    """A pipeline's tokenizers and text encoders, called by the pipeline's own code."""
+
+    def __init__(self, pipeline: Pipeline, device: torch.device):
+        kind = getattr(library(), pipeline.kind)
+        library().utils.logging.disable_progress_bar()  # beside a run's own
+        self._device, self._kind = device, pipeline.kind
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        wanted = encoder_parts(pipeline)
+        without: dict[str, Any] = {name: None for name, each in inspect.signature(kind).parameters.items()
+                   if name not in (SCHEDULER, *wanted) and each.default in (None, each.empty)}  # fmt: skip
+        # some read its configuration; without memory it costs none
+        without[pipeline.part] = meta_denoiser(spec_in(pipeline)).denoiser
+        self._pipeline = _loaded(
+            lambda: kind.from_pretrained(pipeline.folder, dtype=self._dtype, use_safetensors=True, **without),
+            pipeline.folder,
+        )
+        for name in wanted:
+            if isinstance(part := getattr(self._pipeline, name), nn.Module):
+                part.to(device)
+        self._tokens = pipeline.text_tokens
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """Return what each text is to the denoiser: ``text`` [T, D], ``pooled`` [P], ``mask`` [T]."""
+        texts, said = list(texts), {"device": self._device, "num_images_per_prompt": 1}
+        given: dict[str, Any] = {"prompt": texts}
+        if self._kind == _TAKES_THREE:
+            given |= {"prompt_2": texts, "prompt_3": texts}
+        if self._kind in _GUIDED:
+            given["do_classifier_free_guidance"] = False
+        found = self._pipeline.encode_prompt(**given, **said)
+        _, names = _TEXT[self._kind]
+        named = {name: each for name, each in zip(names, found, strict=False) if name}
+        return [{name: each[row].cpu().contiguous() for name, each in named.items()} for row in range(len(texts))]
+
+
+def encoder_parts(pipeline: Pipeline) -> list[str]:
+    """Return the folders of tokenizers and text encoders.
+
+    Raises:
+        ModelError: there are none.
+    """
+    names = "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"
+    found = [name for name in names if pipeline.has(name)]
+    if not found:
+        raise ModelError(f"{pipeline.folder} has no text_encoder, and its denoiser takes texts: fetch the whole "
+                         "pipeline, not the denoiser alone")  # fmt: skip
+    return found
+
+
+def _loaded(load: Callable[[], Any], folder: Path) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} cannot be loaded by diffusers ({reason}); fetch it again, with its safetensors "
+                         "files") from error  # fmt: skip
+
+
+def freed(device: torch.device) -> None:
+    """Give back what an encoder took, once nothing refers to it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,391 @@
+"""Runs of denoisers as a user has them: trained, resumed, drawn with, loaded by diffusers, and refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_runs import summary_of
+
+pytest.importorskip("diffusers")
+import diffusers
+from tiny_diffusion import PIPELINES, diffusion_recipe, picture, save_dit_pipeline, write_captioned
+
+from qlora_lite.adapters.lora.inject import lora_layers
+from qlora_lite.cli.main import cli
+from qlora_lite.data.latents import LatentSet
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
+from qlora_lite.inference.draw import Drawing, denoise, draw_prompts, scheduler_of
+from qlora_lite.models.denoisers import Conditions
+from qlora_lite.models.pipelines import open_pipeline
+from qlora_lite.prepare.build import build_model, workload_of
+from qlora_lite.prepare.datasets import read_data
+from qlora_lite.prepare.latents import encode, named_classes
+from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, with_neutral
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.run import run_recipe
+from qlora_lite.train.step import accumulate_gradients
+
+SMALL = {"data": {"resolution": 16}}
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in a scheduler of diffusers
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    made = {name: save(folder / name) for name, save in PIPELINES.items()}
+    return made | {"dit": save_dit_pipeline(folder / "dit")}
+
+
+@pytest.fixture(scope="module")
+def run(bases, tmp_path_factory):
+    """A finished run of Stable Diffusion, and its recipe."""
+    sections = SMALL | {"train": {"max_steps": 8, "save_every_steps": 4, "learning_rate": 0.02}}
+    sections["diffusion"] = {"caption_dropout": 0.3, "weighting": "min_snr"}
+    recipe = diffusion_recipe(tmp_path_factory.mktemp("run"), bases["sd"], **sections)
+    return run_recipe(load_recipe(recipe)), recipe
+
+
+def command(*arguments):
+    return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+
+
+def whole_pipeline(folder):
+    """diffusers' own pipeline, without the parts that a tiny SD3 lacks."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
+
+
+def stop_at(step):
+    def stop(metrics, _total):
+        if metrics.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "dit"])
+def test_every_family_is_trained_and_shown_before_and_after(bases, tmp_path, family):
+    data = {} if family == "dit" else SMALL
+    folder = run_recipe(load_recipe(diffusion_recipe(tmp_path, bases[family], **data)))
+    summary = summary_of(folder)
+    assert summary["status"] == "complete" and summary["steps"] == 6
+    measured, predicted = (summary["plan"][name] for name in ("measured_peak_bytes", "predicted_peak_bytes"))
+    assert measured == pytest.approx(predicted, rel=0.3)  # of a process of 300 MiB; the ledger is compared elsewhere
+    shown = json.loads((folder / "samples" / "samples.json").read_text())
+    assert shown["prompts"] == ["hot", ""] and len(shown["before"]) == len(shown["after"]) == 2
+    assert shown["before"] != shown["after"]
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 4 and "Samples before and after" in page and "Pictures per second" in page
+    for when in ("before", "after"):
+        assert pixels(folder / "samples" / f"{when}-01.png").shape == ((8, 8, 3) if family == "dit" else (16, 16, 3))
+    assert summary.get("classes") == (["cool", "hot"] if family == "dit" else [])
+
+
+def test_it_learns(bases, tmp_path):
+    train = {"max_steps": 60, "micro_batch_size": 4, "learning_rate": 0.02}
+    summary = summary_of(run_recipe(load_recipe(diffusion_recipe(tmp_path, bases["dit"], train=train))))
+    assert summary["eval_loss_after"] < 0.8 * summary["eval_loss_before"]
+
+
+def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
+    folder, recipe = run
+    settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
+    with pytest.raises(Interrupted):
+        run_recipe(settings, stop_at(5))
+    assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
+    one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    losses = [[json.loads(line).get("loss") for line in (path / "metrics.jsonl").read_text().splitlines()]
+              for path in (folder, tmp_path / "out")]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert (tmp_path / "out" / "samples" / "before-01.png").is_file()
+
+
+def test_another_caption_or_picture_is_another_run(bases, tmp_path):
+    settings = load_recipe(diffusion_recipe(tmp_path, bases["dit"], train={"save_every_steps": 2}))
+    with pytest.raises(Interrupted):
+        run_recipe(settings, stop_at(3))
+    caption = tmp_path / "train" / "003.txt"
+    caption.write_text("cool")
+    with pytest.raises(CheckpointError, match="other labels than before"):
+        run_recipe(settings, resume=tmp_path / "out")
+    caption.write_text("hot")
+    picture("hot", 99, 16, 16).save(tmp_path / "train" / "003.png")
+    with pytest.raises(CheckpointError, match="other training rows than before"):
+        run_recipe(settings, resume=tmp_path / "out")
+
+
+def test_what_was_encoded_is_found_again_and_no_encoder_is_loaded(run, tmp_path, monkeypatch):
+    _, recipe = run
+    settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}", "train.max_steps=1"])
+    for name in ("Autoencoder", "TextEncoders"):
+        monkeypatch.setattr(f"qlora_lite.prepare.latents.{name}", lambda *_, name=name: pytest.fail(name))
+    run_recipe(settings)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_latents_and_texts_are_what_the_pipeline_gives(bases, tmp_path, family):
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases[family], data={"resolution": 16}))
+    fit = reader_of(recipe)
+    data = read_data(recipe, fit, ("train",))["train"]
+    found = encode(recipe, fit, [data]).parts[0].examples
+    assert isinstance(found, LatentSet) and len(found) == 12
+    pipeline = whole_pipeline(bases[family])
+    guided = {"do_classifier_free_guidance": False, "device": "cpu", "num_images_per_prompt": 1}
+    if family == "sd3":
+        guided |= {"prompt_2": None, "prompt_3": None}
+    shapes = set()
+    for example, row in zip(found, data.examples, strict=True):
+        with torch.no_grad():
+            text, *others = pipeline.encode_prompt(prompt=row.answer, **guided)
+            cut = torch.from_numpy(fit.cut(Image.open(row.prompt))[0])[None]
+            latents = pipeline.vae.encode(cut).latent_dist.mean
+        shift = getattr(pipeline.vae.config, "shift_factor", None) or 0.0
+        expected = (latents - shift) * pipeline.vae.config.scaling_factor
+        torch.testing.assert_close(torch.from_numpy(example.latents), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(example.text), text[0], rtol=1e-5, atol=1e-6)
+        if family != "sd":
+            torch.testing.assert_close(torch.from_numpy(example.pooled), others[1][0], rtol=1e-5, atol=1e-6)
+        shapes.add(example.latents.shape)
+    assert shapes == {(4, 8, 8), (4, 10, 6), (4, 6, 10)} and fit.largest == (16, 16)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+def test_pictures_are_those_that_the_pipeline_draws(bases, tmp_path, family):
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases[family], data={"resolution": 16}))
+    model = build_model(recipe).eval()
+    pipeline = whole_pipeline(bases[family])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    kept = {"callback_on_step_end": lambda _p, _i, _t, given: latents.append(given["latents"].clone()) or given}
+    latents, how = [], Drawing(4, 3.0)
+    texts = {"prompt_2": None, "prompt_3": None} if family == "sd3" else {}
+    with torch.no_grad():
+        text, negative, *pooled = pipeline.encode_prompt(
+            prompt="hot", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt="",
+            **texts,
+        )  # fmt: skip
+        pipeline(prompt="hot", negative_prompt="", num_inference_steps=4, guidance_scale=3.0, latents=noise.clone(),
+                 height=16, width=16, output_type="pil", **kept)  # fmt: skip
+        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]]) if family == "sdxl" else None
+        first, second = pooled or (None, None)
+        told, neutral = Conditions(text, first, None, sizes), Conditions(negative, second, None, sizes)
+        ours = denoise(model, scheduler_of(open_pipeline(bases[family])), noise, told, neutral, how, torch.float32)
+    torch.testing.assert_close(ours, latents[-1], rtol=1e-3, atol=1e-4)
+
+
+def test_diffusers_draws_otherwise_with_the_adapter(run, bases):
+    folder, _ = run
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(bases["sd"])
+    said = {"num_inference_steps": 3, "output_type": "np", "height": 16, "width": 16}
+
+    def drawn():
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        return pipeline("hot", negative_prompt="", guidance_scale=4.0, latents=noise, **said).images[0]
+
+    before = drawn()
+    pipeline.load_lora_weights(folder / "adapter", weight_name="pytorch_lora_weights.safetensors")
+    after = drawn()
+    assert np.abs(before - after).max() > 0.02
+    ours = draw_prompts(folder, ["hot"], base=True), draw_prompts(folder, ["hot"])
+    for theirs, (mine,) in zip((before, after), ours, strict=True):
+        assert np.abs(255 * theirs - mine).max() < 2
+    assert np.array_equal(ours[1][0], pixels(folder / "samples" / "after-01.png"))
+
+
+def test_pictures_are_drawn_by_command(run, tmp_path):
+    folder, _ = run
+    out = tmp_path / "a" / "hot.png"
+    said = command("generate", folder, "--prompt", "hot", "--out", out).output
+    assert said == f"1 picture drawn in {out}\n"
+    assert np.array_equal(pixels(out), pixels(folder / "samples" / "after-01.png"))
+    (tmp_path / "prompts.txt").write_text("hot\ncool\n")
+    command("generate", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "b", "--seed", 3, "--base")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["0001.png", "0002.png"]
+    for wrong, fault in (("--prompt hot", "--out FILE.png"), ("--prompt hot --out x.jpg", "is a .png file")):
+        with pytest.raises(Exception, match=re.escape(fault)):
+            CliRunner().invoke(cli, ["generate", str(folder), *wrong.split()], catch_exceptions=False,
+                               standalone_mode=False)  # fmt: skip
+    with pytest.raises(RecipeError, match=r"draws pictures .*use `qlora-lite generate`"):
+        CliRunner().invoke(cli, ["evaluate", str(folder)], catch_exceptions=False, standalone_mode=False)
+
+
+def test_full_fine_tuning_leaves_a_pipeline_with_its_other_parts(bases, tmp_path):
+    full = {"adapter": {"method": "full"}, "lora": None, "train": {"learning_rate": 0.001}}
+    recipe = diffusion_recipe(tmp_path, bases["sd"], **SMALL, adapter=full["adapter"], train=full["train"])
+    recipe.write_text(recipe.read_text().replace("lora:\n  alpha: 8\n  dtype: float32\n  rank: 4\n", ""))
+    folder = run_recipe(load_recipe(recipe))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline("hot", negative_prompt="", guidance_scale=4.0, latents=noise, num_inference_steps=3,
+                      output_type="np", height=16, width=16).images[0]  # fmt: skip
+    assert np.abs(255 * theirs - pixels(folder / "samples" / "after-01.png")).max() < 2
+    (mine,) = draw_prompts(folder, ["hot"])
+    assert np.array_equal(mine, pixels(folder / "samples" / "after-01.png"))
+    with pytest.raises(ModelError, match="trained all weights of its base model"):
+        draw_prompts(folder, ["hot"], base=True)
+
+
+def test_a_bare_denoiser_is_trained_whole_and_adapted_after(bases, tmp_path):
+    bare = shutil.copytree(bases["dit"] / "transformer", tmp_path / "bare")
+    recipe = diffusion_recipe(tmp_path / "a", bare, adapter={"method": "full"}, task={"labels": ["hot", "cool"]})
+    recipe.write_text(recipe.read_text().replace("lora:\n  alpha: 8\n  dtype: float32\n  rank: 4\n", ""))
+    folder = run_recipe(load_recipe(recipe))
+    assert diffusers.DiTTransformer2DModel.from_pretrained(folder / "model").config.num_layers == 2
+    again = diffusion_recipe(tmp_path / "b", folder / "model", task={"labels": ["hot", "cool"]})
+    assert summary_of(run_recipe(load_recipe(again)))["classes"] == ["hot", "cool"]
+
+
+def test_names_of_classes_come_with_the_pipeline(bases, tmp_path):
+    recipe = diffusion_recipe(tmp_path / "a", bases["dit"], adapter={"method": "full"})
+    recipe.write_text(recipe.read_text().replace("lora:\n  alpha: 8\n  dtype: float32\n  rank: 4\n", ""))
+    folder = run_recipe(load_recipe(recipe))
+    assert open_pipeline(folder / "model").labels == ("cool", "hot")
+    only = diffusion_recipe(tmp_path / "b", folder / "model", diffusion={"sample_prompts": ["warm"]})
+    with pytest.raises(DataError, match="'warm' is no class of the model: cool, hot"):
+        run_recipe(load_recipe(only))
+
+
+def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases["dit"], diffusion={"caption_dropout": 0.3}))
+    fit = reader_of(recipe)
+    data = read_data(recipe, fit, ("train",))["train"]
+    rows = encode(named_classes(recipe, data), fit, [data]).parts[0].examples
+    work = with_neutral(workload_of(recipe), rows)
+    labels = torch.cat([work.training_batch(list(rows), 0, step).conditions.labels for step in range(1, 60)])
+    assert (labels == 2).float().mean() == pytest.approx(0.3, abs=0.05)
+    assert not (work.collate(list(rows)).conditions.labels == 2).any()
+    without = replace(work, caption_dropout=0.0).training_batch(list(rows), 0, 1)
+    assert torch.equal(without.noise, work.training_batch(list(rows), 0, 1).noise)
+
+
+def test_pictures_of_other_shapes_in_a_batch_have_the_losses_that_they_have_alone(bases, tmp_path):
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases["sd"], **SMALL))
+    fit = reader_of(recipe)
+    rows = list(encode(recipe, fit, [read_data(recipe, fit, ("train",))["train"]]).parts[0].examples)[:5]
+    model, work = build_model(recipe).train(), workload_of(recipe)
+    torch.manual_seed(0)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.normal_(0, 0.1)
+    assert len({row.latents.shape for row in rows}) == 3
+    found = []
+    for groups in ([rows], [[row] for row in rows]):
+        model.zero_grad()
+        result = accumulate_gradients(work, model, [work.training_batch(group, 0, 1) for group in groups])
+        found.append((float(result.loss), [p.grad.clone() for _, p in work.method.parameters(model)]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_objective_is_what_the_scheduler_says(bases, tmp_path):
+    sd, sd3 = (load_recipe(diffusion_recipe(tmp_path / name, bases[name], **SMALL)) for name in ("sd", "sd3"))
+    assert (loss_of(sd).prediction, loss_of(sd).schedule, loss_of(sd).beta_end) == ("epsilon", "scaled_linear", 0.012)
+    assert (loss_of(sd3).prediction, loss_of(sd3).shift) == ("flow", 3.0)
+    base = shutil.copytree(bases["sd"], tmp_path / "v")
+    path = base / "scheduler" / "scheduler_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"prediction_type": "v_prediction"}))
+    recipe = load_recipe(diffusion_recipe(tmp_path / "vr", base, **SMALL, diffusion={"weighting": "min_snr"}))
+    assert (loss_of(recipe).prediction, loss_of(recipe).weighting) == ("v", "min_snr")
+    for change, fault in (({"beta_schedule": "squaredcos_cap_v2"}, "betas .squaredcos"), (
+        {"rescale_betas_zero_snr": True}, "rescaled to zero SNR"), ({"prediction_type": "sample"}, "prediction_type is")
+    ):  # fmt: skip
+        path.write_text(json.dumps(said | change))
+        with pytest.raises(ModelError, match=fault):
+            loss_of(load_recipe(diffusion_recipe(tmp_path / "w", base, **SMALL)))
+
+
+def test_captions_beside_pictures_in_tables_and_for_all(bases, tmp_path):
+    def captions(source, **data):
+        recipe = load_recipe(diffusion_recipe(tmp_path / "r", bases["dit"], data={"train": str(source), **data}))
+        found = read_data(recipe, reader_of(recipe), ("train",))["train"]
+        return [example.answer for example in found.examples], found.problems
+
+    pictures = write_captioned(tmp_path / "pictures", 4)
+    assert captions(pictures)[0] == ["cool", "hot", "cool", "hot"]
+    (pictures / "001.txt").unlink()
+    _, problems = captions(pictures)
+    assert problems.count == 1 and "the picture has no caption: write 001.txt beside it" in problems.found[0].message
+    assert captions(pictures, caption="sks")[0] == ["cool", "sks", "cool", "hot"]
+    assert captions(pictures, caption="")[0] == ["cool", "", "cool", "hot"]
+    (pictures / "metadata.jsonl").write_text('{"file_name": "001.png", "text": "a b"}\n{"file_name": "002.png"}\n')
+    found, problems = captions(pictures)
+    assert found == ["a b"] and "the caption is missing" in problems.found[0].message
+    (pictures / "metadata.jsonl").unlink()
+    classes = tmp_path / "classes"
+    for number, name in enumerate(("hot", "cool", "hot")):
+        (classes / name).mkdir(parents=True, exist_ok=True)
+        picture(name, number, 16, 16).save(classes / name / f"{number}.png")
+    assert captions(classes)[0] == ["cool", "hot", "hot"]
+    picture("hot", 1, 6, 20).save(classes / "hot" / "small.png")
+    (classes / "hot" / "broken.png").write_bytes(b"none")
+    _, problems = captions(classes)
+    said = sorted(problem.message for problem in problems.found)
+    assert "6 x 20 pixels, and 8 x 8 are wanted; give a larger one" in said[1] and "not a whole picture" in said[0]
+
+
+@pytest.mark.parametrize(("changes", "fault"), [
+    ({"data": {"augment": "flip"}}, "data.augment = flip: not possible with task.kind image-generation"),
+    ({"adapter": {"method": "dora"}}, "adapter.method = dora: a denoiser"),
+    ({"adapter": {"method": "full"}, "model": {"quant": "nf4"}}, "full fine-tuning trains 16-bit weights"),
+    ({"diffusion": {"weighting": "cosmap", "prediction": "epsilon"}}, "diffusion.weighting = cosmap: not with"),
+    ({"task": {"kind": "image-classification"}}, "diffusion.sample_prompts: only with task.kind image-generation"),
+    ({"memory": {"stream_from": "disk"}}, "memory.stream_from = disk: not possible"),
+    ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype = float16: not possible"),
+    ({"lora": {"targets": []}}, "lora.targets = []: nothing is trained"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(bases, tmp_path, changes, fault):
+    with pytest.raises(RecipeError, match=re.escape(fault)):
+        load_recipe(diffusion_recipe(tmp_path, bases["sd"], **changes))
+
+
+def test_resolutions_and_folders_that_are_wrong_are_one_clean_error(bases, tmp_path):
+    def fit(base, **data):
+        return fit_of(load_recipe(diffusion_recipe(tmp_path / "r", base, data=data)))
+
+    with pytest.raises(ModelError, match=r"data.resolution 18 is no multiple of the model's 4 pixels; write 16 or 20"):
+        fit(bases["sd"], resolution=18)
+    with pytest.raises(ModelError, match="takes pictures of its own size alone; write 8"):
+        fit(bases["dit"], resolution=16)
+    assert fit(bases["sd"], resolution=16, buckets=False).sizes == ((16, 16),)
+    base = shutil.copytree(bases["sd"], tmp_path / "cut")
+    shutil.rmtree(base / "vae")
+    with pytest.raises(ModelError, match="latents of 4 channels and has no autoencoder"):
+        fit(base, resolution=16)
+    shutil.rmtree(base / "unet")
+    with pytest.raises(ModelError, match="without a folder transformer or unet"):
+        fit(base)
+    (base / "model_index.json").unlink()
+    with pytest.raises(ModelError, match="is no diffusion pipeline"):
+        fit(base)
+    bare = shutil.copytree(bases["sd"] / "unet", tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"latents of 4 channels and has no autoencoder"):
+        run_recipe(load_recipe(diffusion_recipe(tmp_path / "b", bare)))
+
+
+def test_a_plan_needs_the_pipeline_s_configurations_alone(bases, tmp_path):
+    base = shutil.copytree(bases["sd"], tmp_path / "configs")
+    for path in base.rglob("*.safetensors"):
+        path.unlink()
+    said = command("plan", base, "data.resolution=16", "--vram", "8GiB").output
+    assert "pictures of 16 x 16 pixels" in said and "fits" in said
+    found = json.loads(command("plan", base, "data.resolution=16", "--vram", "8GiB", "--json").output.splitlines()[-1])
+    assert found["fits"]
+    with pytest.raises(ModelError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        run_recipe(load_recipe(diffusion_recipe(tmp_path / "r", base, **SMALL)))
