@@ -133,7 +133,8 @@ def _pictures(value: _Value) -> _Found:
     if kind not in OF_PICTURES:
         for name in ("augment",) if has_vision else ("resolution", "augment"):
             if value("data", name) not in (None, "none"):
-                yield ("data", name), f"data.{name}: only with task.kind {', '.join(OF_PICTURES)}; remove it"
+                kinds = " or ".join(CLASSIFYING_PICTURES if name == "augment" else OF_PICTURES)
+                yield ("data", name), f"data.{name}: only with task.kind {kinds}; remove it"
         if not has_vision:
             return
     allowed_there = WITH_VISION if has_vision else WITH_PICTURES
