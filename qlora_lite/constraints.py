@@ -27,7 +27,7 @@ WITH_VISION: dict[tuple[str, str], tuple[object, ...]] = {  # of a recipe whose 
     ("adapter", "method"): ("lora", "dora"), ("adapter", "train_tokens"): ([],), ("lora", "start"): ("kaiming",),
     ("model", "quant"): ("nf4", "fp4", "none"), ("data", "overflow"): ("error", "drop"),
     ("data", "streaming"): (False,), ("train", "objective"): ("sft",), ("train", "compile"): (False,),
-    ("train", "metrics_examples"): (0,), ("train", "merge_aware"): ("off",),
+    ("train", "merge_aware"): ("off",),
 }  # fmt: skip
 WITH_DENOISERS: dict[tuple[str, str], tuple[object, ...]] = {  # of one whose model is a denoiser, likewise
     ("data", "augment"): ("none",), ("memory", "optimizer_in_backward"): (False,),

@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.around import Around
@@ -30,7 +31,7 @@ from qlora_lite.quant.linear import QuantLinear
 from .lora.layer import LoraWeights
 
 TOKEN_ROWS = "token_rows"  # the rows of tokens in their table's module
-EMBEDDINGS, HEAD, NORMS, BIASES = PARTS = "embeddings", "head", "norms", "biases"
+EMBEDDINGS, HEAD, NORMS, BIASES, PROJECTOR = PARTS = "embeddings", "head", "norms", "biases", "projector"
 
 
 class NormInFloat32(Around):
@@ -164,13 +165,27 @@ def train_parts(model: nn.Module, parts: Collection[str]) -> None:
         HEAD: [name for name, module in named.items() if module is head],
         NORMS: [name for name, module in named.items() if is_norm(module)],
         BIASES: [name for name, module in named.items() if _has_bias(module)],
+        PROJECTOR: projector_paths(model),
     }
     for part in parts:
         if not chosen[part]:
             raise ModelError(_said([part], f"{type(model).__name__} has none; leave it out"))
+        if part == PROJECTOR and any(isinstance(named[path], LoraWeights) for path in chosen[part]):
+            raise ModelError(_said([part], "lora.targets adapt it too: leave it out of one of the two"))
         leaves = ("bias",) if part == BIASES else ("weight", "bias")
         train_weights(model, (f"{path}.{leaf}" for path in chosen[part] for leaf in leaves
                               if getattr(named[path], leaf, None) is not None))  # fmt: skip
+
+
+def projector_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the modules with weights between a vision tower and a language model, both models of
+    transformers."""
+    if not has_vision_tower(model):
+        return []
+    prefix, inner = model.base_model_prefix, model.base_model
+    parts = [name for name, part in inner.named_children() if not isinstance(part, PreTrainedModel)]
+    return [f"{prefix}.{name}" for name, module in inner.named_modules()
+            if name.split(".")[0] in parts and module._parameters]  # fmt: skip
 
 
 def _said(parts: Collection[str], what: str) -> str:

@@ -37,7 +37,7 @@ from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
 from .lora.start import base_of, first_sum_of
-from .parts import TOKEN_ROWS, head_parameters, is_tied, tables_of
+from .parts import TOKEN_ROWS, head_parameters, is_tied, projector_paths, tables_of
 from .saved import METHODS, Saved, checked, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
@@ -388,6 +388,7 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
     tables = [table.weight for table in tables_of(model) if table]
     own_head = head_parameters(model)
     tables += own_head.values()
+    tables += [p for path in projector_paths(model) for p in model.get_submodule(path).parameters(recurse=False)]
     tied = model.get_input_embeddings().weight if config.get("ensure_weight_tying") and is_tied(model) else None
     weights: dict[str, torch.Tensor] = {}
     problems: list[str] = []
@@ -403,7 +404,9 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
             tensors.pop(f"{PREFIX}{layer}.{copied}.bias", None)
         if parameter.ndim > 1 and all(parameter is not table for table in tables):
             tensors.pop(stored, None)
-            problems.append(f"{name} was trained whole; that can be embeddings, the head, norms and biases")
+            problems.append(
+                f"{name} was trained whole; that can be embeddings, the head, norms, biases and a projector"
+            )
             continue
         tensor = tensors.pop(stored, tensors.pop(weight_name(name, [layer]), None))
         if tensor is None:

@@ -24,7 +24,7 @@ from qlora_lite.adapters.read import Adapter as ReadAdapter
 from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.data.problems import Problems
-from qlora_lite.data.render import end_of_answers
+from qlora_lite.data.render import end_of_answers, for_pictures
 from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
@@ -46,7 +46,7 @@ from qlora_lite.prepare.build import (
     without_start,
 )
 from qlora_lite.prepare.datasets import build_sources
-from qlora_lite.prepare.recipe_head import picture_processor
+from qlora_lite.prepare.recipe_head import picture_processor, picture_reader
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import OF_PICTURES, PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
@@ -158,7 +158,9 @@ class TrainedRun:
         if self.adapter and self.is_alone and not (self.own_template or tokenizer.chat_template):
             raise DataError(f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
                             "that it was trained with into that folder, as chat_template.jinja")  # fmt: skip
-        return choose_template(tokenizer, self.recipe.data.template, self.own_template)
+        found = choose_template(tokenizer, self.recipe.data.template, self.own_template)
+        reader = picture_reader(self.recipe)
+        return for_pictures(found, reader.token) if reader else found
 
     def shared_system(self) -> str | None:
         """Return the system message of the training rows, if the first ones all have the same.

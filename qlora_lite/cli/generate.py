@@ -62,6 +62,14 @@ def _of_a_conversation(command):
     help="File of prompts to answer: text (one per line), JSONL, CSV or Parquet.",
 )
 @click.option(
+    "--image",
+    "pictures",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="A picture that --prompt is about; may be repeated. Of a run of task.kind image-text-to-text.",
+)
+@click.option(
     "--out", type=click.Path(), metavar="FILE",
     help="JSONL file for the answers to --prompts; of a run that draws pictures a .png file for --prompt, or a folder "
     "for those of --prompts.",
@@ -77,8 +85,9 @@ def _of_a_conversation(command):
 @click.option("--steps", type=click.IntRange(min=1), help="Steps for a picture.  [default: the run's]")
 @click.option("--guidance", type=click.FloatRange(min=1), help="Scale of guidance for a picture.  [default: the run's]")
 @_of_a_conversation
-def generate(run: str, prompt: str | None, prompts: str | None, out: str | None, column: str | None, overwrite: bool,
-             base: bool, seed: int | None, steps: int | None, guidance: float | None, **options) -> None:  # fmt: skip
+def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[str, ...], out: str | None,
+             column: str | None, overwrite: bool, base: bool, seed: int | None, steps: int | None,
+             guidance: float | None, **options) -> None:  # fmt: skip
     """Answer one prompt, or a file of prompts.
 
     RUN is a run folder, or an adapter folder in the PEFT format. For a RECIPE, or a MODEL (a name, a folder or a .gguf
@@ -98,11 +107,13 @@ def generate(run: str, prompt: str | None, prompts: str | None, out: str | None,
         raise click.UsageError("--prompts FILE and --out FILE go together")
     if prompts is None and (column or overwrite):
         raise click.UsageError("--column and --overwrite are for --prompts FILE")
+    if prompts is not None and pictures:
+        raise click.UsageError("--image is for --prompt")
     if prompts is not None and out is not None:
         _answer_file(run, prompts, out, column, overwrite, base, 0 if seed is None else seed, options)
         return
     session = _open([run], options, base, seed)
-    session.say(prompt)
+    session.say(prompt, pictures)
     show = sys.stdout.isatty()  # where somebody watches, word by word as it comes
     answer = session.reply(show)
     if not show:

@@ -120,6 +120,14 @@ class PictureReader:
                 raise DataError(f"{example.where}: {error}", error.rule) from None
         return np.concatenate(found) if found else None
 
+    def of_files(self, pictures: Sequence[PictureFile]) -> np.ndarray:
+        """Return the pixels of at least one picture.
+
+        Raises:
+            DataError: see ``of_examples``.
+        """
+        return np.concatenate([self._pixels_of(picture) for picture in pictures])
+
     def _pixels_of(self, picture: PictureFile) -> np.ndarray:
         if picture == MADE_UP:
             return np.zeros((1, 3, self.edge, self.edge), np.float32)

@@ -41,7 +41,7 @@ from qlora_lite.models.merge import (
     write_merged,
 )
 from qlora_lite.models.save import SHARD_BYTES, save_quantized
-from qlora_lite.prepare.build import build_to_use, start_of, train_settings, workload_of
+from qlora_lite.prepare.build import build_to_use, start_of, train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
@@ -219,8 +219,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
     except DataError as error:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     examples = data.examples[:count]
-    work = workload_of(recipe) if recipe.with_vision else CausalLM()
-    assert isinstance(work, CausalLM)
+    work = work_to_measure(recipe)
     return HeldOut(list(eval_batches(work, examples, train_settings(recipe))), len(examples), name, work)
 
 

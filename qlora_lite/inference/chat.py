@@ -5,19 +5,24 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import TextStreamer
 
 from qlora_lite.data import hub
+from qlora_lite.data.mask import Row, with_pictures
+from qlora_lite.data.picture_reader import PictureReader
+from qlora_lite.data.picture_turns import MARK
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.models.anatomy import text_config
+from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.terminal import printable
 
-from .generate import Sampling, answer
+from .generate import Sampling, Shown, answer
 from .multi_adapter import Tasks, load_tasks, open_runs
 
 log = logging.getLogger("qlora_lite")
@@ -33,6 +38,7 @@ class Session:
     max_new_tokens: int
     sampling: Sampling
     turns: list[Turn] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)  # files, of the turns in order
 
     @property
     def template(self) -> Template:
@@ -48,16 +54,42 @@ class Session:
         self.tasks.task(name)
         self.task = name
 
-    def say(self, text: str) -> None:
-        """Add what the user says."""
-        self.turns.append(Turn("user", text))
+    def say(self, text: str, pictures: Sequence[str] = ()) -> None:
+        """Add what the user says, about pictures that come first.
+
+        Raises:
+            DataError: the model reads no pictures.
+        """
+        if pictures and self._reader is None:
+            raise DataError("this model reads no pictures: they are for runs of task.kind image-text-to-text")
+        self.turns.append(Turn("user", MARK * len(pictures) + text))
+        self.pictures += pictures
+
+    @property
+    def _reader(self) -> PictureReader | None:
+        return picture_reader(self.tasks.task(self.task).run.recipe)
+
+    def _prompt(self, template: Template) -> str | Shown:
+        """Return the rendered turns, with what makes the pixels of their pictures.
+
+        Raises:
+            DataError: a picture cannot be read, or the template refuses the turns.
+        """
+        text, reader = render_prompt(template, self.turns), self._reader
+        if reader is None or not self.pictures:
+            return text
+        (shown,) = reader.looked_at([self.pictures])
+        if isinstance(shown, DataError):
+            raise shown
+        row = with_pictures(Row(text, (), (), ""), template.picture, shown)
+        return Shown(row.text, partial(reader.of_files, row.pictures))
 
     def reply(self, show: bool = False) -> str:
         """Answer the turns so far, and remember the answer; ``show`` prints it word by word as it comes."""
         tokenizer = self.tasks.tokenizer
         with self.tasks.using(self.task) as task:
-            prompt = render_prompt(task.template, self.turns)
-            self._warn_of_length(prompt)
+            prompt = self._prompt(task.template)
+            self._warn_of_length(prompt.text if isinstance(prompt, Shown) else prompt)
             streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
             (text,) = answer(
                 self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,

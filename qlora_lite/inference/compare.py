@@ -16,11 +16,11 @@ from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import train_settings
+from qlora_lite.prepare.build import train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data, measures_of
+from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.compare_page import render_comparison
-from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_forward
@@ -144,7 +144,7 @@ def _measure(
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
         data, settings = data or build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
-        work = CausalLM(virtual=count_virtual(tasks.model)).with_options(settings.options)
+        work = work_to_measure(recipe, count_virtual(tasks.model)).with_options(settings.options)
         settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
         if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
             log.warning("%s was trained on files from which %s held examples out, and may have seen those", name,
@@ -162,6 +162,7 @@ def _measure(
             tasks.model, tasks.tokenizer, data.examples[:answers], task.stop, losses_by(work, tasks.model, settings),
             partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes), measures_of(rows_of),
             new_tokens_of(rows_of), watch and (lambda what, *counts: watch(f"{called}: {what}", *counts)),
+            reader=picture_reader(recipe),
         )  # fmt: skip
     said = [
         record

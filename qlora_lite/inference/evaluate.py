@@ -26,6 +26,7 @@ from qlora_lite.data.metrics import (
     mean,
     score_texts,
 )
+from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
@@ -33,10 +34,11 @@ from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
-from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings, workload_of
+from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data, measures_of
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -47,7 +49,7 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.text_guards import check_embeddings
 
-from .generate import Answer, answers, stop_ids
+from .generate import Answer, Shown, answers, stop_ids
 from .label_texts import load_head, measure_labels
 from .preferred import attach_and_judge
 
@@ -96,7 +98,7 @@ def measure(
     model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
     losses: Losses | None = None, at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS,
     measures: Measures = EXACT_MATCH, new_tokens: int | None = None, watch: Watch | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE, reader: PictureReader | None = None,
 ) -> Measured:  # fmt: skip
     """Answer every example's prompt greedily, once for all metrics, and score the answers.
 
@@ -111,6 +113,7 @@ def measure(
         new_tokens: most tokens of an answer; None is a few more than the longest reference has.
         watch: told of the answers so far.
         processes: those that share the answers, and have the same model and examples; all measure at the same time.
+        reader: reads the examples' pictures.
 
     Raises:
         DataError: a row is plain text and has no answer, there is nothing to compare in any, or the references are not
@@ -127,7 +130,7 @@ def measure(
     shown: tuple = ()
     matches: tuple = ()
     if measures.needs_answers:
-        references, said = _answered(model, tokenizer, asked, ends, at_once, new_tokens, watch, processes)
+        references, said = _answered(model, tokenizer, asked, ends, at_once, new_tokens, watch, processes, reader)
         compared = zip(asked, references, said, strict=True)
         records = [_record(*each, measures.matching) for each in compared]
         texts = references, [answer.text for answer in said]
@@ -151,10 +154,12 @@ def measure(
 
 def _answered(
     model: nn.Module, tokenizer, asked: Sequence[Example], ends: Collection[int], at_once: Callable[[int], int],
-    new_tokens: int | None, watch: Watch | None, processes: Processes,
+    new_tokens: int | None, watch: Watch | None, processes: Processes, reader: PictureReader | None,
 ) -> tuple[list[str], list[Answer]]:  # fmt: skip
     """Return the references as the tokenizer gives them back, and the greedy answers."""
-    prompts, (prompt, new) = [example.prompt for example in asked], _most_tokens(model, tokenizer, asked, new_tokens)
+    prompts = [Shown(example.prompt, partial(reader.of_examples, [example])) if reader and example.pictures
+               else example.prompt for example in asked]  # fmt: skip
+    prompt, new = _most_tokens(model, tokenizer, asked, new_tokens)
     done, ranks = watching(watch, "answers", len(asked)), processes.world_size
     ask = partial(answers, model, tokenizer, max_new_tokens=new, stop=stop_ids(model, tokenizer, ends),
                   batch_size=at_once(prompt + new),
@@ -165,7 +170,7 @@ def _answered(
 
 
 def _shared_answers(
-    ask: Callable[[Sequence[str]], list[Answer]], prompts: Sequence[str], processes: Processes
+    ask: Callable[[Sequence[str | Shown]], list[Answer]], prompts: Sequence[str | Shown], processes: Processes
 ) -> list[Answer]:  # fmt: skip
     """Return the answers to all prompts, of which each process makes its share."""
     own: list[Answer] = []
@@ -333,8 +338,7 @@ def evaluate_recipe(
         judged = attach_and_judge(recipe, model, adapter, tokenizer, settings)
     elif adapter:
         load_adapter(model, adapter, recipe.train.merge_aware)
-    work = workload_of(recipe) if recipe.with_vision else CausalLM(virtual=count_virtual(model))
-    work = work.with_options(settings.options)
+    work = work_to_measure(recipe, count_virtual(model)).with_options(settings.options)
     work.check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
@@ -350,7 +354,7 @@ def evaluate_recipe(
         at_once = partial(answered_at_once, recipe, model, recipe.memory.budget_bytes)
         found = measure(
             model, tokenizer, rows, data.end_token_ids, losses_by(work, model, settings), at_once, measures_of(recipe),
-            new_tokens_of(recipe), watch,
+            new_tokens_of(recipe), watch, reader=picture_reader(recipe),
         )  # fmt: skip
         measured |= found.figures()
         if out:

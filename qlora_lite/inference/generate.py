@@ -29,6 +29,7 @@ from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.storage import virtual_ids
 from qlora_lite.errors import DoesNotFitError, ModelError, tokenizer_faults
 from qlora_lite.models.anatomy import device_of
+from qlora_lite.models.vision_language import pixels_for
 from qlora_lite.train.out_of_memory import free_cached_memory, is_out_of_memory
 
 from .decode import decoding
@@ -55,6 +56,14 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+
+
+class Shown(NamedTuple):
+    """A rendered prompt in which pictures are written out as the tokens that stand for them, and what returns their
+    pixels, float32 [N, 3, H, W]."""
+
+    text: str
+    pixels: Callable[[], np.ndarray]
 
 
 class Answer(NamedTuple):
@@ -84,15 +93,16 @@ def answer(*arguments, **options) -> list[str]:
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer, prompts: Sequence[str | list[int]], max_new_tokens: int, stop: Sequence[int] = (),
-    batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
+    model: nn.Module, tokenizer, prompts: Sequence[str | list[int] | Shown], max_new_tokens: int,
+    stop: Sequence[int] = (), batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
     before_batch: Callable[[list[int]], None] | None = None, stopping=None, first: int = 0,
     done: Callable[[int], None] | None = None, numbers: Sequence[int] | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Continue each rendered prompt.
 
     Args:
-        prompts: rendered text, begin-of-text included where the model wants it, or its tokens.
+        prompts: rendered text, begin-of-text included where the model wants it, or its tokens; those with pictures run
+            one by one.
         max_new_tokens: at most this many tokens per answer.
         stop: from ``stop_ids``.
         batch_size: prompts that run together, alike in length; half as many once memory runs out.
@@ -108,6 +118,8 @@ def answers(
         ModelError: logits are NaN or infinite, so that no token can be chosen; or the tokenizer fails.
     """
     before = virtual_ids(count_virtual(model))
+    pixels = {number: prompt.pixels for number, prompt in enumerate(prompts) if isinstance(prompt, Shown)}
+    prompts = [prompt.text if isinstance(prompt, Shown) else prompt for prompt in prompts]
     with tokenizer_faults():
         tokens = [tokenizer(prompt, add_special_tokens=False).input_ids if isinstance(prompt, str) else prompt
                   for prompt in prompts]  # fmt: skip
@@ -123,23 +135,24 @@ def answers(
     head = model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     try:
         while order:
-            rows = order[:batch_size]
+            rows = order[: 1 if pixels else batch_size]
             ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
             ids, mask = ids.to(device), mask.to(device)
             if before_batch:
                 before_batch(rows)
             try:
-                own = decoding(model, ids.shape[1] + max_new_tokens, streamer)
+                shown = pixels_for(model, torch.from_numpy(pixels[rows[0]]())) if rows[0] in pixels else {}
+                own = None if shown else decoding(model, ids.shape[1] + max_new_tokens, streamer)
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
-                    streamer=None if own else streamer, custom_generate=own,
+                    streamer=None if own else streamer, custom_generate=own, **shown,
                     logits_processor=_choosing(sampling, ids, max_new_tokens, [numbers[row] for row in rows], stop),
                 )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             else:
-                order = order[batch_size:]
+                order = order[len(rows) :]
                 for row, new in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
                     found[row] = _read(new, stop, tokenizer)
                 if done:

@@ -103,6 +103,11 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES[model.config.model_type]
 
 
+def pixels_for(model: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the pictures [N, 3, H, W] of one row as arguments of transformers' own forward."""
+    return family_of(model).arguments(pixels.to(device_of(model), model.dtype))
+
+
 def picture_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Return the hidden states [N * K, D] that stand for pictures [N, 3, H, W], of the model's device and type."""
     family = family_of(model)

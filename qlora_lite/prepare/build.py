@@ -405,6 +405,17 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> Workload:
     return PreferenceLM(objective=objective, method=method, spec=spec)
 
 
+def work_to_measure(recipe: Recipe, virtual: int | None = None) -> CausalLM:
+    """Return what computes the likelihood of a recipe's answers, whatever it learns them by.
+
+    Args:
+        virtual: see ``CausalLM``.
+    """
+    work = workload_of(recipe) if recipe.with_vision else CausalLM(virtual=virtual)
+    assert isinstance(work, CausalLM)
+    return work
+
+
 def quantization_of(recipe: Recipe, config: dict) -> tuple[str, bool]:
     """Return the type of the linear layers' weights, and whether their absmax values are quantised too.
 

@@ -194,7 +194,7 @@ class Target(_Section):
     """Alpha of these layers; null is lora.alpha."""
 
 
-_Part = Literal["embeddings", "head", "norms", "biases"]
+_Part = Literal["embeddings", "head", "norms", "biases", "projector"]
 
 
 class Adapter(_Section):
@@ -217,9 +217,9 @@ class Adapter(_Section):
         Rule(f"one or a list of {', '.join(get_args(_Part))}"),
     ] = ()  # fmt: skip
     """Weights of the base model that are trained whole beside the LoRA weights: embeddings, head, norms, biases (all of
-    the model's). Tied embeddings are one table: embeddings trains the head too. A table takes about 6 bytes a number
-    more with an 8-bit optimizer, 2 of them already there, and lies on the device; adapters hold it whole, and vLLM and
-    llama.cpp take it merged only. Not norms with train.compile."""
+    the model's), projector (of a vision-language model). Tied embeddings are one table: embeddings trains the head too.
+    A table takes about 6 bytes a number more with an 8-bit optimizer, 2 of them already there, and lies on the device;
+    adapters hold it whole, and vLLM and llama.cpp take it merged only. Not norms with train.compile."""
     train_also_lr_ratio: PositiveFloat = 0.1
     """How many times train.learning_rate the learning rate of adapter.train_also is: whole weights take about a tenth
     of what LoRA weights do."""

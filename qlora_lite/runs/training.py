@@ -46,6 +46,7 @@ from qlora_lite.models.save import save_model
 from qlora_lite.prepare.datasets import measures_of
 from qlora_lite.prepare.latents import NEUTRAL
 from qlora_lite.prepare.recipe_denoiser import pipeline_of
+from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.denoiser import Denoiser
@@ -368,6 +369,7 @@ class Training:
                     self.model, self.proven.tokenizer, rows, eval_data.end_token_ids, self.trainer.answer_losses,
                     self._prompts_at_once, measures_of(self.recipe), new_tokens_of(self.recipe), self._watch,
                     ALONE if self.trainer.is_sharded else self.processes,  # else all run each block together
+                    picture_reader(self.recipe),
                 )  # fmt: skip
         except (DoesNotFitError, ModelError) as error:
             if self.trainer.step:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -119,6 +119,8 @@ class CausalLM(Workload):
     spec: ModelSpec | None = field(default=None, repr=False)
     virtual: int | None = None
 
+    reads_pictures: ClassVar[bool] = False
+
     @property
     def _virtual(self) -> int:
         return self.method.virtual_tokens if self.virtual is None else self.virtual
@@ -143,7 +145,13 @@ class CausalLM(Workload):
         return enlarged(examples, most._replace(tokens=tokens, longest=most.longest - virtual))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Pack rows into one sequence, each behind the method's virtual tokens."""
+        """Pack rows into one sequence, each behind the method's virtual tokens.
+
+        Raises:
+            DataError: a row has pictures.
+        """
+        if not self.reads_pictures and (shown := next((each.where for each in examples if each.pictures), None)):
+            raise DataError(f"{shown}: the row has pictures, which are not read here; give rows of text")
         virtual = self._virtual
         return collate([with_virtual(each, virtual) for each in examples] if virtual else examples)
 

@@ -18,7 +18,7 @@ from qlora_lite.data.picture_reader import MADE_UP, PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.vision_language import FAMILIES, family_of
+from qlora_lite.models.vision_language import FAMILIES, pixels_for
 from qlora_lite.ops.loss import head_logits
 
 from .causal_lm import CausalLM
@@ -40,6 +40,7 @@ class PictureChatLM(CausalLM):
     reader: PictureReader = NO_READER
 
     has_large_inputs: ClassVar[bool] = True
+    reads_pictures: ClassVar[bool] = True
 
     @property
     def beside_blocks(self) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ class PictureChatLM(CausalLM):
     @torch.no_grad()
     def _logits_error(self, model: nn.Module) -> float:
         """Return the relative L2 error of the logits of packed rows, two of them with pictures."""
-        r, device, generator = self.reader, device_of(model), torch.Generator().manual_seed(0)
+        r, generator = self.reader, torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         rows = []
         for pictures in (1, 0, 2):
@@ -130,12 +131,13 @@ class PictureChatLM(CausalLM):
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         batch = Batch(ids, positions, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * 3, pixels)
         was_training = model.training
-        packed = head_logits(hidden_states(model.eval(), self.inputs(batch, device)), head(model))
-        arguments, alone = family_of(model).arguments, []
+        packed = head_logits(hidden_states(model.eval(), self.inputs(batch, device_of(model))), head(model))
+        alone = []
         with own_attention(model):
             for row, own in zip(rows, (pixels[:1], None, pixels[1:]), strict=True):
-                shown = {} if own is None else arguments(own.to(device, model.dtype))
-                alone.append(model(input_ids=row[None].to(device), use_cache=False, **shown).logits[0].float())
+                shown = {} if own is None else pixels_for(model, own)
+                ids = row[None].to(device_of(model))
+                alone.append(model(input_ids=ids, use_cache=False, **shown).logits[0].float())
         model.train(was_training)
         expected = torch.cat(alone)
         return relative_error(packed, expected, model)

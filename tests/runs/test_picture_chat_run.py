@@ -10,15 +10,17 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_pictures import drawn, save_encoder
-from tiny_runs import summary_of
-from tiny_vision_language import FAMILIES, chat_recipe, save_vision_language
+from tiny_runs import summary_of, tiny_run
+from tiny_vision_language import FAMILIES, OF_PARTS, chat_recipe, save_vision_language
 from transformers import AutoModelForImageTextToText
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
-from qlora_lite.errors import CheckpointError, Interrupted, ModelError, RecipeError
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.models.pretrained import processor_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import family_of
 from qlora_lite.prepare.build import workload_of
@@ -139,6 +141,49 @@ def test_real_peft_and_transformers_have_the_loss_that_the_run_has(run, bases):
     assert after == pytest.approx(summary["eval_loss_after"], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_path, name):
+    train = {"max_steps": 30, "lr_scheduler": "constant", "metrics_examples": 4}
+    lora = {"targets": ["all-linear", "*vision*.layers.0.*"], "rank": 8, "alpha": 16, "dtype": "float32"}
+    also = {"train_also": ["projector"], "train_also_lr_ratio": 1.0}
+    recipe = chat_recipe(tmp_path, bases[name], train=train, lora=lora, adapter=also, model={"quant": "none"})
+    folder = run_recipe(load_recipe(recipe))
+    pictures, said = [tmp_path / "rows" / "pictures" / f"{number}.png" for number in (100, 101)], []
+    base = AutoModelForImageTextToText.from_pretrained(bases[name], dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    processor = processor_of(bases[name], name, 4)
+    for picture in pictures:
+        asked = ["generate", folder, "--prompt", "what is it", "--image", picture, "--max-new-tokens", "8"]
+        result = CliRunner().invoke(cli, [*map(str, asked)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        said.append(result.output.strip())
+        turn = {
+            "role": "user",
+            "content": [{"type": "image", "image": str(picture)}, {"type": "text", "text": "what is it"}],
+        }
+        given = processor.apply_chat_template([[turn]], OF_PARTS, tokenize=True, return_dict=True, return_tensors="pt",
+                                              add_generation_prompt=True)  # fmt: skip
+        ends = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        with torch.no_grad():
+            theirs = model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=ends)
+        text = processor.tokenizer.decode(theirs[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert said[-1] == text.strip()
+    summary = summary_of(folder)
+    assert summary["metrics"]["after"]["exact_match"]["examples"] == 4
+    found = evaluate_recipe(open_trained(folder).recipe, folder / "adapter", 4)
+    assert found["metrics"]["exact_match"]["value"] == summary["exact_match_after"]
+
+
+def test_pictures_are_refused_where_nothing_reads_them(bases, tmp_path):
+    session = open_session(tiny_run(tmp_path / "text"))
+    with pytest.raises(DataError, match=r"this model reads no pictures: they are for runs of task.kind image-text-to"):
+        session.say("what", ["a.png"])
+    recipe = chat_recipe(tmp_path, bases["llava"])
+    result = CliRunner().invoke(cli, ["damage", str(recipe)])
+    assert result.exit_code and "the row has pictures, which are not read here" in str(result.exception)
+
+
 def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, tmp_path):
     folder, recipe = run
     report = merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", dtype="f32", rows=4))
@@ -174,7 +219,7 @@ def test_other_ways_to_train_it(bases, tmp_path):
         ({"data": {"augment": "flip"}}, "data.augment: only with task.kind image-classification or image-segmentation"),
         ({"train": {"objective": "dpo"}}, "train.objective = dpo: not possible with task.kind image-text-to-text"),
         ({"lora": {"start": "pissa"}}, "lora.start = pissa: not possible with task.kind image-text-to-text"),
-        ({"train": {"metrics_examples": 2}}, "train.metrics_examples = 2: not possible"),
+        ({"train": {"merge_aware": "nf4"}}, "train.merge_aware = nf4: not possible with task.kind image-text-to-text"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_with_pictures_are_refused(bases, tmp_path, sections, message):

@@ -29,8 +29,10 @@ from qlora_lite.train.workload import BatchShape
 
 CPU = torch.device("cpu")
 METHOD = Lora(rank=4, alpha=8.0, dtype=torch.float32)
-# the language model alone; the tower's attention too
+# the language model alone; the tower's attention too; the projector too
 TARGETS = {"language": (Target("all-linear"),), "both": (Target("all-linear"), Target("*vision*.layers.0.*.q_proj"))}
+METHODS = {name: replace(METHOD, targets=targets) for name, targets in TARGETS.items()}
+METHODS["projector"] = replace(METHOD, also=("projector",))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def loaded(folder, quant="none"):
 
 def workload(folder, family, quant="none", targets="language"):
     spec = ModelSpec(read_part(str(folder), with_vision=True).config, quant, compute_dtype=torch.float32)
-    return PictureChatLM(method=replace(METHOD, targets=TARGETS[targets]), spec=spec, reader=reader(family))
+    return PictureChatLM(method=METHODS[targets], spec=spec, reader=reader(family))
 
 
 def with_factors(model):
@@ -83,7 +85,7 @@ def by_transformers(work, model, examples):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", METHODS)
 def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, targets, tmp_path):
     work, rows = workload(folders[family], family, targets=targets), noise_rows(family)
     model = adapted(work, loaded(folders[family]))
@@ -96,12 +98,14 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
     loss = by_transformers(work, theirs.base_model.model, rows)
     loss.backward()
     assert ours == pytest.approx(loss.item(), rel=1e-5)
-    expected = {name.replace(".default", ""): parameter.grad / work.weight(batch)
+    weight = work.weight(batch)
+    expected = {name.replace(".modules_to_save.default", "").replace(".default", ""): parameter.grad / weight
                 for name, parameter in theirs.named_parameters() if parameter.requires_grad}  # fmt: skip
     named = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
     mine = {name: named[tensor.data_ptr()].grad for name, tensor in work.method.tensors(model).items()}
     assert mine.keys() == expected.keys()
     assert any("vision" in name for name in mine) == (targets == "both")
+    assert any("projec" in name for name in mine) == (targets == "projector")
     largest = max(gradient.abs().max() for gradient in expected.values()).item()
     for name, gradient in mine.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
@@ -138,7 +142,13 @@ def case(folder, family, **how):
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("llava", {}), ("idefics3", {"quant": "nf4"}), ("smolvlm", {"targets": "both"})]
+    ("name", "how"),
+    [
+        ("llava", {}),
+        ("idefics3", {"quant": "nf4"}),
+        ("smolvlm", {"targets": "both"}),
+        ("llava", {"targets": "projector", "quant": "nf4"}),
+    ],
 )
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name, how):
     one = case(folders[name], name, **how)
@@ -164,7 +174,7 @@ def test_a_deep_model_is_planned_from_two_shallow_ones(folders):
     config = AutoConfig.from_pretrained(folders["smolvlm"])
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 7, 5
     spec = ModelSpec(config, "nf4", compute_dtype=torch.float32)
-    work = PictureChatLM(method=replace(METHOD, targets=TARGETS["both"]), spec=spec, reader=reader("smolvlm"))
+    work = PictureChatLM(method=METHODS["both"], spec=spec, reader=reader("smolvlm"))
     job = Job(work, BatchShape((60, 40), 40, 6), None, optimizer="adamw_torch")
     assert simulate(job).peak().total == simulate_whole(job).peak().total
 
@@ -186,8 +196,9 @@ def test_killed_and_resumed_it_goes_on_to_the_bit(folders, tmp_path):
 
 
 @torch.no_grad()
-def test_a_saved_adapter_gives_the_same_losses_again(folders, family, tmp_path):
-    work, rows = workload(folders[family], family, targets="both"), noise_rows(family)
+@pytest.mark.parametrize("targets", ["both", "projector"])
+def test_a_saved_adapter_gives_the_same_losses_again(folders, family, targets, tmp_path):
+    work, rows = workload(folders[family], family, targets=targets), noise_rows(family)
     model = adapted(work, loaded(folders[family]))
     save_adapter(model, tmp_path / "adapter", "base", method=work.method)
     again = load_adapter(loaded(folders[family]), tmp_path / "adapter")

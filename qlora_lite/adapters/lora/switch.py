@@ -277,7 +277,10 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
         for path, weight in adapter.weights.items():
             module, _, leaf = path.rpartition(".")
             weights[module][name][leaf] = weight
+    whole = {path for path, of_adapters in weights.items() if any("weight" in each for each in of_adapters.values())}
     for path, layer in linear_layers(model).items():
+        if path in whole:  # a projector's
+            continue
         factors = {name: adapter.layers[path] for name, adapter in of_lora.items() if path in adapter.layers}
         biases = {name: leaves["bias"] for name, leaves in weights.pop(path, {}).items()}
         if factors or biases:
