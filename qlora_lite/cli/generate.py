@@ -94,6 +94,8 @@ def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[
     file), the base model answers without an adapter. A RUN of task.kind image-generation draws a picture.
     """
     if _draws_pictures(Path(run)):
+        if pictures:
+            raise click.UsageError("--image is for a run that answers about pictures (task.kind image-text-to-text)")
         changed = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
         _draw(run, prompt, prompts, out, base, 0 if seed is None else seed, changed, options["model_path"])
         return
