@@ -117,7 +117,7 @@ def test_transformers_loads_nothing_but_by_the_one_door():
     calls = [node for node in ast.walk(ast.parse(DOOR.read_text())) if isinstance(node, ast.Call)]
     calls = [call for call in calls if getattr(call.func, "attr", "") in LOADERS]
     given = [[ast.unparse(keyword) for keyword in call.keywords] for call in calls]
-    assert len(calls) == 5 and all({"**_NO_CODE", "trust_remote_code=False"} & set(each) for each in given)
+    assert len(calls) == 7 and all({"**_NO_CODE", "trust_remote_code=False"} & set(each) for each in given)
     assert pretrained._NO_CODE["trust_remote_code"] is False
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora_lite.models.families import known_config, known_models, nearest
 
@@ -19,7 +19,9 @@ ENTRIES = {name: entry for name, entry in json.loads(FILE.read_text()).items() i
 @pytest.mark.parametrize("hub_id", ENTRIES)
 def test_a_model_built_from_its_configuration_has_the_published_number_of_parameters(hub_id):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known_config(hub_id)))
+        config = AutoConfig.for_model(**known_config(hub_id))
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = auto.from_config(config)
     published = ENTRIES[hub_id]["parameters"]
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(published, rel=0.01)
     assert published > 1e8 and ENTRIES[hub_id]["source"]
@@ -29,7 +31,7 @@ def test_a_model_built_from_its_configuration_has_the_published_number_of_parame
 @pytest.mark.parametrize("hub_id", known_models())
 def test_every_id_leads_to_a_configuration(hub_id):
     config = known_config(hub_id)
-    assert config["model_type"] and config["hidden_size"] > 0
+    assert config["model_type"] and config.get("text_config", config)["hidden_size"] > 0
 
 
 def test_no_configuration_runs_code_from_the_hub():
