@@ -8,8 +8,15 @@ import torch
 import yaml
 from data.tiny_tokenizer import make_tokenizer
 from tiny_pictures import COLOURS, drawn
-from transformers import AutoConfig, AutoModelForImageTextToText, Idefics3Processor, LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Gemma3Processor,
+    Idefics3Processor,
+    LlavaProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from qlora_lite.data.picture_reader import PictureReader
@@ -28,8 +35,13 @@ FAMILIES = {
     "idefics3": dict(text_config=_TEXT, vision_config=_VISION, image_token_id=TOKEN, scale_factor=2),
     "smolvlm": dict(text_config=_TEXT | dict(tie_word_embeddings=True), vision_config=_VISION, image_token_id=TOKEN,
                     scale_factor=2, tie_word_embeddings=True),
+    # a window that is shorter than a picture
+    "gemma3": dict(text_config=_TEXT | dict(model_type="gemma3_text", head_dim=16, query_pre_attn_scalar=16,
+                                            sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
+                   vision_config=_VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+                   mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=6, eoi_token_index=7),
 }  # fmt: skip
-TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4}
+TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4}
 
 
 def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
@@ -38,7 +50,9 @@ def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **FAMILIES[name]), dtype=dtype)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
+            if path.endswith("mm_input_projection_weight"):  # which begins as zeros
+                parameter.normal_(0, 0.1)
+            elif parameter.ndim >= 2:
                 parameter.mul_(5.0 if "text_model" in path or "language_model" in path else 2.0)
     return model.eval().requires_grad_(False)
 
@@ -61,6 +75,7 @@ def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> l
     chance, found = np.random.default_rng(seed), []
     for number, parts in enumerate(pictures):
         ids = [1, *chance.integers(5, 400, 4)]
+        parts = [1] * len(parts) if name in ("llava", "gemma3") else parts  # which cut none
         for count in parts:
             ids += [*[TOKEN] * (TOKENS[name] * count), *chance.integers(5, 400, 2)]
         answer = chance.integers(5, 400, 6)
@@ -72,7 +87,7 @@ def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> l
 
 _PARTS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3))
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>",
-           "<end_of_utterance>", *_PARTS)  # fmt: skip
+           "<end_of_utterance>", "<begin_of_image>", "<end_of_image>", *_PARTS)  # fmt: skip
 # as SmolVLM's, which takes turns as lists of parts alone
 OF_PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
@@ -83,18 +98,28 @@ OF_PARTS = (
 )
 
 
+def template_of(name: str) -> str:
+    """Return a family's chat template."""
+    return OF_PARTS.replace("<image>", "<begin_of_image>") if name == "gemma3" else OF_PARTS
+
+
 def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = True) -> Path:
     """Write a tiny model of a family as it is published, with tokenizer and processor; parts: cut pictures."""
     build_vision_language(name, seed).save_pretrained(folder)
     tokenizer = make_tokenizer(special=SPECIAL)
-    tokenizer.chat_template = OF_PARTS
-    if name == "llava":
+    tokenizer.chat_template = template = template_of(name)
+    if name == "gemma3":
+        for kind, token in (("image", "<image>"), ("boi", "<begin_of_image>"), ("eoi", "<end_of_image>")):
+            tokenizer.add_special_tokens({f"{kind}_token": token})
+        pixels = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+        processor = Gemma3Processor(pixels, tokenizer, template, 4)
+    elif name == "llava":
         pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        processor = LlavaProcessor(pixels, tokenizer, 8, "default", OF_PARTS, num_additional_image_tokens=1)
+        processor = LlavaProcessor(pixels, tokenizer, 8, "default", template, num_additional_image_tokens=1)
     else:
         pixels = Idefics3ImageProcessorPil(size={"longest_edge": 64 if parts else 32},
                                            max_image_size={"longest_edge": 32})  # fmt: skip
-        processor = Idefics3Processor(pixels, tokenizer, 4, OF_PARTS)
+        processor = Idefics3Processor(pixels, tokenizer, 4, template)
     processor.save_pretrained(folder)
     return folder
 

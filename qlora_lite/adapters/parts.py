@@ -173,6 +173,15 @@ def train_parts(model: nn.Module, parts: Collection[str]) -> None:
         if part == PROJECTOR and any(isinstance(named[path], LoraWeights) for path in chosen[part]):
             raise ModelError(_said([part], "lora.targets adapt it too: leave it out of one of the two"))
         leaves = ("bias",) if part == BIASES else ("weight", "bias")
+        own = {leaf for path in chosen[part] for leaf in named[path]._parameters}
+        if part == PROJECTOR and (others := own - {*leaves}):
+            raise ModelError(
+                _said(
+                    [part],
+                    f"that of a {type(model).__name__} has a weight of its own form "
+                    f"({min(others)}), which adapter files have no place for: leave it out",
+                )
+            )
         train_weights(model, (f"{path}.{leaf}" for path in chosen[part] for leaf in leaves
                               if getattr(named[path], leaf, None) is not None))  # fmt: skip
 

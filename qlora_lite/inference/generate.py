@@ -9,6 +9,7 @@ cumulative distribution.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,8 +30,9 @@ from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.storage import virtual_ids
 from qlora_lite.errors import DoesNotFitError, ModelError, tokenizer_faults
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.vision_language import pixels_for
+from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.train.out_of_memory import free_cached_memory, is_out_of_memory
+from qlora_lite.train.text_guards import own_attention
 
 from .decode import decoding
 
@@ -141,13 +143,15 @@ def answers(
             if before_batch:
                 before_batch(rows)
             try:
-                shown = pixels_for(model, torch.from_numpy(pixels[rows[0]]())) if rows[0] in pixels else {}
+                shown = arguments_of(model, torch.from_numpy(pixels[rows[0]]()), ids) if rows[0] in pixels else {}
                 own = None if shown else decoding(model, ids.shape[1] + max_new_tokens, streamer)
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
-                    streamer=None if own else streamer, custom_generate=own, **shown,
-                    logits_processor=_choosing(sampling, ids, max_new_tokens, [numbers[row] for row in rows], stop),
-                )  # fmt: skip
+                # by a mask, transformers' own attention is told what a picture's tokens see
+                with own_attention(model) if "token_type_ids" in shown else nullcontext():
+                    out = model.generate(
+                        input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
+                        streamer=None if own else streamer, custom_generate=own, **shown,
+                        logits_processor=_choosing(sampling, ids, max_new_tokens, [numbers[row] for row in rows], stop),
+                    )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

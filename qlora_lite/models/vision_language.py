@@ -5,9 +5,9 @@ picture, and from there on they are tokens like others. transformers does so wit
 follows from values; here the positions are known beforehand, so that a plan runs the same code.
 
 Families differ in what the tower is given and in what is taken of it. Here are those whose pictures all have one size
-(of some a larger picture is cut into several), and whose language model sees them as it sees words: LLaVA, Idefics3 and
-SmolVLM. The tower computes ``AT_ONCE`` pictures at a time where nothing in it is trained: what they need then does not
-grow with their number.
+(of some a larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees
+words, and Gemma 3, in which the tokens of a picture see all of it. The tower computes ``AT_ONCE`` pictures at a time
+where nothing in it is trained: what they need then does not grow with their number.
 
 Shapes: N pictures of one size, [N, 3, H, W], K tokens each, hidden states [N * K, D].
 """
@@ -36,6 +36,8 @@ class Family:
         tokens: returns K by a configuration.
         tower: path of the tower in the model.
         cuts: whether a picture may be cut into several of one size.
+        sees_whole: whether a picture's tokens see all of it (``ops.picture_attention``), which transformers' own
+            forward is told by their types.
     """
 
     features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -43,6 +45,7 @@ class Family:
     tokens: Callable[[object], int]
     tower: str
     cuts: bool = False
+    sees_whole: bool = False
 
 
 def _of_llava(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -76,6 +79,11 @@ def _tokens_of_idefics(config) -> int:
     return (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
 
 
+def _of_gemma(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    inner = model.base_model
+    return inner.multi_modal_projector(inner.vision_tower(pixel_values=pixels).last_hidden_state)
+
+
 _IDEFICS = Family(
     _of_idefics, lambda pixels: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
@@ -83,6 +91,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "llava": Family(_of_llava, lambda pixels: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower"),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
+    "gemma3": Family(_of_gemma, lambda pixels: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
+                     "model.vision_tower", sees_whole=True),
 })  # fmt: skip
 
 
@@ -103,9 +113,13 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES[model.config.model_type]
 
 
-def pixels_for(model: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the pictures [N, 3, H, W] of one row as arguments of transformers' own forward."""
-    return family_of(model).arguments(pixels.to(device_of(model), model.dtype))
+def arguments_of(model: nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the pictures [N, 3, H, W] of one row of tokens [1, T] as arguments of transformers' own forward."""
+    family = family_of(model)
+    found = family.arguments(pixels.to(device_of(model), model.dtype))
+    if family.sees_whole:
+        found["token_type_ids"] = (ids == model.config.image_token_id).long()
+    return found
 
 
 def picture_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

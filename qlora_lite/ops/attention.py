@@ -35,6 +35,7 @@ from .flex_attention import kernel_takes as flex_takes
 from .fused_attention import fused_attention, has_kernel
 from .kept_attention import kept_attention
 from .packed_attention import kernel_takes, packed_attention
+from .picture_attention import seeing_pictures
 from .shapes import device_type, kernel_rows
 
 FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at once
@@ -43,7 +44,7 @@ _MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a GPU's kernel copie
 
 def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, row_lengths=None, row_ends=None, row_flex=False, **_unused,
+    s_aux=None, row_lengths=None, row_ends=None, row_flex=False, row_pictures=None, **_unused,
 ):  # fmt: skip
     """Attend within each row, causally if the layer does not say otherwise.
 
@@ -59,12 +60,14 @@ def row_attention(
             filler: they attend to nothing and get zeros.
         row_ends: where they end (``packed_attention.sequence_ends``), if a GPU may attend to all of them in one call.
         row_flex: a GPU may attend with capped scores or sinks in one call (``flex_attention``).
+        row_pictures: the first token of each picture and how many tokens one has, where these see all of their picture
+            (``picture_attention``).
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
 
     Raises:
-        ModelError: dropout beside capped scores or sinks.
+        ModelError: dropout, or pictures whose tokens see all of them, beside capped scores or sinks.
     """
     no_kernel = softcap or s_aux is not None
     if not getattr(module, "is_causal", True):
@@ -72,6 +75,13 @@ def row_attention(
     if dropout and no_kernel:
         raise ModelError("dropout of attention's weights is not known here beside capped scores or sinks: set "
                          "attention_dropout to 0 in the model's config.json")  # fmt: skip
+    if row_pictures is not None:
+        if no_kernel or dropout:
+            raise ModelError("pictures whose tokens see all of them are not known here beside capped scores, sinks or "
+                             "dropout of attention's weights; choose another model")  # fmt: skip
+        causal, _ = row_attention(module, query, key, value, attention_mask, scaling, 0.0, sliding_window,
+                                  row_lengths=row_lengths, row_ends=row_ends)  # fmt: skip
+        return seeing_pictures(causal, query, key, value, *row_pictures, row_lengths, scaling, sliding_window), None
     length = query.shape[2]
     if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
         attention_mask = None

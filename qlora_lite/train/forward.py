@@ -12,7 +12,7 @@ from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.packing import runs_unpacked
-from qlora_lite.models.vision_language import embedded
+from qlora_lite.models.vision_language import embedded, family_of
 from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     token_types: int64 [1, T + filler], which text of a pair each token is of; None where the model does not ask.
     pixels: float32 [N, 3, H, W], in host memory, of a vision-language model's pictures; None without any.
     picture_tokens: int64 [P], the positions of the tokens that stand for them.
+    pictures: the position of the first token of each.
     """
 
     input_ids: torch.Tensor
@@ -41,6 +42,7 @@ class Inputs(NamedTuple):
     token_types: torch.Tensor | None = None
     pixels: torch.Tensor | None = None
     picture_tokens: torch.Tensor | None = None
+    pictures: tuple[int, ...] = ()
 
 
 def prepare(batch: Batch, device: torch.device) -> Inputs:
@@ -78,6 +80,8 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     at_once |= {} if inputs.token_types is None else {"token_type_ids": inputs.token_types}
     if inputs.pixels is not None:
         at_once["inputs_embeds"] = embedded(model, inputs.input_ids, inputs.pixels, inputs.picture_tokens)
+        if family_of(model).sees_whole:
+            at_once["row_pictures"] = inputs.pictures, len(inputs.picture_tokens) // len(inputs.pictures)
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
 
 

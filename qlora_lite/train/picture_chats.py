@@ -17,14 +17,14 @@ from qlora_lite.data.batch import IGNORED_LABEL, Batch, Extent
 from qlora_lite.data.picture_reader import MADE_UP, PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
-from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.vision_language import FAMILIES, pixels_for
+from qlora_lite.models.anatomy import decoder, device_of, head
+from qlora_lite.models.vision_language import FAMILIES, arguments_of
 from qlora_lite.ops.loss import head_logits
 
 from .causal_lm import CausalLM
 from .forward import Inputs, hidden_states
 from .text_guards import check_forward, own_attention, relative_error
-from .workload import BatchShape
+from .workload import BatchShape, LossSum
 
 NO_READER = PictureReader(0, 1, 1)
 
@@ -62,28 +62,46 @@ class PictureChatLM(CausalLM):
         return replace(batch, labels=labels, pixels=None if pixels is None else torch.from_numpy(pixels))
 
     def shape(self, batch: Batch) -> BatchShape:
-        """Return the tokens of each row, how many are labelled, and how many pictures there are."""
-        return replace(super().shape(batch), pictures=0 if batch.pixels is None else len(batch.pixels))
+        """Return the tokens of each row, how many are labelled, and where pictures begin."""
+        return replace(super().shape(batch), pictures=self._begins(batch))
+
+    def _begins(self, batch: Batch) -> tuple[int, ...]:
+        """Return the first token of each picture; one follows another without a gap."""
+        return tuple((batch.input_ids[0] == self.reader.token_id).nonzero().squeeze(1)[:: self.reader.tokens].tolist())
 
     def full_pack(self, tokens: int, packing: bool) -> BatchShape:
         """Return the shape of a pack that is full of pictures."""
-        return replace(super().full_pack(tokens, packing), pictures=max(1, tokens // self.reader.tokens))
+        pack = super().full_pack(tokens, packing)
+        full = pack.lengths[0] // self.reader.tokens * self.reader.tokens
+        return replace(pack, pictures=tuple(range(0, full, self.reader.tokens)))
 
     def inputs(self, batch: Batch, device: torch.device) -> Inputs:
         """Return the batch on the device, but for the pixels, which the tower takes there a few at a time."""
         inputs = super().inputs(batch, device)
-        if batch.pixels is None:
-            return inputs
-        places = (inputs.input_ids[0] == self.reader.token_id).nonzero().squeeze(1)
-        return inputs._replace(pixels=batch.pixels, picture_tokens=places)
+        return inputs if batch.pixels is None else self._with_pictures(inputs, batch.pixels, self._begins(batch))
 
     def planned_inputs(self, shape: BatchShape, device: torch.device) -> Inputs:
         """Return inputs of zeros, with positions."""
         inputs, edge = super().planned_inputs(shape, device), self.reader.edge
         if not shape.pictures:
             return inputs
-        places = torch.zeros(shape.pictures * self.reader.tokens, dtype=torch.int64, device=device)
-        return inputs._replace(pixels=torch.zeros(shape.pictures, 3, edge, edge, device=device), picture_tokens=places)
+        pixels = torch.zeros(len(shape.pictures), 3, edge, edge, device=device)
+        return self._with_pictures(inputs, pixels, shape.pictures)
+
+    def _with_pictures(self, inputs: Inputs, pixels: torch.Tensor, begins: tuple[int, ...]) -> Inputs:
+        device, tokens = inputs.input_ids.device, self.reader.tokens
+        places = torch.cat([torch.arange(begin, begin + tokens) for begin in begins]).to(device)
+        return inputs._replace(pixels=pixels, picture_tokens=places, pictures=begins)
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
+        """Return the loss over a micro-batch's targets; without pictures, what learns of tower and projector gets
+        gradients of zero."""
+        found = super().loss(model, inputs)
+        if inputs.pixels is not None or not torch.is_grad_enabled():
+            return found
+        read = {*decoder(model).parameters(), *model.get_output_embeddings().parameters()}
+        unused = [p for p in model.parameters() if p.requires_grad and p not in read]
+        return found._replace(sum=sum((0 * p.float().sum() for p in unused), found.sum))
 
     def picture_counts(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return how many pictures the tower computes of each."""
@@ -135,8 +153,8 @@ class PictureChatLM(CausalLM):
         alone = []
         with own_attention(model):
             for row, own in zip(rows, (pixels[:1], None, pixels[1:]), strict=True):
-                shown = {} if own is None else pixels_for(model, own)
                 ids = row[None].to(device_of(model))
+                shown = {} if own is None else arguments_of(model, own, ids)
                 alone.append(model(input_ids=ids, use_cache=False, **shown).logits[0].float())
         model.train(was_training)
         expected = torch.cat(alone)

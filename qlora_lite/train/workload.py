@@ -29,12 +29,13 @@ from .settings import TrainSettings
 class BatchShape:
     """All of a micro-batch that memory depends on: the length of each sequence, and the number of targets in all.
 
-    Of pictures of one size each is a sequence of length 1; in chats, ``pictures`` is how many the tower computes.
+    Of pictures of one size each is a sequence of length 1; of those in chats ``pictures`` has the positions of their
+    first tokens.
     """
 
     lengths: tuple[int, ...]
     targets: int
-    pictures: int = 0
+    pictures: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -43,7 +44,8 @@ class BatchShape:
 
     def times(self, count: int) -> "BatchShape":
         """Return the shape of so many such batches in one."""
-        return BatchShape(self.lengths * count, self.targets * count, self.pictures * count)
+        pictures = tuple(number * self.tokens + begin for number in range(count) for begin in self.pictures)
+        return BatchShape(self.lengths * count, self.targets * count, pictures)
 
 
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256

@@ -18,7 +18,7 @@ from qlora_lite.models import vision_language
 from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
-from qlora_lite.models.vision_language import family_of
+from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
@@ -78,7 +78,7 @@ def by_transformers(work, model, examples):
         ids = torch.from_numpy(example.token_ids).long()[None]
         labels = torch.where(torch.from_numpy(example.learned), ids[0], -100)[1:]
         pixels = work.reader.of_examples([example])
-        shown = {} if pixels is None else family_of(model).arguments(torch.from_numpy(pixels))
+        shown = {} if pixels is None else arguments_of(model, torch.from_numpy(pixels), ids)
         logits = model(input_ids=ids, **shown).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     return total
@@ -88,6 +88,10 @@ def by_transformers(work, model, examples):
 @pytest.mark.parametrize("targets", METHODS)
 def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, targets, tmp_path):
     work, rows = workload(folders[family], family, targets=targets), noise_rows(family)
+    if (family, targets) == ("gemma3", "projector"):
+        with pytest.raises(ModelError, match=r"has a weight of its own form .mm_input_projection_weight., which ad"):
+            adapted(work, loaded(folders[family]))
+        return
     model = adapted(work, loaded(folders[family]))
     save_adapter(model, tmp_path / "adapter", folders[family], method=work.method)
     batch = work.inputs(work.collate(rows), CPU)
@@ -148,6 +152,8 @@ def case(folder, family, **how):
         ("idefics3", {"quant": "nf4"}),
         ("smolvlm", {"targets": "both"}),
         ("llava", {"targets": "projector", "quant": "nf4"}),
+        ("gemma3", {}),
+        ("gemma3", {"quant": "nf4", "targets": "both"}),
     ],
 )
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name, how):
@@ -161,12 +167,18 @@ def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name
 
 def test_a_plan_counts_what_the_tower_takes(folders):
     work = workload(folders["smolvlm"], "smolvlm", targets="both")
-    job = Job(work, BatchShape((200,), 40, 1), None, optimizer="adamw_torch")
-    one, many = (simulate(replace(job, shape=replace(job.shape, pictures=count))).peak().total for count in (1, 30))
+    job = Job(work, BatchShape((200,), 40, (0,)), None, optimizer="adamw_torch")
+    one, many = (
+        simulate(replace(job, shape=replace(job.shape, pictures=tuple(range(0, 4 * count, 4))))).peak().total
+        for count in (1, 30)
+    )
     pixels = 29 * 3 * 32 * 32 * 4
     assert many - one > 5 * pixels
     frozen = replace(job, workload=workload(folders["smolvlm"], "smolvlm"))
-    one, many = (simulate(replace(frozen, shape=replace(job.shape, pictures=count))).peak().total for count in (4, 30))
+    one, many = (
+        simulate(replace(frozen, shape=replace(job.shape, pictures=tuple(range(0, 4 * count, 4))))).peak().total
+        for count in (4, 30)
+    )
     assert many - one < 1.5 * 26 * 3 * 32 * 32 * 4
 
 
@@ -175,7 +187,7 @@ def test_a_deep_model_is_planned_from_two_shallow_ones(folders):
     config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 7, 5
     spec = ModelSpec(config, "nf4", compute_dtype=torch.float32)
     work = PictureChatLM(method=METHODS["both"], spec=spec, reader=reader("smolvlm"))
-    job = Job(work, BatchShape((60, 40), 40, 6), None, optimizer="adamw_torch")
+    job = Job(work, BatchShape((60, 40), 40, (3, 9, 15, 40, 62, 80)), None, optimizer="adamw_torch")
     assert simulate(job).peak().total == simulate_whole(job).peak().total
 
 
@@ -199,6 +211,8 @@ def test_killed_and_resumed_it_goes_on_to_the_bit(folders, tmp_path):
 @pytest.mark.parametrize("targets", ["both", "projector"])
 def test_a_saved_adapter_gives_the_same_losses_again(folders, family, targets, tmp_path):
     work, rows = workload(folders[family], family, targets=targets), noise_rows(family)
+    if (family, targets) == ("gemma3", "projector"):
+        pytest.skip("it is refused")
     model = adapted(work, loaded(folders[family]))
     save_adapter(model, tmp_path / "adapter", "base", method=work.method)
     again = load_adapter(loaded(folders[family]), tmp_path / "adapter")
@@ -211,6 +225,21 @@ def test_models_of_other_families_are_refused_with_a_reason(tmp_path):
     for read in (read_part, load_model):
         with pytest.raises(ModelError, match="of the type mistral3 cannot be trained on pictures in chats; choose a m"):
             read(str(tmp_path), with_vision=True)
+
+
+@pytest.mark.parametrize("targets", ["both", "projector"])
+def test_a_step_without_a_picture_leaves_the_tower_as_it_is(folders, targets):
+    one = case(folders["smolvlm"], "smolvlm", targets=targets)
+    rows = noise_rows("smolvlm", ((), (), (1,), ()))
+    changes = one.changes | {"packing": False, "order": "as-is", "gradient_accumulation_steps": 1}
+    trainer = replace(one, examples=rows, changes=changes).trainer()
+    own = {name: p for name, p in trainer.workload.method.parameters(trainer.model) if "vis" in name or "conn" in name}
+    before = {name: p.detach().clone() for name, p in own.items()}
+    steps = iter(trainer)
+    next(steps), next(steps)
+    assert own and all(torch.equal(p, before[name]) for name, p in own.items())
+    next(steps)
+    assert not all(torch.equal(p, before[name]) for name, p in own.items())
 
 
 def test_a_model_that_computes_pictures_otherwise_is_not_trained(folders, monkeypatch):
