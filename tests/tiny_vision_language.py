@@ -14,6 +14,7 @@ from transformers import (
     Gemma3Processor,
     Idefics3Processor,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -109,8 +110,12 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
     tokenizer = make_tokenizer(special=SPECIAL)
     tokenizer.chat_template = template = template_of(name)
     if name == "gemma3":
-        for kind, token in (("image", "<image>"), ("boi", "<begin_of_image>"), ("eoi", "<end_of_image>")):
-            tokenizer.add_special_tokens({f"{kind}_token": token})
+        named = {"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+            pad_token="</s>", extra_special_tokens=named,
+        )  # fmt: skip
+        tokenizer.chat_template = template
         pixels = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
         processor = Gemma3Processor(pixels, tokenizer, template, 4)
     elif name == "llava":

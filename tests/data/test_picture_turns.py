@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_pictures import drawn
-from tiny_vision_language import FAMILIES, OF_PARTS, save_vision_language
+from tiny_vision_language import FAMILIES, save_vision_language, template_of
 from transformers import AutoTokenizer, Idefics3Processor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -66,7 +66,9 @@ def test_tokens_and_pixels_are_those_of_transformers_processor(folders, pictures
         shown = [{"type": "image", "image": str(pictures / part["path"])} if part["type"] == "image" else part
                  for part in content]  # fmt: skip
         turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": parts("it is hot")}]
-        theirs = processor.apply_chat_template([turns], OF_PARTS, tokenize=True, return_dict=True, return_tensors="pt")
+        theirs = processor.apply_chat_template(
+            [turns], template_of(name), tokenize=True, return_dict=True, return_tensors="pt"
+        )
         assert example.token_ids.tolist() == theirs["input_ids"][0].tolist()
         if example.pictures:
             expected = theirs["pixel_values"].reshape(-1, 3, 32, 32)
