@@ -9,7 +9,7 @@ Shapes: pixels float32 [N, 3, H, W], of one picture or more.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MADE_UP = PictureFile("", "")  # of an example that a memory probe makes up: one picture of the model's size
 SIZES_KNOWN = 4096
+_begun: dict[tuple["PictureReader", PictureFile], Future] = {}  # see ``PictureReader.expect``
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,20 @@ class PictureReader:
         size = decode(path).size
         return PictureFile(path, look(path)), self.text(*size)
 
+    def expect(self, examples: Sequence[Example]) -> None:
+        """Begin with the pixels of pictures that will be asked for next; what was begun before is forgotten."""
+        before = dict(_begun)
+        _begun.clear()
+        for picture in {picture for example in examples for picture in example.pictures}:
+            _begun[self, picture] = before.get((self, picture)) or _pool().submit(self._pixels_of, picture)
+
     def of_examples(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Return the pixels of the examples' pictures in order; None where there are none.
 
         Raises:
             DataError: a picture is broken by now, gone, or was replaced by another.
         """
-        waiting = [(example, _pool().submit(self._pixels_of, picture))
+        waiting = [(example, _begun.get((self, picture)) or _pool().submit(self._pixels_of, picture))
                    for example in examples for picture in example.pictures]  # fmt: skip
         found: list[np.ndarray] = []
         for example, future in waiting:

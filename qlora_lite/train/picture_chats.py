@@ -61,6 +61,10 @@ class PictureChatLM(CausalLM):
         labels = batch.labels.masked_fill(batch.labels == self.reader.token_id, IGNORED_LABEL)
         return replace(batch, labels=labels, pixels=None if pixels is None else torch.from_numpy(pixels))
 
+    def expect(self, examples: Sequence[Example], seed: int, step: int) -> None:
+        """See ``Workload.expect``."""
+        self.reader.expect(examples)
+
     def shape(self, batch: Batch) -> BatchShape:
         """Return the tokens of each row, how many are labelled, and where pictures begin."""
         return replace(super().shape(batch), pictures=self._begins(batch))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from methods import Case, ledger_of, plan
 from tiny import build_nested
-from tiny_vision_language import FAMILIES, TOKEN, build_vision_language, noise_rows, reader
+from tiny_vision_language import FAMILIES, TOKEN, Noise, build_vision_language, noise_rows, reader
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
@@ -225,6 +225,19 @@ def test_models_of_other_families_are_refused_with_a_reason(tmp_path):
     for read in (read_part, load_model):
         with pytest.raises(ModelError, match="of the type mistral3 cannot be trained on pictures in chats; choose a m"):
             read(str(tmp_path), with_vision=True)
+
+
+def test_the_next_step_s_pictures_are_made_while_this_one_computes(folders, monkeypatch):
+    one = case(folders["llava"], "llava")
+    made, pixels_of = [], Noise._pixels_of
+    monkeypatch.setattr(Noise, "_pixels_of", lambda self, picture: (made.append(picture), pixels_of(self, picture))[1])
+    work, rows = one.workload, [row for row in one.examples if row.pictures]
+    count = sum(len(row.pictures) for row in rows)
+    work.expect(rows, 0, 1)
+    first = work.collate(rows).pixels
+    assert len(made) == count
+    work.expect((), 0, 2)
+    assert torch.equal(work.collate(rows).pixels, first) and len(made) == 2 * count
 
 
 @pytest.mark.parametrize("targets", ["both", "projector"])
