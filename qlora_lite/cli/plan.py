@@ -12,7 +12,8 @@ import click
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, write_text
 from qlora_lite.memory.gpus import LINK, LINKS, NETWORK
-from qlora_lite.models.families import CONFIG_IS_ENOUGH, namesake, nearest
+from qlora_lite.models.families import CONFIG_IS_ENOUGH, known_models, namesake, nearest
+from qlora_lite.models.known_pipelines import known_pipelines
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.recipe.schema import GENERATING_PICTURES, WITH_VIRTUAL_TOKENS, Recipe
@@ -182,10 +183,10 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
         near = [name for name in (closest_recipe(named), *nearest(named)) if name]
         meant = f"did you mean {', '.join(near)}?" if near else "see qlora-lite recipes list, and plan --models."
         raise RecipeError(f"no recipe or known model is called {named!r}; {meant} {CONFIG_IS_ENOUGH}")
-    if path.is_dir() and (path / "model_index.json").is_file():
-        task = {"kind": GENERATING_PICTURES}
-        settings = {"model": {"path": os.path.abspath(path)}, "task": task, "data": {"train": "not-read"}}
-        return recipe_of(settings, overrides, named)
+    is_pipeline = path.is_dir() and (path / "model_index.json").is_file()
+    if is_pipeline or (not path.exists() and named in known_pipelines()):
+        task, model = {"kind": GENERATING_PICTURES}, os.path.abspath(path) if is_pipeline else named
+        return recipe_of({"model": {"path": model}, "task": task, "data": {"train": "not-read"}}, overrides, named)
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{named} has no config.json; name a recipe's .yaml file, or a model's folder")
     is_local = path.is_dir() or (is_gguf and not named.startswith(PACKAGE_PREFIX))
@@ -307,6 +308,4 @@ def _known_gpus() -> list[str]:
 
 
 def _known_models() -> list[str]:
-    from qlora_lite.models.families import known_models
-
-    return known_models()
+    return [*known_models(), *known_pipelines()]

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from qlora_lite.errors import ModelError
-from qlora_lite.files import content_digest, replacing_folder
+from qlora_lite.files import cache_root, content_digest, replacing_folder
 
 from .denoisers import CONFIG, DENOISERS, DenoiserModel, DenoiserSpec, library, meta_denoiser, spec_of
+from .known_pipelines import known_pipelines
 from .locate import ModelFiles, download, read_json
 
 log = logging.getLogger("qlora_lite")
@@ -148,13 +150,15 @@ def open_pipeline(path: str | Path, revision: str | None = None, with_weights: b
     """Open a pipeline's folder, or a bare denoiser's; a hub model is downloaded on first use.
 
     Args:
-        with_weights: False downloads no weights.
+        with_weights: False downloads no weights, and of known models nothing.
 
     Raises:
         ModelError: it is neither, or has no denoiser that is known here.
     """
     folder = Path(os.path.expanduser(path))
-    if not folder.is_dir():
+    if not folder.is_dir() and not with_weights and revision is None and _only_known(str(path)):
+        folder = _configurations(str(path))
+    elif not folder.is_dir():
         folder = download(str(path), revision, with_weights)
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
@@ -169,9 +173,29 @@ def open_pipeline(path: str | Path, revision: str | None = None, with_weights: b
                      f"({', '.join(DENOISERS)}); task.kind image-generation needs one")  # fmt: skip
 
 
-def is_pipeline(path: str | Path) -> bool:
-    """Return whether a folder is a pipeline's."""
-    return (Path(os.path.expanduser(path)) / INDEX).is_file()
+def _only_known(name: str) -> bool:
+    """Return whether nothing of a model but what is known here is on this machine."""
+    return name in known_pipelines() and not isinstance(try_to_load_from_cache(name, INDEX), str)
+
+
+def _configurations(name: str) -> Path:
+    """Write the configurations of a known model into the cache, as a folder of a pipeline without weights."""
+    files = known_pipelines()[name]
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_root() / "pipelines" / f"{name.replace('/', '--')}-{digest}"
+    if not (folder / INDEX).is_file():
+        with replacing_folder(folder) as new:
+            for file, content in files.items():
+                (new / file).parent.mkdir(parents=True, exist_ok=True)
+                (new / file).write_text(json.dumps(content), encoding="utf-8")
+            for part in _parts_of(files[INDEX]):
+                (new / part).mkdir(exist_ok=True)
+    return folder
+
+
+def _parts_of(index: Mapping[str, Any]) -> list[str]:
+    """Return the folders that a ``model_index.json`` names."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
 
 
 def spec_in(pipeline: Pipeline, **how) -> DenoiserSpec:

@@ -183,9 +183,9 @@ def prepare(
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
     judges_of(recipe.objective.rewards)  # stops at once where a function is not there
-    tokenizer = reader_of(recipe)
     if recipe.generates_pictures:
         base_files(recipe)  # stops at once where they are not there
+    tokenizer = reader_of(recipe)
     if recipe.train.learning_rate == "auto":
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
         log.info("train.learning_rate: auto is %g", rate)

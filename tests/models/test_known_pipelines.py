@@ -1,0 +1,60 @@
+"""Diffusion models that are planned without a network have the published numbers of weights, and need none of theirs."""
+
+import json
+
+import pytest
+
+pytest.importorskip("diffusers")
+from click.testing import CliRunner
+from tiny_diffusion import save_sd_pipeline
+
+from qlora_lite.cli.main import cli
+from qlora_lite.data.latents import LatentShapes
+from qlora_lite.errors import ModelError
+from qlora_lite.models.denoisers import skeleton_of
+from qlora_lite.models.known_pipelines import known_pipelines
+from qlora_lite.models.pipelines import open_pipeline, spec_in
+from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, shapes_of_recipe
+from qlora_lite.recipe.load import recipe_of
+
+# Billions of weights of the denoiser, as published, and what a picture of 1024 x 1024 pixels is to it.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (0.860, LatentShapes((4, 128, 128), (77, 768)), "epsilon"),
+    "stabilityai/stable-diffusion-xl-base-1.0": (
+        2.57, LatentShapes((4, 128, 128), (77, 2048), (1280,), sizes=(6,)), "epsilon",
+    ),
+    "black-forest-labs/FLUX.1-dev": (11.9, LatentShapes((16, 128, 128), (512, 4096), (768,)), "flow"),
+    "black-forest-labs/FLUX.2-klein-base-4B": (3.88, LatentShapes((128, 64, 64), (512, 7680)), "flow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", known_pipelines())
+def test_weights_shapes_and_objective_are_those_that_are_published(name):
+    billions, shapes, prediction = PUBLISHED[name]
+    model = skeleton_of(spec_in(open_pipeline(name, with_weights=False)))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
+    recipe = recipe_of({"model": {"path": name}, "task": {"kind": "image-generation"}, "data": {
+        "train": "x", "resolution": 1024}}, (), "x")  # fmt: skip
+    assert shapes_of_recipe(recipe, model, fit_of(recipe)) == shapes
+    assert loss_of(recipe).prediction == prediction
+
+
+def test_a_known_model_is_planned_by_its_name(monkeypatch):
+    name = "black-forest-labs/FLUX.2-klein-base-4B"
+    asked = ["plan", name, "data.resolution=512", "memory.resident_layers=0", "--gpu", "rtx-4060", "--json"]
+    done = CliRunner().invoke(cli, asked, catch_exceptions=False)
+    found = json.loads(done.output.splitlines()[-1])
+    assert found["fits"] and found["peak_bytes"] < 4 * 2**30
+    assert name in CliRunner().invoke(cli, ["plan", "--models"], catch_exceptions=False).output
+
+
+def test_a_run_takes_the_files_beside_the_weights(monkeypatch, tmp_path):
+    name, asked = "stable-diffusion-v1-5/stable-diffusion-v1-5", []
+    base = save_sd_pipeline(tmp_path / "base")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append(k) or str(base))
+    assert open_pipeline(name, with_weights=True).folder == base and asked
+    assert open_pipeline(name, with_weights=False).folder != base
+    monkeypatch.setattr("qlora_lite.models.pipelines.try_to_load_from_cache", lambda *_: str(base / "x"))
+    assert open_pipeline(name, with_weights=False).folder == base
+    with pytest.raises(ModelError, match="is no diffusion pipeline"):
+        open_pipeline(tmp_path)
