@@ -19,6 +19,7 @@ from qlora_lite.ops.loss import Head, head_logits
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 
+OF_TEXT = CausalLM()
 CHUNK_TOKENS = 64  # of logits at once: 64 MiB for a vocabulary of 262,144
 
 
@@ -46,7 +47,7 @@ class Likeness(NamedTuple):
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[Batch], work: CausalLM) -> Outputs:
+def outputs(model: nn.Module, batches: Iterable[Batch], work: CausalLM = OF_TEXT) -> Outputs:
     """Run a model over batches of a workload and keep what it says about their target tokens.
 
     Raises:

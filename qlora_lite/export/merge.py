@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -376,7 +375,10 @@ def _measure(
         dense: folder of the merged model in 16 or 32 bit.
         codes: folder of the 4-bit one where it is written already; None quantises the dense one.
     """
-    said = partial(outputs, batches=rows.batches, work=rows.work)
+
+    def said(model: nn.Module) -> Outputs:
+        return outputs(model, rows.batches, rows.work)
+
     base = said(build_to_use(trained.recipe)) if start_of(trained.recipe) else None
     model = trained.build_base()
     base = base or said(model)
