@@ -36,6 +36,7 @@ class Family:
         tokens: returns K by a configuration.
         tower: path of the tower in the model.
         cuts: whether a picture may be cut into several of one size.
+        towers: transformers' names of the towers that are known; any where there are none.
         sees_whole: whether a picture's tokens see all of it (``ops.picture_attention``), which transformers' own
             forward is told by their types.
     """
@@ -45,6 +46,7 @@ class Family:
     tokens: Callable[[object], int]
     tower: str
     cuts: bool = False
+    towers: tuple[str, ...] = ()
     sees_whole: bool = False
 
 
@@ -60,8 +62,8 @@ def _of_llava(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 def _tokens_of_llava(config) -> int:
     vision = config.vision_config
-    has_class = vision.model_type == "clip_vision_model" and config.vision_feature_select_strategy != "default"
-    return (vision.image_size // vision.patch_size) ** 2 + has_class
+    tokens = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
+    return tokens - (config.vision_feature_select_strategy == "default")
 
 
 def _of_idefics(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -88,7 +90,8 @@ _IDEFICS = Family(
     _of_idefics, lambda pixels: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({
-    "llava": Family(_of_llava, lambda pixels: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower"),
+    "llava": Family(_of_llava, lambda pixels: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower",
+                    towers=("clip_vision_model", "siglip_vision_model")),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "gemma3": Family(_of_gemma, lambda pixels: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
@@ -106,6 +109,10 @@ def check_family(config) -> None:
         raise ModelError(f"a model of the type {config.model_type} cannot be trained on pictures in chats; choose a "
                          f"model of the types {', '.join(FAMILIES)}, or train on text alone (task.kind "
                          "language-model)")  # fmt: skip
+    tower, known = config.vision_config.model_type, FAMILIES[config.model_type].towers
+    if known and tower not in known:
+        raise ModelError(f"a {config.model_type} with a vision tower of the type {tower} cannot be trained on pictures "
+                         f"in chats, but one with {' or '.join(known)}; choose another model")  # fmt: skip
 
 
 def family_of(model: nn.Module) -> Family:

@@ -91,10 +91,14 @@ def loaded_processor(path: str, revision: str | None):
     config = read_part(path, revision, with_vision=True).config
     folder = locate(path, revision, with_weights=False).folder
     try:
-        return processor_of(folder, config.model_type, FAMILIES[config.model_type].tokens(config))
+        found = processor_of(folder, config.model_type, FAMILIES[config.model_type].tokens(config))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot load the processor of {path}'s pictures: {reason}") from error
+    if not hasattr(found, "get_text_with_replacements"):
+        raise ModelError("this version of transformers does not say which tokens stand for a picture: update it (pip "
+                         "install -U transformers)")  # fmt: skip
+    return found
 
 
 def part_of(recipe: Recipe) -> LanguagePart:

@@ -16,7 +16,7 @@ from qlora_lite.data.batch import IGNORED_LABEL
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.models import vision_language
 from qlora_lite.models.load import load_model
-from qlora_lite.models.skeleton import read_part
+from qlora_lite.models.skeleton import meta_model, read_part
 from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
 from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
@@ -218,6 +218,22 @@ def test_a_saved_adapter_gives_the_same_losses_again(folders, family, targets, t
     again = load_adapter(loaded(folders[family]), tmp_path / "adapter")
     batch = work.inputs(work.collate(rows), CPU)
     assert torch.equal(work.token_losses(model, batch), work.token_losses(again, batch))
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_a_llava_s_pictures_have_so_many_tokens_whatever_its_tower(tower, strategy):
+    settings = FAMILIES["llava"] | {"vision_feature_select_strategy": strategy}
+    settings["vision_config"] = settings["vision_config"] | {"model_type": tower}
+    config = AutoConfig.for_model("llava", **settings)
+    model = meta_model(config, "none", False, torch.float32)
+    found = vision_language.picture_tokens(model, torch.zeros(3, 3, 32, 32, device="meta"))
+    assert len(found) == 3 * FAMILIES_HERE["llava"].tokens(config)
+    config.vision_config.model_type = "pixtral"
+    with pytest.raises(
+        ModelError, match="a llava with a vision tower of the type pixtral cannot be trained on pictures"
+    ):
+        vision_language.check_family(config)
 
 
 def test_models_of_other_families_are_refused_with_a_reason(tmp_path):
