@@ -161,13 +161,14 @@ class Prompt:
         turns: what the model is given, the assistant's turn not begun.
         reference: the answer that the row has; None where it has none.
         where: the row's place.
-        tools: see ``Conversation``.
+        tools, pictures: see ``Conversation``.
     """
 
     turns: tuple[Turn, ...]
     reference: str | None
     where: str
     tools: tuple[dict, ...] = ()
+    pictures: tuple[str, ...] = ()
 
 
 def as_message(turn: Turn) -> dict[str, object]:
@@ -309,13 +310,17 @@ def _prompt(row: Mapping[str, object], where: str, format_name: str, source: Sou
     if format_name == "table":
         has_answer = bool(source.completion) and row.keys() >= set(columns_of(source.completion))
         reference = fill(source.completion, row) if has_answer else None
-        return Prompt((Turn("user", fill(source.prompt, row)),), reference, where)
+        if not source.with_pictures:
+            return Prompt((Turn("user", fill(source.prompt, row)),), reference, where)
+        shown = {name: row[name] for name in picture_turns.COLUMNS if name in row}
+        row, format_name = {"prompt": fill(source.prompt, row), "completion": reference} | shown, ANSWERED
     if is_preference(row):
         row, format_name = chosen_alone(row), CHOSEN
     row, has_answer = _answered(row, format_name)
     conversation = normalise(row, where, format_name, source)
     *turns, answer = conversation.turns
-    return Prompt(tuple(turns), (answer.content or None) if has_answer else None, where, conversation.tools)
+    reference = (answer.content or None) if has_answer else None
+    return Prompt(tuple(turns), reference, where, conversation.tools, conversation.pictures)
 
 
 def _answered(row: Mapping[str, object], format_name: str) -> tuple[Mapping[str, object], bool]:

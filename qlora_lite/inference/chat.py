@@ -5,13 +5,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from transformers import TextStreamer
 
 from qlora_lite.data import hub
-from qlora_lite.data.mask import Row, with_pictures
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK
 from qlora_lite.data.render import render_prompt
@@ -22,7 +20,7 @@ from qlora_lite.models.anatomy import text_config
 from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.terminal import printable
 
-from .generate import Sampling, Shown, answer
+from .generate import Sampling, answer, shown_prompt, text_of_prompt
 from .multi_adapter import Tasks, load_tasks, open_runs
 
 log = logging.getLogger("qlora_lite")
@@ -69,27 +67,13 @@ class Session:
     def _reader(self) -> PictureReader | None:
         return picture_reader(self.tasks.task(self.task).run.recipe)
 
-    def _prompt(self, template: Template) -> str | Shown:
-        """Return the rendered turns, with what makes the pixels of their pictures.
-
-        Raises:
-            DataError: a picture cannot be read, or the template refuses the turns.
-        """
-        text, reader = render_prompt(template, self.turns), self._reader
-        if reader is None or not self.pictures:
-            return text
-        (shown,) = reader.looked_at([self.pictures])
-        if isinstance(shown, DataError):
-            raise shown
-        row = with_pictures(Row(text, (), (), ""), template.picture, shown)
-        return Shown(row.text, partial(reader.of_files, row.pictures))
-
     def reply(self, show: bool = False) -> str:
         """Answer the turns so far, and remember the answer; ``show`` prints it word by word as it comes."""
         tokenizer = self.tasks.tokenizer
         with self.tasks.using(self.task) as task:
-            prompt = self._prompt(task.template)
-            self._warn_of_length(prompt.text if isinstance(prompt, Shown) else prompt)
+            text = render_prompt(task.template, self.turns)
+            prompt = shown_prompt(text, self.pictures, task.template, self._reader)
+            self._warn_of_length(text_of_prompt(prompt))
             streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
             (text,) = answer(
                 self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,11 @@ from transformers import (
 
 from qlora_lite.adapters.lora.shared import forget_begun
 from qlora_lite.adapters.prompt import count_virtual
+from qlora_lite.data.mask import Row, with_pictures
+from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import virtual_ids
-from qlora_lite.errors import DoesNotFitError, ModelError, tokenizer_faults
+from qlora_lite.data.template import Template
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError, tokenizer_faults
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.train.out_of_memory import free_cached_memory, is_out_of_memory
@@ -66,6 +70,32 @@ class Shown(NamedTuple):
 
     text: str
     pixels: Callable[[], np.ndarray]
+
+
+def shown_prompt(
+    text: str, pictures: Sequence[str], template: Template, reader: PictureReader | None
+) -> str | Shown:  # fmt: skip
+    """Return a rendered prompt with its pictures, if it has some.
+
+    Args:
+        pictures: their files.
+        reader: reads them.
+
+    Raises:
+        DataError: a picture cannot be read, or the template wrote another number of them.
+    """
+    if reader is None or not pictures:
+        return text
+    (shown,) = reader.looked_at([pictures])
+    if isinstance(shown, DataError):
+        raise shown
+    row = with_pictures(Row(text, (), (), ""), template.picture, shown)
+    return Shown(row.text, partial(reader.of_files, row.pictures))
+
+
+def text_of_prompt(prompt: str | Shown) -> str:
+    """Return the text of a rendered prompt."""
+    return prompt.text if isinstance(prompt, Shown) else prompt
 
 
 class Answer(NamedTuple):

@@ -16,6 +16,8 @@ from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
 from qlora_lite.data.data_files import reader_of
+from qlora_lite.data.picture_reader import PictureReader
+from qlora_lite.data.picture_turns import MARK, PLACEHOLDER
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Prompt, Turn, as_message, read_prompts
@@ -26,9 +28,10 @@ from qlora_lite.files import explain_write_errors, flush_to_disk, locked, sha256
 from qlora_lite.models.anatomy import position_limit, text_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.prepare.recipe_head import picture_reader
 
 from .evaluate import Watch, answered_at_once, watching
-from .generate import Answer, Sampling, answers
+from .generate import Answer, Sampling, Shown, answers, shown_prompt, text_of_prompt
 from .multi_adapter import open_tasks
 
 log = logging.getLogger("qlora_lite")
@@ -99,9 +102,9 @@ def predict_file(
     m = trained.recipe.model
     tokenizer = load_tokenizer(m.path, m.revision, trained.recipe.adapter.train_tokens)
     template = trained.template(tokenizer)
-    texts = _rendered(read, template)
+    texts = _rendered(read, template, picture_reader(trained.recipe))
     with tokenizer_faults():
-        longest = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+        longest = max(map(len, tokenizer(list(map(text_of_prompt, texts)), add_special_tokens=False).input_ids))
     with explain_write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.touch()
@@ -117,11 +120,11 @@ def predict_file(
 def _read_prompts(path: Path, trained: TrainedRun, settings: PredictSettings) -> list[Prompt]:
     is_text = reader_of(path) == "text"
     column = settings.column and "{" + settings.column + "}"
-    source = Source(str(path), prompt=column, documents="lines" if is_text else None)
-    recipe = trained.recipe
+    recipe, lines = trained.recipe, "lines" if is_text else None
+    source = Source(str(path), prompt=column, documents=lines, with_pictures=recipe.with_vision)
     known = [] if trained.is_alone else [each for part in ("train", "eval") if getattr(recipe.data, part) is not None
                                          for each in build_sources(recipe, part)]  # fmt: skip
-    prompts = read_prompts(source, known)
+    prompts = read_prompts(source, [replace(each, with_pictures=recipe.with_vision) for each in known])
     if settings.system is None:
         return prompts
     return [_with_system(prompt, settings.system) for prompt in prompts]
@@ -132,16 +135,20 @@ def _with_system(prompt: Prompt, text: str) -> Prompt:
     return prompt if has_one else replace(prompt, turns=(Turn("system", text), *prompt.turns))
 
 
-def _rendered(prompts: Sequence[Prompt], template: Template) -> list[str]:
+def _rendered(
+    prompts: Sequence[Prompt], template: Template, reader: PictureReader | None
+) -> list[str | Shown]:  # fmt: skip
     """Return what the model is given for each prompt.
 
     Raises:
-        DataError: naming each that the template refuses.
+        DataError: naming each that the template refuses, or whose pictures cannot be read.
     """
-    texts, problems = [], Problems()
+    texts: list[str | Shown] = []
+    problems = Problems()
     for prompt in prompts:
         try:
-            texts.append(render_prompt(template, prompt.turns, prompt.tools))
+            text = render_prompt(template, prompt.turns, prompt.tools)
+            texts.append(shown_prompt(text, prompt.pictures, template, reader))
         except DataError as error:
             problems.add(prompt.where, error)
     problems.raise_if_any()
@@ -205,16 +212,18 @@ def _compare_prompts(out: Path, lines: Sequence[bytes], prompts: Sequence[Prompt
 
 def _given(prompt: Prompt) -> dict:
     """Return a prompt as the file of answers has it: its text, or its turns where there are others than the user's."""
-    (*before, last) = prompt.turns
+    turns = [replace(turn, content=turn.content.replace(MARK, PLACEHOLDER)) for turn in prompt.turns]
+    shown = {"images": list(prompt.pictures)} if prompt.pictures else {}
+    (*before, last) = turns
     if not before and last.role == "user" and not prompt.tools:
-        return {"prompt": last.content}
-    given = {"messages": [as_message(turn) for turn in prompt.turns]}
+        return {"prompt": last.content} | shown
+    given = {"messages": [as_message(turn) for turn in turns]} | shown
     return given | ({"tools": list(prompt.tools)} if prompt.tools else {})
 
 
 def _answer(
-    trained: TrainedRun, prompts: Sequence[Prompt], texts: Sequence[str], out: Path, start: int, context_tokens: int,
-    settings: PredictSettings, watch: Watch | None,
+    trained: TrainedRun, prompts: Sequence[Prompt], texts: Sequence[str | Shown], out: Path, start: int,
+    context_tokens: int, settings: PredictSettings, watch: Watch | None,
 ) -> Predicted:  # fmt: skip
     """Answer the prompts from one on, and append the answers to the file.
 

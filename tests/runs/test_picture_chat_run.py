@@ -20,6 +20,7 @@ from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelErro
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.inference.predict import PredictSettings, predict_file
 from qlora_lite.models.pretrained import processor_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import arguments_of
@@ -169,6 +170,12 @@ def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_
             theirs = model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=ends)
         text = processor.tokenizer.decode(theirs[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
         assert said[-1] == text.strip()
+    asked = [{"prompt": "<image>what is it", "images": [str(picture)]} for picture in pictures]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    done = predict_file(folder, tmp_path / "asked.jsonl", tmp_path / "said.jsonl", PredictSettings(max_new_tokens=8))
+    found = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert done.prompts == 2 and [row["answer"] for row in found] == said
+    assert [{key: row[key] for key in ("prompt", "images")} for row in found] == asked
     summary = summary_of(folder)
     assert summary["metrics"]["after"]["exact_match"]["examples"] == 4
     found = evaluate_recipe(open_trained(folder).recipe, folder / "adapter", 4)
