@@ -101,6 +101,9 @@ def named_classes(recipe: Recipe, data: Dataset) -> Recipe:
     """
     model = skeleton_of(spec_in(pipeline_of(recipe)))
     if not model.classes:
+        if recipe.task.labels is not None:
+            raise ModelError(f"task.labels are names of classes, and the denoiser in {recipe.model.path} knows none; "
+                             "remove them")  # fmt: skip
         return recipe
     recipe = with_classes(recipe)
     if recipe.task.labels is None:

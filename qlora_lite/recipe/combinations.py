@@ -167,6 +167,10 @@ def _denoisers(value: _Value) -> _Found:
     if fitting and weighting not in (None, "none", *fitting):
         message = f"diffusion.weighting = {written(weighting)}: not with diffusion.prediction {prediction}"
         yield ("diffusion", "weighting"), f"{message}; write none or {' or '.join(fitting)}"
+    usual_gamma = Diffusion.model_fields["min_snr_gamma"].default
+    if value("diffusion", "min_snr_gamma") not in (None, usual_gamma) and weighting != "min_snr":
+        message = "diffusion.min_snr_gamma: only with diffusion.weighting min_snr"
+        yield ("diffusion", "min_snr_gamma"), f"{message}; remove it, or write that"
     if prediction in ("epsilon", "v") and value("diffusion", "shift") not in (None, "auto", 1):
         yield ("diffusion", "shift"), "diffusion.shift: only with diffusion.prediction flow; remove it"
 

@@ -1,4 +1,4 @@
-"""Diffusion models planned without a network have the published numbers of weights, and need none of theirs."""
+"""Diffusion models that are planned without a network have the published numbers of weights."""
 
 import json
 

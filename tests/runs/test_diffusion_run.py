@@ -31,7 +31,7 @@ from qlora_lite.prepare.datasets import read_data
 from qlora_lite.prepare.latents import encode, named_classes
 from qlora_lite.prepare.readers import reader_of
 from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, with_neutral
-from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.step import accumulate_gradients
 
@@ -101,6 +101,19 @@ def test_it_learns(bases, tmp_path):
     train = {"max_steps": 60, "micro_batch_size": 4, "learning_rate": 0.02}
     summary = summary_of(run_recipe(load_recipe(diffusion_recipe(tmp_path, bases["dit"], train=train))))
     assert summary["eval_loss_after"] < 0.8 * summary["eval_loss_before"]
+
+
+def test_in_4_bit_with_streamed_blocks_it_learns_what_it_learns_without_streaming(bases, tmp_path):
+    found = []
+    for name, memory in (("resident", {}), ("streamed", {"resident_layers": 2, "uncheckpointed_layers": 0})):
+        sections = {"model": {"quant": "nf4"}, "memory": memory, "lora": {"targets": ["to_q", "to_v"]}}
+        found.append(run_recipe(load_recipe(diffusion_recipe(tmp_path / name, bases["sd"], **SMALL, **sections))))
+    weights = [load_file(folder / "adapter" / "pytorch_lora_weights.safetensors") for folder in found]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
+    assert summary_of(found[1])["plan"]["chosen"]["memory.resident_layers"] == 2
+    assert (found[1] / "samples" / "after-01.png").is_file()
 
 
 def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
@@ -270,6 +283,8 @@ def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
     labels = torch.cat([work.training_batch(list(rows), 0, step).conditions.labels for step in range(1, 60)])
     assert (labels == 2).float().mean() == pytest.approx(0.3, abs=0.05)
     assert not (work.collate(list(rows)).conditions.labels == 2).any()
+    some = work.training_batch(list(rows)[:3], 0, 7).conditions.labels  # whoever else is in the batch
+    assert torch.equal(some, work.training_batch(list(rows), 0, 7).conditions.labels[:3])
     without = replace(work, caption_dropout=0.0).training_batch(list(rows), 0, 1)
     assert torch.equal(without.noise, work.training_batch(list(rows), 0, 1).noise)
 
@@ -340,6 +355,13 @@ def test_captions_beside_pictures_in_tables_and_for_all(bases, tmp_path):
     assert "6 x 20 pixels, and 8 x 8 are wanted; give a larger one" in said[1] and "not a whole picture" in said[0]
 
 
+def test_a_run_s_own_recipe_loads_again(bases, tmp_path):
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases["sd"], **SMALL))
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolve_to_yaml(recipe))
+    assert load_recipe(path).recipe_hash == recipe.recipe_hash
+
+
 @pytest.mark.parametrize(("changes", "fault"), [
     ({"data": {"augment": "flip"}}, "data.augment = flip: not possible with task.kind image-generation"),
     ({"adapter": {"method": "dora"}}, "adapter.method = dora: a denoiser"),
@@ -349,6 +371,7 @@ def test_captions_beside_pictures_in_tables_and_for_all(bases, tmp_path):
     ({"memory": {"stream_from": "disk"}}, "memory.stream_from = disk: not possible"),
     ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype = float16: not possible"),
     ({"lora": {"targets": []}}, "lora.targets = []: nothing is trained"),
+    ({"diffusion": {"min_snr_gamma": 3.0}}, "diffusion.min_snr_gamma: only with diffusion.weighting min_snr"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(bases, tmp_path, changes, fault):
     with pytest.raises(RecipeError, match=re.escape(fault)):
@@ -364,6 +387,8 @@ def test_resolutions_and_folders_that_are_wrong_are_one_clean_error(bases, tmp_p
     with pytest.raises(ModelError, match="takes pictures of its own size alone; write 8"):
         fit(bases["dit"], resolution=16)
     assert fit(bases["sd"], resolution=16, buckets=False).sizes == ((16, 16),)
+    with pytest.raises(ModelError, match=r"task\.labels are names of classes, and the denoiser .* knows none"):
+        run_recipe(load_recipe(diffusion_recipe(tmp_path / "l", bases["sd"], **SMALL, task={"labels": ["hot"]})))
     base = shutil.copytree(bases["sd"], tmp_path / "cut")
     shutil.rmtree(base / "vae")
     with pytest.raises(ModelError, match="latents of 4 channels and has no autoencoder"):
