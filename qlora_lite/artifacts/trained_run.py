@@ -469,6 +469,8 @@ def with_labels_of(adapter: Path, recipe: Recipe) -> Recipe:
         ModelError: the adapter is for another kind of task, or for other labels than the recipe has already.
     """
     task = _task_of(adapter)
+    if PROBLEMS[task.kind] is None and recipe.problem is None:  # neither has a head
+        return recipe
     if task.kind != recipe.task.kind:
         raise ModelError(
             f"lora.init_from: the adapter is of task.kind {task.kind}, this recipe's is {recipe.task.kind}"

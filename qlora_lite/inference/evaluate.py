@@ -321,6 +321,9 @@ def evaluate_recipe(
     require_recipe(recipe)
     if not recipe.data.has_eval:
         raise RecipeError("there is no evaluation data; name some, as in data.eval=rows.jsonl")
+    if recipe.generates_pictures:
+        raise RecipeError("a denoiser (task.kind image-generation) is not evaluated by itself: its run measures the "
+                          "loss on data.eval before and after training")  # fmt: skip
     if metrics_rows:
         check_packages(recipe.train.metrics)
     adapter = adapter and Path(adapter)

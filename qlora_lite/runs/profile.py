@@ -25,18 +25,22 @@ from qlora_lite.memory.meter import PeakMeter, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.memory_options import set_memory_options
+from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
 from qlora_lite.prepare.eva import first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
+from qlora_lite.prepare.latents import encode, named_classes
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.recipe_denoiser import with_neutral
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason
+from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
@@ -70,7 +74,12 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     tokenizer = reader_of(recipe)
     data, eval_data = build_data(recipe, tokenizer, compares=True), build_data(recipe, tokenizer, "eval", compares=True)
     eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
-    recipe, first_adapter = with_labels(recipe, data), adapter_to_begin_with(recipe)
+    recipe = with_labels(recipe, data)
+    if recipe.generates_pictures:
+        recipe = named_classes(recipe, data)
+        data, *others = encode(recipe, tokenizer, [data, *([eval_data] if eval_data else [])]).parts
+        eval_examples = others[0].examples if others else ()
+    first_adapter = adapter_to_begin_with(recipe)
     if first_adapter:
         with_labels_of(first_adapter, recipe)
     first = first_of(recipe, data.examples) if recipe.lora.start == EVA else None
@@ -84,6 +93,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
             out.mkdir(parents=True, exist_ok=True)
         model = build_model(recipe, settings.options, first_adapter, first)
         work = plan.step.job.workload.of_tokenizer(tokenizer)
+        work = with_neutral(work, rows) if isinstance(work, Denoiser) else work
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)
@@ -119,7 +129,8 @@ def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
     The ledger cannot see into compiled blocks, so it sees them uncompiled.
     """
     kernels = kernels_of(model)
-    set_memory_options(model, replace(trainer.settings.options, compile=False))
+    blocks = trainer.workload.blocks(model) if isinstance(model, OwnBlocks) else None
+    set_memory_options(model, replace(trainer.settings.options, compile=False), blocks)
     use_kernels(model, kernels)
     with ledger:
         for tensor, category, _ in categorised(trainer.workload, model):

@@ -238,6 +238,15 @@ def test_pictures_are_drawn_by_command(run, tmp_path):
         CliRunner().invoke(cli, ["evaluate", str(folder)], catch_exceptions=False, standalone_mode=False)
 
 
+def test_steps_are_profiled_and_hold_to_the_plan(bases, tmp_path):
+    recipe = diffusion_recipe(tmp_path, bases["sd"], **SMALL, diffusion={"caption_dropout": 0.5})
+    command("profile", recipe, "--steps", 2, "--out", tmp_path / "profile")
+    figures = json.loads((tmp_path / "profile" / "memory.json").read_text())
+    assert figures["peak_bytes"] == pytest.approx(figures["predicted_peak_bytes"], rel=0.01)
+    with pytest.raises(RecipeError, match=r"a denoiser .* is not evaluated by itself"):
+        CliRunner().invoke(cli, ["evaluate", str(recipe)], catch_exceptions=False, standalone_mode=False)
+
+
 def test_full_fine_tuning_leaves_a_pipeline_with_its_other_parts(bases, tmp_path):
     full = {"adapter": {"method": "full"}, "lora": None, "train": {"learning_rate": 0.001}}
     recipe = diffusion_recipe(tmp_path, bases["sd"], **SMALL, adapter=full["adapter"], train=full["train"])
