@@ -454,7 +454,7 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
             check_adapter(folder)
             return folder
         opened = open_run(folder)
-        files = locate(recipe.model.path, recipe.model.revision)
+        files = base_files(recipe)
         where = "model.path, and the settings of its lora.start"
         _check_base(opened.summary, fingerprint_of(recipe, files), files, folder, where)
     except (RecipeError, ModelError) as error:

@@ -28,7 +28,7 @@ from qlora_lite.experts.packing import adapts_experts, expert_weights
 from qlora_lite.memory.meter import free_bytes, set_memory_limit
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.cache import base_fingerprint
-from qlora_lite.models.denoisers import load_denoiser
+from qlora_lite.models.denoisers import load_denoiser, meta_denoiser
 from qlora_lite.models.gguf_codes import Formats, kept_formats
 from qlora_lite.models.kept import check_kept
 from qlora_lite.models.load import (
@@ -316,7 +316,10 @@ def build_skeleton(recipe: Recipe) -> nn.Module:
         ModelError: a pattern of model.keep_16bit matches no layer, or the model has one in 4 bit only.
     """
     m = recipe.model
-    part, dtype = part_of(recipe), compute_dtype_of(recipe, resolve_device(m.device))
+    dtype = compute_dtype_of(recipe, resolve_device(m.device))
+    if recipe.generates_pictures:
+        return meta_denoiser(spec_of_recipe(recipe, dtype))
+    part = part_of(recipe)
     check_kept(part.config, m.keep_16bit, m.path)
     quantization = quantization_of(recipe, part.config.to_dict())
     formats = formats_of(recipe, part.config)

@@ -97,6 +97,19 @@ def test_every_family_is_trained_and_shown_before_and_after(bases, tmp_path, fam
     assert summary.get("classes") == (["cool", "hot"] if family == "dit" else [])
 
 
+def test_another_run_begins_with_its_adapter(run, bases, tmp_path):
+    folder, _ = run
+    begun = SMALL | {
+        "lora": {"init_from": str(folder)},
+        "train": {"max_steps": 1},
+        "diffusion": {"weighting": "min_snr"},
+    }
+    second = run_recipe(load_recipe(diffusion_recipe(tmp_path, bases["sd"], **begun)))
+    last = sorted((folder / "samples").glob("after-*.png"))
+    assert last and all((second / "samples" / each.name.replace("after", "before")).read_bytes() == each.read_bytes()
+                        for each in last)  # fmt: skip
+
+
 def test_it_learns(bases, tmp_path):
     train = {"max_steps": 60, "micro_batch_size": 4, "learning_rate": 0.02}
     summary = summary_of(run_recipe(load_recipe(diffusion_recipe(tmp_path, bases["dit"], train=train))))

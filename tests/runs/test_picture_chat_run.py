@@ -67,6 +67,14 @@ def of_transformers(model, recipe):
     return total / count
 
 
+def test_another_run_begins_with_its_adapter(run, bases, tmp_path):
+    folder, _ = run
+    lora = {"targets": ["all-linear", "*vision*.q_proj"], "rank": 4, "alpha": 8, "dtype": "float32"}
+    begun = {"lora": lora | {"init_from": str(folder)}, "train": {"max_steps": 1}, "model": {"quant": "none"}}
+    second = summary_of(run_recipe(load_recipe(chat_recipe(tmp_path, bases["smolvlm"], **begun))))
+    assert second["eval_loss_before"] == pytest.approx(summary_of(folder)["eval_loss_after"], rel=1e-5)
+
+
 def test_it_learns_and_the_plan_holds(run):
     folder, _ = run
     summary = summary_of(folder)
