@@ -197,7 +197,9 @@ def _serve() -> None:
     A message is a line with the template and the number of rows, and one for each row. All are read before the first
     rendering is answered, by a line as well: the other side writes all of them before it reads.
     """
-    from . import fast_render  # noqa: F401 (before time and memory are counted)
+    import transformers.utils.chat_template_utils  # noqa: F401 (before time and memory are counted)
+
+    from . import fast_render  # noqa: F401 (likewise)
 
     try:
         import resource
