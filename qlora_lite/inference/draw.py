@@ -63,7 +63,7 @@ def scheduler_of(pipeline: Pipeline) -> Any:
         ModelError: diffusers has no such scheduler, or cannot make it of its configuration.
     """
     name = str(pipeline.scheduler.get("_class_name"))
-    kind = getattr(library(), name, None)
+    kind = getattr(library(), name, None) if name.endswith("Scheduler") else None
     if kind is None:
         raise ModelError(f"{pipeline.folder}: diffusers has no scheduler {name}")
     try:

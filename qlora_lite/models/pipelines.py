@@ -251,7 +251,7 @@ class Autoencoder:
         diffusers, said = library(), pipeline.autoencoder
         assert said is not None
         name = str(said.get("_class_name"))
-        kind = getattr(diffusers, name, None)
+        kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
         if kind is None:
             raise ModelError(f"{pipeline.folder / AUTOENCODER} is {name}, which diffusers does not have")
         folder = pipeline.folder / AUTOENCODER
@@ -312,7 +312,9 @@ class TextEncoders:
         # some read its configuration; without memory it costs none
         without[pipeline.part] = meta_denoiser(spec_in(pipeline)).denoiser
         self._pipeline = _loaded(
-            lambda: kind.from_pretrained(pipeline.folder, dtype=self._dtype, use_safetensors=True, **without),
+            lambda: kind.from_pretrained(
+                pipeline.folder, dtype=self._dtype, use_safetensors=True, trust_remote_code=False, **without
+            ),
             pipeline.folder,
         )
         for name in wanted:

@@ -173,9 +173,9 @@ def test_a_profile_measures_the_adapter_that_training_would_begin_with(first, se
     seen = []
     built = build_model
 
-    def build(recipe, options, adapter):
+    def build(recipe, options, adapter, first):
         seen.append(adapter)
-        return built(recipe, options, adapter)
+        return built(recipe, options, adapter, first)
 
     monkeypatch.setattr("qlora_lite.runs.profile.build_model", build)
     profile_recipe(second(first), tmp_path / "profile", 1)
