@@ -60,16 +60,17 @@ def render(run: RunFiles, folder_name: str) -> str:
     known = {key: value for key, value in run.summary.items() if value is not None}
     summary = figures_of_metrics(run) | known
     name = str(summary.get("name") or folder_name)
+    counted = "Pictures" if run.pictures or run.samples else "Tokens"
     body = [
         _head(summary, name, folder_name),
         _notices(run, summary),
-        _figures(summary, "Pictures" if run.pictures or run.samples else "Tokens"),
+        _figures(summary, counted, answers=not run.samples),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
         section("Labels", _confusion(summary), "Held-out examples or pixels by label (row), and what they were given."),
         section("Pictures before and after", pictures_of(run.pictures), PICTURES_NOTE),
         section("Samples before and after", samples_of(run.samples), SAMPLES_NOTE),
         section(_followed(run).capitalize(), _loss_chart(run)),
-        section("Over training", _small_charts(run)),
+        section("Over training", _small_charts(run, counted)),
         section(
             "What four bits cost", _damage(run), "Before training, on held-out examples; damage.html has the rest."
         ),
@@ -108,7 +109,7 @@ def _notices(run: RunFiles, summary: dict[str, Any]) -> str:
     return "".join(f'<p class="notice">{text(notice)}</p>' for notice in notices + run.problems)
 
 
-def _figures(summary: dict[str, Any], unit_of_speed: str) -> str:
+def _figures(summary: dict[str, Any], unit_of_speed: str, answers: bool) -> str:
     def shown(key: str, write: Callable[[float], str]) -> str:
         value = number(summary.get(key))
         return "" if value is None else write(value) if math.isfinite(value) else "not finite"
@@ -140,7 +141,7 @@ def _figures(summary: dict[str, Any], unit_of_speed: str) -> str:
     if any(share is not None for share in preferred):
         reached, began = ("" if share is None else _percent(share) for share in preferred)
         figures[0] = figure("Reward accuracy", reached, began, "held-out examples")
-    return f'<div class="figures">{"".join(figures)}</div>'
+    return f'<div class="figures">{"".join(figures[0 if answers else 1 :])}</div>'
 
 
 def _scores(run: RunFiles) -> str:
@@ -245,13 +246,13 @@ def _noisy(label: str, points: list[tuple[int, float]]) -> list[Series]:
     return [Series(label, points, 1), Series("smoothed", smooth(points, len(points) / 20), 2)]
 
 
-def _small_charts(run: RunFiles) -> str:
+def _small_charts(run: RunFiles, counted: str) -> str:
     peaks = curve(run, "peak_bytes")
     unit, unit_bytes = ("GiB", 2**30) if any(peak >= 2**30 for _, peak in peaks) else ("MiB", 2**20)
     charts = {
         "Learning rate": [Series("learning rate", curve(run, "learning_rate"), 2)],
         "Gradient norm, before clipping": _noisy("norm", curve(run, "grad_norm")),
-        "Tokens per second": _noisy("tokens per second", curve(run, "tokens_per_second")),
+        f"{counted} per second": _noisy(f"{counted.lower()} per second", curve(run, "tokens_per_second")),
         f"Peak memory, {unit}": [Series(unit, [(step, peak / unit_bytes) for step, peak in peaks], 2)],
     }
     names = {str(name) for line in run.metrics for name in line if str(name).startswith(_CHARTED)}
