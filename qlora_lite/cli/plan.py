@@ -214,9 +214,11 @@ def _length(settings) -> str:
         return f"{settings.data.max_tokens:,} tokens"
     if settings.generates_pictures:
         height, width = fit_of(settings).largest
-        return f"{settings.train.micro_batch_size:,} pictures of {height} x {width} pixels"
-    processor = picture_processor(settings)
-    return f"{settings.train.micro_batch_size:,} pictures of {processor.height} x {processor.width} pixels"
+    else:
+        processor = picture_processor(settings)
+        height, width = processor.height, processor.width
+    count = settings.train.micro_batch_size
+    return f"{count:,} picture{'s' if count > 1 else ''} of {height} x {width} pixels"
 
 
 def machine_for(settings, vram=None, gpu=None):

@@ -431,7 +431,7 @@ def test_a_plan_needs_the_pipeline_s_configurations_alone(bases, tmp_path):
     for path in base.rglob("*.safetensors"):
         path.unlink()
     said = command("plan", base, "data.resolution=16", "--vram", "8GiB").output
-    assert "pictures of 16 x 16 pixels" in said and "fits" in said
+    assert "1 picture of 16 x 16 pixels" in said and "fits" in said
     found = json.loads(command("plan", base, "data.resolution=16", "--vram", "8GiB", "--json").output.splitlines()[-1])
     assert found["fits"]
     with pytest.raises(ModelError, match=r"has no diffusion_pytorch_model\.safetensors"):
