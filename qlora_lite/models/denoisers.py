@@ -502,7 +502,7 @@ def load_denoiser(folder: str | Path, spec: DenoiserSpec) -> DenoiserModel:
     """
     with init_empty_weights(include_buffers=False):  # some buffers are computed, and in no file
         model = _build(spec)
-    files, missing, wrong = _files(Path(folder)), set(model.state_dict()), []
+    files, missing, wrong = weight_files(Path(folder)), set(model.state_dict()), []
     packed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, QuantLinear)}
     missing = {name for name in missing if not _is_of_packed(name, packed)} | packed
     for name, tensor in _tensors(files, f"{model.part}."):
@@ -541,8 +541,12 @@ def _put(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
         module._buffers[leaf] = tensor.to(module._buffers[leaf].dtype, copy=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the safetensors files: one, or shards; those in float16 only where there are no others."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return a denoiser's safetensors files: one, or shards; those in float16 only where there are no others.
+
+    Raises:
+        ModelError: there are none.
+    """
     for variant in ("", ".fp16"):
         if (whole := folder / f"{WEIGHTS}{variant}.safetensors").is_file():
             return [whole]

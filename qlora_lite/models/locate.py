@@ -7,6 +7,7 @@ GGUF: pickled checkpoints are refused.
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +78,14 @@ def _package_file(path: str) -> Path:
         raise ModelError(f"model.path {path!r}: {error.args[0]}") from None
 
 
-def download(name: str, revision: str | None, with_weights: bool) -> Path:
+def download(
+    name: str, revision: str | None, with_weights: bool, weights: Sequence[str] = HUB_WEIGHTS,
+    doubles: Sequence[str] = HUB_DOUBLES,
+) -> Path:  # fmt: skip
     """Return the folder in the hub's cache that holds a hub model, of which what is missing is downloaded.
+
+    Args:
+        weights, doubles: patterns of its files with weights, and of those that are not wanted.
 
     Raises:
         ModelError: there is no such model, or it cannot be reached.
@@ -87,9 +94,9 @@ def download(name: str, revision: str | None, with_weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     missing = f"no folder {name!r} here, and it"
-    wanted = HUB_FILES + (HUB_WEIGHTS if with_weights else [])
+    wanted = [*HUB_FILES, *(weights if with_weights else ())]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=HUB_DOUBLES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*doubles]))
     except HFValidationError:
         raise ModelError(f"{missing} is not a hub id of the form owner/model; check model.path") from None
     except LocalEntryNotFoundError:

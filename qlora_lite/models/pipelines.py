@@ -27,13 +27,26 @@ from torch import nn
 from qlora_lite.errors import ModelError
 from qlora_lite.files import cache_root, content_digest, replacing_folder
 
-from .denoisers import CONFIG, DENOISERS, DenoiserModel, DenoiserSpec, library, meta_denoiser, spec_of
+from .denoisers import (
+    CONFIG,
+    DENOISERS,
+    WEIGHTS,
+    DenoiserModel,
+    DenoiserSpec,
+    library,
+    meta_denoiser,
+    spec_of,
+    weight_files,
+)
 from .known_pipelines import known_pipelines
 from .locate import ModelFiles, download, read_json
 
 log = logging.getLogger("qlora_lite")
 INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler_config.json"
 PARTS = "transformer", "unet"  # folders of denoisers
+# Beside the parts' folders many hold all of it again in one file, and other types.
+HUB_WEIGHTS = "*/*.safetensors", f"{WEIGHTS}*.safetensors"
+HUB_DOUBLES = "*.fp16.*", "*.fp16-*", "*.non_ema.*"
 AUTOENCODER, SCHEDULER = "vae", "scheduler"
 DDPM = {"_class_name": "DDPMScheduler"}  # diffusers' own defaults, where a folder has no scheduler
 _CLIP = 77  # tokens of its texts
@@ -139,11 +152,7 @@ class Pipeline:
         Raises:
             ModelError: there are no weights.
         """
-        weights = tuple(sorted(self.denoiser.glob("diffusion_pytorch_model*.safetensors")))
-        if not weights:
-            raise ModelError(f"{self.denoiser} has no diffusion_pytorch_model.safetensors; fetch the model's "
-                             "safetensors files")  # fmt: skip
-        return ModelFiles(name, self.denoiser, weights)
+        return ModelFiles(name, self.denoiser, tuple(weight_files(self.denoiser)))
 
 
 def open_pipeline(path: str | Path, revision: str | None = None, with_weights: bool = True) -> Pipeline:
@@ -159,7 +168,7 @@ def open_pipeline(path: str | Path, revision: str | None = None, with_weights: b
     if not folder.is_dir() and not with_weights and revision is None and _only_known(str(path)):
         folder = _configurations(str(path))
     elif not folder.is_dir():
-        folder = download(str(path), revision, with_weights)
+        folder = download(str(path), revision, with_weights, HUB_WEIGHTS, HUB_DOUBLES)
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         part = next((part for part in PARTS if (folder / part / CONFIG).is_file()), None)

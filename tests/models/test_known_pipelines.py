@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 from click.testing import CliRunner
+from huggingface_hub.utils import filter_repo_objects
 from tiny_diffusion import save_sd_pipeline
 
 from qlora_lite.cli.main import cli
@@ -58,3 +59,21 @@ def test_a_run_takes_the_files_beside_the_weights(monkeypatch, tmp_path):
     assert open_pipeline(name, with_weights=False).folder == base
     with pytest.raises(ModelError, match="is no diffusion pipeline"):
         open_pipeline(tmp_path)
+
+
+def test_of_a_hub_pipeline_each_weight_is_fetched_and_loaded_once(monkeypatch, tmp_path):
+    """The parts' folders, without all of it again in one file at the top or in float16."""
+    wanted = ["model_index.json", "text_encoder/model.safetensors", "tokenizer/merges.txt",
+              "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+              "transformer/diffusion_pytorch_model-00001-of-00003.safetensors"]  # fmt: skip
+    others = ["sd_xl_base_1.0.safetensors", "flux1-dev.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+              "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/model.fp16.safetensors",
+              "text_encoder/model.fp16-00001-of-00002.safetensors", "unet/model.onnx"]  # fmt: skip
+    base, asked = save_sd_pipeline(tmp_path / "base"), []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **how: asked.append(how) or str(base))
+    whole = open_pipeline("them/theirs", with_weights=True).files("them/theirs")
+    (how,) = ({name: how[name] for name in ("allow_patterns", "ignore_patterns")} for how in asked)
+    assert list(filter_repo_objects([*wanted, *others], **how)) == wanted
+    again = whole.weights[0].with_name("diffusion_pytorch_model.fp16.safetensors")
+    again.write_bytes(whole.weights[0].read_bytes())
+    assert open_pipeline(base).files("x").weights == whole.weights
