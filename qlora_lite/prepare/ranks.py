@@ -225,7 +225,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         raise RecipeError(f"memory.{setting}: {DIVIDED_ON_GPUS}, and these GPUs are not alike: leave it out")
     packs = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     sources = {"auto": ("ranks", "host"), "disk": ()}.get(memory.stream_from, (memory.stream_from,))
-    if len(ranks.machines) == 1 or memory.resident_layers == "all" or _is_whole(recipe):
+    if len(ranks.machines) == 1 or memory.resident_layers == "all" or _has_no_unequal_parts(recipe):
         sources = ()
     plans: list[Plan] = []
     if not sources or (memory.stream_from != "ranks" and memory.resident_layers == "auto"):
@@ -240,7 +240,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
     return plans
 
 
-def _is_whole(recipe: Recipe) -> bool:
+def _has_no_unequal_parts(recipe: Recipe) -> bool:
     """Return whether no rank can have an unequal part of the model."""
     return recipe.adapter.method == "full" or recipe.train.objective == GRPO
 
