@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from runs.test_launch import ended, start
 from safetensors.torch import load_file
 from tiny_runs import summary_of
 
@@ -127,6 +128,17 @@ def test_in_4_bit_with_streamed_blocks_it_learns_what_it_learns_without_streamin
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
     assert summary_of(found[1])["plan"]["chosen"]["memory.resident_layers"] == 2
     assert (found[1] / "samples" / "after-01.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(bases, tmp_path):
+    path = diffusion_recipe(tmp_path, bases["sd"], train={"max_steps": 3, "gradient_accumulation_steps": 2})
+    ended(start(path, f"output.dir={tmp_path / 'two'}"))
+    run_recipe(load_recipe(path, [f"output.dir={tmp_path / 'one'}"]))
+    written = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    one, two = ([[m["loss"], m["grad_norm"]] for m in map(json.loads, lines) if "loss" in m] for lines in written)
+    assert len(one) == 3
+    np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
