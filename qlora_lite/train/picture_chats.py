@@ -23,7 +23,7 @@ from qlora_lite.ops.loss import head_logits
 
 from .causal_lm import CausalLM
 from .forward import Inputs, hidden_states
-from .text_guards import check_forward, own_attention, relative_error
+from .text_guards import check_forward, relative_error
 from .workload import BatchShape, LossSum
 
 NO_READER = PictureReader(0, 1, 1)
@@ -154,15 +154,18 @@ class PictureChatLM(CausalLM):
         batch = Batch(ids, positions, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * 3, pixels)
         was_training = model.training
         packed = head_logits(hidden_states(model.eval(), self.inputs(batch, device_of(model))), head(model))
-        alone = []
-        with own_attention(model):
+
+        def alone() -> torch.Tensor:
+            found = []
             for row, own in zip(rows, (pixels[:1], None, pixels[1:]), strict=True):
                 ids = row[None].to(device_of(model))
                 shown = {} if own is None else arguments_of(model, own, ids)
-                alone.append(model(input_ids=ids, use_cache=False, **shown).logits[0].float())
+                found.append(model(input_ids=ids, use_cache=False, **shown).logits[0])
+            return torch.cat(found)
+
+        error = relative_error(packed, alone, model)
         model.train(was_training)
-        expected = torch.cat(alone)
-        return relative_error(packed, expected, model)
+        return error
 
     def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
         """See ``text_guards.can_reach_every_layer``; a tower's layers need a picture."""

@@ -20,7 +20,6 @@ from torch.nn import functional
 from qlora_lite.data.batch import Batch
 from qlora_lite.data.labels import LABELS, ONE_LABEL, target_of
 from qlora_lite.data.storage import Example
-from qlora_lite.errors import ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.heads import is_encoder, outputs_of
@@ -30,7 +29,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from .causal_lm import TRAINED_WEIGHTS, CausalLM
 from .forward import Inputs, hidden_states, prepare
 from .step import evaluating
-from .text_guards import check_forward, own_attention
+from .text_guards import check_forward, relative_error
 from .workload import BatchShape, LossSum, Objective
 
 WITHOUT_LOGITS = {"loss_chunk_tokens": None, "host_head": False, "compile": False}  # options that it has no use for
@@ -203,12 +202,9 @@ def outputs_error(model: nn.Module) -> float:
     was_training = model.training
     model.eval()
     packed = outputs_of(model, hidden_states(model, inputs), CHECKED_LENGTHS).float()
-    with own_attention(model):
-        alone = torch.cat([model(input_ids=row.to(where)).logits for row in rows]).float()
+    error = relative_error(packed, lambda: torch.cat([model(input_ids=row.to(where)).logits for row in rows]), model)
     model.train(was_training)
-    if not alone.isfinite().all():
-        raise ModelError(f"{type(model).__name__}: the outputs of its head are not finite")
-    return ((packed - alone).norm() / alone.norm()).item()
+    return error
 
 
 @torch.no_grad()

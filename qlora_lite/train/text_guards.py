@@ -33,9 +33,13 @@ from .settings import TrainSettings
 log = logging.getLogger("qlora_lite")
 BAD_FILES = "the model's files are damaged, or it was trained or merged badly: take another copy of it"
 
-# Relative L2 error of logits, above which more than rounding is at work. Rounding gives at most a few steps of the type
-# (1.2e-7 in float32, 0.8 % in bf16); a head scaled 1.1 times gives 10 %, and rows that see each other far more.
+# Relative L2 error of logits, above which more than rounding may be at work. Rounding mostly gives a few steps of the
+# type (1.2e-7 in float32, 0.8 % in bf16); a head scaled 1.1 times gives 10 %, and rows that see each other far more.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
+# But for some tokens rounding alone gives 9 % in bf16 (SmolLM2, Gemma 3 270M). How much it is shows where transformers
+# attends in its two ways: in the median token, exact rows differ by up to twice that, rows that see each other by nine
+# times and more (tests/models/test_demo_models.py).
+MOST_ROUNDINGS = 4
 
 
 def check_forward(
@@ -59,7 +63,7 @@ def check_forward(
     Raises:
         ModelError: the difference is more than rounding, or weights are not finite or too large to compute with.
     """
-    compare = error_of or _logits_error
+    compare = error_of or logits_error
     _check_embeddings_finite(model)
     if not runs_unpacked(model) and (why := why_unpacked(model, longest)):
         if must_pack:
@@ -121,8 +125,9 @@ def check_causal(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _logits_error(model: nn.Module) -> float:
-    generator = torch.Generator().manual_seed(0)
+def logits_error(model: nn.Module, seed: int = 0) -> float:
+    """Return the relative L2 error of the logits of packed rows of random tokens; see ``relative_error``."""
+    generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     lengths = (7, 12, 5)
     rows = [torch.randint(0, vocabulary, (1, length), generator=generator) for length in lengths]
@@ -132,24 +137,35 @@ def _logits_error(model: nn.Module) -> float:
     was_training = model.training
     model.eval()
     packed = head_logits(hidden_states(model, prepare(batch, device_of(model))), head(model))
-    with own_attention(model):
-        alone = torch.cat(
-            [model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows]
-        ).float()
+
+    def alone() -> torch.Tensor:
+        return torch.cat([model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows])
+
+    error = relative_error(packed, alone, model)
     model.train(was_training)
-    return relative_error(packed, alone, model)
+    return error
 
 
-def relative_error(packed: torch.Tensor, alone: torch.Tensor, model: nn.Module) -> float:
-    """Return the relative L2 error of logits as against a model's own.
+def relative_error(packed: torch.Tensor, alone: Callable[[], torch.Tensor], model: nn.Module) -> float:
+    """Return the relative L2 error of outputs [N, C] as against those that ``alone`` returns, with the model's own
+    attention; at most ``LOGITS_TOLERANCE`` where it is no more than the rounding of 16 bits.
 
     Raises:
         ModelError: its own are not finite.
     """
-    size = alone.norm()
+    with own_attention(model):
+        expected = alone().float()
+    size = expected.norm()
     if not math.isfinite(size.item()):
         raise ModelError(f"{type(model).__name__}: its own logits are not finite: {_bad_weight(model)}; {_cure(model)}")
-    return ((packed - alone).norm() / size).item()
+    error = ((packed - expected).norm() / size).item()
+    tolerance = LOGITS_TOLERANCE[model.dtype]
+    if error <= tolerance or model.dtype == torch.float32 or not _attends_in_two_ways(model):
+        return error
+    with own_attention(model, other=True):
+        rounded = alone().float()
+    median, rounding = ((each - expected).norm(dim=-1).median().item() for each in (packed, rounded))
+    return tolerance if median <= MOST_ROUNDINGS * rounding else error
 
 
 def _bad_weight(model: nn.Module) -> str:
@@ -185,16 +201,22 @@ def _check_embeddings_finite(model: nn.Module) -> None:
     raise ModelError(f"{type(model).__name__}: the embedding of token {token} is not finite; {_cure(model)}")
 
 
+def _attends_in_two_ways(model: nn.Module) -> bool:
+    """Return whether both of transformers' ways to attend compute all that this model has; fused, caps are left out."""
+    capped = getattr(text_config(model), "attn_logit_softcapping", None)
+    return model._supports_sdpa and not capped and uses_row_attention(model)
+
+
 @contextmanager
-def own_attention(model: nn.Module) -> Iterator[None]:
-    """Attend as transformers writes it out for this model, and not row by row."""
+def own_attention(model: nn.Module, other: bool = False) -> Iterator[None]:
+    """Attend as transformers writes it out for this model, and not row by row; ``other`` takes the second of its two
+    ways (see ``_attends_in_two_ways``)."""
     if not uses_row_attention(model):
         yield
         return
     # scores that are written out are not scaled yet, and those of Qwen2 exceed float16
-    fused = model.dtype == torch.float16 and model._supports_sdpa
-    capped = getattr(model.config, "attn_logit_softcapping", None)  # which only the other leaves in
-    model.set_attn_implementation("sdpa" if fused and not capped else "eager")
+    fused = model.dtype == torch.float16 and _attends_in_two_ways(model)
+    model.set_attn_implementation("sdpa" if fused != other else "eager")
     try:
         yield
     finally:

