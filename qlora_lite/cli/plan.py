@@ -47,7 +47,10 @@ class _Size(click.ParamType):
 )  # fmt: skip
 @click.option("--card", multiple=True, hidden=True)  # what --gpu was called
 @click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
-@click.option("--max-batch", is_flag=True, help="Also find the largest micro-batch of packed sequences that fits.")
+@click.option(
+    "--max-batch", is_flag=True, help="Also find the largest micro-batch that fits, of packed sequences or pictures."
+)
+@click.option("--max-resolution", is_flag=True, help="Also find the largest data.resolution that fits.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -62,7 +65,22 @@ class _Size(click.ParamType):
 @click.option("--cards", is_flag=True, hidden=True)  # what --gpus was called
 @click.option("--models", is_flag=True, help="List the models that can be planned without a network.")
 def plan(
-    named, overrides, vram, gpu, card, max_tokens, max_batch, html, as_json, gpus, link, nodes, network, cards, models
+    named,
+    overrides,
+    vram,
+    gpu,
+    card,
+    max_tokens,
+    max_batch,
+    max_resolution,
+    html,
+    as_json,
+    gpus,
+    link,
+    nodes,
+    network,
+    cards,
+    models,
 ) -> None:
     """Predict the memory of RECIPE, or of MODEL with a recipe's defaults, and choose the fastest settings that fit.
 
@@ -79,6 +97,7 @@ def plan(
     _check_machine(wanted := (*gpu, *card), vram, gpus, nodes)
     world_size = _check_links(gpus or len(wanted) or 1, link, nodes, network)
     settings = _settings(named, overrides)
+    _check_searches(settings, max_tokens, max_resolution)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
         log.warning("model.device cpu: this is the plan of a GPU all the same, which a run would leave alone")
@@ -96,8 +115,8 @@ def plan(
         raise click.UsageError("--gpus and --nodes plan several GPUs: say which with --gpu, or how large with --vram")
     cluster = Cluster(inside, nodes, link or LINK if inside > 1 else None, network or NETWORK if nodes > 1 else None)
     if len({*machines}) > 1:
-        if html or max_tokens or max_batch:
-            raise click.UsageError("--html, --max-tokens and --max-batch are for GPUs that are equal")
+        if html or max_tokens or max_batch or max_resolution:
+            raise click.UsageError("--html and --max-... are for GPUs that are equal")
         _plan_unequal(settings, machines, cluster, as_json)
         return
     machine = ranks.dividing(settings, cluster.part(one), world_size)
@@ -114,10 +133,7 @@ def plan(
     found: dict[str, object] = {}
     if world_size > 1:
         found["shared"] = ranks.shared(settings, one, made, cluster)._asdict()
-    if max_tokens:
-        found |= _longest(planner, made, settings)
-    if max_batch:
-        found["max_batch"] = _or_none(planner.max_batch, made)
+    found |= _searched(planner, share, made, max_tokens, max_batch, max_resolution)
     if as_json:
         echo_exactly(json.dumps(plan_text.as_json(made, others) | found))
     else:
@@ -240,10 +256,27 @@ def machine_for(settings, vram=None, gpu=None):
     return machine
 
 
-def _longest(planner, made, settings) -> dict:
+def _check_searches(settings, max_tokens: bool, max_resolution: bool) -> None:
+    if max_tokens and settings.of_pictures:
+        raise click.UsageError("--max-tokens is for rows of tokens, and this recipe's are pictures; see "
+                               "--max-resolution")  # fmt: skip
+    if max_resolution and not settings.of_pictures:
+        raise click.UsageError("--max-resolution is for rows that are pictures, and this recipe's are of tokens; see "
+                               "--max-tokens")  # fmt: skip
+
+
+def _searched(planner, settings, made, max_tokens: bool, max_batch: bool, max_resolution: bool) -> dict[str, object]:
+    """Return the largest values that fit, of those that were asked for."""
+    found = _longest(planner, made) if max_tokens else {}
+    if max_batch:
+        found["max_batch"] = _or_none(planner.max_batch, made)
+    if max_resolution:
+        found["max_resolution"] = planner.largest_resolution(settings, made.machine, made.budget_bytes)
+    return found
+
+
+def _longest(planner, made) -> dict:
     """Return the largest data.max_tokens that fits, and what it takes of the host and of time."""
-    if settings.of_pictures:
-        raise click.UsageError("--max-tokens is for rows of tokens, and this recipe's are pictures; see --max-batch")
     longest = _or_none(planner.longest_pack, made)
     if longest is None:
         return {"max_tokens": None}
@@ -292,7 +325,9 @@ def _show(found: dict, most_packs: int, html: Path | None, trains_base: bool = F
         echo(f"largest data.max_tokens that fits{saving}: {found['max_tokens'] or 'none'}{price}")
     if "max_batch" in found:
         more = " or more" if found["max_batch"] == most_packs else ""
-        echo(f"largest micro-batch of packed sequences that fits{saving}: {found['max_batch'] or 'none'}{more}")
+        echo(f"largest micro-batch that fits{saving}: {found['max_batch'] or 'none'}{more}")
+    if "max_resolution" in found:
+        echo(f"largest data.resolution that fits: {found['max_resolution'] or 'none'}")
     if html is not None:
         echo(f"timeline: {html}")
 

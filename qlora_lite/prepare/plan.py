@@ -11,13 +11,13 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
-from qlora_lite.errors import DoesNotFitError, RecipeError
+from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
 from qlora_lite.files import Space
 from qlora_lite.memory.bar import BESIDE, TRAINED
 from qlora_lite.memory.gpus import GpuError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
-from qlora_lite.planning.largest import most_packs
+from qlora_lite.planning.largest import most, most_packs
 from qlora_lite.planning.length import longest_job, packs_at_once
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
@@ -29,12 +29,14 @@ from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
+from . import recipe_denoiser, recipe_head
 from .build import fixed_options, job_of, learning_rate_of
 from .recipe_head import part_of
 
 log = logging.getLogger(__name__)
 
 MAX_TOKENS, MAX_PACKS = 2**21, 256  # the ends of --max-tokens and --max-batch
+MAX_RESOLUTION, RESOLUTION_STEP = 2**13, 64  # of --max-resolution, in pixels
 MAX_CHANGES = 2  # settings in which an alternative that is shown may differ from the chosen plan
 
 
@@ -301,6 +303,25 @@ def max_batch(plan: Plan) -> int:
     if reason is not None and not found:
         raise reason
     return found
+
+
+def largest_resolution(recipe: Recipe, machine: Machine, budget_bytes: int) -> int:
+    """Return the largest ``data.resolution`` of which some plan fits, found in steps of about ``RESOLUTION_STEP``
+    pixels; 0 if there is none.
+
+    Raises:
+        ModelError: the model takes pictures of one size alone.
+    """
+    multiple = (recipe_denoiser if recipe.generates_pictures else recipe_head).resolution_multiple(recipe)
+    if not multiple:
+        raise ModelError(f"{recipe.model.path} takes pictures of its own size alone; remove --max-resolution")
+    step = -(-RESOLUTION_STEP // multiple) * multiple
+
+    def missing(steps: int) -> int:
+        data = recipe.data.model_copy(update={"resolution": steps * step})
+        return not plan_recipe(recipe.model_copy(update={"data": data}), machine, budget_bytes).fits
+
+    return step * most(missing, 0, MAX_RESOLUTION // step)
 
 
 def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:

@@ -34,6 +34,13 @@ def spec_of_recipe(recipe: Recipe, dtype: torch.dtype) -> DenoiserSpec:
     return spec_in(pipeline_of(recipe), quant=m.quant, double_quant=m.double_quant, compute_dtype=dtype)
 
 
+def resolution_multiple(recipe: Recipe) -> int:
+    """Return what ``data.resolution`` has to be a multiple of; 0 where the denoiser takes one size alone."""
+    pipeline = pipeline_of(recipe)
+    model = skeleton_of(spec_in(pipeline))
+    return pipeline.pixels_per_latent * model.multiple if model.takes_rectangles else 0
+
+
 def fit_of(recipe: Recipe) -> Fit:
     """Return how a recipe's pictures become pixels.
 

@@ -30,6 +30,11 @@ def head_of(recipe: Recipe) -> Head | None:
     return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures, recipe.has_masks)
 
 
+def resolution_multiple(recipe: Recipe) -> int:
+    """Return what ``data.resolution`` of a vision encoder has to be a multiple of."""
+    return of_blocks(read_config(recipe.model.path, recipe.model.revision)).patch_size
+
+
 def picture_processor(recipe: Recipe) -> Processor:
     """Return how a recipe's pictures become pixels, as its model's files say; without them ImageNet's colours.
 

@@ -841,7 +841,7 @@ class TestCommand:
 
         monkeypatch.setattr(planner, "max_batch", counted)
         _, out, _ = self.call(capsys, file, "--gpu", "rtx-4060", "--max-batch")
-        assert out == f"largest micro-batch of packed sequences that fits, with all options that save memory: {shown}\n"
+        assert out == f"largest micro-batch that fits, with all options that save memory: {shown}\n"
 
     def test_json_is_one_object_and_nothing_else(self, capsys, file, few_blocks):
         code, out, _ = self.call(capsys, file, "--vram", "0.5GiB", "--json", "--max-tokens", few_blocks(), *SETTLED)

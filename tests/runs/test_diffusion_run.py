@@ -60,6 +60,11 @@ def command(*arguments):
     return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
 
 
+def planned(*arguments):
+    """The plan of a recipe or model as JSON."""
+    return json.loads(command("plan", *arguments, "--json").output.splitlines()[-1])
+
+
 def whole_pipeline(folder):
     """diffusers' own pipeline, without the parts that a tiny SD3 lacks."""
     index = json.loads((folder / "model_index.json").read_text())
@@ -444,7 +449,12 @@ def test_a_plan_needs_the_pipeline_s_configurations_alone(bases, tmp_path):
         path.unlink()
     said = command("plan", base, "data.resolution=16", "--vram", "8GiB").output
     assert "1 picture of 16 x 16 pixels" in said and "fits" in said
-    found = json.loads(command("plan", base, "data.resolution=16", "--vram", "8GiB", "--json").output.splitlines()[-1])
-    assert found["fits"]
+    assert planned(base, "data.resolution=16", "--vram", "8GiB")["fits"]
+    largest = planned(base, "--vram", "700MiB", "--max-resolution")["max_resolution"]
+    fits = [planned(base, "--vram", "700MiB", f"data.resolution={n}")["fits"] for n in (largest, largest + 64)]
+    assert largest % 64 == 0 and fits == [True, False]
+    one_size = ["plan", str(bases["dit"]), "--vram", "8GiB", "--max-resolution"]
+    with pytest.raises(Exception, match="takes pictures of its own size alone"):
+        CliRunner().invoke(cli, one_size, catch_exceptions=False, standalone_mode=False)
     with pytest.raises(ModelError, match=r"has no diffusion_pytorch_model\.safetensors"):
         run_recipe(load_recipe(diffusion_recipe(tmp_path / "r", base, **SMALL)))
