@@ -50,6 +50,10 @@ class AdapterMethod:
         """
         raise NotImplementedError
 
+    def begin(self, model: nn.Module) -> None:
+        """Give what learns those first values that only a model which computes has: before the first step of a run that
+        begins afresh, with the weights in their places."""
+
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return what ``adapter_config.json`` says of an adapted model, enough to build the adapter again."""
         raise NotImplementedError

@@ -23,10 +23,21 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.models.anatomy import device_of
+from qlora_lite.quant.linear import frozen_weight
 
 from .lora.inject import linear_layers
 from .method import AdapterMethod
-from .prompt import TENSOR, SwitchedTokens, VirtualPlaces, add_part, count_in, drawn_embeddings, switched_tokens
+from .prompt import (
+    TENSOR,
+    SwitchedTokens,
+    VirtualPlaces,
+    add_part,
+    count_in,
+    first_tokens,
+    switched_tokens,
+    virtual_tokens,
+)
 
 if TYPE_CHECKING:
     from .lora.switch import Switch
@@ -40,14 +51,15 @@ class PrefixLinear(nn.Module):
     Args:
         base: the layer.
         tokens: knows the places.
-        begin: the first outputs [k, F], float32.
+        count: k. The trained outputs [k, F], float32, are zeros until ``PrefixTuning.begin``.
     """
 
-    def __init__(self, base: nn.Module, tokens: VirtualPlaces, begin: torch.Tensor):
+    def __init__(self, base: nn.Module, tokens: VirtualPlaces, count: int):
         super().__init__()
         self.base = base.requires_grad_(False)
         self._tokens = (tokens,)  # a tuple hides it from registration
-        self.prefix = nn.Parameter(begin)
+        weight, _ = frozen_weight(base)
+        self.prefix = nn.Parameter(torch.zeros(count, weight.shape[0], device=base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._tokens[0].replaced(self.base(x), self.prefix)
@@ -77,8 +89,8 @@ class PrefixTuning(AdapterMethod):
 
     Args:
         virtual_tokens: k.
-        init_ids: tokens whose embeddings' keys and values, as each layer gives them alone, they begin as; none draws
-            from the table.
+        init_ids: tokens whose keys and values in the model they begin as, repeated as often as it takes; none draws
+            from the vocabulary.
     """
 
     virtual_tokens: int = 20
@@ -99,14 +111,29 @@ class PrefixTuning(AdapterMethod):
         """
         layers = _layers_of(model)
         model.requires_grad_(False)
-        begin = drawn_embeddings(model, self.virtual_tokens, self.init_ids)
-        part = VirtualPlaces(self.virtual_tokens)
+        part = VirtualPlaces(self.virtual_tokens, first_tokens(model, self.virtual_tokens, self.init_ids))
         add_part(model, part)
-        unit = begin * begin.square().mean(1, keepdim=True).add(1e-6).rsqrt()  # as a norm before the layer gives it
         for path, layer in layers.items():
-            with torch.no_grad():
-                first = layer(unit.to(layer.weight.device, model.dtype)).float()
-            model.set_submodule(path, PrefixLinear(layer, part, first).train(model.training))
+            model.set_submodule(path, PrefixLinear(layer, part, self.virtual_tokens).train(model.training))
+
+    @torch.no_grad()
+    def begin(self, model: nn.Module) -> None:
+        """Take keys and values of the first tokens from the model: training begins with what those tokens do."""
+        handles, was_training = [], model.training
+        for _, layer in prefix_layers(model):
+
+            def take(_base: nn.Module, _x: tuple, found: torch.Tensor, prefix: nn.Parameter = layer.prefix) -> None:
+                prefix.copy_(found[0, : self.virtual_tokens])
+
+            handles.append(layer.base.register_forward_hook(take))
+        part = virtual_tokens(model)
+        assert part is not None and part.first is not None
+        try:
+            model.eval().base_model(input_ids=part.first[None].to(device_of(model)), use_cache=False)
+        finally:
+            model.train(was_training)
+            for handle in handles:
+                handle.remove()
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return peft's configuration of prefix tuning."""

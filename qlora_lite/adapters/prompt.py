@@ -41,13 +41,14 @@ class VirtualPlaces(nn.Module):
 
     Args:
         count: k.
+        first: tokens that they begin as what those do in the model; see ``AdapterMethod.begin``.
     """
 
     ids: torch.Tensor
 
-    def __init__(self, count: int = 0):
+    def __init__(self, count: int = 0, first: torch.Tensor | None = None):
         super().__init__()
-        self._count = count
+        self._count, self.first = count, first
 
     @property
     def count(self) -> int:
@@ -180,14 +181,20 @@ def add_part(model: nn.Module, part: VirtualPlaces) -> None:
     inner.register_forward_pre_hook(embed, with_kwargs=True)
 
 
-def drawn_embeddings(model: nn.Module, count: int, ids: Sequence[int]) -> torch.Tensor:
-    """Return the embeddings of tokens, repeated or cut to so many, or of tokens that are drawn; float32 [count, D]."""
+def first_tokens(model: nn.Module, count: int, ids: Sequence[int]) -> torch.Tensor:
+    """Return tokens, repeated or cut to so many, or of a vocabulary those that are drawn; int64 [count]."""
+    if ids:
+        return torch.tensor(list(islice(cycle(ids), count)))
+    return torch.randint(len(model.get_input_embeddings().weight), (count,))
+
+
+def first_embeddings(model: nn.Module, count: int, ids: Sequence[int]) -> torch.Tensor:
+    """Return the embeddings of ``first_tokens``; float32 [count, D]."""
     table = model.get_input_embeddings()
     if table.weight.is_meta:
         return torch.empty(count, table.weight.shape[1], device="meta")
-    drawn = torch.tensor(list(islice(cycle(ids), count))) if ids else torch.randint(len(table.weight), (count,))
     with torch.no_grad():
-        return table(drawn.to(table.weight.device)).float()
+        return table(first_tokens(model, count, ids).to(table.weight.device)).float()
 
 
 @dataclass(frozen=True)
@@ -217,7 +224,7 @@ class PromptTuning(AdapterMethod):
             ModelError: the model has some already, or its decoder takes nothing but ids.
         """
         model.requires_grad_(False)
-        begin = drawn_embeddings(model, self.virtual_tokens, self.init_ids)
+        begin = first_embeddings(model, self.virtual_tokens, self.init_ids)
         add_part(model, VirtualTokens(begin, self.encoder_width))
 
     def config(self, model: nn.Module, base_model: str) -> dict:

@@ -301,6 +301,8 @@ def load(planned: Planned) -> Loaded:
     stream = build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
+    if not continuation and not planned.first_adapter:
+        work.method.begin(model)
     if runs_unpacked(model) and not why_unpacked(model, recipe.data.max_tokens):
         log.warning("the plan, and the peak that it predicts, is of packed sequences, but the loaded model shows "
                     "that it cannot have them: the next step measures what it takes")  # fmt: skip

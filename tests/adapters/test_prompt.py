@@ -45,6 +45,8 @@ def tuned(method=METHODS["prompt tuning"], model_type="llama", **changes):
     torch.manual_seed(0)
     model, plain = quantized_pair(model_type, **changes)
     method.apply(model)
+    for _, layer in prefix_layers(model):
+        layer.prefix.data.normal_()
     return model, plain
 
 
@@ -120,6 +122,17 @@ def test_it_begins_with_the_embeddings_of_the_tokens_given_and_else_of_some_draw
     torch.testing.assert_close(virtual_tokens(model)(), table[[7, 9, 7, 9, 7]].float())
     drawn, _ = tuned(PromptTuning(5))
     assert all((row == table).all(1).any() for row in virtual_tokens(drawn)())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("ids", "first"), [((7, 9), [7, 9, 7, 9]), ((), None)])
+def test_a_prefix_begins_as_what_its_tokens_do_in_the_model(ids, first):
+    model, plain = tuned(method := PrefixTuning(4, ids))
+    first = first or virtual_tokens(model).first.tolist()
+    method.begin(model)
+    rows = torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = plain(input_ids=torch.cat([torch.tensor(first).expand(2, -1), rows], 1)).logits[:, 4:]
+    torch.testing.assert_close(logits(model, with_virtual_ids(rows, 4))[:, 4:], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_holds_to_its_plan(case):

@@ -17,7 +17,7 @@ from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton
+from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton, method_of
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.run import run_recipe
@@ -167,6 +167,19 @@ def test_a_run_of_dora_is_resumed_to_the_bit_begun_with_and_answers(model_folder
     found = evaluate_recipe(whole, tmp_path / "whole" / "adapter", 0)
     assert found["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-4)
     assert found["eval_loss"] < summary["eval_loss_before"]
+
+
+def test_a_run_with_a_prefix_begins_as_its_text_before_every_row_does(model_folder, tmp_path):
+    path = write_recipe(tmp_path, model_folder, adapter={"method": "prefix"}, lora={},
+                        prompt={"init_text": "Some words."}, train={"max_steps": 1, "learning_rate": 1e-9})  # fmt: skip
+    path.write_text(path.read_text().replace("lora:\n  alpha: 8\n  rank: 4\n", ""))
+    recipe = load_recipe(path)
+    saved = load_file(run_recipe(recipe) / "adapter" / WEIGHTS)
+    model = build_model(recipe)
+    method = method_of(recipe)
+    assert method.init_ids
+    method.begin(model)
+    torch.testing.assert_close(saved, method.files(model), rtol=1e-5, atol=1e-6)
 
 
 def test_a_profile_measures_the_adapter_that_training_would_begin_with(first, second, tmp_path, monkeypatch):
