@@ -1,5 +1,6 @@
 """``qlora-lite generate`` and ``chat``: use runs' adapters with the runs' own templates, or bare base models."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from .options import context_option, model_option
 from .output import echo, echo_exactly, importing, prepare, step_progress
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
-_COMMANDS = "/use NAME switches the adapter, /new starts a new conversation, /quit or an empty line ends the chat"
+_COMMANDS = ("/use NAME switches the adapter, /image FILE adds a picture to your next message, /new starts a new "
+             "conversation, /quit or an empty line ends the chat")  # fmt: skip
 
 
 def _checked_temperature(_context, _option, value: float) -> float:
@@ -115,7 +117,9 @@ def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[
         _answer_file(run, prompts, out, column, overwrite, base, 0 if seed is None else seed, options)
         return
     session = _open([run], options, base, seed)
-    session.say(prompt, pictures)
+    for picture in pictures:
+        session.attach(picture)
+    session.say(prompt)
     show = sys.stdout.isatty()  # where somebody watches, word by word as it comes
     answer = session.reply(show)
     if not show:
@@ -181,8 +185,8 @@ def chat(runs: tuple[str, ...], **options) -> None:
     RUN is a run folder, or an adapter folder in the PEFT format. For a RECIPE, or a MODEL (a name, a folder or a .gguf
     file), the base model answers without an adapter.
 
-    /use NAME switches to another adapter, /new starts a new conversation; /quit, an empty line or end of input ends the
-    chat.
+    /use NAME switches to another adapter, /image FILE adds a picture to the next message (of a run of task.kind
+    image-text-to-text), /new starts a new conversation; /quit, an empty line or end of input ends the chat.
     """
     session = _open(runs, options)
     echo(f"{_COMMANDS} (adapters: {', '.join(session.tasks.names)})", err=True)
@@ -203,16 +207,23 @@ def _answer(session, line: str) -> None:
         session.reply(show=True)
     except (DataError, DoesNotFitError) as error:  # a control token in what was typed, or too much of it
         echo(f"error: {error}", err=True)
-        session.turns.pop()
+        session.take_back()
 
 
 def _is_command(session, line: str) -> bool:
     """Carry out a command, or name those that there are; any other line is for the model."""
     word, _, rest = line.strip().partition(" ")
     if word == "/new":
-        session.turns[:] = [turn for turn in session.turns if turn.role == "system"]
+        session.begin_again()
         return True
-    if word in _NO_COMMANDS or (word != "/use" and get_close_matches(word, ("/use", "/new", "/quit"), 1, 0.75)):
+    if word == "/image":
+        try:
+            session.attach(os.path.expanduser(rest.strip()))
+        except DataError as error:
+            echo(f"error: {error}", err=True)
+        return True
+    known = ("/use", "/image", "/new", "/quit")
+    if word in _NO_COMMANDS or (word not in known and get_close_matches(word, known, 1, 0.75)):
         echo(_COMMANDS, err=True)
         return True
     if word != "/use":  # as /think, which some models know

@@ -27,7 +27,9 @@ def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_
     """
     prepare()
     from qlora_lite.inference.multi_adapter import open_tasks
-    from qlora_lite.inference.serve.app import Limits, run_server
+    from qlora_lite.inference.serve.app import BODY_BYTES, BODY_BYTES_WITH_PICTURES, Limits, run_server
 
-    limits = Limits(waiting=max_waiting, new_tokens=max_new_tokens)
-    run_server(open_tasks(runs, model_path, unfinished, context_tokens), limits, host, port)
+    tasks = open_tasks(runs, model_path, unfinished, context_tokens)
+    with_pictures = any(tasks.task(name).run.recipe.with_vision for name in tasks.names)
+    body_bytes = BODY_BYTES_WITH_PICTURES if with_pictures else BODY_BYTES
+    run_server(tasks, Limits(body_bytes, max_waiting, max_new_tokens), host, port)

@@ -129,11 +129,20 @@ def content_of(said: object) -> object:
     if not isinstance(said, str):
         return said
     if said.startswith("data:"):
-        try:
-            return base64.b64decode(said.partition(",")[2], validate=True)
-        except (binascii.Error, ValueError):
-            raise DataError("a data: URL holds no base64; write the picture's path") from None
+        return picture_bytes(said)
     if said.startswith(("http://", "https://", "s3://", "gs://", "file://")):
         raise DataError(f"a picture is the address {said[:60]!r}: pictures are not fetched; download it, and write its "
                         "path", NO_PICTURE)  # fmt: skip
     return said
+
+
+def picture_bytes(url: str) -> bytes:
+    """Return what a data: URL holds.
+
+    Raises:
+        DataError: it is no base64.
+    """
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError("a data: URL holds no base64; write the picture's path") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from qlora_lite.data import hub
+from qlora_lite.data.picture_files import decode
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK
 from qlora_lite.data.render import render_prompt
@@ -37,6 +38,7 @@ class Session:
     sampling: Sampling
     turns: list[Turn] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)  # files, of the turns in order
+    attached: list[str] = field(default_factory=list)  # files that the next message is about
 
     @property
     def template(self) -> Template:
@@ -52,16 +54,33 @@ class Session:
         self.tasks.task(name)
         self.task = name
 
-    def say(self, text: str, pictures: Sequence[str] = ()) -> None:
-        """Add what the user says, about pictures that come first.
+    def attach(self, picture: str) -> None:
+        """Add a picture to the next message.
 
         Raises:
-            DataError: the model reads no pictures.
+            DataError: the model reads no pictures, or the file is none.
         """
-        if pictures and self._reader is None:
+        if self._reader is None:
             raise DataError("this model reads no pictures: they are for runs of task.kind image-text-to-text")
-        self.turns.append(Turn("user", MARK * len(pictures) + text))
-        self.pictures += pictures
+        decode(picture)
+        self.attached.append(picture)
+
+    def say(self, text: str) -> None:
+        """Add what the user says, about the pictures that are attached, which come first."""
+        self.turns.append(Turn("user", MARK * len(self.attached) + text))
+        self.pictures += self.attached
+        self.attached = []
+
+    def take_back(self) -> None:
+        """Forget what the user said last, but for its pictures, which the next message is about."""
+        count = self.turns.pop().content.count(MARK)
+        self.attached = self.pictures[len(self.pictures) - count :]
+        del self.pictures[len(self.pictures) - count :]
+
+    def begin_again(self) -> None:
+        """Forget all but the system message."""
+        self.turns = [turn for turn in self.turns if turn.role == "system"]
+        self.pictures, self.attached = [], []
 
     @property
     def _reader(self) -> PictureReader | None:

@@ -1,5 +1,6 @@
 """Runs of vision-language models as a user has them: trained, resumed, used by commands and by peft, and refused."""
 
+import base64
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from starlette.testclient import TestClient
 from tiny_pictures import drawn, save_encoder
 from tiny_runs import summary_of, tiny_run
 from tiny_vision_language import FAMILIES, chat_recipe, save_vision_language, template_of
@@ -20,7 +22,9 @@ from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelErro
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
+from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.inference.predict import PredictSettings, predict_file
+from qlora_lite.inference.serve.app import BODY_BYTES_WITH_PICTURES, Limits, build_app
 from qlora_lite.models.pretrained import processor_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import arguments_of
@@ -178,6 +182,7 @@ def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_
             theirs = model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=ends)
         text = processor.tokenizer.decode(theirs[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
         assert said[-1] == text.strip()
+    assert_served_and_chatted(folder, pictures, said)
     asked = [{"prompt": "<image>what is it", "images": [str(picture)]} for picture in pictures]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     done = predict_file(folder, tmp_path / "asked.jsonl", tmp_path / "said.jsonl", PredictSettings(max_new_tokens=8))
@@ -190,10 +195,31 @@ def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_
     assert found["metrics"]["exact_match"]["value"] == summary["exact_match_after"]
 
 
+def assert_served_and_chatted(folder, pictures, said):
+    """Clients of the API and a chat get the answers about pictures that generate gives."""
+    client = TestClient(build_app(open_tasks([folder]), Limits(BODY_BYTES_WITH_PICTURES), ()))
+    lines = []
+    for picture in pictures:
+        url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it"}]
+        body = {"model": folder.name, "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
+        reply = client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["choices"][0]["message"]["content"].strip() == said[len(lines) // 3]
+        lines += ["/new", f"/image {picture}", "what is it"]
+    asked = ["chat", str(folder), "--max-new-tokens", "8"]
+    chatted = CliRunner().invoke(cli, asked, input="\n".join([*lines, "/quit\n"]))
+    assert [line.strip() for line in chatted.stdout.splitlines()] == said
+    for wrong in ("https://x.org/a.png", "data:image/png;base64,AAAA"):
+        parts[0]["image_url"]["url"] = wrong
+        reply = client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 400 and reply.json()["error"]["param"].startswith("messages")
+
+
 def test_pictures_are_refused_where_nothing_reads_them(bases, tmp_path):
     session = open_session(tiny_run(tmp_path / "text"))
     with pytest.raises(DataError, match=r"this model reads no pictures: they are for runs of task.kind image-text-to"):
-        session.say("what", ["a.png"])
+        session.attach("a.png")
     recipe = chat_recipe(tmp_path, bases["llava"])
     result = CliRunner().invoke(cli, ["damage", str(recipe)])
     assert result.exit_code and "the row has pictures, which are not read here" in str(result.exception)

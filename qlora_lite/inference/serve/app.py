@@ -38,6 +38,7 @@ from .requests import ApiError, ChatRequest, read_request
 log = logging.getLogger("qlora_lite")
 LOCAL = ("127.0.0.1", "localhost", "[::1]")  # as a Host header writes them
 MAX_CONNECTIONS = 64
+BODY_BYTES, BODY_BYTES_WITH_PICTURES = 1 << 20, 1 << 25
 REQUEST_SECONDS = 10  # until a connection brings a request's header, and then its body
 
 
@@ -51,7 +52,7 @@ class Limits:
         new_tokens: of an answer.
     """
 
-    body_bytes: int = 1 << 20
+    body_bytes: int = BODY_BYTES
     waiting: int = 8
     new_tokens: int = 512
 

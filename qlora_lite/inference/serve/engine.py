@@ -5,9 +5,12 @@ a line of bounded length, so a burst of them cannot fill the memory.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -16,9 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 from qlora_lite.data.probe import TakesTooMuchError
 from qlora_lite.data.render import render_prompt
 from qlora_lite.errors import DataError, tokenizer_faults
-from qlora_lite.inference.generate import answer
+from qlora_lite.inference.generate import Shown, answer, shown_prompt, text_of_prompt
 from qlora_lite.inference.multi_adapter import BASE, Tasks
 from qlora_lite.models.anatomy import text_config
+from qlora_lite.prepare.recipe_head import picture_reader
 
 from .requests import ApiError, ChatRequest
 
@@ -54,7 +58,11 @@ class Engine:
         Raises:
             ApiError: there is no such model, the conversation does not fit, or too many wait.
         """
-        prompt = self._prompt(request)
+        with TemporaryDirectory() as folder:
+            async for piece in self._pieces(request, self._prompt(request, Path(folder))):
+                yield piece
+
+    async def _pieces(self, request: ChatRequest, prompt: str | Shown) -> AsyncIterator[Piece]:
         await self._take_turn()
         loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
@@ -87,18 +95,26 @@ class Engine:
             self._inside -= 1
             raise
 
-    def _prompt(self, request: ChatRequest) -> str:
+    def _prompt(self, request: ChatRequest, folder: Path) -> str | Shown:
+        """Return the rendered conversation, with its pictures as files in a folder."""
         if request.model not in self.names:
             known = ", ".join(self.names)
             raise ApiError(404, f"there is no model {request.model!r}; there are {known}", "model_not_found", "model")
+        task, files = self.tasks.task(self._name(request)), []
+        for number, content in enumerate(request.pictures):
+            files.append(str(folder / str(number)))
+            Path(files[-1]).write_bytes(content)
         try:
-            prompt = render_prompt(self.tasks.task(self._name(request)).template, request.turns)
+            reader = picture_reader(task.run.recipe) if files else None
+            if files and reader is None:
+                raise DataError(f"{request.model} reads no pictures")
+            prompt = shown_prompt(render_prompt(task.template, request.turns), files, task.template, reader)
         except (DataError, TakesTooMuchError) as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise ApiError(400, str(error).replace(f"{folder}{os.sep}", ""), param="messages") from error
         config = text_config(self.tasks.model)
         limit = getattr(config, "max_position_embeddings", None)
         with tokenizer_faults():
-            count = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
+            count = len(self.tasks.tokenizer(text_of_prompt(prompt), add_special_tokens=False).input_ids)
         if limit and count + request.max_new_tokens > limit:
             raise ApiError(
                 400, f"the messages have {count} tokens and the answer up to {request.max_new_tokens}; the model takes "
@@ -109,7 +125,9 @@ class Engine:
     def _name(self, request: ChatRequest) -> str | None:
         return request.model if request.model in self.tasks.names else None
 
-    def _generate(self, request: ChatRequest, prompt: str, hand_over: Callable, stop: threading.Event) -> None:
+    def _generate(
+        self, request: ChatRequest, prompt: str | Shown, hand_over: Callable, stop: threading.Event
+    ) -> None:  # fmt: skip
         """Run in a thread."""
         tokenizer = self.tasks.tokenizer
         with self.tasks.using(self._name(request)) as task:

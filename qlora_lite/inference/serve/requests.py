@@ -9,8 +9,9 @@ Source: the API reference of /v1/chat/completions; the additions of vLLM, llama.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlora_lite.data.picture_turns import MARK, picture_bytes
 from qlora_lite.data.row_formats import Turn
-from qlora_lite.errors import QloraLiteError
+from qlora_lite.errors import DataError, QloraLiteError
 from qlora_lite.inference.generate import Sampling
 
 MAX_MESSAGES, MAX_STOPS = 1000, 4
@@ -69,6 +70,7 @@ class ChatRequest:
         max_new_tokens: at most this many tokens are made.
         stops: texts that end the answer; they are not part of it.
         wants_usage: send the token counts at the end of a stream.
+        pictures: files' bytes, for the marks (``data.picture_turns``) in the turns in order.
     """
 
     model: str
@@ -79,6 +81,7 @@ class ChatRequest:
     seed: int | None
     stream: bool
     wants_usage: bool
+    pictures: tuple[bytes, ...]
 
 
 def read_request(body: object, most_new_tokens: int) -> ChatRequest:
@@ -103,11 +106,13 @@ def read_request(body: object, most_new_tokens: int) -> ChatRequest:
     temperature = _number(body.get("temperature", 0), "temperature", 0, 2)
     top_p = _number(body.get("top_p", 1), "top_p", 0, 1)
     seed = body.get("seed")
+    pictures: list[bytes] = []
     return ChatRequest(
-        _text(body.get("model"), "model"), _turns(body.get("messages")), min(most, most_new_tokens),
+        _text(body.get("model"), "model"), _turns(body.get("messages"), pictures), min(most, most_new_tokens),
         Sampling(temperature, top_p or 1e-6), _stops(body.get("stop")),
         None if seed is None else _number(seed, "seed", -(2**63), 2**63 - 1, int),
         _flag(body.get("stream"), "stream"), _flag(options.get("include_usage"), "stream_options.include_usage"),
+        tuple(pictures),
     )  # fmt: skip
 
 
@@ -142,16 +147,18 @@ def _stops(value: object) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def _turns(messages: object) -> tuple[Turn, ...]:
+def _turns(messages: object, pictures: list[bytes]) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
         raise ApiError(400, f"messages must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
-    turns = tuple(_turn(message, f"messages[{number}]") for number, message in enumerate(messages))
+    turns = tuple(_turn(message, f"messages[{number}]", pictures) for number, message in enumerate(messages))
+    if pictures and sum(turn.content.count(MARK) for turn in turns) != len(pictures):
+        raise ApiError(400, "a text holds the character U+FFFC, which stands for a picture here", param="messages")
     if turns[-1].role != "user":
         raise ApiError(400, "the last message must be a user message", param="messages")
     return turns
 
 
-def _turn(message: object, place: str) -> Turn:
+def _turn(message: object, place: str, pictures: list[bytes]) -> Turn:
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or role not in _ROLES:
         raise ApiError(400, f"{place}.role must be one of {', '.join(_ROLES)}", param=f"{place}.role")
@@ -159,7 +166,30 @@ def _turn(message: object, place: str) -> Turn:
         raise ApiError(400, f"{place}.tool_calls: tools are not supported here", "unsupported_parameter", place)
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-                 for part in content]  # fmt: skip
-        content = None if any(not isinstance(part, str) for part in parts) else "\n".join(parts)
+        content = _joined(content, f"{place}.content", pictures if role == "user" else None)
     return Turn(_ROLES[role], _text(content, f"{place}.content"))
+
+
+def _joined(parts: list, place: str, pictures: list[bytes] | None) -> str:
+    """Return the text of parts, a line for each, and marks for pictures, which are added to those so far."""
+    found = ""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image_url" and pictures is not None:
+            pictures.append(_picture(part.get("image_url"), place))
+            found += MARK
+        elif kind == "text" and isinstance(part.get("text"), str):
+            found += ("\n" if found and not found.endswith(MARK) else "") + part["text"]
+        else:
+            raise ApiError(400, f"{place} may have parts of type text, and a user's image_url", param=place)
+    return found
+
+
+def _picture(said: object, place: str) -> bytes:
+    url = said.get("url") if isinstance(said, Mapping) else said
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ApiError(400, f"{place}: a picture must be a data: URL with base64; nothing is fetched", param=place)
+    try:
+        return picture_bytes(url)
+    except DataError as error:
+        raise ApiError(400, f"{place}: {error}", param=place) from None
