@@ -16,9 +16,11 @@ What no operation returns is not seen: scratch inside kernels and what an alloca
 the named constants of ``memory.process``; a plan adds what a kernel states of itself (``Ledger.holding``).
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -59,6 +61,7 @@ class Moment(NamedTuple):
 
 _INDEX = {name: number for number, name in enumerate(CATEGORIES)}
 _OFFLOADED, _ON_DISK = _INDEX["offloaded"], _INDEX["on disk"]
+_ADD = torch.ops.aten.add.Tensor
 _PASSING = frozenset({_INDEX["workspace"], _INDEX["logits"]})  # categories that a hook may still change
 
 
@@ -74,6 +77,36 @@ class _Entry(weakref.ref):
 
 def _run(func, args: tuple, kwargs: dict):
     return func(*args, **kwargs)
+
+
+def _references(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return how many references there are to a tensor, to its storage, and to its Python object."""
+    storage = tensor.untyped_storage()
+    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(tensor)
+
+
+class _Watch(TorchDispatchMode):
+    """Note the references to what the engine adds to."""
+
+    found: tuple[int, int, int] | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _ADD and not torch.is_grad_enabled():
+            self.found = _references(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _of_sole_gradient() -> tuple[int, int, int] | None:
+    """Return the references to a gradient that nobody else holds, where the engine adds another one to it.
+
+    The engine then adds in place (``can_accumulate_inplace`` in torch's input_buffer.cpp), but not while a mode is
+    active, as a ledger is.
+    """
+    with torch.enable_grad(), _Watch() as watch:
+        x = torch.ones(1, device="meta", requires_grad=True) * 1
+        (x.sin() * x.cos()).sum().backward()
+    return watch.found
 
 
 class Ledger(TorchDispatchMode):
@@ -101,6 +134,7 @@ class Ledger(TorchDispatchMode):
         self._modules: list[str] = []
         self._backward_module = ""
         self._handles: list = []
+        self._sole = _of_sole_gradient()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, _unchanged)
 
     @property
@@ -154,6 +188,8 @@ class Ledger(TorchDispatchMode):
 
     def follow(self, func, args: tuple, kwargs: dict):
         """Run an operator, count what it gives and does, and return its result."""
+        if func is _ADD and not torch.is_grad_enabled() and _references(args[0]) == self._sole:
+            self._hand_on(args[0])
         result = self._run(func, args, kwargs)
         if self._work is not None:
             self._work.see(func, args, kwargs, result)
@@ -191,6 +227,13 @@ class Ledger(TorchDispatchMode):
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.key]
         self._change(entry.category, -entry.size)
+
+    def _hand_on(self, tensor: torch.Tensor) -> None:
+        """Count a gradient no longer: the sum that comes next is written into it where no mode is active."""
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        if entry is not None:
+            self._change(entry.category, -entry.size)
+            entry.size = 0
 
     def _move(self, entry: _Entry, category: int) -> None:
         if entry.category != category:

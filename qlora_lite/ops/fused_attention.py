@@ -23,9 +23,10 @@ from functools import lru_cache
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from .fused_norm import planned_rms_norm
 from .shapes import device_type
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -79,8 +80,8 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0, causal=True) 
         )
 
 
-class PlannedAttention(TorchFunctionMode):
-    """Have a plan's model that calls torch's attention itself hold what the kernel that torch would run holds."""
+class PlannedKernels(TorchFunctionMode):
+    """Have a plan's model that calls torch's attention or RMSNorm itself hold what the kernels hold that torch runs."""
 
     def during(self, module: nn.Module) -> None:
         """Do so in every forward of a module: a backward, where it may run again, has no mode that was entered."""
@@ -94,7 +95,7 @@ class PlannedAttention(TorchFunctionMode):
         self.__exit__(None, None, None)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (_planned if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+        return _PLANNED_CALLS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _planned(
@@ -110,6 +111,9 @@ def _planned(
             attn_mask, torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device), float("-inf")
         )
     return fused_attention(query, key, value, attn_mask, scale, causal=is_causal)
+
+
+_PLANNED_CALLS = {scaled_dot_product_attention: _planned, rms_norm: planned_rms_norm, torch.rms_norm: planned_rms_norm}
 
 
 class _FewHeadsBackward(torch.autograd.Function):

@@ -25,7 +25,7 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
-from qlora_lite.ops.fused_attention import PlannedAttention
+from qlora_lite.ops.fused_attention import PlannedKernels
 from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, token_losses
 
@@ -272,7 +272,7 @@ class CausalLM(Workload):
         set_memory_options(model, options)
         if device.type == "meta" and not uses_row_attention(model):
             for part in (part for block in self.blocks(model) for part in block.children()):
-                PlannedAttention().during(part)  # hooks of a block itself are not called where it runs again
+                PlannedKernels().during(part)  # hooks of a block itself are not called where it runs again
         return model
 
     def pattern(self) -> tuple[int, int]:

@@ -49,7 +49,7 @@ from qlora_lite.models.denoisers import (
 )
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.skeleton import give_storage
-from qlora_lite.ops.fused_attention import PlannedAttention
+from qlora_lite.ops.fused_attention import PlannedKernels
 
 from .causal_lm import TRAINED_WEIGHTS
 from .settings import TrainSettings
@@ -361,7 +361,7 @@ class Denoiser(Workload):
         set_memory_options(model, options, self.blocks(model))
         if device.type == "meta":
             for module in (*self.blocks(model), *model.attention_outside()):
-                PlannedAttention().during(module)
+                PlannedKernels().during(module)
         return model
 
     def blocks(self, model: DenoiserModel) -> list[nn.Module]:

@@ -168,3 +168,39 @@ def test_a_tensor_without_a_graph_is_saved_as_it_is():
         ledger.claim([weight], "adapter")
         weight * weight
         assert ran == [torch.ops.aten.mul.Tensor] and live(ledger, "adapter") == weight.nbytes
+
+
+class _Doubled(torch.autograd.Function):
+    """Two gradients that are added up by the function itself, and not by the engine."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1 * grad + 1 * grad
+
+
+def _most_in_backward(device, function):
+    """Return how many tensors of x's size there are at most during backward, beside what was there before."""
+    x = torch.ones(1024, device=device, requires_grad=True)
+    with Ledger() as ledger:
+        y = function(x * 1)
+        grad = torch.ones_like(y)
+        before = ledger.live_bytes
+        ledger.peaks.clear()
+        torch.autograd.backward(y, grad)
+        return (ledger.peak.total - before) / x.nbytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_sum_of_two_gradients_takes_no_third_tensor_where_the_engine_adds_in_place(device):
+    """As torch without a mode does: to a gradient that is held by nothing else."""
+    constants = [torch.ones(1024, device=device) for _ in range(3)]
+
+    def branches(count):
+        return lambda y: torch.stack([y * each for each in constants[:count]]).sum(0)
+
+    assert _most_in_backward(device, branches(2)) == _most_in_backward(device, branches(3)) == 2
+    assert _most_in_backward(device, _Doubled.apply) == 3

@@ -363,9 +363,22 @@ def test_a_module_that_raises_leaves_torchs_attention_as_it_was():
             raise RuntimeError("values are needed")
 
     module = Raises()
-    fused_attention.PlannedAttention().during(module)
+    fused_attention.PlannedKernels().during(module)
     query, key, value = torch.randn(3, 1, 2, 5, 8)
     before = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     with pytest.raises(RuntimeError, match="values are needed"):
         module(query)
     assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, key, value), before)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_plan_s_rms_norm_holds_what_the_device_s_kernel_does(device_type):
+    module = torch.nn.RMSNorm(64).to("meta", torch.bfloat16).requires_grad_(False)
+    fused_attention.PlannedKernels().during(module)
+    x = torch.empty(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with planning_for(device_type), Ledger() as ledger:
+        y = module(x * 1)
+        held = ledger.live_bytes
+        y.backward(torch.empty_like(y))
+    rstd = 4 * 32
+    assert (held == 2 * x.nbytes + rstd) == (device_type == "cuda") and x.grad.shape == x.shape
