@@ -48,8 +48,9 @@ FAMILIES = {
                                             sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
                    vision_config=_VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
                    mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=6, eoi_token_index=7),
-    # features behind both blocks
-    "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE),
+    # features behind two of three blocks
+    "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE,
+                                              num_hidden_layers=3),
                      vision_config=dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8,
                                         out_hidden_size=64, num_position_embeddings=16,
                                         deepstack_visual_indexes=[0, 1]), image_token_id=TOKEN, video_token_id=8,
