@@ -35,7 +35,10 @@ _TEXT = dict(model_type="llama", vocab_size=400, hidden_size=64, num_hidden_laye
 _VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
                patch_size=8)  # fmt: skip
 _ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2], mrope_interleaved=True)
+_TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
+              num_position_embeddings=16, deepstack_visual_indexes=[0, 1])  # fmt: skip
 TOKEN = 3  # of the token that stands for pictures
+_QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
     "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
@@ -51,13 +54,14 @@ FAMILIES = {
     # features behind two of three blocks
     "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE,
                                               num_hidden_layers=3),
-                     vision_config=dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8,
-                                        out_hidden_size=64, num_position_embeddings=16,
-                                        deepstack_visual_indexes=[0, 1]), image_token_id=TOKEN, video_token_id=8,
-                     vision_start_token_id=6, vision_end_token_id=7),
+                     vision_config=_TOWER, **_QWEN),
+    "qwen3_vl_moe": dict(text_config=_TEXT | dict(model_type="qwen3_vl_moe_text", head_dim=16, rope_parameters=_ROPE,
+                                                  num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
+                                                  moe_intermediate_size=48),
+                         vision_config=_TOWER, **_QWEN),
 }  # fmt: skip
-TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, "qwen3_vl": 1}
-WITH_GRIDS = ("qwen3_vl",)
+TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, "qwen3_vl": 1, "qwen3_vl_moe": 1}
+WITH_GRIDS = "qwen3_vl", "qwen3_vl_moe"
 GRIDS = {1: (2, 3), 2: (4, 1)}
 
 
@@ -126,7 +130,7 @@ OF_PARTS = (
 
 def template_of(name: str) -> str:
     """Return a family's chat template."""
-    written = {"gemma3": "<begin_of_image>", "qwen3_vl": "<begin_of_image><image><end_of_image>"}
+    written = dict.fromkeys(WITH_GRIDS, "<begin_of_image><image><end_of_image>") | {"gemma3": "<begin_of_image>"}
     return OF_PARTS.replace("<image>", written.get(name, "<image>"))
 
 

@@ -60,7 +60,7 @@ QUANTS = ("nf4", "fp4", KEEP, "none")
 ROW_ATTENTION = "qlora_lite_rows"
 # What model types begin with whose activations exceed float16, or whose gradients do at any scale of the loss, as users
 # of vLLM and Unsloth found out
-BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qwen3_5", "qwen3_moe")
+BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qwen3_5", "qwen3_moe", "qwen3_vl_moe")
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -29,6 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -245,3 +246,13 @@ def stacking_rules(model: nn.Module, key_mapping: dict[str, str] | None = None) 
                 parts = entry.source_patterns
                 found |= {rule: (number, len(parts)) for number, rule in enumerate(parts)}
     return found
+
+
+def turning_rules(model: nn.Module, key_mapping: dict[str, str] | None = None) -> set[str]:
+    """Return the rules that exchange rows and columns of experts' weights, unless files have them as the model does.
+
+    Arguments as for ``names_in_model``.
+    """
+    entries = (each for each in get_model_conversion_mapping(model, key_mapping) if isinstance(each, WeightConverter))
+    turning = (entry for entry in entries if [*map(type, entry.operations)] == [Transpose])
+    return {rule for entry in turning for rule in entry.source_patterns}

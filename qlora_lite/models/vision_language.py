@@ -140,6 +140,7 @@ def _edge_of_qwen(config) -> int:
     return config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
 
+_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, keeps_shape=True)
 _IDEFICS = Family(
     _of_idefics, lambda pixels, _: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
@@ -150,7 +151,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "smolvlm": _IDEFICS,
     "gemma3": Family(_of_gemma, lambda pixels, _: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
                      "model.vision_tower", sees_whole=True),
-    "qwen3_vl": Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, keeps_shape=True),
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
 })  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pictures import drawn, save_encoder
 from tiny_runs import summary_of, tiny_run
 from tiny_vision_language import FAMILIES, WITH_GRIDS, chat_recipe, given_to_transformers, save_vision_language
@@ -22,8 +23,11 @@ from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.predict import PredictSettings, predict_file
+from qlora_lite.models.locate import locate
+from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import arguments_of
+from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import workload_of
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.recipe_head import loaded_processor
@@ -215,6 +219,32 @@ def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, t
     assert report["models"]["merged"]["loss"] == pytest.approx(of_transformers(merged, load_recipe(recipe)), rel=1e-4)
     file = "preprocessor_config.json" if family in WITH_GRIDS else "processor_config.json"
     assert (tmp_path / "merged" / file).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize("are_turned", [False, True])
+def test_adapted_experts_are_merged_whichever_way_the_files_have_them(bases, tmp_path, are_turned):
+    base = shutil.copytree(bases["qwen3_vl_moe"], tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    if are_turned:  # as they are published
+        stored = {name: x.transpose(1, 2).contiguous() if ".experts." in name else x for name, x in stored.items()}
+        save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    lora = {"targets": ["all-linear", "experts"], "rank": 4, "alpha": 8, "dtype": "float32"}
+    recipe = chat_recipe(tmp_path, base, lora=lora, train={"max_steps": 3, "learning_rate": 0.1})
+    folder = run_recipe(load_recipe(recipe))
+    merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", dtype="f32", rows=0))
+    new = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: x.shape for name, x in new.items()} == {name: x.shape for name, x in stored.items()}
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    adapted = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(adapted, folder / "adapter").eval()
+    settings = load_recipe(recipe)
+    assert of_transformers(merged, settings) == pytest.approx(of_transformers(adapted, settings), rel=1e-5)
+    read = open_weights(
+        locate(str(base)), meta_model(merged.config, "none", False, torch.float32), torch.float32
+    ).reader()
+    path = "model.language_model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(read(path), stored[path].transpose(1, 2) if are_turned else stored[path])
 
 
 def test_other_ways_to_train_it(bases, tmp_path):

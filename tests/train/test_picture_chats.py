@@ -37,7 +37,7 @@ METHODS = {name: replace(METHOD, targets=targets) for name, targets in TARGETS.i
 METHODS["projector"] = replace(METHOD, also=("projector",))
 NO_PROJECTOR = {
     "gemma3": r"has a weight of its own form .mm_input_projection_weight., which ad",
-    "qwen3_vl": r"adapter.train_also projector: Qwen3VLForConditionalGeneration has none; leave it out",
+    **dict.fromkeys(WITH_GRIDS, r"adapter.train_also projector: Qwen3VL\w*ForConditionalGeneration has none; leave it"),
 }
 
 
@@ -163,6 +163,7 @@ def case(folder, family, **how):
         ("gemma3", {"quant": "nf4", "targets": "both"}),
         ("qwen3_vl", {}),
         ("qwen3_vl", {"quant": "nf4", "targets": "both"}),
+        ("qwen3_vl_moe", {"quant": "nf4"}),
     ],
 )
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name, how):
