@@ -35,10 +35,12 @@ _TEXT = dict(model_type="llama", vocab_size=400, hidden_size=64, num_hidden_laye
 _VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
                patch_size=8)  # fmt: skip
 _ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2], mrope_interleaved=True)
+_ROPE_IN_PARTS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
 _TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
               num_position_embeddings=16, deepstack_visual_indexes=[0, 1])  # fmt: skip
 TOKEN = 3  # of the token that stands for pictures
 _QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
+WITH_GRIDS = "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
     "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
@@ -51,6 +53,9 @@ FAMILIES = {
                                             sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
                    vision_config=_VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
                    mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=6, eoi_token_index=7),
+    "qwen2_vl": dict(text_config=_TEXT | dict(model_type="qwen2_vl_text", rope_parameters=_ROPE_IN_PARTS),
+                     vision_config=dict(depth=2, embed_dim=64, hidden_size=64, mlp_ratio=1, num_heads=2, patch_size=8),
+                     **_QWEN),
     # features behind two of three blocks
     "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE,
                                               num_hidden_layers=3),
@@ -60,8 +65,7 @@ FAMILIES = {
                                                   moe_intermediate_size=48),
                          vision_config=_TOWER, **_QWEN),
 }  # fmt: skip
-TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, "qwen3_vl": 1, "qwen3_vl_moe": 1}
-WITH_GRIDS = "qwen3_vl", "qwen3_vl_moe"
+TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, **dict.fromkeys(WITH_GRIDS, 1)}
 GRIDS = {1: (2, 3), 2: (4, 1)}
 
 

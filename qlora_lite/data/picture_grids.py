@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+TOKENS_AT_ONCE = 1024  # that a frozen tower computes, or one picture
+
+
 @dataclass(frozen=True)
 class GridReader(PictureReader):
     """How pictures that keep their shapes are read: ``tokens`` is 1, ``edge`` that of a token's square, in pixels, and
@@ -46,11 +49,15 @@ class GridReader(PictureReader):
         return self.token_pixels
 
     def made_up(self, tokens: int, largest: int) -> tuple[PictureFile, ...]:
-        """Return pictures of so many tokens in all, as few as there can be with none larger."""
-        if self.longest_edge:
-            largest = min(largest, (self.longest_edge // self.edge) ** 2)
-        sizes = [min(largest, tokens - begin) for begin in range(0, tokens, max(1, largest))]
+        """Return pictures of so many tokens in all that need as much memory as any of which none is larger: each stands
+        for as many as a tower computes at a time."""
+        most = max(largest, TOKENS_AT_ONCE)
+        sizes = [min(most, tokens - begin) for begin in range(0, tokens, most)]
         return tuple(MADE_UP._replace(grid=(1, size)) for size in sizes)
+
+    def largest_of(self, tokens: int) -> int:
+        """Return the tokens of the largest picture that so many have room for."""
+        return min(tokens, (self.longest_edge // self.edge) ** 2) if self.longest_edge else tokens
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Return the grid of a picture of a size.

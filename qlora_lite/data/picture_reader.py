@@ -63,6 +63,10 @@ class PictureReader:
         """Return so many made-up pictures of one size."""
         return (MADE_UP,) * units
 
+    def largest_of(self, units: int) -> int:
+        """Return how many units the largest picture has."""
+        return 1
+
     def grid(self, width: int, height: int) -> tuple[int, int] | tuple[()]:
         """Return height and width in tokens of a picture that keeps its shape; nothing of others."""
         return ()

@@ -6,15 +6,18 @@ follows from values; here the positions are known beforehand, so that a plan run
 
 Families differ in what the tower is given and in what is taken of it. Of most, pictures all have one size (of some a
 larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees words, and
-Gemma 3, in which the tokens of a picture see all of it. Qwen3-VL sees each picture in its own shape, a grid of tokens;
-positions have three axes, and features of the tower's earlier blocks are added behind the first blocks of the language
-model (DeepStack). Where nothing in the tower is trained, it computes ``AT_ONCE`` pictures at a time, and those with
-shapes of their own one by one: what they need then does not grow with their number.
+Gemma 3, in which the tokens of a picture see all of it. Qwen2-VL and Qwen3-VL see each picture in its own shape, a grid
+of tokens whose positions have three axes; of Qwen3-VL, features of the tower's earlier blocks are added behind the
+first blocks of the language model, too (DeepStack). Qwen2.5-VL's tower attends within windows one by one, so that a
+plan would take minutes.
+
+Where nothing in the tower is trained, it computes ``AT_ONCE`` pictures at a time, of those with shapes of their own as
+many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with their number.
 
 Shapes: pixels [N, ...] of N units, each of K tokens: a unit is a picture of one size, [3, H, W], or one token of a
 picture with a shape of its own, whose N are the height times the width of its grid. P = N * K; hidden states [P, D].
 
-Source: Qwen3-VL, arXiv 2511.21631; DeepStack, arXiv 2406.04334.
+Source: Qwen2-VL, arXiv 2409.12191; Qwen3-VL, 2511.21631; DeepStack, 2406.04334.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from qlora_lite.data.picture_grids import TOKENS_AT_ONCE
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.transfer import sent
 
@@ -104,22 +108,21 @@ def _of_gemma(model: nn.Module, pixels: torch.Tensor, _grids: Grids) -> tuple[to
 
 
 def _of_qwen(model: nn.Module, pixels: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, ...]:
-    """Return the tokens of pictures, and their features that are added behind the first blocks.
+    """Return the tokens of pictures, and their features that are added behind the first blocks, if there are some.
 
     What follows from the grids is computed here, where their values are known whatever the tower computes on; ends of
     pictures are needed on the host alone.
     """
     tower = model.base_model.visual
-    grid = _in_patches(grids, tower.spatial_merge_size)
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners,
-        tower.spatial_merge_size,
-    )  # fmt: skip
-    known = {"interp_indices": indices, "interp_weights": weights,
-             "position_ids": get_vision_position_ids(grid, tower.spatial_merge_size)}  # fmt: skip
+    grid, merged = _in_patches(grids, tower.spatial_merge_size), tower.spatial_merge_size
+    known = {"position_ids": get_vision_position_ids(grid, merged)}
+    if hasattr(tower, "pos_embed"):
+        known["interp_indices"], known["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merged
+        )
     known = {name: sent(tensor, pixels.device) for name, tensor in known.items()}
     found = tower(pixels.flatten(0, 1), grid_thw=grid, cu_seqlens=get_vision_cu_seqlens(grid), **known)
-    return found.pooler_output, *found.deepstack_features
+    return found.pooler_output, *getattr(found, "deepstack_features", ())
 
 
 def _in_patches(grids: Grids, merged: int) -> torch.Tensor:
@@ -151,8 +154,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "smolvlm": _IDEFICS,
     "gemma3": Family(_of_gemma, lambda pixels, _: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
                      "model.vision_tower", sees_whole=True),
-    "qwen3_vl": _QWEN,
-    "qwen3_vl_moe": _QWEN,
+    **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN),
 })  # fmt: skip
 
 
@@ -211,9 +213,18 @@ def picture_tokens(model: nn.Module, pixels: torch.Tensor, grids: Grids = ()) ->
 
 
 def _in_turn(pixels: torch.Tensor, grids: Grids) -> Iterator[tuple[torch.Tensor, Grids]]:
-    if grids:
-        return zip(pixels.split([*map(prod, grids)]), ([grid] for grid in grids), strict=True)
-    return ((part, ()) for part in pixels.split(AT_ONCE))
+    """Yield the pictures that a tower computes at a time: ``AT_ONCE``, or those of up to ``TOKENS_AT_ONCE`` tokens."""
+    if not grids:
+        return ((part, ()) for part in pixels.split(AT_ONCE))
+    groups, tokens = [], []
+    for grid in grids:
+        if groups and tokens[-1] + prod(grid) <= TOKENS_AT_ONCE:
+            groups[-1].append(grid)
+            tokens[-1] += prod(grid)
+        else:
+            groups.append([grid])
+            tokens.append(prod(grid))
+    return zip(pixels.split(tokens), groups, strict=True)
 
 
 def embedded(

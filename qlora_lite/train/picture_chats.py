@@ -104,7 +104,7 @@ class PictureChatLM(CausalLM):
         """Return the shape of a pack that is full of pictures."""
         pack = super().full_pack(tokens, packing)
         units = pack.lengths[0] // self.reader.tokens
-        pictures = self.reader.made_up(units, units)
+        pictures = self.reader.made_up(units, self.reader.largest_of(units))
         grids = grids_of(pictures)
         return replace(pack, pictures=_starts(self._sizes(grids, len(pictures))), grids=grids)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -37,7 +38,9 @@ METHODS = {name: replace(METHOD, targets=targets) for name, targets in TARGETS.i
 METHODS["projector"] = replace(METHOD, also=("projector",))
 NO_PROJECTOR = {
     "gemma3": r"has a weight of its own form .mm_input_projection_weight., which ad",
-    **dict.fromkeys(WITH_GRIDS, r"adapter.train_also projector: Qwen3VL\w*ForConditionalGeneration has none; leave it"),
+    **dict.fromkeys(
+        WITH_GRIDS, r"adapter.train_also projector: Qwen\w*VL\w*ForConditionalGeneration has none; leave it"
+    ),
 }
 
 
@@ -161,6 +164,7 @@ def case(folder, family, **how):
         ("llava", {"targets": "projector", "quant": "nf4"}),
         ("gemma3", {}),
         ("gemma3", {"quant": "nf4", "targets": "both"}),
+        ("qwen2_vl", {}),
         ("qwen3_vl", {}),
         ("qwen3_vl", {"quant": "nf4", "targets": "both"}),
         ("qwen3_vl_moe", {"quant": "nf4"}),
@@ -240,9 +244,10 @@ def test_a_saved_adapter_gives_the_same_losses_again(folders, family, targets, t
     assert torch.equal(work.token_losses(model, batch), work.token_losses(again, batch))
 
 
-def test_positions_are_those_of_transformers_for_each_row(folders):
-    work, model = workload(folders["qwen3_vl"], "qwen3_vl"), loaded(folders["qwen3_vl"])
-    rows = noise_rows("qwen3_vl", ((1,), (), (2, 1), (1, 2, 2), (2,)))
+@pytest.mark.parametrize("name", WITH_GRIDS)
+def test_positions_are_those_of_transformers_for_each_row(folders, name):
+    work, model = workload(folders[name], name), loaded(folders[name])
+    rows = noise_rows(name, ((1,), (), (2, 1), (1, 2, 2), (2,)))
     inputs = work.inputs(work.collate(rows), CPU)
     packed = inputs.position_ids[:, :, : sum(inputs.row_lengths)].split(inputs.row_lengths, dim=2)
     for row, found in zip(rows, packed, strict=True):
@@ -254,27 +259,26 @@ def test_positions_are_those_of_transformers_for_each_row(folders):
     assert torch.equal(alone.position_ids[0, : len(rows[1].token_ids)], torch.arange(len(rows[1].token_ids)))
 
 
-def test_a_frozen_tower_takes_pictures_that_keep_their_shapes_one_by_one(folders):
-    work = workload(folders["qwen3_vl"], "qwen3_vl")
-    grids = [((1, 6),) * 24, ((1, 36),) * 4, ((1, 144),)]
+def test_a_frozen_tower_takes_pictures_that_keep_their_shapes_as_many_as_it_computes_at_a_time(folders):
     peaks = []
-    for each in grids:
-        begins = tuple(range(0, 144, each[0][1]))
-        job = Job(work, BatchShape((200,), 40, begins, each), None, optimizer="adamw_torch")
+    for each in (((8, 8),) * 64, ((32, 32),) * 4, ((64, 64),)):
+        size = each[0][0] ** 2
+        shape = BatchShape((4200,), 40, tuple(range(0, 4096, size)), each)
+        job = Job(workload(folders["qwen3_vl"], "qwen3_vl"), shape, None, optimizer="adamw_torch")
         peaks.append(max(m.total for (_, at), m in simulate(job).moments.items() if at.startswith("model.visual")))
-    assert peaks[0] < peaks[1] < peaks[2]
+    assert 0.9 * peaks[1] < peaks[0] <= peaks[1] < 0.8 * peaks[2]
 
 
-def test_a_made_up_batch_has_the_largest_picture_of_any_and_as_many_tokens_of_pictures(folders):
+def test_a_made_up_batch_has_pictures_that_need_as_much_as_any(folders):
     work, rows = workload(folders["qwen3_vl"], "qwen3_vl"), noise_rows("qwen3_vl", ((1, 1), (2,), ()))
     assert work.picture_counts(rows).tolist() == [[12, 6], [4, 4], [0, 0]]
-    most = Extent(sum(map(len, (row.token_ids for row in rows[:2]))), 2, 30, 12, 22, 9)
-    batch = work.collate(work.enlarged(rows[:2], most))
-    assert sum(height * width for height, width in batch.grids) == 22 and (1, 9) in batch.grids
-    assert all(height * width <= 9 for height, width in batch.grids)
-    assert work.full_pack(60, packing=False).grids == ((1, 60),)
-    smaller = replace(work, reader=replace(work.reader, longest_edge=64))
-    assert smaller.full_pack(60, packing=False).grids == ((1, 16), (1, 16), (1, 16), (1, 12))
+    long = [replace(rows[0], token_ids=np.full(3000, 9, np.int32), learned=np.arange(3000) > 2990)]
+    for largest, grids in ((6, ((1, 1024), (1, 976))), (1500, ((1, 1500), (1, 500)))):
+        batch = work.collate(work.enlarged(long, Extent(3000, 1, 3000, 9, 2000, largest)))
+        assert batch.grids == grids and batch.pixels.shape == (2000, 4, 3 * 2 * 8 * 8)
+    assert work.full_pack(5000, packing=False).grids == ((1, 5000),)
+    smaller = replace(work, reader=replace(work.reader, longest_edge=640))
+    assert smaller.full_pack(5000, packing=False).grids == ((1, 1600),) * 3 + ((1, 200),)
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
