@@ -286,8 +286,9 @@ def test_models_that_are_of_no_family_are_refused_before_anything_is_loaded(tmp_
         run_recipe(load_recipe(chat_recipe(tmp_path, encoder)))
 
 
-def test_the_plan_counts_pictures_and_data_shows_them(bases, tmp_path):
-    recipe = chat_recipe(tmp_path, bases["smolvlm"])
+@pytest.mark.parametrize("name", ["smolvlm", "qwen3_vl"])
+def test_the_plan_counts_pictures_and_data_shows_them(bases, tmp_path, name):
+    recipe = chat_recipe(tmp_path, bases[name])
     planned = CliRunner().invoke(cli, ["plan", str(recipe), "--json"], catch_exceptions=False)
     assert planned.exit_code == 0, planned.output
     shown = CliRunner().invoke(cli, ["data", str(recipe)], catch_exceptions=False)
