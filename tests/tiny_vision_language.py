@@ -1,16 +1,19 @@
 """Tiny random vision-language models as they are published, and chats about pictures that a few steps can learn."""
 
 import json
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from data.tiny_tokenizer import make_tokenizer
+from PIL import Image
 from tiny_pictures import COLOURS, drawn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     Gemma3Processor,
     Idefics3Processor,
     LlavaProcessor,
@@ -19,16 +22,25 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from qlora_lite.data.picture_grids import GridReader
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example, PictureFile
+from qlora_lite.models.pretrained import processor_of
 
 _TEXT = dict(model_type="llama", vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512, pad_token_id=2, bos_token_id=1,
              eos_token_id=2)  # fmt: skip
 _VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
                patch_size=8)  # fmt: skip
+_ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2], mrope_interleaved=True)
+_ROPE_IN_PARTS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
+_TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
+              num_position_embeddings=16, deepstack_visual_indexes=[0, 1])  # fmt: skip
 TOKEN = 3  # of the token that stands for pictures
+_QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
+WITH_GRIDS = "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
     "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
@@ -41,8 +53,20 @@ FAMILIES = {
                                             sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
                    vision_config=_VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
                    mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=6, eoi_token_index=7),
+    "qwen2_vl": dict(text_config=_TEXT | dict(model_type="qwen2_vl_text", rope_parameters=_ROPE_IN_PARTS),
+                     vision_config=dict(depth=2, embed_dim=64, hidden_size=64, mlp_ratio=1, num_heads=2, patch_size=8),
+                     **_QWEN),
+    # features behind two of three blocks
+    "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE,
+                                              num_hidden_layers=3),
+                     vision_config=_TOWER, **_QWEN),
+    "qwen3_vl_moe": dict(text_config=_TEXT | dict(model_type="qwen3_vl_moe_text", head_dim=16, rope_parameters=_ROPE,
+                                                  num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
+                                                  moe_intermediate_size=48),
+                         vision_config=_TOWER, **_QWEN),
 }  # fmt: skip
-TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4}
+TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, **dict.fromkeys(WITH_GRIDS, 1)}
+GRIDS = {1: (2, 3), 2: (4, 1)}
 
 
 def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
@@ -60,6 +84,8 @@ def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
 
 def reader(name: str) -> PictureReader:
     """What reads made-up pictures, which need no processor."""
+    if name in WITH_GRIDS:
+        return NoiseGrids(TOKEN, 1, 16, token_pixels=(4, 3 * 2 * 8 * 8))
     return Noise(TOKEN, TOKENS[name], 32)
 
 
@@ -68,20 +94,27 @@ class Noise(PictureReader):
 
     def _pixels_of(self, picture):
         chance = np.random.default_rng([*picture.path.encode()])
-        return chance.normal(0, 1, (int(picture.digest or 1), 3, self.edge, self.edge)).astype(np.float32)
+        units = prod(picture.grid) if picture.grid else int(picture.digest or 1)
+        return chance.normal(0, 1, (units, *self.unit)).astype(np.float32)
+
+
+class NoiseGrids(Noise, GridReader):
+    """The same of pictures that keep their shapes."""
 
 
 def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> list[Example]:
-    """Rows of random tokens; those of each row say of how many parts each of its pictures is."""
+    """Rows of random tokens; those of each row say of how many parts each of its pictures is, or its shape."""
     chance, found = np.random.default_rng(seed), []
     for number, parts in enumerate(pictures):
         ids = [1, *chance.integers(5, 400, 4)]
         parts = [1] * len(parts) if name in ("llava", "gemma3") else parts  # which cut none
-        for count in parts:
-            ids += [*[TOKEN] * (TOKENS[name] * count), *chance.integers(5, 400, 2)]
+        grids = [GRIDS[count] if name in WITH_GRIDS else () for count in parts]
+        for count, grid in zip(parts, grids, strict=True):
+            ids += [*[TOKEN] * (TOKENS[name] * (prod(grid) if grid else count)), *chance.integers(5, 400, 2)]
         answer = chance.integers(5, 400, 6)
         learned = np.arange(len(ids) + 6) >= len(ids)
-        files = tuple(PictureFile(f"{number}/{index}", str(count)) for index, count in enumerate(parts))
+        shown = enumerate(zip(parts, grids, strict=True))
+        files = tuple(PictureFile(f"{number}/{index}", str(count), grid) for index, (count, grid) in shown)
         found.append(Example(np.array([*ids, *answer], np.int32), learned, "", "", f"row {number}", pictures=files))
     return found
 
@@ -101,7 +134,28 @@ OF_PARTS = (
 
 def template_of(name: str) -> str:
     """Return a family's chat template."""
-    return OF_PARTS.replace("<image>", "<begin_of_image>") if name == "gemma3" else OF_PARTS
+    written = dict.fromkeys(WITH_GRIDS, "<begin_of_image><image><end_of_image>") | {"gemma3": "<begin_of_image>"}
+    return OF_PARTS.replace("<image>", written.get(name, "<image>"))
+
+
+def given_to_transformers(folder: Path, name: str, turns: list, **how) -> dict:
+    """Return what transformers' own processor makes of a chat, with the pictures' files in its turns."""
+    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"} | how
+    if name not in WITH_GRIDS:
+        return processor_of(folder, name, 4).apply_chat_template([turns], template_of(name), **how)
+    # whose own processor needs libraries for videos; it repeats the token for each that the grid has
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
+    found, counts = {}, []
+    if parts:
+        opened = [Image.open(part["image"]).convert("RGB") for part in parts]
+        found = dict(Qwen2VLImageProcessorPil.from_pretrained(folder)(opened, return_tensors="pt"))
+        counts = (found["image_grid_thw"].prod(-1) // 4).tolist()
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **{k: v for k, v in how.items() if k[:3] == "add"})
+    for count in counts:
+        text = text.replace("<image>", "<placeholder>" * count, 1)
+    ids = tokenizer(text.replace("<placeholder>", "<image>"), return_tensors="pt", add_special_tokens=False).input_ids
+    return found | {"input_ids": ids} | ({"mm_token_type_ids": (ids == TOKEN).int()} if parts else {})
 
 
 def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = True) -> Path:
@@ -121,6 +175,10 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
     elif name == "llava":
         pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         processor = LlavaProcessor(pixels, tokenizer, 8, "default", template, num_additional_image_tokens=1)
+    elif name in WITH_GRIDS:
+        pixels = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 16**2, "longest_edge": 96**2})
+        pixels.save_pretrained(folder)
+        processor = tokenizer
     else:
         pixels = Idefics3ImageProcessorPil(size={"longest_edge": 64 if parts else 32},
                                            max_image_size={"longest_edge": 32})  # fmt: skip
@@ -130,13 +188,13 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
 
 
 def write_chats(folder: Path, count: int, first: int = 0) -> Path:
-    """Write pictures of two colours, and chats that ask for the colour, in the forms that sets have."""
+    """Write pictures of two colours and two shapes, and chats that ask for the colour, in the forms that sets have."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(first, first + count):
         label = list(COLOURS)[number % 2]
         name = f"pictures/{number:03}.png"
-        drawn(label, number).save(folder / name)
+        drawn(label, number).crop((0, 0, 34, 34 if number % 3 else 22)).save(folder / name)
         asked = [{"type": "image", "path": name}, {"type": "text", "text": "what is it"}]
         answer = {"role": "assistant", "content": f"it is {label}"}
         rows.append({"messages": [{"role": "user", "content": asked}, answer]})

@@ -45,12 +45,13 @@ class Batch:
 
     Args:
         input_ids: int64 [1, T].
-        position_ids: int64 [1, T], restarting at 0 in each row.
+        position_ids: int64 [1, T], restarting at 0 in each row; [3, 1, T] of pictures with grids.
         labels: int64 [T], already shifted: labels[t] is token t+1 of the same row if it is learned, else
             -100.
         row_lengths: tokens of each row; their sum is T.
         where: the place of each row.
-        pixels: of the rows' pictures, float32 [N, 3, H, W]; None without any.
+        pixels: of the rows' pictures, float32 [N, ...] (``picture_reader``, ``picture_grids``); None without any.
+        grids: of pictures that keep their shapes.
     """
 
     input_ids: torch.Tensor
@@ -59,6 +60,7 @@ class Batch:
     row_lengths: tuple[int, ...]
     where: tuple[str, ...]
     pixels: torch.Tensor | None = None
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def plan_epoch(
@@ -204,12 +206,13 @@ class Extent(NamedTuple):
     rows: int
     longest: int  # tokens of a row
     learned: int  # tokens
-    pictures: int = 0
+    pictures: int = 0  # in units of ``Workload.picture_counts``
+    largest_picture: int = 0
 
 
 def extent_of(
     lengths: Sequence[int], learned: Sequence[int], batches: Sequence[Sequence[int]],
-    pictures: Sequence[int] | None = None,
+    pictures: np.ndarray | None = None,
 ) -> Extent:  # fmt: skip
     """Return the most of each that any of some micro-batches has.
 
@@ -217,13 +220,14 @@ def extent_of(
         lengths: tokens of each row.
         learned: target tokens of each row.
         batches: the rows of each micro-batch, at least one.
-        pictures: of each row; None where rows have none.
+        pictures: int64 [rows, 2], of each row, and how large the largest is; None where rows have none.
     """
     counts = np.fromiter(map(len, batches), np.int64)
     rows, starts = np.fromiter(chain.from_iterable(batches), np.int64), np.cumsum(counts) - counts
-    tokens, taught, shown = (np.asarray(each)[rows] for each in (lengths, learned, pictures or [0] * len(lengths)))
+    shown, sizes = (np.zeros((len(lengths), 2), np.int64) if pictures is None else pictures)[rows].T
+    tokens, taught = (np.asarray(each)[rows] for each in (lengths, learned))
     most, learned_most, pictures_most = (int(np.add.reduceat(each, starts).max()) for each in (tokens, taught, shown))
-    return Extent(most, int(counts.max()), int(tokens.max()), learned_most, pictures_most)
+    return Extent(most, int(counts.max()), int(tokens.max()), learned_most, pictures_most, int(sizes.max()))
 
 
 def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:

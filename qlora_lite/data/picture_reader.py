@@ -4,7 +4,7 @@ Both come from the model's own processor in transformers, so that they are what 
 for a picture depends on its size alone (a large one may be cut into several, each with tokens of its own), so that rows
 are read without resizing any picture, and pixels are made when a batch is.
 
-Shapes: pixels float32 [N, 3, H, W], of one picture or more.
+Shapes: pixels float32 [N, 3, H, W], of one picture or more; of those that keep their shapes see ``picture_grids``.
 """
 
 import hashlib
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -50,6 +51,25 @@ class PictureReader:
     longest_edge: int | None = None
     model: tuple[str, str | None] = ("", None)
     load: Callable[[], Any] = field(default=lambda: None, compare=False, repr=False)
+
+    keeps_shape: ClassVar[bool] = False
+
+    @property
+    def unit(self) -> tuple[int, ...]:
+        """The shape of the pixels that ``tokens`` stand for."""
+        return 3, self.edge, self.edge
+
+    def made_up(self, units: int, largest: int) -> tuple[PictureFile, ...]:
+        """Return so many made-up pictures of one size."""
+        return (MADE_UP,) * units
+
+    def largest_of(self, units: int) -> int:
+        """Return how many units the largest picture has."""
+        return 1
+
+    def grid(self, width: int, height: int) -> tuple[int, int] | tuple[()]:
+        """Return height and width in tokens of a picture that keeps its shape; nothing of others."""
+        return ()
 
     @property
     def token(self) -> str:
@@ -103,7 +123,7 @@ class PictureReader:
 
     def _looked_at(self, path: str) -> tuple[PictureFile, str]:
         size = decode(path).size
-        return PictureFile(path, look(path)), self.text(*size)
+        return PictureFile(path, look(path), self.grid(*size)), self.text(*size)
 
     def expect(self, examples: Sequence[Example]) -> None:
         """Begin with the pixels of pictures that will be asked for next; what was begun before is forgotten."""
@@ -137,8 +157,8 @@ class PictureReader:
         return np.concatenate([self._pixels_of(picture) for picture in pictures])
 
     def _pixels_of(self, picture: PictureFile) -> np.ndarray:
-        if picture == MADE_UP:
-            return np.zeros((1, 3, self.edge, self.edge), np.float32)
+        if picture.path == MADE_UP.path:
+            return np.zeros((prod(picture.grid), *self.unit), np.float32)
         look(picture.path, picture.digest)
         return self.pixels(decode(picture.path))
 

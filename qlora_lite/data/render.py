@@ -221,7 +221,7 @@ def for_pictures(template: Template, token: str) -> Template:
         DataError: it writes pictures neither in lists of parts nor in text.
     """
     turns = Turn("user", f"{MARK}qzx0xzq"), Turn("assistant", "qzx1xzq")
-    written = re.compile(rf"{re.escape(token)}\s*qzx0xzq")
+    written = re.compile(rf"{re.escape(token)}\S{{0,32}}\s*qzx0xzq")  # with a token for the picture's end, in some
     for takes_parts in (True, False):
         changed = replace(template, picture=token, takes_parts=takes_parts)
         try:

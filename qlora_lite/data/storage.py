@@ -30,10 +30,11 @@ from .problems import read_place, write_place
 
 
 class PictureFile(NamedTuple):
-    """A picture of a row: its file, and the SHA-256 of what is in it."""
+    """A picture of a row: its file, the SHA-256 of what is in it, and its grid (``picture_grids``), if it has one."""
 
     path: str
     digest: str
+    grid: tuple[int, int] | tuple[()] = ()
 
 
 FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}

@@ -26,6 +26,7 @@ from qlora_lite.data.metrics import (
     mean,
     score_texts,
 )
+from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
@@ -157,8 +158,11 @@ def _answered(
     new_tokens: int | None, watch: Watch | None, processes: Processes, reader: PictureReader | None,
 ) -> tuple[list[str], list[Answer]]:  # fmt: skip
     """Return the references as the tokenizer gives them back, and the greedy answers."""
-    prompts = [Shown(example.prompt, partial(reader.of_examples, [example])) if reader and example.pictures
-               else example.prompt for example in asked]  # fmt: skip
+    prompts = [
+        Shown(example.prompt, partial(reader.of_examples, [example]), grids_of(example.pictures))
+        if reader and example.pictures else example.prompt
+        for example in asked
+    ]  # fmt: skip
     prompt, new = _most_tokens(model, tokenizer, asked, new_tokens)
     done, ranks = watching(watch, "answers", len(asked)), processes.world_size
     ask = partial(answers, model, tokenizer, max_new_tokens=new, stop=stop_ids(model, tokenizer, ends),

@@ -29,6 +29,7 @@ from transformers import (
 from qlora_lite.adapters.lora.shared import forget_begun
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.mask import Row, with_pictures
+from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import virtual_ids
 from qlora_lite.data.template import Template
@@ -65,11 +66,12 @@ class Sampling:
 
 
 class Shown(NamedTuple):
-    """A rendered prompt in which pictures are written out as the tokens that stand for them, and what returns their
-    pixels, float32 [N, 3, H, W]."""
+    """A rendered prompt in which pictures are written out as the tokens that stand for them, what returns their pixels,
+    float32 [N, ...], and the grids of those that keep their shapes."""
 
     text: str
     pixels: Callable[[], np.ndarray]
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def shown_prompt(
@@ -90,7 +92,7 @@ def shown_prompt(
     if isinstance(shown, DataError):
         raise shown
     row = with_pictures(Row(text, (), (), ""), template.picture, shown)
-    return Shown(row.text, partial(reader.of_files, row.pictures))
+    return Shown(row.text, partial(reader.of_files, row.pictures), grids_of(row.pictures))
 
 
 def text_of_prompt(prompt: str | Shown) -> str:
@@ -150,7 +152,7 @@ def answers(
         ModelError: logits are NaN or infinite, so that no token can be chosen; or the tokenizer fails.
     """
     before = virtual_ids(count_virtual(model))
-    pixels = {number: prompt.pixels for number, prompt in enumerate(prompts) if isinstance(prompt, Shown)}
+    shown = {number: prompt for number, prompt in enumerate(prompts) if isinstance(prompt, Shown)}
     prompts = [prompt.text if isinstance(prompt, Shown) else prompt for prompt in prompts]
     with tokenizer_faults():
         tokens = [tokenizer(prompt, add_special_tokens=False).input_ids if isinstance(prompt, str) else prompt
@@ -167,19 +169,19 @@ def answers(
     head = model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
     try:
         while order:
-            rows = order[: 1 if pixels else batch_size]
+            rows = order[: 1 if shown else batch_size]
             ids, mask = _pad_left([tokens[i] for i in rows], config.pad_token_id)
             ids, mask = ids.to(device), mask.to(device)
             if before_batch:
                 before_batch(rows)
             try:
-                shown = arguments_of(model, torch.from_numpy(pixels[rows[0]]()), ids) if rows[0] in pixels else {}
-                own = None if shown else decoding(model, ids.shape[1] + max_new_tokens, streamer)
+                given = _arguments(model, shown.get(rows[0]), ids)
+                own = None if given else decoding(model, ids.shape[1] + max_new_tokens, streamer)
                 # by a mask, transformers' own attention is told what a picture's tokens see
-                with own_attention(model) if "token_type_ids" in shown else nullcontext():
+                with own_attention(model) if "token_type_ids" in given else nullcontext():
                     out = model.generate(
                         input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
-                        streamer=None if own else streamer, custom_generate=own, **shown,
+                        streamer=None if own else streamer, custom_generate=own, **given,
                         logits_processor=_choosing(sampling, ids, max_new_tokens, [numbers[row] for row in rows], stop),
                     )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
@@ -208,6 +210,11 @@ def answers(
         model.generation_config = stated
         model.train(was_training)
     return found
+
+
+def _arguments(model: nn.Module, prompt: Shown | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what transformers is given of a prompt's pictures."""
+    return {} if prompt is None else arguments_of(model, torch.from_numpy(prompt.pixels()), ids, prompt.grids)
 
 
 def _read(new: list[int], stop: Sequence[int], tokenizer) -> Answer:

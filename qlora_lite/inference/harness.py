@@ -36,9 +36,10 @@ from qlora_lite.data.hub import hub_errors
 from qlora_lite.data.storage import virtual_ids
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.models.skeleton import read_config
+from qlora_lite.models.nested import of_blocks
 from qlora_lite.ops.loss import likeliest_tokens, token_losses
 from qlora_lite.prepare.build import train_settings
+from qlora_lite.prepare.recipe_head import config_of
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.settings import TrainSettings
@@ -84,8 +85,7 @@ class HarnessLM(TemplateLM):
         super().__init__()
         self.run, self.adapter, self.watch = run, adapter, watch
         self.tokenizer = run.tokenizer()
-        model = run.recipe.model
-        self.max_length = resolve_max_length(read_config(model.path, model.revision), self.tokenizer)
+        self.max_length = resolve_max_length(of_blocks(config_of(run.recipe)), self.tokenizer)
         self._encode = lru_cache(maxsize=4096)(self._encoded)  # choices share their prompt
 
     def use(self, model: nn.Module, switch: Switch, settings: TrainSettings) -> None:

@@ -44,7 +44,7 @@ from .gguf_codes import kept_formats, read_codes
 from .heads import Head, begin_head, note_new, with_head
 from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
-from .nested import LanguagePart, read_language_part, stored_names, without_weights
+from .nested import LanguagePart, of_blocks, read_language_part, stored_names, without_weights
 from .pretrained import is_of_pictures, is_vision_language, model_of, model_with
 from .published import is_published, published_formats, published_state
 from .quantizer import InFiles, QuantizeConfig, quantize_head, quantize_in_place, register, replace_weights
@@ -60,7 +60,7 @@ QUANTS = ("nf4", "fp4", KEEP, "none")
 ROW_ATTENTION = "qlora_lite_rows"
 # What model types begin with whose activations exceed float16, or whose gradients do at any scale of the loss, as users
 # of vLLM and Unsloth found out
-BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qwen3_5", "qwen3_moe")
+BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qwen3_5", "qwen3_moe", "qwen3_vl_moe")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -154,7 +154,7 @@ def is_converted(config, quant: str, compute_dtype: torch.dtype) -> bool:
         config: of the model, which says the type; of one that does not, it is taken to be the compute type.
         quant: what weights are stored in here.
     """
-    stored = getattr(config, "dtype", None)
+    stored = getattr(config, "dtype", None) or getattr(of_blocks(config), "dtype", None)
     stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
     return quant == "none" and stored not in (None, compute_dtype)
 

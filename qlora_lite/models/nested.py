@@ -29,6 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -41,7 +42,7 @@ from .cache import from_gguf_header
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
 from .pretrained import config_of, is_of_pictures, is_vision_language, model_from
-from .vision_language import check_family
+from .vision_language import FAMILIES, check_family
 
 # What transformers raises over a configuration that contradicts itself, or lacks a library.
 _BUILD_ERRORS = (
@@ -165,9 +166,11 @@ def _taken_out(config, text) -> LanguagePart:
 
 
 def _not_alone(config, reason: object) -> ModelError:
-    said = next(iter(str(reason).strip().splitlines()), "")
+    said, is_known = next(iter(str(reason).strip().splitlines()), ""), config.model_type in FAMILIES
+    cure = "set task.kind to image-text-to-text, which takes chats without pictures too" if is_known else (
+        "choose a model of text alone")  # fmt: skip
     return ModelError(f"models of the type {config.model_type} hold a language model among other parts, and "
-                      f"transformers cannot load it alone: {said}; choose a model of text alone")  # fmt: skip
+                      f"transformers cannot load it alone: {said}; {cure}")  # fmt: skip
 
 
 def _whole(config) -> nn.Module:
@@ -243,3 +246,13 @@ def stacking_rules(model: nn.Module, key_mapping: dict[str, str] | None = None) 
                 parts = entry.source_patterns
                 found |= {rule: (number, len(parts)) for number, rule in enumerate(parts)}
     return found
+
+
+def turning_rules(model: nn.Module, key_mapping: dict[str, str] | None = None) -> set[str]:
+    """Return the rules that exchange rows and columns of experts' weights, unless files have them as the model does.
+
+    Arguments as for ``names_in_model``.
+    """
+    entries = (each for each in get_model_conversion_mapping(model, key_mapping) if isinstance(each, WeightConverter))
+    turning = (entry for entry in entries if [*map(type, entry.operations)] == [Transpose])
+    return {rule for entry in turning for rule in entry.source_patterns}

@@ -7,6 +7,7 @@ and any "y" there is an answer. It would also fetch the kernels that a ``config.
 
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,21 +64,33 @@ def config_of(folder: Path, **options):
     return config
 
 
-def processor_of(folder: Path, model_type: str, tokens: int):
+class ImagesAlone(NamedTuple):
+    """What is read of a processor whose own class needs libraries for videos, by the names that it has there."""
+
+    image_processor: Any
+    image_token: str
+    chat_template: str | None
+
+
+def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | None = None):
     """Return the processor of a vision-language model, which resizes by Pillow wherever it runs.
 
     SmolVLM's own needs libraries for videos; what it makes of pictures, that of Idefics3 makes too.
 
     Args:
         tokens: of a picture of one size.
+        image_token: the token for a part of a picture, of a model whose pictures keep their shapes; of such a one the
+            processor of its images alone is returned.
 
     Raises:
         ModelError: it takes code from the folder; beside what transformers raises.
     """
     _refuse_code(folder)
-    if model_type == "smolvlm":
-        images = AutoImageProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
-        return Idefics3Processor(images, tokenizer_of(folder), tokens)
+    if model_type == "smolvlm" or image_token is not None:
+        images, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil", **_NO_CODE), tokenizer_of(folder)
+        if image_token is None:
+            return Idefics3Processor(images, tokenizer, tokens)
+        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), tokenizer.chat_template)
     return AutoProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
 
 

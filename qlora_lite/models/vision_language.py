@@ -4,26 +4,43 @@ A picture stands in the text as tokens of one kind. Their embeddings are replace
 picture, and from there on they are tokens like others. transformers does so with a mask, whose result has a shape that
 follows from values; here the positions are known beforehand, so that a plan runs the same code.
 
-Families differ in what the tower is given and in what is taken of it. Here are those whose pictures all have one size
-(of some a larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees
-words, and Gemma 3, in which the tokens of a picture see all of it. The tower computes ``AT_ONCE`` pictures at a time
-where nothing in it is trained: what they need then does not grow with their number.
+Families differ in what the tower is given and in what is taken of it. Of most, pictures all have one size (of some a
+larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees words, and
+Gemma 3, in which the tokens of a picture see all of it. Qwen2-VL and Qwen3-VL see each picture in its own shape, a grid
+of tokens whose positions have three axes; of Qwen3-VL, features of the tower's earlier blocks are added behind the
+first blocks of the language model, too (DeepStack). Qwen2.5-VL's tower attends within windows one by one, so that a
+plan would take minutes.
 
-Shapes: N pictures of one size, [N, 3, H, W], K tokens each, hidden states [N * K, D].
+Where nothing in the tower is trained, it computes ``AT_ONCE`` pictures at a time, of those with shapes of their own as
+many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with their number.
+
+Shapes: pixels [N, ...] of N units, each of K tokens: a unit is a picture of one size, [3, H, W], or one token of a
+picture with a shape of its own, whose N are the height times the width of its grid. P = N * K; hidden states [P, D].
+
+Source: Qwen2-VL, arXiv 2409.12191; Qwen3-VL, 2511.21631; DeepStack, 2406.04334.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt, prod
 from types import MappingProxyType
 
 import torch
 from torch import nn
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
+from qlora_lite.data.picture_grids import TOKENS_AT_ONCE
 from qlora_lite.errors import ModelError
+from qlora_lite.ops.transfer import sent
 
 from .anatomy import device_of
 
 AT_ONCE = 4
+Grids = Sequence[tuple[int, int]]  # height and width in tokens of each picture with a shape of its own; none of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +48,37 @@ class Family:
     """How pictures become tokens.
 
     Args:
-        features: returns hidden states [N, K, D] of a model's pictures.
+        features: returns hidden states [P, D] of a model's pictures, and those that are added behind its first blocks.
         arguments: returns the pictures of one row as transformers' own forward takes them.
         tokens: returns K by a configuration.
         tower: path of the tower in the model.
+        edge: returns the pixels of a unit's edge by a configuration.
         cuts: whether a picture may be cut into several of one size.
+        keeps_shape: whether each picture has a shape of its own.
         towers: transformers' names of the towers that are known; any where there are none.
         sees_whole: whether a picture's tokens see all of it (``ops.picture_attention``), which transformers' own
             forward is told by their types.
     """
 
-    features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    arguments: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    features: Callable[[nn.Module, torch.Tensor, Grids], tuple[torch.Tensor, ...]]
+    arguments: Callable[[torch.Tensor, Grids], dict[str, torch.Tensor]]
     tokens: Callable[[object], int]
     tower: str
+    edge: Callable[[object], int] = lambda config: config.vision_config.image_size
     cuts: bool = False
+    keeps_shape: bool = False
     towers: tuple[str, ...] = ()
     sees_whole: bool = False
 
 
-def _of_llava(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def _of_llava(model: nn.Module, pixels: torch.Tensor, _grids: Grids) -> tuple[torch.Tensor, ...]:
     config, inner = model.config, model.base_model
     numbers = config.vision_feature_layer
     outputs = inner.vision_tower(pixels, output_hidden_states=True)
     taken = [outputs.hidden_states[number] for number in ([numbers] if isinstance(numbers, int) else numbers)]
     if config.vision_feature_select_strategy == "default":  # without the token of the whole picture
         taken = [each[:, 1:] for each in taken]
-    return inner.multi_modal_projector(torch.cat(taken, dim=-1))
+    return (inner.multi_modal_projector(torch.cat(taken, dim=-1)).flatten(0, 1),)
 
 
 def _tokens_of_llava(config) -> int:
@@ -66,14 +87,14 @@ def _tokens_of_llava(config) -> int:
     return tokens - (config.vision_feature_select_strategy == "default")
 
 
-def _of_idefics(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def _of_idefics(model: nn.Module, pixels: torch.Tensor, _grids: Grids) -> tuple[torch.Tensor, ...]:
     """Return the tokens of whole pictures: nothing of them is padding, so that none is hidden."""
     inner, tower = model.base_model, model.base_model.vision_model
     patches = [edge // tower.patch_size for edge in pixels.shape[2:]]
     whole = torch.ones(len(pixels), *patches, dtype=torch.bool, device=pixels.device)
     embedded = tower.embeddings(pixel_values=pixels, patch_attention_mask=whole)
     hidden = tower.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
-    return inner.connector(tower.post_layernorm(hidden))
+    return (inner.connector(tower.post_layernorm(hidden)).flatten(0, 1),)
 
 
 def _tokens_of_idefics(config) -> int:
@@ -81,21 +102,59 @@ def _tokens_of_idefics(config) -> int:
     return (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
 
 
-def _of_gemma(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def _of_gemma(model: nn.Module, pixels: torch.Tensor, _grids: Grids) -> tuple[torch.Tensor, ...]:
     inner = model.base_model
-    return inner.multi_modal_projector(inner.vision_tower(pixel_values=pixels).last_hidden_state)
+    return (inner.multi_modal_projector(inner.vision_tower(pixel_values=pixels).last_hidden_state).flatten(0, 1),)
 
 
+def _of_qwen(model: nn.Module, pixels: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, ...]:
+    """Return the tokens of pictures, and their features that are added behind the first blocks, if there are some.
+
+    What follows from the grids is computed here, where their values are known whatever the tower computes on; ends of
+    pictures are needed on the host alone.
+    """
+    tower = model.base_model.visual
+    grid, merged = _in_patches(grids, tower.spatial_merge_size), tower.spatial_merge_size
+    known = {"position_ids": get_vision_position_ids(grid, merged)}
+    if hasattr(tower, "pos_embed"):
+        known["interp_indices"], known["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merged
+        )
+    known = {name: sent(tensor, pixels.device) for name, tensor in known.items()}
+    found = tower(pixels.flatten(0, 1), grid_thw=grid, cu_seqlens=get_vision_cu_seqlens(grid), **known)
+    return found.pooler_output, *getattr(found, "deepstack_features", ())
+
+
+def _in_patches(grids: Grids, merged: int) -> torch.Tensor:
+    """Return grids as transformers takes them, int64 [pictures, 3]: one moment, height and width in patches.
+
+    Args:
+        merged: patches along each edge of a token.
+    """
+    return torch.tensor([(1, merged * height, merged * width) for height, width in grids])
+
+
+def _arguments_of_qwen(pixels: torch.Tensor, grids: Grids) -> dict[str, torch.Tensor]:
+    merged = isqrt(pixels.shape[1])
+    return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": _in_patches(grids, merged).to(pixels.device)}
+
+
+def _edge_of_qwen(config) -> int:
+    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
+
+
+_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, keeps_shape=True)
 _IDEFICS = Family(
-    _of_idefics, lambda pixels: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
+    _of_idefics, lambda pixels, _: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({
-    "llava": Family(_of_llava, lambda pixels: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower",
+    "llava": Family(_of_llava, lambda pixels, _: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower",
                     towers=("clip_vision_model", "siglip_vision_model")),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
-    "gemma3": Family(_of_gemma, lambda pixels: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
+    "gemma3": Family(_of_gemma, lambda pixels, _: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
                      "model.vision_tower", sees_whole=True),
+    **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN),
 })  # fmt: skip
 
 
@@ -120,34 +179,91 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES[model.config.model_type]
 
 
-def arguments_of(model: nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the pictures [N, 3, H, W] of one row of tokens [1, T] as arguments of transformers' own forward."""
+def token_pixels(config) -> tuple[int, int]:
+    """Return the shape of the pixels of a token, of a family whose pictures keep their shapes: patches, and numbers of
+    each, which are there once for each moment of a video."""
+    vision = config.vision_config
+    return vision.spatial_merge_size**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+
+def arguments_of(
+    model: nn.Module, pixels: torch.Tensor, ids: torch.Tensor, grids: Grids = ()
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Return the pictures [N, ...] of one row of tokens [1, T] as arguments of transformers' own forward."""
     family = family_of(model)
-    found = family.arguments(pixels.to(device_of(model), model.dtype))
+    found = family.arguments(pixels.to(device_of(model), model.dtype), grids)
+    is_picture = ids == model.config.image_token_id
     if family.sees_whole:
-        found["token_type_ids"] = (ids == model.config.image_token_id).long()
+        found["token_type_ids"] = is_picture.long()
+    if family.keeps_shape:
+        found["mm_token_type_ids"] = is_picture.int()
     return found
 
 
-def picture_tokens(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states [N * K, D] that stand for pictures [N, 3, H, W], of the model's device and type."""
+def picture_tokens(model: nn.Module, pixels: torch.Tensor, grids: Grids = ()) -> tuple[torch.Tensor, ...]:
+    """Return the hidden states [P, D] that stand for pictures [N, ...], of the model's device and type, and those that
+    are added to theirs behind each of the language model's first blocks."""
     family = family_of(model)
     device = device_of(model)
     learns = any(p.requires_grad for p in model.get_submodule(family.tower).parameters())
     parts = []
-    for part in (pixels,) if learns else pixels.split(AT_ONCE):
-        parts.append(family.features(model, part.to(device, model.dtype)).flatten(0, 1))
-    return torch.cat(parts)
+    for part, its_grids in [(pixels, grids)] if learns else _in_turn(pixels, grids):
+        parts.append(family.features(model, part.to(device, model.dtype), its_grids))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
-def embedded(model: nn.Module, ids: torch.Tensor, pixels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings [1, T, D] of tokens, those of pictures in their places.
+def _in_turn(pixels: torch.Tensor, grids: Grids) -> Iterator[tuple[torch.Tensor, Grids]]:
+    """Yield the pictures that a tower computes at a time: ``AT_ONCE``, or those of up to ``TOKENS_AT_ONCE`` tokens."""
+    if not grids:
+        return ((part, ()) for part in pixels.split(AT_ONCE))
+    groups, tokens = [], []
+    for grid in grids:
+        if groups and tokens[-1] + prod(grid) <= TOKENS_AT_ONCE:
+            groups[-1].append(grid)
+            tokens[-1] += prod(grid)
+        else:
+            groups.append([grid])
+            tokens.append(prod(grid))
+    return zip(pixels.split(tokens), groups, strict=True)
+
+
+def embedded(
+    model: nn.Module, ids: torch.Tensor, pixels: torch.Tensor, places: torch.Tensor, grids: Grids = ()
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
+    """Return the embeddings [1, T, D] of tokens, those of pictures in their places, and what else pictures give the
+    language model, see ``picture_tokens``.
 
     Args:
         ids: int64 [1, T].
-        pixels: float32 [N, 3, H, W].
-        places: int64 [N * K], the positions of the tokens that stand for pictures.
+        pixels: float32 [N, ...].
+        places: int64 [P], the positions of the tokens that stand for pictures.
+        grids: of the pictures, where they have shapes of their own.
     """
     embeddings = model.get_input_embeddings()(ids)
-    found = picture_tokens(model, pixels).to(embeddings.dtype)
-    return embeddings[0].index_copy(0, places, found)[None]
+    found, *features = picture_tokens(model, pixels, grids)
+    return embeddings[0].index_copy(0, places, found.to(embeddings.dtype))[None], tuple(features)
+
+
+def decoded(
+    decoder: nn.Module, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, features: Sequence[torch.Tensor],
+    places: torch.Tensor, use_cache: bool = False, **how,
+) -> torch.Tensor:  # fmt: skip
+    """Return the last hidden states [1, T, D] of a decoder that is given features of pictures between its blocks.
+
+    It is the decoder's own forward but for one thing: that finds the places of pictures by a mask, so that shapes
+    follow from values, and here they are known.
+
+    Args:
+        inputs_embeds: [1, T, D].
+        position_ids: int64 [3, 1, T].
+        features: [P, D] for each of the first blocks, added to what it gives.
+        places: int64 [P].
+        use_cache: none is kept.
+        how: arguments of each block.
+    """
+    hidden, rotations = inputs_embeds, decoder.rotary_emb(inputs_embeds, position_ids)
+    for number, block in enumerate(decoder.layers):
+        hidden = block(hidden, position_embeddings=rotations, **how)
+        if number < len(features):
+            hidden = hidden.index_add(1, places, features[number].to(hidden.dtype)[None])
+    return decoder.norm(hidden)

@@ -34,7 +34,7 @@ from qlora_lite.quant.tensor_file import DTYPES, Entries
 from .gguf_names import gguf_names
 from .load import entry_of, load_model
 from .locate import ModelFiles, check_gguf
-from .nested import names_in_model, read_language_part, stacking_rules, without_weights
+from .nested import names_in_model, read_language_part, stacking_rules, turning_rules, without_weights
 from .published import is_published
 from .split import read_first
 
@@ -74,7 +74,8 @@ class BaseWeights:
 
         def read(parameter: str) -> torch.Tensor:
             if parameter in stored:
-                return self.read(stored[parameter])
+                tensor, own = self.read(stored[parameter]), self.experts.get(stored[parameter])
+                return tensor.transpose(1, 2) if own and own.is_turned and own.is_transposed else tensor
             if parameter not in parts:
                 raise ModelError(f"the files hold no weight {parameter} of its own")
             experts = [by_part for _, by_part in sorted(parts[parameter].items())]
@@ -91,6 +92,7 @@ class OfExperts(NamedTuple):
         expert: number of the one whose it is, [out, in] or a part of its rows; None if it is all of them.
         part, parts: which part of the rows it is, and of how many equal ones.
         is_transposed: the tensor of all of them is [E, in, out].
+        is_turned: that is the files' choice, and the model's weight is [E, out, in].
     """
 
     path: str
@@ -98,6 +100,7 @@ class OfExperts(NamedTuple):
     part: int = 0
     parts: int = 1
     is_transposed: bool = False
+    is_turned: bool = False
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dtype) -> BaseWeights:
@@ -119,7 +122,7 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
     part = read_language_part(files.folder, files.name, with_vision=has_vision_tower(skeleton))
     mapping = part.key_mapping(entries)
     names = _parameter_names(skeleton, list(entries), mapping)
-    experts = _of_experts(skeleton, list(entries), mapping)
+    experts = _of_experts(skeleton, entries, mapping)
     if any(".quant_state." in name for name in entries):
         return _packed_files(places, entries, names, compute_dtype)
     return _plain_files(places, entries, names, experts) or _whole_model(files)
@@ -190,15 +193,19 @@ def _plain_files(
     return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name), experts=experts)
 
 
-def _of_experts(skeleton: nn.Module, stored: list[str], mapping: dict[str, str] | None) -> dict[str, OfExperts]:
+def _of_experts(skeleton: nn.Module, stored: Entries, mapping: dict[str, str] | None) -> dict[str, OfExperts]:
     """Return what stored names have of the weights of fused experts; nothing of files that store them otherwise."""
     weights = expert_weights(skeleton)
     if not weights:
         return {}
     found, rules, numbers = {}, stacking_rules(skeleton, mapping), Counter[tuple[str, str]]()
+    turned = turning_rules(skeleton, mapping)
     for name, (path, rule) in names_in_model(skeleton, sorted(stored, key=dot_natural_key), mapping).items():
         if path in weights and rule is None:
             found[name] = OfExperts(path, is_transposed=weights[path].experts.is_transposed)
+        elif path in weights and rule in turned:
+            spec, _ = weights[path].described
+            found[name] = OfExperts(path, is_transposed=stored[name][1] != spec.shape, is_turned=True)
         elif path in weights and rule in rules:
             found[name] = OfExperts(path, numbers[path, rule], *rules[rule])
             numbers[path, rule] += 1

@@ -74,7 +74,7 @@ from .recipe_denoiser import (
     pipeline_of,
     spec_of_recipe,
 )
-from .recipe_head import head_of, part_of, picture_processor, picture_reader
+from .recipe_head import config_of, head_of, part_of, picture_processor, picture_reader
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ def learning_rate_of(recipe: Recipe) -> float:
         return recipe.train.learning_rate
     if recipe.generates_pictures:
         return FULL_RATE if recipe.adapter.method == "full" else LORA_RATE
-    config, lora = read_config(recipe.model.path, recipe.model.revision), recipe.lora
-    if not isinstance(width := getattr(of_blocks(config), "hidden_size", None), int):
+    config, lora = of_blocks(config_of(recipe)), recipe.lora
+    if not isinstance(width := getattr(config, "hidden_size", None), int):
         raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
                          "say; set a number")  # fmt: skip
     if recipe.adapter.method == "full":
@@ -128,7 +128,8 @@ def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     if recipe.generates_pictures:
         return in_float32_or_bfloat16(resolve_compute_dtype(m.compute_dtype, device))
     asks = m.compute_dtype == "auto" and fast_dtype(device) == torch.float16  # else the model does not matter
-    return resolve_compute_dtype(m.compute_dtype, device, read_config(m.path, m.revision).model_type if asks else "")
+    model_type = of_blocks(config_of(recipe)).model_type if asks else ""
+    return resolve_compute_dtype(m.compute_dtype, device, model_type)
 
 
 def build_model(
@@ -162,7 +163,7 @@ def build_model(
         begin_at(model, first)
     if not options.places_weights:
         return model
-    in_files = not is_converted(read_config(m.path, m.revision), m.quant, dtype)
+    in_files = not is_converted(config_of(recipe), m.quant, dtype)
     trains_base = method_of(recipe).trains_base
     return place(model, device, options, trains_base=trains_base, ranks=ranks, in_files=in_files)
 

@@ -5,6 +5,7 @@ from functools import cache, partial
 
 from qlora_lite.data import picture_processor as of_encoders
 from qlora_lite.data.labels import NUMBER
+from qlora_lite.data.picture_grids import GridReader
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError
@@ -13,7 +14,7 @@ from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
 from qlora_lite.models.pretrained import processor_of
 from qlora_lite.models.skeleton import folder_of, read_config, read_part
-from qlora_lite.models.vision_language import FAMILIES
+from qlora_lite.models.vision_language import FAMILIES, token_pixels
 from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
 
 PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
@@ -72,18 +73,21 @@ def picture_reader(recipe: Recipe) -> PictureReader | None:
     if not recipe.with_vision:
         return None
     m, wanted = recipe.model, recipe.data.resolution
-    config = read_part(m.path, m.revision, with_vision=True).config
-    family, edge = FAMILIES[config.model_type], config.vision_config.image_size
-    if wanted and not family.cuts and wanted != edge:
+    config = config_of(recipe)
+    family = FAMILIES[config.model_type]
+    edge, is_free = family.edge(config), family.cuts or family.keeps_shape
+    if wanted and not is_free and wanted != edge:
         raise ModelError(f"data.resolution {wanted}: a model of the type {config.model_type} sees pictures of {edge} x "
                          f"{edge} pixels alone; remove it")  # fmt: skip
     if wanted and wanted % edge:
         near = sorted({max(edge, wanted // edge * edge), -(-wanted // edge) * edge})
-        raise ModelError(f"data.resolution {wanted} is no multiple of {edge} pixels, the edge of the parts that the "
-                         f"model cuts a picture into; write {' or '.join(map(str, near))}")  # fmt: skip
-    tokens, longest = family.tokens(config), wanted if family.cuts else None
+        what = "of what a token stands for" if family.keeps_shape else "of the parts that the model cuts a picture into"
+        raise ModelError(f"data.resolution {wanted} is no multiple of {edge} pixels, the edge {what}; write "
+                         f"{' or '.join(map(str, near))}")  # fmt: skip
     of_model = m.path, m.revision
-    return PictureReader(config.image_token_id, tokens, edge, longest, of_model, partial(loaded_processor, *of_model))
+    said = config.image_token_id, family.tokens(config), edge, wanted if is_free else None, of_model
+    load = partial(loaded_processor, *of_model)
+    return GridReader(*said, load, token_pixels(config)) if family.keeps_shape else PictureReader(*said, load)
 
 
 @cache
@@ -94,16 +98,26 @@ def loaded_processor(path: str, revision: str | None):
         ModelError: it cannot be read.
     """
     config = read_part(path, revision, with_vision=True).config
-    folder = locate(path, revision, with_weights=False).folder
+    folder, family = locate(path, revision, with_weights=False).folder, FAMILIES[config.model_type]
+    image_token = config.image_token_id if family.keeps_shape else None
     try:
-        found = processor_of(folder, config.model_type, FAMILIES[config.model_type].tokens(config))
+        found = processor_of(folder, config.model_type, family.tokens(config), image_token)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot load the processor of {path}'s pictures: {reason}") from error
-    if not hasattr(found, "get_text_with_replacements"):
+    if not family.keeps_shape and not hasattr(found, "get_text_with_replacements"):
         raise ModelError("this version of transformers does not say which tokens stand for a picture: update it (pip "
                          "install -U transformers)")  # fmt: skip
     return found
+
+
+def config_of(recipe: Recipe):
+    """Return the configuration of a recipe's model: the language model's inside a larger one, unless it reads pictures.
+
+    Raises:
+        ModelError: see ``read_part``.
+    """
+    return read_part(recipe.model.path, recipe.model.revision, recipe.with_vision).config
 
 
 def part_of(recipe: Recipe) -> LanguagePart:

@@ -294,9 +294,12 @@ _NOT_OFFERED = {
         "mix_strategy interleave_probs data_mixture min_sample_len dataset_exact_deduplication",
     "write the system turn into the data, or into a .jinja file of your own (data.template)":
         "default_system_message default_system system_prompt",
-    "images, video and audio are not supported; only text is trained":
-        "image_max_pixels image_min_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
-        "image_size image_resize_algorithm media_dir finetune_vision_layers vision_all_linear",
+    "write data.resolution, the edge of the square with as many pixels (qlora-lite explain pictures)":
+        "image_max_pixels image_size",
+    "remove it; pictures in chats are for task.kind image-text-to-text (qlora-lite explain pictures), and video and "
+    "audio are not supported":
+        "image_min_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
+        "image_resize_algorithm media_dir finetune_vision_layers vision_all_linear",
     "remove it; lora.targets names the layers":
         "finetune_language_layers finetune_attention_modules finetune_mlp_modules",
     "remove it; roles are recognised, and the assistant's turns are target tokens, or all tokens (data.train_on: all)":

@@ -7,6 +7,8 @@ from heapq import nlargest
 from itertools import count
 from math import ceil
 
+import numpy as np
+
 from qlora_lite.data.batch import Extent, extent_of, plan_epoch
 from qlora_lite.errors import TrainingError
 
@@ -24,7 +26,7 @@ class Epochs:
         learned: target tokens of each row.
         settings: see ``TrainSettings``.
         rank: whose micro-batches they are, where ranks have shares of their own.
-        pictures: of each row; None where rows have none.
+        pictures: of each row, see ``Workload.picture_counts``; None where rows have none.
 
     Raises:
         TrainingError: there are no rows.
@@ -32,7 +34,7 @@ class Epochs:
 
     def __init__(
         self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings, rank: int = 0,
-        pictures: Sequence[int] | None = None,
+        pictures: np.ndarray | None = None,
     ):  # fmt: skip
         if not len(lengths):
             raise TrainingError("there are no rows to train on")
@@ -84,8 +86,9 @@ class Epochs:
         tokens = packs * s.max_tokens if s.packing else sum(nlargest(packs, self.lengths))
         tokens = min(tokens, sum(self.lengths))
         learned = min(seen.learned + tokens - seen.tokens, sum(self.learned))
-        pictures = min(seen.pictures + tokens - seen.tokens, sum(self.pictures or (0,)))
-        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned, pictures)
+        there = 0 if self.pictures is None else int(self.pictures[:, 0].sum())
+        pictures = min(seen.pictures + tokens - seen.tokens, there)
+        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned, pictures, seen.largest_picture)
 
     def _computed(self, step: list[list[int]]) -> list[list[int]]:
         """Return the rows of each micro-batch of a step, as far as this rank may compute them."""

@@ -12,7 +12,7 @@ from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.packing import runs_unpacked
-from qlora_lite.models.vision_language import embedded, family_of
+from qlora_lite.models.vision_language import decoded, embedded, family_of
 from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
@@ -22,15 +22,16 @@ from qlora_lite.ops.transfer import part, remembered, sent
 class Inputs(NamedTuple):
     """A micro-batch as the model computes on it; no shape in the step depends on its values.
 
-    input_ids, position_ids: int64 [1, T + filler], on the model's device.
+    input_ids, position_ids: int64 [1, T + filler], on the model's device; positions [3, 1, T + filler] with grids.
     row_lengths: tokens of each row, T in all.
     learned: int64 [N], the places whose next token is a target.
     targets: int64 [N].
     row_ends: of a GPU, where rows end (``ops.packed_attention.sequence_ends``).
     token_types: int64 [1, T + filler], which text of a pair each token is of; None where the model does not ask.
-    pixels: float32 [N, 3, H, W], in host memory, of a vision-language model's pictures; None without any.
+    pixels: float32 [N, ...], in host memory, of a vision-language model's pictures; None without any.
     picture_tokens: int64 [P], the positions of the tokens that stand for them.
     pictures: the position of the first token of each.
+    grids: height and width in tokens of each that keeps its shape.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +44,7 @@ class Inputs(NamedTuple):
     pixels: torch.Tensor | None = None
     picture_tokens: torch.Tensor | None = None
     pictures: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def prepare(batch: Batch, device: torch.device) -> Inputs:
@@ -53,7 +55,8 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
     """
     filler = filler_tokens(batch.row_lengths, device)
     input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
-    position_ids = torch.cat([batch.position_ids, torch.arange(filler)[None]], dim=1)
+    behind = torch.arange(filler).expand(*batch.position_ids.shape[:-1], filler)
+    position_ids = torch.cat([batch.position_ids, behind], dim=-1)
     learned = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
     tensors = [remembered(sent(t, device), t) for t in (input_ids, position_ids, learned, batch.labels[learned])]
     return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:], row_ends(batch.row_lengths, device))
@@ -79,7 +82,9 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     at_once |= {"row_flex": True} if FLEX in kernels else {}
     at_once |= {} if inputs.token_types is None else {"token_type_ids": inputs.token_types}
     if inputs.pixels is not None:
-        at_once["inputs_embeds"] = embedded(model, inputs.input_ids, inputs.pixels, inputs.picture_tokens)
+        places = inputs.picture_tokens
+        embeddings, features = embedded(model, inputs.input_ids, inputs.pixels, places, inputs.grids)
+        at_once |= {"inputs_embeds": embeddings} | ({"features": features, "places": places} if features else {})
         if family_of(model).sees_whole:
             at_once["row_pictures"] = inputs.pictures, len(inputs.picture_tokens) // len(inputs.pictures)
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
@@ -91,7 +96,8 @@ def _decoded(
     """Return the last hidden states of the rows that the tokens begin with.
 
     Args:
-        at_once: ``row_attention``'s further arguments, and embeddings in place of those of the tokens.
+        at_once: ``row_attention``'s further arguments, embeddings in place of those of the tokens, and pictures'
+            features with their places (``vision_language.decoded``).
     """
     rows = {}
     if uses_row_attention(model):
@@ -105,8 +111,10 @@ def _decoded(
     if is_encoder(model) and (first := first_position(model)):
         positions = positions + first
     tokens = {} if "inputs_embeds" in at_once else {"input_ids": ids}
-    output = decoder(model)(position_ids=positions, **tokens, **rows, **at_once)
-    return output.last_hidden_state[0, : sum(row_lengths)]
+    given = {"position_ids": positions, **tokens, **rows, **at_once}
+    if "features" in at_once:
+        return decoded(decoder(model), **given)[0, : sum(row_lengths)]
+    return decoder(model)(**given).last_hidden_state[0, : sum(row_lengths)]
 
 
 def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """The workload that is a vision-language model: chats with pictures, packed; cross-entropy over the target tokens.
 
 All of it is ``causal_lm``'s but for the pictures. Their pixels come with the batch, and the tokens that stand for them
-are among the rows' and never targets. How many pictures a batch has is part of its shape, so that a plan knows what the
-tower takes; where no row is known, a pack holds as many as there is room for.
+are among the rows' and never targets. How many pictures a batch has, and of which shapes where each keeps its own, is
+part of its shape, so that a plan knows what the tower takes; where no row is known, a pack holds as many as there is
+room for, as large as they can be.
+
+A unit is what pixels are counted in: a picture of one size, or a token of one that keeps its shape.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +19,8 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import IGNORED_LABEL, Batch, Extent
-from qlora_lite.data.picture_reader import MADE_UP, PictureReader
+from qlora_lite.data.picture_grids import grids_of, positions_of
+from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.models.anatomy import decoder, device_of, head
@@ -59,43 +65,79 @@ class PictureChatLM(CausalLM):
             raise DataError(f"the pictures of {', '.join(batch.where)} are {expected} tokens, and the rows have "
                             f"{found}; start again, if pictures were changed since the rows were read")  # fmt: skip
         labels = batch.labels.masked_fill(batch.labels == self.reader.token_id, IGNORED_LABEL)
-        return replace(batch, labels=labels, pixels=None if pixels is None else torch.from_numpy(pixels))
+        batch = replace(batch, labels=labels)
+        if pixels is None:
+            return batch
+        grids = grids_of(picture for example in examples for picture in example.pictures)
+        return self._with_pixels(batch, torch.from_numpy(pixels), grids)
+
+    def _with_pixels(self, batch: Batch, pixels: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> Batch:
+        batch = replace(batch, pixels=pixels, grids=grids)
+        if not grids:
+            return batch
+        positions = positions_of(batch.row_lengths, self._begins(batch), grids)
+        return replace(batch, position_ids=torch.from_numpy(positions))
 
     def expect(self, examples: Sequence[Example], seed: int, step: int) -> None:
         """See ``Workload.expect``."""
         self.reader.expect(examples)
 
     def shape(self, batch: Batch) -> BatchShape:
-        """Return the tokens of each row, how many are labelled, and where pictures begin."""
-        return replace(super().shape(batch), pictures=self._begins(batch))
+        """Return the tokens of each row, how many are labelled, and where pictures begin, with their grids."""
+        return replace(super().shape(batch), pictures=self._begins(batch), grids=batch.grids)
 
     def _begins(self, batch: Batch) -> tuple[int, ...]:
-        """Return the first token of each picture; one follows another without a gap."""
-        return tuple((batch.input_ids[0] == self.reader.token_id).nonzero().squeeze(1)[:: self.reader.tokens].tolist())
+        """Return the first token of each picture; one may follow another without a gap."""
+        places = (batch.input_ids[0] == self.reader.token_id).nonzero().squeeze(1).tolist()
+        sizes = self._sizes(batch.grids, len(places) // self.reader.tokens)
+        return tuple(places[first] for first in _starts(sizes))
+
+    def _sizes(self, grids: Sequence[tuple[int, int]], count: int) -> list[int]:
+        """Return the tokens of each picture.
+
+        Args:
+            count: how many there are where none has a grid.
+        """
+        return [*map(prod, grids)] or [self.reader.tokens] * count
 
     def full_pack(self, tokens: int, packing: bool) -> BatchShape:
         """Return the shape of a pack that is full of pictures."""
         pack = super().full_pack(tokens, packing)
-        full = pack.lengths[0] // self.reader.tokens * self.reader.tokens
-        return replace(pack, pictures=tuple(range(0, full, self.reader.tokens)))
+        units = pack.lengths[0] // self.reader.tokens
+        pictures = self.reader.made_up(units, self.reader.largest_of(units))
+        grids = grids_of(pictures)
+        return replace(pack, pictures=_starts(self._sizes(grids, len(pictures))), grids=grids)
+
+    def pattern(self) -> tuple[int, int]:
+        """See ``Workload.pattern``; blocks that features of pictures are added behind are of a kind of their own."""
+        unlike, pattern = super().pattern()
+        first = len(getattr(self.spec.config.vision_config, "deepstack_visual_indexes", ()))
+        return max(unlike, first + (self.depth - first) % pattern), pattern
 
     def inputs(self, batch: Batch, device: torch.device) -> Inputs:
         """Return the batch on the device, but for the pixels, which the tower takes there a few at a time."""
         inputs = super().inputs(batch, device)
-        return inputs if batch.pixels is None else self._with_pictures(inputs, batch.pixels, self._begins(batch))
+        if batch.pixels is None:
+            return inputs
+        return self._with_pictures(inputs, batch.pixels, self._begins(batch), batch.grids)
 
     def planned_inputs(self, shape: BatchShape, device: torch.device) -> Inputs:
         """Return inputs of zeros, with positions."""
-        inputs, edge = super().planned_inputs(shape, device), self.reader.edge
+        inputs = super().planned_inputs(shape, device)
         if not shape.pictures:
             return inputs
-        pixels = torch.zeros(len(shape.pictures), 3, edge, edge, device=device)
-        return self._with_pictures(inputs, pixels, shape.pictures)
+        if shape.grids:
+            inputs = inputs._replace(position_ids=inputs.position_ids.repeat(3, 1, 1))
+        units = sum(self._sizes(shape.grids, len(shape.pictures))) // self.reader.tokens
+        pixels = torch.zeros(units, *self.reader.unit, device=device)
+        return self._with_pictures(inputs, pixels, shape.pictures, shape.grids)
 
-    def _with_pictures(self, inputs: Inputs, pixels: torch.Tensor, begins: tuple[int, ...]) -> Inputs:
-        device, tokens = inputs.input_ids.device, self.reader.tokens
-        places = torch.cat([torch.arange(begin, begin + tokens) for begin in begins]).to(device)
-        return inputs._replace(pixels=pixels, picture_tokens=places, pictures=begins)
+    def _with_pictures(
+        self, inputs: Inputs, pixels: torch.Tensor, begins: tuple[int, ...], grids: tuple[tuple[int, int], ...]
+    ) -> Inputs:  # fmt: skip
+        device, sizes = inputs.input_ids.device, self._sizes(grids, len(begins))
+        found = [torch.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
+        return inputs._replace(pixels=pixels, picture_tokens=torch.cat(found).to(device), pictures=begins, grids=grids)
 
     def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
         """Return the loss over a micro-batch's targets; without pictures, what learns of tower and projector gets
@@ -107,15 +149,21 @@ class PictureChatLM(CausalLM):
         unused = [p for p in model.parameters() if p.requires_grad and p not in read]
         return found._replace(sum=sum((0 * p.float().sum() for p in unused), found.sum))
 
-    def picture_counts(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return how many pictures the tower computes of each."""
-        token, tokens = self.reader.token_id, self.reader.tokens
-        return [int((example.token_ids == token).sum()) // tokens for example in examples]
+    def picture_counts(self, examples: Sequence[Example]) -> np.ndarray:
+        """Return how many units the tower computes of each, and how many of its largest picture."""
+        found, token, tokens = np.zeros((len(examples), 2), np.int64), self.reader.token_id, self.reader.tokens
+        for number, example in enumerate(examples):
+            largest = max((prod(picture.grid) for picture in example.pictures), default=0)
+            found[number] = (example.token_ids == token).sum() // tokens, largest
+        return found
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """See ``data.batch.enlarged``; tokens that are not learned stand for as many pictures as any batch has."""
+        """See ``data.batch.enlarged``; tokens that are not learned stand for as many units of pictures as any batch
+        has, and for pictures as large as any."""
         alike, token, tokens = super().enlarged(examples, most), self.reader.token_id, self.reader.tokens
-        if list(map(id, alike)) == list(map(id, examples)) and sum(self.picture_counts(alike)) >= most.pictures:
+        counts, sizes = self.picture_counts(alike).T
+        is_same = [*map(id, alike)] == [*map(id, examples)]
+        if is_same and counts.sum() >= most.pictures and sizes.max() >= most.largest_picture:
             return alike
         left, found = most.pictures, []
         for example in alike:
@@ -124,7 +172,7 @@ class PictureChatLM(CausalLM):
             left -= count
             ids[ids == token] = int(token == 0)  # any other
             ids[places[: count * tokens]] = token
-            found.append(replace(example, token_ids=ids, pictures=(MADE_UP,) * count))
+            found.append(replace(example, token_ids=ids, pictures=self.reader.made_up(count, most.largest_picture)))
         return found
 
     def runs_row_by_row(self, longest: int) -> bool:
@@ -140,26 +188,31 @@ class PictureChatLM(CausalLM):
         """Return the relative L2 error of the logits of packed rows, two of them with pictures."""
         r, generator = self.reader, torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        rows = []
-        for pictures in (1, 0, 2):
-            row = torch.randint(0, vocabulary, (5 + pictures * (r.tokens + 2),), generator=generator)
+        shapes = ((2, 3), (3, 1), (1, 2)) if r.keeps_shape else ()
+        sizes, rows, owns = self._sizes(shapes, 3), [], (slice(0, 1), slice(1, 1), slice(1, 3))
+        for own in owns:
+            row = torch.randint(0, vocabulary, (5 + sum(sizes[own]) + 2 * len(sizes[own]),), generator=generator)
             row[row == r.token_id] = int(r.token_id == 0)
-            for number in range(pictures):
-                begin = 3 + number * (r.tokens + 2)
-                row[begin : begin + r.tokens] = r.token_id
+            begin = 3
+            for size in sizes[own]:
+                row[begin : begin + size] = r.token_id
+                begin += size + 2
             rows.append(row)
-        pixels = torch.rand(3, 3, r.edge, r.edge, generator=generator) * 2 - 1
+        units = [size // r.tokens for size in sizes]
+        pixels = torch.rand(sum(units), *r.unit, generator=generator) * 2 - 1
         lengths, ids = tuple(map(len, rows)), torch.cat(rows)[None]
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        batch = Batch(ids, positions, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * 3, pixels)
+        batch = Batch(ids, positions, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * 3)
+        batch = self._with_pixels(batch, pixels, shapes)
         was_training = model.training
         packed = head_logits(hidden_states(model.eval(), self.inputs(batch, device_of(model))), head(model))
+        parts = pixels.split(units)
 
         def alone() -> torch.Tensor:
             found = []
-            for row, own in zip(rows, (pixels[:1], None, pixels[1:]), strict=True):
+            for row, own in zip(rows, owns, strict=True):
                 ids = row[None].to(device_of(model))
-                shown = {} if own is None else arguments_of(model, own, ids)
+                shown = arguments_of(model, torch.cat(parts[own]), ids, shapes[own]) if parts[own] else {}
                 found.append(model(input_ids=ids, use_cache=False, **shown).logits[0])
             return torch.cat(found)
 
@@ -170,3 +223,8 @@ class PictureChatLM(CausalLM):
     def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
         """See ``text_guards.can_reach_every_layer``; a tower's layers need a picture."""
         return super().can_reach_every_layer(examples) and any(example.pictures for example in examples)
+
+
+def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return where each of some lengths begins that follow one another."""
+    return tuple(accumulate(sizes, initial=0))[: len(sizes)]

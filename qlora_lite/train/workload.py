@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,12 +31,13 @@ class BatchShape:
     """All of a micro-batch that memory depends on: the length of each sequence, and the number of targets in all.
 
     Of pictures of one size each is a sequence of length 1; of those in chats ``pictures`` has the positions of their
-    first tokens.
+    first tokens, and ``grids`` height and width in tokens of each that keeps its shape.
     """
 
     lengths: tuple[int, ...]
     targets: int
     pictures: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -45,7 +47,7 @@ class BatchShape:
     def times(self, count: int) -> "BatchShape":
         """Return the shape of so many such batches in one."""
         pictures = tuple(number * self.tokens + begin for number in range(count) for begin in self.pictures)
-        return BatchShape(self.lengths * count, self.targets * count, pictures)
+        return BatchShape(self.lengths * count, self.targets * count, pictures, self.grids * count)
 
 
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
@@ -135,8 +137,9 @@ class Workload:
         """Return how many targets each example has."""
         return [1] * len(examples)
 
-    def picture_counts(self, examples: Sequence) -> Sequence[int] | None:
-        """Return how many pictures each example has beside its tokens; None where none has any."""
+    def picture_counts(self, examples: Sequence) -> np.ndarray | None:
+        """Return how many pictures each example has beside its tokens, and how large the largest is, int64 [N, 2]; None
+        where none has any. They are counted in pictures of one size or, where each has its own, in their tokens."""
         return None
 
     def places(self, examples: Sequence) -> list[str]:

@@ -206,8 +206,8 @@ def test_the_rows_of_an_enlarged_batch_are_of_various_lengths_as_those_given_are
 
 def test_the_most_of_some_micro_batches_is_that_of_a_look_at_each():
     rows = [5, 7, 2, 9], [1, 6, 1, 3], [[0, 1], [2], [3, 2, 0]]
-    assert extent_of(*rows) == (16, 3, 9, 7, 0)
-    assert extent_of(*rows, [0, 4, 1, 2]) == (16, 3, 9, 7, 4)
+    assert extent_of(*rows) == (16, 3, 9, 7, 0, 0)
+    assert extent_of(*rows, np.array([(0, 0), (4, 2), (1, 1), (5, 3)])) == (16, 3, 9, 7, 6, 3)
 
 
 def taught(length, count):

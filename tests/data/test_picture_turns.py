@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_pictures import drawn
-from tiny_vision_language import FAMILIES, save_vision_language, template_of
+from tiny_vision_language import FAMILIES, given_to_transformers, save_vision_language
 from transformers import AutoTokenizer, Idefics3Processor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from qlora_lite.data.examples import read_examples
+from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_turns import MARK, take_out
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError, ModelError
@@ -61,19 +62,19 @@ def test_tokens_and_pixels_are_those_of_transformers_processor(folders, pictures
     said = [parts("0.png", "what is it"), parts("look at", "1.png", "and", "2.png"), parts("no picture")]
     data = read(folders[name], [{"messages": chat(each)} for each in said], pictures)
     data.problems.raise_if_any()
-    processor, reader = processor_of(folders[name], name, 4), reader_of(folders[name])
+    reader = reader_of(folders[name])
     for example, content in zip(data.examples, said, strict=True):
         shown = [{"type": "image", "image": str(pictures / part["path"])} if part["type"] == "image" else part
                  for part in content]  # fmt: skip
         turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": parts("it is hot")}]
-        theirs = processor.apply_chat_template(
-            [turns], template_of(name), tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        theirs = given_to_transformers(folders[name], name, turns)
         assert example.token_ids.tolist() == theirs["input_ids"][0].tolist()
         if example.pictures:
-            expected = theirs["pixel_values"].reshape(-1, 3, 32, 32)
+            expected = theirs["pixel_values"].reshape(-1, *reader.unit)
             assert torch.equal(torch.from_numpy(reader.of_examples([example])), expected)
             assert int((example.token_ids == 3).sum()) == len(expected) * reader.tokens
+            grids = [[1, 2 * height, 2 * width] for height, width in grids_of(example.pictures)]
+            assert grids == theirs.get("image_grid_thw", torch.zeros(0)).tolist()
         else:
             assert reader.of_examples([example]) is None
         taught = AutoTokenizer.from_pretrained(folders[name]).decode(example.token_ids[example.learned])
@@ -88,8 +89,32 @@ def test_a_smaller_resolution_cuts_a_picture_into_fewer_parts(folders, pictures)
     assert len(reader_of(folders["smolvlm"], 32).of_examples(small.examples)) == 1
     with pytest.raises(ModelError, match=r"resolution 40 is no multiple of 32 pixels, the edge of .*32 or 64"):
         reader_of(folders["smolvlm"], 40)
+    with pytest.raises(
+        ModelError, match=r"resolution 40 is no multiple of 16 pixels, the edge of what a token .*or 48"
+    ):
+        reader_of(folders["qwen3_vl"], 40)
     with pytest.raises(ModelError, match="resolution 64: a model of the type llava sees pictures of 32 x 32 pixels al"):
         reader_of(folders["llava"], 64)
+
+
+@pytest.mark.parametrize(("resolution", "grid"), [(None, (3, 6)), (48, (2, 4)), (32, (1, 2)), (16, (1, 1))])
+def test_a_picture_that_keeps_its_shape_has_no_more_pixels_than_the_square_of_a_resolution(
+    folders, tmp_path, resolution, grid
+):
+    drawn("hot", 0, 100).crop((0, 0, 98, 50)).save(tmp_path / "wide.png")
+    reader = reader_of(folders["qwen3_vl"], resolution)
+    rows = [{"messages": chat(parts("wide.png"))}]
+    (example,) = read(folders["qwen3_vl"], rows, tmp_path, resolution=resolution).examples
+    assert [picture.grid for picture in example.pictures] == [grid]
+    assert reader.of_examples([example]).shape == (grid[0] * grid[1], 4, 3 * 2 * 8 * 8)
+    assert reader.digest != reader_of(folders["qwen3_vl"], 64).digest
+
+
+def test_a_picture_that_is_too_narrow_for_the_model_is_named(folders, tmp_path):
+    drawn("hot", 0, 410).crop((0, 0, 410, 2)).save(tmp_path / "line.png")
+    data = read(folders["qwen3_vl"], [{"messages": chat(parts("line.png"))}], tmp_path)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: a picture of 410 x 2 pixels: absolute aspect ratio .*; cut it"):
+        data.problems.raise_if_any()
 
 
 def test_rows_of_every_form_give_one_chat(folders, pictures):

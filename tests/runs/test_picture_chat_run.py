@@ -3,21 +3,23 @@
 import base64
 import json
 import os
+import shutil
 import signal
 
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 from tiny_pictures import drawn, save_encoder
 from tiny_runs import summary_of, tiny_run
-from tiny_vision_language import FAMILIES, chat_recipe, save_vision_language, template_of
-from transformers import AutoModelForImageTextToText
+from tiny_vision_language import FAMILIES, WITH_GRIDS, chat_recipe, given_to_transformers, save_vision_language
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
+from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
@@ -25,9 +27,11 @@ from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.inference.predict import PredictSettings, predict_file
 from qlora_lite.inference.serve.app import BODY_BYTES_WITH_PICTURES, Limits, build_app
-from qlora_lite.models.pretrained import processor_of
+from qlora_lite.models.locate import locate
+from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import arguments_of
+from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import workload_of
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.recipe_head import loaded_processor
@@ -41,14 +45,17 @@ def bases(tmp_path_factory):
     return {name: save_vision_language(folder / name, name) for name in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def run(bases, tmp_path_factory):
-    """A finished run whose tower is adapted too, and its recipe."""
+LORA = {"targets": ["all-linear", "*vis*.q*"], "rank": 4, "alpha": 8, "dtype": "float32"}
+PARTS = {"smolvlm": ("vision_model", "text_model", "connector"), "qwen3_vl": ("visual", "language_model", "merger")}
+
+
+@pytest.fixture(scope="module", params=PARTS)
+def run(bases, tmp_path_factory, request):
+    """A finished run whose tower is adapted too, its recipe, and its family."""
     train = {"max_steps": 8, "eval_every_steps": 4, "save_every_steps": 2, "lr_scheduler": "constant"}
-    lora = {"targets": ["all-linear", "*vision*.q_proj"], "rank": 4, "alpha": 8, "dtype": "float32"}
     folder, model = tmp_path_factory.mktemp("run"), {"quant": "none"}
-    recipe = chat_recipe(folder, bases["smolvlm"], train=train, lora=lora, model=model)
-    return run_recipe(load_recipe(recipe)), recipe
+    recipe = chat_recipe(folder, bases[request.param], train=train, lora=LORA, model=model)
+    return run_recipe(load_recipe(recipe)), recipe, request.param
 
 
 def losses(folder):
@@ -65,32 +72,32 @@ def of_transformers(model, recipe):
         labels = torch.where(torch.from_numpy(example.learned.copy()), ids[0], -100)[1:]
         pixels = torch.from_numpy(work.reader.of_examples([example]))
         with torch.no_grad():
-            logits = model(input_ids=ids, **arguments_of(model, pixels, ids)).logits[0, :-1].float()
+            shown = arguments_of(model, pixels, ids, grids_of(example.pictures))
+            logits = model(input_ids=ids, **shown).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
     return total / count
 
 
 def test_another_run_begins_with_its_adapter(run, bases, tmp_path):
-    folder, _ = run
-    lora = {"targets": ["all-linear", "*vision*.q_proj"], "rank": 4, "alpha": 8, "dtype": "float32"}
-    begun = {"lora": lora | {"init_from": str(folder)}, "train": {"max_steps": 1}, "model": {"quant": "none"}}
-    second = summary_of(run_recipe(load_recipe(chat_recipe(tmp_path, bases["smolvlm"], **begun))))
+    folder, _, name = run
+    begun = {"lora": LORA | {"init_from": str(folder)}, "train": {"max_steps": 1}, "model": {"quant": "none"}}
+    second = summary_of(run_recipe(load_recipe(chat_recipe(tmp_path, bases[name], **begun))))
     assert second["eval_loss_before"] == pytest.approx(summary_of(folder)["eval_loss_after"], rel=1e-5)
 
 
 def test_it_learns_and_the_plan_holds(run):
-    folder, _ = run
+    folder, _, name = run
     summary = summary_of(folder)
     assert summary["eval_loss_after"] < 0.75 * summary["eval_loss_before"]
     measured, predicted = (summary["plan"][name] for name in ("measured_peak_bytes", "predicted_peak_bytes"))
     assert measured == pytest.approx(predicted, rel=0.3)  # of a process of 300 MiB; the ledger is compared elsewhere
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert any("vision_model" in name for name in adapter) and any("text_model" in name for name in adapter)
+    assert all(any(part in path for path in adapter) for part in PARTS[name][:2])
 
 
 def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
-    folder, recipe = run
+    folder, recipe, _ = run
 
     def stop(metrics, _total):
         if metrics.step == 5:
@@ -137,7 +144,7 @@ def resumed_in_another_process(recipe, folder):
 
 
 def test_evaluate_measures_it_again(run):
-    folder, _ = run
+    folder, _, _ = run
     trained, summary = open_trained(folder), summary_of(folder)
     found = evaluate_recipe(trained.recipe, trained.adapter, 0)
     assert found["eval_loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
@@ -145,8 +152,8 @@ def test_evaluate_measures_it_again(run):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 def test_real_peft_and_transformers_have_the_loss_that_the_run_has(run, bases):
-    folder, recipe = run
-    base = AutoModelForImageTextToText.from_pretrained(bases["smolvlm"], dtype=torch.float32)
+    folder, recipe, name = run
+    base = AutoModelForImageTextToText.from_pretrained(bases[name], dtype=torch.float32)
     before = of_transformers(base.eval(), load_recipe(recipe))
     after = of_transformers(peft.PeftModel.from_pretrained(base, folder / "adapter").eval(), load_recipe(recipe))
     summary = summary_of(folder)
@@ -158,14 +165,14 @@ def test_real_peft_and_transformers_have_the_loss_that_the_run_has(run, bases):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_path, name):
     train = {"max_steps": 30, "lr_scheduler": "constant", "metrics_examples": 4}
-    lora = {"targets": ["all-linear", "*vision*.layers.0.*"], "rank": 8, "alpha": 16, "dtype": "float32"}
-    also = {} if name == "gemma3" else {"train_also": ["projector"], "train_also_lr_ratio": 1.0}
+    lora = {"targets": ["all-linear", "*vis*.0.*"], "rank": 8, "alpha": 16, "dtype": "float32"}
+    also = {} if name in ("gemma3", *WITH_GRIDS) else {"train_also": ["projector"], "train_also_lr_ratio": 1.0}
     recipe = chat_recipe(tmp_path, bases[name], train=train, lora=lora, adapter=also, model={"quant": "none"})
     folder = run_recipe(load_recipe(recipe))
     pictures, said = [tmp_path / "rows" / "pictures" / f"{number}.png" for number in (100, 101)], []
     base = AutoModelForImageTextToText.from_pretrained(bases[name], dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
-    processor = processor_of(bases[name], name, 4)
+    tokenizer = AutoTokenizer.from_pretrained(bases[name])
     for picture in pictures:
         asked = ["generate", folder, "--prompt", "what is it", "--image", picture, "--max-new-tokens", "8"]
         result = CliRunner().invoke(cli, [*map(str, asked)], catch_exceptions=False)
@@ -175,12 +182,11 @@ def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_
             "role": "user",
             "content": [{"type": "image", "image": str(picture)}, {"type": "text", "text": "what is it"}],
         }
-        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-        given = processor.apply_chat_template([[turn]], template_of(name), **how)
-        ends = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        given = given_to_transformers(bases[name], name, [turn], add_generation_prompt=True)
+        ends = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
         with torch.no_grad():
             theirs = model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=ends)
-        text = processor.tokenizer.decode(theirs[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = tokenizer.decode(theirs[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
         assert said[-1] == text.strip()
     assert_served_and_chatted(folder, pictures, said)
     asked = [{"prompt": "<image>what is it", "images": [str(picture)]} for picture in pictures]
@@ -226,17 +232,45 @@ def test_pictures_are_refused_where_nothing_reads_them(bases, tmp_path):
 
 
 def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, tmp_path):
-    folder, recipe = run
+    folder, recipe, family = run
     report = merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", dtype="f32", rows=4))
     assert report["models"]["merged"]["loss"] == pytest.approx(summary_of(folder)["eval_loss_after"], abs=0.05)
-    stored, new = (load_file(path / "model.safetensors") for path in (bases["smolvlm"], tmp_path / "merged"))
+    stored, new = (load_file(path / "model.safetensors") for path in (bases[family], tmp_path / "merged"))
     assert stored.keys() == new.keys()
     changed = {name for name in stored if not torch.equal(stored[name], new[name])}
-    assert any("vision_model" in name for name in changed) and any("text_model" in name for name in changed)
-    assert not any("connector" in name for name in changed)
+    tower, language, projector = PARTS[family]
+    assert any(tower in name for name in changed) and any(language in name for name in changed)
+    assert not any(projector in name for name in changed)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     assert report["models"]["merged"]["loss"] == pytest.approx(of_transformers(merged, load_recipe(recipe)), rel=1e-4)
-    assert (tmp_path / "merged" / "processor_config.json").is_file()
+    file = "preprocessor_config.json" if family in WITH_GRIDS else "processor_config.json"
+    assert (tmp_path / "merged" / file).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.parametrize("are_turned", [False, True])
+def test_adapted_experts_are_merged_whichever_way_the_files_have_them(bases, tmp_path, are_turned):
+    base = shutil.copytree(bases["qwen3_vl_moe"], tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    if are_turned:  # as they are published
+        stored = {name: x.transpose(1, 2).contiguous() if ".experts." in name else x for name, x in stored.items()}
+        save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    lora = {"targets": ["all-linear", "experts"], "rank": 4, "alpha": 8, "dtype": "float32"}
+    recipe = chat_recipe(tmp_path, base, lora=lora, train={"max_steps": 3, "learning_rate": 0.1})
+    folder = run_recipe(load_recipe(recipe))
+    merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", dtype="f32", rows=0))
+    new = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: x.shape for name, x in new.items()} == {name: x.shape for name, x in stored.items()}
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    adapted = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(adapted, folder / "adapter").eval()
+    settings = load_recipe(recipe)
+    assert of_transformers(merged, settings) == pytest.approx(of_transformers(adapted, settings), rel=1e-5)
+    read = open_weights(
+        locate(str(base)), meta_model(merged.config, "none", False, torch.float32), torch.float32
+    ).reader()
+    path = "model.language_model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(read(path), stored[path].transpose(1, 2) if are_turned else stored[path])
 
 
 def test_other_ways_to_train_it(bases, tmp_path):
@@ -244,6 +278,8 @@ def test_other_ways_to_train_it(bases, tmp_path):
         "llava": {"model": {"quant": "none"}, "adapter": {"method": "dora"}},
         "idefics3": {"model": {"keep_16bit": ["*vision*"]}, "data": {"resolution": 32}},
         "smolvlm": {"memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"}},
+        "qwen3_vl": {"memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"},
+                     "data": {"resolution": 32}, "model": {"keep_16bit": ["*visual*"]}},
     }.items()):  # fmt: skip
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -276,8 +312,9 @@ def test_models_that_are_of_no_family_are_refused_before_anything_is_loaded(tmp_
         run_recipe(load_recipe(chat_recipe(tmp_path, encoder)))
 
 
-def test_the_plan_counts_pictures_and_data_shows_them(bases, tmp_path):
-    recipe = chat_recipe(tmp_path, bases["smolvlm"])
+@pytest.mark.parametrize("name", ["smolvlm", "qwen3_vl"])
+def test_the_plan_counts_pictures_and_data_shows_them(bases, tmp_path, name):
+    recipe = chat_recipe(tmp_path, bases[name])
     planned = CliRunner().invoke(cli, ["plan", str(recipe), "--json"], catch_exceptions=False)
     assert planned.exit_code == 0, planned.output
     shown = CliRunner().invoke(cli, ["data", str(recipe)], catch_exceptions=False)

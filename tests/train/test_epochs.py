@@ -3,6 +3,7 @@
 from fractions import Fraction
 from math import ceil
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, 
     many = {"max_steps": until} if isinstance(until, int) else {"max_steps": None, "epochs": until}
     settings = TrainSettings(**SETTINGS | many | {"max_tokens": 64, "order": order, "packing": packing})
     learned = [(7 * length) % 11 + 1 for length in lengths]
-    pictures = [length % 3 for length in lengths]
+    pictures = np.array([(length % 3, length % 2) for length in lengths])
     epochs = Epochs(lengths, learned, settings, pictures=pictures)
     per_epoch, whole = [epochs.steps(epoch) for epoch in range(12)], until
     if isinstance(until, float):
@@ -58,15 +59,17 @@ def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, 
         max(sum(lengths[row] for row in rows) for rows in micro_batches), max(map(len, micro_batches)),
         max(lengths[row] for rows in micro_batches for row in rows),
         max(sum(learned[row] for row in rows) for rows in micro_batches),
-        max(sum(pictures[row] for row in rows) for rows in micro_batches),
+        max(sum(pictures[row, 0] for row in rows) for rows in micro_batches),
+        max(pictures[row, 1] for rows in micro_batches for row in rows),
     )  # fmt: skip
 
 
 def test_of_a_run_without_an_end_on_few_rows_no_micro_batch_is_taken_to_have_more_than_all_of_them(monkeypatch):
     monkeypatch.setattr(epochs_module, "LOOKED_AT", 24)
     endless = {"max_steps": 10**9, "max_tokens": 4096, "packing": True, "micro_batch_size": 8}
-    _, most = Epochs([20] * 24, [7] * 24, TrainSettings(**SETTINGS | endless), pictures=[1] * 24).largest()
-    assert most == (480, 24, 20, 168, 24)
+    pictures = np.ones((24, 2), np.int64)
+    _, most = Epochs([20] * 24, [7] * 24, TrainSettings(**SETTINGS | endless), pictures=pictures).largest()
+    assert most == (480, 24, 20, 168, 24, 1)
 
 
 @pytest.mark.parametrize(("packing", "tokens"), [(True, 2 * 64), (False, 60 + 59)])
