@@ -246,7 +246,7 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
     for problem in statistics.problems.found:
         if problem.rule != BAD_SOURCE:
             statistics.note_dropped(problem.rule, problem.where)
-    note_too_long(statistics, job.settings.max_tokens)
+    note_too_long(statistics, job.settings)
     note_lost_kinds(statistics)
     if len(examples) == 0 and not statistics.problems.count:
         left = f"no row is left to train on: {_reasons(statistics.dropped)}"
@@ -337,7 +337,7 @@ class RowStream:
         self._raise_if_unusable(statistics)
 
     def _raise_if_unusable(self, statistics: Statistics) -> None:
-        note_too_long(statistics, self.settings.max_tokens)
+        note_too_long(statistics, self.settings)
         statistics.problems.raise_if_any(self.max_bad_rows)
 
 

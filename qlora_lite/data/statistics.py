@@ -98,14 +98,19 @@ class Statistics:
             places.append(where)
 
 
-def note_too_long(statistics: Statistics, max_tokens: int) -> None:
+def note_too_long(statistics: Statistics, settings: Settings) -> None:
     """Add the problem that rows are too long, if there are any, with the longest of them."""
     if not statistics.longest:
         return
     places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(statistics.longest, reverse=True))
+    cure, reader = "or set data.overflow to drop, truncate or split", settings.pictures
+    if reader is not None:
+        smaller = "set data.resolution to show less of large pictures, " if reader.keeps_shape else ""
+        cure = f"{smaller}or set data.overflow to drop"
+    count = f"{statistics.dropped[TOO_LONG]} of {statistics.rows_read} rows"
     fault = (
-        f"{statistics.dropped[TOO_LONG]} of {statistics.rows_read} rows are longer than data.max_tokens {max_tokens}; "
-        f"the longest: {places}; raise data.max_tokens, or set data.overflow to drop, truncate or split"
+        f"{count} are longer than data.max_tokens {settings.max_tokens}; the longest: {places}; raise data.max_tokens, "
+        f"{cure}"
     )
     statistics.problems.add("", fault, TOO_LONG, fatal=True)
 

@@ -159,11 +159,11 @@ class PictureChatLM(CausalLM):
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``; tokens that are not learned stand for as many units of pictures as any batch
-        has, and for pictures as large as any."""
+        has, and for pictures as large as any. Those that keep their shapes are always made up: of another batch with
+        fewer, more may be computed together."""
         alike, token, tokens = super().enlarged(examples, most), self.reader.token_id, self.reader.tokens
-        counts, sizes = self.picture_counts(alike).T
-        is_same = [*map(id, alike)] == [*map(id, examples)]
-        if is_same and counts.sum() >= most.pictures and sizes.max() >= most.largest_picture:
+        is_same = [*map(id, alike)] == [*map(id, examples)] and not self.reader.keeps_shape
+        if is_same and self.picture_counts(alike)[:, 0].sum() >= most.pictures:
             return alike
         left, found = most.pictures, []
         for example in alike:

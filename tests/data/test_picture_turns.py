@@ -117,6 +117,16 @@ def test_a_picture_that_is_too_narrow_for_the_model_is_named(folders, tmp_path):
         data.problems.raise_if_any()
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"), [("qwen3_vl", "set data.resolution to show less of large pictures, or set data.over"),
+                       ("llava", "raise data.max_tokens, or set data.overflow to drop$")]
+)  # fmt: skip
+def test_rows_with_pictures_that_are_too_long_are_named_with_what_can_be_done(folders, pictures, name, cure):
+    data = read(folders[name], [{"messages": chat(parts("1.png", "what"))}], pictures, max_tokens=12)
+    with pytest.raises(DataError, match=rf"1 of 1 rows are longer than data.max_tokens 12; .*{cure}"):
+        data.problems.raise_if_any()
+
+
 def test_rows_of_every_form_give_one_chat(folders, pictures):
     encoded = base64.b64encode((pictures / "0.png").read_bytes()).decode()
     url = {"url": f"data:image/png;base64,{encoded}"}

@@ -276,6 +276,8 @@ def test_a_made_up_batch_has_pictures_that_need_as_much_as_any(folders):
     for largest, grids in ((6, ((1, 1024), (1, 976))), (1500, ((1, 1500), (1, 500)))):
         batch = work.collate(work.enlarged(long, Extent(3000, 1, 3000, 9, 2000, largest)))
         assert batch.grids == grids and batch.pixels.shape == (2000, 4, 3 * 2 * 8 * 8)
+    same = Extent(sum(len(row.token_ids) for row in rows), 3, max(len(row.token_ids) for row in rows), 18, 16, 6)
+    assert work.collate(work.enlarged(rows, same)).grids == ((1, 16),)
     assert work.full_pack(5000, packing=False).grids == ((1, 5000),)
     smaller = replace(work, reader=replace(work.reader, longest_edge=640))
     assert smaller.full_pack(5000, packing=False).grids == ((1, 1600),) * 3 + ((1, 200),)
