@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError
-from qlora_lite.models.anatomy import device_of
 from qlora_lite.quant.linear import frozen_weight
 
 from .lora.inject import linear_layers
@@ -129,7 +128,7 @@ class PrefixTuning(AdapterMethod):
         part = virtual_tokens(model)
         assert part is not None and part.first is not None
         try:
-            model.eval().base_model(input_ids=part.first[None].to(device_of(model)), use_cache=False)
+            model.eval().base_model(input_ids=part.first[None].to(_device(model)), use_cache=False)
         finally:
             model.train(was_training)
             for handle in handles:
@@ -222,6 +221,11 @@ def _head_size(model: nn.Module) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Return where a model computes, wherever its weights wait."""
+    return next(model.base_model.rotary_emb.buffers()).device
+
+
 def _rotated(model: nn.Module, keys: torch.Tensor, back: bool = False) -> torch.Tensor:
     """Return keys [k, F] as their positions rotate them, or turned back."""
     k, heads = len(keys), keys.view(len(keys), -1, _head_size(model))
@@ -236,6 +240,6 @@ def _rotated(model: nn.Module, keys: torch.Tensor, back: bool = False) -> torch.
 
 def _by_layer(model: nn.Module, paths: Sequence[str], tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield paths with their keys, turned back, or values, of a file's tensor."""
-    tensor = tensor.float().to(next(model.base_model.rotary_emb.buffers()).device)
+    tensor = tensor.float().to(_device(model))
     for path, part in zip(paths, tensor.chunk(len(paths), dim=1), strict=True):
         yield path, _rotated(model, part, back=True) if path.endswith(_KEY) else part

@@ -47,7 +47,7 @@ def test_smollm2_answers_with_the_template_from_its_gguf_file(first):
 def test_rounding_to_16_bits_is_not_taken_for_rows_that_see_each_other(monkeypatch):
     model = load_model(DEMO_MODEL)
     use_row_attention(model)
-    seeds = range(8)  # of some tokens rounding alone gives 9 %
+    seeds = 0, 1  # rounding alone gives 1.7 % and 9 %
     assert all(logits_error(model, seed) <= 0.05 for seed in seeds)
 
     def as_one_row(batch, device):

@@ -155,6 +155,6 @@ def test_scores_that_exceed_float16_before_they_are_scaled_are_no_fault_of_the_m
     for block in model.model.layers:
         for layer in (block.self_attn.q_proj, block.self_attn.k_proj):
             layer.bias.data.fill_(90.0)  # 16 x 90 x 90 is more than 65,504, and a quarter of it is not
-    assert math.isfinite(text_guards._logits_error(model))
+    assert math.isfinite(text_guards.logits_error(model))
     model.set_attn_implementation("eager")
     assert not model(torch.arange(5)[None]).logits.isfinite().all()
