@@ -72,9 +72,8 @@ class Session:
         self.attached = []
 
     def take_back(self) -> None:
-        """Forget what the user said last, but for its pictures, which the next message is about."""
+        """Forget what the user said last, with its pictures: they may be why it could not be answered."""
         count = self.turns.pop().content.count(MARK)
-        self.attached = self.pictures[len(self.pictures) - count :]
         del self.pictures[len(self.pictures) - count :]
 
     def begin_again(self) -> None:

@@ -13,7 +13,7 @@ from tiny_runs import make_run, tiny_run
 from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.errors import DataError, ModelError, RecipeError
-from qlora_lite.inference.chat import open_session
+from qlora_lite.inference.chat import Session, open_session
 from qlora_lite.inference.compare import compare_runs, write_comparison
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.multi_adapter import open_tasks
@@ -273,3 +273,15 @@ def test_a_comparison_needs_evaluation_rows(tmp_path):
     run = tiny_run(tmp_path, overrides=["data.eval=null", "train.metrics_examples=0"])
     with pytest.raises(RecipeError, match=r"run has no data\.eval"):
         compare_runs([run])
+
+
+def test_a_message_that_is_taken_back_takes_its_pictures_with_it_and_no_others():
+    session = Session(None, None, 1, None)
+    for text, pictures in (("first", ["a.png"]), ("second", ["b.png", "c.png"])):
+        session.attached = list(pictures)
+        session.say(text)
+    session.take_back()
+    assert [turn.content[1:] for turn in session.turns] == ["first"]
+    assert session.pictures == ["a.png"] and session.attached == []
+    session.begin_again()
+    assert session.turns == session.pictures == []

@@ -7,7 +7,8 @@ a line of bounded length, so a burst of them cannot fill the memory.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,10 +60,11 @@ class Engine:
             ApiError: there is no such model, the conversation does not fit, or too many wait.
         """
         with TemporaryDirectory() as folder:
-            async for piece in self._pieces(request, self._prompt(request, Path(folder))):
-                yield piece
+            async with aclosing(self._pieces(request, self._prompt(request, Path(folder)))) as pieces:
+                async for piece in pieces:
+                    yield piece
 
-    async def _pieces(self, request: ChatRequest, prompt: str | Shown) -> AsyncIterator[Piece]:
+    async def _pieces(self, request: ChatRequest, prompt: str | Shown) -> AsyncGenerator[Piece, None]:
         await self._take_turn()
         loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
