@@ -101,8 +101,10 @@ def _of_sole_gradient() -> tuple[int, int, int] | None:
     """Return the references to a gradient that nobody else holds, where the engine adds another one to it.
 
     The engine then adds in place (``can_accumulate_inplace`` in torch's input_buffer.cpp), but not while a mode is
-    active, as a ledger is.
+    active, as a ledger is. None where torch does not tell.
     """
+    if not hasattr(torch.Tensor, "_use_count"):
+        return None
     with torch.enable_grad(), _Watch() as watch:
         x = torch.ones(1, device="meta", requires_grad=True) * 1
         (x.sin() * x.cos()).sum().backward()
@@ -188,7 +190,7 @@ class Ledger(TorchDispatchMode):
 
     def follow(self, func, args: tuple, kwargs: dict):
         """Run an operator, count what it gives and does, and return its result."""
-        if func is _ADD and not torch.is_grad_enabled() and _references(args[0]) == self._sole:
+        if func is _ADD and self._sole and not torch.is_grad_enabled() and _references(args[0]) == self._sole:
             self._hand_on(args[0])
         result = self._run(func, args, kwargs)
         if self._work is not None:

@@ -3,11 +3,9 @@
     y = x * rstd * weight,      rstd = 1 / sqrt(mean(x^2) + eps)
 
 The formula saves x in float32 several times; the kernel saves x as it is, and rstd. Source: rms_norm in torch's
-layer_norm.cpp, which calls ``_fused_rms_norm`` (torch 2.9 and later), and what that allocates on a simulated GPU
+layer_norm.cpp, which calls ``_fused_rms_norm`` where torch has it, and what that allocates on a simulated GPU
 (``tools/check/denoisers``).
 """
-
-import math
 
 import torch
 
@@ -36,6 +34,6 @@ class _PlannedNorm(torch.autograd.Function):
 def planned_rms_norm(x, normalized_shape, weight=None, eps=None) -> torch.Tensor:
     """Return what ``torch.rms_norm`` does of a plan's tensors, with the memory that a GPU takes for it."""
     fits = weight is None or weight.dtype == x.dtype
-    if not (_HAS_KERNEL and x.is_meta and on_gpu(x) and fits and math.prod(normalized_shape)):
+    if not (_HAS_KERNEL and x.is_meta and on_gpu(x) and fits):
         return torch.rms_norm(x, normalized_shape, weight, eps)
     return _PlannedNorm.apply(x, weight, len(normalized_shape))

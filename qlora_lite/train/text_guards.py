@@ -36,9 +36,9 @@ BAD_FILES = "the model's files are damaged, or it was trained or merged badly: t
 # Relative L2 error of logits, above which more than rounding may be at work. Rounding mostly gives a few steps of the
 # type (1.2e-7 in float32, 0.8 % in bf16); a head scaled 1.1 times gives 10 %, and rows that see each other far more.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
-# But for some tokens rounding alone gives 9 % in bf16 (SmolLM2, Gemma 3 270M). How much it is shows where transformers
-# attends in its two ways: in the median token, exact rows differ by up to twice that, rows that see each other by nine
-# times and more (tests/models/test_demo_models.py).
+# But for some tokens rounding alone gives more in bf16: 9 % of SmolLM2 (tests/models/test_demo_models.py). How much it
+# is shows where transformers attends in its two ways, in the median token: exact rows differ about as much, rows that
+# see each other several times as much.
 MOST_ROUNDINGS = 4
 
 
