@@ -295,29 +295,35 @@ def test_the_ways_of_bottleneck_adapters_are_measured_with_what_they_add(way, tm
 
 def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkeypatch, tmp_path):
     starts, asked, written = tool("starts"), [], {}
-    best = {"plain": 1.2e-3, "LoftQ": 6e-4, "PiSSA": 2e-4, "OLoRA": 2.4e-3, "16 bit": 2.4e-3}
+    best = {"plain": 1.2e-3, "LoftQ": 6e-4, "PiSSA": 3e-4, "OLoRA": 2.4e-3, "16 bit": 2.4e-3, "QERA": 3e-4, "EVA": 6e-4}
 
     def sweep(_runs, name, model, task, train, axes):
-        asked.append((model, train["max_steps"], axes["start"]))
+        asked.append((model, train["max_steps"], axes["start"], axes["train.seed"]))
         for choice, settings in axes["start"].items():
             rate = settings["train.learning_rate"]
             loss = 1 + abs(rate - best[choice.partition(", ")[0]])
-            yield {"choice": {"start": choice}, "status": "complete", "runs": [{}] * 3,
+            yield {"choice": {"start": choice}, "status": "complete", "runs": [{}] * len(axes["train.seed"]),
                    "mean": {"eval_loss_before": 1.5, "eval_loss_after": loss},
                    "standard_deviation": {"eval_loss_after": 0.01}}  # fmt: skip
 
-    monkeypatch.setattr(starts, "sweep", sweep)
+    monkeypatch.setattr(starts, "sweep", lambda *given: list(sweep(*given)))
     monkeypatch.setattr(starts, "write_rows", lambda *_: None)
+    monkeypatch.setattr(starts, "earlier", lambda *_: {})
     monkeypatch.setattr(starts, "write_result", lambda name, result: written.update({name: result}))
     monkeypatch.setattr(sys, "argv", ["starts", str(tmp_path), "--runs", str(tmp_path), "--model", "smollm2-135m"])
     starts.main()
-    assert [(model, steps) for model, steps, _ in asked] == [("smollm2-135m", steps) for steps in (40, 200, 1000)]
-    first, longer = asked[0][2], asked[1][2]
-    assert len(first) == 20 and asked[2][2] == longer and longer["LoftQ, 0.0006"]["lora.start"] == "loftq"
-    assert set(longer) == {"plain, 0.0006", "plain, 0.0012", "LoftQ, 0.0002", "LoftQ, 0.0006", "PiSSA, 0.0002",
-                           "OLoRA, 0.0012", "OLoRA, 0.0024", "16 bit, 0.0012", "16 bit, 0.0024"}  # fmt: skip
+    assert [(each[:2], each[3]) for each in asked] == [
+        (("smollm2-135m", steps), seeds) for steps in (40, 200, 1000) for seeds in ([0], [0, 1, 2])
+    ]
+    first, at_best, longer = (each[2] for each in asked[:3])
+    assert len(first) == 28 and set(at_best) == {f"{name}, {rate:g}" for name, rate in best.items()}
+    assert asked[4][2] == longer and longer["LoftQ, 0.0006"]["lora.start"] == "loftq"
+    assert set(longer) == {
+        "plain, 0.0006", "plain, 0.0012", "LoftQ, 0.0003", "LoftQ, 0.0006", "PiSSA, 0.0003", "QERA, 0.0003",
+        "EVA, 0.0003", "EVA, 0.0006", "OLoRA, 0.0012", "OLoRA, 0.0024", "16 bit, 0.0012", "16 bit, 0.0024",
+    }  # fmt: skip
     lines = TABLES["starts"][1](written["starts"])
-    assert len(lines) == 2 + 15
+    assert len(lines) == 2 + 21
     assert "| SmolLM2-135M | 1,000 | LoftQ | 1.5000 | 1.0000 ± 0.0100 | 0.0006 |" in lines
 
 

@@ -18,7 +18,7 @@ from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.ops.own_blocks import OwnBlocks
-from qlora_lite.quant.linear import is_conv1d, stands_for_conv1d
+from qlora_lite.quant.linear import QuantLinear, is_conv1d, stands_for_conv1d
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
@@ -38,8 +38,9 @@ from .lora.inject import (
     require_model,
 )
 from .lora.layer import LoraLinear, LoraWeights
+from .lora.qera import QERA
 from .lora.shared import forget_begun
-from .lora.start import First, Start, base_of, first_sum_of, take_first
+from .lora.start import First, Start, base_of, first_sum_of, take_first, write_first
 from .method import AdapterMethod
 from .parts import (
     EMBEDDINGS,
@@ -128,9 +129,17 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
         **({"use_dora": True} if _is_dora(layers) else {}),
         "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in linear.values()),
         **_trained_beside(model, linear),
-        **({"init_lora_weights": f"{base_of(model)}:{first_sum_of(model)}"} if base_of(model) else {}),
+        **({"init_lora_weights": start} if (start := _start(model, linear)) else {}),
         "inference_mode": True,
     }
+
+
+def _start(model: nn.Module, layers: Mapping[str, LoraLinear]) -> str:
+    """Return what peft refuses to load, where LoRA weights fit no model but the one that they began with."""
+    if model in _corrected:
+        quantized = next(layer.base for layer in layers.values() if isinstance(layer.base, QuantLinear))
+        return f"{QERA}:{quantized.quant_type}"
+    return f"{base_of(model)}:{first_sum_of(model)}" if base_of(model) else ""
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -291,8 +300,8 @@ class Lora(AdapterMethod):
 
     def does_nothing(self, model: nn.Module) -> bool:
         """Return whether every B is still as it began; False where no layer has one."""
-        if self.split:
-            return _begun.get(model) == _sums_of_b(model)
+        if model in _begun:
+            return _begun[model] == _sums_of_b(model)
         return bool(self.targets) and not any(layer.lora_B.any() for _, layer in lora_layers(model))
 
     def layer_kinds(
@@ -307,10 +316,18 @@ class Lora(AdapterMethod):
 
 
 _begun: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # ``_sums_of_b`` by model, of a start
+_corrected: WeakKeyDictionary[nn.Module, First] = WeakKeyDictionary()  # by model, what is written beside its adapter
 
 
-def begin_at(model: nn.Module, first: First) -> None:
-    """Copy what LoRA weights begin as into those of a model; DoRA's magnitudes are the norms with them."""
+def begin_at(model: nn.Module, first: First, corrects: bool = False) -> None:
+    """Copy what LoRA weights begin as into those of a model; DoRA's magnitudes are the norms with them.
+
+    Args:
+        corrects: they make up for the error of the model's 4-bit weights, so that its adapter is for these alone; for
+            the model's 16-bit files they are written beside it.
+    """
+    if corrects:
+        _corrected[model] = first
     with torch.no_grad():
         for path, (lora_a, lora_b) in first.items():
             layer = model.get_submodule(path)
@@ -345,7 +362,8 @@ def save_adapter(
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
     with_head = _model_config(model) if is_headed(model) else None
-    write_adapter(Path(folder), tensors, method.config(model, str(base_model)), tokenizer, with_head)
+    config, first = method.config(model, str(base_model)), _corrected.get(model)
+    write_adapter(Path(folder), tensors, config, tokenizer, with_head, first)
     return sha256(Path(folder) / WEIGHTS_NAME)
 
 
@@ -357,7 +375,8 @@ def _model_config(model: nn.Module) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None, model_config: str | None = None
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None, model_config: str | None = None,
+    began_as: First | None = None,
 ) -> None:  # fmt: skip
     """Write an adapter folder in one step; one that is there is replaced, if it holds nothing else.
 
@@ -366,6 +385,7 @@ def write_adapter(
         config: content of ``adapter_config.json``.
         tokenizer: written beside with its chat template, if given.
         model_config: of a model with a head, as JSON: transformers takes the number and names of labels from it.
+        began_as: what the LoRA weights were at first, see ``begin_at``.
 
     Raises:
         OutputError: the folder cannot be written, or holds something else than an adapter.
@@ -384,6 +404,8 @@ def write_adapter(
             (new / MODEL_CONFIG_NAME).write_text(model_config, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        if began_as is not None:
+            write_first(new, began_as)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, merge_aware: str = OFF) -> nn.Module:

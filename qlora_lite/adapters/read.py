@@ -29,13 +29,14 @@ from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, expert_weights
-from qlora_lite.quant.linear import frozen_weight
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.packed import PackedWeight
 
 from .checkpoint_names import outside
 from .lora.inject import linear_layers
 from .lora.layer import lora_scale
+from .lora.qera import QERA
 from .lora.start import base_of, first_sum_of
 from .parts import TOKEN_ROWS, head_parameters, is_tied, projector_paths, tables_of
 from .saved import METHODS, Saved, checked, read_method
@@ -49,8 +50,9 @@ REFUSED_KEYS = (
     "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What ``lora.start.base_of`` and ``first_sum_of`` say of a base, which peft refuses; earlier versions wrote no sum
-_OWN_BASE = re.compile(r"((?:loftq|pissa|olora):[0-9a-f]{16})(?::([0-9a-f]{16})?)?")
+# What ``lora.start.base_of`` and ``first_sum_of`` say of a base, which peft refuses; earlier versions wrote no sum.
+# Of qera it is the model's own 4-bit weights.
+_OWN_BASE = re.compile(r"((?:loftq|pissa|olora):[0-9a-f]{16}|qera:(?:nf4|fp4))(?::([0-9a-f]{16})?)?")
 # Of processor time, for all patterns of an adapter file on all paths: far more than honest ones take.
 MATCH_SECONDS = 1.0
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -157,7 +159,7 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise ModelError(f"{path} is not an ordinary file")
     config = _read_config(folder)
-    _require_base(base_of(model), config, folder)
+    _require_base(model, config, folder)
     warn_of_other_split(folder, first_sum_of(model))
     if config["peft_type"] in METHODS:
         method = read_method(config, folder / CONFIG_NAME)
@@ -188,14 +190,31 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     return Adapter(factors, config.get("lora_dropout", 0.0), weights, tokens)
 
 
-def _require_base(base: str | None, config: dict, folder: Path) -> None:
-    """Check that an adapter is of a base whose weights were split as the model's were, or not at all."""
-    own, _ = _own_base(config)
-    if own != base:
+def _require_base(model: nn.Module, config: dict, folder: Path) -> None:
+    """Check that an adapter is of a base whose weights were split as the model's were, or not at all; of qera, that the
+    model is in the 4 bits whose error the adapter makes up for."""
+    (own, _), base = _own_base(config), base_of(model)
+    if own and own.startswith(QERA):
+        types = {layer.quant_type for layer in linear_layers(model).values() if isinstance(layer, QuantLinear)}
+        if types != {quant := own.removeprefix(f"{QERA}:")} or base:
+            raise ModelError(f"the adapter {folder} began with lora.start qera, for the model in {quant.upper()}, and "
+                             f"this is not it: set model.quant to {quant}, or use `qlora-lite export --to peft`, "
+                             "whose adapter is for the model's 16-bit files")  # fmt: skip
+    elif own != base:
         made, here = (f"the base {name} of lora.start" if name else "the model as its files have it"
                       for name in (own, base))  # fmt: skip
         raise ModelError(f"the adapter {folder} belongs to {made}, and this is {here}: use the folder of the run that "
                          "trained it, or `qlora-lite export --to peft`, which fits the model's files")  # fmt: skip
+
+
+def begins_with_qera(folder: str | Path) -> bool:
+    """Return whether an adapter began as what makes up for the error of 4 bits, see ``adapters.lora.qera``.
+
+    Raises:
+        ModelError: the configuration is broken, or of what this package cannot compute.
+    """
+    own, _ = _own_base(_read_config(Path(folder)))
+    return own is not None and own.startswith(QERA)
 
 
 def _own_base(config: dict) -> tuple[str | None, str | None]:

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.files import MODEL_CONFIG_NAME
-from qlora_lite.adapters.lora.start import first_sum_of, sum_of
+from qlora_lite.adapters.lora.qera import QERA
+from qlora_lite.adapters.lora.start import FIRST_NAME, First, first_sum_of, load_first, sum_of
 from qlora_lite.adapters.read import Adapter as ReadAdapter
-from qlora_lite.adapters.read import named_base, read_adapter, trained_tokens, warn_of_other_split
+from qlora_lite.adapters.read import begins_with_qera, named_base, read_adapter, trained_tokens, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.data.problems import Problems
 from qlora_lite.data.render import end_of_answers, for_pictures
@@ -227,15 +228,26 @@ class TrainedRun:
         Args:
             adapter: the run's.
         """
-        if (start := start_of(self.recipe)) is None:
+        if self.adapter and begins_with_qera(self.adapter):
+            first = _first_beside(self.adapter, adapter)
+        elif start := start_of(self.recipe):
+            m = self.recipe.model
+            first = first_lora_weights(self.files, start, m.quant, m.double_quant, self.compute_dtype, m.keep_16bit)
+            if self.adapter:
+                warn_of_other_split(self.adapter, sum_of(first))
+        else:
             return adapter
-        m = self.recipe.model
-        first = first_lora_weights(self.files, start, m.quant, m.double_quant, self.compute_dtype, m.keep_16bit)
-        if self.adapter:
-            warn_of_other_split(self.adapter, sum_of(first))
         own = adapter.layers.items()
         layers = {path: factors.without(*first[path]) if path in first else factors for path, factors in own}
         return replace(adapter, layers=layers)
+
+    @property
+    def start(self) -> str | None:
+        """The ``lora.start`` whose LoRA weights fit no model but the one that they began with; None of another."""
+        if self.adapter and begins_with_qera(self.adapter):
+            return QERA
+        start = start_of(self.recipe)
+        return start.kind if start else None
 
     def build_base(self) -> nn.Module:
         """Load the base model as the run saw it, without LoRA layers, its weights on the device as far as they fit."""
@@ -511,3 +523,13 @@ def _check_base(summary: dict, found: str, files: ModelFiles, folder: Path, wher
             f"{folder} was trained on {summary.get('model')} with fingerprint {recorded}; {files.name} has fingerprint "
             f"{found} and is another model: give the right one with {where}"
         )
+
+
+def _first_beside(folder: Path, adapter: ReadAdapter) -> First:
+    """Read what the LoRA weights of an adapter began as from the file beside it."""
+    first = load_first(folder)
+    for path, (lora_a, lora_b) in first.items():
+        factors = adapter.layers.get(path)
+        if factors is None or (lora_a.shape, lora_b.shape) != (factors.lora_A.shape, factors.lora_B.shape):
+            raise ModelError(f"{folder / FIRST_NAME} does not fit the adapter beside it: {path}")
+    return first

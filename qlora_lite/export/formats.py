@@ -27,7 +27,7 @@ from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
-from qlora_lite.prepare.build import build_to_use, start_of, without_start
+from qlora_lite.prepare.build import build_to_use, without_start
 from qlora_lite.quant.merging import OFF
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
@@ -116,7 +116,7 @@ def export_run(
 
 def _for_files(job: _Job) -> tuple[_Job, list[str]]:
     """Return a job whose adapter fits the model as its files have it, for programs that load that, and notes."""
-    trained, start = job.trained, start_of(job.trained.recipe)
+    trained, start = job.trained, job.trained.start
     if job.settings.to in ("gguf", "ollama"):
         return job, []
     if (aware := job.adapter.merge_aware) != OFF:
@@ -132,7 +132,7 @@ def _for_files(job: _Job) -> tuple[_Job, list[str]]:
     fitted = replace(trained, recipe=plain)
     job = replace(job, trained=fitted, skeleton=fitted.skeleton(), adapter=adapter)
     distance = distance_of(logits_of(attach_adapter(_base(job), adapter)), own)
-    return job, [f"the run began with lora.start {start.kind}: this adapter, of twice the rank, is for the model's "
+    return job, [f"the run began with lora.start {start}: this adapter, of twice the rank, is for the model's "
                  f"16-bit files, where its logits are {distance:.1e} of their size from those of the run"]  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         return {"distance": check_model(own, logits, what, LIMITS[kind]), "dtype": kind, "notes": notes}
     if is_large:
         notes.append("the file was read back block by block, by this package's own reader: it is large for others")
-    if is_large or start_of(trained.recipe):  # in float32 another base would be split for it
+    if is_large or trained.start:  # in float32 another base would be split for it
         change = change_of(_streamed_base(merged, config, _in_float32), merged.adapter)
     else:
         change = _merged_change(job, merged)

@@ -212,11 +212,11 @@ def load_model(
                         path, stored[0], str(stored[1]).lower())  # fmt: skip
         quant, double_quant = stored
     if quant == KEEP:
-        refuse_stored(start, (KEEP, False))
+        refuse_stored(start and start.kind, (KEEP, False))
         model = _load_kept(files, part, compute_dtype, device, in_files)
     elif stored is not None:
         _refuse_stored_experts(path, part)
-        refuse_stored(start, stored)
+        refuse_stored(start and start.kind, stored)
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
@@ -233,15 +233,15 @@ def load_model(
     return adopt(set_checkpoint_name(model, part.outside))
 
 
-def refuse_stored(start: Start | None, stored: tuple[str, bool] | None) -> None:
-    """Refuse to split weights that are in 4 bit in their files: what was lost is not there.
+def refuse_stored(start: str | None, stored: tuple[str, bool] | None) -> None:
+    """Refuse a start that needs 16-bit weights where they are in 4 bit in their files: what was lost is not there.
 
     Raises:
         ModelError: they are.
     """
     if start and stored:
         what = "packed" if stored[0] == KEEP else f"in {stored[0]}"
-        raise ModelError(f"lora.start {start.kind} needs the 16-bit weights, and the model's files have them {what}: "
+        raise ModelError(f"lora.start {start} needs the 16-bit weights, and the model's files have them {what}: "
                          "name its 16-bit files in model.path, or set lora.start to kaiming")  # fmt: skip
 
 

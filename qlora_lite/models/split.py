@@ -6,21 +6,16 @@ they leave of the files' weights.
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from qlora_lite.adapters.lora.start import First, Start, without_update
+from qlora_lite.adapters.lora.start import First, Start, load_first, without_update, write_first
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
 from qlora_lite.quant.linear import is_conv1d
-from qlora_lite.quant.tensor_file import write_tensors
 
 from .cache import check_sums, write_sums
 from .quantizer import InFiles
-
-FIRST_NAME = "first_lora_weights.safetensors"
 
 
 def split_in_place(
@@ -52,13 +47,6 @@ def split_in_place(
     return found
 
 
-def write_first(folder: Path, first: First) -> None:
-    """Write what LoRA weights begin as into a folder."""
-    named = {f"{path}.{leaf}": tensor.contiguous() for path, pair in first.items()
-             for leaf, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}  # fmt: skip
-    write_tensors(folder / FIRST_NAME, named)
-
-
 def save_first(folder: Path, first: First) -> None:
     """Write a folder of the cache that holds what LoRA weights begin as, and nothing else.
 
@@ -74,8 +62,6 @@ def read_first(folder: Path) -> First | None:
     """Read what a model's LoRA weights begin as from a folder of the cache; None if it is not there whole."""
     try:
         check_sums(folder)
-        tensors = load_file(folder / FIRST_NAME)
-    except (ModelError, OSError, SafetensorError):
+        return load_first(folder)
+    except ModelError:
         return None
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    return {path: (tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}

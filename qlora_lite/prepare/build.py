@@ -17,6 +17,7 @@ from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.eva import EVA, chosen_layers
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
+from qlora_lite.adapters.lora.qera import QERA
 from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, First, Start, set_base, take_first
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
@@ -141,7 +142,7 @@ def build_model(
     Args:
         options: which of its weights stay in host memory, on a disk or on other ranks.
         adapter: see ``add_adapter``.
-        first: what the LoRA weights begin as, of lora.start eva.
+        first: what the LoRA weights begin as, of lora.start eva and qera.
         ranks: among which weights are divided.
     """
     m = recipe.model
@@ -160,7 +161,7 @@ def build_model(
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if first:
-        begin_at(model, first)
+        begin_at(model, first, corrects=recipe.lora.start == QERA)
     if not options.places_weights:
         return model
     in_files = not is_converted(config_of(recipe), m.quant, dtype)
@@ -205,7 +206,7 @@ def tokens_of(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 def start_of(recipe: Recipe) -> Start | None:
     """Return what splits a recipe's weights between base and LoRA weights; None if nothing does."""
     x = recipe.lora
-    if x.start in (KAIMING, EVA) or (x.start == LOFTQ and not x.start_alternations):
+    if x.start in (KAIMING, EVA, QERA) or (x.start == LOFTQ and not x.start_alternations):
         return None
     return Start(
         x.start, x.start_alternations, targets_of(recipe), x.rank, x.alpha, x.rslora, getattr(torch, x.dtype),
@@ -356,7 +357,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
         return job(denoiser_of(recipe, method_of(recipe), dtype))
     quant, double_quant = quantization_of(recipe, config.to_dict())
-    refuse_stored(start_of(recipe), stored_quantization(config.to_dict()))
+    if recipe.lora.start not in (KAIMING, EVA):
+        refuse_stored(recipe.lora.start, stored_quantization(config.to_dict()))
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
@@ -370,8 +372,9 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     check_kept(config, m.keep_16bit, m.path)
-    if recipe.lora.start == EVA:
-        chosen_layers(without_weights(config), targets_of(recipe), recipe.lora.rank, recipe.lora.alpha)
+    if recipe.lora.start in (EVA, QERA):
+        x = recipe.lora
+        chosen_layers(without_weights(config), targets_of(recipe), x.rank, x.alpha, x.start)
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
     return job(workload_of(recipe, spec))

@@ -350,14 +350,15 @@ def _other_methods(value: _Value) -> _Found:
 
 
 def _start(value: _Value) -> _Found:
-    if value("lora", "start") == "loftq" and value("model", "quant") == "none":
-        message = "lora.start = loftq: begins with the error of 4 bits, and model.quant none has none"
+    start, quant = value("lora", "start"), value("model", "quant")
+    if start in ("loftq", "qera") and quant == "none":
+        message = f"lora.start = {start}: begins with the error of 4 bits, and model.quant none has none"
         yield ("lora", "start"), f"{message}; write pissa, or remove one of the two"
-    if value("lora", "start") == "eva" and value("lora", "init_from") is not None:
-        message = "lora.start = eva: lora.init_from has LoRA weights, with ranks of their own"
+    if start in ("eva", "qera") and value("lora", "init_from") is not None:
+        message = f"lora.start = {start}: lora.init_from has LoRA weights to begin with"
         yield ("lora", "start"), f"{message}; remove one of the two"
-    if value("lora", "start") not in (None, "kaiming", "eva") and value("model", "quant") == "keep":
-        message = f"lora.start = {written(value('lora', 'start'))}: splits 16-bit weights, and quant keep has none"
+    if start not in (None, "kaiming", "eva") and quant == "keep":
+        message = f"lora.start = {written(start)}: needs 16-bit weights, and quant keep has none"
         yield ("lora", "start"), f"{message}; remove one of the two"
     usual = None, Lora.model_fields["start_alternations"].default
     if value("lora", "start") != "loftq" and value("lora", "start_alternations") not in usual:

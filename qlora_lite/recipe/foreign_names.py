@@ -267,7 +267,7 @@ _NOT_OFFERED = {
     "remove it; models are quantised to NF4 or FP4 here, and those that are published packed keep their codes":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
     "remove it; LoRA weights have no bias": "lora_bias",
-    "remove it; lora.start is kaiming, loftq, pissa, olora or eva, and lora.init_from starts from an adapter":
+    "remove it; lora.start is kaiming, qera, loftq, pissa, olora or eva, and lora.init_from starts from an adapter":
         "init init_lora_weights peft_init_lora_weights pissa pissa_* use_pissa loftq loftq_config use_loftq "
         "olora eva_config corda_config init_weights",
     "remove it; the model's own configuration is used":

@@ -259,13 +259,13 @@ class Lora(_Section):
     section; its weights are rounded to lora.dtype. null starts with new LoRA weights, which leave the model's outputs
     as they are."""
 
-    start: Literal["kaiming", "loftq", "pissa", "olora", "eva"] = "kaiming"
-    """What new LoRA weights begin as. kaiming leaves the model's outputs as they are. loftq begins with the error of 4
-    bits, so that the first step is nearer to the 16-bit model; pissa with the largest singular vectors of each weight,
-    and olora with its first orthonormal columns, and the base becomes what is left: of a model with 16-bit files. eva
-    runs the model on some training rows first; A begins with the directions in which a layer's inputs vary most, and
-    layers of many such directions are given the rank of others. All four are for linear layers (qlora-lite explain
-    start)."""
+    start: Literal["kaiming", "qera", "loftq", "pissa", "olora", "eva"] = "kaiming"
+    """What new LoRA weights begin as. kaiming leaves the model's outputs as they are. qera and eva run the model on
+    some training rows first: qera makes up for most of what 4 bits change in the outputs of layers on such rows; eva
+    begins A with the directions in which a layer's inputs vary most, and gives layers of many such directions the rank
+    of others. loftq begins with the error of the 4-bit weights, pissa with the largest singular vectors of each weight,
+    and olora with its first orthonormal columns, and the base becomes what is left. All but kaiming are for linear
+    layers, and all but kaiming and eva need 16-bit files (qlora-lite explain start)."""
     start_alternations: Count = 5
     """Of lora.start loftq, how often 4-bit weights and LoRA weights are fitted to each other; 0 is kaiming."""
 

@@ -30,7 +30,7 @@ from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
-from qlora_lite.prepare.eva import first_of, ranks_of, with_ranks
+from qlora_lite.prepare.first_weights import FROM_ROWS, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.latents import encode, named_classes
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
@@ -82,8 +82,8 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     first_adapter = adapter_to_begin_with(recipe)
     if first_adapter:
         with_labels_of(first_adapter, recipe)
-    first = first_of(recipe, data.examples) if recipe.lora.start == EVA else None
-    if first:
+    first = first_of(recipe, data.examples) if recipe.lora.start in FROM_ROWS else None
+    if first and recipe.lora.start == EVA:
         recipe = with_ranks(recipe, ranks_of(recipe, first))
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product

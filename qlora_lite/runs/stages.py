@@ -50,7 +50,7 @@ from qlora_lite.prepare.build import (
     workload_of,
 )
 from qlora_lite.prepare.datasets import build_stream, rows_to_plan
-from qlora_lite.prepare.eva import Ranks, first_of, ranks_of, with_ranks
+from qlora_lite.prepare.first_weights import FROM_ROWS, Ranks, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.latents import encode, named_classes
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
@@ -107,8 +107,8 @@ class Prepared:
     data: Preflight
     rows: Sequence[Example]  # whose largest micro-batch decides what fits
     first_adapter: Path | None  # whose weights training begins with
-    first: First | None  # what the LoRA weights begin as, of lora.start eva
-    ranks: Ranks | None  # of which each layer is then
+    first: First | None  # what the LoRA weights begin as, of lora.start eva and qera
+    ranks: Ranks | None  # of which each layer is, of eva
     identity: dict  # see ``Continuation.compare_identity``
     prompts: Mapping[str, Stored]  # of pictures that a denoiser draws, what was computed of each
 
@@ -222,9 +222,9 @@ def prepare(
     ranks: Ranks | None = None
     if recipe.lora.start == EVA and continuation:
         ranks = continuation.ranks
-    elif recipe.lora.start == EVA:
+    elif recipe.lora.start in FROM_ROWS:  # of qera also where training goes on: the adapter's folder will have them
         first = first_of(recipe, found.data.examples)
-        ranks = ranks_of(recipe, first)
+        ranks = ranks_of(recipe, first) if recipe.lora.start == EVA else None
     return Prepared(
         recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,
         first, ranks, identity, prompts,

@@ -522,10 +522,10 @@ class Training:
             return
         if not self.processes.is_first:
             return
-        digest = save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
+        save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
         if self.recipe.generates_pictures:
             save_for_diffusers(self.model, folder)
-        self.digests[DIGESTS[name]] = weights_sha256(folder) if self.recipe.generates_pictures else digest
+        self.digests[DIGESTS[name]] = weights_sha256(folder)
 
     def _save_model(self, folder: Path, collection: Collection | None) -> None:
         if isinstance(self.model, DenoiserModel):

@@ -22,7 +22,7 @@ from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare import eva
+from qlora_lite.prepare import first_weights as eva
 from qlora_lite.prepare.build import build_model, build_to_use
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.ranks import plan_run
@@ -139,8 +139,8 @@ def test_layers_with_ranks_and_alphas_of_their_own_keep_their_scales_and_the_sum
 
 def test_it_is_found_once_for_the_same_rows_and_anew_for_others(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
-    recipe, runs, own = recipe_of(tmp_path), [], eva._found
-    monkeypatch.setattr(eva, "_found", lambda *given: runs.append(1) or own(*given))
+    recipe, runs, own = recipe_of(tmp_path), [], eva._directions
+    monkeypatch.setattr(eva, "_directions", lambda *given: runs.append(1) or own(*given))
     monkeypatch.setattr(eva, "TOKENS", 150)
     examples = examples_of(recipe)
     first, again = eva.first_of(recipe, examples), eva.first_of(recipe, examples)
@@ -164,7 +164,7 @@ def test_the_plan_of_the_run_has_the_ranks_that_are_trained(tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "text"), [
-    (["lora.init_from=somewhere"], "lora.init_from has LoRA weights, with ranks of their own"),
+    (["lora.init_from=somewhere"], "lora.init_from has LoRA weights to begin with"),
     (["adapter.method=prompt", "train.learning_rate=0.1"], "lora.start: only with adapter.method lora or dora"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(overrides, text, tmp_path):

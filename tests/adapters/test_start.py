@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_lite.adapters.files import load_adapter, save_adapter
 from qlora_lite.adapters.lora import start as start_module
 from qlora_lite.adapters.lora.inject import lora_layers
-from qlora_lite.adapters.lora.start import Start, base_of, take_first
+from qlora_lite.adapters.lora.start import FIRST_NAME, Start, base_of, take_first
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, open_model, open_trained
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
@@ -30,7 +30,6 @@ from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
-from qlora_lite.models.split import FIRST_NAME
 from qlora_lite.models.weights import first_lora_weights
 from qlora_lite.prepare.build import (
     build_model,

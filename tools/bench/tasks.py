@@ -86,3 +86,14 @@ def sweep(
         (folder / f"{file}.yaml").write_text(json.dumps(values, indent=1), encoding="utf-8")  # JSON is YAML
     subprocess.run([sys.executable, "-m", "qlora_lite", "sweep", f"{name}.yaml"], cwd=folder, check=True)
     return json.loads((folder / "sweeps" / name / "sweep.json").read_text(encoding="utf-8"))["points"]
+
+
+def best_rates(points: list[dict], axis: str) -> set[str]:
+    """Return the choices whose learning rate gave the smallest loss of all that differ in it alone."""
+    best: dict[str, tuple[float, str]] = {}
+    for point in points:
+        if point["status"] == "complete":
+            choice = point["choice"][axis]
+            found = point["mean"]["eval_loss_after"], choice
+            best[choice.rpartition(", ")[0]] = min(found, best.get(choice.rpartition(", ")[0], found))
+    return {choice for _, choice in best.values()}

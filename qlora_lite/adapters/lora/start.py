@@ -26,22 +26,26 @@ arXiv 0909.4061, algorithm 4.4.
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.nf4 import Packed, dequantize, quantize
-from qlora_lite.quant.tensor_file import bit_sums
+from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
 from .inject import Target, choose_layers, in_blocks, linear_layers, matching, usually_adapted
 from .layer import lora_scale
 
 KAIMING, LOFTQ, PISSA, OLORA = "kaiming", "loftq", "pissa", "olora"
 STEPS = {LOFTQ: 1, PISSA: 4}  # of subspace iteration for a weight, of LoftQ for each alternation
+FIRST_NAME = "first_lora_weights.safetensors"
 First = dict[str, tuple[torch.Tensor, torch.Tensor]]  # A and B by the path of the layer
 
 
@@ -125,8 +129,8 @@ class Start:
             lora_b = torch.linalg.qr(weight[:, :found]).Q
             lora_a = lora_b.t() @ weight
         share = 1.0 if self.kind == OLORA else scale**0.5  # an orthonormal B stays so
-        lora_a = _padded(lora_a * (share / scale), rank, 0).to(self.dtype)
-        lora_b = _padded(lora_b / share, rank, 1).to(self.dtype)
+        lora_a = padded(lora_a * (share / scale), rank, 0).to(self.dtype)
+        lora_b = padded(lora_b / share, rank, 1).to(self.dtype)
         if packed is not None:
             return Started(lora_a, lora_b, packed)
         left = without_update(weight, lora_a, lora_b, scale)
@@ -194,6 +198,28 @@ def take_first(model: nn.Module) -> First:
     return base.first
 
 
+def write_first(folder: Path, first: First) -> None:
+    """Write what LoRA weights begin as into a folder."""
+    named = {f"{path}.{leaf}": tensor.contiguous() for path, pair in first.items()
+             for leaf, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}  # fmt: skip
+    write_tensors(folder / FIRST_NAME, named)
+
+
+def load_first(folder: Path) -> First:
+    """Read what LoRA weights begin as from a folder.
+
+    Raises:
+        ModelError: the file is not there, or damaged.
+    """
+    try:
+        tensors = load_file(folder / FIRST_NAME)
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+        return {path: (tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelError(f"{folder / FIRST_NAME} cannot be read, and what is not for the model in 4 bit needs it: "
+                         f"{error}; use the folder `adapter` of a run that has ended") from None  # fmt: skip
+
+
 def _random(weight: torch.Tensor, rank: int) -> torch.Tensor:
     """Return an orthonormal basis [in, rank], drawn in host memory and always the same."""
     drawn = torch.randn(weight.shape[1], rank, generator=torch.Generator().manual_seed(0))
@@ -219,7 +245,8 @@ def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, to
     return root[:, None] * (v @ right.t()), u * root
 
 
-def _padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+def padded(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Return a tensor of a size along a dimension, with zeros for what it lacks."""
     missing = [*tensor.shape]
     missing[dim] = size - tensor.shape[dim]
     return torch.cat([tensor, tensor.new_zeros(missing)], dim) if missing[dim] else tensor

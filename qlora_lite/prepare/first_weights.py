@@ -1,0 +1,202 @@
+"""Run a recipe's base model on some of its training rows for what LoRA weights begin as: ``lora.start: eva``, ``qera``.
+
+The model is loaded as for answers, within the budget, before the run is planned: so the plan knows each layer's rank,
+which eva finds. What is found is cached by the content of model, settings and those rows.
+"""
+
+import gc
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers.utils.logging import tqdm
+
+from qlora_lite.adapters.lora.eva import EVA, RATIO, Directions, chosen_layers, kept_scale, share_out
+from qlora_lite.adapters.lora.layer import lora_scale
+from qlora_lite.adapters.lora.qera import QERA, RandomSums, correction
+from qlora_lite.adapters.lora.start import First
+from qlora_lite.adapters.parts import train_tokens
+from qlora_lite.data.batch import plan_epoch
+from qlora_lite.data.storage import Example
+from qlora_lite.errors import OutputError
+from qlora_lite.memory.meter import set_memory_limit
+from qlora_lite.models.cache import cache_entry
+from qlora_lite.models.load import resolve_device
+from qlora_lite.models.locate import locate
+from qlora_lite.models.split import read_first, save_first
+from qlora_lite.models.weights import open_weights
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.quant.product import materialize
+from qlora_lite.recipe import schema
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.forward import hidden_states
+from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
+
+from .build import build_skeleton, build_to_use, compute_dtype_of, quantization_of, targets_of, tokens_of
+
+log = logging.getLogger("qlora_lite")
+Ranks = Mapping[str, tuple[int, float]]  # rank and alpha by path
+TOKENS = 8192  # that the model is run on, at least, where there are so many
+FROM_ROWS = EVA, QERA  # starts that are found so
+
+
+def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
+    """Return what the LoRA weights of a recipe's layers begin as, each of its own rank, from the cache if it is there.
+
+    Args:
+        examples: the training rows. Those of the first sequences of the first epoch are taken.
+
+    Raises:
+        ModelError: see ``chosen_layers`` and ``share_out``.
+        DoesNotFitError: memory ran out.
+    """
+    m, d, device = recipe.model, recipe.data, resolve_device(recipe.model.device)
+    own, start = _layers(recipe), recipe.lora.start
+    batches = _batches(examples, d.max_tokens, d.order, recipe.train.seed)
+    rows = hashlib.sha256(repr([each.token_ids.tolist() for batch in batches for each in batch]).encode())
+    files = locate(m.path, m.revision)
+    scales = {"scales": _scales(recipe)} if start == QERA else {}  # which the product of A and B is divided by
+    entry = cache_entry(
+        files, start=start, ranks={path: rank for path, (rank, _) in own.items()}, keep_16bit=m.keep_16bit,
+        quantization=quantization_of(recipe, files.config), dtype=str(compute_dtype_of(recipe, device)),
+        lora_dtype=recipe.lora.dtype, rows=rows.hexdigest(), **scales,
+    )  # fmt: skip
+    if (first := read_first(entry)) is not None:
+        return first
+    with explaining_memory("lower data.max_tokens, or set lora.start to kaiming"):
+        first = (_corrections if start == QERA else _directions)(recipe, own, batches)
+    gc.collect()  # the model
+    free_cached_memory(device)
+    set_memory_limit(device, None)  # loading may take more for a moment
+    try:
+        save_first(entry, first)
+    except OutputError as error:
+        log.warning("what the LoRA weights begin as is not cached: %s", error)
+    return first
+
+
+def ranks_of(recipe: Recipe, first: First) -> Ranks:
+    """Return rank and alpha by path of layers that begin so, each with the scale that it has in the recipe."""
+    before = _layers(recipe)
+    return {path: (len(lora_a), kept_scale(before[path][1], before[path][0], len(lora_a), recipe.lora.rslora))
+            for path, (lora_a, _) in first.items()}  # fmt: skip
+
+
+def with_ranks(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """Return a recipe whose LoRA weights are on some layers alone, each with a rank and an alpha of its own."""
+    targets = tuple(schema.Target(pattern=path, rank=rank, alpha=alpha) for path, (rank, alpha) in ranks.items())
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"targets": targets})})
+
+
+def _layers(recipe: Recipe) -> Ranks:
+    x = recipe.lora
+    return chosen_layers(build_skeleton(recipe), targets_of(recipe), x.rank, x.alpha, x.start)
+
+
+def _scales(recipe: Recipe) -> dict[str, float]:
+    return {path: lora_scale(alpha, rank, recipe.lora.rslora) for path, (rank, alpha) in _layers(recipe).items()}
+
+
+def _batches(examples: Sequence[Example], max_tokens: int, order: str, seed: int) -> list[list[Example]]:
+    """Return the rows of the first sequences of the first epoch."""
+    lengths, found, tokens = CausalLM().lengths(examples), [], 0
+    for rows in plan_epoch(lengths, max_tokens, True, 1, order, seed, 0):
+        if tokens >= TOKENS:
+            break
+        found.append([examples[row] for row in rows])
+        tokens += sum(lengths[row] for row in rows)
+    return found
+
+
+@torch.no_grad()
+def _directions(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]]) -> First:
+    """Return what LoRA weights begin as by eva, of a model that is loaded for it."""
+    model, seen = _run(recipe, own, batches, lambda: Directions(RATIO * max(rank for rank, _ in own.values())))
+    first, dtype = {}, getattr(torch, recipe.lora.dtype)
+    before = {path: rank for path, (rank, _) in own.items()}
+    found = {path: seen[path].found(RATIO * rank) for path, rank in before.items()}
+    ranks = share_out({path: shares for path, (_, shares) in found.items()}, before)
+    explained = [sum(sum(found[path][1][:rank]) for path, rank in each.items()) / len(own) for each in (ranks, before)]
+    log.info("lora.start eva: ranks from %d to %d, on %d of %d layers, explain %.1f %% of the variance of a layer's "
+             "inputs; equal ones %.1f %%", min(ranks.values()), max(ranks.values()), len(ranks), len(own),
+             *(100 * share for share in explained))  # fmt: skip
+    for path, rank in ranks.items():
+        out_features = frozen_weight(model.get_submodule(path))[0].shape[0]
+        first[path] = found[path][0][:rank].to(dtype), torch.zeros(out_features, rank, dtype=dtype)
+    return first
+
+
+@torch.no_grad()
+def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]]) -> First:
+    """Return what LoRA weights begin as by qera, of a model that is loaded for it and its files' 16-bit weights.
+
+    Layers that are in 16 bit (``model.keep_16bit``) are not in it.
+    """
+    model, seen = _run(recipe, own, batches, RandomSums)
+    files, scales = locate(recipe.model.path, recipe.model.revision), _scales(recipe)
+    read, first = open_weights(files, build_skeleton(recipe), torch.float32).reader(), {}
+    for path, (rank, _) in tqdm(own.items(), desc="Correcting 4 bits"):
+        layer = model.get_submodule(path)
+        if not isinstance(layer, QuantLinear):
+            continue
+        spec, tensors = frozen_weight(layer)
+        weight = read(f"{path}.weight").to(tensors[0].device, torch.float32)
+        weight = weight.t() if layer.replaces == "Conv1D" else weight
+        error = weight - materialize(spec, tensors, torch.float32)
+        sums = seen[path].sums.to(error.device)
+        pair = correction(error, sums, rank, scales[path], getattr(torch, recipe.lora.dtype))
+        first[path] = pair[0].cpu(), pair[1].cpu()
+    return first
+
+
+class _Kept(Protocol):
+    """What is kept of the inputs of a layer."""
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows [T, in]."""
+
+
+K = TypeVar("K", bound=_Kept)
+
+
+def _run(
+    recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]], new: Callable[[], K]
+) -> tuple[nn.Module, dict[str, K]]:  # fmt: skip
+    """Load a recipe's model and run it; return it, and what is kept of each layer's inputs by path."""
+    log.info("lora.start %s: running the model on %d sequences of the training rows", recipe.lora.start, len(batches))
+    work, model, seen = CausalLM(), build_to_use(recipe), _Inputs(new)
+    train_tokens(model, *tokens_of(recipe), getattr(torch, recipe.lora.dtype))  # rows may have some that it lacks
+    handles = [model.get_submodule(path).register_forward_pre_hook(partial(seen.take, path)) for path in own]
+    for rows in batches:
+        inputs = work.inputs(work.collate(rows), work.device(model))
+        seen.tokens = sum(inputs.row_lengths)
+        hidden_states(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return model, seen.of
+
+
+class _Inputs(Generic[K]):
+    """What is kept of layers' inputs by path; layers that are given the same tensor one after the other share it.
+
+    ``tokens`` is how many rows of the inputs are tokens of rows, and no filler behind them.
+    """
+
+    def __init__(self, new: Callable[[], K]):
+        self.of: dict[str, K] = {}
+        self.tokens, self._new = 0, new
+        self._last: tuple[torch.Tensor, K] | None = None
+
+    def take(self, path: str, _module: nn.Module, arguments: tuple) -> None:
+        """Add the input of a layer; a forward pre-hook of it."""
+        x = arguments[0]
+        if self._last is None or x is not self._last[0]:
+            kept = self.of.setdefault(path, self._new())
+            kept.add(x.reshape(-1, x.shape[-1])[: self.tokens])
+            self._last = x, kept
+        self.of[path] = self._last[1]
