@@ -308,7 +308,7 @@ def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkey
 
     monkeypatch.setattr(starts, "sweep", lambda *given: list(sweep(*given)))
     monkeypatch.setattr(starts, "write_rows", lambda *_: None)
-    monkeypatch.setattr(starts, "earlier", lambda *_: {})
+    monkeypatch.setattr(starts, "earlier", lambda *_: written.get("starts", {}).get("models", {}))
     monkeypatch.setattr(starts, "write_result", lambda name, result: written.update({name: result}))
     monkeypatch.setattr(sys, "argv", ["starts", str(tmp_path), "--runs", str(tmp_path), "--model", "smollm2-135m"])
     starts.main()

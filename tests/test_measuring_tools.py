@@ -200,6 +200,7 @@ def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
     assert found == {"fits": False, "error": "the row alone needs more memory than there is"}
 
 
+@pytest.mark.slow
 def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to_fail(monkeypatch):
     capped = caps.CappedDevice()
     monkeypatch.setattr(capped, "run", lambda *_, **__: {"fits": True})
@@ -401,6 +402,7 @@ def test_a_memory_probe_is_never_written_among_the_results():
     assert not (TOOLS / "results" / "rehearsal.json").exists()
 
 
+@pytest.mark.slow
 def test_a_check_that_is_stopped_ends_its_section_and_writes_what_it_found(tmp_path):
     out, command = tmp_path / "a" / "new" / "kit.txt", [sys.executable, TOOLS / "gpu_check", "--dry-run"]
     whole = [*command, "--only", "paged", "tests", "options", "--out", out]
@@ -488,6 +490,7 @@ def test_the_memory_options_of_the_table_are_in_the_order_of_what_they_save_whic
     assert order[:3] == ["weights in host memory", "embeddings, head in host memory", "block inputs in host memory"]
 
 
+@pytest.mark.slow
 def test_a_row_of_the_memory_option_table_is_measured_as_it_is_planned():
     by_name = {case["option"]: case for case in memory_option_cases("tiny", 64, list(saving_options(64)))}
     resident, on_host = by_name["blocks recomputed"], by_name["attention's results kept on a GPU"]

@@ -24,6 +24,7 @@ KILLS, ALL, RANKS = 5, 18, 3  # kinds of faults
     ],
     ids=["kills", "all", "ranks"],
 )
+@pytest.mark.slow
 def test_killed_stopped_hindered_and_damaged_runs_come_to_the_same_end(part, faults):
     done = subprocess.run([sys.executable, TOOL, "--short", *part], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -72,8 +72,10 @@ def test_layers_of_one_input_have_the_gradients_that_each_has_by_itself(keep):
 
 
 OPTIONS = [
-    MemoryOptions("none"), MemoryOptions(cache_dequantized=True), MemoryOptions(layers_per_checkpoint=2),
-    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(uncheckpointed_layers=1),
+    MemoryOptions("none"), MemoryOptions(cache_dequantized=True),
+    pytest.param(MemoryOptions(layers_per_checkpoint=2), marks=pytest.mark.slow),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0),
+    pytest.param(MemoryOptions(uncheckpointed_layers=1), marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

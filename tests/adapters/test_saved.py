@@ -18,8 +18,10 @@ pytestmark = pytest.mark.usefixtures("simulations")
 
 
 @pytest.mark.parametrize(("method", "settings", "quant"), [
-    ("bottleneck", {"width": 6, "placement": "houlsby"}, "nf4"), ("bottleneck", {"width": 6}, "none"),
-    ("prompt", {"virtual_tokens": 4}, "nf4"), ("prefix", {"virtual_tokens": 3}, "nf4"),
+    ("bottleneck", {"width": 6, "placement": "houlsby"}, "nf4"),
+    pytest.param("bottleneck", {"width": 6}, "none", marks=pytest.mark.slow),
+    pytest.param("prompt", {"virtual_tokens": 4}, "nf4", marks=pytest.mark.slow),
+    ("prefix", {"virtual_tokens": 3}, "nf4"),
     ("prompt", {"virtual_tokens": 2, "encoder_width": 8, "init_text": "3?"}, "none"),
 ])  # fmt: skip
 def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(

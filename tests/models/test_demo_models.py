@@ -44,6 +44,7 @@ def test_smollm2_answers_with_the_template_from_its_gguf_file(first):
     assert load_tokenizer(DEMO_MODEL).get_vocab() == tokenizer.get_vocab()  # the second one is from the cache
 
 
+@pytest.mark.slow
 def test_rounding_to_16_bits_is_not_taken_for_rows_that_see_each_other(monkeypatch):
     model = load_model(DEMO_MODEL)
     use_row_attention(model)

@@ -262,6 +262,7 @@ def test_a_tiled_model_takes_adapters(model_type):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.slow
 def test_a_small_gpu_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
     run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
     found, placed, some = [], [], MemoryOptions(resident_layers=1, host_embeddings=not tied)

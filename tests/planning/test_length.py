@@ -60,6 +60,7 @@ def needs(tokens, resident_layers, depth=DEPTH, **options):
         (8, 3, 0, True),  # deep enough to be continued in a straight line
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_one_step_more_has_no_plan(depth, resident, more_on_device, offload_checkpoints):
     fixed = ON_HOST | {"offload_checkpoints": offload_checkpoints}
     device, host = needs(1024, resident, depth, **fixed)
@@ -79,6 +80,7 @@ def test_where_the_host_has_no_room_for_any_block_small_tiles_are_tried_with_all
     assert chosen.options.tile_tokens == SMALL_TILE_TOKENS and chosen.options.resident_layers is None
 
 
+@pytest.mark.slow
 def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
     folder = {"offload_folder": "a folder that a plan does not look for"}
     device, host = needs(1024, None, host_embeddings=False, host_head=False, **folder)
@@ -87,6 +89,7 @@ def test_where_files_take_the_block_inputs_the_host_s_room_is_for_weights():
     assert choose(search(step_of(1024, **folder), replace(CARD, host_bytes=host), device), device) is not None
 
 
+@pytest.mark.slow
 def test_the_last_blocks_may_be_kept_beside_a_limit_of_the_host():
     step = step_of(64, 8, uncheckpointed_layers=2, offload_checkpoints=True)
     assert longest_tokens(step, 2**30, 2**31, 64, 512) == 512

@@ -39,6 +39,7 @@ def test_each_gpu_plans_its_share_and_the_wire_takes_its_time(gpus, link, tmp_pa
     assert shared["speed_up"] == one["step_seconds_estimate"] / shared["step_seconds"]
 
 
+@pytest.mark.slow
 def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
     """A 24-layer model of 1.4 GiB in 16 bit: whole where it fits, and else what there is no room for."""
     save_config(tmp_path)
@@ -119,6 +120,7 @@ def test_gpus_that_have_no_room_for_all_that_is_trained_divide_it(tmp_path):
         ranks.plan_ranks(own, machines)
 
 
+@pytest.mark.slow
 def test_divided_weights_that_are_converted_when_they_are_loaded_take_host_memory(tmp_path):
     """Files in float16 and a step in bfloat16: what is not a page of a file any more is whole in each process."""
     save_config(tmp_path, dtype="float16")

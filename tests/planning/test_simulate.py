@@ -486,14 +486,15 @@ ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=3
 SLOW = pytest.mark.slow  # the same pattern as before, or nearly
 BLOCKS_OF_SEVERAL_KINDS = [
     ("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=SLIDING * 4), (0, 3)),
-    ("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=["full_attention"] * 3 + SLIDING * 3), (3, 3)),
+    pytest.param("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=["full_attention"] * 3 + SLIDING * 3),
+                 (3, 3), marks=SLOW),
     ("deepseek_v3", UNUSUAL["deepseek_v3"][1] | dict(first_k_dense_replace=3), (3, 1)),
     pytest.param("glm4_moe", LLAMA | ROUTED | dict(head_dim=16, first_k_dense_replace=3), (3, 1), marks=SLOW),
     ("qwen2_moe", LLAMA | EXPERTS | dict(decoder_sparse_step=2), (0, 2)),
     pytest.param("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[5], head_dim=16), (6, 1), marks=SLOW),
     ("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[10], head_dim=16), (11, 1)),
     ("qwen3_next", UNUSUAL["qwen3_next"][1], (0, 4)),
-    ("smollm3", LLAMA, (0, 4)),
+    pytest.param("smollm3", LLAMA, (0, 4), marks=SLOW),
 ]  # fmt: skip
 
 

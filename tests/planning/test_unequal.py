@@ -51,6 +51,7 @@ def test_gpus_with_room_for_the_whole_model_have_packs_by_speed_and_memory_optio
     assert list(map(part_of_base, plans)) == [(0, 0), (0, 0)]
 
 
+@pytest.mark.slow
 def test_the_model_is_divided_by_what_budgets_leave_and_all_run_as_many_micro_batches(planned):
     budgets = 2.2, 1.5
     plans = planned(budgets)
@@ -78,6 +79,7 @@ def test_the_model_is_divided_by_what_budgets_leave_and_all_run_as_many_micro_ba
     assert part_of_base(again[0]) < part_of_base(plans[0]), "divided anew"
 
 
+@pytest.mark.slow
 def test_equally_fast_gpus_with_unequal_room_have_as_many_packs(planned):
     plans = planned([2.6, 1.4], machines=(SLOW, SLOW))
     assert all(plan.fits for plan in plans) and [packs_of(plan) for plan in plans] == [4, 4]
@@ -126,6 +128,7 @@ def test_how_fast_a_gpu_is_stands_in_the_table_and_is_the_same_in_each_run(name,
     assert _known_speed(torch.device("cuda", 0)) == pytest.approx(speed) and _known_speed(torch.device("cpu")) == 0
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_each_has_and_why(tmp_path, command):
     save_tiny(tmp_path)
     model = str(tmp_path), "train.gradient_accumulation_steps=8", "lora.rank=4"

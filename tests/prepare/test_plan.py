@@ -370,6 +370,7 @@ def test_attention_is_kept_on_the_host_where_the_device_has_no_room_and_the_host
 
 
 @pytest.mark.parametrize(("model", "moved"), [("Llama-3.1-8B", {"head"}), ("Llama-3.2-1B", {"embeddings", "head"})])
+@pytest.mark.slow
 def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they_are_the_same(
     recipe, few_blocks, model, moved
 ):
@@ -387,6 +388,7 @@ def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they
     assert any(candidate.options.host_head for candidate in kept.found) is (moved == {"head"})
 
 
+@pytest.mark.slow
 def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe, few_blocks):
     recipe, long = partial(recipe, few_blocks(), *SETTLED), "data.max_tokens=32768"
     host, tight = "memory.host_budget={}GiB".format, int(2.45 * GIB)
@@ -417,6 +419,7 @@ def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe, 
     )
 
 
+@pytest.mark.slow
 def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(recipe, few_blocks):
     recipe, long = partial(recipe, *SETTLED), "data.max_tokens=32768"
     offloading = "memory.offload_checkpoints=true", "memory.host_budget=1.9GiB"
@@ -438,6 +441,7 @@ def test_fewer_block_inputs_are_kept_where_nothing_else_makes_room_for_them(reci
     assert not streamed.fits and all(c.options.resident_layers is None for c in streamed.found)
 
 
+@pytest.mark.slow
 def test_as_many_blocks_stay_on_the_gpu_as_it_has_room_for_where_the_host_has_none_for_all(recipe):
     big = *SETTLED, "model.path=meta-llama/Llama-3.1-8B", "memory.embeddings=device", "memory.head=device"
     free = planner.plan_recipe(recipe(*big, "memory.resident_layers=0"), CARD, 5 * GIB)
@@ -541,6 +545,7 @@ def test_a_disk_is_named_as_the_cure_only_where_it_is_one(recipe, few_blocks):
         assert ("name a disk in memory.offload_folder" in str(planner.does_not_fit(plan, []))) == helps
 
 
+@pytest.mark.slow
 def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_named(recipe, few_blocks, tmp_path):
     def plan(gib, *more):
         cpu = Machine("a CPU", "cpu", gib * GIB, 0, 1e11, 1e10, 1e10)
@@ -736,6 +741,7 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
         (4000, 3, "weights, adapter, optimizer and constants alone"),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_alone_is_too_much_is_what_to_lower(recipe, few_blocks, rank, budget_gib, said):
     plan = planner.plan_recipe(recipe(few_blocks(), f"lora.rank={rank}", *SETTLED), CARD, budget_gib * GIB)
     error = str(planner.does_not_fit(plan, list(planner.alternatives(plan))))
@@ -939,6 +945,7 @@ def test_the_command_says_what_the_longest_sequence_takes_of_host_and_time(tmp_p
     assert price + format_seconds(found["max_tokens_step_seconds"]) in out
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process(tmp_path):
     file = tmp_path / "recipe.yaml"
     shape = "model:\n  path: HuggingFaceTB/SmolLM2-135M\n  device: cpu\ndata:\n  train: rows.jsonl\n  max_tokens: 64\n"

@@ -443,6 +443,7 @@ def test_resolutions_and_folders_that_are_wrong_are_one_clean_error(bases, tmp_p
         run_recipe(load_recipe(diffusion_recipe(tmp_path / "b", bare)))
 
 
+@pytest.mark.slow
 def test_a_plan_needs_the_pipeline_s_configurations_alone(bases, tmp_path):
     base = shutil.copytree(bases["sd"], tmp_path / "configs")
     for path in base.rglob("*.safetensors"):

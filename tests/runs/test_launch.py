@@ -161,6 +161,7 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes_and_speaks(mod
         assert_close(tensor, expected[name], rtol=0.05, atol=0.02)  # bfloat16, updated eight times
 
 
+@pytest.mark.slow
 def test_what_a_recipe_has_wrong_for_several_processes_is_said_once(model_folder, tmp_path):
     recipe = write_recipe(tmp_path, model_folder, train=TRAIN)
     out, err = ended(start(recipe, ranks=("--gpus", "3")), code=2)

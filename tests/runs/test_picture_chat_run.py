@@ -162,7 +162,9 @@ def test_real_peft_and_transformers_have_the_loss_that_the_run_has(run, bases):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [
+    name if name in ("smolvlm", "qwen3_vl") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+])  # fmt: skip
 def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_path, name):
     train = {"max_steps": 30, "lr_scheduler": "constant", "metrics_examples": 4}
     lora = {"targets": ["all-linear", "*vis*.0.*"], "rank": 8, "alpha": 16, "dtype": "float32"}
@@ -249,6 +251,7 @@ def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, t
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 @pytest.mark.parametrize("are_turned", [False, True])
+@pytest.mark.slow
 def test_adapted_experts_are_merged_whichever_way_the_files_have_them(bases, tmp_path, are_turned):
     base = shutil.copytree(bases["qwen3_vl_moe"], tmp_path / "base")
     stored = load_file(base / "model.safetensors")
@@ -273,6 +276,7 @@ def test_adapted_experts_are_merged_whichever_way_the_files_have_them(bases, tmp
     assert torch.equal(read(path), stored[path].transpose(1, 2) if are_turned else stored[path])
 
 
+@pytest.mark.slow
 def test_other_ways_to_train_it(bases, tmp_path):
     for number, (name, sections) in enumerate({
         "llava": {"model": {"quant": "none"}, "adapter": {"method": "dora"}},

@@ -210,6 +210,7 @@ def test_the_commands_after_training_take_such_a_run(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+@pytest.mark.slow
 def test_a_finished_run_is_judged_again_as_training_judged_it(objective, model_folder, tmp_path):
     run_recipe(recipe(tmp_path / "first", model_folder, objective))
     begun = {"lora": {"rank": 8, "alpha": 16, "init_from": str(tmp_path / "first" / "out")}}

@@ -163,6 +163,7 @@ def plans_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "nemotron", "lfm2"])
+@pytest.mark.slow
 def test_a_model_whose_sequences_cannot_be_packed_is_planned_so_before_it_is_loaded(model_type, plans_of, caplog):
     made, summary = plans_of(model_type)
     (plan,) = made
@@ -659,6 +660,7 @@ def take_all(options, budget):
 WORDS = {run_out: "memory ran out over the largest micro-batch", take_all: "over the budget of"}
 
 
+@pytest.mark.slow
 def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run):
     planned = wide_run(checkpointing="auto")
     assert planned["plan"]["chosen"]["memory.checkpointing"] == "none"

@@ -126,6 +126,7 @@ ALL_OF_THEM = *DIVIDED, "train.lr_scheduler=constant", "memory.micro_batches=aut
 SHARE = re.compile(r"rank \d has (\d) sequences of a step \((\d) x \d\) and [\d.]+ KiB of the layers \((\d+)%\)")
 
 
+@pytest.mark.slow
 def test_ranks_of_unequal_gpus_divide_steps_and_model_unequally(recipe, tmp_path):
     """One has most sequences of a step, in as many micro-batches as the other, and the larger part of the model."""
     said = train_unequal(tmp_path, recipe, *ALL_OF_THEM, "train.max_steps=3")

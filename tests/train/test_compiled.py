@@ -130,6 +130,7 @@ def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_blocks(graphs, 
     assert graphs
 
 
+@pytest.mark.slow
 def test_frozen_layers_without_weights_are_compiled_too(graphs):
     def built():
         model = build("qwen2")  # q, k and v have biases
@@ -223,12 +224,14 @@ def test_what_nobody_reads_is_left_out(graphs, monkeypatch, model_type, options,
     assert graphs
 
 
+@pytest.mark.slow
 def test_a_gpu_s_attention_is_compiled_too(new_graphs):
     """Its kernels' gradients are torch's, and the operator has to let autograd see them."""
     with planning_for("cuda"):
         assert_close(gradients(build("gemma3_text"), CHECKPOINTED), gradients(build("gemma3_text"), PLAIN))
 
 
+@pytest.mark.slow
 def test_other_rows_and_lengths_need_no_other_graph(new_graphs):
     model = build("gemma3_text")
     set_memory_options(model, MemoryOptions(compile=True))
@@ -257,6 +260,7 @@ def test_an_input_s_gradient_is_rounded_once_and_has_no_second_tensor():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.slow
 def test_machine_code_has_the_gradients_and_leaves_out_what_nobody_reads(monkeypatch):
     torch._dynamo.reset()
     assert_gradients_without_spared_products(monkeypatch, "llama", CHECKPOINTED, 1)

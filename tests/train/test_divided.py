@@ -160,6 +160,7 @@ def on_machines(number, count, folder):
     resumed(group, options, Path(folder))
 
 
+@pytest.mark.slow
 def test_each_of_two_machines_divides_the_weights_that_are_trained(tmp_path):
     together(4, "train.test_divided", "on_machines", tmp_path)
 
