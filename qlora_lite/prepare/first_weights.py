@@ -147,7 +147,8 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
         spec, tensors = frozen_weight(layer)
         weight = read(f"{path}.weight").to(tensors[0].device, torch.float32)
         weight = weight.t() if layer.replaces == "Conv1D" else weight
-        error = weight - materialize(spec, tensors, torch.float32)
+        error = materialize(spec, tensors, torch.float32)
+        torch.sub(weight, error, out=error)
         sums = seen[path].sums.to(error.device)
         pair = correction(error, sums, rank, scales[path], getattr(torch, recipe.lora.dtype))
         first[path] = pair[0].cpu(), pair[1].cpu()

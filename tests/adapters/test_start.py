@@ -303,7 +303,7 @@ def test_an_adapter_that_did_not_learn_is_known_by_its_first_weights(tmp_path):
     ("overrides", "text"),
     [
         (["model.quant=none", "lora.start=loftq"], "lora.start = loftq: begins with the error of 4 bits"),
-        (["model.quant=keep", "lora.start=pissa"], "splits 16-bit weights, and quant keep has none"),
+        (["model.quant=keep", "lora.start=pissa"], "needs 16-bit weights, and quant keep has none"),
         (["lora.start=pissa", "lora.start_alternations=3"], "lora.start_alternations: only with lora.start loftq"),
         (
             ["lora.start=pissa", "adapter.method=prompt", "train.learning_rate=0.1"],
