@@ -22,9 +22,10 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qlora_lite.data.picture_grids import GridReader
+from qlora_lite.data.picture_grids import GridReader, RowsReader
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example, PictureFile
 from qlora_lite.models.pretrained import processor_of
@@ -36,11 +37,14 @@ _VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_at
                patch_size=8)  # fmt: skip
 _ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2], mrope_interleaved=True)
 _ROPE_IN_PARTS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
+_ROPE_BY_PLACE = dict(rope_type="default", rope_theta=10000.0, llama_4_scaling_beta=0.5,
+                      original_max_position_embeddings=4)  # fmt: skip
 _TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
               num_position_embeddings=16, deepstack_visual_indexes=[0, 1])  # fmt: skip
 TOKEN = 3  # of the token that stands for pictures
 _QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
-WITH_GRIDS = "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
+OF_QWEN = "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
+WITH_GRIDS = *OF_QWEN, "mistral3"
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
     "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
@@ -64,8 +68,14 @@ FAMILIES = {
                                                   num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
                                                   moe_intermediate_size=48),
                          vision_config=_TOWER, **_QWEN),
+    # a row of whose picture is longer than the positions that have one scale
+    "mistral3": dict(text_config=_TEXT | dict(model_type="ministral3", head_dim=16, rope_parameters=_ROPE_BY_PLACE),
+                     vision_config=_VISION | dict(model_type="pixtral"), image_token_index=TOKEN,
+                     tie_word_embeddings=False),
 }  # fmt: skip
 TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, **dict.fromkeys(WITH_GRIDS, 1)}
+UNITS = {"mistral3": (4, 3 * 8 * 8)}  # of a token's pixels, where pictures have no second moment
+ENDS = {"mistral3": ("<fake_token_around_image>", "<end_of_image>")}  # of a picture's rows, and of a picture
 GRIDS = {1: (2, 3), 2: (4, 1)}
 
 
@@ -85,7 +95,8 @@ def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
 def reader(name: str) -> PictureReader:
     """What reads made-up pictures, which need no processor."""
     if name in WITH_GRIDS:
-        return NoiseGrids(TOKEN, 1, 16, token_pixels=(4, 3 * 2 * 8 * 8))
+        kind = NoiseRows if name in ENDS else NoiseGrids
+        return kind(TOKEN, 1, 16, token_pixels=UNITS.get(name, (4, 3 * 2 * 8 * 8)))
     return Noise(TOKEN, TOKENS[name], 32)
 
 
@@ -102,6 +113,10 @@ class NoiseGrids(Noise, GridReader):
     """The same of pictures that keep their shapes."""
 
 
+class NoiseRows(Noise, RowsReader):
+    """The same of pictures whose rows have ends."""
+
+
 def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> list[Example]:
     """Rows of random tokens; those of each row say of how many parts each of its pictures is, or its shape."""
     chance, found = np.random.default_rng(seed), []
@@ -110,7 +125,10 @@ def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> l
         parts = [1] * len(parts) if name in ("llava", "gemma3") else parts  # which cut none
         grids = [GRIDS[count] if name in WITH_GRIDS else () for count in parts]
         for count, grid in zip(parts, grids, strict=True):
-            ids += [*[TOKEN] * (TOKENS[name] * (prod(grid) if grid else count)), *chance.integers(5, 400, 2)]
+            shown = [TOKEN] * (TOKENS[name] * (prod(grid) if grid else count))
+            if name in ENDS:
+                shown = [*([TOKEN] * grid[1] + [4]) * grid[0]][:-1]
+            ids += [*shown, *chance.integers(5, 400, 2)]
         answer = chance.integers(5, 400, 6)
         learned = np.arange(len(ids) + 6) >= len(ids)
         shown = enumerate(zip(parts, grids, strict=True))
@@ -134,7 +152,7 @@ OF_PARTS = (
 
 def template_of(name: str) -> str:
     """Return a family's chat template."""
-    written = dict.fromkeys(WITH_GRIDS, "<begin_of_image><image><end_of_image>") | {"gemma3": "<begin_of_image>"}
+    written = dict.fromkeys(OF_QWEN, "<begin_of_image><image><end_of_image>") | {"gemma3": "<begin_of_image>"}
     return OF_PARTS.replace("<image>", written.get(name, "<image>"))
 
 
@@ -143,19 +161,26 @@ def given_to_transformers(folder: Path, name: str, turns: list, **how) -> dict:
     how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"} | how
     if name not in WITH_GRIDS:
         return processor_of(folder, name, 4).apply_chat_template([turns], template_of(name), **how)
-    # whose own processor needs libraries for videos; it repeats the token for each that the grid has
+    # whose own processor needs further libraries; it repeats the token for each that the grid has
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = [part for turn in turns for part in turn["content"] if part["type"] == "image"]
     found, counts = {}, []
-    if parts:
-        opened = [Image.open(part["image"]).convert("RGB") for part in parts]
+    opened = [Image.open(part["image"]).convert("RGB") for part in parts]
+    if parts and name in ENDS:
+        patch = {"height": 16, "width": 16}
+        found = dict(PixtralImageProcessorPil.from_pretrained(folder)(opened, patch_size=patch, return_tensors="pt"))
+    elif parts:
         found = dict(Qwen2VLImageProcessorPil.from_pretrained(folder)(opened, return_tensors="pt"))
         counts = (found["image_grid_thw"].prod(-1) // 4).tolist()
     text = tokenizer.apply_chat_template(turns, tokenize=False, **{k: v for k, v in how.items() if k[:3] == "add"})
     for count in counts:
         text = text.replace("<image>", "<placeholder>" * count, 1)
+    for height, width in found.get("image_sizes", torch.zeros(0)).tolist():
+        rows = [row + ENDS[name][0] for row in ["<placeholder>" * (width // 16)] * (height // 16)]
+        text = text.replace("<image>", "".join(rows).removesuffix(ENDS[name][0]) + ENDS[name][1], 1)
     ids = tokenizer(text.replace("<placeholder>", "<image>"), return_tensors="pt", add_special_tokens=False).input_ids
-    return found | {"input_ids": ids} | ({"mm_token_type_ids": (ids == TOKEN).int()} if parts else {})
+    types = {"mm_token_type_ids": (ids == TOKEN).int()} if parts and name in OF_QWEN else {}
+    return found | {"input_ids": ids} | types
 
 
 def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = True) -> Path:
@@ -175,7 +200,13 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
     elif name == "llava":
         pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         processor = LlavaProcessor(pixels, tokenizer, 8, "default", template, num_additional_image_tokens=1)
-    elif name in WITH_GRIDS:
+    elif name in ENDS:
+        pixels = PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 64})
+        pixels.save_pretrained(folder)
+        said = dict(zip(("image_break_token", "image_end_token"), ENDS[name], strict=True))
+        (folder / "processor_config.json").write_text(json.dumps(said | {"patch_size": 8, "spatial_merge_size": 2}))
+        processor = tokenizer
+    elif name in OF_QWEN:
         pixels = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 16**2, "longest_edge": 96**2})
         pixels.save_pretrained(folder)
         processor = tokenizer

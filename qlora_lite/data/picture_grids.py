@@ -1,19 +1,21 @@
-"""Pictures in chats that keep their shapes: each is a grid of tokens, whose positions have three axes.
+"""Pictures in chats that keep their shapes: each is a grid of tokens, whose positions have three axes or one.
 
 Qwen3-VL's are scaled as a whole, so that both edges are multiples of what a token stands for and the number of pixels
 is between a least and a most one. So a picture's size says how many tokens it has, in how many rows and columns.
+Mistral 3's are scaled so that the longer edge is no longer than a most one; behind each row of a picture but the last a
+token of the text says that another begins, and one behind the last that the picture ends.
 
 Shapes: a grid is (height, width) in tokens; pixels float32 [height * width, patches of a token, numbers of a patch].
 
-Source: Qwen2-VL, arXiv 2409.12191, sections 2.1 and 2.2 (M-RoPE); transformers' ``smart_resize`` and
-``get_rope_index``.
+Source: Qwen2-VL, arXiv 2409.12191, sections 2.1 and 2.2 (M-RoPE); Pixtral, arXiv 2410.07073, section 2; transformers'
+``smart_resize``, ``get_rope_index`` and ``PixtralProcessor``.
 """
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
+from math import isqrt, prod
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -42,6 +44,7 @@ class GridReader(PictureReader):
     token_pixels: tuple[int, int] = (1, 1)
 
     keeps_shape: ClassVar[bool] = True
+    three_axes: ClassVar[bool] = True
 
     @property
     def unit(self) -> tuple[int, ...]:
@@ -93,6 +96,46 @@ class GridReader(PictureReader):
         own = self.load().image_processor.size
         most = self.longest_edge**2 if self.longest_edge else own["longest_edge"]
         return {"shortest_edge": min(own["shortest_edge"], most), "longest_edge": most}
+
+
+class RowsReader(GridReader):
+    """How pictures of Mistral 3 are read, in which a token of the text stands behind each row of tokens."""
+
+    three_axes: ClassVar[bool] = False
+    ends_rows: ClassVar[bool] = True
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return the grid of a picture of a size.
+
+        Raises:
+            DataError: scaled to the model's longest edge it would be less than a pixel wide.
+        """
+        from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
+
+        picture, most = np.broadcast_to(np.uint8(0), (3, height, width)), self._size()["longest_edge"]
+        found = get_resize_output_image_size(picture, most, self.edge, "channels_first")
+        if not prod(found):
+            raise DataError(f"a picture of {width} x {height} pixels is too narrow to be scaled to {most}; cut it")
+        return found[0] // self.edge, found[1] // self.edge
+
+    def text(self, width: int, height: int) -> str:
+        """See ``PictureReader.text``."""
+        rows, columns = self.grid(width, height)
+        behind_row, behind_picture = self.load().row_ends
+        return behind_row.join([self.token * columns] * rows) + behind_picture
+
+    def pixels(self, image: "Image") -> np.ndarray:
+        """Return the pixels of a picture with three channels of 8 bits."""
+        patch, size = {"height": self.edge, "width": self.edge}, self._size()
+        found = self.load().image_processor(images=image, size=size, patch_size=patch, return_tensors="np")
+        pixels, along = np.asarray(found["pixel_values"][0], np.float32), isqrt(self.unit[0])
+        rows, columns = (edge // self.edge for edge in pixels.shape[1:])
+        parts = pixels.reshape(3, rows, along, self.edge // along, columns, along, self.edge // along)
+        return parts.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, *self.unit)
+
+    def _size(self) -> dict[str, int]:
+        own = self.load().image_processor.size
+        return {"longest_edge": self.longest_edge or own["longest_edge"]}
 
 
 def grids_of(pictures: Iterable[PictureFile]) -> tuple[tuple[int, int], ...]:

@@ -53,6 +53,8 @@ class PictureReader:
     load: Callable[[], Any] = field(default=lambda: None, compare=False, repr=False)
 
     keeps_shape: ClassVar[bool] = False
+    three_axes: ClassVar[bool] = False  # of the positions of such pictures' tokens (M-RoPE)
+    ends_rows: ClassVar[bool] = False  # whether a token of the text stands behind each row of tokens
 
     @property
     def unit(self) -> tuple[int, ...]:

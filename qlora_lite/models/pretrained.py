@@ -65,11 +65,12 @@ def config_of(folder: Path, **options):
 
 
 class ImagesAlone(NamedTuple):
-    """What is read of a processor whose own class needs libraries for videos, by the names that it has there."""
+    """What is read of a processor whose own class needs further libraries, by the names that it has there."""
 
     image_processor: Any
     image_token: str
     chat_template: str | None
+    row_ends: tuple[str, str]  # what stands behind each row of a picture but the last, and behind that; of some
 
 
 def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | None = None):
@@ -90,7 +91,10 @@ def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | 
         images, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil", **_NO_CODE), tokenizer_of(folder)
         if image_token is None:
             return Idefics3Processor(images, tokenizer, tokens)
-        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), tokenizer.chat_template)
+        path = folder / "processor_config.json"
+        said = read_json(path) if path.is_file() else {}
+        ends = said.get("image_break_token", "[IMG_BREAK]"), said.get("image_end_token", "[IMG_END]")
+        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), tokenizer.chat_template, ends)
     return AutoProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
 
 

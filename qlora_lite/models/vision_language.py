@@ -6,8 +6,9 @@ follows from values; here the positions are known beforehand, so that a plan run
 
 Families differ in what the tower is given and in what is taken of it. Of most, pictures all have one size (of some a
 larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees words, and
-Gemma 3, in which the tokens of a picture see all of it. Qwen2-VL and Qwen3-VL see each picture in its own shape, a grid
-of tokens whose positions have three axes; of Qwen3-VL, features of the tower's earlier blocks are added behind the
+Gemma 3, in which the tokens of a picture see all of it. Mistral 3 sees each picture in its own shape, a grid of tokens
+whose rows are ended by tokens of the text. So do Qwen2-VL and Qwen3-VL, but for such ends, and the positions of their
+grids have three axes; of Qwen3-VL, features of the tower's earlier blocks are added behind the
 first blocks of the language model, too (DeepStack). Qwen2.5-VL's tower attends within windows one by one, so that a
 plan would take minutes.
 
@@ -17,7 +18,7 @@ many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with t
 Shapes: pixels [N, ...] of N units, each of K tokens: a unit is a picture of one size, [3, H, W], or one token of a
 picture with a shape of its own, whose N are the height times the width of its grid. P = N * K; hidden states [P, D].
 
-Source: Qwen2-VL, arXiv 2409.12191; Qwen3-VL, 2511.21631; DeepStack, 2406.04334.
+Source: Qwen2-VL, arXiv 2409.12191; Qwen3-VL, 2511.21631; DeepStack, 2406.04334; Pixtral, 2410.07073.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
-from qlora_lite.data.picture_grids import TOKENS_AT_ONCE
+from qlora_lite.data.picture_grids import TOKENS_AT_ONCE, GridReader, RowsReader
+from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.transfer import sent
 
@@ -54,7 +56,7 @@ class Family:
         tower: path of the tower in the model.
         edge: returns the pixels of a unit's edge by a configuration.
         cuts: whether a picture may be cut into several of one size.
-        keeps_shape: whether each picture has a shape of its own.
+        reader: what makes pixels of pictures.
         towers: transformers' names of the towers that are known; any where there are none.
         sees_whole: whether a picture's tokens see all of it (``ops.picture_attention``), which transformers' own
             forward is told by their types.
@@ -66,9 +68,14 @@ class Family:
     tower: str
     edge: Callable[[object], int] = lambda config: config.vision_config.image_size
     cuts: bool = False
-    keeps_shape: bool = False
+    reader: type[PictureReader] = PictureReader
     towers: tuple[str, ...] = ()
     sees_whole: bool = False
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether each picture has a shape of its own."""
+        return self.reader.keeps_shape
 
 
 def _of_llava(model: nn.Module, pixels: torch.Tensor, _grids: Grids) -> tuple[torch.Tensor, ...]:
@@ -139,11 +146,43 @@ def _arguments_of_qwen(pixels: torch.Tensor, grids: Grids) -> dict[str, torch.Te
     return {"pixel_values": pixels.flatten(0, 1), "image_grid_thw": _in_patches(grids, merged).to(pixels.device)}
 
 
+def _of_mistral(model: nn.Module, pixels: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, ...]:
+    """Return the tokens of pictures, none of which sees another: the tower computes them one by one, where
+    transformers hides one from another by a mask that takes the square of all their patches."""
+    inner, tower = model.base_model, model.base_model.vision_tower
+    blocks, found = tower.transformer.layers, []
+    blocks = blocks[: model.config.vision_feature_layer % (len(blocks) + 1)]
+    for part, grid in zip(pixels.split([*map(prod, grids)]), grids, strict=True):
+        image = _image(part, grid)
+        hidden = tower.ln_pre(tower.patch_conv(image).flatten(2).mT)
+        edges = [torch.arange(edge // tower.patch_size, device=pixels.device) for edge in image.shape[2:]]
+        rotations = tower.patch_positional_embedding(hidden, torch.cartesian_prod(*edges))
+        for block in blocks:
+            hidden = block(hidden, None, position_embeddings=rotations)
+        found.append(inner.multi_modal_projector(hidden[0], [image.shape[2:]]))
+    return (torch.cat(found),)
+
+
+def _image(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Return a picture [1, 3, H, W] of the pixels of its tokens, whose patches are squares."""
+    along, edge = isqrt(pixels.shape[1]), isqrt(pixels.shape[2] // 3)
+    parts = pixels.reshape(*grid, along, along, 3, edge, edge).permute(4, 0, 2, 5, 1, 3, 6)
+    return parts.reshape(1, 3, *(edge * along * tokens for tokens in grid))
+
+
+def _arguments_of_mistral(pixels: torch.Tensor, grids: Grids) -> dict[str, torch.Tensor]:
+    images = [_image(part, grid)[0] for part, grid in zip(pixels.split([*map(prod, grids)]), grids, strict=True)]
+    sizes = torch.tensor([image.shape[1:] for image in images], device=pixels.device)
+    height, width = sizes.amax(0).tolist()
+    padded = [nn.functional.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]
+    return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
+
+
 def _edge_of_qwen(config) -> int:
     return config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
 
-_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, keeps_shape=True)
+_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, reader=GridReader)
 _IDEFICS = Family(
     _of_idefics, lambda pixels, _: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
@@ -154,6 +193,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "smolvlm": _IDEFICS,
     "gemma3": Family(_of_gemma, lambda pixels, _: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
                      "model.vision_tower", sees_whole=True),
+    "mistral3": Family(_of_mistral, _arguments_of_mistral, lambda _: 1, "model.vision_tower",
+                       lambda config: config.vision_config.patch_size * config.spatial_merge_size, reader=RowsReader,
+                       towers=("pixtral",)),
     **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN),
 })  # fmt: skip
 
@@ -183,7 +225,8 @@ def token_pixels(config) -> tuple[int, int]:
     """Return the shape of the pixels of a token, of a family whose pictures keep their shapes: patches, and numbers of
     each, which are there once for each moment of a video."""
     vision = config.vision_config
-    return vision.spatial_merge_size**2, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    along = FAMILIES[config.model_type].edge(config) // vision.patch_size
+    return along**2, 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
 
 
 def arguments_of(
@@ -195,7 +238,7 @@ def arguments_of(
     is_picture = ids == model.config.image_token_id
     if family.sees_whole:
         found["token_type_ids"] = is_picture.long()
-    if family.keeps_shape:
+    if family.reader.three_axes:
         found["mm_token_type_ids"] = is_picture.int()
     return found
 

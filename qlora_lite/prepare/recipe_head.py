@@ -87,7 +87,9 @@ def picture_reader(recipe: Recipe) -> PictureReader | None:
     of_model = m.path, m.revision
     said = config.image_token_id, family.tokens(config), edge, wanted if is_free else None, of_model
     load = partial(loaded_processor, *of_model)
-    return GridReader(*said, load, token_pixels(config)) if family.keeps_shape else PictureReader(*said, load)
+    if not issubclass(family.reader, GridReader):
+        return family.reader(*said, load)
+    return family.reader(*said, load, token_pixels(config))
 
 
 @cache

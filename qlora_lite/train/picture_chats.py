@@ -73,7 +73,7 @@ class PictureChatLM(CausalLM):
 
     def _with_pixels(self, batch: Batch, pixels: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> Batch:
         batch = replace(batch, pixels=pixels, grids=grids)
-        if not grids:
+        if not grids or not self.reader.three_axes:
             return batch
         positions = positions_of(batch.row_lengths, self._begins(batch), grids)
         return replace(batch, position_ids=torch.from_numpy(positions))
@@ -126,7 +126,7 @@ class PictureChatLM(CausalLM):
         inputs = super().planned_inputs(shape, device)
         if not shape.pictures:
             return inputs
-        if shape.grids:
+        if shape.grids and self.reader.three_axes:
             inputs = inputs._replace(position_ids=inputs.position_ids.repeat(3, 1, 1))
         units = sum(self._sizes(shape.grids, len(shape.pictures))) // self.reader.tokens
         pixels = torch.zeros(units, *self.reader.unit, device=device)
@@ -135,9 +135,15 @@ class PictureChatLM(CausalLM):
     def _with_pictures(
         self, inputs: Inputs, pixels: torch.Tensor, begins: tuple[int, ...], grids: tuple[tuple[int, int], ...]
     ) -> Inputs:  # fmt: skip
-        device, sizes = inputs.input_ids.device, self._sizes(grids, len(begins))
-        found = [torch.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
-        return inputs._replace(pixels=pixels, picture_tokens=torch.cat(found).to(device), pictures=begins, grids=grids)
+        device, found = inputs.input_ids.device, torch.cat(self._places(begins, grids))
+        return inputs._replace(pixels=pixels, picture_tokens=found.to(device), pictures=begins, grids=grids)
+
+    def _places(self, begins: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """Return where the tokens of each picture are; of some, another token stands behind each of its rows."""
+        found = [torch.arange(size) for size in self._sizes(grids, len(begins))]
+        if self.reader.ends_rows:
+            found = [each + each // width for each, (_, width) in zip(found, grids, strict=True)]
+        return [begin + each for begin, each in zip(begins, found, strict=True)]
 
     def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
         """Return the loss over a micro-batch's targets; without pictures, what learns of tower and projector gets
@@ -190,13 +196,15 @@ class PictureChatLM(CausalLM):
         vocabulary = model.get_input_embeddings().weight.shape[0]
         shapes = ((2, 3), (3, 1), (1, 2)) if r.keeps_shape else ()
         sizes, rows, owns = self._sizes(shapes, 3), [], (slice(0, 1), slice(1, 1), slice(1, 3))
+        places = self._places((0,) * 3, shapes)
         for own in owns:
-            row = torch.randint(0, vocabulary, (5 + sum(sizes[own]) + 2 * len(sizes[own]),), generator=generator)
+            length = 5 + sum(int(each[-1]) + 3 for each in places[own])
+            row = torch.randint(0, vocabulary, (length,), generator=generator)
             row[row == r.token_id] = int(r.token_id == 0)
             begin = 3
-            for size in sizes[own]:
-                row[begin : begin + size] = r.token_id
-                begin += size + 2
+            for each in places[own]:
+                row[begin + each] = r.token_id
+                begin += int(each[-1]) + 3
             rows.append(row)
         units = [size // r.tokens for size in sizes]
         pixels = torch.rand(sum(units), *r.unit, generator=generator) * 2 - 1

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from math import prod
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_turns import MARK, take_out
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.models import vision_language as families
 from qlora_lite.models.pretrained import processor_of
 from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.recipe.schema import Data, Model, Recipe, Task
@@ -70,11 +72,15 @@ def test_tokens_and_pixels_are_those_of_transformers_processor(folders, pictures
         theirs = given_to_transformers(folders[name], name, turns)
         assert example.token_ids.tolist() == theirs["input_ids"][0].tolist()
         if example.pictures:
-            expected = theirs["pixel_values"].reshape(-1, *reader.unit)
-            assert torch.equal(torch.from_numpy(reader.of_examples([example])), expected)
-            assert int((example.token_ids == 3).sum()) == len(expected) * reader.tokens
-            grids = [[1, 2 * height, 2 * width] for height, width in grids_of(example.pictures)]
-            assert grids == theirs.get("image_grid_thw", torch.zeros(0)).tolist()
+            found, grids = torch.from_numpy(reader.of_examples([example])), grids_of(example.pictures)
+            if name == "mistral3":
+                shown = families.FAMILIES[name].arguments(found, grids)
+                assert all(torch.equal(shown[key], theirs[key]) for key in ("pixel_values", "image_sizes"))
+            else:
+                assert torch.equal(found, theirs["pixel_values"].reshape(-1, *reader.unit))
+                grids = [[1, 2 * height, 2 * width] for height, width in grids]
+                assert grids == theirs.get("image_grid_thw", torch.zeros(0)).tolist()
+            assert int((example.token_ids == 3).sum()) == len(found) * reader.tokens
         else:
             assert reader.of_examples([example]) is None
         taught = AutoTokenizer.from_pretrained(folders[name]).decode(example.token_ids[example.learned])
@@ -110,11 +116,24 @@ def test_a_picture_that_keeps_its_shape_has_no_more_pixels_than_the_square_of_a_
     assert reader.digest != reader_of(folders["qwen3_vl"], 64).digest
 
 
-def test_a_picture_that_is_too_narrow_for_the_model_is_named(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("qwen3_vl", "pixels: absolute aspect ratio .*"), ("mistral3", "pixels is too narrow to be scaled to 64")],
+)
+def test_a_picture_that_is_too_narrow_for_the_model_is_named(folders, tmp_path, name, said):
     drawn("hot", 0, 410).crop((0, 0, 410, 2)).save(tmp_path / "line.png")
-    data = read(folders["qwen3_vl"], [{"messages": chat(parts("line.png"))}], tmp_path)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: a picture of 410 x 2 pixels: absolute aspect ratio .*; cut it"):
+    data = read(folders[name], [{"messages": chat(parts("line.png"))}], tmp_path)
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: a picture of 410 x 2 {said}; cut it"):
         data.problems.raise_if_any()
+
+
+def test_a_resolution_is_the_longer_edge_of_a_picture_whose_rows_have_ends(folders, tmp_path):
+    drawn("hot", 0, 100).crop((0, 0, 98, 50)).save(tmp_path / "wide.png")
+    rows = [{"messages": chat(parts("wide.png"))}]
+    for resolution, grid in ((None, (2, 4)), (32, (1, 2))):
+        (example,) = read(folders["mistral3"], rows, tmp_path, resolution=resolution).examples
+        assert [picture.grid for picture in example.pictures] == [grid]
+        assert reader_of(folders["mistral3"], resolution).of_examples([example]).shape == (prod(grid), 4, 3 * 8 * 8)
 
 
 @pytest.mark.parametrize(
