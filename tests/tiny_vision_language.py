@@ -21,11 +21,12 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qlora_lite.data.picture_grids import GridReader, RowsReader
+from qlora_lite.data.picture_grids import BudgetReader, GridReader, RowsReader
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example, PictureFile
 from qlora_lite.models.pretrained import processor_of
@@ -44,7 +45,7 @@ _TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_
 TOKEN = 3  # of the token that stands for pictures
 _QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
 OF_QWEN = "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
-WITH_GRIDS = *OF_QWEN, "mistral3"
+WITH_GRIDS = *OF_QWEN, "mistral3", "gemma4"
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
     "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
@@ -72,9 +73,22 @@ FAMILIES = {
     "mistral3": dict(text_config=_TEXT | dict(model_type="ministral3", head_dim=16, rope_parameters=_ROPE_BY_PLACE),
                      vision_config=_VISION | dict(model_type="pixtral"), image_token_index=TOKEN,
                      tie_word_embeddings=False),
+    # a window that is shorter than a picture, and embeddings for each block
+    "gemma4": dict(text_config=_TEXT | dict(model_type="gemma4_text", head_dim=16, global_head_dim=32, sliding_window=3,
+                                            attention_k_eq_v=True, num_global_key_value_heads=1,
+                                            layer_types=["full_attention", "sliding_attention", "full_attention"],
+                                            num_hidden_layers=3,
+                                            hidden_size_per_layer_input=8, vocab_size_per_layer_input=400,
+                                            use_bidirectional_attention="vision", final_logit_softcapping=9.0),
+                   vision_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                      num_key_value_heads=2, head_dim=32, patch_size=8, pooling_kernel_size=2,
+                                      position_embedding_size=1024, standardize=True, use_clipped_linears=True),
+                   image_token_id=TOKEN, boi_token_id=6, eoi_token_id=7),
 }  # fmt: skip
 TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, **dict.fromkeys(WITH_GRIDS, 1)}
-UNITS = {"mistral3": (4, 3 * 8 * 8)}  # of a token's pixels, where pictures have no second moment
+UNITS = dict.fromkeys(
+    ("mistral3", "gemma4"), (4, 3 * 8 * 8)
+)  # of a token's pixels, where pictures have no second moment
 ENDS = {"mistral3": ("<fake_token_around_image>", "<end_of_image>")}  # of a picture's rows, and of a picture
 GRIDS = {1: (2, 3), 2: (4, 1)}
 
@@ -83,19 +97,25 @@ def build_vision_language(name: str, seed: int = 0, dtype=torch.float32):
     """Build a random model whose every part shows in the logits."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **FAMILIES[name]), dtype=dtype)
+    large = 1.0 if name == "gemma4" else 5.0  # whose gradients such weights leave ill-conditioned
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("mm_input_projection_weight"):  # which begins as zeros
                 parameter.normal_(0, 0.1)
             elif parameter.ndim >= 2:
-                parameter.mul_(5.0 if "text_model" in path or "language_model" in path else 2.0)
+                parameter.mul_(large if "text_model" in path or "language_model" in path else 2.0)
+        for path, buffer in model.named_buffers():  # of Gemma 4's tower
+            if path.endswith(("_min", "_max")):
+                buffer.fill_(-0.8 if path.endswith("_min") else 0.8)
+            elif "std_" in path:
+                buffer.normal_(0.5, 0.1)
     return model.eval().requires_grad_(False)
 
 
 def reader(name: str) -> PictureReader:
     """What reads made-up pictures, which need no processor."""
     if name in WITH_GRIDS:
-        kind = NoiseRows if name in ENDS else NoiseGrids
+        kind = {"mistral3": NoiseRows, "gemma4": NoiseBudget}.get(name, NoiseGrids)
         return kind(TOKEN, 1, 16, token_pixels=UNITS.get(name, (4, 3 * 2 * 8 * 8)))
     return Noise(TOKEN, TOKENS[name], 32)
 
@@ -115,6 +135,13 @@ class NoiseGrids(Noise, GridReader):
 
 class NoiseRows(Noise, RowsReader):
     """The same of pictures whose rows have ends."""
+
+
+class NoiseBudget(Noise, BudgetReader):
+    """The same of pictures that fill a number of tokens."""
+
+    def _budget(self):
+        return 70
 
 
 def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> list[Example]:
@@ -169,17 +196,21 @@ def given_to_transformers(folder: Path, name: str, turns: list, **how) -> dict:
     if parts and name in ENDS:
         patch = {"height": 16, "width": 16}
         found = dict(PixtralImageProcessorPil.from_pretrained(folder)(opened, patch_size=patch, return_tensors="pt"))
+    elif parts and name == "gemma4":
+        found = dict(Gemma4ImageProcessorPil.from_pretrained(folder)(opened, return_tensors="pt"))
+        counts = found.pop("num_soft_tokens_per_image").tolist()
     elif parts:
         found = dict(Qwen2VLImageProcessorPil.from_pretrained(folder)(opened, return_tensors="pt"))
         counts = (found["image_grid_thw"].prod(-1) // 4).tolist()
     text = tokenizer.apply_chat_template(turns, tokenize=False, **{k: v for k, v in how.items() if k[:3] == "add"})
     for count in counts:
-        text = text.replace("<image>", "<placeholder>" * count, 1)
+        shown = "<placeholder>" * count
+        text = text.replace("<image>", f"<begin_of_image>{shown}<end_of_image>" if name == "gemma4" else shown, 1)
     for height, width in found.get("image_sizes", torch.zeros(0)).tolist():
         rows = [row + ENDS[name][0] for row in ["<placeholder>" * (width // 16)] * (height // 16)]
         text = text.replace("<image>", "".join(rows).removesuffix(ENDS[name][0]) + ENDS[name][1], 1)
     ids = tokenizer(text.replace("<placeholder>", "<image>"), return_tensors="pt", add_special_tokens=False).input_ids
-    types = {"mm_token_type_ids": (ids == TOKEN).int()} if parts and name in OF_QWEN else {}
+    types = {"mm_token_type_ids": (ids == TOKEN).int()} if parts and name not in ENDS else {}
     return found | {"input_ids": ids} | types
 
 
@@ -188,13 +219,18 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
     build_vision_language(name, seed).save_pretrained(folder)
     tokenizer = make_tokenizer(special=SPECIAL)
     tokenizer.chat_template = template = template_of(name)
-    if name == "gemma3":
+    if name in ("gemma3", "gemma4"):
         named = {"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
             pad_token="</s>", extra_special_tokens=named,
         )  # fmt: skip
         tokenizer.chat_template = template
+    if name == "gemma4":
+        pixels = Gemma4ImageProcessorPil(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70)
+        pixels.save_pretrained(folder)
+        processor = tokenizer
+    elif name == "gemma3":
         pixels = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
         processor = Gemma3Processor(pixels, tokenizer, template, 4)
     elif name == "llava":

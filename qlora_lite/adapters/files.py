@@ -18,7 +18,7 @@ from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
 from qlora_lite.ops.own_blocks import OwnBlocks
-from qlora_lite.quant.linear import QuantLinear, is_conv1d, stands_for_conv1d
+from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
@@ -175,12 +175,12 @@ def _trained_beside(model: nn.Module, layers: Collection[str]) -> dict:
 
 
 def _target_modules(model: nn.Module, layers: Collection[str]) -> list[str]:
-    """Return the last parts of the adapted layers' paths, or whole paths where other layers have the same.
+    """Return the last parts of the adapted layers' paths, or whole paths where other modules have the same, which peft
+    would adapt too or refuse (those of Gemma 4's tower that have a linear layer inside).
 
     Whole paths too where files have other names than the model (``outside``): a tower's layers may end alike.
     """
-    every = {n for n, m in model.named_modules() if n in layers or (isinstance(m, nn.Linear) or is_conv1d(m))}
-    return _by_leaf(layers, every | set(linear_layers(model)))
+    return _by_leaf(layers, {*layers, *linear_layers(model), *(name for name, _ in model.named_modules())})
 
 
 def _by_leaf(chosen: Collection[str], every: Collection[str]) -> list[str]:

@@ -3,7 +3,8 @@
 Qwen3-VL's are scaled as a whole, so that both edges are multiples of what a token stands for and the number of pixels
 is between a least and a most one. So a picture's size says how many tokens it has, in how many rows and columns.
 Mistral 3's are scaled so that the longer edge is no longer than a most one; behind each row of a picture but the last a
-token of the text says that another begins, and one behind the last that the picture ends.
+token of the text says that another begins, and one behind the last that the picture ends. Gemma 4's are scaled so that
+they have as many tokens as their shape allows of a most number, small ones too.
 
 Shapes: a grid is (height, width) in tokens; pixels float32 [height * width, patches of a token, numbers of a patch].
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+BUDGETS = 70, 140, 280, 560, 1120  # tokens of a picture that Gemma 4's processor takes
 TOKENS_AT_ONCE = 1024  # that a frozen tower computes, or one picture
 
 
@@ -121,7 +123,7 @@ class RowsReader(GridReader):
     def text(self, width: int, height: int) -> str:
         """See ``PictureReader.text``."""
         rows, columns = self.grid(width, height)
-        behind_row, behind_picture = self.load().row_ends
+        behind_row, behind_picture = self.load().beside
         return behind_row.join([self.token * columns] * rows) + behind_picture
 
     def pixels(self, image: "Image") -> np.ndarray:
@@ -136,6 +138,47 @@ class RowsReader(GridReader):
     def _size(self) -> dict[str, int]:
         own = self.load().image_processor.size
         return {"longest_edge": self.longest_edge or own["longest_edge"]}
+
+
+class BudgetReader(GridReader):
+    """How pictures of Gemma 4 are read, which fill a number of tokens, one of ``BUDGETS``: the most that are no more
+    than the square of ``longest_edge`` has, but for the least, or what the processor says."""
+
+    three_axes: ClassVar[bool] = False
+
+    def largest_of(self, tokens: int) -> int:
+        """Return the tokens of the largest picture that so many have room for."""
+        return min(tokens, self._budget())
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return the grid of a picture of a size; one that is much longer than it is wide becomes a single row."""
+        from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
+        along = isqrt(self.unit[0])
+        most = self._budget() * self.unit[0]
+        found = get_aspect_ratio_preserving_size(height, width, self.edge // along, most, along)
+        return found[0] // self.edge, found[1] // self.edge
+
+    def text(self, width: int, height: int) -> str:
+        """See ``PictureReader.text``."""
+        before, behind = self.load().beside
+        return before + super().text(width, height) + behind
+
+    def pixels(self, image: "Image") -> np.ndarray:
+        """Return the pixels of a picture with three channels of 8 bits."""
+        along = isqrt(self.unit[0])
+        found = self.load().image_processor(
+            images=image, patch_size=self.edge // along, pooling_kernel_size=along, max_soft_tokens=self._budget(),
+            return_tensors="np",
+        )  # fmt: skip
+        rows, columns = self.grid(*image.size)
+        patches = np.asarray(found["pixel_values"][0], np.float32)[: rows * columns * self.unit[0]]
+        return patches.reshape(rows, along, columns, along, -1).swapaxes(1, 2).reshape(-1, *self.unit)
+
+    def _budget(self) -> int:
+        if self.longest_edge is None:
+            return self.load().image_processor.max_soft_tokens
+        return max(each for each in BUDGETS if each <= max(BUDGETS[0], (self.longest_edge // self.edge) ** 2))
 
 
 def grids_of(pictures: Iterable[PictureFile]) -> tuple[tuple[int, int], ...]:

@@ -35,7 +35,7 @@ from qlora_lite.data.storage import virtual_ids
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, tokenizer_faults
 from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.vision_language import arguments_of
+from qlora_lite.models.vision_language import arguments_of, sees_whole
 from qlora_lite.train.out_of_memory import free_cached_memory, is_out_of_memory
 from qlora_lite.train.text_guards import own_attention
 
@@ -178,7 +178,7 @@ def answers(
                 given = _arguments(model, shown.get(rows[0]), ids)
                 own = None if given else decoding(model, ids.shape[1] + max_new_tokens, streamer)
                 # by a mask, transformers' own attention is told what a picture's tokens see
-                with own_attention(model) if "token_type_ids" in given else nullcontext():
+                with own_attention(model) if given and sees_whole(model) else nullcontext():
                     out = model.generate(
                         input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
                         streamer=None if own else streamer, custom_generate=own, **given,

@@ -192,6 +192,8 @@ class Merged:
         if not tensor.is_floating_point():
             return tensor
         path, layer = self._layer(stored)
+        if not tensor.ndim:  # a bound of what a layer of Gemma 4's tower takes or gives, which may be infinite
+            return tensor.to(dtype)
         is_conv1d, is_packed = self._is_conv1d(stored), stored in self.base.packed
         weight = tensor.t() if is_conv1d and not is_packed else tensor  # [out, in] from here on
         packed: Packed | None = None

@@ -70,7 +70,8 @@ class ImagesAlone(NamedTuple):
     image_processor: Any
     image_token: str
     chat_template: str | None
-    row_ends: tuple[str, str]  # what stands behind each row of a picture but the last, and behind that; of some
+    beside: tuple[str, str]  # what stands behind each row of a picture but the last, and behind that; or before and
+    # behind a picture; of some families
 
 
 def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | None = None):
@@ -93,8 +94,10 @@ def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | 
             return Idefics3Processor(images, tokenizer, tokens)
         path = folder / "processor_config.json"
         said = read_json(path) if path.is_file() else {}
-        ends = said.get("image_break_token", "[IMG_BREAK]"), said.get("image_end_token", "[IMG_END]")
-        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), tokenizer.chat_template, ends)
+        beside = said.get("image_break_token", "[IMG_BREAK]"), said.get("image_end_token", "[IMG_END]")
+        if model_type == "gemma4":
+            beside = tokenizer.boi_token, tokenizer.eoi_token
+        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), tokenizer.chat_template, beside)
     return AutoProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
 
 

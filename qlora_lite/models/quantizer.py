@@ -297,7 +297,7 @@ def _replace_linears(
 
 def _refuse_16_bit(model: nn.Module, known: Collection[str] = ()) -> None:
     """Raise if the blocks hold weights that are neither linear layers nor small; convolutions stay in 16 bit, and so do
-    a vision encoder's tables of positions, [1, P, D].
+    a vision encoder's tables of positions, [1, P, D] or of rows and columns [2, P, D].
 
     Args:
         known: paths of parameters for which there is a packed weight, or that are to stay in 16 bit.
@@ -308,7 +308,7 @@ def _refuse_16_bit(model: nn.Module, known: Collection[str] = ()) -> None:
     stacked = [
         (f"{path}.{leaf}", p) for path, module in model.named_modules() if not isinstance(module, CONVOLUTIONS)
         for leaf, p in module.named_parameters(recurse=False)
-        if p.ndim >= 3 and len(p) > 1 and p.numel() > 2**16 and f"{path}.{leaf}" not in known
+        if p.ndim >= 3 and len(p) > 1 and "position" not in leaf and p.numel() > 2**16 and f"{path}.{leaf}" not in known
     ]  # fmt: skip
     if stacked:
         size = format_bytes(sum(p.numel() * 2 for _, p in stacked))

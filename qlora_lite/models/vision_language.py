@@ -6,11 +6,11 @@ follows from values; here the positions are known beforehand, so that a plan run
 
 Families differ in what the tower is given and in what is taken of it. Of most, pictures all have one size (of some a
 larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees words, and
-Gemma 3, in which the tokens of a picture see all of it. Mistral 3 sees each picture in its own shape, a grid of tokens
-whose rows are ended by tokens of the text. So do Qwen2-VL and Qwen3-VL, but for such ends, and the positions of their
-grids have three axes; of Qwen3-VL, features of the tower's earlier blocks are added behind the
-first blocks of the language model, too (DeepStack). Qwen2.5-VL's tower attends within windows one by one, so that a
-plan would take minutes.
+Gemma 3, in which the tokens of a picture see all of it. The others see each picture in its own shape, a grid of tokens:
+Gemma 4, of whose pictures all have nearly as many, which see all of it in layers with a window alone; Mistral 3, where
+tokens of the text end the rows of a grid; Qwen2-VL and Qwen3-VL, whose positions have three axes. Of Qwen3-VL, features
+of the tower's earlier blocks are added behind the first blocks of the language model, too (DeepStack). Qwen2.5-VL's
+tower attends within windows one by one, so that a plan would take minutes.
 
 Where nothing in the tower is trained, it computes ``AT_ONCE`` pictures at a time, of those with shapes of their own as
 many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with their number.
@@ -21,8 +21,9 @@ picture with a shape of its own, whose N are the height times the width of its g
 Source: Qwen2-VL, arXiv 2409.12191; Qwen3-VL, 2511.21631; DeepStack, 2406.04334; Pixtral, 2410.07073.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import isqrt, prod
 from types import MappingProxyType
 
@@ -34,12 +35,12 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
-from qlora_lite.data.picture_grids import TOKENS_AT_ONCE, GridReader, RowsReader
+from qlora_lite.data.picture_grids import TOKENS_AT_ONCE, BudgetReader, GridReader, RowsReader
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.transfer import sent
 
-from .anatomy import device_of
+from .anatomy import decoder, device_of
 
 AT_ONCE = 4
 Grids = Sequence[tuple[int, int]]  # height and width in tokens of each picture with a shape of its own; none of others
@@ -58,8 +59,9 @@ class Family:
         cuts: whether a picture may be cut into several of one size.
         reader: what makes pixels of pictures.
         towers: transformers' names of the towers that are known; any where there are none.
-        sees_whole: whether a picture's tokens see all of it (``ops.picture_attention``), which transformers' own
-            forward is told by their types.
+        sees_whole: returns by a configuration whether a picture's tokens see all of it (``ops.picture_attention``).
+        in_windows: whether they do so only in blocks whose tokens see a window of those before them.
+        types: by which name transformers' own forward is told which tokens are of pictures, if it is.
     """
 
     features: Callable[[nn.Module, torch.Tensor, Grids], tuple[torch.Tensor, ...]]
@@ -70,7 +72,9 @@ class Family:
     cuts: bool = False
     reader: type[PictureReader] = PictureReader
     towers: tuple[str, ...] = ()
-    sees_whole: bool = False
+    sees_whole: Callable[[object], bool] = lambda config: False
+    in_windows: bool = False
+    types: str | None = None
 
     @property
     def keeps_shape(self) -> bool:
@@ -147,42 +151,93 @@ def _arguments_of_qwen(pixels: torch.Tensor, grids: Grids) -> dict[str, torch.Te
 
 
 def _of_mistral(model: nn.Module, pixels: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, ...]:
-    """Return the tokens of pictures, none of which sees another: the tower computes them one by one, where
+    """Return the tokens of pictures, none of which sees another: the tower computes those of one shape together, where
     transformers hides one from another by a mask that takes the square of all their patches."""
     inner, tower = model.base_model, model.base_model.vision_tower
     blocks, found = tower.transformer.layers, []
     blocks = blocks[: model.config.vision_feature_layer % (len(blocks) + 1)]
-    for part, grid in zip(pixels.split([*map(prod, grids)]), grids, strict=True):
-        image = _image(part, grid)
-        hidden = tower.ln_pre(tower.patch_conv(image).flatten(2).mT)
-        edges = [torch.arange(edge // tower.patch_size, device=pixels.device) for edge in image.shape[2:]]
+    for part, grid in _of_one_shape(pixels, grids):
+        images = _images(part, grid)
+        hidden = tower.ln_pre(tower.patch_conv(images).flatten(2).mT)
+        edges = [torch.arange(edge // tower.patch_size, device=pixels.device) for edge in images.shape[2:]]
         rotations = tower.patch_positional_embedding(hidden, torch.cartesian_prod(*edges))
         for block in blocks:
             hidden = block(hidden, None, position_embeddings=rotations)
-        found.append(inner.multi_modal_projector(hidden[0], [image.shape[2:]]))
+        found.append(inner.multi_modal_projector(hidden.flatten(0, 1), [images.shape[2:]] * len(images)))
     return (torch.cat(found),)
 
 
-def _image(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Return a picture [1, 3, H, W] of the pixels of its tokens, whose patches are squares."""
+def _of_one_shape(pixels: torch.Tensor, grids: Grids) -> Iterator[tuple[torch.Tensor, tuple[int, int]]]:
+    """Yield the pixels of pictures of one shape that follow one another, and their grid."""
+    shapes = [(grid, prod(grid) * len([*alike])) for grid, alike in groupby(grids)]
+    parts = pixels.split([tokens for _, tokens in shapes])
+    return ((part, grid) for part, (grid, _) in zip(parts, shapes, strict=True))
+
+
+def _images(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Return pictures [B, 3, H, W] of the pixels of their tokens, whose patches are squares."""
     along, edge = isqrt(pixels.shape[1]), isqrt(pixels.shape[2] // 3)
-    parts = pixels.reshape(*grid, along, along, 3, edge, edge).permute(4, 0, 2, 5, 1, 3, 6)
-    return parts.reshape(1, 3, *(edge * along * tokens for tokens in grid))
+    parts = pixels.reshape(-1, *grid, along, along, 3, edge, edge).permute(0, 5, 1, 3, 6, 2, 4, 7)
+    return parts.reshape(-1, 3, *(edge * along * tokens for tokens in grid))
 
 
 def _arguments_of_mistral(pixels: torch.Tensor, grids: Grids) -> dict[str, torch.Tensor]:
-    images = [_image(part, grid)[0] for part, grid in zip(pixels.split([*map(prod, grids)]), grids, strict=True)]
+    images = [image for part, grid in _of_one_shape(pixels, grids) for image in _images(part, grid)]
     sizes = torch.tensor([image.shape[1:] for image in images], device=pixels.device)
     height, width = sizes.amax(0).tolist()
     padded = [nn.functional.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]
     return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
 
 
+def _of_gemma4(model: nn.Module, pixels: torch.Tensor, grids: Grids) -> tuple[torch.Tensor, ...]:
+    """Return the tokens of pictures, each of them the mean of a square of patches. The tower computes those of one
+    shape together, where transformers pads all to one length, whose result has a shape that follows from values."""
+    inner, tower = model.base_model, model.base_model.vision_tower
+    along, found = isqrt(pixels.shape[1]), []
+    for part, (rows, columns) in _of_one_shape(pixels, grids):
+        patches, positions = _patches(part, (rows, columns))
+        nothing = positions.new_zeros(positions.shape[:2], dtype=torch.bool)
+        hidden = tower.patch_embedder(patches, positions, nothing)
+        rotations = tower.encoder.rotary_emb(hidden, positions)
+        for block in tower.encoder.layers:
+            hidden = block(hidden, position_embeddings=rotations, position_ids=positions)
+        squares = hidden.unflatten(1, (rows, along, columns, along)).float()
+        pooled = squares.mean((2, 4)).flatten(0, 2).to(hidden.dtype)
+        pooled = pooled.float() * tower.pooler.root_hidden_size
+        if tower.config.standardize:
+            pooled = (pooled - tower.std_bias.float()) * tower.std_scale.float()
+        found.append(inner.embed_vision(pooled.to(hidden.dtype)))
+    return (torch.cat(found),)
+
+
+def _patches(pixels: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the patches of pictures of one shape row by row, [B, patches, numbers], and the column and row of each,
+    int64 [B, patches, 2]."""
+    along, numbers = isqrt(pixels.shape[1]), pixels.shape[2]
+    patches = pixels.reshape(-1, *grid, along, along, numbers).transpose(2, 3)
+    patches = patches.reshape(-1, prod(grid) * along**2, numbers)
+    places = torch.cartesian_prod(*(torch.arange(edge * along, device=pixels.device) for edge in grid))
+    return patches, places.flip(-1).expand(len(patches), -1, -1)
+
+
+def _arguments_of_gemma4(pixels: torch.Tensor, grids: Grids) -> dict[str, torch.Tensor]:
+    found = [_patches(part, grid) for part, grid in _of_one_shape(pixels, grids)]
+    most = max(patches.shape[1] for patches, _ in found)
+
+    def padded(tensors: Iterable[torch.Tensor], value: float) -> torch.Tensor:
+        pad = nn.functional.pad
+        return torch.cat([pad(each, (0, 0, 0, most - each.shape[1]), value=value) for each in tensors])
+
+    patches, places = zip(*found, strict=True)
+    return {"pixel_values": padded(patches, 0.0), "image_position_ids": padded(places, -1.0)}
+
+
 def _edge_of_qwen(config) -> int:
     return config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
 
-_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, reader=GridReader)
+_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, reader=GridReader,
+               types="mm_token_type_ids")  # fmt: skip
 _IDEFICS = Family(
     _of_idefics, lambda pixels, _: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
@@ -192,7 +247,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "gemma3": Family(_of_gemma, lambda pixels, _: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
-                     "model.vision_tower", sees_whole=True),
+                     "model.vision_tower", sees_whole=lambda config: True, types="token_type_ids"),
+    "gemma4": Family(_of_gemma4, _arguments_of_gemma4, lambda _: 1, "model.vision_tower",
+                     lambda config: config.vision_config.patch_size * config.vision_config.pooling_kernel_size,
+                     reader=BudgetReader, in_windows=True, types="mm_token_type_ids",
+                     sees_whole=lambda config: config.text_config.use_bidirectional_attention == "vision"),
     "mistral3": Family(_of_mistral, _arguments_of_mistral, lambda _: 1, "model.vision_tower",
                        lambda config: config.vision_config.patch_size * config.spatial_merge_size, reader=RowsReader,
                        towers=("pixtral",)),
@@ -221,6 +280,23 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES[model.config.model_type]
 
 
+def sees_whole(model: nn.Module) -> bool:
+    """Return whether the tokens of a picture see all of it in a model."""
+    return family_of(model).sees_whole(model.config)
+
+
+def of_each_block(model: nn.Module, ids: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the embeddings of tokens [1, T] that a decoder gives to its blocks one by one, where it has some, as its
+    argument; at the ``places`` [P] of pictures they are those of padding.
+
+    transformers looks them up by the tokens, which it is not given where there are embeddings of pictures.
+    """
+    text = decoder(model)
+    if not getattr(text, "hidden_size_per_layer_input", 0):
+        return {}
+    return {"per_layer_inputs": text.get_per_layer_inputs(ids.index_fill(1, places, text.config.pad_token_id))}
+
+
 def token_pixels(config) -> tuple[int, int]:
     """Return the shape of the pixels of a token, of a family whose pictures keep their shapes: patches, and numbers of
     each, which are there once for each moment of a video."""
@@ -235,11 +311,8 @@ def arguments_of(
     """Return the pictures [N, ...] of one row of tokens [1, T] as arguments of transformers' own forward."""
     family = family_of(model)
     found = family.arguments(pixels.to(device_of(model), model.dtype), grids)
-    is_picture = ids == model.config.image_token_id
-    if family.sees_whole:
-        found["token_type_ids"] = is_picture.long()
-    if family.reader.three_axes:
-        found["mm_token_type_ids"] = is_picture.int()
+    if family.types:
+        found[family.types] = (ids == model.config.image_token_id).int()
     return found
 
 

@@ -60,8 +60,8 @@ def row_attention(
             filler: they attend to nothing and get zeros.
         row_ends: where they end (``packed_attention.sequence_ends``), if a GPU may attend to all of them in one call.
         row_flex: a GPU may attend with capped scores or sinks in one call (``flex_attention``).
-        row_pictures: the first token of each picture and how many tokens one has, where these see all of their picture
-            (``picture_attention``).
+        row_pictures: the first token of each picture and how many tokens each has, where these see all of their picture
+            (``picture_attention``); and whether they do so only in layers with a ``sliding_window``.
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -75,13 +75,13 @@ def row_attention(
     if dropout and no_kernel:
         raise ModelError("dropout of attention's weights is not known here beside capped scores or sinks: set "
                          "attention_dropout to 0 in the model's config.json")  # fmt: skip
-    if row_pictures is not None:
+    if row_pictures is not None and (sliding_window is not None or not row_pictures[2]):
         if no_kernel or dropout:
             raise ModelError("pictures whose tokens see all of them are not known here beside capped scores, sinks or "
                              "dropout of attention's weights; choose another model")  # fmt: skip
         causal, _ = row_attention(module, query, key, value, attention_mask, scaling, 0.0, sliding_window,
                                   row_lengths=row_lengths, row_ends=row_ends)  # fmt: skip
-        return seeing_pictures(causal, query, key, value, *row_pictures, row_lengths, scaling, sliding_window), None
+        return seeing_pictures(causal, query, key, value, *row_pictures[:2], row_lengths, scaling, sliding_window), None
     length = query.shape[2]
     if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
         attention_mask = None

@@ -1,13 +1,14 @@
 """Attention of a language model in which the tokens of a picture see all of their picture, and not only those before.
 
-Gemma 3's do: causal attention decides what text sees, and what a picture's tokens see of the text before them. So the
-causal result is taken, and that of each picture's tokens is replaced by attention from them to all from the beginning
-of their row to the end of the picture, one call a picture. In a window a token still sees none that is so many before
-it, and all of its picture behind it. (A mask over the whole row, the usual way, takes the square of its length.)
+Gemma 3's do, and Gemma 4's in layers that see a window alone: causal attention decides what text sees, and what a
+picture's tokens see of the text before them. So the causal result is taken, and that of each picture's tokens is
+replaced by attention from them to all from the beginning of their row to the end of the picture, one call a picture. In
+a window a token still sees none that is so many before it, and all of its picture behind it. (A mask over the whole
+row, the usual way, takes the square of its length.)
 
 Shapes: query [1, H, T, D], key and value [1, K, T, D], result [1, T, H, D]; a picture has P tokens.
 
-Source: transformers, ``create_masks_for_vision_model`` of Gemma 3.
+Source: transformers, ``create_masks_for_vision_model`` of Gemma 3 and 4.
 """
 
 from bisect import bisect_right
@@ -20,7 +21,7 @@ from .fused_attention import fused_attention
 
 
 def seeing_pictures(
-    out: torch.Tensor, query, key, value, begins: Sequence[int], tokens: int, row_lengths: Sequence[int],
+    out: torch.Tensor, query, key, value, begins: Sequence[int], sizes: Sequence[int], row_lengths: Sequence[int],
     scaling: float | None = None, window: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return the result of causal attention with that of pictures' tokens replaced.
@@ -28,13 +29,13 @@ def seeing_pictures(
     Args:
         out: of causal attention, [1, T, H, D].
         begins: the first token of each picture, rising.
-        tokens: P.
+        sizes: P of each.
         row_lengths: tokens in each packed row.
         scaling: factor on the scores; None means 1 / sqrt(D).
         window: a token sees itself and this many minus one before it; None for all.
     """
     ends, pieces, at = [*accumulate(row_lengths)], [], 0
-    for begin in begins:
+    for begin, tokens in zip(begins, sizes, strict=True):
         row = bisect_right(ends, begin)
         first, end = ends[row] - row_lengths[row], begin + tokens
         if window is not None:

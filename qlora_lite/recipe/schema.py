@@ -378,9 +378,9 @@ class Data(_Section):
     """Edge of the square that the model sees of a picture, in pixels, a multiple of its patch size; null is what the
     model's files say. Memory and time grow with its square. Of a vision-language model that cuts pictures into parts
     (SmolVLM, Idefics3), the longer edge that a picture is scaled to before, a multiple of a part's; of one that keeps
-    their shapes the longer edge (Mistral 3) or that of the square with as many pixels as the largest picture (Qwen-VL),
-    a multiple of a token's: of Qwen3-VL 32, so that 1024 is up to 1,024 tokens, and null 16,384. Only where rows are
-    pictures or have some (task.kind)."""
+    their shapes the longer edge (Mistral 3) or that of the square with as many pixels as the largest picture (Qwen-VL,
+    Gemma 4), a multiple of a token's: of Qwen3-VL 32, so that 1024 is up to 1,024 tokens, and null 16,384. Only where
+    rows are pictures or have some (task.kind)."""
     buckets: bool = True
     """Cut each picture of task.kind image-generation to the rectangle of about data.resolution squared pixels that is
     nearest to its own aspect ratio, from 1:2 to 2:1; false cuts squares."""

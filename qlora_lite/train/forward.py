@@ -1,6 +1,7 @@
 """The forward pass of a language model or an encoder over packed sequences, up to the last hidden states."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.packing import runs_unpacked
-from qlora_lite.models.vision_language import decoded, embedded, family_of
+from qlora_lite.models.vision_language import decoded, embedded, family_of, of_each_block, sees_whole
 from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.packed_attention import sequence_ends
 from qlora_lite.ops.shapes import device_type, kernel_rows
@@ -85,8 +86,10 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
         places = inputs.picture_tokens
         embeddings, features = embedded(model, inputs.input_ids, inputs.pixels, places, inputs.grids)
         at_once |= {"inputs_embeds": embeddings} | ({"features": features, "places": places} if features else {})
-        if family_of(model).sees_whole:
-            at_once["row_pictures"] = inputs.pictures, len(inputs.picture_tokens) // len(inputs.pictures)
+        at_once |= of_each_block(model, inputs.input_ids, places)
+        if sees_whole(model):
+            sizes = (*map(prod, inputs.grids),) or (len(places) // len(inputs.pictures),) * len(inputs.pictures)
+            at_once["row_pictures"] = inputs.pictures, sizes, family_of(model).in_windows
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
 
 

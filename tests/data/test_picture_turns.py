@@ -76,6 +76,11 @@ def test_tokens_and_pixels_are_those_of_transformers_processor(folders, pictures
             if name == "mistral3":
                 shown = families.FAMILIES[name].arguments(found, grids)
                 assert all(torch.equal(shown[key], theirs[key]) for key in ("pixel_values", "image_sizes"))
+            elif name == "gemma4":  # which pads all pictures to the most patches that one has
+                shown = families.FAMILIES[name].arguments(found, grids)
+                count = shown["pixel_values"].shape[1]
+                for key, padding in (("pixel_values", 0), ("image_position_ids", -1)):
+                    assert torch.equal(shown[key], theirs[key][:, :count]) and (theirs[key][:, count:] == padding).all()
             else:
                 assert torch.equal(found, theirs["pixel_values"].reshape(-1, *reader.unit))
                 grids = [[1, 2 * height, 2 * width] for height, width in grids]
@@ -134,6 +139,18 @@ def test_a_resolution_is_the_longer_edge_of_a_picture_whose_rows_have_ends(folde
         (example,) = read(folders["mistral3"], rows, tmp_path, resolution=resolution).examples
         assert [picture.grid for picture in example.pictures] == [grid]
         assert reader_of(folders["mistral3"], resolution).of_examples([example]).shape == (prod(grid), 4, 3 * 8 * 8)
+
+
+@pytest.mark.parametrize(("resolution", "grid"), [(None, (5, 11)), (16, (5, 11)), (192, (8, 16)), (288, (11, 23))])
+def test_a_picture_that_fills_a_number_of_tokens_has_the_most_that_a_resolution_has_room_for(
+    folders, tmp_path, resolution, grid
+):
+    drawn("hot", 0, 100).crop((0, 0, 98, 50)).save(tmp_path / "wide.png")
+    rows, reader = [{"messages": chat(parts("wide.png"))}], reader_of(folders["gemma4"], resolution)
+    (example,) = read(folders["gemma4"], rows, tmp_path, resolution=resolution).examples
+    assert [picture.grid for picture in example.pictures] == [grid]
+    assert reader.of_examples([example]).shape == (prod(grid), 4, 3 * 8 * 8)
+    assert prod(grid) <= reader.largest_of(5000) <= 280
 
 
 @pytest.mark.parametrize(

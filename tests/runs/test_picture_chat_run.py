@@ -249,6 +249,20 @@ def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, t
     assert (tmp_path / "merged" / file).is_file()
 
 
+def test_bounds_of_a_tower_s_layers_are_merged_as_they_are_though_they_be_infinite(bases, tmp_path):
+    base = shutil.copytree(bases["gemma4"], tmp_path / "base")
+    stored = load_file(base / "model.safetensors")
+    bound = "model.vision_tower.encoder.layers.0.mlp.up_proj.input_max"
+    assert stored[bound].ndim == 0
+    stored[bound] = torch.tensor(float("inf"))
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    folder = run_recipe(load_recipe(chat_recipe(tmp_path, base, model={"quant": "none"}, train={"max_steps": 1})))
+    merge_run(str(folder), tmp_path / "merged", MergeSettings(dtype="f32", rows=0))
+    new = load_file(tmp_path / "merged" / "model.safetensors")
+    assert new.keys() == stored.keys()
+    assert all(torch.equal(new[name], stored[name]) for name in stored if "vision_tower" in name)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 @pytest.mark.parametrize("are_turned", [False, True])
 @pytest.mark.slow
