@@ -92,12 +92,13 @@ def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | 
         images, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil", **_NO_CODE), tokenizer_of(folder)
         if image_token is None:
             return Idefics3Processor(images, tokenizer, tokens)
-        path = folder / "processor_config.json"
-        said = read_json(path) if path.is_file() else {}
+        said, older = ({} if not path.is_file() else read_json(path)
+                       for path in (folder / "processor_config.json", folder / "chat_template.json"))  # fmt: skip
         beside = said.get("image_break_token", "[IMG_BREAK]"), said.get("image_end_token", "[IMG_END]")
         if model_type == "gemma4":
             beside = tokenizer.boi_token, tokenizer.eoi_token
-        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), tokenizer.chat_template, beside)
+        template = tokenizer.chat_template or older.get("chat_template")
+        return ImagesAlone(images, tokenizer.convert_ids_to_tokens(image_token), template, beside)
     return AutoProcessor.from_pretrained(folder, backend="pil", **_NO_CODE)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from math import prod
 
 import numpy as np
@@ -265,6 +266,16 @@ def test_a_template_of_plain_text_writes_pictures_too_and_another_is_refused(fol
     data = read(folders["llava"], rows, pictures, template=str(tmp_path / "mute.jinja"))
     with pytest.raises(DataError, match=r"mute.jinja\) writes no <image> for a picture; set data.template to another"):
         data.problems.raise_if_any()
+
+
+def test_a_template_that_older_files_have_beside_the_tokenizer_s_is_read(folders, pictures, tmp_path):
+    folder = shutil.copytree(folders["mistral3"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": tokenizer.chat_template}))
+    (folder / "chat_template.jinja").unlink()
+    rows = [{"messages": chat(parts("look", "0.png", "what is it"))}]
+    (own,), (older,) = (read(each, rows, pictures).examples for each in (folders["mistral3"], folder))
+    assert AutoTokenizer.from_pretrained(folder).chat_template is None and older.prompt == own.prompt
 
 
 def test_pictures_stand_where_the_row_has_them():
