@@ -42,10 +42,14 @@ _ROPE_BY_PLACE = dict(rope_type="default", rope_theta=10000.0, llama_4_scaling_b
                       original_max_position_embeddings=4)  # fmt: skip
 _TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
               num_position_embeddings=16, deepstack_visual_indexes=[0, 1])  # fmt: skip
+_WITHOUT_FEATURES = {name: value for name, value in _TOWER.items() if name != "deepstack_visual_indexes"}
 TOKEN = 3  # of the token that stands for pictures
 _QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
-OF_QWEN = "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"
+OF_QWEN = "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"
 WITH_GRIDS = *OF_QWEN, "mistral3", "gemma4"
+_STATES = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+               layer_types=["linear_attention", "full_attention"], head_dim=16,
+               rope_parameters=_ROPE | dict(partial_rotary_factor=0.5, mrope_section=[2, 1, 1]))  # fmt: skip
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
     "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
@@ -61,6 +65,11 @@ FAMILIES = {
     "qwen2_vl": dict(text_config=_TEXT | dict(model_type="qwen2_vl_text", rope_parameters=_ROPE_IN_PARTS),
                      vision_config=dict(depth=2, embed_dim=64, hidden_size=64, mlp_ratio=1, num_heads=2, patch_size=8),
                      **_QWEN),
+    # windows of two by two tokens in the first of two blocks
+    "qwen2_5_vl": dict(text_config=_TEXT | dict(model_type="qwen2_5_vl_text", rope_parameters=_ROPE_IN_PARTS),
+                       vision_config=dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8,
+                                          out_hidden_size=64, window_size=32, fullatt_block_indexes=[1]),
+                       **_QWEN),
     # features behind two of three blocks
     "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE,
                                               num_hidden_layers=3),
@@ -84,6 +93,12 @@ FAMILIES = {
                                       num_key_value_heads=2, head_dim=32, patch_size=8, pooling_kernel_size=2,
                                       position_embedding_size=1024, standardize=True, use_clipped_linears=True),
                    image_token_id=TOKEN, boi_token_id=6, eoi_token_id=7),
+    "qwen3_5": dict(text_config=_TEXT | _STATES | dict(model_type="qwen3_5_text"), vision_config=_WITHOUT_FEATURES,
+                    **_QWEN),
+    "qwen3_5_moe": dict(text_config=_TEXT | _STATES | dict(model_type="qwen3_5_moe_text", num_experts=4,
+                                                           num_experts_per_tok=2, moe_intermediate_size=48,
+                                                           shared_expert_intermediate_size=32),
+                        vision_config=_WITHOUT_FEATURES, **_QWEN),
 }  # fmt: skip
 TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, **dict.fromkeys(WITH_GRIDS, 1)}
 UNITS = dict.fromkeys(

@@ -7,8 +7,8 @@ gated models cannot be fetched without an account. The shipped copy is only for 
 `config.json` beside the weights.
 
 Each entry carries the published number of parameters and where it was published; tests build every model
-without memory and compare. Of Gemma 3 from 4B on, Gemma 4 and Qwen3.5 it is the language model alone, of SmolVLM
-and Qwen3-VL the whole.
+without memory and compare. Of Gemma 3 from 4B on and Gemma 4 it is the language model alone, of SmolVLM, Qwen2.5-VL,
+Qwen3-VL and Qwen3.5 the whole.
 """
 
 import json

@@ -8,9 +8,14 @@ Families differ in what the tower is given and in what is taken of it. Of most, 
 larger picture is cut into several): LLaVA, Idefics3 and SmolVLM, whose language model sees them as it sees words, and
 Gemma 3, in which the tokens of a picture see all of it. The others see each picture in its own shape, a grid of tokens:
 Gemma 4, of whose pictures all have nearly as many, which see all of it in layers with a window alone; Mistral 3, where
-tokens of the text end the rows of a grid; Qwen2-VL and Qwen3-VL, whose positions have three axes. Of Qwen3-VL, features
-of the tower's earlier blocks are added behind the first blocks of the language model, too (DeepStack). Qwen2.5-VL's
-tower attends within windows one by one, so that a plan would take minutes.
+tokens of the text end the rows of a grid; Qwen2-VL to Qwen3.5, whose positions have three axes. Of Qwen3-VL, features
+of the tower's earlier blocks are added behind the first blocks of the language model, too (DeepStack). Qwen3.5's
+language model has states, so that each row runs by itself (``packing``), behind the tower, which computes the pictures
+of all.
+
+Most blocks of Qwen2.5-VL's tower attend within windows of 4 x 4 tokens. transformers calls attention for one after the
+other, which takes a plan three times as long as this: here one call is told of all, and takes those of one size out as
+a batch (``ops.encoder_attention``).
 
 Where nothing in the tower is trained, it computes ``AT_ONCE`` pictures at a time, of those with shapes of their own as
 many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with their number.
@@ -18,7 +23,8 @@ many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with t
 Shapes: pixels [N, ...] of N units, each of K tokens: a unit is a picture of one size, [3, H, W], or one token of a
 picture with a shape of its own, whose N are the height times the width of its grid. P = N * K; hidden states [P, D].
 
-Source: Qwen2-VL, arXiv 2409.12191; Qwen3-VL, 2511.21631; DeepStack, 2406.04334; Pixtral, 2410.07073.
+Source: Qwen2-VL, arXiv 2409.12191; Qwen2.5-VL, 2502.13923; Qwen3-VL, 2511.21631; DeepStack, 2406.04334; Pixtral,
+2410.07073.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +39,7 @@ from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
+    get_vision_window_index,
 )
 
 from qlora_lite.data.picture_grids import TOKENS_AT_ONCE, BudgetReader, GridReader, RowsReader
@@ -131,8 +138,13 @@ def _of_qwen(model: nn.Module, pixels: torch.Tensor, grids: Grids) -> tuple[torc
         known["interp_indices"], known["interp_weights"] = get_vision_interpolation_indices_and_weights(
             grid, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merged
         )
+    how = {"grid_thw": grid, "cu_seqlens": get_vision_cu_seqlens(grid)}
+    if hasattr(tower, "fullatt_block_indexes"):
+        known["window_index"], ends = get_vision_window_index(grid, merged, tower.window_size, tower.patch_size)
+        layers = {block.attn for n, block in enumerate(tower.blocks) if n not in tower.fullatt_block_indexes}
+        how |= {"cu_window_seqlens": ends[[0, -1]], "row_windows": (layers, ends.diff().tolist())}
     known = {name: sent(tensor, pixels.device) for name, tensor in known.items()}
-    found = tower(pixels.flatten(0, 1), grid_thw=grid, cu_seqlens=get_vision_cu_seqlens(grid), **known)
+    found = tower(pixels.flatten(0, 1), **how, **known)
     return found.pooler_output, *getattr(found, "deepstack_features", ())
 
 
@@ -255,7 +267,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "mistral3": Family(_of_mistral, _arguments_of_mistral, lambda _: 1, "model.vision_tower",
                        lambda config: config.vision_config.patch_size * config.spatial_merge_size, reader=RowsReader,
                        towers=("pixtral",)),
-    **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN),
 })  # fmt: skip
 
 

@@ -44,7 +44,7 @@ _MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a GPU's kernel copie
 
 def row_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, row_lengths=None, row_ends=None, row_flex=False, row_pictures=None, **_unused,
+    s_aux=None, row_lengths=None, row_ends=None, row_flex=False, row_pictures=None, row_windows=None, **_unused,
 ):  # fmt: skip
     """Attend within each row, causally if the layer does not say otherwise.
 
@@ -62,6 +62,7 @@ def row_attention(
         row_flex: a GPU may attend with capped scores or sinks in one call (``flex_attention``).
         row_pictures: the first token of each picture and how many tokens each has, where these see all of their picture
             (``picture_attention``); and whether they do so only in layers with a ``sliding_window``.
+        row_windows: layers of a vision tower that attend within windows, and the tokens of each window, in order.
 
     Returns:
         The attended values [B, T, H, D] and None in place of attention weights.
@@ -71,6 +72,8 @@ def row_attention(
     """
     no_kernel = softcap or s_aux is not None
     if not getattr(module, "is_causal", True):
+        if row_windows is not None and module in row_windows[0]:
+            row_lengths = row_windows[1]
         return _of_encoder(query, key, value, attention_mask, scaling, dropout, sliding_window, row_lengths), None
     if dropout and no_kernel:
         raise ModelError("dropout of attention's weights is not known here beside capped scores or sinks: set "

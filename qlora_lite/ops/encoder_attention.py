@@ -1,8 +1,9 @@
 """An encoder's attention over packed sequences: each token sees all of its own sequence, or those near it.
 
 Sequences of one length (on a CPU, of one length for its kernels) are attended to in one call, as a batch: those of a
-classified text are short, and a call for each would take more than it computes. What fills a sequence up to the
-kernel's length are tokens of the next one, hidden by a mask, and their own results are dropped.
+classified text are short, and a call for each would take more than it computes; so are windows of a picture, most of
+which have one size. Those that follow one another are taken out as one. What fills a sequence up to the kernel's length
+are tokens of the next one, hidden by a mask, and their own results are dropped.
 
 In a window (ModernBERT's local layers) a token sees so many minus one before it, and as many behind it.
 
@@ -11,7 +12,8 @@ Shapes: query, key and value [1, H, T, D], result [1, T, H, D]; a group of n seq
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -33,26 +35,40 @@ def encoder_attention(
     if query.shape[0] > 1:
         mask = _mask([query.shape[2]], query.shape[2], window, query)
         return fused_attention(query, key, value, mask, scaling, dropout, False).transpose(1, 2).contiguous()
-    groups: dict[int, list[int]] = defaultdict(list)  # numbers of the sequences by their tokens in a call
-    for number, length in enumerate(row_lengths):
-        groups[kernel_rows(length, query.device)].append(number)
-    starts, outs = [*accumulate(row_lengths, initial=0)], [query] * len(row_lengths)
-    for size, numbers in groups.items():
-        rows = [_gathered(tensor, [starts[number] for number in numbers], size) for tensor in (query, key, value)]
-        lengths = [row_lengths[number] for number in numbers]
+    groups: dict[int, list[_Run]] = defaultdict(list)  # by the tokens of a sequence in a call
+    start = 0
+    for length, alike in groupby(row_lengths):
+        count, size = len([*alike]), kernel_rows(length, query.device)
+        together = count if size == length else 1
+        groups[size] += [_Run(start + number * length, length, together) for number in range(0, count, together)]
+        start += count * length
+    outs = {}
+    for size, runs in groups.items():
+        rows = [_gathered(tensor, runs, size) for tensor in (query, key, value)]
+        lengths = [run.length for run in runs for _ in range(run.count)]
         out = fused_attention(*rows, _mask(lengths, size, window, query), scaling, dropout, False).transpose(1, 2)
-        for place, number in enumerate(numbers):
-            outs[number] = out[place, : row_lengths[number]]
-    if behind := query.shape[2] - starts[-1]:
-        outs.append(query.new_zeros(behind, *query.shape[1::2]))
-    return torch.cat(outs)[None]
+        for run, part in zip(runs, out.split([run.count for run in runs]), strict=True):
+            outs[run.start] = part[:, : run.length].flatten(0, 1)
+    if behind := query.shape[2] - start:
+        outs[start] = query.new_zeros(behind, *query.shape[1::2])
+    return torch.cat([outs[first] for first in sorted(outs)])[None]
 
 
-def _gathered(tensor: torch.Tensor, starts: Sequence[int], size: int) -> torch.Tensor:
+class _Run(NamedTuple):
+    """Sequences of one length that follow one another: where the first begins, the tokens of each, how many."""
+
+    start: int
+    length: int
+    count: int
+
+
+def _gathered(tensor: torch.Tensor, runs: Sequence[_Run], size: int) -> torch.Tensor:
     """Return so many tokens from each start of [1, H, T, D] as a batch, with zeros where there are none left."""
-    if starts[-1] + size > tensor.shape[2]:
-        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, starts[-1] + size - tensor.shape[2]))
-    return torch.cat([tensor[:, :, start : start + size] for start in starts])
+    ends = [run.start + run.count * size for run in runs]
+    if ends[-1] > tensor.shape[2]:
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, ends[-1] - tensor.shape[2]))
+    found = [tensor[:, :, run.start : end] for run, end in zip(runs, ends, strict=True)]
+    return torch.cat([each.unflatten(2, (-1, size)).squeeze(0).transpose(0, 1) for each in found])
 
 
 def _mask(lengths: Sequence[int], size: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:

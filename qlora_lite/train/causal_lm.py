@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import ClassVar, Self
 
@@ -271,8 +271,10 @@ class CausalLM(Workload):
             run_unpacked(model)
         set_memory_options(model, options)
         if device.type == "meta" and not uses_row_attention(model):
-            for part in (part for block in self.blocks(model) for part in block.children()):
-                PlannedKernels().during(part)  # hooks of a block itself are not called where it runs again
+            # hooks of a block itself are not called where it runs again
+            parts = (part for block in self.blocks(model) for part in block.children())
+            for part in chain(parts, map(model.get_submodule, self.beside_blocks)):
+                PlannedKernels().during(part)
         return model
 
     def pattern(self) -> tuple[int, int]:

@@ -76,20 +76,20 @@ def filler_tokens(row_lengths: Sequence[int], device: torch.device) -> int:
 
 def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return the last hidden states [T, D] of packed sequences."""
+    places, shown, features = inputs.picture_tokens, {}, ()
+    if inputs.pixels is not None:
+        shown["inputs_embeds"], features = embedded(model, inputs.input_ids, inputs.pixels, places, inputs.grids)
+        shown |= of_each_block(model, inputs.input_ids, places)
     if runs_unpacked(model):
-        return _hidden_states_row_by_row(model, inputs)
+        return _hidden_states_row_by_row(model, inputs, **shown)
     kernels = kernels_of(model)
     at_once = {"row_ends": inputs.row_ends} if "sequences" in kernels and inputs.row_ends is not None else {}
     at_once |= {"row_flex": True} if FLEX in kernels else {}
     at_once |= {} if inputs.token_types is None else {"token_type_ids": inputs.token_types}
-    if inputs.pixels is not None:
-        places = inputs.picture_tokens
-        embeddings, features = embedded(model, inputs.input_ids, inputs.pixels, places, inputs.grids)
-        at_once |= {"inputs_embeds": embeddings} | ({"features": features, "places": places} if features else {})
-        at_once |= of_each_block(model, inputs.input_ids, places)
-        if sees_whole(model):
-            sizes = (*map(prod, inputs.grids),) or (len(places) // len(inputs.pictures),) * len(inputs.pictures)
-            at_once["row_pictures"] = inputs.pictures, sizes, family_of(model).in_windows
+    at_once |= shown | ({"features": features, "places": places} if features else {})
+    if shown and sees_whole(model):
+        sizes = (*map(prod, inputs.grids),) or (len(places) // len(inputs.pictures),) * len(inputs.pictures)
+        at_once["row_pictures"] = inputs.pictures, sizes, family_of(model).in_windows
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)
 
 
@@ -120,16 +120,23 @@ def _decoded(
     return decoder(model)(**given).last_hidden_state[0, : sum(row_lengths)]
 
 
-def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Run each row by itself; the tokens behind it, up to the kernel's length, change nothing of it."""
+def _hidden_states_row_by_row(model: nn.Module, inputs: Inputs, **shown: torch.Tensor) -> torch.Tensor:
+    """Run each row by itself; the tokens behind it, up to the kernel's length, change nothing of it.
+
+    Args:
+        shown: what the decoder is given beside tokens or in their place, [1, T, ...].
+    """
     outs, start, device = [], 0, inputs.input_ids.device
     for number, length in enumerate(inputs.row_lengths):
         place = slice(None), slice(start, start + kernel_rows(length, device))
         ids = part(inputs.input_ids, place)
         positions = torch.arange(ids.shape[1], device=device)[None]
-        types = {} if inputs.token_types is None else {"token_type_ids": part(inputs.token_types, place)}
+        if inputs.position_ids.ndim == 3:
+            positions = inputs.position_ids[:, *place]
+        given = {} if inputs.token_types is None else {"token_type_ids": part(inputs.token_types, place)}
+        given |= {name: each[place] for name, each in shown.items()}
         with sequence_alone(number):
-            outs.append(_decoded(model, ids, positions, (length,), **types))
+            outs.append(_decoded(model, ids, positions, (length,), **given))
         start += length
     return torch.cat(outs)
 

@@ -24,7 +24,7 @@ from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.models.anatomy import decoder, device_of, head
-from qlora_lite.models.vision_language import FAMILIES, arguments_of
+from qlora_lite.models.vision_language import FAMILIES, arguments_of, sees_whole
 from qlora_lite.ops.loss import head_logits
 
 from .causal_lm import CausalLM
@@ -110,8 +110,7 @@ class PictureChatLM(CausalLM):
 
     def pattern(self) -> tuple[int, int]:
         """See ``Workload.pattern``; blocks that features of pictures are added behind are of a kind of their own."""
-        unlike, pattern = super().pattern()
-        first = len(getattr(self.spec.config.vision_config, "deepstack_visual_indexes", ()))
+        (unlike, pattern), first = super().pattern(), _blocks_with_features(self.spec.config)
         return max(unlike, first + (self.depth - first) % pattern), pattern
 
     def inputs(self, batch: Batch, device: torch.device) -> Inputs:
@@ -181,13 +180,11 @@ class PictureChatLM(CausalLM):
             found.append(replace(example, token_ids=ids, pictures=self.reader.made_up(count, most.largest_picture)))
         return found
 
-    def runs_row_by_row(self, longest: int) -> bool:
-        """Never, see ``check_model``."""
-        return False
-
     def check_forward(self, model: nn.Module, longest: int) -> None:
-        """See ``text_guards.check_forward``; rows with pictures are compared too, and have to be packed."""
-        check_forward(model, longest, self._logits_error, must_pack=True)
+        """See ``text_guards.check_forward``; rows with pictures are compared too, and have to be packed where pictures
+        change more than embeddings."""
+        must_pack = bool(_blocks_with_features(model.config)) or sees_whole(model)
+        check_forward(model, longest, self._logits_error, must_pack)
 
     @torch.no_grad()
     def _logits_error(self, model: nn.Module) -> float:
@@ -231,6 +228,11 @@ class PictureChatLM(CausalLM):
     def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
         """See ``text_guards.can_reach_every_layer``; a tower's layers need a picture."""
         return super().can_reach_every_layer(examples) and any(example.pictures for example in examples)
+
+
+def _blocks_with_features(config) -> int:
+    """Return how many blocks of the language model features of pictures are added behind."""
+    return len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
 
 
 def _starts(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -17,11 +17,13 @@ from qlora_lite.data.batch import IGNORED_LABEL, Extent
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.models import vision_language
-from qlora_lite.models.load import load_model
+from qlora_lite.models.load import load_model, use_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.packing import run_unpacked, why_unpacked
 from qlora_lite.models.skeleton import meta_model, read_part
 from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
 from qlora_lite.models.vision_language import arguments_of
+from qlora_lite.ops import encoder_attention
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
@@ -38,7 +40,7 @@ METHODS = {name: replace(METHOD, targets=targets) for name, targets in TARGETS.i
 METHODS["projector"] = replace(METHOD, also=("projector",))
 NO_PROJECTOR = {
     "gemma3": r"has a weight of its own form .mm_input_projection_weight., which ad",
-    **dict.fromkeys(OF_QWEN, r"adapter.train_also projector: Qwen\w*VL\w*ForConditionalGeneration has none; leave it"),
+    **dict.fromkeys(OF_QWEN, r"adapter.train_also projector: Qwen\w*ForConditionalGeneration has none; leave it"),
 }
 
 
@@ -75,7 +77,14 @@ def with_factors(model):
 def adapted(work, model):
     torch.manual_seed(0)
     work.method.apply(model)
-    return with_factors(model)
+    return as_checked(with_factors(model))
+
+
+def as_checked(model):
+    """Run rows one by one where they cannot be packed, as the check before training has it."""
+    if why_unpacked(model, 0):
+        run_unpacked(model)
+    return model
 
 
 def by_transformers(work, model, examples):
@@ -164,6 +173,7 @@ def case(folder, family, **how):
         ("gemma3", {}),
         ("gemma3", {"quant": "nf4", "targets": "both"}),
         ("qwen2_vl", {}),
+        ("qwen2_5_vl", {"quant": "nf4", "targets": "both"}),
         ("qwen3_vl", {}),
         ("qwen3_vl", {"quant": "nf4", "targets": "both"}),
         ("qwen3_vl_moe", {"quant": "nf4"}),
@@ -171,6 +181,8 @@ def case(folder, family, **how):
         ("mistral3", {"quant": "nf4", "targets": "both"}),
         ("gemma4", {}),
         ("gemma4", {"quant": "nf4", "targets": "both"}),
+        ("qwen3_5", {}),
+        ("qwen3_5_moe", {"quant": "nf4", "targets": "both"}),
     ],
 )
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name, how):
@@ -202,7 +214,9 @@ def test_a_plan_counts_what_the_tower_takes(folders):
 OPTIONS = MemoryOptions(), MemoryOptions(layers_per_checkpoint=3), MemoryOptions(uncheckpointed_layers=2)
 
 
-@pytest.mark.parametrize(("name", "options"), [*product(("smolvlm", "qwen3_vl"), OPTIONS), ("gemma4", OPTIONS[2])])
+@pytest.mark.parametrize(("name", "options"), [
+    *product(("smolvlm", "qwen3_vl"), OPTIONS), ("qwen3_5", OPTIONS[0]), ("gemma4", OPTIONS[2])
+])  # fmt: skip
 def test_a_deep_model_is_planned_from_two_shallow_ones(folders, name, options):
     config = AutoConfig.from_pretrained(folders[name])
     if name == "gemma4":
@@ -211,19 +225,21 @@ def test_a_deep_model_is_planned_from_two_shallow_ones(folders, name, options):
     else:
         config.text_config.num_hidden_layers = 13
     config.vision_config.num_hidden_layers = 5
+    if name == "qwen3_5":
+        config.text_config.layer_types = ["linear_attention", *["full_attention", "linear_attention"] * 6]
     spec = ModelSpec(config, "nf4", compute_dtype=torch.float32)
     work = PictureChatLM(method=METHODS["both"], spec=spec, reader=reader(name))
     shape = BatchShape((60, 40), 40, (3, 9, 15, 40, 62, 80))
     if name in WITH_GRIDS:
         shape = replace(shape, grids=((2, 3), (1, 5), (4, 1), (2, 2), (3, 3), (1, 2)))
-    if name in OF_QWEN:
+    if name == "qwen3_vl":
         config.vision_config.deepstack_visual_indexes = [0, 1, 3]
     job = Job(work, shape, None, optimizer="adamw_torch", options=options)
     found, whole = simulate(job), simulate_whole(job)
     assert found.peak().total == whole.peak().total and found.work.operations == whole.work.operations
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "qwen3_vl", "mistral3", "gemma4"])
+@pytest.mark.parametrize("name", ["smolvlm", "qwen3_vl", "qwen3_5", "mistral3", "gemma4"])
 def test_killed_and_resumed_it_goes_on_to_the_bit(folders, name, tmp_path):
     one = case(folders[name], name, targets="both")
     whole = one.trainer()
@@ -248,7 +264,7 @@ def test_a_saved_adapter_gives_the_same_losses_again(folders, family, targets, t
         pytest.skip("it is refused")
     model = adapted(work, loaded(folders[family]))
     save_adapter(model, tmp_path / "adapter", "base", method=work.method)
-    again = load_adapter(loaded(folders[family]), tmp_path / "adapter")
+    again = as_checked(load_adapter(loaded(folders[family]), tmp_path / "adapter"))
     batch = work.inputs(work.collate(rows), CPU)
     assert torch.equal(work.token_losses(model, batch), work.token_losses(again, batch))
 
@@ -266,6 +282,30 @@ def test_positions_are_those_of_transformers_for_each_row(folders, name):
         assert torch.equal(found, expected)
     alone = work.inputs(work.collate(rows[1:2]), CPU)
     assert torch.equal(alone.position_ids[0, : len(rows[1].token_ids)], torch.arange(len(rows[1].token_ids)))
+
+
+def test_windows_are_those_of_transformers_and_attended_to_in_a_few_calls(monkeypatch):
+    settings = FAMILIES["qwen2_5_vl"]
+    settings = settings | {"vision_config": settings["vision_config"] | {"depth": 3, "window_size": 64}}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen2_5_vl", **settings)).requires_grad_(
+        False
+    )
+    grids, calls, attend = ((9, 14), (8, 8), (1, 3)), [], encoder_attention.fused_attention
+    pixels = torch.randn(126 + 64 + 3, 4, 384, requires_grad=True)
+
+    def with_gradient(found):
+        return found, *torch.autograd.grad((found * torch.arange(64)).sum(), pixels)
+
+    use_row_attention(model)
+    monkeypatch.setattr(encoder_attention, "fused_attention", lambda *how: (calls.append(how), attend(*how))[1])
+    ours = with_gradient(*vision_language.picture_tokens(model, pixels, grids))
+    assert len(calls) == 2 * 2 + 3  # two blocks with windows of two sizes, and one that sees each picture whole
+    model.set_attn_implementation("sdpa")
+    shown = {"image_grid_thw": torch.tensor([(1, 2 * height, 2 * width) for height, width in grids])}
+    theirs = torch.cat(model.base_model.get_image_features(pixels.flatten(0, 1), **shown).pooler_output)
+    for found, expected in zip(ours, with_gradient(theirs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_frozen_tower_takes_pictures_that_keep_their_shapes_as_many_as_it_computes_at_a_time(folders):
@@ -342,7 +382,7 @@ def test_a_step_without_a_picture_leaves_the_tower_as_it_is(folders, targets):
     assert not all(torch.equal(p, before[name]) for name, p in own.items())
 
 
-@pytest.mark.parametrize("name", ["idefics3", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["idefics3", "qwen3_vl", "qwen3_5"])
 def test_a_model_that_computes_pictures_otherwise_is_not_trained(folders, name, monkeypatch):
     one = case(folders[name], name)
     family = FAMILIES_HERE[name]
