@@ -319,15 +319,14 @@ _begun: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # ``_sums_of_b
 _corrected: WeakKeyDictionary[nn.Module, First] = WeakKeyDictionary()  # by model, what is written beside its adapter
 
 
-def begin_at(model: nn.Module, first: First, corrects: bool = False) -> None:
-    """Copy what LoRA weights begin as into those of a model; DoRA's magnitudes are the norms with them.
+def keep_first(model: nn.Module, first: First) -> None:
+    """Say what LoRA weights were at first that make up for the error of 4 bits: the adapter is for these alone, and for
+    the model's 16-bit files that is written beside it."""
+    _corrected[model] = first
 
-    Args:
-        corrects: they make up for the error of the model's 4-bit weights, so that its adapter is for these alone; for
-            the model's 16-bit files they are written beside it.
-    """
-    if corrects:
-        _corrected[model] = first
+
+def begin_at(model: nn.Module, first: First) -> None:
+    """Copy what LoRA weights begin as into those of a model; DoRA's magnitudes are the norms with them."""
     with torch.no_grad():
         for path, (lora_a, lora_b) in first.items():
             layer = model.get_submodule(path)
@@ -385,7 +384,7 @@ def write_adapter(
         config: content of ``adapter_config.json``.
         tokenizer: written beside with its chat template, if given.
         model_config: of a model with a head, as JSON: transformers takes the number and names of labels from it.
-        began_as: what the LoRA weights were at first, see ``begin_at``.
+        began_as: what the LoRA weights were at first, see ``keep_first``.
 
     Raises:
         OutputError: the folder cannot be written, or holds something else than an adapter.

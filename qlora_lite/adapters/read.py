@@ -194,7 +194,7 @@ def _require_base(model: nn.Module, config: dict, folder: Path) -> None:
     """Check that an adapter is of a base whose weights were split as the model's were, or not at all; of qera, that the
     model is in the 4 bits whose error the adapter makes up for."""
     (own, _), base = _own_base(config), base_of(model)
-    if own and own.startswith(QERA):
+    if own and is_of_qera(config):
         types = {layer.quant_type for layer in linear_layers(model).values() if isinstance(layer, QuantLinear)}
         if types != {quant := own.removeprefix(f"{QERA}:")} or base:
             raise ModelError(f"the adapter {folder} began with lora.start qera, for the model in {quant.upper()}, and "
@@ -213,7 +213,12 @@ def begins_with_qera(folder: str | Path) -> bool:
     Raises:
         ModelError: the configuration is broken, or of what this package cannot compute.
     """
-    own, _ = _own_base(_read_config(Path(folder)))
+    return is_of_qera(_read_config(Path(folder)))
+
+
+def is_of_qera(config: dict) -> bool:
+    """Return what ``begins_with_qera`` does, by the content of ``adapter_config.json``."""
+    own, _ = _own_base(config)
     return own is not None and own.startswith(QERA)
 
 

@@ -12,17 +12,17 @@ from torch import nn
 
 from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
-from qlora_lite.adapters.files import Lora, begin_at, begin_with
+from qlora_lite.adapters.files import Lora, begin_at, begin_with, keep_first
 from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.eva import EVA, chosen_layers
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.lora.qera import QERA
-from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, First, Start, set_base, take_first
+from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, First, Start, load_first, set_base, take_first
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning
-from qlora_lite.adapters.read import adapter_bytes, changes_base, read_adapter
+from qlora_lite.adapters.read import adapter_bytes, begins_with_qera, changes_base, read_adapter
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE
 from qlora_lite.errors import CheckpointError, DoesNotFitError, ModelError
 from qlora_lite.experts.packing import adapts_experts, expert_weights
@@ -161,7 +161,9 @@ def build_model(
     )  # fmt: skip
     add_adapter(recipe, model, adapter)
     if first:
-        begin_at(model, first, corrects=recipe.lora.start == QERA)
+        begin_at(model, first)
+        if recipe.lora.start == QERA:
+            keep_first(model, first)
     if not options.places_weights:
         return model
     in_files = not is_converted(config_of(recipe), m.quant, dtype)
@@ -183,7 +185,11 @@ def add_adapter(recipe: Recipe, model: nn.Module, adapter: Path | None = None) -
     method_of(recipe).apply(model)
     if any(expert_weights(model)) and not adapts_experts(model):
         log.info("the model's experts get no LoRA weights; lora.targets: [all-linear, experts] adapts them too")
-    return begin_with(model, first) if first else model
+    if adapter is None or first is None:
+        return model
+    if begins_with_qera(adapter):
+        keep_first(model, load_first(adapter))
+    return begin_with(model, first)
 
 
 def tokens_of(recipe: Recipe) -> tuple[tuple[int, ...], int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_lite.adapters.read import CONFIG_NAME, is_of_qera
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
     RECIPE,
@@ -85,6 +86,11 @@ class Continuation:
     def run(self) -> dict:
         """What the checkpoint holds of the run."""
         return self.checkpoint.documents[RUN]
+
+    @property
+    def is_of_qera(self) -> bool:
+        """Whether its LoRA weights began as what makes up for the error of 4 bits, here or in ``lora.init_from``."""
+        return is_of_qera(self.checkpoint.documents.get(CONFIG_NAME, {}))
 
     @property
     def keeps_plan(self) -> bool:

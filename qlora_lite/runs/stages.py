@@ -190,8 +190,8 @@ def prepare(
         rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
         log.info("train.learning_rate: auto is %g", rate)
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
-    # a checkpoint has its own weights, and a reference model those that training began with
-    is_needed = not continuation or workload_of(recipe).objective.needs_reference
+    # a checkpoint has its own weights, and a reference model those that training began with, as qera's files do
+    is_needed = not continuation or workload_of(recipe).objective.needs_reference or continuation.is_of_qera
     first_adapter = adapter_to_begin_with(recipe) if is_needed else None
     if first_adapter:
         begun = with_labels_of(first_adapter, recipe)

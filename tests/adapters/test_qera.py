@@ -186,10 +186,11 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(trained):
     assert summaries[0]["eval_loss_after"] == summaries[1]["eval_loss_after"] < summaries[0]["eval_loss_before"]
 
 
-def with_difference(folder, run):
+def with_difference(folder, run, began=None):
     """The model's files with what training changed: W + scale * (B A - B0 A0)."""
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    tensors, first = load_file(run / "adapter" / "adapter_model.safetensors"), load_file(run / "adapter" / FIRST_NAME)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    first = load_file((began or run) / "adapter" / FIRST_NAME)
     with torch.no_grad():
         for path in {name.rpartition(".")[0] for name in first}:
             a, b = (tensors[f"base_model.model.{path}.lora_{leaf}.weight"] for leaf in "AB")
@@ -213,6 +214,27 @@ def test_exports_are_for_the_16_bit_files_and_a_merge_is_the_run(trained, tmp_pa
     merge_run(run, tmp_path / "own", MergeSettings(dtype="f32"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.float32)
     assert torch.allclose(logits(merged), logits(own), atol=1e-5)
+
+
+def test_a_run_that_goes_on_from_its_adapter_knows_what_that_began_as(trained, tmp_path):
+    folder, run, _ = trained
+    recipe = load_recipe(write_recipe(tmp_path, folder / "model", 12, lora=LORA | {"start": "kaiming"}), [
+        f"lora.init_from={run}", "train.save_every_steps=2", f"output.dir={tmp_path / 'next'}",
+    ])  # fmt: skip
+
+    def stop(metrics, _total):
+        if metrics.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, stop)
+    following = run_recipe(recipe, None, "")
+    summary = json.loads((following / "summary.json").read_text())
+    assert summary["eval_loss_before"] == json.loads((run / "summary.json").read_text())["eval_loss_after"]
+    export_run(following, tmp_path / "peft", ExportSettings("peft"))
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    wanted = logits(with_difference(folder, following, run))
+    assert torch.allclose(logits(PeftModel.from_pretrained(base, tmp_path / "peft")), wanted, atol=1e-5)
 
 
 def test_its_adapter_is_refused_beside_another_base(trained, tmp_path):
