@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from qlora_lite.adapters.lora.start import First
 from qlora_lite.adapters.parts import train_tokens
 from qlora_lite.data.batch import plan_epoch
 from qlora_lite.data.storage import Example
-from qlora_lite.errors import OutputError
+from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.cache import cache_entry
 from qlora_lite.models.load import resolve_device
@@ -137,9 +138,9 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
 
     Layers that are in 16 bit (``model.keep_16bit``) are not in it.
     """
-    model, seen = _run(recipe, own, batches, RandomSums)
+    model, seen = _run(recipe, own, batches, lambda: RandomSums(max(rank for rank, _ in own.values())))
     files, scales = locate(recipe.model.path, recipe.model.revision), _scales(recipe)
-    read, first = open_weights(files, build_skeleton(recipe), torch.float32).reader(), {}
+    read, first, shares = open_weights(files, build_skeleton(recipe), torch.float32).reader(), {}, []
     for path, (rank, _) in tqdm(own.items(), desc="Correcting 4 bits"):
         layer = model.get_submodule(path)
         if not isinstance(layer, QuantLinear):
@@ -150,8 +151,14 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
         error = materialize(spec, tensors, torch.float32)
         torch.sub(weight, error, out=error)
         sums = seen[path].sums.to(error.device)
-        pair = correction(error, sums, rank, scales[path], getattr(torch, recipe.lora.dtype))
-        first[path] = pair[0].cpu(), pair[1].cpu()
+        lora_a, lora_b, share = correction(error, sums, rank, scales[path], getattr(torch, recipe.lora.dtype))
+        first[path] = lora_a.cpu(), lora_b.cpu()
+        shares.append(share)
+    if not first:
+        raise ModelError("lora.start qera: every layer that lora.targets name stays in 16 bit (model.keep_16bit), and "
+                         "has no error of 4 bits to make up for: set it to kaiming")  # fmt: skip
+    log.info("lora.start qera: makes up for %.0f %% of what 4 bits change in the outputs of a layer on these rows (of "
+             "its squares, mean of %d layers)", 100 * fmean(shares), len(shares))  # fmt: skip
     return first
 
 

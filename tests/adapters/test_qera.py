@@ -70,23 +70,27 @@ def by_the_roots(error, x, rank):
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_it_is_the_best_product_for_the_inputs(scale):
     x, error = uneven(200, 24), torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
-    lora_a, lora_b = correction(error, x, 4, scale, torch.float32)
+    lora_a, lora_b, share = correction(error, x, 4, scale, torch.float32)
+    left = error - scale * lora_b @ lora_a
+    assert share == pytest.approx(1 - ((left @ x.t()).norm() / (error @ x.t()).norm()).item() ** 2, rel=1e-4)
     assert torch.allclose(scale * (lora_b @ lora_a).double(), by_the_roots(error, x, 4), atol=1e-4)
     assert torch.allclose(lora_a.norm(dim=1), lora_b.norm(dim=0), rtol=1e-4)
-    lora_a, lora_b = correction(error[:3], x, 4, scale, torch.float32)
-    assert not lora_a[3].any() and not lora_b[:, 3].any()
+    lora_a, lora_b, share = correction(error[:3], x, 4, scale, torch.float32)
+    assert share == pytest.approx(1) and not lora_a[3].any() and not lora_b[:, 3].any()
     assert torch.allclose(scale * lora_b @ lora_a, error[:3], atol=1e-4), "as many ranks as outputs"
 
 
 def test_random_sums_stand_for_all_rows():
     x, error = uneven(5000, 64), torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-    seen = RandomSums()
+    seen = RandomSums(8)
     for part in x.split(700):
         seen.add(part.bfloat16().float())
     assert seen.sums.shape == (256, 64)
+    (high := RandomSums(300)).add(x)
+    assert high.sums.shape == (600, 64), "or ranks would be left that are zero for good"
     left = {}
     for name, sums in (("sums", seen.sums), ("all", x), ("weight alone", torch.eye(64))):
-        lora_a, lora_b = correction(error, sums, 8, 1.0, torch.float32)
+        lora_a, lora_b, _ = correction(error, sums, 8, 1.0, torch.float32)
         left[name] = ((error - lora_b @ lora_a) @ x.t()).norm().item()
     assert left["all"] <= left["sums"] < 1.05 * left["all"] < 0.5 * left["weight alone"]
 
@@ -148,6 +152,10 @@ def test_experts_and_files_in_4_bit_are_refused(tmp_path):
     recipe = recipe_of(tmp_path, model_type="qwen3_moe", targets=["all-linear", "experts"])
     with pytest.raises(ModelError, match=r"lora.start qera is for linear layers, and lora.targets name experts too"):
         plan_run(recipe, examples_of(recipe), ())
+    (other := tmp_path / "kept").mkdir()
+    recipe = recipe_of(other, ["model.keep_16bit=[v_proj]"], targets=["v_proj"])
+    with pytest.raises(ModelError, match=r"every layer that lora.targets name stays in 16 bit .model.keep_16bit."):
+        first_of(recipe, examples_of(recipe))
     (other := tmp_path / "other").mkdir()
     recipe = recipe_of(other)
     examples = examples_of(recipe)

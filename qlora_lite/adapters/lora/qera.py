@@ -18,35 +18,42 @@ import torch
 from .start import padded
 
 QERA = "qera"
-SUMS = 256  # of the rows of X
+SUMS = 256  # of the rows of X, at least; for higher ranks twice as many
 
 
 class RandomSums:
-    """Sums of all rows that were added, each row times a random number of its own for each sum."""
+    """Sums of all rows that were added, each row times a random number of its own for each sum.
 
-    def __init__(self):
+    Args:
+        rank: the largest that they are for.
+    """
+
+    def __init__(self, rank: int):
         self.sums = torch.empty(0)
-        self._chance = torch.Generator().manual_seed(0)
+        self._count, self._chance = max(SUMS, 2 * rank), torch.Generator().manual_seed(0)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add rows [T, in], any float type, on any device; what is kept [SUMS, in] is in host memory."""
-        shares = torch.randn(SUMS, len(rows), generator=self._chance)
+        """Add rows [T, in], any float type, on any device; what is kept [sums, in] is in host memory."""
+        shares = torch.randn(self._count, len(rows), generator=self._chance)
         part = (shares.to(rows.device) @ rows.float()).cpu()
         self.sums = self.sums + part if len(self.sums) else part
 
 
 def correction(
     error: torch.Tensor, sums: torch.Tensor, rank: int, scale: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return A and B, singular vectors times roots of singular values of their product.
+) -> tuple[torch.Tensor, torch.Tensor, float]:  # fmt: skip
+    """Return A and B, singular vectors times roots of singular values of their product, and the share that they make
+    up for of the error's squares in the layer's outputs.
 
     Args:
         error: float32 [out, in].
-        sums: float32 [SUMS, in], see ``RandomSums``.
+        sums: float32 [sums, in], see ``RandomSums``.
         rank: of A and B, whose last rows and columns are zeros where the weight is smaller.
         scale: that ``B A`` will be multiplied by.
     """
-    left = torch.linalg.svd(error @ sums.t(), full_matrices=False).U[:, :rank]
+    outer, lengths, _ = torch.linalg.svd(error @ sums.t(), full_matrices=False)
+    left, squares = outer[:, :rank], lengths.square()
     u, s, right = torch.linalg.svd(left.t() @ error, full_matrices=False)
     root = (s / scale).sqrt()
-    return padded(root[:, None] * right, rank, 0).to(dtype), padded(left @ u * root, rank, 1).to(dtype)
+    lora_a, lora_b = padded(root[:, None] * right, rank, 0), padded(left @ u * root, rank, 1)
+    return lora_a.to(dtype), lora_b.to(dtype), (squares[:rank].sum() / squares.sum()).item()
