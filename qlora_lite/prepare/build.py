@@ -64,7 +64,13 @@ from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
 from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
-from qlora_lite.train.settings import PREFERENCE_SHARE, TrainSettings, auto_learning_rate, full_learning_rate
+from qlora_lite.train.settings import (
+    PREFERENCE_SHARE,
+    QERA_SHARE,
+    TrainSettings,
+    auto_learning_rate,
+    full_learning_rate,
+)
 from qlora_lite.train.workload import BatchShape, Workload
 
 from .recipe_denoiser import (
@@ -113,7 +119,9 @@ def learning_rate_of(recipe: Recipe) -> float:
     else:
         scale = lora_scale(lora.alpha, lora.rank, lora.rslora)
         rate = auto_learning_rate(config.model_type, width, lora.rank, scale)
-    return rate if recipe.train.objective == "sft" else float(f"{rate * PREFERENCE_SHARE:.1e}")
+    share = PREFERENCE_SHARE if recipe.train.objective != "sft" else 1.0
+    share *= QERA_SHARE if lora.start == QERA else 1.0
+    return rate if share == 1.0 else float(f"{rate * share:.1e}")
 
 
 def fixed_options(recipe: Recipe) -> dict[str, Any]:

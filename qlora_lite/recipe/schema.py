@@ -428,9 +428,9 @@ class Train(_Section):
     """Passes over the training data; ignored if train.max_steps is given."""
     learning_rate: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
     """Peak learning rate, reached after the warm-up. auto depends on the model's family and width, and on lora.alpha:
-    for alpha 32, 2.9e-4 for Llama-3.1-8B, more for narrower models, a tenth of that with adapter.method full, and a
-    twentieth where train.objective learns from preferences or rewards (qlora-lite explain learning-rate). A resumed run
-    keeps the one that it began with."""
+    for alpha 32, 2.9e-4 for Llama-3.1-8B, more for narrower models, half of that with lora.start qera, a tenth with
+    adapter.method full, and a twentieth where train.objective learns from preferences or rewards (qlora-lite explain
+    learning-rate). A resumed run keeps the one that it began with."""
     micro_batch_size: PositiveInt = 1
     """Packed sequences (examples, without data.packing) per forward and backward pass."""
     gradient_accumulation_steps: PositiveInt = 1

@@ -55,7 +55,12 @@ def auto(folder, model, **train):
 def test_rank_alpha_and_scale_are_those_of_the_recipe(tmp_path, model_folder):
     path = write_recipe(tmp_path, model_folder, train={"learning_rate": "auto"}, lora={"rank": 4, "alpha": 8})
     rate = learning_rate_of(load_recipe(path))  # two digits of it are kept
-    for override, factor in (("lora.rslora=true", 1 / 2), ("lora.alpha=16", 1 / 2), ("lora.rank=16", 1)):
+    for override, factor in (
+        ("lora.rslora=true", 1 / 2),
+        ("lora.alpha=16", 1 / 2),
+        ("lora.rank=16", 1),
+        ("lora.start=qera", 1 / 2),
+    ):
         assert learning_rate_of(load_recipe(path, [override])) == pytest.approx(rate * factor, rel=0.06)
 
 
