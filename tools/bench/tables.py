@@ -183,7 +183,7 @@ def starts_table(result: Mapping) -> list[str]:
     for model, by_steps in result["models"].items():
         for steps, rows in by_steps.items():
             for start in dict.fromkeys(row["start"] for row in rows):
-                best = max((row for row in rows if row["start"] == start), key=lambda row: row["seeds"])
+                best = max((row for row in rows if row["start"] == start), key=lambda row: (row["seeds"], -row["loss"]))
                 spread = "" if best["standard_deviation"] is None else f" ± {best['standard_deviation']:.4f}"
                 lines.append(f"| {NAMES[model]} | {int(steps):,} | {start} | {best['before']:.4f} "
                              f"| {best['loss']:.4f}{spread} | {best['rate']:g} |")  # fmt: skip

@@ -51,9 +51,11 @@ def correction(
         rank: of A and B, whose last rows and columns are zeros where the weight is smaller.
         scale: that ``B A`` will be multiplied by.
     """
-    outer, lengths, _ = torch.linalg.svd(error @ sums.t(), full_matrices=False)
-    left, squares = outer[:, :rank], lengths.square()
+    seen = error @ sums.t()
+    # squares rise; a singular value decomposition of what is seen would take several times as long
+    squares, vectors = torch.linalg.eigh((seen.t() @ seen).double())
+    left = torch.linalg.qr(seen @ vectors[:, -rank:].to(seen.dtype)).Q
     u, s, right = torch.linalg.svd(left.t() @ error, full_matrices=False)
     root = (s / scale).sqrt()
     lora_a, lora_b = padded(root[:, None] * right, rank, 0), padded(left @ u * root, rank, 1)
-    return lora_a.to(dtype), lora_b.to(dtype), (squares[:rank].sum() / squares.sum()).item()
+    return lora_a.to(dtype), lora_b.to(dtype), (squares[-rank:].sum() / squares.sum()).item()
