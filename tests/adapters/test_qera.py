@@ -81,9 +81,9 @@ def test_it_is_the_best_product_for_the_inputs(scale):
 
 
 def test_random_sums_stand_for_all_rows():
-    x, error = uneven(5000, 64), torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    x, error = uneven(700, 64), torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     seen = RandomSums(8)
-    for part in x.split(700):
+    for part in x.split(90):
         seen.add(part.bfloat16().float())
     assert seen.sums.shape == (256, 64)
     (high := RandomSums(300)).add(x)
