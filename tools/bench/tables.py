@@ -238,8 +238,8 @@ TABLES = {
               "first. Memory is the peak of the process; time is that of the whole run, on a machine that others used "
               "too.", study_tables),
     "starts": ("What LoRA weights begin as (`lora.start`): held-out loss on GSM8K, mean and standard deviation of "
-               "three seeds, each start at its own best learning rate, on NF4; 16 bit with the plain start.",
-               starts_table),
+               "three seeds, or that of the first where no deviation stands, each start at its own best learning rate, "
+               "on NF4; 16 bit with the plain start.", starts_table),
     "merged": ("What writing a merged model in NF4 costs, on 32 held-out rows. Merge-aware runs (`train.merge_aware: "
                "nf4`) trained the weights that are written; the others are merged into the original weights and then "
                "quantised (`--base original`), or into the codes that they were trained on.", merged_table),
