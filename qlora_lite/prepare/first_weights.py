@@ -61,7 +61,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
     batches = _batches(examples, d.max_tokens, d.order, recipe.train.seed)
     rows = hashlib.sha256(repr([each.token_ids.tolist() for batch in batches for each in batch]).encode())
     files = locate(m.path, m.revision)
-    scales = {"scales": _scales(recipe)} if start == QERA else {}  # which the product of A and B is divided by
+    scales = {"scales": _scales(recipe, own)} if start == QERA else {}  # which the product of A and B is divided by
     entry = cache_entry(
         files, start=start, ranks={path: rank for path, (rank, _) in own.items()}, keep_16bit=m.keep_16bit,
         quantization=quantization_of(recipe, files.config), dtype=str(compute_dtype_of(recipe, device)),
@@ -99,8 +99,8 @@ def _layers(recipe: Recipe) -> Ranks:
     return chosen_layers(build_skeleton(recipe), targets_of(recipe), x.rank, x.alpha, x.start)
 
 
-def _scales(recipe: Recipe) -> dict[str, float]:
-    return {path: lora_scale(alpha, rank, recipe.lora.rslora) for path, (rank, alpha) in _layers(recipe).items()}
+def _scales(recipe: Recipe, own: Ranks) -> dict[str, float]:
+    return {path: lora_scale(alpha, rank, recipe.lora.rslora) for path, (rank, alpha) in own.items()}
 
 
 def _batches(examples: Sequence[Example], max_tokens: int, order: str, seed: int) -> list[list[Example]]:
@@ -139,7 +139,7 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
     Layers that are in 16 bit (``model.keep_16bit``) are not in it.
     """
     model, seen = _run(recipe, own, batches, lambda: RandomSums(max(rank for rank, _ in own.values())))
-    files, scales = locate(recipe.model.path, recipe.model.revision), _scales(recipe)
+    files, scales = locate(recipe.model.path, recipe.model.revision), _scales(recipe, own)
     read, first, shares = open_weights(files, build_skeleton(recipe), torch.float32).reader(), {}, []
     for path, (rank, _) in tqdm(own.items(), desc="Correcting 4 bits"):
         layer = model.get_submodule(path)
@@ -204,7 +204,9 @@ class _Inputs(Generic[K]):
         """Add the input of a layer; a forward pre-hook of it."""
         x = arguments[0]
         if self._last is None or x is not self._last[0]:
-            kept = self.of.setdefault(path, self._new())
+            if path not in self.of:
+                self.of[path] = self._new()
+            kept = self.of[path]
             kept.add(x.reshape(-1, x.shape[-1])[: self.tokens])
             self._last = x, kept
         self.of[path] = self._last[1]
