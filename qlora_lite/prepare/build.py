@@ -371,8 +371,9 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
         return job(denoiser_of(recipe, method_of(recipe), dtype))
     quant, double_quant = quantization_of(recipe, config.to_dict())
-    if recipe.lora.start not in (KAIMING, EVA):
-        refuse_stored(recipe.lora.start, stored_quantization(config.to_dict()))
+    start = start_of(recipe)
+    needs_16_bit = start.kind if start else QERA if recipe.lora.start == QERA else None
+    refuse_stored(needs_16_bit, stored_quantization(config.to_dict()))
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
