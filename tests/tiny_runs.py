@@ -1,8 +1,12 @@
 """Run folders as training leaves them, made in a moment: a tiny model, an adapter with random factors, a summary."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import random_factors
@@ -10,10 +14,13 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.errors import Interrupted
 from qlora_lite.files import sha256
 from qlora_lite.models.locate import locate
 from qlora_lite.prepare.build import build_model, fingerprint_of
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
+from qlora_lite.recipe.schema import Output, Recipe
+from qlora_lite.runs.run import run_recipe
 
 END_OF_ANSWER = 4  # <|im_end|> of the byte tokenizer
 
@@ -66,3 +73,16 @@ def replace_adapter(run, tensors):
     save_file(tensors, path)
     summary = json.loads((run / "summary.json").read_text()) | {"adapter_sha256": sha256(path)}
     (run / "summary.json").write_text(json.dumps(summary))
+
+
+def stop_at(step: int) -> Callable:
+    """Return what ``run_recipe`` is to call after each step so that a signal ends the run after this one."""
+    return lambda metrics, _total: os.kill(os.getpid(), signal.SIGTERM) if metrics.step == step else None
+
+
+def run_whole_and_stopped(recipe: Recipe, folder: Path) -> Path:
+    """Run a recipe to its end in a folder of its own, which is returned, and once more until a signal ends it."""
+    whole = run_recipe(recipe.model_copy(update={"output": Output(dir=str(folder / "whole"))}))
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, stop_at(3))
+    return whole

@@ -1,9 +1,7 @@
 """A begins with the largest directions of a layer's inputs, and layers share ranks out by them: ``lora.start: eva``."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +10,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_files import VOCABULARY, byte_tokenizer, save_tiny, write_recipe
-from tiny_runs import logits
+from tiny_runs import logits, run_whole_and_stopped
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.lora.eva import RATIO, Directions, kept_scale, share_out
 from qlora_lite.adapters.lora.inject import linear_layers, lora_layers
 from qlora_lite.artifacts.trained_run import open_trained
-from qlora_lite.errors import Interrupted, ModelError, RecipeError
+from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare import first_weights as eva
@@ -27,7 +25,6 @@ from qlora_lite.prepare.build import build_model, build_to_use
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import Output
 from qlora_lite.runs import stages
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.causal_lm import CausalLM
@@ -210,14 +207,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LITE_CACHE", str(folder / "cache"))
         recipe = recipe_of(folder, ["model.quant=none", "train.save_every_steps=2"])
-        whole = run_recipe(recipe.model_copy(update={"output": Output(dir=str(folder / "whole"))}))
-
-        def stop(metrics, _total):
-            if metrics.step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with pytest.raises(Interrupted):
-            run_recipe(recipe, stop)
+        whole = run_whole_and_stopped(recipe, folder)
         shutil.rmtree(folder / "cache")
         patch.setattr(stages, "first_of", None)
         return folder, whole, run_recipe(recipe, None, "")

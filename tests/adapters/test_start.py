@@ -1,16 +1,14 @@
 """How ``lora.start`` splits weights between a base and its LoRA weights, and that a run knows its own base again."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_files import MERGES, byte_tokenizer, save_tiny, write_recipe
-from tiny_runs import logits, make_run
+from tiny_runs import logits, make_run, run_whole_and_stopped
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.files import load_adapter, save_adapter
@@ -18,7 +16,7 @@ from qlora_lite.adapters.lora import start as start_module
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.adapters.lora.start import FIRST_NAME, Start, base_of, take_first
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, open_model, open_trained
-from qlora_lite.errors import Interrupted, ModelError, RecipeError
+from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.files import cache_root
@@ -45,7 +43,6 @@ from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import Output
 from qlora_lite.runs.run import run_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers
@@ -326,6 +323,8 @@ def test_a_model_whose_files_are_in_4_bit_is_refused_before_and_when_it_is_loade
     for refused in (lambda: plan_of(recipe), lambda: build_model(recipe)):
         with pytest.raises(ModelError, match=r"lora.start pissa needs the 16-bit weights.* have them in nf4"):
             refused()
+    of_none = recipe_of(tmp_path, "loftq", model="packed", start_alternations=0)
+    assert plan_of(of_none).chosen and not base_of(build_model(of_none)), "which is no start"
 
 
 def test_experts_are_refused_before_and_when_the_model_is_loaded(tmp_path):
@@ -365,14 +364,7 @@ def trained(request, tmp_path_factory):
     if quant == "nf4":
         overrides.append("model.keep_16bit=[v_proj]")
     recipe = recipe_of(folder, kind, overrides)
-    whole = run_recipe(recipe.model_copy(update={"output": Output(dir=str(folder / "whole"))}))
-
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, stop)
+    whole = run_whole_and_stopped(recipe, folder)
     return folder, whole, run_recipe(recipe, None, "")
 
 

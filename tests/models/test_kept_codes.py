@@ -1,7 +1,5 @@
 """A GGUF base on its own codes is the model of the file: for transformers, in training, wherever its weights are."""
 
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from remembered_plans import remember_predictions
 from tiny import random_factors
 from tiny_files import write_recipe
 from tiny_gguf import WIDE, write_tiny_gguf
-from tiny_runs import logits, make_run, summary_of
+from tiny_runs import logits, make_run, stop_at, summary_of
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.lora.inject import add_lora
@@ -134,7 +132,7 @@ def test_a_stopped_run_is_resumed_to_the_very_same_adapter(llama, tmp_path, monk
         return sha256(tmp_path / name / "out" / "adapter" / "adapter_model.safetensors")
 
     with pytest.raises(Interrupted):
-        run("stopped", lambda metrics, _: os.kill(os.getpid(), signal.SIGTERM) if metrics.step == 3 else None)
+        run("stopped", stop_at(3))
     assert run("stopped", resume="") == run("whole")
 
 

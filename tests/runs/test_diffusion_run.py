@@ -1,10 +1,8 @@
 """Runs of denoisers as a user has them: trained, resumed, drawn with, loaded by diffusers, and refused."""
 
 import json
-import os
 import re
 import shutil
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from runs.test_launch import ended, start
 from safetensors.torch import load_file
-from tiny_runs import summary_of
+from tiny_runs import stop_at, summary_of
 
 pytest.importorskip("diffusers")
 import diffusers
@@ -70,14 +68,6 @@ def whole_pipeline(folder):
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, value in index.items() if value == [None, None]}
     return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
-
-
-def stop_at(step):
-    def stop(metrics, _total):
-        if metrics.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return stop
 
 
 def pixels(path):

@@ -1,14 +1,11 @@
 """A run of full fine-tuning, as a user has it: what it leaves is a model, used and resumed like any run."""
 
-import os
-import signal
-
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_files import MERGES, save_tiny, write_recipe
-from tiny_runs import summary_of
+from tiny_runs import stop_at, summary_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.artifacts.run_folder import open_run
@@ -74,10 +71,6 @@ def test_it_is_evaluated_answers_and_is_served_from_its_model(run):
 
 @pytest.mark.parametrize("overrides", [[], ["adapter.switch_every=2"]], ids=["", "blocks in turn"])
 def test_a_stopped_run_is_resumed_to_the_bit_and_can_be_used_meanwhile(run, model_folder, tmp_path, overrides):
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     if overrides:
         run = run_recipe(full_recipe(tmp_path / "whole", model_folder, *overrides))
         before, after = (load_file(at / "model.safetensors") for at in (model_folder, run / "model"))
@@ -86,7 +79,7 @@ def test_a_stopped_run_is_resumed_to_the_bit_and_can_be_used_meanwhile(run, mode
         ]
     recipe = full_recipe(tmp_path, model_folder, *overrides)
     with pytest.raises(Interrupted):
-        run_recipe(recipe, stop)
+        run_recipe(recipe, stop_at(3))
     assert open_run(tmp_path / "out").adapter.name == "model-last"
     run_recipe(recipe, resume="")
     assert sha256(tmp_path / "out/model/model.safetensors") == sha256(run / "model/model.safetensors")

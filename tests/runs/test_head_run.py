@@ -2,9 +2,7 @@
 sense."""
 
 import json
-import os
 import re
-import signal
 
 import peft
 import pytest
@@ -13,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_heads import head_recipe, labelled_rows, save_headless, write_jsonl
-from tiny_runs import make_run, summary_of
+from tiny_runs import make_run, stop_at, summary_of
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from qlora_lite.artifacts.trained_run import open_model, open_trained
@@ -170,13 +168,9 @@ def test_a_language_model_s_run_has_no_labels_to_predict(model_folder, tmp_path)
 def test_a_stopped_run_is_resumed_to_the_bit(run, bert, tmp_path):
     folder, recipe = run
 
-    def stop(metrics, _total):
-        if metrics.step == 23:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
     with pytest.raises(Interrupted):
-        run_recipe(settings, stop)
+        run_recipe(settings, stop_at(23))
     assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
     for name in ("adapter", "adapter-last"):
         one, other = (load_file(path / name / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
@@ -188,12 +182,8 @@ def test_other_labels_of_the_same_texts_are_another_run(run, bert, tmp_path):
     folder = tmp_path / "head"
     recipe = head_recipe(folder, bert, train={"save_every_steps": 2})
 
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        run_recipe(load_recipe(recipe), stop)
+        run_recipe(load_recipe(recipe), stop_at(3))
     rows = lines(folder / "train.jsonl")
     rows[3]["label"] = 0
     write_jsonl(folder / "train.jsonl", rows)

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import shutil
-import signal
 
 import peft
 import pytest
@@ -13,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 from tiny_pictures import drawn, save_encoder
-from tiny_runs import summary_of, tiny_run
+from tiny_runs import stop_at, summary_of, tiny_run
 from tiny_vision_language import FAMILIES, WITH_GRIDS, chat_recipe, given_to_transformers, save_vision_language
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -100,13 +98,9 @@ def test_it_learns_and_the_plan_holds(run):
 def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
     folder, recipe, _ = run
 
-    def stop(metrics, _total):
-        if metrics.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
     with pytest.raises(Interrupted):
-        run_recipe(settings, stop)
+        run_recipe(settings, stop_at(5))
     assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
     one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -116,12 +110,8 @@ def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
 def test_another_picture_is_another_run(bases, tmp_path):
     recipe = chat_recipe(tmp_path, bases["llava"], train={"save_every_steps": 2})
 
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        run_recipe(load_recipe(recipe), stop)
+        run_recipe(load_recipe(recipe), stop_at(3))
     changed = tmp_path / "rows" / "pictures" / "000.png"
     before = changed.read_bytes()
     drawn("hot", 77).save(changed)

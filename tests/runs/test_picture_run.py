@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 
 import numpy as np
 import peft
@@ -16,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_heads import save_headless
 from tiny_pictures import ENCODERS, drawn, mask_recipe, picture_recipe, save_encoder
-from tiny_runs import summary_of
+from tiny_runs import stop_at, summary_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from qlora_lite.artifacts.trained_run import open_trained
@@ -77,13 +76,9 @@ def test_it_learns_and_writes_down_scores_labels_and_confusion(run):
 def test_a_stopped_run_with_augmentations_is_resumed_to_the_bit(run, tmp_path):
     folder, recipe = run
 
-    def stop(metrics, _total):
-        if metrics.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
     with pytest.raises(Interrupted):
-        run_recipe(settings, stop)
+        run_recipe(settings, stop_at(7))
     assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
     one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -96,12 +91,8 @@ def test_another_picture_or_processor_is_another_run(bases, tmp_path):
     base = shutil.copytree(bases["vit"], tmp_path / "base")
     recipe = picture_recipe(tmp_path, base, train={"save_every_steps": 2})
 
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        run_recipe(load_recipe(recipe), stop)
+        run_recipe(load_recipe(recipe), stop_at(3))
     changed = tmp_path / "train" / "hot" / "000.png"
     before = changed.read_bytes()
     drawn("hot", 77).save(changed)
@@ -208,13 +199,9 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
     trained = open_trained(folder, has_head=True)
     assert evaluate_recipe(trained.recipe, trained.adapter, 0)["metrics"]["miou"]["value"] == pytest.approx(after)
 
-    def stop(metrics, _total):
-        if metrics.step == 13:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'again'}"])
     with pytest.raises(Interrupted):
-        run_recipe(settings, stop)
+        run_recipe(settings, stop_at(13))
     mask = tmp_path / "masked" / "masks" / "003.png"
     before = mask.read_bytes()
     mask.write_bytes((tmp_path / "masked" / "masks" / "001.png").read_bytes())  # of the same classes

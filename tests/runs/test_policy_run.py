@@ -2,14 +2,12 @@
 begins."""
 
 import json
-import os
 import re
-import signal
 
 import pytest
 from click.testing import CliRunner
 from tiny_files import save_tiny, write_recipe
-from tiny_runs import summary_of
+from tiny_runs import stop_at, summary_of
 
 from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.cli.main import cli
@@ -79,14 +77,10 @@ def lines(folder):
 
 
 def test_a_stopped_run_answers_and_learns_the_same_to_the_bit(tmp_path, model_folder):
-    def progress(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     run_recipe(recipe(tmp_path / "whole", model_folder))
     settings = recipe(tmp_path / "stopped", model_folder)
     with pytest.raises(Interrupted):
-        run_recipe(settings, progress)
+        run_recipe(settings, stop_at(3))
     run_recipe(settings, resume=tmp_path / "stopped" / "out")
     one, other = tmp_path / "whole", tmp_path / "stopped"
     assert lines(one) == lines(other)
@@ -103,13 +97,9 @@ def test_a_stopped_run_answers_and_learns_the_same_to_the_bit(tmp_path, model_fo
 
 
 def test_a_changed_function_is_another_run(tmp_path, model_folder):
-    def progress(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     settings = recipe(tmp_path / "run", model_folder)
     with pytest.raises(Interrupted):
-        run_recipe(settings, progress)
+        run_recipe(settings, stop_at(3))
     (tmp_path / "run" / "judge.py").write_text(JUDGE.replace("len({*text})", "len(text)"))
     with pytest.raises(CheckpointError, match="rewards"):
         run_recipe(settings, resume=tmp_path / "run" / "out")

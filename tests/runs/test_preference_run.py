@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
-from tiny_runs import replace_adapter, summary_of
+from tiny_runs import replace_adapter, stop_at, summary_of
 
 from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.artifacts.trained_run import open_trained
@@ -64,14 +62,6 @@ def recipe(folder, model, objective="dpo", **sections):
     return load_recipe(write_recipe(folder, model, data=data, train=train, lora=lora, **sections))
 
 
-def stopped_after(step):
-    def progress(metrics, _total):
-        if metrics.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return progress
-
-
 def adapter_bytes(folder):
     return (folder / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -86,7 +76,7 @@ def test_a_stopped_run_resumes_to_the_bit_with_or_without_the_cache(objective, m
     run_recipe(recipe(tmp_path / "whole", model_folder, objective))
     for name in ("cached", "computed again"):
         with pytest.raises(Interrupted):
-            run_recipe(recipe(tmp_path / name, model_folder, objective), stopped_after(3))
+            run_recipe(recipe(tmp_path / name, model_folder, objective), stop_at(3))
         if name != "cached":
             for path in cache_root().glob("references/*"):
                 path.unlink()
@@ -151,7 +141,7 @@ def test_an_adapter_to_begin_with_is_the_reference_also_when_the_run_resumes(mod
         return made.model_copy(update={"lora": made.lora.model_copy(update=lora)})
 
     with pytest.raises(Interrupted):
-        run_recipe(again(), stopped_after(2))
+        run_recipe(again(), stop_at(2))
     first = next(line for line in lines(folder) if "loss" in line)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for path in cache_root().glob("references/*"):
