@@ -53,7 +53,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
         examples: the training rows. Those of the first sequences of the first epoch are taken.
 
     Raises:
-        ModelError: see ``chosen_layers`` and ``share_out``.
+        ModelError: see ``chosen_layers`` and ``share_out``; or no row passes through a layer.
         DoesNotFitError: memory ran out.
     """
     m, d, device = recipe.model, recipe.data, resolve_device(recipe.model.device)
@@ -175,7 +175,11 @@ K = TypeVar("K", bound=_Kept)
 def _run(
     recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]], new: Callable[[], K]
 ) -> tuple[nn.Module, dict[str, K]]:  # fmt: skip
-    """Load a recipe's model and run it; return it, and what is kept of each layer's inputs by path."""
+    """Load a recipe's model and run it; return it, and what is kept of each layer's inputs by path.
+
+    Raises:
+        ModelError: no input of a layer was seen.
+    """
     log.info("lora.start %s: running the model on %d sequences of the training rows", recipe.lora.start, len(batches))
     work, model, seen = CausalLM(), build_to_use(recipe), _Inputs(new)
     train_tokens(model, *tokens_of(recipe), getattr(torch, recipe.lora.dtype))  # rows may have some that it lacks
@@ -186,6 +190,9 @@ def _run(
         hidden_states(model, inputs)
     for handle in handles:
         handle.remove()
+    if unseen := own.keys() - seen.of.keys():
+        raise ModelError(f"lora.start {recipe.lora.start}: no row passes through {min(unseen)}: leave it out of "
+                         "lora.targets, or set it to kaiming")  # fmt: skip
     return model, seen.of
 
 

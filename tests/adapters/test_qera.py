@@ -1,16 +1,14 @@
 """LoRA weights that begin as what makes up for the error of 4 bits on the training rows: ``lora.start: qera``."""
 
 import json
-import os
 import shutil
-import signal
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
-from tiny_runs import logits
+from tiny_runs import logits, run_whole_and_stopped, stop_at
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.files import load_adapter
@@ -22,12 +20,12 @@ from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model
+from qlora_lite.prepare import first_weights
 from qlora_lite.prepare.build import build_model, build_to_use
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.first_weights import first_of
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import Output
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
@@ -166,6 +164,18 @@ def test_experts_and_files_in_4_bit_are_refused(tmp_path):
         plan_run(recipe, examples, ())
 
 
+def test_a_layer_that_no_row_passes_through_is_named(tmp_path, monkeypatch):
+    def bypassed(recipe):
+        model = build_to_use(recipe)
+        model.model.layers[1].mlp.forward = lambda x: x
+        return model
+
+    monkeypatch.setattr(first_weights, "build_to_use", bypassed)
+    recipe = recipe_of(tmp_path)
+    with pytest.raises(ModelError, match=r"lora.start qera: no row passes through model.layers.1.mlp.down_proj: leave"):
+        first_of(recipe, examples_of(recipe))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a model, and runs of it: one that was never stopped, and one resumed without the cache."""
@@ -173,14 +183,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LITE_CACHE", str(folder / "cache"))
         recipe = recipe_of(folder, ["train.save_every_steps=2"])
-        whole = run_recipe(recipe.model_copy(update={"output": Output(dir=str(folder / "whole"))}))
-
-        def stop(metrics, _total):
-            if metrics.step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with pytest.raises(Interrupted):
-            run_recipe(recipe, stop)
+        whole = run_whole_and_stopped(recipe, folder)
         shutil.rmtree(folder / "cache")
         return folder, whole, run_recipe(recipe, None, "")
 
@@ -230,12 +233,8 @@ def test_a_run_that_goes_on_from_its_adapter_knows_what_that_began_as(trained, t
         f"lora.init_from={run}", "train.save_every_steps=2", f"output.dir={tmp_path / 'next'}",
     ])  # fmt: skip
 
-    def stop(metrics, _total):
-        if metrics.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Interrupted):
-        run_recipe(recipe, stop)
+        run_recipe(recipe, stop_at(3))
     following = run_recipe(recipe, None, "")
     summary = json.loads((following / "summary.json").read_text())
     assert summary["eval_loss_before"] == json.loads((run / "summary.json").read_text())["eval_loss_after"]
