@@ -480,7 +480,11 @@ def test_each_row_of_the_memory_option_table_adds_one_memory_option_to_the_row_b
 
 
 @pytest.mark.parametrize(
-    ("tokens", "third_last"), [(2048, "MLPs and norms in tiles"), (8192, "8-bit optimizer states")]
+    ("tokens", "third_last"),
+    [
+        pytest.param(2048, "MLPs and norms in tiles", marks=pytest.mark.slow),
+        (8192, "8-bit optimizer states"),
+    ],
 )
 def test_the_memory_options_of_the_table_are_in_the_order_of_what_they_save_which_the_length_decides(
     tokens, third_last

@@ -47,7 +47,7 @@ HOST = MemoryOptions(
 CHECKPOINTED = MemoryOptions(compile=True)
 FAMILIES = [  # beside other tests'
     pytest.param("gemma2", {"layer_types": ["sliding_attention"] * DEPTH}, id="gemma2", marks=pytest.mark.slow),
-    pytest.param("gpt2", {}, id="gpt2"),
+    pytest.param("gpt2", {}, id="gpt2", marks=pytest.mark.slow),
 ]
 
 
@@ -210,7 +210,7 @@ def test_the_operators_are_what_torch_asks_of_operators():
     ("model_type", "options", "spared"),
     [
         pytest.param("llama", CHECKPOINTED, 1, marks=pytest.mark.slow),  # of which machine code is made below
-        ("gpt_neox", CHECKPOINTED, 2),
+        pytest.param("gpt_neox", CHECKPOINTED, 2, marks=pytest.mark.slow),
         pytest.param("gemma3_text", BOTH, 0, marks=pytest.mark.slow),
     ],
 )

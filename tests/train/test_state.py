@@ -113,9 +113,12 @@ def test_a_loss_scale_that_is_none_is_refused(tmp_path, scale):
         restore(trainer(), replace(checkpoint, documents={STATE: state}))
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(("packing", "accumulation", "streaming"), [
+    (True, 1, False), (True, 3, True), (False, 1, True), (False, 3, False),
+    *(pytest.param(*others, marks=pytest.mark.slow) for others in (
+        (True, 1, True), (True, 3, False), (False, 1, False), (False, 3, True)
+    )),
+])  # fmt: skip
 def test_every_place_to_stop_gives_the_uninterrupted_run(tmp_path, packing, accumulation, streaming):
     rows = examples(5)
     options = dict(
