@@ -205,9 +205,7 @@ class _Weights(NamedTuple):
             return weight.transpose(1, 2) if self.spec.transposed else weight
         count, *shape = self.spec.shape
         if self.spec.quant_type not in FOUR_BIT:
-            kind = FORMATS[self.spec.quant_type]
-            rows = kind.dequantize_rows(self.stored, (count, prod(shape)), group, dtype)
-            return rows.view(-1, *shape)
+            return FORMATS[self.spec.quant_type].dequantize_rows(self.stored, self.spec.shape, group, dtype)
         codes, absmax = (tensor.view(count, -1)[group] for tensor in self.stored)
         some = Packed(codes.reshape(-1, 1), absmax.reshape(-1))
         return dequantize(some, (len(codes), *shape), dtype, self.spec.quant_type)

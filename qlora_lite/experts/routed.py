@@ -205,10 +205,8 @@ def _weights(
     if spec.quant_type is None:
         weight = tensors[0].transpose(1, 2) if spec.transposed else tensors[0]
         return [weight[share.expert].to(dtype) for share in group.shares]
-    count, *shape = spec.shape
     which = group.neighbours or numbers
-    rows = FORMATS[spec.quant_type].dequantize_rows(tensors, (count, prod(shape)), which, dtype)
-    return rows.view(-1, *shape)
+    return FORMATS[spec.quant_type].dequantize_rows(tensors, spec.shape, which, dtype)
 
 
 def _value(hidden_TD, weights_TK, chosen_TK, experts: Experts, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -79,26 +79,28 @@ def test_its_parts_are_counted_by_their_bytes_and_keep_their_types():
     ("q6_k", "formats.gguf_blocks.AT_ONCE"), ("fp8_128x128", "pieces.ROWS_AT_ONCE"),
     ("gptq_4_128", "pieces.ROWS_AT_ONCE"), ("mxfp4", "formats.mxfp4.AT_ONCE"),
 ])  # fmt: skip
-def test_a_plan_counts_the_work_of_all_pieces_though_it_runs_few(name, at_once, monkeypatch):
+@pytest.mark.parametrize("shape", [(256, 512), (3, 256, 512)], ids=["a weight", "experts"])
+def test_a_plan_counts_the_work_of_all_pieces_though_it_runs_few(name, at_once, shape, monkeypatch):
     # blocks, or weights: pieces and a rest
     monkeypatch.setattr(f"qlora_lite.quant.{at_once}", 700 if name == "mxfp4" else 700 * 32)
 
     def work(device):
         tensors = [torch.zeros(size, dtype=dtype, device=device)
-                   for dtype, size in FORMATS[name].parts((256, 512)).values()]  # fmt: skip
+                   for dtype, size in FORMATS[name].parts(shape).values()]  # fmt: skip
         with phase("forward"), counted() as counter:
-            FORMATS[name].dequantize(tensors, (256, 512), torch.bfloat16)
+            FORMATS[name].dequantize(tensors, shape, torch.bfloat16)
         return counter.work
 
     assert work("meta") == work("cpu") != Work()
 
 
+@pytest.mark.parametrize("shape", [(256, 512), (8, 256, 512)], ids=["a weight", "experts"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_parts_of_every_format_begin_with_its_codes(name):
-    parts = FORMATS[name].parts((256, 512))
+def test_the_parts_of_every_format_begin_with_its_codes(name, shape):
+    parts = FORMATS[name].parts(shape)
     assert next(iter(parts)) == "weight" and FORMATS[name].about
     with torch.device("meta"):
-        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in parts.values()]
-        weight = FORMATS[name].dequantize(tensors, (256, 512), torch.bfloat16)
-        rows = FORMATS[name].dequantize_rows(tensors, (256, 512), slice(3, 7), torch.bfloat16)
-    assert (weight.shape, rows.shape) == ((256, 512), (4, 512)) and weight.dtype == rows.dtype == torch.bfloat16
+        tensors = [torch.empty(size, dtype=dtype) for dtype, size in parts.values()]
+        weight = FORMATS[name].dequantize(tensors, shape, torch.bfloat16)
+        rows = FORMATS[name].dequantize_rows(tensors, shape, slice(3, 7), torch.bfloat16)
+    assert (weight.shape, rows.shape) == (shape, (4, *shape[1:])) and weight.dtype == rows.dtype == torch.bfloat16

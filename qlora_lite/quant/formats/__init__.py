@@ -41,13 +41,17 @@ class Format(Protocol):
 
         Args:
             tensors: the parts.
-            shape: of the weight.
+            shape: of the weight, [out, in]; or [E, out, in] of those of E experts together.
         """
 
     def dequantize_rows(
         self, tensors: Sequence[torch.Tensor], shape: Sequence[int], rows: slice | torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return rows of a weight [out, in], those of a slice or of numbers int64 [n], without dequantising others."""
+        """Return rows of a weight [out, in], or weights of experts of [E, out, in], without dequantising others.
+
+        Args:
+            rows: slice, or numbers int64 [n], along the first dimension.
+        """
 
 
 FORMATS: Mapping[str, Format] = {**FOUR_BIT, **GGUF_BLOCKS, **MXFP4, **SCALED, **GROUPED}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -34,8 +35,10 @@ class FourBit:
     def dequantize_rows(
         self, tensors: Sequence[torch.Tensor], shape: Sequence[int], rows: slice | torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """See ``Format``; a row is made of whole blocks."""
-        return dequantize_rows(Packed(*tensors), shape, rows, dtype, self.quant_type)
+        """See ``Format``; a row, or an expert's weight, is made of whole blocks."""
+        count, *each = shape
+        found = dequantize_rows(Packed(*tensors), (count, prod(each)), rows, dtype, self.quant_type)
+        return found.view(-1, *each)
 
 
 FOUR_BIT = {name: FourBit(name) for name in ("nf4", "fp4")}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.quant.pieces import pieces
+from qlora_lite.quant.pieces import pieces, some_of
 
 AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
 _LOW = 0x0F0F0F0F0F0F0F0F  # the low halves of eight bytes
@@ -134,8 +134,7 @@ class GgufBlocks:
         self, tensors: Sequence[Tensor], shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype
     ) -> Tensor:
         """See ``Format``."""
-        some = tensors[0].view(shape[0], -1)[rows].contiguous()
-        return self.dequantize([some], (len(some), shape[1]), dtype)
+        return some_of(self.dequantize, tensors, shape, rows, dtype)
 
 
 GGUF_BLOCKS = {

@@ -6,7 +6,8 @@ with act-order is any; its first format stores zeros less one. AWQ packs 8 rows 
 where the libraries of both have kernels that multiply packed weights.
 
 Shapes: ``weight``, the codes, int32 [in * bits / 32, out], of AWQ [in, out / 8]; ``zeros`` int32
-[groups, out * bits / 32]; ``scales`` float16 [groups, out]; ``group`` int32 [in], of GPTQ.
+[groups, out * bits / 32]; ``scales`` float16 [groups, out]; ``group`` int32 [in], of GPTQ; of E experts together each
+with a dimension E before the others.
 Source: GPTQ, arXiv 2210.17323; AWQ, arXiv 2306.00978; the layouts of AutoGPTQ and AutoAWQ (GEMM).
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.quant.pieces import by_rows
+from qlora_lite.quant.pieces import by_rows, some_of
 
 _WORD = 32
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of 8 rows in a word
@@ -41,14 +42,15 @@ class Grouped:
 
     def parts(self, shape: Sequence[int], double_quant: bool = False) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """See ``Format``."""
-        out, width = shape
+        *experts, out, width = shape
         groups, words = -(-width // (self.group or width)), out * self.bits // _WORD
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "weight": (torch.int32, (width, words) if self.is_awq else (width * self.bits // _WORD, out)),
             "zeros": (torch.int32, (groups, words)),
             "scales": (torch.float16, (groups, out)),
         }
-        return found if self.is_awq else {**found, "group": (torch.int32, (width,))}
+        found |= {} if self.is_awq else {"group": (torch.int32, (width,))}
+        return {name: (dtype, (*experts, *size)) for name, (dtype, size) in found.items()}
 
     def dequantize(self, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
@@ -58,6 +60,8 @@ class Grouped:
         self, tensors: Sequence[Tensor], shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype
     ) -> Tensor:
         """See ``Format``."""
+        if len(shape) == 3:
+            return some_of(self.dequantize, tensors, shape, rows, dtype)
         codes, zeros, scales, *of_columns = tensors
         numbers = torch.arange(shape[0], device=codes.device)[rows]
         if self.is_awq:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.quant.pieces import pieces
+from qlora_lite.quant.pieces import pieces, some_of
 
 AT_ONCE = 1 << 16  # blocks, whose weights take 8 MiB in float32
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -51,8 +51,7 @@ class Mxfp4:
         self, tensors: Sequence[Tensor], shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype
     ) -> Tensor:
         """See ``Format``."""
-        some = [tensor.view(shape[0], -1)[rows] for tensor in tensors]
-        return self.dequantize(some, (len(some[0]), shape[1]), dtype)
+        return some_of(self.dequantize, tensors, shape, rows, dtype)
 
 
 MXFP4 = {"mxfp4": Mxfp4()}

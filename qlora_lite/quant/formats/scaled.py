@@ -3,7 +3,8 @@
 int8 has a scale for each row, its largest magnitude, of which a code is so many 127ths. FP8 (E4M3) has one for each
 block of 128 by 128 weights, those at the edges smaller. Rows are dequantised some at a time in float32.
 
-Shapes: ``weight``, the codes, [out, in]; ``scales`` float32 [out], or [ceil(out / 128), ceil(in / 128)].
+Shapes: ``weight``, the codes, [out, in]; ``scales`` float32 [out], or [ceil(out / 128), ceil(in / 128)]; of E experts
+together each with a dimension E before the others.
 Source: LLM.int8(), arXiv 2208.07339, section 2; DeepSeek-V3, arXiv 2412.19437, section 3.3.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_lite.quant.pieces import by_rows
+from qlora_lite.quant.pieces import by_rows, some_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,12 @@ class Scaled:
 
     def parts(self, shape: Sequence[int], double_quant: bool = False) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """See ``Format``."""
+        *experts, out, width = shape
         if self.sides is None:
-            scales: tuple[int, ...] = (shape[0],)
+            scales: tuple[int, ...] = (out,)
         else:
-            scales = tuple(-(-size // side) for size, side in zip(shape, self.sides, strict=True))
-        return {"weight": (self.dtype, tuple(shape)), "scales": (torch.float32, scales)}
+            scales = tuple(-(-size // side) for size, side in zip((out, width), self.sides, strict=True))
+        return {"weight": (self.dtype, tuple(shape)), "scales": (torch.float32, (*experts, *scales))}
 
     def dequantize(self, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See ``Format``."""
@@ -47,6 +49,8 @@ class Scaled:
         self, tensors: Sequence[Tensor], shape: Sequence[int], rows: slice | Tensor, dtype: torch.dtype
     ) -> Tensor:
         """See ``Format``."""
+        if len(shape) == 3:
+            return some_of(self.dequantize, tensors, shape, rows, dtype)
         codes, scales = tensors
         values = codes[rows].float()
         if self.sides is None:
