@@ -73,6 +73,7 @@ UNUSUAL = {
 # families whose parts those above have too: what they learn is compared, and no more; name -> settings
 FURTHER = {
     "smollm3": _GATED | dict(num_hidden_layers=4),
+    "mixtral": _GATED | dict(num_local_experts=4, num_experts_per_tok=2),
     "olmo3": _GATED | dict(num_hidden_layers=4, sliding_window=5),
     "qwen3_5_text": _GATED | _LINEAR | dict(num_hidden_layers=4, head_dim=16),
     "gemma4_unified_text": _GATED | dict(head_dim=16, global_head_dim=32, attention_k_eq_v=True, sliding_window=5,

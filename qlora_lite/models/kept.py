@@ -4,7 +4,7 @@ Patterns are those of ``lora.targets``. A checkpoint that is packed already leav
 nothing can be added to that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -29,12 +29,13 @@ def kept_layers(model: nn.Module, patterns: Sequence[str], config=None) -> set[s
     """
     layers, experts = linear_layers(model), expert_weights(model)
     found = matching(layers, experts, [Target(pattern) for pattern in patterns], in_blocks(model))
-    kept = {name for name, numbers in found.items() if numbers} | left_out(layers, config)
+    kept = {name for name, numbers in found.items() if numbers} | left_out((*layers, *experts), config)
     return kept | (layers.keys() - in_blocks(model)) if has_vision_tower(model) else kept
 
 
-def left_out(layers, config) -> set[str]:
-    """Return those of the layers that a packed checkpoint has in 16 bit, as its configuration says."""
+def left_out(layers: Iterable[str], config) -> set[str]:
+    """Return those of the layers, and weights of experts, that a packed checkpoint has in 16 bit, as its configuration
+    says."""
     if packed := dict(published_formats(config)):
         return {*layers} - packed.keys()
     stored = getattr(config, "quantization_config", None)
@@ -59,7 +60,7 @@ def check_kept(config, patterns: Sequence[str], name: str) -> None:
     targets, setting = [Target(pattern) for pattern in patterns], "model.keep_16bit"
     kept = choose_layers(layers, experts, targets, in_blocks(model), setting)
     if hasattr(config, "quantization_config"):
-        if missing := sorted(kept.keys() - left_out(layers, config)):
+        if missing := sorted(kept.keys() - left_out((*layers, *experts), config)):
             raise ModelError(f"{setting}: {name} is published with {len(missing)} of these layers packed, such as "
                              f"{missing[0]}: leave them out, or use the 16-bit model")  # fmt: skip
     elif not (layers.keys() & in_blocks(model) | experts.keys()) - kept.keys():

@@ -358,14 +358,14 @@ def _load_kept(files, part, dtype, device, in_files):
     """Load a model on its own codes, which no cache is needed for."""
     register()
     with ExitStack() as stack:
+        own_files = InFiles(_folder_for_files()) if in_files else None
         if formats := published_formats(part.config):
-            state = published_state(files, part, formats, stack)
+            state = published_state(files, part, formats, stack, own_files and own_files.empty)
             part = replace(part, config=copy.deepcopy(part.config))
             del part.config.quantization_config  # what is loaded says the rest
         else:
             formats = kept_formats(files, part.config)
-            put = InFiles(_folder_for_files()).put if in_files else None
-            state = read_codes(files, part.config, formats, dtype, put)
+            state = read_codes(files, part.config, formats, dtype, own_files and own_files.put)
         model = _from_pretrained(files, part, dtype, device, QuantizeConfig(formats=dict(formats)), state)
     _forget_quantizer(model)
     return model

@@ -2,13 +2,16 @@
 
 ``config.json`` says how (``quantization_config``), so that a plan knows each layer's format before anything is
 downloaded. What the parts of a weight are called in files stands here, what they mean in ``quant.formats``. Parts are
-read where they lie, as memory-mapped slices, and never rewritten.
+read where they lie, as memory-mapped slices, and never rewritten. Experts that files have one by one are the exception:
+transformers computes with those of a block together, so that their codes are copied, as they are, into one tensor.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from typing import Any
 
 import torch
@@ -17,16 +20,19 @@ from torch import nn
 
 from qlora_lite.adapters.lora.inject import linear_layers
 from qlora_lite.errors import ModelError
-from qlora_lite.experts.packing import PACKED, placeholder, projections
-from qlora_lite.quant.formats import FORMATS
+from qlora_lite.experts.packing import Projection, placeholder, projections
+from qlora_lite.quant.formats import FORMATS, Parts
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.tensor_file import DTYPES
 
 from .gguf_codes import Formats
 from .locate import ModelFiles
-from .nested import LanguagePart, without_weights
+from .nested import LanguagePart, names_in_model, stacking_rules, without_weights
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_EXPERT = re.compile(r"(.+\.)\d+(\.[^.]+)")  # a layer of one: what is before and behind its number
+_BLOCK = re.compile(r"(.+?)\.(\d+)\.")
+Empty = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +42,17 @@ class Published:
     Args:
         format_of: returns the name of the format of layers from what ``quantization_config`` says.
         parts: what each part of the format is called behind the path of a weight; of experts, of its parameter.
-        experts: fused experts are packed, and linear layers are not.
+        experts: how files have them: "single", packed one by one as linear layers are; "fused", those of a block
+            together, packed, and linear layers in 16 bit; "" is not known.
         unused: what else files have of a weight, and is not needed.
+        rows: of a weight that share a constant, so that weights of so many, or a multiple, can be joined.
     """
 
     format_of: Callable[[Mapping[str, Any]], str]
     parts: Mapping[str, str]
-    experts: bool = False
+    experts: str = "single"
     unused: Sequence[str] = ()
+    rows: int = 1
 
 
 def _fp8(said: Mapping[str, Any]) -> str:
@@ -63,9 +72,13 @@ def _awq(said: Mapping[str, Any]) -> str:
 
 _OF_GROUPS = {"weight": ".qweight", "zeros": ".qzeros", "scales": ".scales"}
 METHODS: Mapping[str, Published] = {
-    "mxfp4": Published(lambda said: "mxfp4", {"weight": "_blocks", "scales": "_scales"}, experts=True),
-    "bitsandbytes": Published(lambda said: "int8", {"weight": ".weight", "scales": ".SCB"}, unused=(".weight_format",)),
-    "fp8": Published(_fp8, {"weight": ".weight", "scales": ".weight_scale_inv"}, unused=(".activation_scale",)),
+    "mxfp4": Published(lambda said: "mxfp4", {"weight": "_blocks", "scales": "_scales"}, experts="fused"),
+    "bitsandbytes": Published(
+        lambda said: "int8", {"weight": ".weight", "scales": ".SCB"}, experts="", unused=(".weight_format",)
+    ),
+    "fp8": Published(
+        _fp8, {"weight": ".weight", "scales": ".weight_scale_inv"}, unused=(".activation_scale",), rows=128
+    ),
     "gptq": Published(_groups, _OF_GROUPS | {"group": ".g_idx"}),
     "awq": Published(_awq, _OF_GROUPS),
 }
@@ -87,7 +100,7 @@ def published_formats(config) -> Formats:
         config: transformers configuration of the language model.
 
     Raises:
-        ModelError: the method is known, and not what it says of block sizes; or experts are packed one by one.
+        ModelError: the method is known, and not what it says of block sizes; or experts are not of the common form.
     """
     said = getattr(config, "quantization_config", None)
     if not isinstance(said, dict) or not is_published(said):
@@ -97,14 +110,42 @@ def published_formats(config) -> Formats:
     if kind not in FORMATS:
         raise ModelError(f"the model is quantised with {said['quant_method']} as {kind}, which is not known here; use "
                          "the 16-bit model instead")  # fmt: skip
-    experts = {f"{each.path}.{each.name}": each for each in projections(skeleton)}
-    if method.experts:
+    experts = {each.parameter_path: each for each in projections(skeleton)}
+    if method.experts == "fused":
         return tuple((path, kind) for path in experts)
-    if experts:
-        raise ModelError(f"the model's experts are quantised with {said['quant_method']} one by one, which is not "
-                         "known here; use the 16-bit model instead")  # fmt: skip
     skipped = said.get("modules_to_not_convert") or said.get("llm_int8_skip_modules") or []
-    return tuple((path, kind) for path in linear_layers(skeleton) if not _is_skipped(path, skipped))
+    packed = [path for path in (*linear_layers(skeleton), *experts) if not _is_skipped(path, skipped)]
+    for each in (experts[path] for path in packed if path in experts):
+        rows = each.described[0].shape[1] // _joined(each)
+        if not method.experts or each.experts.is_transposed or not stacking_rules(skeleton):
+            raise ModelError(f"the model's experts are quantised with {said['quant_method']} in a form that is not "
+                             "known here; use the 16-bit model instead")  # fmt: skip
+        if _joined(each) > 1 and rows % method.rows:
+            raise ModelError(f"the model's experts have {rows} inner features, and {kind} has a scale for "
+                             f"{method.rows}, so that two such weights cannot be joined; use the 16-bit model "
+                             "instead")  # fmt: skip
+    return tuple((path, kind) for path in packed)
+
+
+def _joined(projection: Projection) -> int:
+    """Return how many weights of an expert a projection joins: two, gate and up, or one."""
+    return 2 if projection.experts.has_gate and projection.name != "down_proj" else 1
+
+
+def stacked_bytes(config, formats: Formats) -> int:
+    """Return the bytes of codes and constants of experts that files have one by one, and are put together.
+
+    Args:
+        formats: of the model's packed weights, see ``published_formats``.
+    """
+    said = getattr(config, "quantization_config", None) if formats else None
+    if not said or METHODS[said["quant_method"]].experts != "single":
+        return 0
+    kinds, sizes = dict(formats), list[Parts]()
+    for each in projections(without_weights(config)):
+        if each.parameter_path in kinds:
+            sizes.append(FORMATS[kinds[each.parameter_path]].parts(each.described[0].shape))
+    return sum(prod(shape) * dtype.itemsize for parts in sizes for dtype, shape in parts.values())
 
 
 def _is_skipped(path: str, skipped: Iterable[str]) -> bool:
@@ -112,63 +153,177 @@ def _is_skipped(path: str, skipped: Iterable[str]) -> bool:
     return any(f".{name}." in f".{path}." or fnmatch(path, name) for name in skipped)
 
 
-def published_state(files: ModelFiles, part: LanguagePart, formats: Formats, stack: ExitStack) -> dict[str, Any]:
+class _Files:
+    """The tensors of a model's files by name, as slices, which transformers' loader reads as it needs them.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+
+    def __init__(self, files: ModelFiles, stack: ExitStack):
+        self.tensors: dict[str, Any] = {}
+        self.name, self._where = files.name, dict[str, Any]()
+        for path in files.weights:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    self.tensors[name], self._where[name] = file.get_slice(name), path
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"cannot read {path}: {error}") from None
+
+    def take(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Any:
+        """Return a tensor that is needed in a type and shape, and leave it out of ``tensors``.
+
+        Raises:
+            ModelError: it is missing, or is another.
+        """
+        if name not in self.tensors:
+            raise ModelError(f"{self.name}: no file has the tensor {name}")
+        found = self.tensors.pop(name)
+        is_of = DTYPES.get(found.get_dtype()), tuple(found.get_shape())
+        is_exact = is_of[0] in _FLOATS and dtype == torch.float32  # of scales, which are read so
+        if is_of[1] != tuple(shape) or not (is_of[0] == dtype or is_exact):
+            raise ModelError(f"{self._where[name]}: the tensor {name} is {_said(*is_of)}, and {_said(dtype, shape)} is "
+                             "needed")  # fmt: skip
+        return found
+
+    def require_equal(self, name: str, one: Any, other: Any) -> None:
+        """Raise if a tensor, the second, is not equal to that of a weight which is joined with its own.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if not torch.equal(one[:], other[:]):
+            raise ModelError(f"{self._where[name]}: the tensor {name} is another than that of the weight that it is "
+                             "computed with; use the 16-bit model instead")  # fmt: skip
+
+    def refuse_packed(self, skeleton: nn.Module) -> None:
+        """Raise if one of the tensors that nothing has taken is packed; those of blocks that a model lacks may be.
+
+        Raises:
+            ModelError: it is.
+        """
+        paths = {path for path, _ in skeleton.named_modules()}
+        for name, tensor in self.tensors.items():
+            block = _BLOCK.match(name)  # such as one that predicts a further token (DeepSeek-V3)
+            is_further = block and block[1] in paths and f"{block[1]}.{block[2]}" not in paths
+            if DTYPES.get(tensor.get_dtype()) not in _FLOATS and not is_further:
+                raise ModelError(f"{self._where[name]}: the tensor {name} is packed, and what quantization_config says "
+                                 "of the model's layers does not say so")  # fmt: skip
+
+
+class _Stacked:
+    """A part of the weights of a block's experts, put together when it is read: ``stacked[...]``, as slices are.
+
+    Args:
+        slices: of each expert those that are joined, none where they need no room.
+        along: the dimension of one that they are joined along.
+        empty: makes the tensor.
+    """
+
+    def __init__(
+        self, slices: Sequence[Sequence[Any]], along: int, dtype: torch.dtype, shape: Sequence[int], empty: Empty
+    ):  # fmt: skip
+        self._slices, self._along, self._of, self._empty = slices, along, (shape, dtype), empty
+
+    def __getitem__(self, _all: object) -> torch.Tensor:
+        whole = self._empty(*self._of)
+        for one, slices in zip(whole, self._slices, strict=True):
+            for here, part in zip(one.chunk(len(slices), self._along), slices, strict=True):
+                here.copy_(part[:])
+        return whole
+
+
+def published_state(
+    files: ModelFiles, part: LanguagePart, formats: Formats, stack: ExitStack, empty: Empty | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Return what transformers' loader takes for a model's tensors, packed parts under the names of their modules.
 
     Args:
         stack: closes the files.
+        empty: makes the tensors, of a shape and type, for experts that are put together; in memory, if not given.
 
     Raises:
-        ModelError: a part is missing, or has another type or shape than the format's.
+        ModelError: a part is missing, or has another type or shape than the format's; or experts that are to be
+            computed together differ in what they would share.
     """
     if part.whole is not None:
         raise ModelError(f"{files.name} holds its language model among other parts, which is not read packed; use the "
                          "16-bit model instead")  # fmt: skip
     method = METHODS[part.config.quantization_config["quant_method"]]
-    state, where = {}, {}
-    for path in files.weights:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                state[name], where[name] = file.get_slice(name), path
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {path}: {error}") from None
-    shapes = _shapes(without_weights(part.config), method)
+    read, state, skeleton = _Files(files, stack), dict[str, Any](), without_weights(part.config)
+    linear, experts = linear_layers(skeleton), {each.parameter_path: each for each in projections(skeleton)}
+    around = {} if method.experts == "fused" else _names_of_experts(skeleton, read.tensors, method)
     for path, kind in formats:
-        module = _module(path, method)
-        for name, wanted in FORMATS[kind].parts(shapes[path]).items():
-            stored = f"{path}{method.parts[name]}"
-            if stored not in state:
-                raise ModelError(f"{files.name}: no file has the tensor {stored}")
-            found = state.pop(stored)
-            is_of = DTYPES.get(found.get_dtype()), tuple(found.get_shape())
-            is_exact = is_of[0] in _FLOATS and wanted[0] == torch.float32  # of scales, which are read so
-            if is_of[1] != wanted[1] or not (is_of[0] == wanted[0] or is_exact):
-                raise ModelError(f"{where[stored]}: the tensor {stored} is {_said(*is_of)}, and {_said(*wanted)} is "
-                                 "needed")  # fmt: skip
-            state[f"{module}.{name}"] = found
-        for name in method.unused:
-            state.pop(f"{path}{name}", None)
-        if method.experts:
-            state[path] = placeholder()
-    packed = {f"{_module(path, method)}.{name}" for path, kind in formats for name in method.parts}
-    for name in state.keys() - packed:
-        if name in where and DTYPES.get(state[name].get_dtype()) not in _FLOATS:
-            raise ModelError(f"{where[name]}: the tensor {name} is packed, and what quantization_config says of the "
-                             "model's layers does not say so")  # fmt: skip
-    return state
+        if path in linear:
+            module, wanted = path, FORMATS[kind].parts(frozen_weight(linear[path])[0].shape)
+            found = _taken(read, path, wanted, method)
+        else:
+            module, state[path] = experts[path].packed, placeholder()
+            if method.experts == "fused":
+                found = _taken(read, path, FORMATS[kind].parts(experts[path].described[0].shape), method)
+            else:
+                found = _stacked(read, experts[path], kind, around.get(path, {}), method, empty or _in_memory)
+        state |= {f"{module}.{name}": tensor for name, tensor in found.items()}
+    read.refuse_packed(skeleton)
+    return read.tensors | state
 
 
-def _module(path: str, method: Published) -> str:
-    """Return the path of the module that holds a weight's parts."""
-    outer, _, name = path.rpartition(".")
-    return f"{outer}.{PACKED}{name}" if method.experts else path
+def _taken(read: _Files, path: str, wanted: Parts, method: Published) -> dict[str, Any]:
+    """Return the parts of a weight, and leave out what else files have of it."""
+    found = {name: read.take(f"{path}{method.parts[name]}", *each) for name, each in wanted.items()}
+    for name in method.unused:
+        read.tensors.pop(f"{path}{name}", None)
+    return found
 
 
-def _shapes(skeleton: nn.Module, method: Published) -> dict[str, tuple[int, ...]]:
-    if method.experts:
-        return {f"{each.path}.{each.name}": each.described[0].shape for each in projections(skeleton)}
-    return {path: frozen_weight(layer)[0].shape for path, layer in linear_layers(skeleton).items()}
+def _in_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
+def _names_of_experts(
+    skeleton: nn.Module, stored: Iterable[str], method: Published
+) -> dict[str, dict[int, tuple[str, str]]]:
+    """Return what files call the layers of single experts, before and behind an expert's number.
+
+    Returns:
+        By the path of the weight of all experts, and by the number of the part of its rows: gate's and up's, or one.
+    """
+    end, rules = method.parts["weight"], stacking_rules(skeleton)
+    names = (_EXPERT.fullmatch(name.removesuffix(end)) for name in stored if name.endswith(end))
+    plain = {f"{name[1]}0{name[2]}.weight": name.groups() for name in names if name}
+    found: dict[str, dict[int, tuple[str, str]]] = {}
+    for name, (path, rule) in names_in_model(skeleton, plain).items():
+        if rule in rules:
+            found.setdefault(path, {})[rules[rule][0]] = plain[name]
+    return found
+
+
+def _stacked(
+    read: _Files, projection: Projection, kind: str, around: Mapping[int, tuple[str, str]], method: Published,
+    empty: Empty,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the parts of a weight of a block's experts, which files have one by one.
+
+    Args:
+        around: what their layers are called, see ``_names_of_experts``.
+    """
+    (count, out, width), joined = projection.described[0].shape, _joined(projection)
+    if len(around) < joined:
+        raise ModelError(f"{read.name}: no file has packed weights of single experts of {projection.parameter_path}")
+    layers = [[f"{begin}{number}{end}" for _, (begin, end) in sorted(around.items())] for number in range(count)]
+    of_one, found = FORMATS[kind].parts((out // joined, width)), {}
+    parts = [[_taken(read, path, of_one, method) for path in paths] for paths in layers]
+    for name, (dtype, shape) in FORMATS[kind].parts((count, out, width)).items():
+        slices = [[each[name] for each in of_expert] for of_expert in parts]
+        along = [n for n, (one, whole) in enumerate(zip(of_one[name][1], shape[1:], strict=True)) if one != whole]
+        if not along:  # those that are joined share it
+            for paths, (first, *others) in zip(layers, slices, strict=True):
+                for path, other in zip(paths[1:], others, strict=True):
+                    read.require_equal(f"{path}{method.parts[name]}", first, other)
+            slices = [each[:1] for each in slices]
+        found[name] = _Stacked(slices, *(along or [0]), dtype, shape, empty)
+    return found
 
 
 def _said(dtype: torch.dtype | None, shape: Sequence[int]) -> str:

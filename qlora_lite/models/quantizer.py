@@ -10,6 +10,7 @@ writes them to the disk and keeps of them in memory what it has room for.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import nn
@@ -73,19 +74,28 @@ class InFiles:
         self._folder, self._room = folder, torch.empty(0, dtype=torch.uint8)
         self.is_full = False  # the disk, after which nothing else is put there
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of any values that lies in a file.
+
+        Raises:
+            OutputError: the disk has no room.
+        """
+        size = prod(shape) * dtype.itemsize
+        with_gap = -(-size // ALIGNMENT) * ALIGNMENT
+        if with_gap > len(self._room):
+            self.is_full = True
+            self._room = disk_memory(max(with_gap, PART_BYTES), self._folder, torch.device("cpu"), "QLORA_LITE_CACHE")
+            self.is_full = False
+        here, self._room = self._room[:size], self._room[with_gap:]
+        return here.view(dtype).view(tuple(shape))
+
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a tensor, without gaps, that lies in a file.
 
         Raises:
             OutputError: the disk has no room.
         """
-        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if size > len(self._room):
-            self.is_full = True
-            self._room = disk_memory(max(size, PART_BYTES), self._folder, tensor.device, "QLORA_LITE_CACHE")
-            self.is_full = False
-        here, self._room = self._room[: tensor.nbytes], self._room[size:]
-        return here.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 class Splitter:
@@ -189,10 +199,10 @@ class OnArrivalQuantizer(HfQuantizer):
         kept = kept_layers(model, config.keep_16bit)
         self.experts = {each.parameter_path: each for each in projections(model) if each.parameter_path not in kept}
         if config.formats is not None:
+            known = {*self.experts, *skip}  # those of other formats are in 16 bit in their files
             self.experts = {name: each for name, each in self.experts.items() if name in config.formats}
             for name, projection in self.experts.items():
                 put_empty(projection, config.formats[name], config.double_quant)
-            known = {*self.experts, *skip}
             _replace_linears(model, config.quant_type, config.double_quant, known, self.experts, config.formats)
             self.layers, self.transposed = {}, set()
             return

@@ -412,7 +412,8 @@ def host_bytes(plan: Plan) -> int:
 def disk_bytes(plan: Plan) -> int:
     """Room on the disk: the quantised model in the cache, where it is quantised here, and what the run writes.
 
-    Of a model that memory has no room for, the weights lie there twice while it is prepared.
+    Of a model that memory has no room for, the weights lie there twice while it is prepared; and packed weights that
+    are put together as they are loaded do, for each rank, where blocks stay in files.
     """
     simulation = plan.chosen.prediction.simulation
     work, with_evaluation = plan.step.job.workload, plan.step.job.eval_shape is not None
@@ -425,4 +426,5 @@ def disk_bytes(plan: Plan) -> int:
     space = Space(written, states, with_evaluation, plan.kept_checkpoints)
     is_prepared = work.is_quantized and not work.keeps_codes
     times = 2 if plan.chosen.options.weights_on_disk else 1
-    return is_prepared * times * simulation.frozen_bytes + space.whole_bytes()
+    stacked = options.loads_from_files * (options.shards.count if options.is_sharded else 1) * work.stacked_bytes
+    return is_prepared * times * simulation.frozen_bytes + stacked + space.whole_bytes()

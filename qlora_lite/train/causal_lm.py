@@ -24,6 +24,7 @@ from qlora_lite.models.load import is_converted, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
+from qlora_lite.models.published import stacked_bytes
 from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
 from qlora_lite.ops.fused_attention import PlannedKernels
 from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
@@ -228,6 +229,11 @@ class CausalLM(Workload):
     def keeps_codes(self) -> bool:
         """Whether layers keep the codes of their file."""
         return bool(self.spec.formats) or hasattr(self.spec.config, "quantization_config")
+
+    @property
+    def stacked_bytes(self) -> int:
+        """See ``Workload``; those of experts."""
+        return stacked_bytes(self.spec.config, self.spec.formats)
 
     @property
     def fixed_options(self) -> Mapping[str, object]:

@@ -2,29 +2,38 @@
 
 import copy
 import json
+import os
 import re
+import signal
 
 import pytest
 import torch
-from memory_option_cases import PLAIN, gradients
+from memory_option_cases import CPU, PLAIN, gradients
+from remembered_plans import remember_predictions
 from safetensors.torch import load_file, save_file
-from test_kept_codes import adapted
-from tiny_published import CASES, by_transformers, random_mxfp4, save_published
+from tiny import random_factors
+from tiny_files import write_recipe
+from tiny_published import CASES, SINGLE_EXPERTS, WITH_EXPERTS, by_transformers, random_mxfp4, save_published
 from tiny_runs import logits, make_run
 
-from qlora_lite.errors import ModelError
+from qlora_lite.adapters.lora.inject import add_lora
+from qlora_lite.errors import Interrupted, ModelError
 from qlora_lite.experts.grouped import _both
-from qlora_lite.experts.packing import described_experts, first_experts
+from qlora_lite.experts.packing import described_experts, expert_weights, first_experts
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.files import sha256
 from qlora_lite.models.load import adopt, load_model
-from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.models.published import published_formats
+from qlora_lite.models.quantizer import InFiles
 from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.quant import pieces
 from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.linear import WeightRows, frozen_weight
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.product import materialize
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.run import run_recipe
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -37,6 +46,15 @@ def load(folder, quant="nf4", **options):
     return load_model(folder, quant, compute_dtype=torch.float32, use_cache=False, **options)
 
 
+def adapted(model, options=PLAIN):
+    """The model with random LoRA weights, beside its experts too, its own where the memory options want them."""
+    torch.manual_seed(0)
+    targets = ["all-linear", "experts"] if any(expert_weights(model)) else ["all-linear"]
+    add_lora(model, targets, rank=4, dtype=torch.float32)
+    random_factors(model)
+    return place(model, CPU, options)
+
+
 def test_mxfp4_is_what_transformers_makes_of_it_bit_for_bit():
     blocks, scales = random_mxfp4(3, 5, 64, torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
@@ -44,8 +62,8 @@ def test_mxfp4_is_what_transformers_makes_of_it_bit_for_bit():
         found = FORMATS["mxfp4"].dequantize([blocks, scales], (3, 5, 64), dtype)
         assert torch.equal(found, expected)
         for which in (slice(1, 3), torch.tensor([2, 0])):
-            rows = FORMATS["mxfp4"].dequantize_rows([blocks, scales], (3, 5 * 64), which, dtype)
-            assert torch.equal(rows.view(-1, 5, 64), expected[which])
+            some = FORMATS["mxfp4"].dequantize_rows([blocks, scales], (3, 5, 64), which, dtype)
+            assert torch.equal(some, expected[which])
 
 
 def test_it_gives_the_logits_and_gradients_of_the_dequantised_model(published, caplog):
@@ -68,12 +86,21 @@ def test_layers_that_are_published_in_16_bit_may_be_named_and_others_are_refused
         load(tmp_path, keep_16bit=["o_proj"])
 
 
-def test_groups_of_experts_are_dequantised_without_the_others(tmp_path):
-    plain = save_published(tmp_path, "mxfp4")
+@pytest.mark.parametrize("case", WITH_EXPERTS)
+def test_groups_of_experts_are_dequantised_without_the_others(case, tmp_path, monkeypatch):
+    plain = next(module for module in save_published(tmp_path, case).modules() if hasattr(module, "has_gate"))
     described, tensors = described_experts(first_experts(load(tmp_path)))
-    _, down = _both(described, tensors, torch.float32)
-    expected = plain.model.layers[0].mlp.experts.down_proj[1:3]
-    assert torch.equal(down._group(slice(1, 3), torch.float32), expected.transpose(1, 2))
+    for at_once in (pieces.ROWS_AT_ONCE, 5 * described.up.shape[2]):
+        monkeypatch.setattr(pieces, "ROWS_AT_ONCE", at_once)
+        for dtype in (torch.float32, torch.bfloat16):
+            for found, name in zip(_both(described, tensors, dtype), ("gate_up_proj", "down_proj"), strict=True):
+                expected = getattr(plain, name).to(dtype)
+                expected = expected.transpose(1, 2) if plain.is_transposed else expected
+                assert torch.equal(found._group(slice(1, 3), dtype), expected[1:3])
+                for which in (slice(2, 4), torch.tensor([3, 0])):
+                    some = FORMATS[found.spec.quant_type].dequantize_rows(found.stored, found.spec.shape, which, dtype)
+                    assert torch.equal(some, expected[which])
+                assert torch.equal(materialize(found.spec, found.stored, dtype), expected)
 
 
 @pytest.mark.parametrize("options", [
@@ -158,3 +185,97 @@ def test_a_file_without_a_part_or_with_another_shape_is_one_error_that_names_bot
     said = {"missing": "no file has the tensor", "shape": r"model\.safetensors: the tensor"}[fault]
     with pytest.raises(ModelError, match=f"{said} {name}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("case", SINGLE_EXPERTS)
+def test_experts_that_are_put_together_go_to_a_file_where_memory_has_no_room(case, tmp_path, monkeypatch):
+    save_published(tmp_path, case)
+    empty, made = InFiles.empty, []
+    monkeypatch.setattr(InFiles, "empty", lambda self, *of: made.append(empty(self, *of)) or made[-1])
+    found, expected = load(tmp_path, in_files=True), load(tmp_path)
+    assert torch.equal(logits(found), logits(expected))
+    parts = [each.described[1] for path, each in expert_weights(found).items()]
+    assert {tensor.data_ptr() for part in parts for tensor in part} == {tensor.data_ptr() for tensor in made}
+
+
+@pytest.mark.parametrize("case", SINGLE_EXPERTS[:2])
+def test_a_stopped_run_of_adapted_experts_continues_to_the_bit(case, tmp_path, monkeypatch):
+    remember_predictions(monkeypatch.setattr)
+    save_published(tmp_path / "model", case)
+
+    def run(name, progress=None, resume=None):
+        (tmp_path / name).mkdir(exist_ok=True)
+        recipe = write_recipe(tmp_path / name, tmp_path / "model", train={"max_steps": 4, "save_every_steps": 2},
+                              lora={"rank": 4, "alpha": 8, "targets": ["all-linear", "experts"]})  # fmt: skip
+        run_recipe(load_recipe(recipe, ["train.metrics_examples=0"]), progress, resume)
+        return sha256(tmp_path / name / "out" / "adapter" / "adapter_model.safetensors")
+
+    with pytest.raises(Interrupted):
+        run("stopped", lambda metrics, _: os.kill(os.getpid(), signal.SIGTERM) if metrics.step == 3 else None)
+    assert run("stopped", resume="") == run("whole")
+
+
+def rewrite(folder, change):
+    """Change the tensors of a model's file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
+
+
+@pytest.mark.parametrize(("case", "change", "said"), [
+    ("fp8_experts", lambda tensors: tensors.pop(f"{EXPERT}.weight_scale_inv"),
+     rf"no file has the tensor {EXPERT}\.weight_scale_inv"),
+    ("fp8_experts", lambda tensors: [tensors.pop(name) for name in [*tensors] if ".1.mlp.experts." in name],
+     r"no file has packed weights of single experts of model\.layers\.1\.mlp\.experts\.gate_up_proj"),
+    ("gptq_experts", lambda tensors: tensors.update({f"{EXPERT}.qweight": tensors[f"{EXPERT}.qweight"][:-1].clone()}),
+     rf"model\.safetensors: the tensor {EXPERT}\.qweight is int32 \(7, 32\), and int32 \(8, 32\) is needed"),
+    ("gptq_experts", lambda tensors: tensors.update({f"{EXPERT}.g_idx": tensors[f"{EXPERT}.g_idx"].flip(0)}),
+     rf"model\.safetensors: the tensor {EXPERT}\.g_idx is another than that of the weight that it is computed with"),
+])  # fmt: skip
+def test_a_fault_of_one_expert_is_one_error_that_names_it(case, change, said, tmp_path):
+    save_published(tmp_path, case)
+    rewrite(tmp_path, change)
+    with pytest.raises(ModelError, match=said):
+        load(tmp_path)
+
+
+def said_of(folder, **changes):
+    """Change what the configuration of a model says of quantisation."""
+    path = folder / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"quantization_config": said["quantization_config"] | changes}))
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), [
+    ("fp8", {"quant_method": "fp8", "weight_block_size": [128, 128]},
+     "have 32 inner features, and fp8_128x128 has a scale for 128, so that two such weights cannot be joined"),
+    ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True},
+     "experts are quantised with bitsandbytes in a form that is not known here"),
+])  # fmt: skip
+def test_experts_that_cannot_be_put_together_are_refused_by_the_configuration_alone(case, changes, message, tmp_path):
+    save_published(tmp_path, "gptq_experts")
+    said_of(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        published_formats(read_config(str(tmp_path)))
+
+
+def test_experts_that_are_published_in_16_bit_stay_so(tmp_path):
+    plain = save_published(tmp_path, "fp8_experts")
+    values = {f"{path}.{number}.{name}_proj.weight": weight.clone()
+              for path, module in plain.named_modules() if hasattr(module, "has_gate")
+              for number in range(module.num_experts)
+              for name, weight in zip(("gate", "up", "down"), (*module.gate_up_proj[number].chunk(2),
+                                                               module.down_proj[number]), strict=True)}  # fmt: skip
+    rewrite(tmp_path, lambda tensors: [tensors.pop(f"{name}_scale_inv") for name in values] and tensors.update(values))
+    said_of(tmp_path, modules_to_not_convert=["lm_head", "model.layers.1.self_attn.o_proj", "model.layers.*.experts.*"])
+    model = load(tmp_path)
+    assert torch.allclose(logits(model), logits(plain), atol=1e-5)
+    assert not any(hasattr(module, "packed_down_proj") for module in model.modules())
+    config = read_config(str(tmp_path))
+    planned = meta_model(config, "keep", False, torch.float32, formats=published_formats(config))
+    assert {name: tensor.shape for name, tensor in planned.state_dict().items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from jobs import changed
 from remembered_plans import remember_simulations
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, UNUSUAL
 from tiny_files import save_tiny, write_recipe
 from tiny_trainer import examples
 from transformers import AutoConfig
@@ -964,3 +964,17 @@ def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_wou
     assert command("plan", "no-such-recipe")[0] == 2
     code, _, err = command("plan", *small, "--gpu", "rtx-4060")
     assert code == 0 and "model.device cpu: this is the plan of a GPU all the same" in err
+
+
+def test_the_disk_needs_room_for_experts_that_are_put_together_where_blocks_stay_in_files(recipe, tmp_path):
+    family, settings = UNUSUAL["qwen3_moe"]
+    config = AutoConfig.for_model(family, **settings | {"moe_intermediate_size": 128})
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.save_pretrained(tmp_path)
+    on_disk, in_memory = (
+        planner.plan_recipe(recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.resident_layers=0",
+                                   f"memory.stream_from={place}"), CARD, 8 * GIB) for place in ("disk", "host")
+    )  # fmt: skip
+    codes = 2 * 8 * 3 * 128 * 64  # blocks, experts, weights of each
+    scales = 2 * 8 * 3 * 4
+    assert planner.disk_bytes(on_disk) - planner.disk_bytes(in_memory) == codes + scales
