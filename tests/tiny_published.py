@@ -121,7 +121,15 @@ CASES = {
     "mxfp4": ("gpt_oss", mxfp4, {}),
     "int8": ("llama", int8, {}),
     "fp8": ("qwen3", fp8, {"hidden_size": 192, "intermediate_size": 320}),  # blocks at the edges are smaller
-    "fp8_experts": ("deepseek_v3", fp8_beside_a_further_block, {"hidden_size": 192, "moe_intermediate_size": 128}),
+    "fp8_experts": (
+        "deepseek_v3",
+        fp8_beside_a_further_block,
+        {
+            "hidden_size": 192,
+            "moe_intermediate_size": 128,
+            "v_head_dim": 12,
+        },
+    ),
     "gptq_experts": ("qwen3_moe", gptq, {}),
     "awq_experts": ("mixtral", awq, {}),
 }

@@ -115,11 +115,13 @@ def published_formats(config) -> Formats:
         return tuple((path, kind) for path in experts)
     skipped = said.get("modules_to_not_convert") or said.get("llm_int8_skip_modules") or []
     packed = [path for path in (*linear_layers(skeleton), *experts) if not _is_skipped(path, skipped)]
-    for each in (experts[path] for path in packed if path in experts):
+    single = [experts[path] for path in packed if path in experts]
+    is_known = method.experts and not any(each.experts.is_transposed for each in single)
+    if single and not (is_known and stacking_rules(skeleton)):
+        raise ModelError(f"the model's experts are quantised with {said['quant_method']} in a form that is not known "
+                         "here; use the 16-bit model instead")  # fmt: skip
+    for each in single:
         rows = each.described[0].shape[1] // _joined(each)
-        if not method.experts or each.experts.is_transposed or not stacking_rules(skeleton):
-            raise ModelError(f"the model's experts are quantised with {said['quant_method']} in a form that is not "
-                             "known here; use the 16-bit model instead")  # fmt: skip
         if _joined(each) > 1 and rows % method.rows:
             raise ModelError(f"the model's experts have {rows} inner features, and {kind} has a scale for "
                              f"{method.rows}, so that two such weights cannot be joined; use the 16-bit model "

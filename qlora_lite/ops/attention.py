@@ -271,7 +271,7 @@ def _lengths(row_lengths: torch.Tensor) -> tuple[int, ...]:
 
 @_rows_operator.register_fake
 def _(query, key, value, row_lengths, sinks, scaling, window, softcap):
-    return query.new_empty(query.transpose(1, 2).shape)
+    return query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3])
 
 
 @torch.library.custom_op("qlora_lite::row_attention_gradient", mutates_args=())

@@ -122,7 +122,7 @@ def _gradients(query, key, value, sinks, grad_out, row_lengths, scores: Scores) 
 
 
 def _attend(query, key, value, sinks, row_lengths, scores: Scores) -> torch.Tensor:
-    out = torch.zeros_like(query)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])  # heads of values may be of another size (DeepSeek-V3)
 
     def attend(block: Block) -> None:
         weights, _ = _weights(_rows(query, block.queries), _rows(key, block.keys), sinks, block, scores)

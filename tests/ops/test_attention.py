@@ -12,7 +12,7 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.ops import block_attention as block_attention_module
-from qlora_lite.ops.attention import row_attention
+from qlora_lite.ops.attention import _rows_operator, row_attention
 from qlora_lite.ops.block_attention import BLOCK_QUERIES, block_attention
 from qlora_lite.ops.shapes import CPU_MULTIPLE, planning_for
 
@@ -146,6 +146,22 @@ def test_rows_of_several_blocks_equal_the_oracle(device, kv_heads, batch, window
     expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, *how), inputs, upstream)
     for tensor, wanted in zip(found, expected, strict=True):
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("size", [5, 12])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_heads_of_values_may_be_of_another_size(device, size):
+    """DeepSeek-V3's are of 128, and its queries' of 192."""
+    (query, key, _), rows = tensors(sum(LONG_ROWS)), torch.tensor(LONG_ROWS)
+    value = torch.randn(*key.shape[:3], size, generator=torch.Generator().manual_seed(2))
+    upstream = torch.randn(1, sum(LONG_ROWS), HEADS, size, generator=torch.Generator().manual_seed(1))
+    with planning_for(device):
+        found = values_and_gradients(lambda *t: block_attention(*t, LONG_ROWS, 0.3), (query, key, value), upstream)
+    expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, 0.3), (query, key, value), upstream)
+    for tensor, wanted in zip(found, expected, strict=True):
+        assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(_rows_operator, (query, key, value, rows, None, 0.3, None, None), test_utils=checks)
 
 
 @pytest.mark.gpu
