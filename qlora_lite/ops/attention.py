@@ -139,7 +139,7 @@ def row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torc
     for row_length, *row in zip(row_lengths, *_cut(row_lengths, query, key, value), strict=True):
         outs.append(window_attention(attend, *row, window)[:, :row_length])
     if start < length:
-        outs.append(query.new_zeros(query.shape[0], length - start, *query.shape[1::2]))
+        outs.append(query.new_zeros(query.shape[0], length - start, query.shape[1], value.shape[3]))
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1)
 
 

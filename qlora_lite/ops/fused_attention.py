@@ -40,7 +40,9 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 _PLANNED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # stands for any of a GPU's
 _PLANNED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-BACKWARDS = _PLANNED_BACKWARD, _FLASH_BACKWARD  # what ``scratch_bytes`` is of
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention  # a GPU's, if heads of values have another size
+_EFFICIENT_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+BACKWARDS = _PLANNED_BACKWARD, _FLASH_BACKWARD, _EFFICIENT_BACKWARD  # what ``scratch_bytes`` is of
 
 
 def fused_attention(query, key, value, mask, scaling, dropout=0.0, causal=True) -> torch.Tensor:
@@ -72,6 +74,8 @@ def fused_attention(query, key, value, mask, scaling, dropout=0.0, causal=True) 
             return _FewHeadsBackward.apply(query, key, value, scaling, key_heads)
     if query.is_meta and not dropout:
         # torch would take the formula, and no mode sees it choose; a CPU's fused kernel saves what a GPU's does
+        if query.shape[3] != value.shape[3]:
+            return _EFFICIENT(query, key, value, mask, True, dropout, causal, scale=scaling)[0]
         return _PLANNED(query, key, value, dropout, causal, attn_mask=mask, scale=scaling)[0]
     kernels = _kernels(query.dtype)
     with sdpa_kernel(kernels) if query.is_cuda else nullcontext():

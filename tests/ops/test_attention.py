@@ -160,6 +160,11 @@ def test_heads_of_values_may_be_of_another_size(device, size):
     expected = values_and_gradients(lambda *t: eager(*t, LONG_ROWS, 0.3), (query, key, value), upstream)
     for tensor, wanted in zip(found, expected, strict=True):
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
+    leaves = [t.to("meta", torch.bfloat16).requires_grad_() for t in (query, key, value)]
+    with planning_for(device):
+        planned = row_attention(None, *leaves, None, row_lengths=LONG_ROWS)[0]
+        planned.sum().backward()
+    assert planned.shape == found[0].shape and [t.grad.shape for t in leaves] == [t.shape for t in leaves]
     checks = "test_schema", "test_faketensor"
     torch.library.opcheck(_rows_operator, (query, key, value, rows, None, 0.3, None, None), test_utils=checks)
 
