@@ -1,14 +1,18 @@
 """Tiny random vision encoders, pictures that a few steps can tell apart, and recipes for both."""
 
+import io
 import json
+from functools import cache
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from qlora_lite.data import hub
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.labels import ONE_LABEL
 from qlora_lite.data.sources import Source
@@ -58,6 +62,36 @@ def write_pictures(folder: Path, count: int, first: int = 0) -> Path:
         for number in range(first, first + count):
             drawn(label, number).save(folder / label / f"{number:03}.png")
     return folder
+
+
+CLASSES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["hot", "cool"])})
+_LOAD = datasets.load_dataset
+
+
+def encoded(image: Image.Image) -> dict:
+    """A picture as data sets of the hub hold it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(path: Path, rows: list[dict], features: datasets.Features) -> str:
+    """Write rows as ``datasets`` uploads them to the hub."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: [row[name] for row in rows] for name in features}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    return str(path)
+
+
+def hub_of(monkeypatch, folder: Path, builder: str, **files) -> str:
+    """Let ``datasets`` build from files of this disk whatever is asked of the hub; return a path to ask for."""
+
+    def load(_name, _config, split):
+        return _LOAD(builder, split=split, cache_dir=str(folder / "hub"), **files)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "_fetch", cache(hub._fetch.__wrapped__))
+    return "hub:owner/name"
 
 
 def picture_recipe(folder: Path, base: Path | str, **sections) -> Path:

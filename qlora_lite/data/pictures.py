@@ -217,7 +217,7 @@ def _of_table(
     if source.rows is None and Path(source.path).suffix.lower() in SUFFIXES:
         raise DataError(f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
                         "name one of these")  # fmt: skip
-    for where, row in read_rows(source, statistics.problems):
+    for where, row in read_rows(replace(source, class_names=True), statistics.problems):
         columns = columns or picture_columns(row, where, source, needs_label and not fit, problem)
         try:
             held, label = columns
@@ -227,10 +227,12 @@ def _of_table(
             mask = None
             if fit:
                 value = caption_in(row, label or (names[0] if len(names) == 1 else None), fit)
+            elif value is None and needs_label:
+                what, kind = ("mask", NO_MASK) if problem == MASKS else ("label", NO_CLASS)
+                raise DataError(f"the {what} is missing or null; every row needs it", kind)
             elif problem == MASKS:
-                mask = str(file_of(value, where)) if value is not None or needs_label else None
-                value = None
-            elif value is not None or needs_label:
+                mask, value = value and str(file_of(value, where)), None
+            elif value is not None:
                 value = label_text(value, problem)
         except DataError as error:
             statistics.problems.add(where, error)

@@ -58,6 +58,8 @@ class Source:
         setting: the setting that names it, for messages.
         rejected: the template of the answer that ``completion`` is preferred to, where answers are compared.
         with_pictures: whether chats may hold pictures.
+        class_names: whether the numbers of a column of classes, which ``datasets`` writes beside their names into Arrow
+            and Parquet files (ClassLabel), are read as these names.
     """
 
     path: str
@@ -71,6 +73,7 @@ class Source:
     setting: str = "data.train"
     rejected: str | None = None
     with_pictures: bool = False
+    class_names: bool = False
 
 
 def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tuple[str, dict]]:
@@ -149,7 +152,7 @@ def _read_file(path: Path, source: Source, problems: Problems) -> Iterator[tuple
         return _read_csv(path, "\t" if reader == "tsv" else ",", problems)
     if reader == "text":
         return _read_text(path, _documents_of(path, source), problems)
-    return _read_columns(path, reader)
+    return _read_columns(path, reader, source.class_names)
 
 
 def _read_csv(path: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -290,12 +293,13 @@ def _has_blank_line(path: Path) -> bool:
     return False
 
 
-def _read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
+def _read_columns(path: Path, kind: str, class_names: bool) -> Iterator[tuple[str, dict]]:
     """Read a Parquet or Arrow file row by row.
 
     Args:
         path: the file.
         kind: "parquet" or "arrow" (of the file or the stream format).
+        class_names: see ``Source``.
 
     Returns:
         An iterator of ("file.parquet:12", row), rows counted from 1.
@@ -309,7 +313,7 @@ def _read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
         row = 0
         for batch in _record_batches(path, kind):
             batch.validate(full=True)  # Arrow trusts a file's offsets: a damaged one would end this process
-            decode = _decoder(batch.schema)
+            decode = _decoder(batch.schema, class_names)
             for values in map(decode, batch.to_pylist()):
                 row += 1
                 yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
@@ -320,25 +324,41 @@ def _read_columns(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: {error}") from error
 
 
-def _decoder(schema) -> Callable[[dict], dict]:
+def _decoder(schema, class_names: bool) -> Callable[[dict], dict]:
     """Return what turns a stored row into the row; ``datasets`` stores objects of mixed kinds as JSON text.
+
+    Args:
+        class_names: see ``Source``.
 
     Raises:
         DataError: what the file says of its columns is damaged, or has files or addresses opened.
     """
     described = (schema.metadata or {}).get(b"huggingface", b"")
     try:
-        kinds = set(_kinds(json.loads(described))) if described else set()
-    except (ValueError, RecursionError) as error:
+        said = json.loads(described)["info"]["features"] if described else {}
+        columns = {name: (said[name], set(_kinds(said[name]))) for name in schema.names if name in said}
+        of_classes = [name for name, (_, kinds) in columns.items() if kinds == {"ClassLabel"}] if class_names else []
+        names = {name: dict(enumerate(map(str, said[name]["names"]))) for name in of_classes}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise DataError(f"what it says of its columns cannot be read ({str(error)[:200]!r})") from error
-    if "Json" not in kinds:
-        return dict
-    if not kinds <= _PLAIN_KINDS:  # images, sounds and the like are read from paths and addresses that rows name
-        raise DataError(f"columns of {', '.join(sorted(kinds - _PLAIN_KINDS))[:200]} are not read; leave them out")
+    mixed = {name: column for name, (column, kinds) in columns.items() if "Json" in kinds}
+    if others := {kind for name in mixed for kind in columns[name][1]} - _PLAIN_KINDS:
+        # images, sounds and the like are read from paths and addresses that rows name
+        raise DataError(f"columns of {', '.join(sorted(others))[:200]} are not read; leave them out")
+    decode = _json_decoder(mixed) if mixed else dict
+
+    def decoded(row: dict) -> dict:
+        row = row | decode({name: row[name] for name in mixed})
+        return row | {name: classes.get(row[name], row[name]) for name, classes in names.items()}
+
+    return decoded if mixed or names else dict
+
+
+def _json_decoder(columns: dict) -> Callable[[dict], dict]:
     from datasets import Features
 
     try:
-        return Features.from_arrow_schema(schema).decode_example
+        return Features.from_dict(columns).decode_example
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"what it says of its columns cannot be used ({str(error)[:200]!r})") from error
 

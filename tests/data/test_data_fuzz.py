@@ -78,13 +78,22 @@ def outcome(path) -> str:
 @pytest.mark.parametrize("kind", [
     '{"_type": "Image"}', '{"\\u005ftype": "Image"}', '{"x": [{"_type": ["Image"]}]}', '{"_type": "Value"',
 ])  # fmt: skip
-def test_columns_whose_values_are_read_from_paths_are_refused(tmp_path, kind):
+def test_columns_whose_values_would_be_read_from_paths_are_refused(tmp_path, kind):
     table = pyarrow.table({"prompt": ['"a"'], "completion": [json.dumps("/etc/hostname")]})
-    features = '{"prompt": {"_type": "Json"}, "completion": KIND}'.replace("KIND", kind)
+    features = '{"prompt": {"a": {"_type": "Json"}, "b": KIND}}'.replace("KIND", kind)
     table = table.replace_schema_metadata({"huggingface": '{"info": {"features": ' + features + "}}"})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     said = outcome(tmp_path / "rows.parquet")
     assert "are not read; leave them out" in said or "what it says of its columns cannot be read" in said
+
+
+def test_a_column_of_paths_beside_one_of_json_is_not_opened(tmp_path):
+    table = pyarrow.table({"prompt": ['"a"'], "completion": ["/etc/hostname"]})
+    features = {"prompt": {"_type": "Json"}, "completion": {"_type": "Image"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((_, row),) = sources.read_rows(Source(str(tmp_path / "rows.parquet")))
+    assert row == {"prompt": "a", "completion": "/etc/hostname"}
 
 
 def test_a_file_that_asks_for_more_memory_than_there_is_is_an_error(tmp_path, monkeypatch):

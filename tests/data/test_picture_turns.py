@@ -8,7 +8,8 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from tiny_pictures import drawn
+from datasets import Features, Image, Json, List, Value
+from tiny_pictures import drawn, hub_of, write_parquet
 from tiny_vision_language import FAMILIES, given_to_transformers, save_vision_language
 from transformers import AutoTokenizer, Idefics3Processor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -291,3 +292,18 @@ def test_processors_are_the_families_own(folders):
     assert isinstance(processor_of(folders["llava"], "llava", 16), LlavaProcessor)
     assert isinstance(processor_of(folders["llava"], "llava", 16).image_processor, CLIPImageProcessorPil)
     assert isinstance(processor_of(folders["smolvlm"], "smolvlm", 4), Idefics3Processor)
+
+
+def test_a_hub_data_set_of_chats_holds_pictures_and_turns_of_mixed_kinds(folders, pictures, tmp_path, monkeypatch):
+    turns = [{"type": "image"}, {"type": "text", "text": "what is it"}]
+    features = Features({"messages": List({"role": Value("string"), "content": Json()}), "images": List(Image())})
+    held = [{"bytes": (pictures / "0.png").read_bytes(), "path": "0.png"}]
+    path = write_parquet(tmp_path / "rows.parquet", [{"messages": chat(turns), "images": held}], features)
+    source = Source(hub_of(monkeypatch, tmp_path, "parquet", data_files=path))
+    data = read_examples(
+        [source], AutoTokenizer.from_pretrained(folders["llava"]), pictures=reader_of(folders["llava"])
+    )
+    data.problems.raise_if_any()
+    by_path = read(folders["llava"], [{"messages": chat(parts("0.png", "what is it"))}], pictures)
+    assert data.examples.digest() == by_path.examples.digest()
+    assert data.examples[0].pictures[0].digest == by_path.examples[0].pictures[0].digest

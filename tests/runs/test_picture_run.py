@@ -14,7 +14,18 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_heads import save_headless
-from tiny_pictures import ENCODERS, drawn, mask_recipe, picture_recipe, save_encoder
+from tiny_pictures import (
+    CLASSES,
+    COLOURS,
+    ENCODERS,
+    drawn,
+    encoded,
+    hub_of,
+    mask_recipe,
+    picture_recipe,
+    save_encoder,
+    write_parquet,
+)
 from tiny_runs import stop_at, summary_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -301,3 +312,13 @@ def test_numbers_as_labels_stay_in_their_order(bases, tmp_path):
     (tmp_path / "rows.csv").write_text("path,label\n" + "".join(rows))
     folder = run_recipe(load_recipe(recipe, [f"data.train={tmp_path / 'rows.csv'}", "data.eval=null"]))
     assert summary_of(folder)["labels"] == [str(number) for number in range(11)]
+
+
+def test_a_run_of_a_hub_data_set_has_the_classes_of_a_folder(bases, tmp_path, monkeypatch):
+    rows = [{"image": encoded(drawn(label, number)), "label": CLASSES["label"].str2int(label)}
+            for label in COLOURS for number in range(12)]  # fmt: skip
+    path = write_parquet(tmp_path / "hub.parquet", rows, CLASSES)
+    data = {"train": hub_of(monkeypatch, tmp_path, "parquet", data_files=path)}  # and folders to evaluate on
+    recipe = picture_recipe(tmp_path / "run", bases["vit"], data=data, train={"max_steps": 16})
+    summary = summary_of(run_recipe(load_recipe(recipe)))
+    assert summary["labels"] == ["cool", "hot"] and summary["metrics"]["after"]["accuracy"]["value"] == 1.0
