@@ -335,11 +335,11 @@ def _decoder(schema, class_names: bool) -> Callable[[dict], dict]:
     """
     described = (schema.metadata or {}).get(b"huggingface", b"")
     try:
-        said = json.loads(described)["info"]["features"] if described else {}
+        said = ((json.loads(described) if described else {}).get("info") or {}).get("features") or {}
         columns = {name: (said[name], set(_kinds(said[name]))) for name in schema.names if name in said}
-        of_classes = [name for name, (_, kinds) in columns.items() if kinds == {"ClassLabel"}] if class_names else []
-        names = {name: dict(enumerate(map(str, said[name]["names"]))) for name in of_classes}
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        names = {name: dict(enumerate(column["names"])) for name, (column, _) in columns.items()
+                 if class_names and isinstance(column, dict) and column.get("_type") == "ClassLabel"}  # fmt: skip
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"what it says of its columns cannot be read ({str(error)[:200]!r})") from error
     mixed = {name: column for name, (column, kinds) in columns.items() if "Json" in kinds}
     if others := {kind for name in mixed for kind in columns[name][1]} - _PLAIN_KINDS:

@@ -29,8 +29,10 @@ def read(path, problem=ONE_LABEL, **settings):
 
 
 def test_classes_have_their_names_and_pictures_their_bytes(hub_holds):
-    rows = [{"image": encoded(drawn(label, 0)), "label": CLASSES["label"].str2int(label)} for label in COLOURS]
-    data = read(hub_holds(rows, CLASSES))
+    features = Features(CLASSES | {"others": {"label": CLASSES["label"]}})
+    rows = [{"image": encoded(drawn(label, 0)), "label": CLASSES["label"].str2int(label), "others": {"label": 0}}
+            for label in COLOURS]  # fmt: skip
+    data = read(hub_holds(rows, features))
     data.problems.raise_if_any()
     assert [example.answer for example in data.examples] == list(COLOURS)
     assert [example.where.rpartition(":")[2] for example in data.examples] == ["1", "2"]
