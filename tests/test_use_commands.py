@@ -37,6 +37,12 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form
 
 
+def test_the_form_for_denoisers_is_refused(runs, command, tmp_path):
+    for given in (runs[0], shutil.copytree(runs[0] / "adapter", tmp_path / "alone")):
+        code, _, err = command("export", given, "--to", "kohya", "--out", tmp_path / "out")
+        assert code and "draws no pictures" in err and not (tmp_path / "out").exists()
+
+
 def test_a_gguf_header_is_read_once_and_by_the_fast_reader(runs, command, tmp_path, monkeypatch):
     assert command("export", runs[0], "--to", "gguf", "--out", tmp_path / "out")[0] == 0
     run = make_run(tmp_path, next((tmp_path / "out").glob("*.gguf")))

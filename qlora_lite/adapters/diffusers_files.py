@@ -34,11 +34,14 @@ def diffusers_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         if not isinstance(layer, LoraLinear) or isinstance(layer, DoraLinear):
             raise ModelError(f"{path} is adapted by {type(layer).__name__}, and these files are for LoRA beside linear "
                              "layers: set adapter.method to lora")  # fmt: skip
-        is_exact = math.frexp(layer.scale)[0] == 0.5  # a power of two
-        b = layer.lora_B.detach() if is_exact else layer.lora_B.detach().float()
         found[f"{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        found[f"{path}.lora_B.weight"] = (b * layer.scale).cpu().contiguous()
+        found[f"{path}.lora_B.weight"] = scaled(layer.lora_B.detach(), layer.scale).cpu().contiguous()
     return found
+
+
+def scaled(lora_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return B multiplied by a scale, in float32 where it is no power of two."""
+    return (lora_b if math.frexp(scale)[0] == 0.5 else lora_b.float()) * scale
 
 
 def save_for_diffusers(model: nn.Module, folder: str | Path) -> Path:

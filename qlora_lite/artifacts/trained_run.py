@@ -277,7 +277,7 @@ def open_trained(
     folder = Path(run)
     if is_adapter_alone(folder):
         alone = _open_alone(folder, model_path)
-        require_kind(alone.recipe, folder, has_head)
+        require_kind(alone.recipe, folder, has_head, draws)
         return alone
     opened = open_run(folder)
     require_kind(opened.recipe, folder, has_head, draws)

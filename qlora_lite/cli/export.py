@@ -12,7 +12,8 @@ from .output import echo, prepare
 
 @click.command()
 @click.argument("run")
-@click.option("--to", "form", required=True, type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama"]))
+@click.option("--to", "form", required=True,
+              type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya"]))  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
               help="gguf, ollama: merge into the run's 4-bit weights (default), or the original ones.")  # fmt: skip
@@ -21,7 +22,8 @@ from .output import echo, prepare
 @of_a_run
 def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, model_path: str | None,
            unfinished: bool) -> None:  # fmt: skip
-    """Write RUN for another program, load it back, and compare what it does with the run's adapter.
+    """Write RUN for another program, load it back, and compare what it does with the run's adapter. kohya is for
+    denoisers' LoRA weights in ComfyUI and other programs, and is not loaded back.
 
     RUN is a run folder, or an adapter folder in the PEFT format.
     """
@@ -35,12 +37,12 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
     echo(f"wrote {out}: {form}, {layers}{format_bytes(report['size_bytes'])}")
     if "error" in report:
         echo(f"{'loaded back':24}changes the base model's logits as the adapter does, within {report['error']:.1e}")
-    elif "share" not in report:
-        echo(f"{'loaded back':24}the model's logits; rounding changes them by {report['distance']:.1e} of their size")
-    else:
+    elif "share" in report:
         said = f"makes {report['share']:.1%} of the adapter's change to the base model's logits"
         rounding = f"100% is all of it; rounding changes them by {report['distance']:.1e} of their size"
         echo(f"{'loaded back':24}{said} ({rounding})")
+    elif "distance" in report:
+        echo(f"{'loaded back':24}the model's logits; rounding changes them by {report['distance']:.1e} of their size")
     if "conversations_compared" in report:
         echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")
     for note in report.get("notes", []):

@@ -18,7 +18,7 @@ from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import DataError, ModelError, require_one_of
-from qlora_lite.files import replacing_folder, require_empty, write_text
+from qlora_lite.files import explain_write_errors, replacing_folder, require_empty, write_text
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.load import load_model
 from qlora_lite.models.locate import locate, read_json
@@ -29,6 +29,7 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import build_to_use, without_start
 from qlora_lite.quant.merging import OFF
+from qlora_lite.quant.tensor_file import write_tensors
 
 from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
 from .check import (
@@ -43,10 +44,12 @@ from .check import (
     logits_of,
 )
 from .gguf_model import KINDS, MODEL_FILE, as_read, write_gguf
+from .kohya import kohya_tensors
 from .merge import BASES, UNKNOWN_BASE, check_choice, open_for_merge
 from .ollama import check_template, go_template, modelfile, pieces_of
 
 REPORT = "export_report.json"
+KOHYA = "kohya"  # the form of denoisers, and of nothing else
 # Distance of logits that rounding every weight of a file explains, see ``check.check_merged``.
 LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2, "q4_0": 0.5}
 # In float32: a larger model is not loaded as a whole for the check, but read block by block, see ``models.streamed``.
@@ -58,7 +61,7 @@ class ExportSettings:
     """What is exported and how.
 
     Args:
-        to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama".
+        to: "peft", "vllm", "gguf", "gguf-adapter" or "ollama"; of a denoiser "kohya".
         base: of a merged model, see ``export.merge.MergeSettings``.
         dtype: of a GGUF model's matrices: "f16", "bf16", "q8_0" or "q4_0"; None takes what the run was trained to be
             merged into (``train.merge_aware``), else "f16".
@@ -96,9 +99,10 @@ def export_run(
     if not isinstance(settings, ExportSettings):
         raise ModelError(f'settings is {settings!r}; give ExportSettings("peft") or another form')
     require_empty(out := Path(out))
-    trained = open_trained(run, model_path, unfinished)
+    trained = open_trained(run, model_path, unfinished, draws=settings.to == KOHYA)
     if settings.to not in ("gguf", "ollama"):
-        trained.require_adapter("transformers and vLLM load it as it is, --to gguf and ollama convert it")
+        others = "transformers and vLLM load it as it is, --to gguf and ollama convert it"
+        trained.require_adapter("diffusers loads it as it is" if settings.to == KOHYA else others)
     skeleton = trained.skeleton()
     job, notes = _for_files(_Job(trained, skeleton, trained.adapter_to_merge(skeleton), settings, out))
     with ExitStack() as unproven:  # new or empty before: what is not proven, or stopped, is not left lying around
@@ -215,8 +219,17 @@ def _ollama(job: _Job) -> dict:
     return found | {"conversations_compared": compared, "use": use}
 
 
+def _kohya(job: _Job) -> dict:
+    tensors = kohya_tensors(job.adapter.layers, job.trained.files.config["_class_name"])
+    path = job.out / f"{job.trained.name}.safetensors"
+    with explain_write_errors(path):
+        job.out.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors)
+    return {"use": f"in ComfyUI, put {path} into models/loras, and name it in a LoraLoader"}
+
+
 FORMS: dict[str, Callable[[_Job], dict]] = {
-    "peft": _peft, "vllm": _vllm, "gguf": _gguf, "gguf-adapter": _gguf_adapter, "ollama": _ollama,
+    "peft": _peft, "vllm": _vllm, "gguf": _gguf, "gguf-adapter": _gguf_adapter, "ollama": _ollama, KOHYA: _kohya,
 }  # fmt: skip
 
 

@@ -241,6 +241,28 @@ def test_diffusers_draws_otherwise_with_the_adapter(run, bases):
     assert np.array_equal(ours[1][0], pixels(folder / "samples" / "after-01.png"))
 
 
+def test_diffusers_draws_the_same_with_the_layout_that_other_programs_read(run, bases, tmp_path):
+    folder, _ = run
+    said = command("export", folder, "--to", "kohya", "--out", tmp_path / "out").output
+    path = tmp_path / "out" / f"{folder.name}.safetensors"
+    assert f"wrote {tmp_path / 'out'}: kohya, " in said and f"in ComfyUI, put {path} into models/loras" in said
+    assert all(name.startswith("lora_unet_") for name in load_file(path))
+    pictures = []
+    for given in (None, (folder / "adapter", "pytorch_lora_weights.safetensors"), (path.parent, path.name)):
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(bases["sd"])
+        if given:
+            pipeline.load_lora_weights(given[0], weight_name=given[1])
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        pictures += [
+            pipeline("hot", latents=noise, num_inference_steps=3, output_type="np", height=16, width=16).images
+        ]
+    assert np.abs(pictures[1] - pictures[0]).max() > 0.02
+    np.testing.assert_allclose(pictures[2], pictures[1], atol=1e-4)
+    with pytest.raises(RecipeError, match="draws pictures"):
+        CliRunner().invoke(cli, ["export", str(folder), "--to", "peft", "--out", str(tmp_path / "peft")],
+                           catch_exceptions=False, standalone_mode=False)  # fmt: skip
+
+
 def test_pictures_are_drawn_by_command(run, tmp_path):
     folder, _ = run
     out = tmp_path / "a" / "hot.png"
