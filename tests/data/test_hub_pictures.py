@@ -13,7 +13,7 @@ from qlora_lite.data.examples import read_examples
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode
 from qlora_lite.data.pictures import NO_CLASS, NO_MASK
-from qlora_lite.data.sources import Source
+from qlora_lite.data.sources import Source, read_rows
 
 
 @pytest.fixture
@@ -32,8 +32,9 @@ def test_classes_have_their_names_and_pictures_their_bytes(hub_holds):
     features = Features(CLASSES | {"others": {"label": CLASSES["label"]}})
     rows = [{"image": encoded(drawn(label, 0)), "label": CLASSES["label"].str2int(label), "others": {"label": 0}}
             for label in COLOURS]  # fmt: skip
-    data = read(hub_holds(rows, features))
+    data = read(path := hub_holds(rows, features))
     data.problems.raise_if_any()
+    assert [row["label"] for _, row in read_rows(Source(path))] == [1, 0]  # as texts with labels have them
     assert [example.answer for example in data.examples] == list(COLOURS)
     assert [example.where.rpartition(":")[2] for example in data.examples] == ["1", "2"]
     for label, example in zip(COLOURS, data.examples, strict=True):
