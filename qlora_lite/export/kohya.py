@@ -7,7 +7,7 @@ in which one layer computes queries, keys and values: the A of diffusers' layers
 along a diagonal, and r is the sum of theirs.
 
 Shapes: A [r, in], B [out, r].
-source: diffusers, ``loaders/lora_conversion_utils.py`` and ``utils.convert_state_dict_to_kohya``.
+Source: diffusers, ``loaders/lora_conversion_utils.py`` and ``utils.convert_state_dict_to_kohya``.
 """
 
 import re

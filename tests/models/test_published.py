@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_factors
 from tiny_files import write_recipe
 from tiny_published import CASES, SINGLE_EXPERTS, WITH_EXPERTS, by_transformers, random_mxfp4, save_published
-from tiny_runs import logits, make_run
+from tiny_runs import logits, make_run, stop_at
 
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.errors import Interrupted, ModelError
@@ -211,7 +209,7 @@ def test_a_stopped_run_of_adapted_experts_continues_to_the_bit(case, tmp_path, m
         return sha256(tmp_path / name / "out" / "adapter" / "adapter_model.safetensors")
 
     with pytest.raises(Interrupted):
-        run("stopped", lambda metrics, _: os.kill(os.getpid(), signal.SIGTERM) if metrics.step == 3 else None)
+        run("stopped", stop_at(3))
     assert run("stopped", resume="") == run("whole")
 
 
