@@ -65,11 +65,12 @@ from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preferen
 from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import (
+    METHOD_SHARES,
     PREFERENCE_SHARE,
     QERA_SHARE,
     TrainSettings,
     auto_learning_rate,
-    full_learning_rate,
+    method_learning_rate,
 )
 from qlora_lite.train.workload import BatchShape, Workload
 
@@ -114,8 +115,8 @@ def learning_rate_of(recipe: Recipe) -> float:
     if not isinstance(width := getattr(config, "hidden_size", None), int):
         raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
                          "say; set a number")  # fmt: skip
-    if recipe.adapter.method == "full":
-        rate = full_learning_rate(config.model_type, width)
+    if recipe.adapter.method in METHOD_SHARES:
+        rate = method_learning_rate(config.model_type, width, recipe.adapter.method)
     else:
         scale = lora_scale(lora.alpha, lora.rank, lora.rslora)
         rate = auto_learning_rate(config.model_type, width, lora.rank, scale)

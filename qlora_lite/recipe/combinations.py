@@ -39,11 +39,7 @@ from .schema import (
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
-RATES_TO_BEGIN_WITH = {
-    "bottleneck": "3e-4",
-    "prompt": "3e-2",
-    "prefix": "3e-2",
-}  # of methods whose rate no rule is known for
+RATES_TO_BEGIN_WITH = {"prompt": "2e-2", "prefix": "5e-2"}  # of methods whose rate no rule is known for
 _Found = Iterator[tuple[Location, str]]
 _Value = Callable[..., object]
 
@@ -384,7 +380,7 @@ def _merge_aware(value: _Value) -> _Found:
 def _known_rate(value: _Value) -> _Found:
     method = value("adapter", "method")
     if isinstance(method, str) and method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
-        message = f"adapter.method = {method}: train.learning_rate auto is known for LoRA weights alone"
+        message = f"adapter.method = {method}: train.learning_rate auto is not known for virtual tokens"
         yield ("adapter", "method"), f"{message}; write a number there, such as {RATES_TO_BEGIN_WITH[method]}"
 
 

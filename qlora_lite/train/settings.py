@@ -46,6 +46,9 @@ class TrainSettings:
 LEARNING_RATES = {"qwen": (5e-4, 0.0775), "gemma": (2.25e-4, 0.781), "": (5e-4, 0.781)}
 
 
+# Of LoRA's rate with alpha 32. Full fine-tuning's is from LoRA Without Regret (Thinking Machines, 2025), the other from
+# sweeps of both demo models, 40 steps of E2E and SST-2 (tools/bench/study).
+METHOD_SHARES = {"full": 0.1, "bottleneck": 1.5}
 # Of these rates, for preferences: LoRA's usual 5e-6 to 1e-5 of DPO is a sixtieth to a thirtieth of a 7B model's. Single
 # runs of the recipe preferences, of one seed: short answers were learned at a sixteenth, none at a fortieth, and at a
 # fifth all margins were reached in answers of 2.6 words. tools/bench/preferences measures this one.
@@ -70,12 +73,13 @@ def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> floa
     return float(f"{_rule(family, width) * 32 / (rank * scale):.1e}")
 
 
-def full_learning_rate(family: str, width: int) -> float:
-    """Return the peak learning rate for full fine-tuning of a model, to two digits: a tenth of LoRA's with alpha 32.
+def method_learning_rate(family: str, width: int, method: str) -> float:
+    """Return the peak learning rate of a method of ``METHOD_SHARES`` for a model, to two digits.
 
-    Source: LoRA Without Regret (Thinking Machines, 2025), where LoRA's best rates are about ten times those.
+    Args:
+        family, width: as for ``auto_learning_rate``.
     """
-    return float(f"{_rule(family, width) / 10:.1e}")
+    return float(f"{_rule(family, width) * METHOD_SHARES[method]:.1e}")
 
 
 def _rule(family: str, width: int) -> float:

@@ -228,10 +228,10 @@ def test_rows_of_several_adapters_are_each_as_alone(tmp_path):
             assert torch.allclose(found[row], alone[name][row], atol=1e-4), (rows, name)
 
 
-def test_settings_of_the_other_method_and_the_automatic_rate_are_refused(tmp_path):
-    path = write_recipe(tmp_path, tmp_path, train={"learning_rate": "auto"})
+def test_settings_of_the_other_method_are_refused(tmp_path):
+    path = write_recipe(tmp_path, tmp_path)
     with pytest.raises(RecipeError) as found:
         load_recipe(path, ["adapter.method=bottleneck", "model.path=x"], check_files=False)
-    assert {problem.key for problem in found.value.problems} == {"lora.rank", "lora.alpha", "adapter.method"}
+    assert {problem.key for problem in found.value.problems} == {"lora.rank", "lora.alpha"}
     with pytest.raises(RecipeError, match=r"bottleneck.width: only with adapter.method bottleneck"):
         load_recipe(path, ["bottleneck.width=8"], check_files=False)

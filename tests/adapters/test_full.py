@@ -32,7 +32,7 @@ from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_chec
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.rounding import round_stochastically
-from qlora_lite.train.settings import TrainSettings, auto_learning_rate, full_learning_rate
+from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.workload import BatchShape
 
@@ -291,12 +291,6 @@ def test_a_weight_that_the_first_rows_do_not_reach_is_a_warning(caplog):
     norms = {name: 1.0 for name, _ in Full().parameters(model)} | {"lm_head.weight": 0.0}
     Full().check_reached(model, norms)
     assert "1 of 21 weights got no gradient in the first step, first lm_head.weight" in caplog.text
-
-
-def test_the_automatic_rate_is_a_tenth_of_loras():
-    for family, width in (("llama", 4096), ("qwen2", 896), ("gemma3_text", 640)):
-        lora = auto_learning_rate(family, width, 16, 2.0)
-        assert full_learning_rate(family, width) == pytest.approx(lora / 10, rel=0.02)
 
 
 @pytest.mark.parametrize("work", [WORK, IN_TURN], ids=["", "in turn"])

@@ -242,5 +242,5 @@ def test_a_prompt_that_leaves_no_room_and_settings_of_others_are_refused(tmp_pat
         load_recipe(path, ["prompt.virtual_tokens=60", "data.max_tokens=64", "model.path=x"], check_files=False)
     with pytest.raises(RecipeError, match=r"lora.rank: only with adapter.method lora or dora"):
         load_recipe(path, ["lora.rank=2", "model.path=x"], check_files=False)
-    with pytest.raises(RecipeError, match="write a number there, such as 3e-2"):
+    with pytest.raises(RecipeError, match="write a number there, such as 2e-2"):
         load_recipe(path, ["train.learning_rate=auto", "model.path=x"], check_files=False)

@@ -64,6 +64,17 @@ def test_rank_alpha_and_scale_are_those_of_the_recipe(tmp_path, model_folder):
         assert learning_rate_of(load_recipe(path, [override])) == pytest.approx(rate * factor, rel=0.06)
 
 
+def test_other_methods_have_rates_of_their_own(tmp_path, model_folder):
+    path = write_recipe(tmp_path, model_folder, train={"learning_rate": "auto"}, lora={"rank": 16, "alpha": 32})
+    rate = learning_rate_of(load_recipe(path))
+    for overrides, factor in (
+        (["adapter.method=dora"], 1),
+        (["adapter.method=full", "model.quant=none"], 1 / 10),
+        (["adapter.method=bottleneck"], 1.5),
+    ):
+        assert learning_rate_of(load_recipe(path, overrides)) == pytest.approx(rate * factor, rel=0.03), overrides
+
+
 def test_plan_settings_run_and_model_card_have_one_rate(tmp_path, model_folder):
     recipe = auto(tmp_path, model_folder)
     rate = learning_rate_of(recipe)
