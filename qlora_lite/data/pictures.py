@@ -231,7 +231,7 @@ def _of_table(
                 what, kind = ("mask", NO_MASK) if problem == MASKS else ("label", NO_CLASS)
                 raise DataError(f"the {what} is missing or null; every row needs it", kind)
             elif problem == MASKS:
-                mask, value = value and str(file_of(value, where)), None
+                mask, value = (None if value is None else str(file_of(value, where))), None
             elif value is not None:
                 value = label_text(value, problem)
         except DataError as error:
