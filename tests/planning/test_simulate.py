@@ -493,8 +493,8 @@ BLOCKS_OF_SEVERAL_KINDS = [
     ("qwen2_moe", LLAMA | EXPERTS | dict(decoder_sparse_step=2), (0, 2)),
     pytest.param("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[5], head_dim=16), (6, 1), marks=SLOW),
     ("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[10], head_dim=16), (11, 1)),
-    ("qwen3_next", UNUSUAL["qwen3_next"][1], (0, 4)),
-    pytest.param("smollm3", LLAMA, (0, 4), marks=SLOW),
+    pytest.param("qwen3_next", UNUSUAL["qwen3_next"][1], (0, 4), marks=SLOW),
+    ("smollm3", LLAMA, (0, 4)),
 ]  # fmt: skip
 
 

@@ -79,6 +79,7 @@ def recipe(model_folder, tmp_path):
     return write_recipe(tmp_path, model_folder, train=TRAIN, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
 
 
+@pytest.mark.slow
 def test_a_divided_run_is_that_of_whole_models_to_the_byte(recipe, tmp_path):
     """With answers, evaluations and checkpoints, all of which the ranks have to come to together."""
     whole, divided = tmp_path / "whole", tmp_path / "divided"

@@ -398,7 +398,7 @@ def test_layers_outside_of_blocks_are_adapted_only_where_they_are_named(folders)
     MemoryOptions(), pytest.param(MemoryOptions(uncheckpointed_layers=3), marks=pytest.mark.slow),
     MemoryOptions(resident_layers=2, offload_checkpoints=True),
 ], ids=["block", "kept", "streamed"])  # fmt: skip
-@pytest.mark.parametrize(("family", "depth"), [("pixart", 9), ("flux", 9)])
+@pytest.mark.parametrize(("family", "depth"), [pytest.param("pixart", 9, marks=pytest.mark.slow), ("flux", 9)])
 def test_a_deep_model_is_planned_as_two_shallow_ones_continued(family, depth, options):
     work = workload(family, "nf4").at_depth(depth)
     assert work.depth == depth and work.pattern() == ((0, 1) if family == "pixart" else (1, 1))
