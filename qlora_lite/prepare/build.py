@@ -67,7 +67,7 @@ from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
 from qlora_lite.train.settings import (
     METHOD_SHARES,
     PREFERENCE_SHARE,
-    QERA_SHARE,
+    START_SHARES,
     TrainSettings,
     auto_learning_rate,
     method_learning_rate,
@@ -121,7 +121,7 @@ def learning_rate_of(recipe: Recipe) -> float:
         scale = lora_scale(lora.alpha, lora.rank, lora.rslora)
         rate = auto_learning_rate(config.model_type, width, lora.rank, scale)
     share = PREFERENCE_SHARE if recipe.train.objective != "sft" else 1.0
-    share *= QERA_SHARE if lora.start == QERA else 1.0
+    share *= START_SHARES.get(lora.start, 1.0) if lora.start_alternations else 1.0  # none is the plain start
     return rate if share == 1.0 else float(f"{rate * share:.1e}")
 
 

@@ -53,9 +53,10 @@ METHOD_SHARES = {"full": 0.1, "bottleneck": 1.5}
 # runs of the recipe preferences, of one seed: short answers were learned at a sixteenth, none at a fortieth, and at a
 # fifth all margins were reached in answers of 2.6 words. tools/bench/preferences measures this one.
 PREFERENCE_SHARE = 0.05
-# Of that of LoRA weights whose B begins at zero, where both have a part in the first update of their product (QERA).
-# SmolLM2-135M on GSM8K, 40 steps: 0.925 at half of auto, 0.959 at auto (tools/results/starts.json).
-QERA_SHARE = 0.5
+# Of that of LoRA weights whose B begins at zero, by ``lora.start``, where both have a part in the first update of their
+# product. SmolLM2-135M on GSM8K, 40 steps, at half of auto and at auto: qera 0.925 and 0.959, loftq 0.934 and 0.943
+# (first seed; tools/results/starts.json).
+START_SHARES = {"qera": 0.5, "loftq": 0.5}
 
 
 def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> float:

@@ -60,8 +60,12 @@ def test_rank_alpha_and_scale_are_those_of_the_recipe(tmp_path, model_folder):
         ("lora.alpha=16", 1 / 2),
         ("lora.rank=16", 1),
         ("lora.start=qera", 1 / 2),
+        ("lora.start=loftq", 1 / 2),
+        ("lora.start=olora", 1),
     ):
         assert learning_rate_of(load_recipe(path, [override])) == pytest.approx(rate * factor, rel=0.06)
+    none = ["lora.start=loftq", "lora.start_alternations=0"]
+    assert learning_rate_of(load_recipe(path, none)) == rate, "which is the plain start"
 
 
 def test_other_methods_have_rates_of_their_own(tmp_path, model_folder):
