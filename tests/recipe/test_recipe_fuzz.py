@@ -95,7 +95,7 @@ def test_a_recipe_of_traps_is_loaded_or_refused(folder, times):
             assert_loads_back(folder, recipe)
         return REFUSED[recipe is None]
 
-    fuzz("recipe", st.tuples(recipe_texts(), st.booleans()), 1000 * times, check)
+    fuzz("recipe", st.tuples(recipe_texts(), st.booleans()), 1800 * times, check)
 
 
 @st.composite
@@ -123,7 +123,7 @@ def test_a_good_recipe_with_at_most_one_trap_is_loaded_or_refused(folder, times)
             assert_loads_back(folder, recipe)
         return REFUSED[recipe is None]
 
-    fuzz("recipe", good_recipes(), 700 * times, check)
+    fuzz("recipe", good_recipes(), 1200 * times, check)
 
 
 @TIMES
