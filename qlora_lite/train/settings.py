@@ -55,7 +55,7 @@ METHOD_SHARES = {"full": 0.1, "bottleneck": 1.5}
 PREFERENCE_SHARE = 0.05
 # Of that of LoRA weights whose B begins at zero, by ``lora.start``, where both have a part in the first update of their
 # product. SmolLM2-135M on GSM8K, 40 steps, at half of auto and at auto: qera 0.925 and 0.959, loftq 0.934 and 0.943
-# (first seed; tools/results/starts.json).
+# (first seed; tools/bench/starts).
 START_SHARES = {"qera": 0.5, "loftq": 0.5}
 
 
