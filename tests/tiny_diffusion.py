@@ -122,7 +122,92 @@ def save_sd3_pipeline(folder: Path) -> Path:
     return folder
 
 
-PIPELINES = {"sd": save_sd_pipeline, "sdxl": save_sdxl_pipeline, "sd3": save_sd3_pipeline}
+def _t5(folder: Path):
+    """A tokenizer of letters and a random T5 encoder."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = [
+        *((name, 0.0) for name in ("<pad>", "</s>", "<unk>")),
+        *((letter, -3.0) for letter in string.ascii_lowercase),
+    ]
+    tokenizer = T5Tokenizer(vocab=[*pieces, ("\u2581", -2.0)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2)
+    return tokenizer, _stirred(T5EncoderModel(config))
+
+
+def save_pixart_pipeline(folder: Path) -> Path:
+    """Write a PixArt-alpha pipeline of 16 x 16 pixels."""
+    import diffusers
+
+    torch.manual_seed(0)
+    tokenizer, encoder = _t5(folder)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, cross_attention_dim=32, caption_channels=32,
+    )  # fmt: skip
+    diffusers.PixArtAlphaPipeline(
+        tokenizer, encoder, _autoencoder(), _stirred(transformer),
+        diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_flux_pipeline(folder: Path) -> Path:
+    """Write a FLUX.1 pipeline of 16 x 16 pixels."""
+    import diffusers
+
+    torch.manual_seed(0)
+    tokenizer, encoder = _t5(folder)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(),  # schnell's; others shift by the picture's size
+        _autoencoder(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False), _encoder(folder),
+        _tokenizer(folder / "tokenizer"), encoder, tokenizer, _stirred(transformer),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def save_klein_pipeline(folder: Path) -> Path:
+    """Write a FLUX.2-klein pipeline of 16 x 16 pixels, whose text is three hidden states of a Qwen3."""
+    import diffusers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    names = [*sorted(ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(vocab={name: number for number, name in enumerate(names)}, merges=[],
+                               unk_token=None, eos_token="<|im_end|>", pad_token="<|im_end|>")  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(names), hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+    ))  # fmt: skip
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    diffusers.Flux2KleinPipeline(
+        scheduler, _stirred(autoencoder), encoder, tokenizer,
+        _stirred(transformer),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+PIPELINES = {"sd": save_sd_pipeline, "sdxl": save_sdxl_pipeline, "sd3": save_sd3_pipeline,
+             "pixart": save_pixart_pipeline, "flux": save_flux_pipeline, "klein": save_klein_pipeline}  # fmt: skip
 
 
 def picture(label: str, number: int, width: int, height: int) -> Image.Image:

@@ -27,7 +27,7 @@ from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.data.latents import LatentExample, Stored, arrays_in
 from qlora_lite.errors import ModelError
 from qlora_lite.files import explain_write_errors, write_text
-from qlora_lite.models.denoisers import Conditions, DenoiserModel, Flux2, library, load_denoiser
+from qlora_lite.models.denoisers import Conditions, DenoiserModel, Flux, Flux2, library, load_denoiser
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.pipelines import Autoencoder, Pipeline
 from qlora_lite.prepare.build import fixed_options, workload_of
@@ -135,11 +135,13 @@ def denoise(
 
 
 def _set_steps(scheduler: Any, steps: int, model: DenoiserModel, shape: torch.Size, device: torch.device) -> None:
-    """Set the steps of a scheduler; of one that shifts them by the picture's size as the pipelines of FLUX do."""
+    """Set the steps of a scheduler: of FLUX even ones, as in its pipelines, shifted by the picture's size if asked."""
     said = scheduler.config
-    if not said.get("use_dynamic_shifting"):
+    is_flux = isinstance(model, Flux | Flux2)
+    if not (is_flux or said.get("use_dynamic_shifting")):
         scheduler.set_timesteps(steps, device=device)
         return
+    even = {} if not is_flux or said.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / steps, steps)}
     flux = library().pipelines
     tokens = math.prod(shape[2:]) // (1 if isinstance(model, Flux2) else 4)
     if isinstance(model, Flux2):
@@ -147,7 +149,7 @@ def _set_steps(scheduler: Any, steps: int, model: DenoiserModel, shape: torch.Si
     else:
         names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
         mu = flux.flux.pipeline_flux.calculate_shift(tokens, *(said[name] for name in names if name in said))
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=mu)
+    scheduler.set_timesteps(num_inference_steps=steps, device=device, mu=mu, **even)
 
 
 def _conditions(work: Denoiser, stored: Sequence[Stored]) -> Conditions:

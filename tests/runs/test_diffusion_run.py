@@ -20,18 +20,18 @@ from tiny_diffusion import PIPELINES, diffusion_recipe, picture, save_dit_pipeli
 
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.cli.main import cli
-from qlora_lite.data.latents import LatentSet
+from qlora_lite.data.latents import LatentExample, LatentSet, arrays_in
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.inference.draw import Drawing, denoise, draw_prompts, scheduler_of
-from qlora_lite.models.denoisers import Conditions
 from qlora_lite.models.pipelines import open_pipeline
 from qlora_lite.prepare.build import build_model, workload_of
 from qlora_lite.prepare.datasets import read_data
-from qlora_lite.prepare.latents import encode, named_classes
+from qlora_lite.prepare.latents import encode, encode_texts, named_classes
 from qlora_lite.prepare.readers import reader_of
 from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, with_neutral
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.runs.run import run_recipe
+from qlora_lite.train.denoiser import conditions_of
 from qlora_lite.train.step import accumulate_gradients
 
 SMALL = {"data": {"resolution": 16}}
@@ -75,7 +75,7 @@ def pixels(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "dit"])
+@pytest.mark.parametrize("family", [*PIPELINES, "dit"])
 def test_every_family_is_trained_and_shown_before_and_after(bases, tmp_path, family):
     data = {} if family == "dit" else SMALL
     folder = run_recipe(load_recipe(diffusion_recipe(tmp_path, bases[family], **data)))
@@ -172,7 +172,24 @@ def test_what_was_encoded_is_found_again_and_no_encoder_is_loaded(run, tmp_path,
     run_recipe(settings)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+# What encode_prompt gives beside the text, by place, and what it is asked for beside the prompt.
+ALONE = {"do_classifier_free_guidance": False}
+TEXTS = {
+    "sd": ({}, ALONE), "sdxl": ({"pooled": 2}, ALONE), "pixart": ({"mask": 1}, ALONE),
+    "sd3": ({"pooled": 2}, {**ALONE, "prompt_2": None, "prompt_3": None}), "flux": ({"pooled": 1}, {"prompt_2": None}),
+    "klein": ({}, {}),
+}  # fmt: skip
+
+
+def latents_of(pipeline, pictures):
+    """The latents that the pipeline's own code trains on or begins with."""
+    if hasattr(pipeline, "_encode_vae_image"):  # FLUX.2
+        return pipeline._encode_vae_image(pictures, torch.Generator())
+    latents = pipeline.vae.encode(pictures).latent_dist.mean
+    return (latents - (getattr(pipeline.vae.config, "shift_factor", None) or 0.0)) * pipeline.vae.config.scaling_factor
+
+
+@pytest.mark.parametrize("family", PIPELINES)
 def test_latents_and_texts_are_what_the_pipeline_gives(bases, tmp_path, family):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases[family], data={"resolution": 16}))
     fit = reader_of(recipe)
@@ -180,45 +197,56 @@ def test_latents_and_texts_are_what_the_pipeline_gives(bases, tmp_path, family):
     found = encode(recipe, fit, [data]).parts[0].examples
     assert isinstance(found, LatentSet) and len(found) == 12
     pipeline = whole_pipeline(bases[family])
-    guided = {"do_classifier_free_guidance": False, "device": "cpu", "num_images_per_prompt": 1}
-    if family == "sd3":
-        guided |= {"prompt_2": None, "prompt_3": None}
+    given, said = TEXTS[family]
     shapes = set()
     for example, row in zip(found, data.examples, strict=True):
         with torch.no_grad():
-            text, *others = pipeline.encode_prompt(prompt=row.answer, **guided)
-            cut = torch.from_numpy(fit.cut(Image.open(row.prompt))[0])[None]
-            latents = pipeline.vae.encode(cut).latent_dist.mean
-        shift = getattr(pipeline.vae.config, "shift_factor", None) or 0.0
-        expected = (latents - shift) * pipeline.vae.config.scaling_factor
+            text, *others = pipeline.encode_prompt(prompt=row.answer, device="cpu", num_images_per_prompt=1, **said)
+            expected = latents_of(pipeline, torch.from_numpy(fit.cut(Image.open(row.prompt))[0])[None])
         torch.testing.assert_close(torch.from_numpy(example.latents), expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.from_numpy(example.text), text[0], rtol=1e-5, atol=1e-6)
-        if family != "sd":
-            torch.testing.assert_close(torch.from_numpy(example.pooled), others[1][0], rtol=1e-5, atol=1e-6)
+        for name, place in given.items():
+            ours = torch.from_numpy(getattr(example, name))
+            torch.testing.assert_close(ours, others[place - 1][0].to(ours.dtype), rtol=1e-5, atol=1e-6)
         shapes.add(example.latents.shape)
-    assert shapes == {(4, 8, 8), (4, 10, 6), (4, 6, 10)} and fit.largest == (16, 16)
+    sizes = {(8, 8), (10, 6), (6, 10)}
+    assert shapes == ({(16, h // 2, w // 2) for h, w in sizes} if family == "klein" else {(4, *size) for size in sizes})
+    assert fit.largest == (16, 16)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", PIPELINES)
 def test_pictures_are_those_that_the_pipeline_draws(bases, tmp_path, family):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases[family], data={"resolution": 16}))
     model = build_model(recipe).eval()
     pipeline = whole_pipeline(bases[family])
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(
+        1, *((16, 4, 4) if family == "klein" else (4, 8, 8)), generator=torch.Generator().manual_seed(1)
+    )
+    texts = encode_texts(recipe, ["hot", ""])
+    told, neutral = (
+        conditions_of([LatentExample(None, **arrays_in(texts[text]), number=0)], torch.float32) for text in ("hot", "")
+    )
     kept = {"callback_on_step_end": lambda _p, _i, _t, given: latents.append(given["latents"].clone()) or given}
-    latents, how = [], Drawing(4, 3.0)
-    texts = {"prompt_2": None, "prompt_3": None} if family == "sd3" else {}
+    latents, said, begin = [], {"negative_prompt": ""}, noise.clone()
+    if family == "sdxl":
+        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+        told, neutral = told._replace(sizes=sizes), neutral._replace(sizes=sizes)
+    elif family == "pixart":
+        said |= {"use_resolution_binning": False}
+        kept = {"callback": lambda _i, _t, each: latents.append(each.clone())}
+    elif family == "flux":
+        begin, said = pipeline._pack_latents(begin, 1, 4, 8, 8), {}
+    elif family == "klein":
+        said = {}
     with torch.no_grad():
-        text, negative, *pooled = pipeline.encode_prompt(
-            prompt="hot", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt="",
-            **texts,
-        )  # fmt: skip
-        pipeline(prompt="hot", negative_prompt="", num_inference_steps=4, guidance_scale=3.0, latents=noise.clone(),
-                 height=16, width=16, output_type="pil", **kept)  # fmt: skip
-        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]]) if family == "sdxl" else None
-        first, second = pooled or (None, None)
-        told, neutral = Conditions(text, first, None, sizes), Conditions(negative, second, None, sizes)
-        ours = denoise(model, scheduler_of(open_pipeline(bases[family])), noise, told, neutral, how, torch.float32)
+        pipeline(prompt="hot", num_inference_steps=4, guidance_scale=3.0, latents=begin, height=16, width=16,
+                 output_type="pil", **said, **kept)  # fmt: skip
+        ours = denoise(model, scheduler_of(open_pipeline(bases[family])), noise, told, neutral, Drawing(4, 3.0),
+                       torch.float32)  # fmt: skip
+    if family == "flux":
+        ours = pipeline._pack_latents(ours, 1, 4, 8, 8)
+    elif family == "klein":
+        ours = pipeline._pack_latents(ours)
     torch.testing.assert_close(ours, latents[-1], rtol=1e-3, atol=1e-4)
 
 
