@@ -118,8 +118,8 @@ def study_tables(result: Mapping) -> list[str]:
     """Return the lines of the tables of ``tools/bench/study``: for each part, model and task, best loss first."""
     tables: dict[tuple[str, str], list[Mapping]] = {}  # a table's title and place, and what it is of: ranks are in one
     for case, found in result["cases"].items():
-        part, model, task = case.split(", ")
-        title = STUDY["ranks" if part.startswith("rank ") else part]
+        part, model, task = case.rsplit(", ", 2)
+        title = STUDY[part.split()[0]]
         tables.setdefault((title, f"{NAMES[model]}, {task}"), []).append(found)
     lines: list[str] = []
     for (title, where), cases in sorted(tables.items()):
@@ -152,7 +152,7 @@ def _subspaces_table(found: Mapping) -> list[str]:
     return [*lines, f"| 8 in 8 by chance | {found['chance_8_in_8']:.2f} |"]
 
 
-STUDY = {"ranks": "Rank and layers.", "bits": "Bits of the base.", "methods": "Methods.",
+STUDY = {"rank": "Rank and layers.", "bits": "Bits of the base.", "method": "Methods.", "few-shot": "Methods.",
          "subspaces": "Subspaces of rank 8 and rank 64."}  # fmt: skip
 
 
