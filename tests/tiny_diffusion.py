@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
+from tiny_files import save_recipe
 
 COLOURS = {"cool": (20, 60, 200), "hot": (220, 70, 30)}
 _BLOCKS = dict(
@@ -241,8 +241,4 @@ def diffusion_recipe(folder: Path, base: Path, **sections) -> Path:
         "memory": {"checkpointing": "block", "micro_batches": "as-given"},
         "output": {"dir": str(folder / "out")},
     }  # fmt: skip
-    for name, values in sections.items():
-        recipe[name] = recipe.get(name, {}) | values
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return save_recipe(folder, recipe, sections)

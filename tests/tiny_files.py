@@ -56,6 +56,15 @@ def write_rows(path: Path, count: int, mark: str = "?") -> Path:
     return path
 
 
+def save_recipe(folder: Path, recipe: dict, sections: dict[str, dict]) -> Path:
+    """Write a recipe with sections merged over its own."""
+    for name, values in sections.items():
+        recipe[name] = recipe.get(name, {}) | values
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
 def write_recipe(folder: Path, model: Path | str, rows: int = 24, **sections) -> Path:
     """Write rows and a recipe for a run of a few seconds; ``sections`` are merged over its own."""
     recipe = {
@@ -67,8 +76,4 @@ def write_recipe(folder: Path, model: Path | str, rows: int = 24, **sections) ->
         "memory": {"checkpointing": "block", "loss_chunk_tokens": 64, "micro_batches": "as-given"},
         "output": {"dir": str(folder / "out")},
     }  # fmt: skip
-    for name, values in sections.items():
-        recipe[name] = recipe.get(name, {}) | values
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return save_recipe(folder, recipe, sections)

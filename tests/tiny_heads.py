@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-import yaml
 from tiny import ARCHITECTURES
-from tiny_files import byte_tokenizer
+from tiny_files import byte_tokenizer, save_recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -94,8 +93,4 @@ def head_recipe(folder: Path, base: Path | str, kind: str = "classification", ro
         "memory": {"checkpointing": "block", "micro_batches": "as-given"},
         "output": {"dir": str(folder / "out")},
     }
-    for name, values in sections.items():
-        recipe[name] = recipe.get(name, {}) | values
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return save_recipe(folder, recipe, sections)

@@ -8,8 +8,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-import yaml
 from PIL import Image
+from tiny_files import save_recipe
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from qlora_lite.data import hub
@@ -106,11 +106,7 @@ def picture_recipe(folder: Path, base: Path | str, **sections) -> Path:
         "memory": {"checkpointing": "block", "micro_batches": "as-given"},
         "output": {"dir": str(folder / "out")},
     }  # fmt: skip
-    for name, values in sections.items():
-        recipe[name] = recipe.get(name, {}) | values
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return save_recipe(folder, recipe, sections)
 
 
 def picture_rows(folder: Path) -> list:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from data.tiny_tokenizer import make_tokenizer
 from PIL import Image
+from tiny_files import save_recipe
 from tiny_pictures import COLOURS, drawn
 from transformers import (
     AutoConfig,
@@ -296,8 +296,4 @@ def chat_recipe(folder: Path, base: Path | str, **sections) -> Path:
         "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch"},
         "output": {"dir": str(folder / "out")},
     }  # fmt: skip
-    for name, values in sections.items():
-        recipe[name] = recipe.get(name, {}) | values
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return save_recipe(folder, recipe, sections)
