@@ -76,6 +76,11 @@ class ModelError(QloraLiteError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Return another library's words without its advice and traces."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 @contextmanager
 def tokenizer_faults() -> Iterator[None]:
     """Raise what the tokenizers library, which is Rust, raises as a ModelError.
@@ -88,9 +93,8 @@ def tokenizer_faults() -> Iterator[None]:
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise ModelError(f"the tokenizer fails ({reason}): the patterns in its tokenizer.json cannot be used; "
-                         "download that file again, or choose another model") from error  # fmt: skip
+        raise ModelError(f"the tokenizer fails ({first_line(error)}): the patterns in its tokenizer.json cannot be "
+                         "used; download that file again, or choose another model") from error  # fmt: skip
 
 
 def require_one_of(name: str, value: object, choices: Iterable[str | None]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, first_line
 from qlora_lite.files import cache_root, explain_write_errors
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def open_picture(path: str | Path) -> "Image":
     except (library.DecompressionBombError, library.DecompressionBombWarning):
         raise DataError(f"the picture has more than {MAX_PIXELS:,} pixels; make it smaller", BROKEN) from None
     except _BROKEN as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"not a whole picture ({reason}); replace or remove it", BROKEN) from None
+        raise DataError(f"not a whole picture ({first_line(error)}); replace or remove it", BROKEN) from None
 
 
 def decode(path: str | Path) -> "Image":

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qlora_lite.errors import DataError
+from qlora_lite.errors import DataError, first_line
 
 from .data_files import MAX_BLANK_BYTES, MAX_ROW_BYTES, all_lines, find_files, numbered_lines, open_bytes, reader_of
 from .fields import kind_of, without_absent
@@ -318,8 +318,7 @@ def _read_columns(path: Path, kind: str, class_names: bool) -> Iterator[tuple[st
                 row += 1
                 yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
     except (pyarrow.ArrowException, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        raise DataError(f"{path}: not a whole {kind} file ({reason})") from error
+        raise DataError(f"{path}: not a whole {kind} file ({first_line(error)})") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -27,13 +27,12 @@ from huggingface_hub.utils import validate_repo_id
 from qlora_lite.adapters.read import CONFIG_NAME
 from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
-from qlora_lite.errors import ModelError, OutputError, RecipeError
+from qlora_lite.errors import ModelError, OutputError, RecipeError, first_line
 from qlora_lite.models.load import KEEP, stored_quantization
 from qlora_lite.models.locate import read_json
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.prepare.build import formats_of
 from qlora_lite.quant.formats import FORMATS
-from qlora_lite.train.out_of_memory import first_line
 
 from .formats import ExportSettings, export_run
 from .merge import REPORT

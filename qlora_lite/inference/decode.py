@@ -32,6 +32,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from qlora_lite.errors import first_line
 from qlora_lite.models.anatomy import device_of, text_config
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import stream_of
@@ -176,7 +177,7 @@ class FixedSteps:
                 recorded = self.step()
             self._graph, self._logits = graph, recorded
         except RuntimeError as error:  # where memory ran out, there may be enough for the step alone
-            _warn(next(iter(str(error).splitlines()), type(error).__name__))
+            _warn(first_line(error))
         return self.step() if logits is None else logits
 
 

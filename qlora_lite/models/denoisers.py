@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, first_line
 from qlora_lite.ops.own_blocks import BlockCalls, OwnBlocks
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import quantize
@@ -418,8 +418,7 @@ def _build(spec: DenoiserSpec) -> DenoiserModel:
     try:
         inner = _of_config(getattr(library(), kind), config)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"no {kind} can be built from this configuration: {reason}") from error
+        raise ModelError(f"no {kind} can be built from this configuration: {first_line(error)}") from error
     model = DENOISERS[kind](inner)
     stored = model.state_dict().keys()
     for path, module in model.named_modules():

@@ -26,7 +26,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.lora.start import First, Start, set_base
-from qlora_lite.errors import ModelError, OutputError, require_one_of
+from qlora_lite.errors import ModelError, OutputError, first_line, require_one_of
 from qlora_lite.experts.packing import projections, use_experts
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.gpus import fastest_type
@@ -478,8 +478,7 @@ def _from_pretrained(
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load {files.name}: {reason}") from error
+        raise ModelError(f"cannot load {files.name}: {first_line(error)}") from error
     if problems := getattr(getattr(model, "hf_quantizer", None), "problems", None):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"cannot load {files.name}: {problems[0]}{more}")

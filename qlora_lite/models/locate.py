@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, first_line
 from qlora_lite.files import PACKAGE_PREFIX, package_file
 
 from .gguf_header import end_of_tensors
@@ -105,8 +105,7 @@ def download(
             "or set model.path to a local folder or .gguf file"
         ) from None
     except HfHubHTTPError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{missing} cannot be downloaded from the hub: {reason}") from None
+        raise ModelError(f"{missing} cannot be downloaded from the hub: {first_line(error)}") from None
 
 
 def read_json(path: Path) -> dict:

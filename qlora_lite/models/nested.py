@@ -35,7 +35,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, first_line
 
 from .anatomy import decoder
 from .cache import from_gguf_header
@@ -121,8 +121,7 @@ def read_language_part(
             config = config_of(folder)
         config.problem_type = None  # what is built of it is for others to say (``heads.with_head``)
     except (OSError, *_BUILD_ERRORS) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"cannot read the configuration of {name}: {reason}") from error
+        raise ModelError(f"cannot read the configuration of {name}: {first_line(error)}") from error
     return language_part(config, with_vision)
 
 

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import inspect
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, first_line
 from qlora_lite.files import cache_root, content_digest, replacing_folder
 
 from .denoisers import (
@@ -41,7 +40,6 @@ from .denoisers import (
 from .known_pipelines import known_pipelines
 from .locate import ModelFiles, download, read_json
 
-log = logging.getLogger("qlora_lite")
 INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler_config.json"
 PARTS = "transformer", "unet"  # folders of denoisers
 # Beside the parts' folders many hold all of it again in one file, and other types.
@@ -364,9 +362,8 @@ def _loaded(load: Callable[[], Any], folder: Path) -> Any:
     try:
         return load()
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} cannot be loaded by diffusers ({reason}); fetch it again, with its safetensors "
-                         "files") from error  # fmt: skip
+        raise ModelError(f"{folder} cannot be loaded by diffusers ({first_line(error)}); fetch it again, with its "
+                         "safetensors files") from error  # fmt: skip
 
 
 def freed(device: torch.device) -> None:

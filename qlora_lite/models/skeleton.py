@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from qlora_lite.adapters.lora.inject import linear_layers, usually_adapted
 from qlora_lite.adapters.method import AdapterMethod
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, first_line
 from qlora_lite.experts.packing import expert_weights
 
 from .anatomy import blocks
@@ -175,9 +175,8 @@ def meta_model(
     try:
         model = without_weights(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         kind = "model for classification" if config.problem_type else "causal language model"
-        raise ModelError(f"no {kind} can be built from this configuration: {reason}") from error
+        raise ModelError(f"no {kind} can be built from this configuration: {first_line(error)}") from error
     if quant != "none":
         kept = kept_layers(model, keep_16bit, config)
         replace_weights(model, quant, double_quant, kept, dict(formats) if quant == KEEP else None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from qlora_lite.errors import ModelError, tokenizer_faults
+from qlora_lite.errors import ModelError, first_line, tokenizer_faults
 
 from .cache import from_gguf_header
 from .locate import locate
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, tokens: Sequen
         else:
             tokenizer = tokenizer_of(files.folder)
     except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])

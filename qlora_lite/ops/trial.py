@@ -16,6 +16,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from qlora_lite.errors import first_line
+
 log = logging.getLogger(__name__)
 
 Way = TypeVar("Way")
@@ -56,8 +58,7 @@ def choose(
         try:
             trial = attempt(way)
         except foreign_errors() as error:
-            log.info("%s: %s does not run here (%s: %s)", setting, name, type(error).__name__,
-                     (str(error).splitlines() or [""])[0])  # fmt: skip
+            log.info("%s: %s does not run here (%s: %s)", setting, name, type(error).__name__, first_line(error))
             continue
         fault = _fault(trial, own, as_little_memory)
         log.info("%s: %s takes %.2f of the time of %s%s", setting, name, trial.seconds / own.seconds, called,

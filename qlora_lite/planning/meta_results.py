@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qlora_lite.errors import first_line
+
 _COUNTED = (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step)
 _EXPAND = torch.ops.aten.expand.default
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -116,8 +118,7 @@ def _run(func, args: tuple, kwargs: dict):
     try:
         return func(*args, **kwargs)
     except RuntimeError as error:  # torch has several wordings, and NotImplementedError is one of its subclasses
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NeedsValuesError(f"{func} cannot run without values ({why[:200]})") from error
+        raise NeedsValuesError(f"{func} cannot run without values ({first_line(error)})") from error
 
 
 def _written(kind: str, args: tuple, kwargs: dict) -> torch.Tensor:

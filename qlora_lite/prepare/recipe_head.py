@@ -8,7 +8,7 @@ from qlora_lite.data.labels import NUMBER
 from qlora_lite.data.picture_grids import GridReader
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.picture_reader import PictureReader
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, first_line
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
@@ -105,8 +105,7 @@ def loaded_processor(path: str, revision: str | None):
     try:
         found = processor_of(folder, config.model_type, family.tokens(config), image_token)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load the processor of {path}'s pictures: {reason}") from error
+        raise ModelError(f"cannot load the processor of {path}'s pictures: {first_line(error)}") from error
     if not family.keeps_shape and not hasattr(found, "get_text_with_replacements"):
         raise ModelError("this version of transformers does not say which tokens stand for a picture: update it (pip "
                          "install -U transformers)")  # fmt: skip

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from qlora_lite.errors import OutputError
+from qlora_lite.errors import OutputError, first_line
 from qlora_lite.files import Space
 from qlora_lite.train.checkpoints import CHECKPOINTS, Checkpoint, keep_only, steps_on_disk, write_checkpoint
-from qlora_lite.train.out_of_memory import first_line, is_out_of_memory
+from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.units import format_bytes
 
 log = logging.getLogger("qlora_lite")

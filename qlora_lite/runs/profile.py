@@ -17,7 +17,7 @@ import torch
 from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.storage import Example
-from qlora_lite.errors import DoesNotFitError
+from qlora_lite.errors import DoesNotFitError, first_line
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.ledger import Ledger, Moment
 from qlora_lite.memory.marks import timing
@@ -44,7 +44,7 @@ from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
-from qlora_lite.train.out_of_memory import first_line, is_out_of_memory
+from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.units import format_bytes, format_seconds
 
 log = logging.getLogger("qlora_lite")

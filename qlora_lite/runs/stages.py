@@ -30,7 +30,7 @@ from qlora_lite.data.latents import Stored
 from qlora_lite.data.metrics import check_packages
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
-from qlora_lite.errors import DoesNotFitError, OutputError
+from qlora_lite.errors import DoesNotFitError, OutputError, first_line
 from qlora_lite.export.merge import loses_its_update
 from qlora_lite.files import Space, write_text
 from qlora_lite.inference.evaluate import Measured, Watch
@@ -70,7 +70,6 @@ from qlora_lite.train.out_of_memory import (
     CURES,
     another_plan_may_help,
     explaining_memory,
-    first_line,
     free_cached_memory,
 )
 from qlora_lite.train.policy import PolicyLM

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from qlora_lite.errors import TrainingError
+from qlora_lite.errors import TrainingError, first_line
 
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it; read when CUDA is first used
 
@@ -38,7 +38,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise TrainingError(f"train.deterministic cannot be kept by this model: {reason}; set it to false") from error
     finally:
         torch.use_deterministic_algorithms(before)

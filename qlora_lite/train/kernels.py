@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lite.errors import TrainingError
+from qlora_lite.errors import TrainingError, first_line
 from qlora_lite.experts.packing import described_experts, first_experts
 from qlora_lite.experts.routed import routed
 from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, kernels_of, use_kernels
@@ -69,7 +69,7 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
     except foreign_errors() as error:
         if is_out_of_memory(error):
             raise
-        log.info("%s: fused kernels do not run here (%s)", SETTING, (str(error).splitlines() or [""])[0])
+        log.info("%s: fused kernels do not run here (%s)", SETTING, first_line(error))
         kept.clear()
     use_kernels(model, kept)
 
@@ -102,7 +102,7 @@ def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> N
     except foreign_errors() as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     if reason:
         raise TrainingError(
             f"{SETTING}: the run began with fused kernels ({', '.join(sorted(names))}), which do not run here any more "

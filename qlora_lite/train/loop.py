@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
-from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.errors import ModelError, TrainingError, first_line
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.memory_options import settle, stream_of, trained_on_host
 from qlora_lite.quant.product import float32_partial_sums
@@ -38,7 +38,7 @@ from .guards import check_choice, check_shareable, check_trainable, explain_not_
 from .loss_scale import LossScale
 from .memory_probe import probe_step
 from .optim import build_optimizer, parameters_of, set_learning_rate
-from .out_of_memory import cut, first_line, free_cached_memory, is_out_of_memory, lower_limit, no_retry
+from .out_of_memory import cut, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .processes import ALONE, OtherRankError, Processes
 from .settings import TrainSettings, lr_factor
 from .shares import Share, own_micro_batches

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from qlora_lite.errors import DoesNotFitError
+from qlora_lite.errors import DoesNotFitError, first_line
 
 from .workload import Workload
 
@@ -50,11 +50,6 @@ def is_out_of_device_memory(error: BaseException) -> bool:
 
 def _says(error: BaseException, wordings: Iterable[str]) -> bool:
     return isinstance(error, RuntimeError) and any(wording in str(error) for wording in wordings)
-
-
-def first_line(error: BaseException) -> str:
-    """Return an allocator's words without its advice and traces."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def cut(workload: Workload, micro_batches: Iterable[Sequence], most_tokens: int | None) -> list[Sequence]:

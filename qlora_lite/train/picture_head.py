@@ -23,7 +23,7 @@ from qlora_lite.data.labels import target_of
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.pictures import decoder
 from qlora_lite.data.storage import Example
-from qlora_lite.errors import DataError, ModelError
+from qlora_lite.errors import DataError, ModelError, first_line
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
@@ -212,7 +212,7 @@ class PictureHead(SequenceHead):
             try:
                 self.outputs(model, Pictures(pixels, pixels[:, 0]))
             except (ValueError, RuntimeError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 raise ModelError(f"{name} cannot compute pictures of {self.processor.height} x "
                                  f"{self.processor.width} pixels ({reason}); write another data.resolution, or remove "
                                  "it") from error  # fmt: skip

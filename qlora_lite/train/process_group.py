@@ -15,6 +15,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from qlora_lite.errors import first_line
+
 from .processes import FirstRankLostError, OtherRankError, Processes, RankLostError, Shards
 
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
@@ -311,10 +313,9 @@ def _explaining_loss() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo's; dist.DistError is one of its subclasses
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise RankLostError(
-            f"another process of this run has ended or does not answer ({first[:200]}); its own message says why. "
-            f"{HOW_TO_GO_ON}"
+            f"another process of this run has ended or does not answer ({first_line(error)}); its own message says "
+            f"why. {HOW_TO_GO_ON}"
         ) from None
 
 

@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from qlora_lite.errors import LaunchError
+from qlora_lite.errors import LaunchError, first_line
 from qlora_lite.units import format_seconds
 
 from .process_group import FIRST_ANSWER, ProcessGroup
@@ -60,8 +60,7 @@ def joined(rank: int, world_size: int, local_rank: int, local_world_size: int, d
         if on_gpu:  # its buffers are there before anybody asks how much memory is free
             dist.all_reduce(torch.zeros(1, device="cuda"))
     except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LaunchError(f"rank {rank} does not find the other processes at {where} ({first[:200]})") from None
+        raise LaunchError(f"rank {rank} does not find the other processes at {where} ({first_line(error)})") from None
     yield ProcessGroup(rank, world_size, local_world_size, dist.PrefixStore(f"run {next(_joins)}", store), meeting)
     dist.destroy_process_group()  # after an error the others may wait for this one, and its end is their answer
 
