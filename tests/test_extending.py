@@ -25,7 +25,6 @@ from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_chec
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.workload import BatchShape, LossSum, Objective, Workload
 
-CPU = torch.device("cpu")
 Z_WEIGHT = 0.1
 
 

@@ -1,7 +1,6 @@
 """Measure a model with a head on labelled texts, and label others with it."""
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,6 @@ from qlora_lite.train.mask_head import MaskHead, measure_masks
 from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
 from qlora_lite.train.step import evaluating
 
-log = logging.getLogger("qlora_lite")
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
 Done = Callable[[int], None]  # is told how many texts are done
 _BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody knows

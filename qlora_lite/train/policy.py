@@ -51,7 +51,6 @@ from .processes import ALONE, Processes
 from .settings import TrainSettings
 from .workload import BatchShape, LossSum, Objective
 
-POLICY_LOSSES = "dapo", "grpo", "dr_grpo"
 LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl
 _ANSWERS_OF_A_ROW = 1 << 20  # apart in the numbers that random tokens are drawn by
 
@@ -100,7 +99,7 @@ class GroupPolicy(Objective):
         group_size: answers to a prompt.
         max_completion_tokens: of an answer.
         temperature: of the distribution that tokens are drawn from, and whose log-probabilities are learned.
-        policy_loss: one of POLICY_LOSSES.
+        policy_loss: see the module.
         scale_rewards: whether advantages are divided by the standard deviation of their group.
         chunk_tokens: tokens whose logits exist at once.
     """
