@@ -284,10 +284,7 @@ def _split(model: nn.Module, files: ModelFiles, start: Start, use_cache: bool, i
     known = read_first(entry) if use_cache else None
     first = split_in_place(model, start, known, InFiles(_folder_for_files()) if in_files else None)
     if use_cache and known is None:
-        try:
-            save_first(entry, first)
-        except OutputError as error:
-            log.warning("what the LoRA weights begin as is not cached: %s", error)
+        save_first(entry, first)
     return first
 
 

@@ -4,18 +4,21 @@ See ``adapters.lora.start``. Of a model that stays in 16 bit the cache has those
 they leave of the files' weights.
 """
 
+import logging
 from pathlib import Path
 
 from torch import nn
 from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.lora.start import First, Start, load_first, without_update, write_first
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.files import replacing_folder
 from qlora_lite.quant.linear import is_conv1d
 
 from .cache import check_sums, write_sums
 from .quantizer import InFiles
+
+log = logging.getLogger("qlora_lite")
 
 
 def split_in_place(
@@ -48,14 +51,13 @@ def split_in_place(
 
 
 def save_first(folder: Path, first: First) -> None:
-    """Write a folder of the cache that holds what LoRA weights begin as, and nothing else.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with replacing_folder(folder) as new:
-        write_first(new, first)
-        write_sums(new)
+    """Write a folder of the cache that holds what LoRA weights begin as, and nothing else, if that is possible."""
+    try:
+        with replacing_folder(folder) as new:
+            write_first(new, first)
+            write_sums(new)
+    except OutputError as error:
+        log.warning("what the LoRA weights begin as is not cached: %s", error)
 
 
 def read_first(folder: Path) -> First | None:

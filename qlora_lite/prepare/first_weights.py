@@ -23,7 +23,7 @@ from qlora_lite.adapters.lora.start import First
 from qlora_lite.adapters.parts import train_tokens
 from qlora_lite.data.batch import plan_epoch
 from qlora_lite.data.storage import Example
-from qlora_lite.errors import ModelError, OutputError
+from qlora_lite.errors import ModelError
 from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.cache import cache_entry
 from qlora_lite.models.load import resolve_device
@@ -74,10 +74,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
     gc.collect()  # the model
     free_cached_memory(device)
     set_memory_limit(device, None)  # loading may take more for a moment
-    try:
-        save_first(entry, first)
-    except OutputError as error:
-        log.warning("what the LoRA weights begin as is not cached: %s", error)
+    save_first(entry, first)
     return first
 
 
