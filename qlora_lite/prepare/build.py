@@ -14,11 +14,20 @@ from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.files import Lora, begin_at, begin_with, keep_first
 from qlora_lite.adapters.full import Full
-from qlora_lite.adapters.lora.eva import EVA, chosen_layers
+from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.lora.qera import QERA
-from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, First, Start, load_first, set_base, take_first
+from qlora_lite.adapters.lora.start import (
+    KAIMING,
+    LOFTQ,
+    First,
+    Start,
+    chosen_layers,
+    load_first,
+    set_base,
+    take_first,
+)
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning

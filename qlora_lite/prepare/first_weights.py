@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from qlora_lite.adapters.lora.eva import EVA, RATIO, Directions, chosen_layers, kept_scale, share_out
+from qlora_lite.adapters.lora.eva import EVA, RATIO, Directions, kept_scale, share_out
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.lora.qera import QERA, RandomSums, correction
-from qlora_lite.adapters.lora.start import First
+from qlora_lite.adapters.lora.start import First, chosen_layers
 from qlora_lite.adapters.parts import train_tokens
 from qlora_lite.data.batch import plan_epoch
 from qlora_lite.data.storage import Example

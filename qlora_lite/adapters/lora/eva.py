@@ -20,36 +20,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
 from qlora_lite.errors import ModelError
-from qlora_lite.experts.packing import expert_weights
-
-from .inject import Target, choose_layers, in_blocks, linear_layers
 
 EVA = "eva"
 RATIO = 2  # of the largest rank that a layer may be given to its own
 SPARE = 32  # directions that are kept beyond those
 ROWS = 512  # of X at once
-
-
-def chosen_layers(
-    model: nn.Module, targets: Sequence[Target], rank: int, alpha: float, start: str = EVA
-) -> dict[str, tuple[int, float]]:  # fmt: skip
-    """Return rank and alpha of each layer before ranks are shared out, by path; a skeleton is enough.
-
-    Args:
-        start: whose layers these are, for the error.
-
-    Raises:
-        ModelError: a target matches no layer, or names experts.
-    """
-    experts = expert_weights(model)
-    chosen = choose_layers(linear_layers(model), experts, targets, in_blocks(model))
-    if adapted := experts.keys() & chosen.keys():
-        raise ModelError(f"lora.start {start} is for linear layers, and lora.targets name experts too, such as "
-                         f"{min(adapted)}: set it to kaiming, or leave the experts out")  # fmt: skip
-    return {path: (target.rank or rank, target.alpha or alpha) for path, target in chosen.items()}
 
 
 class Directions:

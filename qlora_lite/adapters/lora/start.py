@@ -25,6 +25,7 @@ arXiv 0909.4061, algorithm 4.4.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,25 @@ class _Base(NamedTuple):
 _bases: WeakKeyDictionary[nn.Module, _Base] = WeakKeyDictionary()  # by model, see ``set_base``
 
 
+def chosen_layers(
+    model: nn.Module, targets: Sequence[Target], rank: int, alpha: float, start: str
+) -> dict[str, tuple[int, float]]:  # fmt: skip
+    """Return rank and alpha of each layer that a start is for, by path; a skeleton is enough.
+
+    Args:
+        start: whose layers these are, for the error.
+
+    Raises:
+        ModelError: a target matches no layer, or names experts.
+    """
+    experts = expert_weights(model)
+    chosen = choose_layers(linear_layers(model), experts, targets, usually_adapted(model))
+    if adapted := experts.keys() & chosen.keys():
+        raise ModelError(f"lora.start {start} is for linear layers, and lora.targets name experts too, such as "
+                         f"{min(adapted)}: set it to kaiming, or leave the experts out")  # fmt: skip
+    return {path: (target.rank or rank, target.alpha or alpha) for path, target in chosen.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """How the weights of a model's layers are split; arguments are those of ``add_lora``.
@@ -87,17 +107,13 @@ class Start:
         """Return rank and scale by the path of each layer that is split; a skeleton is enough.
 
         Raises:
-            ModelError: see ``choose_layers``; or a target names experts.
+            ModelError: see ``chosen_layers``.
         """
+        chosen = chosen_layers(model, self.targets, self.rank, self.alpha, self.kind)
         layers, experts = linear_layers(model), expert_weights(model)
-        chosen = choose_layers(layers, experts, self.targets, usually_adapted(model))
         kept = matching(layers, experts, [Target(pattern) for pattern in self.kept], in_blocks(model))
-        if adapted := experts.keys() & chosen.keys():
-            raise ModelError(f"lora.start {self.kind} is for linear layers, and lora.targets name experts too, such as "
-                             f"{min(adapted)}: set it to kaiming, or leave the experts out")  # fmt: skip
-        wanted = {path: (target.rank or self.rank, target.alpha or self.alpha)
-                  for path, target in chosen.items() if not kept[path]}  # fmt: skip
-        return {path: (rank, lora_scale(alpha, rank, self.rslora)) for path, (rank, alpha) in wanted.items()}
+        return {path: (rank, lora_scale(alpha, rank, self.rslora))
+                for path, (rank, alpha) in chosen.items() if not kept[path]}  # fmt: skip
 
     @torch.no_grad()
     def split(
