@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from jobs import new_job
 from tiny import ARCHITECTURES, quantized_pair
 from tiny_trainer import SETTINGS, examples
 from transformers import AutoConfig
 
+from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.machine import Machine
@@ -72,3 +74,36 @@ def ledger_of(trainer, timeline=False):
         ledger.watch(trainer.model)
         trainer.probe_memory(trainer.examples)
     return ledger
+
+
+def assert_as_planned(case, candidates):
+    """Check that each candidate's predicted peak is the ledger's, and train by it."""
+    for candidate in candidates:
+        trainer = case.trainer(candidate.options)
+        assert ledger_of(trainer).peak.total == pytest.approx(candidate.prediction.simulation.peak().total, rel=0.01)
+        assert len(list(trainer)) == trainer.total_steps
+
+
+def with_factors(model):
+    """Let the LoRA weights be no longer those that do nothing."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def gradients(method, model):
+    """The gradients by the names of the files."""
+    named = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
+    return {name: named[tensor.data_ptr()].grad for name, tensor in method.tensors(model).items()}
+
+
+def assert_gradients_of_peft(found, theirs, weight=1):
+    """Compare gradients by the names of the files with those of a model of peft, divided by a weight."""
+    expected = {name.replace(".modules_to_save.default", "").replace(".default", ""): parameter.grad / weight
+                for name, parameter in theirs.named_parameters() if parameter.requires_grad}  # fmt: skip
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values()).item()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest, msg=name)

@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from methods import Case, ledger_of, plan
+from methods import Case, assert_as_planned, assert_gradients_of_peft, gradients, plan, with_factors
 from rank_processes import together
 from safetensors.torch import load_file
 from tiny_gguf import write_tiny_gguf
@@ -82,16 +82,6 @@ def workload(folder, problem=ONE_LABEL, quant="none"):
     return SequenceHead(HeadLoss(problem), METHOD, spec, labels=PROBLEMS[problem], separator=2)
 
 
-def with_factors(model, seed=3):
-    """Let the LoRA weights be no longer those that do nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1, generator=generator)
-    return model
-
-
 def reference(folder, adapter, problem):
     """transformers' model with peft's adapter, in training mode without dropout."""
     config = AutoConfig.from_pretrained(adapter)
@@ -140,19 +130,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
         (loss / len(examples)).backward()
         losses.append(loss.item())
     assert ours == pytest.approx(np.mean(losses), rel=1e-5, abs=1e-6)
-    expected = {name.replace(".modules_to_save.default", "").replace(".default", ""): parameter.grad
-                for name, parameter in theirs.named_parameters() if parameter.requires_grad}  # fmt: skip
-    found = {name: tensor for name, tensor in gradients(model).items()}
-    assert found.keys() == expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest.item(), msg=name)
-
-
-def gradients(model):
-    """The gradients by the names of the files."""
-    named = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
-    return {name: named[tensor.data_ptr()].grad for name, tensor in METHOD.tensors(model).items()}
+    assert_gradients_of_peft(gradients(METHOD, model), theirs)
 
 
 def test_an_encoder_is_packed_where_it_can_be_and_a_pair_s_texts_have_types(folders, family):
@@ -254,11 +232,7 @@ def case(folder, quant="nf4"):
 @pytest.mark.parametrize("name", ["bert", "modernbert", "deberta-v2", "llama"])
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name):
     one = case(folders[name])
-    fastest, least = plan(one, 2**40)
-    for candidate in (fastest, least):
-        trainer = one.trainer(candidate.options)
-        assert ledger_of(trainer).peak.total == pytest.approx(candidate.prediction.simulation.peak().total, rel=0.01)
-        assert len(list(trainer)) == 4
+    assert_as_planned(one, plan(one, 2**40))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -293,7 +267,7 @@ def test_memory_options_change_no_gradient(folders, family):
         work = one.workload
         torch.manual_seed(0)
         loss = accumulate_gradients(work, model, [work.inputs(work.collate(one.examples), CPU)]).loss
-        found[name] = loss, gradients(model)
+        found[name] = loss, gradients(METHOD, model)
         if stream := stream_of(model):
             stream.settle()
     for loss, gradient in found.values():
