@@ -127,12 +127,11 @@ def predict_labels(
 def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
     """Write the reward of every chat of a file, in the formats of a language model; of pairs that of both."""
     recipe, tokenizer = trained.recipe, trained.tokenizer()
-    (source,) = with_known_columns([schema.Source(path=str(rows))], (*recipe.data.train, *(recipe.data.eval or ())))
+    own = _source_of(recipe, rows)
     # whatever a row says of its answer, it gets a score
-    found = [{k: v for k, v in row.items() if k not in JUDGEMENTS} for _, row in read_rows(Source(source.path))]
-    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, rows=found,
-                 rejected=source.rejected, setting="--rows")  # fmt: skip
-    d, by = recipe.data, PAIRS if source.rejected or is_preference(found[0]) else None
+    found = [{k: v for k, v in row.items() if k not in JUDGEMENTS} for _, row in read_rows(Source(own.path))]
+    own = replace(own, rows=found)
+    d, by = recipe.data, PAIRS if own.rejected or is_preference(found[0]) else None
     data = read_examples(
         [own], tokenizer, d.template, d.train_on, d.max_tokens, train_on_end=d.train_on_end, preference=by
     )
@@ -143,16 +142,14 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: D
     for example in data.examples:
         names = ("chosen", "rejected") if by else ("reward",)
         lines.append({"where": example.where} | {name: next(scores) for name in names})
-    write_text(Path(out), "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return Predicted(len(lines), 0)
 
 
 def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
     """Label every picture of a folder or of a table's rows; labels that it has are the references."""
     recipe, statistics = trained.recipe, Statistics()
-    (source,) = with_known_columns([schema.Source(path=str(rows))], (*recipe.data.train, *(recipe.data.eval or ())))
-    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
-    found = list(read_pictures(own, statistics, recipe.label_problem or "", needs_label=False))
+    found = list(read_pictures(_source_of(recipe, rows), statistics, recipe.label_problem or "", needs_label=False))
     statistics.problems.raise_if_any()
     if recipe.has_masks:
         return _write_masks(trained, [picture for picture, _ in found], Path(out), done)
@@ -200,13 +197,18 @@ def read_texts(recipe: Recipe, rows: str | Path) -> list[Labelled]:
     Raises:
         DataError: rows are malformed, or there are none.
     """
-    known = (*recipe.data.train, *(recipe.data.eval or ()))
-    (source,) = with_known_columns([schema.Source(path=str(rows))], known)
     problems = Problems()
-    own = Source(source.path, source.format, prompt=source.prompt, completion=source.completion, setting="--rows")
-    found = list(read_labelled(own, problems, recipe.problem, needs_label=False))
+    found = list(read_labelled(_source_of(recipe, rows), problems, recipe.problem, needs_label=False))
     problems.raise_if_any()
     return found
+
+
+def _source_of(recipe: Recipe, rows: str | Path) -> Source:
+    """Return where a file's rows are, with the templates of the recipe's own data if it has their columns."""
+    known = (*recipe.data.train, *(recipe.data.eval or ()))
+    (source,) = with_known_columns([schema.Source(path=str(rows))], known)
+    return Source(source.path, source.format, prompt=source.prompt, completion=source.completion,
+                  rejected=source.rejected, setting="--rows")  # fmt: skip
 
 
 def described(output: np.ndarray, labels: Sequence[str], problem: str) -> dict[str, Any]:
