@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -388,7 +389,7 @@ def _describe_source(source: Source, unused: dict[str, Counter[str]], recipe: Re
     chosen, notes = None, []
     with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
         chosen = check_format(source, recipe.preference)
-        notes += [*_left_out(source), *_documents(source)]
+        notes += [*_not_read(source, left_out(source.path)), *_documents(source)]
         where, row = next(read_rows(source, Problems()))
         chosen = chosen or _format_of(row, where, source, recipe)
         for what, names in unused_of(unused, used_columns(chosen, source)):
@@ -398,7 +399,7 @@ def _describe_source(source: Source, unused: dict[str, Counter[str]], recipe: Re
 
 def _describe_labelled(source: Source, unused: dict[str, Counter[str]]) -> dict:
     """Describe a source of labelled texts: their columns, and those that are not used."""
-    notes = _left_out(source)
+    notes = _not_read(source, left_out(source.path))
     with suppress(DataError, StopIteration, OSError):  # as above
         where, row = next(read_rows(source, Problems()))
         if columns := columns_for(row, where, source):
@@ -415,8 +416,7 @@ def _describe_pictures(source: Source, unused: dict[str, Counter[str]], problem:
         if is_folder_of_pictures(source.path):
             own = {BESIDE, *METADATA} if problem == CAPTIONS else set()
             files = [path for path in not_read(source.path) if not own & {path.name, path.suffix}]
-            unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in files]
-            notes += [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
+            notes += _not_read(source, files)
         else:
             where, row = next(read_rows(source, Problems()))
             held, label = picture_columns(row, where, source, problem=problem)
@@ -426,9 +426,9 @@ def _describe_pictures(source: Source, unused: dict[str, Counter[str]], problem:
     return {"path": source.path, "format": PICTURES, "weight": source.weight, "notes": notes}
 
 
-def _left_out(source: Source) -> list[str]:
+def _not_read(source: Source, files: Iterable[Path]) -> list[str]:
     """Say what of a folder is not read."""
-    unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in left_out(source.path)]
+    unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in files]
     return [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
 
 
