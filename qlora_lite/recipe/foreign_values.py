@@ -458,7 +458,8 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     elif tags.get("role_tag", "from") != "from":
         source["format"] = None
     if lost := {"images", "videos", "audios"} & columns.keys():
-        draft.note("lost", setting, f"{', '.join(lost)}: images and audio are not supported", f"data.{part}")
+        text = "pictures are for task.kind image-text-to-text, and video and audio are not supported"
+        draft.note("lost", setting, f"{', '.join(sorted(lost))}: {text}", f"data.{part}")
     _add(draft, setting, part, source)
 
 
