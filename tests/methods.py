@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from jobs import new_job
-from tiny import ARCHITECTURES, quantized_pair
+from tiny import config_of, quantized_pair
 from tiny_trainer import SETTINGS, examples
-from transformers import AutoConfig
 
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.memory.ledger import Ledger
@@ -50,7 +49,7 @@ def language_model():
 
 
 def of_text(**parts):
-    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"])
+    config = config_of("llama")
     work = new_job(config, BatchShape((1,), 1), compute_dtype=torch.float32, factor_dtype=torch.float32).workload
     return Case(replace(work, **parts), language_model, examples(), {})
 

@@ -108,11 +108,16 @@ def build_nested(name: str, dtype=torch.float32, **changes) -> nn.Module:
     return _enlarged(model)
 
 
+def config_of(name: str, **changes):
+    """Return the configuration of a tiny model by its name here."""
+    model_type, settings = UNUSUAL.get(name) or (name, (ARCHITECTURES | FURTHER)[name])
+    return AutoConfig.for_model(model_type, **(settings | changes))
+
+
 def build_tiny(name: str, dtype=torch.float32, seed: int = 0, **changes) -> nn.Module:
     """Build a random model with weights large enough that every part of it shows in the logits."""
     torch.manual_seed(seed)
-    model_type, settings = UNUSUAL.get(name) or (name, (ARCHITECTURES | FURTHER)[name])
-    config = AutoConfig.for_model(model_type, **(settings | changes))
+    config = config_of(name, **changes)
     capped = getattr(config, "attn_logit_softcapping", None)
     return _enlarged(AutoModelForCausalLM.from_config(config, dtype=dtype, **(EAGER if capped else {})))
 

@@ -13,6 +13,7 @@ from tiny import random_factors
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
 
 from qlora_lite.adapters.files import save_adapter
+from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import Interrupted
 from qlora_lite.files import sha256
@@ -73,6 +74,12 @@ def replace_adapter(run, tensors):
     save_file(tensors, path)
     summary = json.loads((run / "summary.json").read_text()) | {"adapter_sha256": sha256(path)}
     (run / "summary.json").write_text(json.dumps(summary))
+
+
+def lines(folder: Path) -> list[dict]:
+    """Return the metrics of the run of a folder's recipe without what differs from one time to the next."""
+    changing = {"seconds", "tokens_per_second", "peak_bytes"}
+    return [{k: v for k, v in line.items() if k not in changing} for line in read_run(folder / "out").metrics]
 
 
 def stop_at(step: int) -> Callable:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from jobs import new_job
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, build_tiny, quantized_pair
+from tiny import build_tiny, config_of, quantized_pair
 from tiny_files import byte_tokenizer
 from tiny_trainer import SETTINGS, examples
 from torch.nn import functional
@@ -224,7 +224,7 @@ def test_the_plan_is_what_the_ledger_finds_with_weights_gradients_and_states(set
     ids=["", "tied", "in turn"],
 )
 def test_a_deep_model_is_continued_from_shallow_ones(settings, optimizer, work):
-    config = AutoConfig.for_model("llama", **(ARCHITECTURES["llama"] | settings | dict(num_hidden_layers=9)))
+    config = config_of("llama", **(settings | dict(num_hidden_layers=9)))
     job = replace(job_of(trainer(work=work, optimizer=optimizer), config), eval_shape=None)
     short, whole = simulate(job), simulate_whole(job)
     assert (short.saved_bytes, short.state_bytes) == (whole.saved_bytes, whole.state_bytes)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, UNUSUAL, build_tiny
+from tiny import build_tiny
 from tiny_files import MERGES, save_tiny, write_recipe
 from tiny_runs import logits, make_run
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,11 +51,6 @@ def cache(tmp_path, monkeypatch):
 
 def load(folder, keep=(), **options):
     return load_model(str(folder), compute_dtype=torch.float32, keep_16bit=keep, **options)
-
-
-def config_of(name, **changes):
-    model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
-    return AutoConfig.for_model(model_type, **(settings | changes))
 
 
 def modules(model):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import changed, new_job
-from tiny import ARCHITECTURES, UNUSUAL, build_tiny
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny, config_of
 from tiny_gguf import write_tiny_gguf
 from tiny_published import CASES, save_published
 from transformers import AutoConfig
@@ -41,11 +41,6 @@ from qlora_lite.train.text_guards import check_forward
 from qlora_lite.train.workload import TYPICAL_SEQUENCES, BatchShape
 
 LENGTHS = (9, 14, 6)
-
-
-def config_of(name, **changes):
-    model_type, settings = UNUSUAL.get(name) or (name, ARCHITECTURES[name])
-    return AutoConfig.for_model(model_type, **(settings | changes))
 
 
 def all_learned(lengths):

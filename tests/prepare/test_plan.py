@@ -11,7 +11,7 @@ import pytest
 import torch
 from jobs import changed
 from remembered_plans import remember_simulations
-from tiny import ARCHITECTURES, UNUSUAL
+from tiny import UNUSUAL, config_of
 from tiny_files import save_tiny, write_recipe
 from tiny_trainer import examples
 from transformers import AutoConfig
@@ -758,7 +758,7 @@ def test_a_slower_machine_is_estimated_slower(recipe):
 
 
 def test_the_disk_needs_room_for_a_model_that_is_quantised_here_alone(recipe, tmp_path):
-    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"])
+    config = config_of("llama")
     config.save_pretrained(tmp_path / "plain")
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config.save_pretrained(tmp_path / "packed")
@@ -778,7 +778,7 @@ def test_an_unknown_model_names_the_nearest(recipe):
 def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_named(
     recipe, simulations, tmp_path, monkeypatch, caplog
 ):
-    AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5}).save_pretrained(tmp_path)
+    config_of("llama", num_hidden_layers=5).save_pretrained(tmp_path)
     settings = recipe(f"model.path={tmp_path}", "data.max_tokens=64", *SETTLED)
     planned = planner.plan_recipe(settings, CARD, 8 * GIB)
     plain_step = simulate.probe_step

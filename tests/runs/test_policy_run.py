@@ -7,9 +7,8 @@ import re
 import pytest
 from click.testing import CliRunner
 from tiny_files import save_tiny, write_recipe
-from tiny_runs import stop_at, summary_of
+from tiny_runs import lines, stop_at, summary_of
 
-from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.cli.main import cli
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
 from qlora_lite.memory.gpus import find_gpu
@@ -69,11 +68,6 @@ def recipe(folder, model, overrides=(), rewards="judge.py:letters", **sections):
     path = write_recipe(folder, model, data=data | sections.pop("data", {}), train=train, objective=objective,
                         lora={"rank": 8, "alpha": 16}, **sections)  # fmt: skip
     return load_recipe(path, list(overrides))
-
-
-def lines(folder):
-    times = {"seconds", "tokens_per_second", "peak_bytes"}
-    return [{k: v for k, v in line.items() if k not in times} for line in read_run(folder / "out").metrics]
 
 
 def test_a_stopped_run_answers_and_learns_the_same_to_the_bit(tmp_path, model_folder):

@@ -9,9 +9,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
-from tiny_runs import replace_adapter, stop_at, summary_of
+from tiny_runs import lines, replace_adapter, stop_at, summary_of
 
-from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
 from qlora_lite.data.storage import sequences_of
@@ -64,11 +63,6 @@ def recipe(folder, model, objective="dpo", **sections):
 
 def adapter_bytes(folder):
     return (folder / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def lines(folder):
-    times = {"seconds", "tokens_per_second", "peak_bytes"}
-    return [{k: v for k, v in line.items() if k not in times} for line in read_run(folder / "out").metrics]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])

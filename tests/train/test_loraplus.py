@@ -7,9 +7,8 @@ import pytest
 import torch
 from jobs import new_job
 from test_flat import OPTIMIZERS, assert_same, give_gradients, weights
-from tiny import ARCHITECTURES
+from tiny import config_of
 from tiny_trainer import trainer
-from transformers import AutoConfig
 
 from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.adapters.method import AdapterMethod
@@ -94,7 +93,7 @@ def test_killed_and_resumed_it_goes_on_to_the_bit(optimizer):
 
 def test_the_plan_is_what_a_step_on_real_tensors_needs(monkeypatch):
     monkeypatch.setattr(flat, "CHUNK_VALUES", {"cpu": 10_000})
-    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 7})
+    config = config_of("llama", num_hidden_layers=7)
     rows = BatchShape((20, 11), 29)
     job = new_job(config, rows, rows, rank=32, compute_dtype=torch.float32, loraplus_lr_ratio=16.0)
     planned, real = (simulate._run(job, device, False) for device in (simulate.META, simulate.CPU))

@@ -6,9 +6,8 @@ from itertools import islice, product
 import pytest
 import torch
 from jobs import changed, new_job
-from tiny import ARCHITECTURES
+from tiny import config_of
 from tiny_trainer import examples, trainer
-from transformers import AutoConfig
 
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import DoesNotFitError, TrainingError
@@ -72,7 +71,7 @@ def test_no_gradients_exist_at_one_time_but_those_of_projections_that_share_an_i
 
 @pytest.mark.parametrize("options", [IN_BACKWARD, replace(IN_BACKWARD, offload_checkpoints=True, resident_layers=0)])
 def test_the_plan_is_what_a_step_on_real_tensors_needs(options):
-    config = AutoConfig.for_model("llama", **ARCHITECTURES["llama"] | {"num_hidden_layers": 5})
+    config = config_of("llama", num_hidden_layers=5)
     rows = BatchShape((20, 11), 29)
     job = new_job(config, rows, rows, rank=32, compute_dtype=torch.float32, max_grad_norm=0.0, options=options)
     planned, real = (simulate._run(job, device, False) for device in (simulate.META, simulate.CPU))
