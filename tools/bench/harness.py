@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.results import write_result
 
-__all__ = ["apart", "in_turns", "parser", "ratio", "start", "write_result"]
+__all__ = ["apart", "in_turns", "mean_of", "parser", "ratio", "start", "write_result"]
 CASE = "--case"
 
 
@@ -58,6 +58,13 @@ def in_turns(ways: Mapping[str, Callable[[], dict]], rounds: int) -> dict[str, l
             found[way].append(measure())
             print(f"{number}/{rounds} {way}", file=sys.stderr, flush=True)
     return found
+
+
+def mean_of(rows: Iterable[dict], key: str) -> dict[str, float | None]:
+    """Return a number's mean over rows, and its standard deviation where there are several."""
+    values = [row[key] for row in rows]
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {key: statistics.fmean(values), "standard_deviation": spread}
 
 
 def ratio(ours: Iterable[dict], theirs: Iterable[dict], key: str) -> dict[str, float]:
