@@ -12,8 +12,7 @@ import click
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, write_text
 from qlora_lite.memory.gpus import LINK, LINKS, NETWORK
-from qlora_lite.models.families import CONFIG_IS_ENOUGH, known_models, namesake, nearest
-from qlora_lite.models.known_pipelines import known_pipelines
+from qlora_lite.models.families import CONFIG_IS_ENOUGH, known_models, known_pipelines, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.recipe.schema import GENERATING_PICTURES, WITH_VIRTUAL_TOKENS, Recipe

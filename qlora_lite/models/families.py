@@ -9,9 +9,12 @@ gated models cannot be fetched without an account. The shipped copy is only for 
 Each entry carries the published number of parameters and where it was published; tests build every model
 without memory and compare. Of Gemma 3 from 4B on and Gemma 4 it is the language model alone, of SmolVLM, Qwen2.5-VL,
 Qwen3-VL and Qwen3.5 the whole.
+
+`known_pipelines.json` has the same of diffusion models: what the files of their pipelines say.
 """
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
@@ -34,6 +37,12 @@ def known_config(hub_id: str) -> dict[str, Any] | None:
 def known_models() -> list[str]:
     """Return every hub id of the table, in its order."""
     return list(_table())
+
+
+@cache
+def known_pipelines() -> Mapping[str, Mapping[str, Any]]:
+    """Return the content of each configuration of a diffusion model's pipeline by file, by the model's hub id."""
+    return json.loads(Path(__file__).with_name("known_pipelines.json").read_text(encoding="utf-8"))
 
 
 def nearest(hub_id: str, count: int = 3) -> list[str]:

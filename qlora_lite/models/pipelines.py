@@ -37,7 +37,7 @@ from .denoisers import (
     spec_of,
     weight_files,
 )
-from .known_pipelines import known_pipelines
+from .families import known_pipelines
 from .locate import ModelFiles, download, read_json
 
 INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler_config.json"

@@ -13,7 +13,7 @@ from qlora_lite.cli.main import cli
 from qlora_lite.data.latents import LatentShapes
 from qlora_lite.errors import ModelError
 from qlora_lite.models.denoisers import skeleton_of
-from qlora_lite.models.known_pipelines import known_pipelines
+from qlora_lite.models.families import known_pipelines
 from qlora_lite.models.pipelines import open_pipeline, spec_in
 from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, shapes_of_recipe
 from qlora_lite.recipe.load import recipe_of
