@@ -117,14 +117,14 @@ def decode(path: str | Path) -> "Image":
     return image.convert("RGB")
 
 
-def thumbnail(path: str | Path, edge: int = 96) -> bytes:
+def thumbnail(path: str | Path) -> bytes:
     """Return a picture as a JPEG of a few thousand bytes for a page.
 
     Raises:
         DataError: see ``open_picture``.
     """
     image, buffer = decode(path), io.BytesIO()
-    image.thumbnail((edge, edge))
+    image.thumbnail((96, 96))
     image.save(buffer, "jpeg", quality=80)
     return buffer.getvalue()
 

@@ -45,12 +45,12 @@ def known_pipelines() -> Mapping[str, Mapping[str, Any]]:
     return json.loads(Path(__file__).with_name("known_pipelines.json").read_text(encoding="utf-8"))
 
 
-def nearest(hub_id: str, count: int = 3) -> list[str]:
-    """Return the ids most like a given one, best first; by the model's name alone, since copies change the owner."""
+def nearest(hub_id: str) -> list[str]:
+    """Return at most three ids like a given one, best first; by the model's name alone, since copies change owners."""
     names: dict[str, str] = {}
     for known in known_models():
         names.setdefault(_name(known), known)
-    return [names[name] for name in get_close_matches(_name(hub_id), names, count)]
+    return [names[name] for name in get_close_matches(_name(hub_id), names, 3)]
 
 
 def namesake(hub_id: str) -> str | None:

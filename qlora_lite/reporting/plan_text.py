@@ -15,6 +15,7 @@ from qlora_lite.prepare.plan import Alternative, Plan, disk_bytes, host_bytes
 from qlora_lite.prepare.ranks import part_of_base
 from qlora_lite.units import format_bytes, format_count, format_seconds
 
+WIDTH = 80  # of a terminal
 MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
 
 
@@ -189,7 +190,7 @@ def ranks_as_json(plans: Sequence[Plan]) -> dict:
     return {"fits": all(plan.fits for plan in plans), "why": _why_shares(plans), "ranks": rows}
 
 
-def describe_ranks(plans: Sequence[Plan], width: int = 80) -> str:
+def describe_ranks(plans: Sequence[Plan]) -> str:
     """Return the plans of unequal ranks for a terminal, in rich's markup: a line and the settings of each."""
     room = max(len(plan.machine.name) for plan in plans)
     lines = [f"rank {'GPU':{room}} {'needs':>9} of {'budget':>9}  {'of the layers':>16}  packs a step  computes"]
@@ -203,10 +204,10 @@ def describe_ranks(plans: Sequence[Plan], width: int = 80) -> str:
             f"{x.packs * x.micro_batches:>3} = {x.micro_batches:>2} x {x.packs:<2}  {format_seconds(x.step_seconds):>8}"
             + ("" if plan.fits else "  [bold red]does not fit[/]")
         )
-    lines += ["", *_row("why", _why_shares(plans), width)]
+    lines += ["", *_row("why", _why_shares(plans))]
     for rank, plan in enumerate(plans):
-        lines += [*_row(f"rank {rank}", _in_words(plan.chosen), width)]
-        lines += [*_row("transfers", transfers(plan), width)]
+        lines += [*_row(f"rank {rank}", _in_words(plan.chosen))]
+        lines += [*_row("transfers", transfers(plan))]
     return "\n".join(lines)
 
 
@@ -251,15 +252,15 @@ def constants(plan: Plan) -> list[dict]:
     return found
 
 
-def _row(name: str, text: str | None, width: int) -> list[str]:
+def _row(name: str, text: str | None) -> list[str]:
     """Return the lines of a name and its text; none without a text."""
     indent = " " * 17
     return textwrap.wrap(
-        text or "", width, initial_indent=f"{name:16} ", subsequent_indent=indent, break_on_hyphens=False,
+        text or "", WIDTH, initial_indent=f"{name:16} ", subsequent_indent=indent, break_on_hyphens=False,
     )  # fmt: skip
 
 
-def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
+def describe(plan: Plan, others: Sequence[Alternative]) -> str:
     """Return the plan for a terminal, in rich's markup."""
     peak = plan.chosen.prediction.simulation.peak()
     margin = plan.budget_bytes - plan.peak_bytes
@@ -271,13 +272,13 @@ def describe(plan: Plan, others: Sequence[Alternative], width: int = 80) -> str:
         f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
         f"{verdict}",
         f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
-        "", memory_bar(plan.breakdown, plan.budget_bytes, width), "",
-        *_row("settings", _in_words(plan.chosen), width),
+        "", memory_bar(plan.breakdown, plan.budget_bytes, WIDTH), "",
+        *_row("settings", _in_words(plan.chosen)),
         f"{'learning rate':16} {plan.learning_rate:g}",
-        *_row("compute type", _compute_type(plan), width),
-        *_row("sequences", _assumed_sequences(plan), width),
-        *_row("why", _why(plan), width),
-        *_row("headroom", _why_free(plan), width),
+        *_row("compute type", _compute_type(plan)),
+        *_row("sequences", _assumed_sequences(plan)),
+        *_row("why", _why(plan)),
+        *_row("headroom", _why_free(plan)),
         f"{'step':16} {time_of_step(plan)}",
         *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
