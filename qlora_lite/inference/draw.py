@@ -198,7 +198,7 @@ def write_samples(folder: Path, when: str, prompts: Sequence[str], pictures: Seq
     write_text(index, json.dumps(known | found) + "\n")
 
 
-def _shown(path: Path, edge: int = 256) -> str:
+def _shown(path: Path) -> str:
     """Return a picture as a data URI for a page, small ones enlarged so that they can be seen."""
     from PIL import Image
 
@@ -206,14 +206,14 @@ def _shown(path: Path, edge: int = 256) -> str:
     with Image.open(path) as image:
         if (factor := 96 // max(image.size)) > 1:
             image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-        image.thumbnail((edge, edge))
+        image.thumbnail((256, 256))
         image.save(buffer, "png")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def draw_prompts(
     run: str | Path, prompts: Sequence[str], seed: int = 0, changed: Mapping[str, float] | None = None,
-    base: bool = False, model_path: str | None = None, unfinished: bool = False,
+    base: bool = False, model_path: str | None = None,
 ) -> list[np.ndarray]:  # fmt: skip
     """Return a picture of each prompt by a run's denoiser, uint8 [H, W, C].
 
@@ -223,13 +223,13 @@ def draw_prompts(
         seed: of the first picture; each further one counts up.
         changed: fields of ``Drawing`` in place of those of the run's recipe.
         base: leave out what was trained.
-        model_path, unfinished: see ``artifacts.trained_run.open_trained``.
+        model_path: see ``artifacts.trained_run.open_trained``.
 
     Raises:
         RecipeError: it is no such run.
         DataError: a prompt is no class of a denoiser that knows classes.
     """
-    trained = open_trained(run, model_path, unfinished, draws=True)
+    trained = open_trained(run, model_path, draws=True)
     recipe = trained.recipe
     if base:
         trained.require_base()

@@ -258,15 +258,14 @@ class _StopStrings(StoppingCriteria):
 
 def evaluate_tasks(
     runs: str | Path | TrainedRun | Sequence[str | Path | TrainedRun], tasks: Sequence[str], fewshot: int | None = None,
-    with_base: bool = False, rows: int | None = None, chat: bool = False, model_path: str | None = None,
-    unfinished: bool = False, watch: Watch | None = None,
+    with_base: bool = False, rows: int | None = None, chat: bool = False, watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score runs over one base model on tasks of lm-evaluation-harness.
 
     A task folder's Python code, if its tasks name any, is run.
 
     Args:
-        runs, model_path, unfinished: see ``multi_adapter.open_runs``.
+        runs: see ``multi_adapter.open_runs``.
         tasks: names or patterns of the harness's tasks, groups and tags, folders with tasks of one's own, or files.
         fewshot: examples in each prompt; None is what each task says. A task that says 0 keeps it.
         with_base: score the bare base model too.
@@ -284,7 +283,7 @@ def evaluate_tasks(
         ModelError: the runs do not share a base.
     """
     runs = [runs] if isinstance(runs, str | Path | TrainedRun) else runs
-    opened = open_runs(runs, model_path, unfinished)
+    opened = open_runs(runs)
     if BASE in opened and with_base:
         raise ModelError(f"a run folder is called {BASE!r}, which names the base model here; rename it")
     for run in opened.values() if with_base else ():

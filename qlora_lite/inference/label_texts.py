@@ -1,7 +1,7 @@
 """Measure a model with a head on labelled texts, and label others with it."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
 from qlora_lite.train.step import evaluating
 
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
-Done = Callable[[int], None]  # is told how many texts are done
 _BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody knows
 
 
@@ -77,9 +76,8 @@ class Predicted:
 
 
 def predict_labels(
-    run: str | Path, rows: str | Path, out: str | Path, model_path: str | None = None, unfinished: bool = False,
-    done: Done | None = None,
-) -> Predicted:  # fmt: skip
+    run: str | Path, rows: str | Path, out: str | Path, model_path: str | None = None, unfinished: bool = False
+) -> Predicted:
     """Label every row of a file with a run's model, in order, one JSON object a line with the row's place.
 
     Of a reward model, rows are chats, and each gets a "reward", of pairs scores of "chosen" and "rejected". Others get
@@ -91,7 +89,6 @@ def predict_labels(
         rows: a data file with the columns of the run's own rows, the label not needed.
         out: JSONL file.
         model_path, unfinished: see ``artifacts.trained_run.open_trained``.
-        done: told how many texts are done.
 
     Raises:
         DataError: rows are malformed, all of them named.
@@ -100,9 +97,9 @@ def predict_labels(
     trained = open_trained(run, model_path, unfinished, has_head=True)
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     if recipe.label_problem is None:
-        return _score_chats(trained, rows, out, done)
+        return _score_chats(trained, rows, out)
     if recipe.of_pictures:
-        return _label_pictures(trained, rows, out, done)
+        return _label_pictures(trained, rows, out)
     found, problems = read_texts(recipe, rows), Problems()
     examples, cut = [], 0
     for row, encoding in zip(found, encode_texts([row.texts for row in found], tokenizer), strict=True):
@@ -115,7 +112,7 @@ def predict_labels(
         examples.append(example_of(ids, replace(row, label=blank)))
     problems.raise_if_any()
     model, work = load_head(recipe, trained.adapter, tokenizer)
-    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe), done))
+    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe)))
     lines = []
     for row, output in zip(found, outputs.numpy(), strict=True):
         reference = {} if row.label is None else {"reference": row.label}
@@ -124,7 +121,7 @@ def predict_labels(
     return Predicted(len(lines), cut)
 
 
-def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
+def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path) -> Predicted:
     """Write the reward of every chat of a file, in the formats of a language model; of pairs that of both."""
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     own = _source_of(recipe, rows)
@@ -137,7 +134,7 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: D
     )
     data.problems.raise_if_any()
     model, work = load_head(recipe, trained.adapter, tokenizer)
-    outputs, _ = outputs_for(work, model, eval_batches(work, data.examples, train_settings(recipe), done))
+    outputs, _ = outputs_for(work, model, eval_batches(work, data.examples, train_settings(recipe)))
     scores, lines = iter(outputs[:, 0].tolist()), []
     for example in data.examples:
         names = ("chosen", "rejected") if by else ("reward",)
@@ -146,17 +143,17 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path, done: D
     return Predicted(len(lines), 0)
 
 
-def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path, done: Done | None) -> Predicted:
+def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path) -> Predicted:
     """Label every picture of a folder or of a table's rows; labels that it has are the references."""
     recipe, statistics = trained.recipe, Statistics()
     found = list(read_pictures(_source_of(recipe, rows), statistics, recipe.label_problem or "", needs_label=False))
     statistics.problems.raise_if_any()
     if recipe.has_masks:
-        return _write_masks(trained, [picture for picture, _ in found], Path(out), done)
+        return _write_masks(trained, [picture for picture, _ in found], Path(out))
     blank = (recipe.task.labels or ("",))[0]
     examples = [picture_example(replace(picture, label=blank), digest) for picture, digest in found]
     model, work = load_head(recipe, trained.adapter, trained.tokenizer())
-    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe), done))
+    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe)))
     lines = []
     for (picture, _), output in zip(found, outputs.numpy(), strict=True):
         reference = {} if picture.label is None else {"reference": picture.label}
@@ -166,7 +163,7 @@ def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path, done
     return Predicted(len(lines), 0)
 
 
-def _write_masks(trained: TrainedRun, pictures: Sequence[Picture], out: Path, done: Done | None) -> Predicted:
+def _write_masks(trained: TrainedRun, pictures: Sequence[Picture], out: Path) -> Predicted:
     """Write a mask of its own size for every picture into a folder beside the file, which names them."""
     model, work = load_head(trained.recipe, trained.adapter, trained.tokenizer())
     assert isinstance(work, MaskHead)
@@ -177,7 +174,7 @@ def _write_masks(trained: TrainedRun, pictures: Sequence[Picture], out: Path, do
     examples = [picture_example(replace(picture, label=""), "0" * 64) for picture in pictures]
     numbered = iter(enumerate(pictures, 1))
     with torch.no_grad(), evaluating(model):
-        for batch in eval_batches(work, examples, train_settings(trained.recipe), done):
+        for batch in eval_batches(work, examples, train_settings(trained.recipe)):
             given = work.outputs(model, work.inputs(batch, device)).argmax(1).to(torch.uint8).cpu().numpy()
             for classes, (number, picture) in zip(given, numbered, strict=False):
                 path = folder / f"{number:05}-{Path(picture.path).stem}.png"
