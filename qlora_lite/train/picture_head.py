@@ -146,11 +146,6 @@ class PictureHead(SequenceHead):
         return {_RESIZES: True} if takes else {}
 
     @property
-    def depth(self) -> int:
-        """The model's blocks."""
-        return of_blocks(self.spec.config).num_hidden_layers
-
-    @property
     def most_tokens(self) -> None:
         """Nothing limits how many pictures are computed at once."""
         return None
