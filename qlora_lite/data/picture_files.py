@@ -88,6 +88,8 @@ def open_picture(path: str | Path) -> "Image":
         DataError: it is broken, too large or not there.
     """
     library, ops = pillow()
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for without end
+        raise DataError(f"{path} is not an ordinary file; remove it, or correct the path", BROKEN)
     try:
         with library.open(path) as image:
             if image.width * image.height > MAX_PIXELS:

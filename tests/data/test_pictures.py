@@ -57,6 +57,17 @@ def test_every_broken_picture_is_named_and_counted(tmp_path):
     assert "truncated" in named["cut.png:1"] and "89,478,485" in named["huge.png:1"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes among files")
+def test_a_pipe_and_a_folder_among_pictures_are_named_and_do_not_hang(tmp_path):
+    folder = write_pictures(tmp_path / "rows", 1)
+    os.mkfifo(folder / "hot" / "pipe.png")
+    (tmp_path / "rows.csv").write_text(f"image,label\n{folder}/hot/000.png,hot\n{folder},hot\n")
+    for path, good in ((folder, 2), (tmp_path / "rows.csv", 1)):
+        data = read(path)
+        assert data.rows_kept == good and data.dropped == {BROKEN: 1}
+        assert "is not an ordinary file" in data.problems.found[0].message
+
+
 def test_a_class_of_which_nothing_is_left_is_an_error_however_many_may_be_bad(tmp_path):
     folder = write_pictures(tmp_path / "rows", 2)
     for path in (folder / "hot").iterdir():
