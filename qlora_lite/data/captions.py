@@ -12,10 +12,9 @@ Shapes: pixels float32 [C, H, W], from -1 to 1.
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -150,13 +149,15 @@ def caption_of(path: Path, folder: Path, fit: Fit) -> str:
     return inside[0]
 
 
-def caption_in(row: Mapping[str, Any], column: str | None, fit: Fit) -> str:
+def caption_in(value: object, fit: Fit) -> str:
     """Return the caption of a table's row.
+
+    Args:
+        value: as the row has it.
 
     Raises:
         DataError: there is none.
     """
-    value = None if column is None else row.get(column)
     return fit.caption if value is None and fit.caption is not None else caption_text(value)
 
 

@@ -218,15 +218,16 @@ def _of_table(
         raise DataError(f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
                         "name one of these")  # fmt: skip
     for where, row in read_rows(replace(source, class_names=True), statistics.problems):
-        columns = columns or picture_columns(row, where, source, needs_label and not fit, problem)
+        is_needed = needs_label and (fit is None or fit.caption is None)
+        columns = columns or picture_columns(row, where, source, is_needed, problem)
         try:
             held, label = columns
             path = file_of(row.get(held), where) if held else relative_file(fill(source.prompt, row), where)
             names = columns_of(source.completion) if label is None and source.completion else ()
-            value = row.get(label) if label else (row.get(names[0]) if len(names) == 1 else None)
+            value = row.get(label) if label else _filled(source.completion, names, row, is_needed)
             mask = None
             if fit:
-                value = caption_in(row, label or (names[0] if len(names) == 1 else None), fit)
+                value = caption_in(value, fit)
             elif value is None and needs_label:
                 what, kind = ("mask", NO_MASK) if problem == MASKS else ("label", NO_CLASS)
                 raise DataError(f"the {what} is missing or null; every row needs it", kind)
@@ -240,6 +241,14 @@ def _of_table(
         used = {held, label, *names, *columns_of(source.prompt)} - {None}
         count_unused(unused, row, frozenset(used))
         yield Picture(str(path), value, where, mask)
+
+
+def _filled(template: str | None, columns: Sequence[str], row: Mapping[str, object], is_needed: bool) -> object:
+    """Return what a template says of a row's label: of one that is a column, the column's value, of whatever kind."""
+    if not template or (not is_needed and any(row.get(name) is None for name in columns)):
+        return None
+    is_whole = len(columns) == 1 and template == f"{{{columns[0]}}}" and columns[0] in row
+    return row[columns[0]] if is_whole else fill(template, row)
 
 
 def _has_table(path: str) -> bool:
@@ -267,10 +276,11 @@ def picture_columns(
     of = {MASKS: MASK_COLUMNS, CAPTIONS: CAPTION_COLUMNS}.get(problem, LABEL_COLUMNS)
     label = next((name for name in of if name in row), None)
     if held is None or (label is None and needs_label):
-        missing = "no mask" if problem == MASKS else "no label"
+        missing = {MASKS: "no mask", CAPTIONS: "no caption"}.get(problem, "no label")
         what, columns = "no picture" if held is None else missing, ", ".join(map(repr, row))
+        cure = ", or write data.caption for all" if what == "no caption" else ""
         raise DataError(f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
-                        "completion, as in {path: rows.csv, prompt: '{photo}', completion: '{kind}'}")  # fmt: skip
+                        f"completion, as in {{path: rows.csv, prompt: '{{photo}}', completion: '{{kind}}'}}{cure}")
     return held, label
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from tiny_pictures import COLOURS, STILL, drawn, write_pictures
 from transformers import AutoImageProcessor
 
+from qlora_lite.data.captions import CAPTIONS, Fit
 from qlora_lite.data.examples import read_examples
-from qlora_lite.data.labels import ONE_LABEL
+from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode
 from qlora_lite.data.picture_processor import AUGMENTS, Processor, processor_of
 from qlora_lite.data.pictures import NO_CLASS
@@ -25,6 +26,11 @@ from qlora_lite.errors import DataError
 
 def read(path, **source):
     return read_examples([Source(str(path), **source)], None, problem=ONE_LABEL, of_pictures=True)
+
+
+def read_captions(path, caption=None, **source):
+    fit = Fit(((16, 16),), caption=caption)
+    return read_examples([Source(str(path), **source)], None, problem=CAPTIONS, of_pictures=True, fit=fit)
 
 
 def labels(data):
@@ -91,6 +97,31 @@ def test_tables_name_pictures_from_where_they_lie(tmp_path):
         read(tmp_path / "named.jsonl").problems.raise_if_any()
     with pytest.raises(DataError, match="no column 'foto' among"):
         read(tmp_path / "named.jsonl", prompt="{foto}", completion="{kind}").problems.raise_if_any()
+
+
+def test_a_template_of_the_answer_is_filled_for_captions_labels_and_masks(tmp_path):
+    write_pictures(tmp_path, 1)
+    Image.new("L", (34, 34), 1).save(tmp_path / "mask-a.png")
+    (tmp_path / "rows.jsonl").write_text('{"image": "hot/000.png", "name": "a", "colour": "red"}\n')
+    named = {"prompt": "{image}", "completion": "a photo of {name}, {colour}"}
+    (example,) = read_captions(tmp_path / "rows.jsonl", **named).examples
+    assert example.answer == "a photo of a, red"
+    assert labels(read(tmp_path / "rows.jsonl", **named | {"completion": "kind {name}"})) == {"000.png": "kind a"}
+    given = Source(str(tmp_path / "rows.jsonl"), prompt="{image}", completion=f"{tmp_path}/mask-{{name}}.png")
+    (example,) = read_examples([given], None, problem=MASKS, of_pictures=True).examples
+    assert json.loads(example.answer)["classes"] == ["1"]
+
+
+def test_a_column_of_captions_or_labels_that_is_not_there_is_named(tmp_path):
+    write_pictures(tmp_path, 1)
+    (tmp_path / "rows.csv").write_text("image,note\nhot/000.png,red\n")
+    with pytest.raises(DataError, match="no caption is recognised among the columns 'image', 'note'; .* data.caption"):
+        read_captions(tmp_path / "rows.csv").problems.raise_if_any()
+    assert [each.answer for each in read_captions(tmp_path / "rows.csv", "sks").examples] == ["sks"]
+    named = {"prompt": "{image}", "completion": "{notes}"}
+    for data in (read(tmp_path / "rows.csv", **named), read_captions(tmp_path / "rows.csv", **named)):
+        assert "names {notes}; the columns are image, note" in data.problems.found[0].message
+    assert [each.answer for each in read_captions(tmp_path / "rows.csv", "sks", **named).examples] == ["sks"]
 
 
 def test_bytes_in_parquet_become_files_named_by_their_content(tmp_path, monkeypatch):
