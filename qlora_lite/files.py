@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -143,11 +144,23 @@ def require_empty(path: Path) -> None:
     """Check that a folder may be written: it is new, or holds nothing.
 
     Raises:
-        OutputError: something is there.
+        OutputError: something is there, or nothing can be written.
     """
     _check_name(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not an empty folder; choose another --out")
+    require_writable(path)
+
+
+def require_writable(path: Path) -> None:
+    """Check that a file or folder can be written, before the work begins; nothing stays behind.
+
+    Raises:
+        OutputError: the folder that it would lie in, or the nearest that is there, takes no file.
+    """
+    parent = next(p for p in path.absolute().parents if p.exists())
+    with explain_write_errors(path), tempfile.TemporaryFile(dir=parent):
+        pass
 
 
 def require_space(path: Path, needed_bytes: int) -> None:

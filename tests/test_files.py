@@ -135,9 +135,12 @@ def test_a_fault_of_the_cache_names_the_cache_s_own_setting():
 
 
 def test_a_path_under_a_file_cannot_be_written(folder):
-    for write in (lambda path: write_text(path, "x"), lambda path: replacing_folder(path).__enter__()):
+    named = {path.name for path in folder.iterdir()}
+    for write in (lambda path: write_text(path, "x"), lambda path: replacing_folder(path).__enter__(), require_empty):
         with pytest.raises(OutputError, match="Not a directory"):
             write(folder / "file" / "below")
+    require_empty(folder / "new" / "below")
+    assert {path.name for path in folder.iterdir()} == named
 
 
 def test_an_adapter_that_the_disk_has_no_room_for_is_one_line_and_the_old_one_stays(tmp_path):

@@ -24,7 +24,7 @@ from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Statistics
-from qlora_lite.files import explain_write_errors, write_text
+from qlora_lite.files import explain_write_errors, require_writable, write_text
 from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
 from qlora_lite.recipe import schema
@@ -93,7 +93,9 @@ def predict_labels(
     Raises:
         DataError: rows are malformed, all of them named.
         RecipeError: the run is one of a language model.
+        OutputError: the file cannot be written.
     """
+    require_writable(out := Path(out))
     trained = open_trained(run, model_path, unfinished, has_head=True)
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     if recipe.label_problem is None:
@@ -117,11 +119,11 @@ def predict_labels(
     for row, output in zip(found, outputs.numpy(), strict=True):
         reference = {} if row.label is None else {"reference": row.label}
         lines.append({"where": row.where} | described(output, work.labels, work.problem) | reference)
-    write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write_lines(out, lines)
     return Predicted(len(lines), cut)
 
 
-def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path) -> Predicted:
+def _score_chats(trained: TrainedRun, rows: str | Path, out: Path) -> Predicted:
     """Write the reward of every chat of a file, in the formats of a language model; of pairs that of both."""
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     own = _source_of(recipe, rows)
@@ -139,17 +141,17 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: str | Path) -> Pred
     for example in data.examples:
         names = ("chosen", "rejected") if by else ("reward",)
         lines.append({"where": example.where} | {name: next(scores) for name in names})
-    write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write_lines(out, lines)
     return Predicted(len(lines), 0)
 
 
-def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path) -> Predicted:
+def _label_pictures(trained: TrainedRun, rows: str | Path, out: Path) -> Predicted:
     """Label every picture of a folder or of a table's rows; labels that it has are the references."""
     recipe, statistics = trained.recipe, Statistics()
     found = list(read_pictures(_source_of(recipe, rows), statistics, recipe.label_problem or "", needs_label=False))
     statistics.problems.raise_if_any()
     if recipe.has_masks:
-        return _write_masks(trained, [picture for picture, _ in found], Path(out))
+        return _write_masks(trained, [picture for picture, _ in found], out)
     blank = (recipe.task.labels or ("",))[0]
     examples = [picture_example(replace(picture, label=blank), digest) for picture, digest in found]
     model, work = load_head(recipe, trained.adapter, trained.tokenizer())
@@ -159,7 +161,7 @@ def _label_pictures(trained: TrainedRun, rows: str | Path, out: str | Path) -> P
         reference = {} if picture.label is None else {"reference": picture.label}
         said = {"where": picture.where, "picture": picture.path} | described(output, work.labels, work.problem)
         lines.append(said | reference)
-    write_text(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write_lines(out, lines)
     return Predicted(len(lines), 0)
 
 
@@ -184,8 +186,14 @@ def _write_masks(trained: TrainedRun, pictures: Sequence[Picture], out: Path) ->
                 shares = np.bincount(classes.ravel(), minlength=len(work.labels)) / classes.size
                 shown = {label: float(share) for label, share in zip(work.labels, shares, strict=True) if share}
                 lines.append({"where": picture.where, "picture": picture.path, "mask": str(path), "shares": shown})
-    write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write_lines(out, lines)
     return Predicted(len(lines), 0)
+
+
+def _write_lines(out: Path, lines: Iterable[dict]) -> None:
+    with explain_write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_texts(recipe: Recipe, rows: str | Path) -> list[Labelled]:

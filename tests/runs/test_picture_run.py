@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
 from qlora_lite.data.picture_files import decode
-from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
 from qlora_lite.models.load import load_model
@@ -156,6 +156,15 @@ def test_predict_takes_a_folder_a_table_and_an_adapter_alone(run, tmp_path):
     (tmp_path / "bad" / "x.png").write_bytes(b"none")
     with pytest.raises(DataError, match="not a whole picture"):
         predict_labels(folder, tmp_path / "bad", tmp_path / "d.jsonl")
+
+
+def test_predict_says_that_its_file_cannot_be_written_before_anything_is_read_and_makes_new_folders(run, tmp_path):
+    folder, recipe = run
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):
+        predict_labels(folder, "no rows", tmp_path / "file" / "out.jsonl", "no model")
+    predict_labels(folder, recipe.parent / "eval", out := tmp_path / "new" / "one" / "out.jsonl")
+    assert len(out.read_text().splitlines()) == 8
 
 
 def test_evaluate_measures_it_again_without_augmentations(run):
