@@ -10,7 +10,9 @@ from pathlib import Path
 import click
 
 from qlora_lite.artifacts.run_files import RECIPE
+from qlora_lite.data.captions import captions_in
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
+from qlora_lite.files import explain_write_errors, require_writable
 from qlora_lite.recipe.load import load_recipe
 
 from .options import context_option, model_option
@@ -99,8 +101,12 @@ def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[
         if pictures:
             raise click.UsageError("--image is for a run that answers about pictures (task.kind image-text-to-text)")
         changed = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
-        _draw(run, prompt, prompts, out, base, 0 if seed is None else seed, changed, options["model_path"])
+        given = options["model_path"]
+        _draw(run, prompt, prompts, column, out, base, 0 if seed is None else seed, changed, given)
         return
+    if _is_denoiser(Path(run)):
+        raise click.UsageError(f"{run} is no run, and pictures are drawn by one: train it first (`generate RUN --base` "
+                               "leaves out what it learned)")  # fmt: skip
     if steps is not None or guidance is not None:
         raise click.UsageError("--steps and --guidance are for a run that draws pictures (task.kind image-generation)")
     if out is not None and Path(out).is_dir():
@@ -134,9 +140,19 @@ def _draws_pictures(folder: Path) -> bool:
         return False
 
 
+def _is_denoiser(path: Path) -> bool:
+    """Return whether a path is that of a diffusion pipeline, or of a recipe that trains a denoiser."""
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    try:
+        return path.is_file() and load_recipe(path, check_files=False).generates_pictures
+    except RecipeError:
+        return False
+
+
 def _draw(
-    run: str, prompt: str | None, prompts: str | None, out: str | None, base: bool, seed: int, changed: dict,
-    model_path: str | None,
+    run: str, prompt: str | None, prompts: str | None, column: str | None, out: str | None, base: bool, seed: int,
+    changed: dict, model_path: str | None,
 ) -> None:  # fmt: skip
     """Draw a picture of each prompt."""
     if (prompt is None) == (prompts is None) or out is None:
@@ -144,17 +160,23 @@ def _draw(
                                "--out FOLDER")  # fmt: skip
     if prompts is None and Path(out).suffix.lower() != ".png":
         raise click.UsageError(f"--out {out}: the picture of --prompt is a .png file")
-    texts = Path(prompts).read_text(encoding="utf-8").splitlines() if prompts is not None else [prompt or ""]
+    if prompts is None and Path(out).is_dir():
+        raise click.UsageError(f"--out {out} is a folder; name a .png file in it")
+    if prompts is None and column:
+        raise click.UsageError("--column is for --prompts FILE")
+    texts = captions_in(prompts, column) if prompts is not None else [prompt or ""]
+    names = [f"{number:04}.png" for number in range(1, len(texts) + 1)] if prompts else [Path(out).name]
+    folder = Path(out).parent if prompts is None else Path(out)
+    require_writable(folder / names[0])
     prepare(verbose=False)
     with importing():
         from qlora_lite.inference.draw import draw_prompts, write_pictures
 
     with step_progress("loading"):
         pictures = draw_prompts(run, texts, seed, changed, base, model_path)
-    folder = Path(out).parent if prompts is None else Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{number:04}.png" for number in range(1, len(texts) + 1)] if prompts else [Path(out).name]
-    write_pictures(pictures, [folder / name for name in names])
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_pictures(pictures, [folder / name for name in names])
     echo(f"{len(pictures):,} picture{'s' if len(pictures) > 1 else ''} drawn in {out}")
 
 

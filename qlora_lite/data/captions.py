@@ -20,7 +20,9 @@ import numpy as np
 
 from qlora_lite.errors import DataError
 
+from .data_files import open_bytes, reader_of
 from .fields import kind_of
+from .sources import Source, read_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,6 +161,33 @@ def caption_in(value: object, fit: Fit) -> str:
         DataError: there is none.
     """
     return fit.caption if value is None and fit.caption is not None else caption_text(value)
+
+
+def captions_in(path: str | Path, column: str | None = None) -> list[str]:
+    """Return the texts of a file to draw pictures of: its lines, of which an empty one is no text, or a table's column.
+
+    Args:
+        column: of a table; None for one that is known by its name.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    if reader_of(Path(path), is_text=True) == "text":
+        try:
+            found = open_bytes(Path(path)).read().decode().splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not UTF-8; convert the file to UTF-8") from None
+    else:
+        found = []
+        for where, row in read_rows(Source(str(path))):
+            column = column or next((name for name in CAPTION_COLUMNS if name in row), None)
+            if column not in row:
+                raise DataError(f"{where}: {'no prompt' if column is None else repr(column)} is among the columns "
+                                f"{', '.join(map(repr, row))}; name it with --column")  # fmt: skip
+            found.append(caption_text(row[column]))
+    if not found:
+        raise DataError(f"{path}: there is no prompt in this file; write one a line")
+    return found
 
 
 def metadata_of(folder: Path) -> Path | None:

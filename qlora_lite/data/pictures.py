@@ -279,8 +279,10 @@ def picture_columns(
         missing = {MASKS: "no mask", CAPTIONS: "no caption"}.get(problem, "no label")
         what, columns = "no picture" if held is None else missing, ", ".join(map(repr, row))
         cure = ", or write data.caption for all" if what == "no caption" else ""
-        raise DataError(f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
-                        f"completion, as in {{path: rows.csv, prompt: '{{photo}}', completion: '{{kind}}'}}{cure}")
+        raise DataError(
+            f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
+            f"completion, as in {{path: rows.csv, prompt: '{{photo}}', completion: '{{kind}}'}}{cure}"
+        )
     return held, label
 
 

@@ -21,7 +21,7 @@ from tiny_diffusion import PIPELINES, diffusion_recipe, picture, save_dit_pipeli
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.cli.main import cli
 from qlora_lite.data.latents import LatentExample, LatentSet, arrays_in
-from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.inference.draw import Drawing, denoise, draw_prompts, scheduler_of
 from qlora_lite.models.pipelines import open_pipeline
 from qlora_lite.prepare.build import build_model, workload_of
@@ -351,6 +351,37 @@ def test_names_of_classes_come_with_the_pipeline(bases, tmp_path):
     only = diffusion_recipe(tmp_path / "b", folder / "model", diffusion={"sample_prompts": ["warm"]})
     with pytest.raises(DataError, match="'warm' is no class of the model: cool, hot"):
         run_recipe(load_recipe(only))
+
+
+def test_prompts_are_lines_or_a_column_and_what_cannot_be_drawn_is_said_before_anything_loads(run, bases, tmp_path):
+    folder, recipe = run
+    (tmp_path / "lines.txt").write_text("hot\n\n")
+    (tmp_path / "rows.jsonl").write_text('{"file_name": "a.png", "text": "hot"}\n')
+    (tmp_path / "named.csv").write_text("n,said\n1,hot\n")
+    (tmp_path / "latin.txt").write_bytes("h\xf6t".encode("latin-1"))
+    (tmp_path / "empty.txt").touch()
+    few = "--steps", 1, "--out"
+    drawn = {}
+    for name, more in (("lines.txt", ()), ("rows.jsonl", ()), ("named.csv", ("--column", "said"))):
+        done = command("generate", folder, "--prompts", tmp_path / name, *more, *few, tmp_path / "new" / name)
+        assert done.exit_code == 0, done.output
+        drawn[name] = sorted((tmp_path / "new" / name).iterdir())
+    assert [len(files) for files in drawn.values()] == [2, 1, 1]
+    assert len({files[0].read_bytes() for files in drawn.values()}) == 1
+    for name, fault in (("named.csv", "no prompt is among the columns 'n', 'said'; name it with --column"),
+                        ("latin.txt", "not UTF-8"), ("empty.txt", "there is no prompt")):  # fmt: skip
+        with pytest.raises(DataError, match=fault):
+            command("generate", folder, "--prompts", tmp_path / name, *few, tmp_path / "none")
+    (tmp_path / "file").touch()
+    for out in (("--prompt", "hot", "--out", tmp_path / "file" / "a.png"),
+                ("--prompts", tmp_path / "lines.txt", "--out", tmp_path / "file")):  # fmt: skip
+        with pytest.raises(OutputError, match="cannot write"):
+            command("generate", folder, "--model", tmp_path / "gone", *out)
+    (tmp_path / "a.png").mkdir()
+    assert "is a folder" in command("generate", folder, "--prompt", "hot", "--out", tmp_path / "a.png").output
+    for path in (recipe, bases["sd"]):
+        assert "is no run" in command("generate", path, "--prompt", "hot", "--out", tmp_path / "b.png").output
+    assert not (tmp_path / "none").exists() and not (tmp_path / "b.png").exists()
 
 
 def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
