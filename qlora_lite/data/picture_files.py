@@ -58,7 +58,11 @@ def file_of(value: object, where: str) -> Path:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return _stored(value)
-    if not isinstance(value, str) or not value.strip():
+    if value is not None and not isinstance(value, str):
+        kind = type(value).__name__
+        raise DataError(f"the picture is of the type {kind}, neither a path nor bytes; of Pillow's pictures "
+                        "datasets.Dataset.from_list(rows) keeps the bytes")  # fmt: skip
+    if not value or not value.strip():
         raise DataError("the picture is missing: write a path, or a picture's bytes as data sets of the hub have them")
     return relative_file(value, where)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora_lite.errors import DataError, first_line
 
@@ -52,7 +53,7 @@ class Source:
         completion: the template of the answer.
         streaming: read a hub data set over the network, row by row, instead of downloading it first.
         rows: rows in memory (a list of dicts, a ``datasets.Dataset``) in place of files; ``path`` is then what messages
-            call them.
+            call them. Pictures of a Dataset are taken as it stores them, and not decoded.
         documents: what a document of a plain-text file is, one of DOCUMENTS; None for blank-lines where there are any,
             else lines.
         setting: the setting that names it, for messages.
@@ -111,21 +112,37 @@ def _parts(source: Source, problems: Problems) -> list[tuple[str | Path, Callabl
     if source.documents and (source.rows is not None or source.path.startswith(PREFIX)):
         raise DataError(f"{source.path}: documents is for files of plain text; remove it")
     if source.rows is not None:
-        return [(source.path, partial(_in_memory, source.path, source.rows, problems))]
+        return [(source.path, partial(_in_memory, source, problems))]
     if source.streaming and source.path.startswith(PREFIX):
         return [(source.path, partial(hub_rows, source.path))]
     return [(path, partial(_read_file, path, source, problems)) for path in find_files(source.path)]
 
 
-def _in_memory(name: str, rows: Iterable[object], problems: Problems) -> Iterator[tuple[str, dict]]:
+def _in_memory(source: Source, problems: Problems) -> Iterator[tuple[str, dict]]:
+    name, rows = source.path, source.rows
+    assert rows is not None
     is_arrow = hasattr(rows, "features")  # a Dataset's: nulls stand where a row's objects lack a key
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_as_stored(rows, source.class_names) if is_arrow else rows, start=1):
         if isinstance(row, Mapping) and (odd := next(filter(None, map(_NO_TEXT.search, _texts(row))), None)):
             problems.add(f"{name}:{number}", NUL if odd[0] == "\0" else HALF_A_PAIR)
         elif isinstance(row, Mapping):
             yield f"{name}:{number}", {str(key): without_absent(v) if is_arrow else v for key, v in row.items()}
         else:
             problems.add(f"{name}:{number}", f"the row is {kind_of(row)}, not an object with columns")
+
+
+def _as_stored(rows: Any, class_names: bool) -> Iterable[object]:
+    """Return the rows of a ``datasets.Dataset`` as files have them where it would decode pictures, or numbers classes.
+
+    Args:
+        class_names: see ``Source``.
+    """
+    kinds = set(_kinds(rows.features.to_dict())) if rows.features else set()
+    transforms = getattr(rows, "format", {}).get("type") == "custom"  # a user's own, which stays
+    if transforms or not ("Image" in kinds or (class_names and "ClassLabel" in kinds)):
+        return rows
+    tables = rows.with_format("arrow").iter(_ROWS_PER_BATCH)
+    return (row for table in tables for row in map(_decoder(table.schema, class_names), table.to_pylist()))
 
 
 def _texts(value: object) -> Iterator[str]:

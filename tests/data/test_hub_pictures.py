@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from tiny_pictures import CLASSES, COLOURS, drawn, encoded, hub_of, write_parquet, write_pictures
 
@@ -14,6 +14,7 @@ from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode
 from qlora_lite.data.pictures import NO_CLASS, NO_MASK
 from qlora_lite.data.sources import Source, read_rows
+from qlora_lite.errors import DataError
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def hub_holds(monkeypatch, tmp_path):
 
 
 def read(path, problem=ONE_LABEL, **settings):
-    return read_examples([Source(str(path))], None, problem=problem, of_pictures=True, **settings)
+    named = {name: settings.pop(name) for name in ("rows", "prompt", "completion") if name in settings}
+    return read_examples([Source(str(path), **named)], None, problem=problem, of_pictures=True, **settings)
 
 
 def test_classes_have_their_names_and_pictures_their_bytes(hub_holds):
@@ -61,6 +63,44 @@ def test_every_kind_of_picture_is_what_it_is_in_a_folder_and_faults_have_the_sam
     assert one.examples.digest() == other.examples.digest()
     for example, again in zip(one.examples, other.examples, strict=True):
         assert np.array_equal(decode(example.prompt), decode(again.prompt))
+
+
+def in_memory(rows, features):
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_dataset_in_memory_is_what_its_file_is(hub_holds, streams, monkeypatch, tmp_path):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    rows = [{"image": encoded(drawn(label, 0)), "label": CLASSES["label"].str2int(label)} for label in COLOURS]
+    rows += [
+        {"image": {"bytes": b"none", "path": None}, "label": 0},
+        {"image": encoded(drawn("hot", 3)), "label": None},
+    ]
+    kept = in_memory(rows, CLASSES)
+    data = read("mine", rows=kept.to_iterable_dataset() if streams else kept.with_format("torch"))
+    assert data.examples.digest() == read(hub_holds(rows, CLASSES)).examples.digest()
+    assert [example.answer for example in data.examples] == list(COLOURS) and data.dropped == {BROKEN: 1, NO_CLASS: 1}
+    assert [example.where for example in data.examples] == ["mine:1", "mine:2"]
+    assert [row["label"] for _, row in read_rows(Source("mine", rows=kept))] == [1, 0, 0, None]  # as text has them
+    chats = Features({"images": List(Image())})
+    ((_, row),) = read_rows(Source("mine", rows=in_memory([{"images": [encoded(drawn("hot", 0))]}], chats)))
+    assert row == {"images": [{"bytes": encoded(drawn("hot", 0))["bytes"]}]}
+    part = read("mine", rows=kept.select([1]).rename_columns({"image": "photo", "label": "kind"}),
+                prompt="{photo}", completion="{kind}")  # fmt: skip
+    assert [example.answer for example in part.examples] == ["hot"]
+
+
+def test_pictures_of_pillow_become_bytes_in_a_dataset_and_are_refused_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    rows = [{"image": drawn("hot", 0), "label": "hot"}, {"image": drawn("cool", 0), "label": "cool"}]
+    (first, _) = read("mine", rows=Dataset.from_list(rows)).examples
+    assert np.array_equal(decode(first.prompt), rows[0]["image"])
+    fault = r"mine:1: the picture is of the type Image, .*datasets\.Dataset\.from_list\(rows\)"
+    with pytest.raises(DataError, match=fault):
+        read("mine", rows=rows).problems.raise_if_any()
+    changed = Dataset.from_list(rows).with_transform(lambda batch: batch | {"label": ["warm"] * len(batch["label"])})
+    assert [row["label"] for _, row in read_rows(Source("mine", rows=changed))] == ["warm", "warm"]
 
 
 def test_a_row_of_a_test_set_without_labels_is_named(hub_holds):

@@ -115,7 +115,7 @@ def test_a_template_of_the_answer_is_filled_for_captions_labels_and_masks(tmp_pa
 def test_a_column_of_captions_or_labels_that_is_not_there_is_named(tmp_path):
     write_pictures(tmp_path, 1)
     (tmp_path / "rows.csv").write_text("image,note\nhot/000.png,red\n")
-    with pytest.raises(DataError, match="no caption is recognised among the columns 'image', 'note'; .* data.caption"):
+    with pytest.raises(DataError, match=r"no caption is recognised among the columns 'image', 'note'; .* data\.cap"):
         read_captions(tmp_path / "rows.csv").problems.raise_if_any()
     assert [each.answer for each in read_captions(tmp_path / "rows.csv", "sks").examples] == ["sks"]
     named = {"prompt": "{image}", "completion": "{notes}"}
