@@ -20,7 +20,7 @@ from qlora_lite.files import cache_root, explain_write_errors
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BROKEN = "broken picture"
+BROKEN, NO_PICTURE = "broken picture", "picture missing"
 MAX_PIXELS = 89_478_485  # of a picture: 256 MiB with three channels, where Pillow begins to warn
 # What Pillow raises over a file that is no picture, cut short, or not what its header says.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError)
@@ -68,8 +68,24 @@ def file_of(value: object, where: str) -> Path:
 
 
 def relative_file(name: str, where: str) -> Path:
-    """Return a path as the folder of the table means it."""
+    """Return a path as the folder of the table means it.
+
+    Raises:
+        DataError: it is an address.
+    """
+    refuse_address(name)
     return Path(where.rpartition(":")[0]).parent / os.path.expanduser(name)
+
+
+def refuse_address(name: str) -> None:
+    """Check that a picture is no address: nothing is fetched while rows are read, and what lies behind one changes.
+
+    Raises:
+        DataError: it is one.
+    """
+    if name.startswith(("http://", "https://", "s3://", "gs://", "file://")):
+        raise DataError(f"a picture is the address {name[:60]!r}: pictures are not fetched; download it, and write its "
+                        "path", NO_PICTURE)  # fmt: skip
 
 
 def _stored(content: bytes) -> Path:

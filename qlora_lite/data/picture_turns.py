@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from qlora_lite.errors import DataError
 
+from .picture_files import NO_PICTURE, refuse_address
+
 MARK = "\ufffc"  # stands for a picture in a turn: Unicode's own character for an object inside text
 PLACEHOLDER = "<image>"
 COLUMNS = "images", "image"
@@ -26,7 +28,6 @@ PART_TYPES = "image", "image_url", "input_image"
 _SAYS = "image", "image_url", "path", "url", "bytes", "base64"
 _USERS = "user", "human"
 _TEXTS = "messages", "conversations", "prompt", "instruction", "input"
-NO_PICTURE = "picture missing"
 
 
 @dataclass(slots=True)
@@ -130,9 +131,7 @@ def content_of(said: object) -> object:
         return said
     if said.startswith("data:"):
         return picture_bytes(said)
-    if said.startswith(("http://", "https://", "s3://", "gs://", "file://")):
-        raise DataError(f"a picture is the address {said[:60]!r}: pictures are not fetched; download it, and write its "
-                        "path", NO_PICTURE)  # fmt: skip
+    refuse_address(said)
     return said
 
 

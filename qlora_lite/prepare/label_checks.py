@@ -34,18 +34,26 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
     if problem in (None, NUMBER, CAPTIONS) or not len(data.examples):
         return
     if problem in (ONE_LABEL, MASKS) and len(names) == 1:
-        yield RowProblem("", ONE_CLASS, f"all rows have the label {names[0]!r}, so that there is nothing to learn")
+        message = f"all rows have the label {names[0]!r}, so that there is nothing to learn; give rows of others too"
+        yield RowProblem("", ONE_CLASS, message)
     if len(names) > MAX_NAMES or (problem == ONE_LABEL and len(names) > max(20, len(data.examples) // 2)):
         message = (f"{len(names):,} different labels in {len(data.examples):,} rows are no classes; for numbers write "
                    "task.kind: regression")  # fmt: skip
         yield RowProblem("", MANY_LABELS, message)
         return
     known = set(map(str, range(len(names)))) if problem == MASKS else {*names}
+    shown = [f"{i} ({name})" if problem == MASKS and name != str(i) else name for i, name in enumerate(names)]
     for part in filter(None, (data, eval_data)):
         for example in part.examples:
             if unknown := next((name for name in names_of(example, problem) if name not in known), None):
-                message = f"the label {unknown!r} is none of those that are trained: {', '.join(names)}"[:500]
-                yield RowProblem(example.where, UNKNOWN_LABEL, message)
+                message = f"the label {unknown!r} is none of those that are trained: {', '.join(shown)}"[:500]
+                if part is data:
+                    cure = "name it in task.labels, or correct it"
+                elif recipe.data.eval_share:
+                    cure = "data.eval_share held out all rows with it: give more of them, or data.eval"
+                else:
+                    cure = "give training rows with it, or correct it"
+                yield RowProblem(example.where, UNKNOWN_LABEL, f"{message}; {cure}")
                 break
 
 

@@ -124,6 +124,11 @@ def test_a_column_of_captions_or_labels_that_is_not_there_is_named(tmp_path):
     assert [each.answer for each in read_captions(tmp_path / "rows.csv", "sks", **named).examples] == ["sks"]
 
 
+def test_an_address_in_a_table_is_not_fetched(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,label\nhttps://x.org/a.png,hot\n")
+    assert "pictures are not fetched; download it" in read(tmp_path / "rows.csv").problems.found[0].message
+
+
 def test_bytes_in_parquet_become_files_named_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
     held = []

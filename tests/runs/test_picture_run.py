@@ -25,6 +25,7 @@ from tiny_pictures import (
     picture_recipe,
     save_encoder,
     write_parquet,
+    write_pictures,
 )
 from tiny_runs import stop_at, summary_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -36,6 +37,8 @@ from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelErro
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
 from qlora_lite.models.load import load_model
+from qlora_lite.prepare.preflight import preflight
+from qlora_lite.prepare.readers import reader_of
 from qlora_lite.prepare.recipe_head import picture_processor
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
@@ -261,6 +264,24 @@ def test_a_mask_with_a_class_that_training_lacks_is_found_before(bases, tmp_path
     Image.new("L", (28, 28), 7).save(tmp_path / "masked-eval" / "masks" / "101.png")
     with pytest.raises(DataError, match="the label '7' is none of those that are trained: 0, 1, 2"):
         run_recipe(load_recipe(recipe))
+
+
+def test_labels_that_are_not_trained_are_named_with_what_to_do(bases, tmp_path):
+    rare = write_pictures(tmp_path / "rare", 6)
+    shutil.copytree(rare / "hot", tmp_path / "rare" / "warm", ignore=shutil.ignore_patterns("00[1-5]*"))
+    pictures, masks = picture_recipe(tmp_path / "a", bases["vit"]), mask_recipe(tmp_path / "b", bases["vit"])
+    cases = [
+        (pictures, ["task.labels=[hot, warm]"], "'cool' is none of those that are trained: hot, warm; name it in task"),
+        (pictures, [f"data.eval={rare}"], "'warm' is none of those that are trained: cool, hot; give training rows"),
+        (pictures, [f"data.train={rare}", "data.eval=null", "data.eval_share=0.6"],
+         "'warm' is none of those that are trained: cool, hot; data.eval_share held out all rows with it"),
+        (masks, ["task.labels=[a, b]"], "'2' is none of those that are trained: 0 (a), 1 (b); name it in task.labels"),
+    ]  # fmt: skip
+    for path, overrides, fault in cases:
+        recipe = load_recipe(path, overrides)
+        found = preflight(recipe, reader_of(recipe))
+        with pytest.raises(DataError, match=re.escape(fault)):
+            found.raise_if_unusable()
 
 
 def test_data_and_plan_speak_of_pictures_and_of_what_4_bits_save(bases, run):
