@@ -111,6 +111,16 @@ def test_the_result_of_a_run_of_an_earlier_version_is_shown(finished):
     assert f"prompt     {one_line(summary['samples'][0]['prompt'])}" in _result(folder, summary)
 
 
+def test_speed_is_in_pictures_where_these_are_counted(finished, capsys):
+    step = SimpleNamespace(step=1, loss=0.5, metrics={}, tokens_per_second=12.34, peak_bytes=2**20, seconds=1.0)
+    for of_pictures, said in ((False, "loss 0.500  12 tokens/s"), (True, "loss 0.500  12.3 pictures/s")):
+        with step_progress(of_pictures=of_pictures) as show:
+            show(step, 2)
+        assert said in capsys.readouterr().err
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert f"{'speed':24} 12.3 pictures/s" in _result(finished[0], summary | {"tokens_per_second": 12.34}, True)
+
+
 def test_a_result_that_nobody_reads_any_more_is_no_failure_of_the_work():
     code = "from qlora_lite.cli.output import print_result\nprint_result('done')\nprint_result('and said')"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

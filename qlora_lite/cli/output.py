@@ -56,23 +56,24 @@ def importing() -> Iterator[None]:
 
 
 @contextmanager
-def step_progress(first: str = "before the first step") -> Iterator:
+def step_progress(first: str = "before the first step", of_pictures: bool = False) -> Iterator:
     """Give a function that shows one step's metrics: a live bar on a terminal, else a line now and then.
 
     Its ``watch`` shows how far anything else is, in the same place.
 
     Args:
         first: what the bar says before it is told anything.
+        of_pictures: whether pictures are counted, and not tokens.
     """
     if not sys.stderr.isatty():
-        yield _PlainLines()
+        yield _PlainLines(of_pictures)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        shown = _Bar(bar, bar.add_task(first, total=None))
+        shown = _Bar(bar, bar.add_task(first, total=None), of_pictures)
         with _log_to(sys.stderr):  # which is the bar's now, and writes above it
             yield shown
 
@@ -91,11 +92,12 @@ def _log_to(stream) -> Iterator[None]:
 
 
 class _Bar:
-    def __init__(self, bar, task):
-        self.bar, self.task = bar, task
+    def __init__(self, bar, task, of_pictures):
+        self.bar, self.task, self.of_pictures = bar, task, of_pictures
 
     def __call__(self, metrics, total: int) -> None:
-        self.bar.update(self.task, completed=metrics.step, total=total, description=_describe(metrics, total))
+        description = _describe(metrics, total, self.of_pictures)
+        self.bar.update(self.task, completed=metrics.step, total=total, description=description)
 
     def watch(self, what: str, done: int, total: int) -> None:
         description = printable(f"{what}: {done:,} of {total:,}")  # a run's name may be in it
@@ -103,7 +105,8 @@ class _Bar:
 
 
 class _PlainLines:
-    def __init__(self):
+    def __init__(self, of_pictures):
+        self.of_pictures = of_pictures
         self.spent, self.count, self.shown = 0.0, 0, time.monotonic()
         self.watched = self.shown
 
@@ -123,14 +126,19 @@ class _PlainLines:
         self.shown = now
         left = self.spent / self.count * (total - metrics.step)
         left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
-        echo(_describe(metrics, total) + left_text, err=True)
+        echo(_describe(metrics, total, self.of_pictures) + left_text, err=True)
 
 
-def _describe(metrics, total: int) -> str:
+def format_speed(tokens_per_second: float, of_pictures: bool) -> str:
+    """Write a speed, of pictures in pictures, each of which is a token to what trains."""
+    return f"{tokens_per_second:.1f} pictures/s" if of_pictures else f"{tokens_per_second:.0f} tokens/s"
+
+
+def _describe(metrics, total: int, of_pictures: bool) -> str:
     shown = "reward" if "reward" in metrics.metrics else "loss"  # of answers to prompts that differ from step to step
     value = metrics.metrics.get(shown, metrics.loss)
-    return (f"step {metrics.step}/{total}  {shown} {value:.3f}  {metrics.tokens_per_second:.0f} tokens/s  "
-            f"{format_bytes(metrics.peak_bytes)}")  # fmt: skip
+    speed, memory = format_speed(metrics.tokens_per_second, of_pictures), format_bytes(metrics.peak_bytes)
+    return f"step {metrics.step}/{total}  {shown} {value:.3f}  {speed}  {memory}"
 
 
 def echo(text: str = "", err: bool = False, nl: bool = True) -> None:

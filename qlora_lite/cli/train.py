@@ -11,7 +11,7 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.launch import launched, start
 from qlora_lite.units import format_bytes, format_score, format_seconds
 
-from .output import importing, one_line, prepare, print_result, step_progress
+from .output import format_speed, importing, one_line, prepare, print_result, step_progress
 
 
 @click.command()
@@ -58,14 +58,15 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
     with importing():
         from qlora_lite.runs import run
 
-    with step_progress() as progress:
+    with step_progress(of_pictures=settings.of_pictures) as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)
     if not is_first:
         return
-    print_result(_result(folder, json.loads((folder / "summary.json").read_text(encoding="utf-8"))), folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    print_result(_result(folder, summary, settings.of_pictures), folder)
 
 
-def _result(folder, summary: dict) -> str:
+def _result(folder, summary: dict, of_pictures: bool = False) -> str:
     lines = []
     for sample in summary["samples"][:2]:
         question = sample.get("question", sample["prompt"])  # a run of an earlier version has the whole prompt alone
@@ -80,7 +81,7 @@ def _result(folder, summary: dict) -> str:
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
-        f"{'speed':24} {summary['tokens_per_second']:.{1 if draws else 0}f} {'pictures' if draws else 'tokens'}/s",
+        f"{'speed':24} {format_speed(summary['tokens_per_second'], of_pictures)}",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{kind:24} {folder / kind}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",
