@@ -117,7 +117,10 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path.parent} has no {path.name}; model.path must be a whole model folder") from None
+        is_pipeline = (path.parent / "model_index.json").is_file()
+        cure = "; of a diffusion pipeline task.kind image-generation trains the denoiser" if is_pipeline else ""
+        what = f"{path.parent} has no {path.name}; model.path must be a whole model folder"
+        raise ModelError(what + cure) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):

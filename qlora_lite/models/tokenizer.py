@@ -9,7 +9,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from qlora_lite.errors import ModelError, first_line, tokenizer_faults
 
 from .cache import from_gguf_header
-from .locate import locate
+from .locate import ModelFiles, locate
 from .pretrained import tokenizer_of
 
 
@@ -32,8 +32,20 @@ def load_tokenizer(path: str | Path, revision: str | None = None, tokens: Sequen
         else:
             tokenizer = tokenizer_of(files.folder)
     except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of {path}: {_reason(files, error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     return tokenizer
+
+
+def _reason(files: ModelFiles, error: Exception) -> str:
+    """Say why a tokenizer cannot be loaded: transformers' words for files that are not there name none of them."""
+    named = (name for pattern in ("tokenizer*", "vocab*", "*.model") for name in files.folder.glob(pattern))
+    if files.gguf_file or any(named):
+        return first_line(error)
+    if (files.folder / "preprocessor_config.json").is_file():
+        cure = "if it reads pictures alone, write task.kind image-classification or image-segmentation"
+    else:
+        cure = "add its tokenizer.json"
+    return f"none of a tokenizer's files lies in {files.folder}; {cure}"

@@ -213,10 +213,20 @@ def test_a_package_in_several_folders_has_the_files_of_all(tmp_path, monkeypatch
         )
 
 
+def test_a_model_of_another_kind_is_named_with_its_task(one):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (one / name).unlink(missing_ok=True)
+    (one / "preprocessor_config.json").write_text("{}")
+    assert "write task.kind image-classification" in refusal(one, load_tokenizer)
+    (one / "config.json").unlink()
+    (one / "model_index.json").write_text("{}")
+    assert "of a diffusion pipeline task.kind image-generation trains the denoiser" in refusal(one)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(one):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (one / name).unlink(missing_ok=True)
-    assert "tokenizer" in refusal(one, load_tokenizer)
+    assert "none of a tokenizer's files lies in" in refusal(one, load_tokenizer)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": {"type": "Unheard"}}'])
