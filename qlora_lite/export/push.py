@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from qlora_lite.adapters.read import CONFIG_NAME
 from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run
-from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
+from qlora_lite.artifacts.trained_run import TrainedRun, open_trained, require_kind
 from qlora_lite.errors import ModelError, OutputError, RecipeError, first_line
 from qlora_lite.models.load import KEEP, stored_quantization
 from qlora_lite.models.locate import read_json
@@ -121,11 +121,12 @@ def prepare_push(
     Raises:
         QloraLiteError: the run cannot be used, its base model has no name on the hub, or the hub refuses.
     """
-    if not dry_run and get_token() is None:
-        raise OutputError(f"you are not logged in to the hub: {LOG_IN}")
     if is_adapter_alone(Path(run)):
         raise RecipeError(f"{run} is an adapter without a run to write a model card from; use `hf upload`")
     opened = open_run(run)
+    require_kind(opened.recipe, run, has_head=False)
+    if not dry_run and get_token() is None:
+        raise OutputError(f"you are not logged in to the hub: {LOG_IN}")
     trained = open_trained(run, model_path, unfinished)
     is_whole = opened.recipe.adapter.method == "full"
     if is_whole and settings.merged:

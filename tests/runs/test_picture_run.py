@@ -170,6 +170,12 @@ def test_predict_says_that_its_file_cannot_be_written_before_anything_is_read_an
     assert len(out.read_text().splitlines()) == 8
 
 
+def test_push_says_that_it_is_not_for_such_a_run_before_it_asks_for_a_token(run, monkeypatch):
+    monkeypatch.setattr("qlora_lite.export.push.get_token", lambda: None)
+    with pytest.raises(RecipeError, match="labels pictures"):
+        command("push", run[0], "owner/name", "--yes")
+
+
 def test_evaluate_measures_it_again_without_augmentations(run):
     folder, _ = run
     trained, summary = open_trained(folder, has_head=True), summary_of(folder)
