@@ -173,7 +173,7 @@ def _draw(
         from qlora_lite.inference.draw import draw_prompts, write_pictures
 
     with step_progress("loading"):
-        pictures = draw_prompts(run, texts, seed, changed, base, model_path)
+        pictures = draw_prompts(run, texts, seed, changed, base, model_path, unfinished=True)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_pictures(pictures, [folder / name for name in names])

@@ -213,7 +213,7 @@ def _shown(path: Path) -> str:
 
 def draw_prompts(
     run: str | Path, prompts: Sequence[str], seed: int = 0, changed: Mapping[str, float] | None = None,
-    base: bool = False, model_path: str | None = None,
+    base: bool = False, model_path: str | None = None, unfinished: bool = False,
 ) -> list[np.ndarray]:  # fmt: skip
     """Return a picture of each prompt by a run's denoiser, uint8 [H, W, C].
 
@@ -223,13 +223,13 @@ def draw_prompts(
         seed: of the first picture; each further one counts up.
         changed: fields of ``Drawing`` in place of those of the run's recipe.
         base: leave out what was trained.
-        model_path: see ``artifacts.trained_run.open_trained``.
+        model_path, unfinished: see ``artifacts.trained_run.open_trained``.
 
     Raises:
         RecipeError: it is no such run.
         DataError: a prompt is no class of a denoiser that knows classes.
     """
-    trained = open_trained(run, model_path, draws=True)
+    trained = open_trained(run, model_path, unfinished, draws=True)
     recipe = trained.recipe
     if base:
         trained.require_base()

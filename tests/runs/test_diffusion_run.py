@@ -141,6 +141,8 @@ def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}"])
     with pytest.raises(Interrupted):
         run_recipe(settings, stop_at(5))
+    drawn = command("generate", tmp_path / "out", "--prompt", "hot", "--steps", 1, "--out", tmp_path / "five.png")
+    assert drawn.exit_code == 0 and pixels(tmp_path / "five.png").shape == (16, 16, 3)
     assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
     one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
