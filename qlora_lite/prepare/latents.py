@@ -82,6 +82,8 @@ def encode(recipe: Recipe, fit: Fit, parts: Sequence[Dataset], watch: Watch | No
     rows: list[list[Example]] = [list(part.examples) for part in parts]
     captions = [example.answer for examples in rows for example in examples]
     prompts = NEUTRAL, *recipe.diffusion.sample_prompts
+    if not model.takes_text and model.classes:
+        _check_classes(recipe, model, [each for examples in rows for each in examples])
     texts = encode_texts(recipe, [*captions, *prompts], watch)
     pictures = _pictures(recipe, pipeline, fit, shapes, [each for examples in rows for each in examples], watch)
     sets, first = [], 0
@@ -144,6 +146,20 @@ def encode_texts(recipe: Recipe, texts: Iterable[str], watch: Watch | None = Non
         log.info("captions: %d of %d encoded in %.0f s, others from the cache", len(missing), len(distinct),
                  time.monotonic() - started)  # fmt: skip
     return found
+
+
+def _check_classes(recipe: Recipe, model: DenoiserModel, examples: Iterable[Example]) -> None:
+    """Check that captions and prompts of a denoiser that knows classes are some, and say where one is not.
+
+    Raises:
+        DataError: one is not.
+    """
+    prompts = (("diffusion.sample_prompts", text) for text in recipe.diffusion.sample_prompts)
+    for where, text in (*((each.where, each.answer) for each in examples), *prompts):
+        try:
+            _class_of(text, recipe, model)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
 
 
 def _class_of(text: str, recipe: Recipe, model: DenoiserModel) -> Stored:

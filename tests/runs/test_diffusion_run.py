@@ -351,7 +351,10 @@ def test_names_of_classes_come_with_the_pipeline(bases, tmp_path):
     folder = run_recipe(load_recipe(recipe))
     assert open_pipeline(folder / "model").labels == ("cool", "hot")
     only = diffusion_recipe(tmp_path / "b", folder / "model", diffusion={"sample_prompts": ["warm"]})
-    with pytest.raises(DataError, match="'warm' is no class of the model: cool, hot"):
+    with pytest.raises(DataError, match=r"diffusion\.sample_prompts: 'warm' is no class of the model: cool, hot"):
+        run_recipe(load_recipe(only))
+    (tmp_path / "b" / "eval" / "101.txt").write_text("warm")
+    with pytest.raises(DataError, match=r"eval/101\.png:1: 'warm' is no class of the model: cool, hot"):
         run_recipe(load_recipe(only))
 
 
