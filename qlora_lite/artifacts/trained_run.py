@@ -29,7 +29,7 @@ from qlora_lite.data.render import end_of_answers, for_pictures
 from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
-from qlora_lite.models.heads import OF_PIXELS
+from qlora_lite.models.heads import MARKS
 from qlora_lite.models.load import load_model, resolve_device
 from qlora_lite.models.locate import ModelFiles, locate, read_json
 from qlora_lite.models.pretrained import tokenizer_of
@@ -371,7 +371,7 @@ def _task_of(folder: Path) -> Task:
         return Task()
     kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
     if of_pictures:
-        kind = "image-segmentation" if said.get(OF_PIXELS) else "image-classification"
+        kind = next((kind for kind, mark in MARKS.items() if said.get(mark)), "image-classification")
     labels = said.get("id2label")
     if kind == "regression" and labels == {"0": REWARD_LABEL}:
         kind = "reward"

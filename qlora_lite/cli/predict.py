@@ -16,15 +16,15 @@ from .output import echo, prepare, step_progress
 )  # fmt: skip
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="JSONL file: place, label, probabilities and, where a row has one, its own label as reference.",
+    help="JSONL file: place, label, probabilities (or embedding) and, where a row has one, its own label as reference.",
 )  # fmt: skip
 @of_a_run
 def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: bool) -> None:
     """Label every row of a file.
 
     RUN is a run folder with a task.kind other than language-model, or its adapter folder. Of task.kind reward rows are
-    chats, which get scores, and of image-classification pictures. Texts longer than the run's data.max_tokens are cut;
-    longer chats are an error.
+    chats, which get scores, of image-classification pictures, and of image-embedding pictures, which get an embedding.
+    Texts longer than the run's data.max_tokens are cut; longer chats are an error.
     """
     prepare(verbose=False)
     from qlora_lite.inference.label_texts import predict_labels

@@ -1,7 +1,7 @@
 """Measure a model with a head on labelled texts, and label others with it."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.mask_head import MaskHead, measure_masks
+from qlora_lite.train.picture_embedding import PictureEmbedding
+from qlora_lite.train.picture_head import Pictures
 from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
 from qlora_lite.train.step import evaluating
 
@@ -82,7 +84,7 @@ def predict_labels(
 
     Of a reward model, rows are chats, and each gets a "reward", of pairs scores of "chosen" and "rejected". Others get
     a label (of several "labels", of a number a "value"), "probabilities" by label, and the row's own label as
-    "reference" where it has one.
+    "reference" where it has one; pictures of task.kind image-embedding an "embedding" of length 1 in their place.
 
     Args:
         run: a run folder, or an adapter folder as peft writes it, with the labels in its ``config.json``.
@@ -155,14 +157,27 @@ def _label_pictures(trained: TrainedRun, rows: str | Path, out: Path) -> Predict
     blank = (recipe.task.labels or ("",))[0]
     examples = [picture_example(replace(picture, label=blank), digest) for picture, digest in found]
     model, work = load_head(recipe, trained.adapter, trained.tokenizer())
-    outputs, _ = outputs_for(work, model, eval_batches(work, examples, train_settings(recipe)))
+    batches = eval_batches(work, examples, train_settings(recipe))
+    if isinstance(work, PictureEmbedding):
+        given = [{"embedding": each} for each in embeddings_of(work, model, batches)]
+    else:
+        outputs, _ = outputs_for(work, model, batches)
+        given = [described(output, work.labels, work.problem) for output in outputs.numpy()]
     lines = []
-    for (picture, _), output in zip(found, outputs.numpy(), strict=True):
+    for (picture, _), said in zip(found, given, strict=True):
         reference = {} if picture.label is None else {"reference": picture.label}
-        said = {"where": picture.where, "picture": picture.path} | described(output, work.labels, work.problem)
-        lines.append(said | reference)
+        lines.append({"where": picture.where, "picture": picture.path} | said | reference)
     _write_lines(out, lines)
     return Predicted(len(lines), 0)
+
+
+@torch.no_grad()
+def embeddings_of(work: PictureEmbedding, model: nn.Module, batches: Iterable[Pictures]) -> Iterator[list[float]]:
+    """Yield the embedding of every picture, to six decimals, with dropout off."""
+    with evaluating(model):
+        for batch in batches:
+            for embedding in work.embeddings(model, work.inputs(batch, work.device(model))).tolist():
+                yield [round(number, 6) for number in embedding]
 
 
 def _write_masks(trained: TrainedRun, pictures: Sequence[Picture], out: Path) -> Predicted:

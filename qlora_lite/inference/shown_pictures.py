@@ -2,8 +2,7 @@
 
 Neighbours are the training pictures whose features point the same way (cosine similarity). How often the nearest one
 has a held-out picture's label is a score of the encoder alone, of its head's classes or of others it never saw (recall
-at 1 of a search for pictures of the same class). Features are the first token
-of the last hidden states where the encoder has tokens beside its patches, else the mean. A map colours each patch by
+at 1 of a search for pictures of the same class). Features are what the head reads. A map colours each patch by
 the first three principal components of all shown patches, red, green and blue: patches of one colour look alike to the
 encoder. Signs of components are chosen so that their largest weight is positive, and each runs from its least to its
 most value.
@@ -50,9 +49,10 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures], patches: bool = True) -> Seen:
     """Return what a model makes of pictures, with dropout off, its patches only if they are wanted."""
-    found, device, kept = [], work.device(model), []
+    found, device, kept, read = [], work.device(model), [], []
     encoder, size = getattr(model, base_path(model)), of_blocks(model.config).patch_size
-    handle = encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state))
+    handles = (encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state)),
+               model.classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])))  # fmt: skip
     height, width = work.processor.height // size, work.processor.width // size
     try:
         with torch.no_grad(), evaluating(model):
@@ -60,11 +60,11 @@ def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures], patch
                 outputs = work.outputs(model, work.inputs(batch, device)).cpu()
                 hidden = kept.pop().float().cpu()
                 others = hidden.shape[1] - height * width  # class and register tokens, which come first
-                features = hidden[:, 0] if others else hidden.mean(1)
                 shown = hidden[:, others if patches else hidden.shape[1] :]
-                found.append((outputs, features, shown.unflatten(1, (-1, width))))
+                found.append((outputs, read.pop().float().cpu(), shown.unflatten(1, (-1, width))))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return Seen(*map(torch.cat, zip(*found, strict=True)))
 
 

@@ -27,7 +27,9 @@ from qlora_lite.errors import ModelError
 from .nested import LanguagePart
 from .pretrained import is_of_pictures
 
-OF_PIXELS = "qlora_lite_pixel_labels"  # in config.json
+# What config.json says of heads that use the same modules otherwise, in words of this package: an adapter alone is not
+# to be taken for one of image-classification. By task.kind.
+MARKS = {"image-segmentation": "qlora_lite_pixel_labels", "image-embedding": "qlora_lite_embedding"}
 _new: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()  # names of weights that no file had, by model
 
 
@@ -40,15 +42,14 @@ class Head:
         labels: the names of its outputs, in order; of a number there is one.
         seed: of the weights that it begins with.
         of_pictures: whether it reads pictures and no text.
-        of_pixels: whether it is read at every patch; the configuration says that in a word of this package, so that an
-            adapter alone is not taken for one of whole pictures.
+        mark: one of ``MARKS``; None of a head as transformers computes it.
     """
 
     problem: str
     labels: tuple[str, ...]
     seed: int = 0
     of_pictures: bool = False
-    of_pixels: bool = False
+    mark: str | None = None
 
 
 def with_head(part: LanguagePart, head: Head | None) -> LanguagePart:
@@ -84,8 +85,8 @@ def _describe(config, head: Head) -> None:
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: number for number, label in enumerate(head.labels)}
     config.problem_type = head.problem
-    if head.of_pixels:
-        setattr(config, OF_PIXELS, True)
+    if head.mark:
+        setattr(config, head.mark, True)
 
 
 def is_encoder(model: nn.Module) -> bool:

@@ -45,7 +45,7 @@ def _reason(files: ModelFiles, error: Exception) -> str:
     if files.gguf_file or any(named):
         return first_line(error)
     if (files.folder / "preprocessor_config.json").is_file():
-        cure = "if it reads pictures alone, write task.kind image-classification or image-segmentation"
+        cure = "if it reads pictures alone, write task.kind image-classification (qlora-lite explain pictures)"
     else:
         cure = "add its tokenizer.json"
     return f"none of a tokenizer's files lies in {files.folder}; {cure}"

@@ -68,6 +68,7 @@ from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Re
 from qlora_lite.train.causal_lm import CausalLM, ModelSpec
 from qlora_lite.train.mask_head import MaskHead, MaskLoss
 from qlora_lite.train.picture_chats import PictureChatLM
+from qlora_lite.train.picture_embedding import PictureEmbedding
 from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
@@ -419,8 +420,9 @@ def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> Workload:
     if head and recipe.has_masks:
         return MaskHead(MaskLoss(), method, spec, labels=head.labels, processor=picture_processor(recipe))
     if head and recipe.of_pictures:
+        kind_of_head = PictureEmbedding if recipe.task.kind == "image-embedding" else PictureHead
         processor = picture_processor(recipe)
-        return PictureHead(HeadLoss(head.problem), method, spec, labels=head.labels, processor=processor)
+        return kind_of_head(HeadLoss(head.problem), method, spec, labels=head.labels, processor=processor)
     if head:
         return SequenceHead(HeadLoss(head.problem), method, spec, labels=head.labels)
     if kind == GRPO:

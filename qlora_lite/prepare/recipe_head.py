@@ -9,7 +9,7 @@ from qlora_lite.data.picture_grids import GridReader
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError, first_line
-from qlora_lite.models.heads import Head, with_head
+from qlora_lite.models.heads import MARKS, Head, with_head
 from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
 from qlora_lite.models.pretrained import processor_of
@@ -28,7 +28,7 @@ def head_of(recipe: Recipe) -> Head | None:
         labels: tuple[str, ...] = (REWARD_LABEL,)
     else:
         labels = ("number",) if recipe.problem == NUMBER else recipe.task.labels or PLANNED_LABELS
-    return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures, recipe.has_masks)
+    return Head(recipe.problem, labels, recipe.train.seed, recipe.of_pictures, MARKS.get(recipe.task.kind))
 
 
 def resolution_multiple(recipe: Recipe) -> int:

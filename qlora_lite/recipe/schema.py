@@ -25,10 +25,11 @@ PROBLEMS = {  # of task.kind, in transformers' words
     "language-model": None, "classification": "single_label_classification",
     "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
     "image-classification": "single_label_classification", "image-segmentation": "single_label_classification",
+    "image-embedding": "single_label_classification",
     "image-text-to-text": None,
     "image-generation": None,
 }  # fmt: skip
-CLASSIFYING_PICTURES = "image-classification", "image-segmentation"  # of task.kind
+CLASSIFYING_PICTURES = "image-classification", "image-segmentation", "image-embedding"  # of task.kind
 GENERATING_PICTURES = "image-generation"
 OF_PICTURES = *CLASSIFYING_PICTURES, GENERATING_PICTURES
 REWARD_LABEL = "reward"  # of the one output of a reward model
@@ -164,7 +165,7 @@ class Task(_Section):
 
     kind: Literal[
         "language-model", "classification", "multi-label", "regression", "reward", "image-classification",
-        "image-segmentation", "image-generation", "image-text-to-text",
+        "image-segmentation", "image-embedding", "image-generation", "image-text-to-text",
     ] = "language-model"  # fmt: skip
     """language-model learns to write, image-text-to-text to write about pictures in chats, with a vision-language model
     (qlora-lite explain pictures). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
@@ -172,9 +173,10 @@ class Task(_Section):
     label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
     label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
     (qlora-lite explain heads). image-classification gives pictures one label of several, by a vision encoder (DINOv2,
-    ViT, SigLIP, CLIP), and image-segmentation one to each of their pixels, both with model.quant none unless it says
-    otherwise (qlora-lite explain pictures). image-generation trains the denoiser of a diffusion model (Stable
-    Diffusion, SDXL, SD3, PixArt, FLUX, DiT) on pictures with captions (qlora-lite explain diffusion)."""
+    ViT, SigLIP, CLIP), image-segmentation one to each of their pixels, and image-embedding brings pictures of one label
+    together for searches, all with model.quant none unless it says otherwise (qlora-lite explain pictures).
+    image-generation trains the denoiser of a diffusion model (Stable Diffusion, SDXL, SD3, PixArt, FLUX, DiT) on
+    pictures with captions (qlora-lite explain diffusion)."""
     labels: Annotated[
         tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
     ] = None  # fmt: skip

@@ -257,6 +257,25 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
             assert (np.asarray(one) == np.asarray(two)).mean() > 0.95  # in bfloat16, maybe
 
 
+def test_embeddings_bring_a_class_together_and_are_written_by_predict(bases, tmp_path):
+    train = {"max_steps": 30, "lr_scheduler": "constant"}
+    recipe = picture_recipe(tmp_path / "run", bases["dinov2"], task={"kind": "image-embedding"}, train=train)
+    folder, rows = run_recipe(load_recipe(recipe)), tmp_path / "run" / "eval"
+    scores = summary_of(folder)["metrics"]["after"]
+    assert scores["accuracy_nearest_neighbour"]["value"] == 1.0 and scores["accuracy"]["value"] == 1.0
+    shutil.copytree(folder / "adapter", tmp_path / "alone")
+    written = []
+    for trained in (folder, tmp_path / "alone"):
+        predict_labels(trained, rows, out := tmp_path / "found" / f"{trained.name}.jsonl")
+        written.append(torch.tensor([line["embedding"] for line in lines(out)]))
+    found, alone = written
+    assert (found * alone).sum(1).min() > 0.999  # in bfloat16, maybe
+    assert found.shape == (8, 64) and torch.allclose(found.norm(dim=1), torch.ones(8), atol=1e-5)
+    is_hot = torch.tensor([line["reference"] == "hot" for line in lines(out)])
+    alike, cosines = is_hot[:, None] == is_hot, found @ found.T
+    assert is_hot.sum() == 4 and cosines[alike].min() > cosines[~alike].max()
+
+
 def test_a_picture_with_a_mask_is_resized_whole(bases, tmp_path):
     base = shutil.copytree(bases["dinov2"], tmp_path / "base")
     middle = {"do_resize": True, "size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 28}
