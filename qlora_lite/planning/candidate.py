@@ -99,9 +99,14 @@ def build_candidate(step: Step, machine: Machine, options: MemoryOptions, packs:
         evaluation = None
     options = settled(step, options)
     job = replace(step.job, shape=shape, eval_shape=evaluation, accumulating=micro_batches > 1, options=options)
+    return timed(machine, options, packs, micro_batches, predicted(step, job))
+
+
+def predicted(step: Step, job: Job) -> Prediction:
+    """Predict a job of the step, if that was not done before."""
     if job not in step.known:
         step.known[job] = predict(job)
-    return timed(machine, options, packs, micro_batches, step.known[job])
+    return step.known[job]
 
 
 def timed(

@@ -11,9 +11,8 @@ from functools import partial
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.models.memory_options import MemoryOptions
 
-from .candidate import Step
+from .candidate import Step, predicted
 from .largest import LENGTH_STEP, longest
-from .predict import predict
 from .search import FEWEST_ALIKE, first_options, in_segments, smaller, with_disk, with_less_on_host
 from .simulate import Job
 
@@ -34,23 +33,25 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
         DoesNotFitError: not even the shortest fits.
     """
     largest = min(largest, step.job.workload.most_tokens or largest)
+    prediction_of = partial(predicted, step)
     ways = _ways(with_disk(step), host_limit_bytes)
     saving_most, guess, reason = next(ways), start, None
     try:
-        guess = longest(saving_most, limit_bytes, None, start, largest)
+        guess = longest(saving_most, limit_bytes, None, start, largest, prediction_of)
         job = saving_most(guess)
         inputs_on_device = job.options.recomputes and not job.options.offload_checkpoints
-        if predict(job).fits_host(host_limit_bytes) and not inputs_on_device:
+        if prediction_of(job).fits_host(host_limit_bytes) and not inputs_on_device:
             return job
     except DoesNotFitError as error:  # of one or two blocks, streaming needs more than it spares
         reason = error
     found, found_by = 0, saving_most
     for job_of in (*ways, saving_most):
         more = found + LENGTH_STEP
-        if found and (more > largest or not predict(job_of(more)).fits(limit_bytes, host_limit_bytes)):
+        if found and (more > largest or not prediction_of(job_of(more)).fits(limit_bytes, host_limit_bytes)):
             continue
         try:
-            found, found_by = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest), job_of
+            found = longest(job_of, limit_bytes, host_limit_bytes, found or guess, largest, prediction_of)
+            found_by = job_of
         except DoesNotFitError as error:
             reason = reason or error
     if not found:
@@ -91,7 +92,7 @@ def _partly_streamed(step: Step, options: MemoryOptions, host_limit_bytes: int) 
     fewest, most = FEWEST_ALIKE, step.job.workload.depth - FEWEST_ALIKE
 
     def host_bytes(tokens: int, resident: int) -> int:
-        return predict(_one_pack(step, replace(options, resident_layers=resident), tokens)).host_bytes
+        return predicted(step, _one_pack(step, replace(options, resident_layers=resident), tokens)).host_bytes
 
     block_bytes = (host_bytes(LENGTH_STEP, 0) - host_bytes(LENGTH_STEP, fewest)) // fewest
 

@@ -16,7 +16,7 @@ from qlora_lite.files import Space
 from qlora_lite.memory.bar import BESIDE, TRAINED
 from qlora_lite.memory.gpus import GpuError
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, timed
+from qlora_lite.planning.candidate import Candidate, Step, build_candidate, choose, predicted, timed
 from qlora_lite.planning.largest import most, most_packs
 from qlora_lite.planning.length import longest_job, packs_at_once
 from qlora_lite.planning.machine import Machine
@@ -267,7 +267,8 @@ def longest_pack(plan: Plan) -> tuple[int, Candidate]:
     packs = packs_at_once(step)
     tokens = job.shape.tokens // packs
     _warn_of_length(job, tokens)
-    return tokens, timed(plan.machine, job.options, packs, step.packs * step.micro_batches // packs, predict(job))
+    micro_batches = step.packs * step.micro_batches // packs
+    return tokens, timed(plan.machine, job.options, packs, micro_batches, predicted(step, job))
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:
@@ -294,10 +295,10 @@ def max_batch(plan: Plan) -> int:
     for options in reversed([plan.chosen.options, first_options(plan.step), *smaller(plan.step)]):
         if found == MAX_PACKS:
             break
-        if found and not predict(job_of(found + 1, options)).fits(*limits):
+        if found and not predicted(plan.step, job_of(found + 1, options)).fits(*limits):
             continue  # what saves most of the device may ask most of the host, so that no way is the best for sure
         try:
-            found = most_packs(partial(job_of, options=options), *limits, MAX_PACKS)
+            found = most_packs(partial(job_of, options=options), *limits, MAX_PACKS, partial(predicted, plan.step))
         except DoesNotFitError as error:
             reason = error
     if reason is not None and not found:

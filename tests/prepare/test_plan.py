@@ -706,6 +706,19 @@ def test_the_largest_number_under_a_limit_is_found_with_few_tries(limit, steps_o
     assert found == 10**6 or missing(found + 1) > 0
 
 
+@pytest.mark.parametrize("start", [8, 1000])
+@pytest.mark.parametrize("limit", [25_000, 2_600_000, 20_000_000])
+def test_on_a_slight_curve_the_largest_number_is_found_with_a_few_tries(start, limit):
+    tried = []
+
+    def missing(n):
+        tried.append(n)
+        return 1000 * n + n * n // 100 - limit
+
+    found = largest_of(missing, missing(1), start, 2**15)
+    assert len(tried) <= 10 and missing(found) <= 0 < missing(found + 1)
+
+
 @pytest.mark.parametrize(("optimizer", "other"), [
     ("paged_adamw_8bit", "adamw_32bit"), ("adamw_32bit", "adamw_8bit"), ("paged_lion_8bit", "lion_32bit"),
     ("lion_32bit", "lion_8bit"), ("adamw_torch", "adamw_8bit"),
