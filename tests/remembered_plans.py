@@ -5,11 +5,15 @@ from dataclasses import replace
 import qlora_lite.prepare.ranks
 from qlora_lite.planning import simulate
 
+_KNOWN: dict[str, object] = {}  # simulations of this process: most files train the same tiny models
+
 
 def _shown(spec):
-    """A spec with all of its configuration; a denoiser's is text already."""
+    """A spec with all of its configuration but the folder it is from; a denoiser's is text already."""
     config = spec.config
-    return spec if isinstance(config, str) else replace(spec, config=config.to_json_string(use_diff=False))
+    if isinstance(config, str):
+        return spec
+    return replace(spec, config=[item for item in config.to_dict().items() if item[0] != "_name_or_path"])
 
 
 def remember_simulations(setattr_=setattr) -> dict:
@@ -19,21 +23,21 @@ def remember_simulations(setattr_=setattr) -> dict:
         setattr_: pytest's ``monkeypatch.setattr``, to take it back afterwards.
 
     Returns:
-        What is known, which may be forgotten.
+        What is known, which may be forgotten; a test that changes what is simulated has to, before and after.
     """
-    known, real = {}, simulate._on_meta
+    real = simulate._on_meta
 
     def remembered(job, timeline=False):
         if timeline:
             return real(job, timeline)
         spec = job.workload.spec  # which is not shown
         key = repr((job, _shown(spec)))
-        if key not in known:
-            known[key] = real(job)
-        return known[key]
+        if key not in _KNOWN:
+            _KNOWN[key] = real(job)
+        return _KNOWN[key]
 
     setattr_(simulate, "_on_meta", remembered)
-    return known
+    return _KNOWN
 
 
 def remember_predictions(setattr_=setattr) -> dict:

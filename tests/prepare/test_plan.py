@@ -809,6 +809,7 @@ def test_an_operator_that_needs_values_is_measured_on_small_real_models_and_name
     (said,) = [r.message for r in caplog.records if because in r.message]
     assert "measured on the processor with real tensors" in said
     assert measured.peak_bytes == pytest.approx(planned.peak_bytes, abs=100)
+    simulations.clear()
 
 
 class TestCommand:
