@@ -32,7 +32,7 @@ from qlora_lite.train.processes import FirstRankLostError, Processes, RankLostEr
 
 VARIABLES = [("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")]
 ASKS_NOTHING = {"plan", "data", "report", "recipes", "explain", "doctor", "train"}
-SECONDS = 120  # for a run of several processes
+SECONDS = 240  # for a run of several processes, on a busy machine too
 TRAIN = {"gradient_accumulation_steps": 4, "max_steps": 8, "eval_every_steps": 4, "save_every_steps": 2}
 
 
@@ -132,7 +132,11 @@ def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gp
 
 
 def ended(process, code=0):
-    out, err = process.communicate(timeout=SECONDS)
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()  # one that takes too long is not to go on beside other tests
+        process.wait()
     assert process.returncode == code and "Traceback" not in err, err
     return out, err
 
