@@ -972,7 +972,7 @@ def test_on_a_cpu_the_host_memory_of_the_longest_sequence_is_that_of_the_process
 
 
 def test_the_command_plans_a_built_in_recipe_by_its_name_and_says_that_a_run_would_not_use_the_gpu(command):
-    small = "smollm3-3b", "data.max_tokens=64", "train.gradient_accumulation_steps=1", "model.device=cpu", *SETTLED
+    small = "llama3.2-3b", "data.max_tokens=64", "train.gradient_accumulation_steps=1", "model.device=cpu", *SETTLED
     code, out, err = command("plan", *small, "--vram", "8GiB", "--json")
     assert code == 0 and json.loads(out)["fits"]
     assert command("plan", "no-such-recipe")[0] == 2

@@ -75,7 +75,9 @@ def pixels(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("family", [*PIPELINES, "dit"])
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in (*PIPELINES, "dit")
+])  # fmt: skip
 def test_every_family_is_trained_and_shown_before_and_after(bases, tmp_path, family):
     data = {} if family == "dit" else SMALL
     folder = run_recipe(load_recipe(diffusion_recipe(tmp_path, bases[family], **data)))
