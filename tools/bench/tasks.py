@@ -74,6 +74,9 @@ def sweep(
 
     Args:
         train: settings of the recipe's section.
+
+    Raises:
+        RuntimeError: another process has written what this sweep found: two may share a sweep's runs, not its page.
     """
     recipe = {
         "model": {"path": path_of(model)},
@@ -85,7 +88,12 @@ def sweep(
     for file, values in ((f"{name}-recipe", recipe), (name, wanted)):
         (folder / f"{file}.yaml").write_text(json.dumps(values, indent=1), encoding="utf-8")  # JSON is YAML
     subprocess.run([sys.executable, "-m", "qlora_lite", "sweep", f"{name}.yaml"], cwd=folder, check=True)
-    return json.loads((folder / "sweeps" / name / "sweep.json").read_text(encoding="utf-8"))["points"]
+    points = json.loads((folder / "sweeps" / name / "sweep.json").read_text(encoding="utf-8"))["points"]
+    for axis, choices in axes.items():
+        if isinstance(choices, Mapping) and {point["choice"][axis] for point in points} != choices.keys():
+            raise RuntimeError(f"{folder / 'sweeps' / name} has another sweep's points: give each process a part of "
+                               "its own")  # fmt: skip
+    return points
 
 
 def best_rates(points: list[dict], axis: str) -> set[str]:
