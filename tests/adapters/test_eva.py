@@ -30,7 +30,10 @@ from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers
+    pytest.mark.usefixtures("simulations"),
+]
 LORA = {"rank": 4, "alpha": 8, "dtype": "float32", "start": "eva"}
 
 

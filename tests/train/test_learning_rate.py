@@ -19,6 +19,8 @@ from qlora_lite.reporting.plan_text import as_json, describe
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.settings import auto_learning_rate
 
+pytestmark = pytest.mark.usefixtures("simulations")
+
 
 @pytest.mark.parametrize(
     ("model", "rate"),

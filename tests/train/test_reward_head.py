@@ -31,6 +31,7 @@ from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.step import accumulate_gradients
 
+pytestmark = pytest.mark.usefixtures("simulations")
 CPU, HEAD = torch.device("cpu"), Head(NUMBER, ("reward",), 0)
 METHOD = Lora(rank=4, alpha=8.0, dtype=torch.float32, head=True)
 
