@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from qlora_lite.artifacts.run_files import RECIPE
-from qlora_lite.data.captions import captions_in
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, require_writable
 from qlora_lite.recipe.load import load_recipe
@@ -164,6 +163,8 @@ def _draw(
         raise click.UsageError(f"--out {out} is a folder; name a .png file in it")
     if prompts is None and column:
         raise click.UsageError("--column is for --prompts FILE")
+    from qlora_lite.data.captions import captions_in
+
     texts = captions_in(prompts, column) if prompts is not None else [prompt or ""]
     names = [f"{number:04}.png" for number in range(1, len(texts) + 1)] if prompts else [Path(out).name]
     folder = Path(out).parent if prompts is None else Path(out)
