@@ -174,7 +174,8 @@ def captions_in(path: str | Path, column: str | None = None) -> list[str]:
     """
     if reader_of(Path(path), is_text=True) == "text":
         try:
-            found = open_bytes(Path(path)).read().decode().splitlines()
+            with open_bytes(Path(path)) as file:
+                found = file.read().decode().splitlines()
         except UnicodeDecodeError:
             raise DataError(f"{path}: not UTF-8; convert the file to UTF-8") from None
     else:
