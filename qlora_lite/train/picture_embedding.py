@@ -17,7 +17,7 @@ from qlora_lite.memory.marks import category
 
 from .picture_head import PictureHead, Pictures
 
-TEMPERATURE = 0.05  # as in the paper
+TEMPERATURE = 0.05  # what is usual for this loss
 
 
 @dataclass(frozen=True)
