@@ -7,6 +7,7 @@ import pytest
 import torch
 from methods import Case, assert_as_planned, assert_gradients_of_peft, gradients, ledger_of, plan, with_factors
 from tiny_pictures import ENCODERS, STILL, picture_rows, save_encoder, write_pictures
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageClassification, DINOv3ViTConfig, SwinConfig
 
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
@@ -20,6 +21,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from qlora_lite.train.picture_embedding import PictureEmbedding
 from qlora_lite.train.picture_head import PictureHead, Pictures
 from qlora_lite.train.sequence_head import HeadLoss
 from qlora_lite.train.state import STATE, capture, restore
@@ -52,11 +54,11 @@ def loaded(folder, quant="none"):
     return load_model(folder, quant, compute_dtype=torch.float32, use_cache=False, head=HEAD)
 
 
-def workload(folder, quant="none", size=28, augment="none", method=METHOD):
+def workload(folder, quant="none", size=28, augment="none", method=METHOD, kind=PictureHead):
     config = with_head(read_part(str(folder)), HEAD).config
     spec = ModelSpec(config, quant, compute_dtype=torch.float32)
     processor = processor_of(STILL, 28, size, augment)
-    return PictureHead(HeadLoss(ONE_LABEL), method, spec, labels=NAMES, processor=processor)
+    return kind(HeadLoss(ONE_LABEL), method, spec, labels=NAMES, processor=processor)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
@@ -82,15 +84,54 @@ def test_loss_gradients_and_logits_are_those_of_transformers_and_peft(folders, r
     assert_gradients_of_peft(gradients(METHOD, model), theirs)
 
 
+def read_by_the_head(name, model, pixels):
+    """What transformers' class for image classification gives its classifier, written out for each family."""
+    if name == "dinov2":
+        hidden = model.dinov2(pixels).last_hidden_state
+        return torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], dim=1)
+    if name == "vit":
+        return model.vit(pixels).last_hidden_state[:, 0]
+    hidden = model.vision_model(pixels).last_hidden_state
+    return (hidden if name == "siglip" else hidden[:, 1:]).mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+def test_the_loss_and_gradients_of_embeddings_are_those_of_transformers_and_peft(folders, rows, family, tmp_path):
+    folder = folders[family]
+    work, model = workload(folder, kind=PictureEmbedding), loaded(folder)
+    torch.manual_seed(0)
+    METHOD.apply(model)
+    save_adapter(with_factors(model), tmp_path / "adapter", folder, method=METHOD)
+    batches = [work.inputs(work.collate(part), CPU) for part in (rows[:3], rows[3:])]
+    ours = accumulate_gradients(work, model, batches).loss.item()
+
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForImageClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    inner, whole = theirs.base_model.model, work.collate(rows)
+    read = read_by_the_head(family, inner, whole.pixels)
+    head = inner.classifier.modules_to_save["default"]
+    cosines = functional.cosine_similarity(read[:, None], head.weight[None], dim=2)
+    loss = functional.cross_entropy(cosines / 0.05 + head.bias, whole.targets)
+    loss.backward()
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    assert_gradients_of_peft(gradients(METHOD, model), theirs)
+    found = work.embeddings(model.eval(), whole)
+    torch.testing.assert_close(found, functional.normalize(read, dim=1), rtol=1e-5, atol=1e-5)
+
+
 def case(folder, rows, **how):
     work, quant = workload(folder, **how), how.get("quant", "none")
     changes = {"max_tokens": 4, "packing": False, "micro_batch_size": 4}
     return Case(work, lambda: loaded(folder, quant), rows, changes)
 
 
-@pytest.mark.parametrize(("name", "quant"), [("dinov2", "none"), ("dinov2", "nf4"), ("vit", "none"), ("clip", "nf4")])
-def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name, quant):
-    one = case(folders[name], rows, quant=quant)
+@pytest.mark.parametrize(("name", "quant", "kind"), [
+    ("dinov2", "none", PictureHead), ("dinov2", "nf4", PictureHead), ("vit", "none", PictureHead),
+    ("clip", "nf4", PictureHead), ("dinov2", "none", PictureEmbedding), ("clip", "none", PictureEmbedding),
+])  # fmt: skip
+def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name, quant, kind):
+    one = case(folders[name], rows, quant=quant, kind=kind)
     assert_as_planned(one, plan(one, 2**40))
 
 
