@@ -4,7 +4,8 @@ from dataclasses import fields, replace
 
 from qlora_lite.adapters.files import Lora
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.transformer import ModelSpec
 
 
 def new_job(config, shape, eval_shape=None, **settings):

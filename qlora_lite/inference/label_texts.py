@@ -29,20 +29,20 @@ from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
 from qlora_lite.recipe import schema
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import ModelSpec
+from qlora_lite.train.head_workload import HeadWorkload, outputs_for
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.mask_head import MaskHead, measure_masks
 from qlora_lite.train.picture_embedding import PictureEmbedding
 from qlora_lite.train.picture_head import Pictures
-from qlora_lite.train.sequence_head import SequenceHead, Texts, outputs_for
 from qlora_lite.train.step import evaluating
+from qlora_lite.train.transformer import ModelSpec
 
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
 _BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody knows
 
 
 def measure_labels(
-    workload: SequenceHead, model: nn.Module, batches: Iterable[Texts]
+    workload: HeadWorkload, model: nn.Module, batches: Iterable
 ) -> tuple[dict[str, Score], list[list[int]] | None]:  # fmt: skip
     """Return the scores of a model on batches of labelled texts, and of one label the confusion matrix."""
     if isinstance(workload, MaskHead):
@@ -55,7 +55,7 @@ def measure_labels(
     return scores_of(outputs, there, workload.problem), matrix
 
 
-def load_head(recipe: Recipe, adapter: str | Path | None, tokenizer) -> tuple[nn.Module, SequenceHead]:
+def load_head(recipe: Recipe, adapter: str | Path | None, tokenizer) -> tuple[nn.Module, HeadWorkload]:
     """Load a recipe's model with its head for use, with an adapter if one is given.
 
     Args:

@@ -65,7 +65,8 @@ from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Recipe
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.head_workload import HeadLoss
 from qlora_lite.train.mask_head import MaskHead, MaskLoss
 from qlora_lite.train.picture_chats import PictureChatLM
 from qlora_lite.train.picture_embedding import PictureEmbedding
@@ -73,7 +74,7 @@ from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.policy import GroupPolicy, PolicyLM
 from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
 from qlora_lite.train.reward_head import PairLoss, RewardHead
-from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
+from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.settings import (
     METHOD_SHARES,
     PREFERENCE_SHARE,
@@ -82,6 +83,7 @@ from qlora_lite.train.settings import (
     auto_learning_rate,
     method_learning_rate,
 )
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape, Workload
 
 from .recipe_denoiser import (

@@ -52,11 +52,11 @@ from qlora_lite.train.checkpoints import Checkpoint, Tensors
 from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.divided_weights import fill_here, parts_of, tensors_here
 from qlora_lite.train.guards import check_frozen
+from qlora_lite.train.head_workload import HeadWorkload
 from qlora_lite.train.loop import StepMetrics
 from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
 from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.processes import ALONE
-from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.state import STATE, capture, collection_of, compare_tensors, restore
 from qlora_lite.train.whole_tensors import Collection, Whole, layout_of, parts_here
 from qlora_lite.units import format_score
@@ -357,7 +357,7 @@ class Training:
         """Measure the metrics; what keeps them from it ends the run before training, and is a warning later."""
         if self.recipe.task.kind == "reward":  # whose evaluations say all
             return None
-        if isinstance(work := self.trainer.workload, SequenceHead):
+        if isinstance(work := self.trainer.workload, HeadWorkload):
             return self._label_metrics(work.plain(), eval_data, when)
         rows, count = eval_data.examples, self.recipe.train.metrics_examples
         rows = answers_alone(rows, count) if self.recipe.preference else rows[:count]
@@ -385,7 +385,7 @@ class Training:
         self._log_scores(result, when, len(result.records))
         return result
 
-    def _label_metrics(self, work: SequenceHead, eval_data: Dataset, when: str) -> Measured:
+    def _label_metrics(self, work: HeadWorkload, eval_data: Dataset, when: str) -> Measured:
         """Measure what a head gives for all evaluation rows."""
         with self._at_once():
             scores, matrix = self.trainer.computed(

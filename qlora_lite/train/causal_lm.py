@@ -3,29 +3,24 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
-from types import MappingProxyType
 from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import require_model
-from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
 from qlora_lite.data.storage import Example, learned_counts, row_lengths, with_virtual
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
-from qlora_lite.models.gguf_codes import Formats
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.load import is_converted, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
-from qlora_lite.models.published import stacked_bytes
-from qlora_lite.models.skeleton import block_pattern, give_storage, meta_copy, shallow_config
+from qlora_lite.models.skeleton import give_storage, meta_copy
 from qlora_lite.ops.fused_attention import PlannedKernels
 from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, token_losses
@@ -43,12 +38,11 @@ from .text_guards import (
     check_shared_keys,
     check_updates_in_backward,
 )
-from .workload import BatchShape, LossSum, Objective, Workload
+from .transformer import TRAINED_WEIGHTS, TransformerWorkload
+from .workload import BatchShape, LossSum, Objective
 
 CHECKED_TILE_TOKENS = 5
 CHUNKED = "chunked"  # the loss that is this package's own
-# Memory options that are no choice where the model's own weights are trained: tables stay on the device, in 16 bit.
-TRAINED_WEIGHTS = MappingProxyType({"host_embeddings": False, "host_head": False, "cache_dequantized": False})
 
 
 @dataclass(frozen=True)
@@ -85,39 +79,15 @@ class CrossEntropy(Objective):
         return self.fused or CHUNKED
 
 
-@dataclass(frozen=True, eq=False)
-class ModelSpec:
-    """A model of which a plan needs no weights.
-
-    Args:
-        config: transformers'.
-        quant, double_quant, quant_head, compute_dtype, keep_16bit: as in the recipe's model section.
-        formats: of layers that keep the codes of their file, by path.
-        longest: tokens of the longest row that there may be.
-    """
-
-    config: object
-    quant: str = "nf4"
-    double_quant: bool = True
-    quant_head: bool = False
-    compute_dtype: torch.dtype = torch.bfloat16
-    longest: int = 0
-    keep_16bit: tuple[str, ...] = ()
-    formats: Formats = ()
-
-
 @dataclass(frozen=True)
-class CausalLM(Workload):
+class CausalLM(TransformerWorkload):
     """A causal language model. Its objective is given the last hidden states [N, D] of the tokens before the targets.
 
     Args:
-        spec: of the model, for a plan; training takes the model as it was loaded.
         virtual: tokens before each row; None are the method's, and an evaluation says those of its model.
     """
 
     objective: Objective = field(default_factory=CrossEntropy)
-    method: AdapterMethod = field(default_factory=Lora)
-    spec: ModelSpec | None = field(default=None, repr=False)
     virtual: int | None = None
 
     reads_pictures: ClassVar[bool] = False
@@ -134,10 +104,6 @@ class CausalLM(Workload):
     def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the target tokens of each."""
         return learned_counts(examples)
-
-    def places(self, examples: Sequence[Example]) -> list[str]:
-        """Return file and line of each."""
-        return [example.where for example in examples]
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``."""
@@ -173,10 +139,6 @@ class CausalLM(Workload):
         positions = torch.cat([torch.arange(length, device=device) for length in counted])[None]
         return Inputs(ids, positions, shape.lengths, learned, targets, row_ends(shape.lengths, device))
 
-    def weight(self, inputs: Inputs) -> int:
-        """Return the number of targets."""
-        return len(inputs.targets)
-
     def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
         """Return the loss over a micro-batch's targets."""
         return self.objective(model, hidden_states(model, inputs)[inputs.learned], inputs)
@@ -187,24 +149,6 @@ class CausalLM(Workload):
         with category("logits"):
             return token_losses(hidden, inputs.targets, anatomy.head(model), self.objective.chunk_tokens)
 
-    def with_options(self, options: MemoryOptions) -> Self:
-        """See ``Objective.with_options``."""
-        return replace(self, objective=self.objective.with_options(options))
-
-    def plain(self) -> Self:
-        """See ``Objective.plain``."""
-        return replace(self, objective=self.objective.plain())
-
-    @property
-    def name(self) -> str:
-        """The architecture's name in transformers."""
-        return self.spec.config.model_type
-
-    @property
-    def depth(self) -> int:
-        """The model's blocks."""
-        return of_blocks(self.spec.config).num_hidden_layers
-
     @property
     def most_tokens(self) -> int | None:
         """See ``models.packing.longest_possible``."""
@@ -214,26 +158,6 @@ class CausalLM(Workload):
     def most_positions(self) -> int | None:
         """``max_position_embeddings`` of the configuration."""
         return getattr(of_blocks(self.spec.config), "max_position_embeddings", None)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The type that the model computes in."""
-        return self.spec.compute_dtype
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether linear layers are packed."""
-        return self.spec.quant != "none"
-
-    @property
-    def keeps_codes(self) -> bool:
-        """Whether layers keep the codes of their file."""
-        return bool(self.spec.formats) or hasattr(self.spec.config, "quantization_config")
-
-    @property
-    def stacked_bytes(self) -> int:
-        """See ``Workload``; those of experts."""
-        return stacked_bytes(self.spec.config, self.spec.formats)
 
     @property
     def fixed_options(self) -> Mapping[str, object]:
@@ -283,33 +207,13 @@ class CausalLM(Workload):
                 PlannedKernels().during(part)
         return model
 
-    def pattern(self) -> tuple[int, int]:
-        """See ``models.skeleton.block_pattern``."""
-        return block_pattern(self.spec.config, self.method, self.spec.keep_16bit, self.spec.formats)
-
-    def at_depth(self, depth: int) -> Self:
-        """Return the workload with fewer blocks."""
-        return replace(self, spec=replace(self.spec, config=shallow_config(self.spec.config, depth)))
-
     def needs_values(self, model: nn.Module) -> bool:
         """Whether attention is transformers' own, whose masks follow from values."""
         return not uses_row_attention(model)
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """Return the decoder's blocks."""
-        return anatomy.blocks(model)
-
-    def device(self, model: nn.Module) -> torch.device:
-        """Return the device of the head, which an adapter need not be there for."""
-        return anatomy.device_of(model)
-
     def tables(self, model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
         """Return embeddings and head."""
         return model.get_input_embeddings(), model.get_output_embeddings()
-
-    def needs_loss_scale(self, model: nn.Module) -> bool:
-        """Return whether the model is in float16."""
-        return model.dtype == torch.float16
 
     def check_examples(self, model: object, examples: object) -> None:
         """Check that it is a model of transformers, with embeddings for the tokens of examples that are rows."""

@@ -51,8 +51,8 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.skeleton import give_storage
 from qlora_lite.ops.fused_attention import PlannedKernels
 
-from .causal_lm import TRAINED_WEIGHTS
 from .settings import TrainSettings
+from .transformer import TRAINED_WEIGHTS
 from .workload import ONLY_BLOCKS, BatchShape, LossSum, Objective, Workload
 
 EPSILON, V, FLOW = "epsilon", "v", "flow"

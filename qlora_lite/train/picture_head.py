@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.parts import base_path
-from qlora_lite.data.batch import Extent
 from qlora_lite.data.labels import target_of
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.pictures import decoder
@@ -30,10 +29,10 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.skeleton import give_storage, meta_copy
 
-from .causal_lm import TRAINED_WEIGHTS
-from .sequence_head import SequenceHead
+from .head_workload import HeadWorkload
 from .settings import TrainSettings
 from .text_guards import check_updates_in_backward
+from .transformer import TRAINED_WEIGHTS
 from .workload import ONLY_BLOCKS, BatchShape, LossSum
 
 _RESIZES = "interpolate_pos_encoding"  # transformers' argument for pictures of another size than the model's own
@@ -47,7 +46,7 @@ class Pictures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureHead(SequenceHead):
+class PictureHead(HeadWorkload):
     """A vision encoder with a head. Its objective is given the head's outputs [N, C], float32.
 
     Args:
@@ -61,14 +60,6 @@ class PictureHead(SequenceHead):
     def of_tokenizer(self, tokenizer: Processor) -> Self:
         """Take the processor that reads the rows."""
         return replace(self, processor=tokenizer)
-
-    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return 1 for each."""
-        return [1] * len(examples)
-
-    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """Return the pictures: a batch of most pictures needs as much as any."""
-        return examples
 
     def expect(self, examples: Sequence[Example], seed: int, step: int) -> None:
         """See ``Workload.expect``."""
@@ -146,37 +137,10 @@ class PictureHead(SequenceHead):
         return {_RESIZES: True} if takes else {}
 
     @property
-    def most_tokens(self) -> None:
-        """Nothing limits how many pictures are computed at once."""
-        return None
-
-    @property
-    def most_positions(self) -> None:
-        """A picture has as many tokens as patches."""
-        return None
-
-    @property
     def fixed_options(self) -> Mapping[str, object]:
         """Those of tokens and logits, of which there are none, and of weights that are trained."""
         only = {name: value for name, value in ONLY_BLOCKS.items() if name != "optimizer_in_backward"}
         return only | (dict(TRAINED_WEIGHTS) if self.method.trains_base else {})
-
-    @property
-    def movable_tables(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def tables(self, model: nn.Module) -> tuple[None, None]:
-        """Return none."""
-        return None, None
-
-    def runs_row_by_row(self, longest: int) -> bool:
-        """Never: all pictures of a batch run together."""
-        return False
-
-    def needs_values(self, model: nn.Module) -> bool:
-        """Nothing follows from values."""
-        return False
 
     def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
         """See ``Workload``."""
@@ -223,10 +187,3 @@ class PictureHead(SequenceHead):
         """Set the memory options; the model computes as transformers wrote it, so that there is nothing to compare."""
         set_memory_options(model, replace(settings.options, kernels="plain"))
         check_updates_in_backward(model, settings)
-
-    def check_forward(self, model: nn.Module, longest: int) -> None:
-        """Nothing runs otherwise than in the model's own code."""
-
-    def can_reach_every_layer(self, examples: Sequence[Example]) -> bool:
-        """Every picture does."""
-        return True

@@ -44,11 +44,12 @@ from qlora_lite.models.memory_options import MemoryOptions, stream_of
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, sequence_losses
 from qlora_lite.ops.transfer import sent
 
-from .causal_lm import CausalLM, ModelSpec
+from .causal_lm import CausalLM
 from .forward import hidden_states
 from .preference import Sequences, sequences_in
 from .processes import ALONE, Processes
 from .settings import TrainSettings
+from .transformer import ModelSpec
 from .workload import BatchShape, LossSum, Objective
 
 LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl

@@ -3,19 +3,15 @@
 Rows are packed as those of a language model are, and their attention is kept apart, an encoder's in both directions;
 where an architecture cannot tell them apart (DeBERTa, Mamba) they run one by one. (transformers pads the texts of a
 batch; what it computes for each is the same, and the padding is computed for nothing.)
-
-The loss is that of transformers' ``ForSequenceClassification`` models, a mean over the texts of a step: cross-entropy
-of one label, binary cross-entropy of each of several, the squared error of a number.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from qlora_lite.data.batch import Batch
 from qlora_lite.data.labels import LABELS, ONE_LABEL, target_of
@@ -26,11 +22,12 @@ from qlora_lite.models.heads import is_encoder, outputs_of
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.memory_options import MemoryOptions
 
-from .causal_lm import TRAINED_WEIGHTS, CausalLM
+from .causal_lm import CausalLM
 from .forward import Inputs, hidden_states, prepare
-from .step import evaluating
+from .head_workload import HeadWorkload
 from .text_guards import check_forward, relative_error
-from .workload import BatchShape, LossSum, Objective
+from .transformer import TRAINED_WEIGHTS
+from .workload import BatchShape, LossSum
 
 WITHOUT_LOGITS = {"loss_chunk_tokens": None, "host_head": False, "compile": False}  # options that it has no use for
 CHECKED_LENGTHS = 7, 12, 5
@@ -44,54 +41,14 @@ class Texts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeadLoss(Objective):
-    """The loss of a head's outputs [N, C], float32, as transformers defines it for a kind of problem.
-
-    Args:
-        problem: ONE_LABEL, LABELS or NUMBER.
-    """
-
-    is_likelihood: ClassVar[bool] = False  # of tokens, whose perplexity could be told
-    problem: str = ONE_LABEL
-
-    def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Inputs) -> LossSum:
-        """Return the sum of the losses of the texts, and how many have the label that is likeliest."""
-        targets = inputs.targets
-        if self.problem == ONE_LABEL:
-            right = (outputs.detach().argmax(-1) == targets).sum(dtype=torch.float32)
-            return LossSum(functional.cross_entropy(outputs, targets, reduction="sum"), {"accuracy": right})
-        if self.problem == LABELS:
-            each = functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
-            return LossSum(each / outputs.shape[1])
-        return LossSum(functional.mse_loss(outputs.squeeze(-1), targets, reduction="sum"))
-
-    @property
-    def name(self) -> str:
-        """The problem's."""
-        return self.problem
-
-
-@dataclass(frozen=True)
-class SequenceHead(CausalLM):
+class SequenceHead(HeadWorkload, CausalLM):
     """A model with a head over packed texts. Its objective is given the head's outputs [N, C], float32.
 
     Args:
-        labels: the names of the outputs, in order.
         separator: the token that ends the first text of a pair, of a model that tells the texts apart by their type.
     """
 
-    objective: Objective = field(default_factory=HeadLoss)
-    labels: tuple[str, ...] = ()
     separator: int | None = None
-
-    @property
-    def problem(self) -> str:
-        """The kind of problem, transformers' word for it."""
-        return self.objective.name
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {label: number for number, label in enumerate(self.labels)}
 
     def of_tokenizer(self, tokenizer) -> Self:
         """Take the separator from the tokenizer that made the rows."""
@@ -205,19 +162,3 @@ def outputs_error(model: nn.Module) -> float:
     error = relative_error(packed, lambda: torch.cat([model(input_ids=row.to(where)).logits for row in rows]), model)
     model.train(was_training)
     return error
-
-
-@torch.no_grad()
-def outputs_for(
-    workload: SequenceHead, model: nn.Module, batches: Iterable[Texts]
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the head's outputs for every text of the batches, float32 [N, C], and the targets, with dropout off.
-
-    Both are in host memory.
-    """
-    device, found, targets = workload.device(model), [], []
-    with evaluating(model):
-        for batch in batches:
-            found.append(workload.outputs(model, workload.inputs(batch, device)).cpu())
-            targets.append(batch.targets)
-    return torch.cat(found), torch.cat(targets)

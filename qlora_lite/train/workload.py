@@ -307,6 +307,13 @@ class Workload:
         """
         set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
 
+    def check_forward(self, model: nn.Module, longest: int) -> None:
+        """Check that a model computes what its own code does, in examples of at most so many tokens.
+
+        Raises:
+            ModelError: it does not.
+        """
+
     def choose_kernels(
         self, model: nn.Module, largest: Callable[[], object], options: MemoryOptions, recorded: Sequence[str] | None
     ) -> None:

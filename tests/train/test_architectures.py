@@ -20,11 +20,12 @@ from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.ops.attention import row_attention
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.forward import labelled_count, prepare
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 
 

@@ -26,9 +26,9 @@ from qlora_lite.errors import DataError
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.mask_head import MaskHead, MaskLoss, measure_masks
 from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.transformer import ModelSpec
 
 CPU = torch.device("cpu")
 NAMES = ("0", "1", "2")

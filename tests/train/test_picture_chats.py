@@ -25,11 +25,11 @@ from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
 from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.ops import encoder_attention
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
-from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.picture_chats import PictureChatLM
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 
 CPU = torch.device("cpu")

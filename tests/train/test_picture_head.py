@@ -19,13 +19,13 @@ from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from qlora_lite.train.head_workload import HeadLoss
 from qlora_lite.train.picture_embedding import PictureEmbedding
 from qlora_lite.train.picture_head import PictureHead, Pictures
-from qlora_lite.train.sequence_head import HeadLoss
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -27,9 +27,9 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
-from qlora_lite.train.causal_lm import ModelSpec
 from qlora_lite.train.reward_head import PairLoss, RewardHead
 from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.transformer import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("simulations")
 CPU, HEAD = torch.device("cpu"), Head(NUMBER, ("reward",), 0)

@@ -26,14 +26,16 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.ops import attention
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from qlora_lite.train.head_workload import HeadLoss
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
-from qlora_lite.train.sequence_head import HeadLoss, SequenceHead
+from qlora_lite.train.sequence_head import SequenceHead
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 
 CPU = torch.device("cpu")

@@ -35,10 +35,11 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.transformer import ModelSpec
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words

@@ -18,7 +18,8 @@ from qlora_lite.models.load import resolve_device
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 
 SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the memory options show at any length

@@ -27,8 +27,9 @@ from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import first_options, search, smaller
 from qlora_lite.planning.simulate import Job
 from qlora_lite.prepare.plan import MAX_TOKENS, Plan, max_tokens
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import Trainer
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 

@@ -48,12 +48,13 @@ from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM, ModelSpec
+from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import build_optimizer, can_page
 from qlora_lite.train.state import capture
 from qlora_lite.train.step import accumulate_gradients
+from qlora_lite.train.transformer import ModelSpec
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 from simulated_gpu.runtime import LIBRARY
