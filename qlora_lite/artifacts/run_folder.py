@@ -221,8 +221,8 @@ def create_run(path: Path, recipe: Recipe, replace: bool = False) -> RunFolder:
     if replace:
         remove_leftovers(path)
     with explain_write_errors(path):
-        is_run = (replace or _failed_at_once(path)) and (path / RECIPE).is_file()
-        if any(path.iterdir()) and not is_run:
+        is_run = (replace or _failed_at_once(path)) and is_begun(path)
+        if any(path.iterdir()) and not is_run and not has_only_recipe(path, recipe):
             raise OutputError(f"{path} is not empty; {_other_place(path)}")
         for name in _OUTPUTS:
             output = path / name
@@ -335,8 +335,19 @@ def _resume_command(folder: Path) -> str:
 
 
 def is_begun(folder: Path) -> bool:
-    """Check whether a folder has a run: its recipe, or a checkpoint, which contains it too."""
-    return (folder / RECIPE).is_file() or bool(steps_on_disk(folder / CHECKPOINTS))
+    """Check whether a folder has a run: its recipe and summary, or a checkpoint, which contains both.
+
+    A recipe alone may be the user's own, beside models and rows that no run may touch.
+    """
+    is_run = all((folder / name).is_file() for name in (RECIPE, SUMMARY))
+    return is_run or bool(steps_on_disk(folder / CHECKPOINTS))
+
+
+def has_only_recipe(path: Path, recipe: Recipe) -> bool:
+    """Check whether a folder has no more than what a run of the recipe writes first, after which it was killed."""
+    if [file.name for file in path.iterdir()] != [RECIPE]:
+        return False
+    return (path / RECIPE).read_bytes() == resolve_to_yaml(recipe).encode()
 
 
 def newest_checkpoint(step: int | None) -> str:

@@ -21,8 +21,10 @@ from qlora_lite.adapters.read import CONFIG_NAME, is_of_qera
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
     RECIPE,
+    SUMMARY,
     RunFolder,
     create_run,
+    has_only_recipe,
     is_begun,
     newest_path,
     package_versions,
@@ -230,8 +232,9 @@ def path_to_continue(recipe: Recipe, resume: str | Path) -> Path | None:
             log.info("resume: there is no run of this recipe yet; a new one begins")
         return newest
     path = Path(resume)
-    if path.is_dir() and any(path.iterdir()) and not is_begun(path):
-        raise CheckpointError(f"{path} is not a run folder: it has no {RECIPE}; name the folder that train printed")
+    if path.is_dir() and any(path.iterdir()) and not (is_begun(path) or has_only_recipe(path, recipe)):
+        lost = SUMMARY if (path / RECIPE).is_file() else RECIPE
+        raise CheckpointError(f"{path} is not a run folder: it has no {lost}; name the folder that train printed")
     return path
 
 

@@ -22,7 +22,7 @@ from qlora_lite.artifacts.run_folder import newest_path, open_run
 from qlora_lite.errors import CheckpointError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.files import sha256
 from qlora_lite.models import quantizer
-from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Output
 from qlora_lite.runs import async_checkpoint as saver
 from qlora_lite.runs import training
@@ -878,6 +878,25 @@ def test_a_folder_of_other_things_is_no_run_to_go_on_with(lab, tmp_path):
     with pytest.raises(CheckpointError, match=r"other is not a run folder: it has no recipe\.yaml"):
         lab.run(resume=tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_of_the_users_recipe_models_and_rows_is_no_run_to_begin_afresh(model_folder, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(model_folder, project / "model")
+    path = write_recipe(project, project / "model", output={"dir": str(project)}, **WHOLE)
+    before = {file: file.read_bytes() for file in project.rglob("*") if file.is_file()}
+    with pytest.raises(OutputError, match="project is not empty; choose another"):
+        run_recipe(load_recipe(path), resume="")
+    with pytest.raises(CheckpointError, match=r"project is not a run folder: it has no summary\.json"):
+        run_recipe(load_recipe(path), resume=str(project))
+    assert {file: file.read_bytes() for file in project.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_was_killed_when_it_had_written_its_recipe_alone_begins_afresh(lab):
+    lab.out.mkdir()
+    (lab.out / "recipe.yaml").write_text(resolve_to_yaml(lab.recipe()))
+    lab.run(resume=lab.out)
+    assert read_run(lab.out).summary["status"] == "complete"
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(lab, monkeypatch, caplog):
