@@ -25,7 +25,7 @@ from qlora_lite.errors import DataError, tokenizer_faults
 from .example_checks import NOTHING_TO_LEARN
 from .fields import columns_of, fill, text_of
 from .json_rows import ask_for_columns
-from .labels import label_text
+from .labels import label_if_any, label_text
 from .problems import Problems
 from .sources import Source, read_rows
 from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
@@ -131,9 +131,7 @@ def _labelled(
             value = row.get(names[0])
         elif needs_label or row.keys() >= {*names}:
             value = fill(source.completion, row)
-    if value is None and not needs_label:
-        return Labelled(texts, None, where)
-    return Labelled(texts, label_text(value, problem), where)
+    return Labelled(texts, (label_text if needs_label else label_if_any)(value, problem), where)
 
 
 def labelled_examples(

@@ -45,6 +45,17 @@ def label_text(value: object, problem: str) -> str:
     return json.dumps(sorted(set(map(_name, value))), ensure_ascii=False)
 
 
+def label_if_any(value: object, problem: str) -> str | None:
+    """Return a row's label as text; None where it has none: null, empty, or of one label -1.
+
+    Args:
+        value, problem: see ``label_text``.
+    """
+    is_blank = problem != LABELS and isinstance(value, str) and not value.strip()
+    is_without = problem == ONE_LABEL and value in (-1, _WITHOUT)
+    return None if value is None or is_blank or is_without else label_text(value, problem)
+
+
 def _name(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -86,9 +97,10 @@ def label_names(examples: Iterable[Example], problem: str) -> tuple[str, ...]:
 
 def _rank(name: str) -> tuple[bool, float, str]:
     try:
-        return False, float(name), name
+        number = float(name)
     except ValueError:
-        return True, 0.0, name
+        number = math.nan
+    return (False, number, name) if math.isfinite(number) else (True, 0.0, name)
 
 
 def target_of(example: Example, problem: str, numbers: Mapping[str, int]) -> int | float | list[float]:

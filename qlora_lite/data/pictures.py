@@ -36,7 +36,7 @@ from .data_files import READER_OF_SUFFIX, data_suffix
 from .fields import columns_of, fill
 from .hub import PREFIX
 from .labelled_rows import LABEL_COLUMNS
-from .labels import MASKS, ONE_LABEL, label_text
+from .labels import MASKS, ONE_LABEL, label_if_any, label_text
 from .masks import classes_of, label_of_mask
 from .picture_files import BROKEN, decode, file_of, pillow, relative_file, threads
 from .picture_processor import Processor
@@ -233,8 +233,8 @@ def _of_table(
                 raise DataError(f"the {what} is missing or null; every row needs it", kind)
             elif problem == MASKS:
                 mask, value = (None if value is None else str(file_of(value, where))), None
-            elif value is not None:
-                value = label_text(value, problem)
+            else:
+                value = label_if_any(value, problem)
         except DataError as error:
             statistics.problems.add(where, error)
             continue

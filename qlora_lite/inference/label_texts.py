@@ -20,7 +20,7 @@ from qlora_lite.data.metrics import Score
 from qlora_lite.data.picture_files import decode, pillow
 from qlora_lite.data.pictures import Picture, read_pictures
 from qlora_lite.data.pictures import example_of as picture_example
-from qlora_lite.data.problems import Problems
+from qlora_lite.data.problems import Problems, read_place
 from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Statistics
@@ -130,7 +130,8 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: Path) -> Predicted:
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     own = _source_of(recipe, rows)
     # whatever a row says of its answer, it gets a score
-    found = [{k: v for k, v in row.items() if k not in JUDGEMENTS} for _, row in read_rows(Source(own.path))]
+    places, read = zip(*read_rows(Source(own.path)), strict=True)
+    found = [{k: v for k, v in row.items() if k not in JUDGEMENTS} for row in read]
     own = replace(own, rows=found)
     d, by = recipe.data, PAIRS if own.rejected or is_preference(found[0]) else None
     data = read_examples(
@@ -142,7 +143,8 @@ def _score_chats(trained: TrainedRun, rows: str | Path, out: Path) -> Predicted:
     scores, lines = iter(outputs[:, 0].tolist()), []
     for example in data.examples:
         names = ("chosen", "rejected") if by else ("reward",)
-        lines.append({"where": example.where} | {name: next(scores) for name in names})
+        _, number, _ = read_place(example.where) or ("", 0, 0)
+        lines.append({"where": places[number - 1]} | {name: next(scores) for name in names})
     _write_lines(out, lines)
     return Predicted(len(lines), 0)
 
@@ -226,7 +228,7 @@ def read_texts(recipe: Recipe, rows: str | Path) -> list[Labelled]:
 def _source_of(recipe: Recipe, rows: str | Path) -> Source:
     """Return where a file's rows are, with the templates of the recipe's own data if it has their columns."""
     known = (*recipe.data.train, *(recipe.data.eval or ()))
-    (source,) = with_known_columns([schema.Source(path=str(rows))], known)
+    (source,) = with_known_columns([schema.Source(path=str(rows))], known, needs_answers=False)
     return Source(source.path, source.format, prompt=source.prompt, completion=source.completion,
                   rejected=source.rejected, setting="--rows")  # fmt: skip
 

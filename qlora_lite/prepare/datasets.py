@@ -144,23 +144,26 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
     return largest_rows(data.examples, recipe.data.max_tokens - recipe.virtual_tokens, recipe.data.packing, count)
 
 
-def with_known_columns(sources: Sequence[schema.Source], known: Sequence[schema.Source]) -> tuple:
+def with_known_columns(
+    sources: Sequence[schema.Source], known: Sequence[schema.Source], needs_answers: bool = True
+) -> tuple[schema.Source, ...]:
     """Return sources that name no columns with those of the first known source that their first row fits.
 
     Args:
-        sources: of rows that a run is to be measured on.
+        sources: of rows that a run is to be measured on, or, where answers are not needed, to be used on.
         known: of the run's own rows.
     """
-    return tuple(_with_columns(source, known) for source in sources)
+    return tuple(_with_columns(source, known, needs_answers) for source in sources)
 
 
-def _with_columns(source: schema.Source, known: Sequence[schema.Source]) -> schema.Source:
+def _with_columns(source: schema.Source, known: Sequence[schema.Source], needs_answers: bool) -> schema.Source:
     if source.format or source.prompt:
         return source
     with suppress(DataError, OSError, StopIteration):  # reading it for good says what is wrong
         _, row = next(read_rows(Source(source.path), Problems()))
         for each in known:
-            if each.prompt and row.keys() >= {*columns_of(each.prompt), *columns_of(each.completion)}:
+            answer = columns_of(each.completion) if needs_answers and each.prompt else ()
+            if each.prompt and row.keys() >= {*columns_of(each.prompt), *answer}:
                 named = {"prompt": each.prompt, "completion": each.completion}
                 if each.rejected and row.keys() >= {*columns_of(each.rejected)}:
                     named["rejected"] = each.rejected

@@ -83,6 +83,16 @@ def test_columns_that_nobody_knows_are_asked_for():
     assert rows[0].label is None
 
 
+@pytest.mark.parametrize(("problem", "value", "label"), [
+    (ONE_LABEL, -1, None), (ONE_LABEL, "-1", None), (ONE_LABEL, " ", None), (ONE_LABEL, 0, "0"),
+    (NUMBER, -1, "-1.0"), (NUMBER, "", None), (LABELS, "", "[]"),
+])  # fmt: skip
+def test_rows_that_need_no_label_may_have_what_test_sets_have_in_its_place(problem, value, label):
+    rows, problems = [{"text": "a", "label": value}, {"text": "b", "label": None}], Problems()
+    found = list(read_labelled(Source("mine", rows=rows), problems, problem, needs_label=False))
+    assert [each.label for each in found] == [label, None] and not problems.count
+
+
 def test_labels_of_several_and_numbers_are_text_too():
     assert label_text(["b", "a", "b"], LABELS) == '["a", "b"]' == label_text("b, a", LABELS)
     assert label_text([], LABELS) == label_text("", LABELS) == "[]"
@@ -95,6 +105,8 @@ def test_labels_of_several_and_numbers_are_text_too():
 def test_names_stand_in_order_numbers_first_by_size():
     found = read([{"text": "a", "label": label} for label in ("10", "9", "b", "a", 9)]).examples
     assert label_names(found, ONE_LABEL) == ("9", "10", "a", "b")
+    others = read([{"text": "a", "label": label} for label in ("3", "nan", "inf", "1", "2")]).examples
+    assert label_names(others, ONE_LABEL) == ("1", "2", "3", "inf", "nan"), "whatever the order of a set is"
     numbers = {"9": 0, "10": 1, "a": 2, "b": 3}
     assert [target_of(example, ONE_LABEL, numbers) for example in found] == [1, 0, 3, 2, 0]
     several = read([{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}], LABELS).examples

@@ -21,7 +21,7 @@ from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.damage import measure_damage
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.inference.label_texts import predict_labels
+from qlora_lite.inference.label_texts import predict_labels, read_texts
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.preflight import preflight
 from qlora_lite.recipe.load import load_recipe
@@ -108,6 +108,17 @@ def test_predict_takes_rows_without_labels_and_an_adapter_alone(run, bert, tmp_p
     (alone / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json beside it says its labels"):
         predict_labels(alone, rows, tmp_path / "c.jsonl")
+
+
+def test_rows_to_predict_are_read_with_the_templates_of_the_run_that_fit_without_the_label(tmp_path):
+    source = {"path": "rows.csv", "prompt": "Subject {subject}: {text}", "completion": "{topic}"}
+    said = {"model": {"path": "none"}, "task": {"kind": "classification"}, "data": {"train": [source]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(said))
+    recipe = load_recipe(tmp_path / "recipe.yaml", check_files=False)
+    for name, text in (("new.csv", "subject,text\nS1,hello\n"), ("blank.csv", "subject,text,topic\nS1,hello,\n")):
+        (tmp_path / name).write_text(text)
+        (row,) = read_texts(recipe, tmp_path / name)
+        assert (row.texts, row.label) == (("Subject S1: hello",), None)
 
 
 def test_a_long_text_is_cut_and_counted_and_a_bad_row_named(run, tmp_path):

@@ -141,6 +141,10 @@ def test_a_run_learns_what_is_chosen_and_predict_scores_chats(run, tmp_path):
     assert CliRunner().invoke(cli, command).exit_code == 0
     good, bad = (json.loads(line)["reward"] for line in out.read_text().splitlines())
     assert good > bad
+    (tmp_path / "rows.jsonl").write_text("\n\n" + (tmp_path / "rows.jsonl").read_text())
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    places = [json.loads(line)["where"] for line in out.read_text().splitlines()]
+    assert places == [f"{tmp_path / 'rows.jsonl'}:{line}" for line in (3, 4)], "blank lines count as lines"
     alone = shutil.copytree(folder / "adapter", tmp_path / "alone")
     pair = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "e1?", "chosen": "GOODGOOD", "rejected": "bad bad "}])
     judged = write_jsonl(tmp_path / "judged.jsonl", [row | {"label": False} for row in asked])
