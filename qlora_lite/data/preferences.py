@@ -112,6 +112,15 @@ def answers_alone(examples: Examples, count: int | None = None) -> Examples:
     return stored(list(islice(found, count)))
 
 
+def answered(examples: Examples, preference: str | None, count: int) -> Examples:
+    """Return the first rows that are answered to measure a model.
+
+    Args:
+        preference: see ``Recipe.preference``; None where rows are not compared.
+    """
+    return answers_alone(examples, count) if preference else examples[:count]
+
+
 def answer_tokens(examples: Examples) -> tuple[float, float]:
     """Return the mean target tokens of the first and of the second sequences: of chosen and of rejected answers."""
     first, total = examples.rows[examples.order + 1, 6], int(examples.learned_counts.sum())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -204,10 +205,12 @@ def _plain(tasks: Tasks, prompt: str) -> str:
 
 def _side_by_side(said: dict[str, list[dict]]) -> list[dict]:
     """Put the answers of all models to the same row together; prompt and reference are the first model's."""
-    rows: dict[str, dict] = {}
+    rows: dict[tuple[str, int], dict] = {}
     for name, answers in said.items():
+        parts: Counter[str] = Counter()  # of a conversation that was split, by its place
         for each in answers:
             kept = {key: each[key] for key in ("where", "prompt", "question", "reference")}
-            row = rows.setdefault(each["where"], kept | {"answers": {}, "matches": {}})
+            parts[each["where"]] += 1
+            row = rows.setdefault((each["where"], parts[each["where"]]), kept | {"answers": {}, "matches": {}})
             row["answers"][name], row["matches"][name] = each["answer"], each["match"]
     return list(rows.values())

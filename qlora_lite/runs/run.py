@@ -22,6 +22,7 @@ from qlora_lite.artifacts.run_folder import (
     newest_checkpoint,
     undo_start,
 )
+from qlora_lite.data.preferences import answered
 from qlora_lite.data.render import last_turn
 from qlora_lite.errors import CheckpointError, Interrupted, LaunchError, OutputError, QloraLiteError
 from qlora_lite.files import locked
@@ -273,8 +274,9 @@ def _samples(trained: Trained) -> list[dict]:
         return trained.tokenizer.decode(ids, skip_special_tokens=True)
 
     answers = before.answers, before.matches, after.answers, after.matches
+    examples = answered(rows.examples, trained.recipe.preference, len(before.answers))
     return [
         {"prompt": plain(row.prompt), "question": plain(last_turn(template, row.prompt)),
          "reference": row.answer, "before": b, "before_matches": b_matches, "after": a, "after_matches": a_matches}
-        for row, b, b_matches, a, a_matches in zip(rows.examples, *answers, strict=False) if row.answer
+        for row, b, b_matches, a, a_matches in zip(examples, *answers, strict=False) if row.answer
     ][:SAMPLES]  # fmt: skip

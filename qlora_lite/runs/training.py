@@ -30,7 +30,7 @@ from qlora_lite.artifacts.run_folder import (
     weights_sha256,
 )
 from qlora_lite.data.examples import Dataset
-from qlora_lite.data.preferences import answers_alone
+from qlora_lite.data.preferences import answered
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import CheckpointError, DataError, DoesNotFitError, Interrupted, ModelError, OutputError
 from qlora_lite.files import write_text
@@ -359,8 +359,7 @@ class Training:
             return None
         if isinstance(work := self.trainer.workload, HeadWorkload):
             return self._label_metrics(work.plain(), eval_data, when)
-        rows, count = eval_data.examples, self.recipe.train.metrics_examples
-        rows = answers_alone(rows, count) if self.recipe.preference else rows[:count]
+        rows = answered(eval_data.examples, self.recipe.preference, self.recipe.train.metrics_examples)
         if not rows:
             return None
         try:

@@ -233,6 +233,10 @@ def test_metrics_of_likelihood_and_answers_are_of_good_answers(model_folder, tmp
     run_recipe(recipe(tmp_path / "run", model_folder, "kto", train=metrics))
     scores = summary_of(tmp_path / "run" / "out")["metrics"]["after"]
     assert scores["answer_loss"]["examples"] == scores["exact_match"]["examples"] == 10
+    samples = summary_of(tmp_path / "run" / "out")["samples"]
+    assert [(each["question"], each["reference"]) for each in samples] == [
+        (f"{n}!", name) for n, name in enumerate(NAMES[: len(samples)])
+    ], "answers stand beside the rows that were answered"
 
 
 def test_runs_of_other_objectives_are_compared_in_either_order(model_folder, tmp_path):
