@@ -36,6 +36,7 @@ Goal = Literal[
     "eval_loss", "exact_match", "number_match_strict", "number_match_flexible", "accuracy_generated",
     "accuracy_likelihood", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "answer_loss",
 ]  # fmt: skip
+_SUFFIXES = "_strict", "_flexible", "_generated", "_likelihood", "1", "2", "L"  # of scores of one metric
 Settings = dict[str, Any]  # values by dotted key
 _WRITE = "a sweep's file has `recipe:`, the path of one, and `axes:` (qlora-lite explain sweep)"
 
@@ -156,12 +157,16 @@ def _faults(sweep: Sweep) -> Iterator[str]:
         yield f"axes.{SEED} repeats every point: write a list of seeds"
     if not sweep.searched:
         yield f"axes: name another one than {SEED}"
+    setters: dict[str, str] = {}
     for name, axis in sweep.axes.items():
         if isinstance(axis, Range) and sweep.search == "grid":
             yield f"axes.{name}: a range is for search tpe or random; write the values of a grid"
         keys = {key for settings in choices(name, axis).values() for key in settings} or {name}
         if any(key.partition(".")[0] == "output" for key in keys):
             yield f"axes.{name}: the sweep itself says where its runs go"
+        for key in sorted(keys):
+            if (other := setters.setdefault(key, name)) != name:
+                yield f"axes.{name}: {key} is set by axes.{other} too; leave it to one of them"
 
 
 def _problem(path: Path, error: Mapping[str, Any]) -> Problem:
@@ -185,7 +190,22 @@ def recipe_of_point(sweep: Sweep, settings: Mapping[str, Any]) -> Recipe:
         RecipeError: a setting is wrong.
     """
     try:
-        return load_recipe(sweep.recipe, overrides(settings))
+        recipe = load_recipe(sweep.recipe, overrides(settings))
     except RecipeError as error:
         places = [("axes" if override_number(problem.where) else problem.where, problem) for problem in error.problems]
         raise RecipeError([Problem(problem.message, where, problem.key) for where, problem in places]) from None
+    if why := _unmeasured(sweep.goal, recipe):
+        raise RecipeError(Problem(f"{sweep.goal} is not measured: {why}", "goal"))
+    return recipe
+
+
+def _unmeasured(goal: str, recipe: Recipe) -> str | None:
+    """Return why a recipe's runs do not measure what points are compared by; None if they do."""
+    if not recipe.data.has_eval:
+        return "there are no evaluation rows; set data.eval_share, or name some in data.eval"
+    if goal == "eval_loss":
+        return None
+    if not recipe.train.metrics_examples:
+        return "train.metrics_examples is 0"
+    measured = any(goal == name or goal.removeprefix(name) in _SUFFIXES for name in recipe.train.metrics)
+    return None if measured else f"train.metrics is {', '.join(recipe.train.metrics)}"

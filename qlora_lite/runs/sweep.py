@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,7 +20,9 @@ from typing import Any
 
 from qlora_lite.artifacts.run_files import number
 from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, SUMMARY
-from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
+from qlora_lite.data.data_files import find_files
+from qlora_lite.data.hub import PREFIX
+from qlora_lite.errors import DataError, DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
 from qlora_lite.files import explain_write_errors, locked, write_text
 from qlora_lite.planning.machine import Machine
 from qlora_lite.prepare.plan import Plan, budget_of, plan_recipe
@@ -216,7 +219,9 @@ def _name_of(path: Path) -> str | None:
 def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
     """Train a point with one seed, or go on where it was, or read what it found; return folder, status and figures."""
     found = {"run": str(Path(RUNS) / path.name), "settings": dict(settings)}
-    if _summary(path).get("status") != COMPLETE:
+    if _summary(path).get("status") == COMPLETE:
+        _warn_of_new_rows(sweep, path, settings)
+    else:
         command = [sys.executable, "-m", "qlora_lite", "train", sweep.recipe, *overrides(settings)]
         command.append(f"output.dir={path}")
         if path.is_dir():
@@ -240,6 +245,18 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
         for when, measured in summary.get("metrics", {}).items() for name, score in measured.items()
     }  # fmt: skip
     return found | {"status": COMPLETE} | {key: summary[key] for key in FIGURES if key in summary} | scores
+
+
+def _warn_of_new_rows(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> None:
+    """Warn where rows that a complete run read have been written anew since it began."""
+    data, begun = recipe_of_point(sweep, settings).data, (path / RECIPE).stat().st_mtime
+    for source in (*data.train, *(data.eval or ())):
+        files: list[Path] = []
+        with suppress(DataError, OSError):  # as of a folder of pictures
+            files = [] if source.path.startswith(PREFIX) else find_files(source.path)
+        if any(file.stat().st_mtime > begun for file in files):
+            log.warning("sweep: %s has changed since the run %s, whose figures are of what it was; remove the run to "
+                        "train it again", source.path, path)  # fmt: skip
 
 
 def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:

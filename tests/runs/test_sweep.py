@@ -1,6 +1,7 @@
 """A sweep: its file, points that are run once, those that fail, those that a sampler chooses, and its page."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def lab(tmp_path, model_folder, monkeypatch):
         folder, trained, exit_code = tmp_path / "out", [], 0
 
         def loss(self, settings):
-            rate = settings["train.learning_rate"]
+            rate = settings.get("train.learning_rate")
             return 1 / settings.get("lora.rank", 2) + settings.get("train.seed", 0) / 10 + (rate == "auto") * 0.5
 
         def write(self, **said):
@@ -51,6 +52,7 @@ def lab(tmp_path, model_folder, monkeypatch):
             settings = {key: json.loads(value) for key, value in overrides.items()}
             self.trained.append((settings, "--resume" in command))
             folder.mkdir(exist_ok=True)
+            (folder / "recipe.yaml").touch()
             if not self.exit_code:
                 loss = self.loss(settings)
                 scores = {"bleu": {"value": 10 * loss, "standard_error": 1.0, "examples": 9}}
@@ -92,7 +94,8 @@ def test_a_run_of_an_earlier_version_is_known_by_its_recipe_whatever_its_folder_
     assert f"runs/{earlier.name}" in runs and f"runs/{folder.name}" not in runs
 
 
-def test_a_score_can_be_the_goal_which_is_to_be_high(lab):
+def test_a_score_can_be_the_goal_which_is_to_be_high(lab, tmp_path, model_folder):
+    write_recipe(tmp_path, model_folder, train={"metrics": ["exact_match", "bleu"]}, output={"dir": None})
     result = lab.run(axes={"train.learning_rate": [1e-3, "auto"], "train.seed": [0, 1]}, goal="bleu")
     assert [point["choice"]["train.learning_rate"] for point in ranked(result)] == ["auto", "0.001"]
     assert ranked(result)[0]["mean"]["bleu_after"] == pytest.approx(10.5)
@@ -188,6 +191,10 @@ def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
         ({"axes": {"train.seed": [0, 1]}}, r"name another one than train\.seed"),
         ({"axes": {"output.dir": ["a"]}}, "the sweep itself says where its runs go"),
         ({"axes": {"x": {"a": {"output.name": "b"}}}}, "the sweep itself says where its runs go"),
+        (
+            {"axes": {"lora.rank": [1], "x": {"a": {"lora.rank": 8}}}},
+            r"axes\.x: lora\.rank is set by axes\.lora\.rank too",
+        ),
         ({"axes": {"lora.rank": [1]}, "gaol": "eval_loss"}, "gaol: is no key of a sweep"),
         ({"model": {"path": "x"}}, "this is a recipe, not a sweep of one"),
         ({"axes": {"lora.rank": [1]}, "goal": "f1"}, "goal: Input should be 'eval_loss', 'exact_match'"),
@@ -205,6 +212,31 @@ def test_a_wrong_setting_of_any_point_is_an_error_before_the_first_runs(lab):
     with pytest.raises(RecipeError, match=r"lora\.rnk"):
         lab.run(axes={"lora.rnk": [4]})
     assert not lab.trained and not lab.folder.exists()
+
+
+@pytest.mark.parametrize(("train", "data", "goal", "why"), [
+    ({"metrics_examples": 0}, {}, "exact_match", r"train\.metrics_examples is 0"),
+    ({"metrics": ["bleu"]}, {}, "accuracy_likelihood", r"train\.metrics is bleu"),
+    ({"metrics_examples": 0}, {"eval": None}, "eval_loss", "there are no evaluation rows"),
+])  # fmt: skip
+def test_a_goal_that_no_run_measures_is_an_error_before_the_first_runs(train, data, goal, why, lab, model_folder):
+    recipe = yaml.safe_load((lab.folder.parent / "recipe.yaml").read_text())
+    sections = {name: recipe.get(name, {}) | said for name, said in (("train", train), ("data", data))}
+    (lab.folder.parent / "recipe.yaml").write_text(yaml.safe_dump(recipe | sections))
+    with pytest.raises(RecipeError, match=f"goal: {goal} is not measured: {why}"):
+        lab.run(axes={"lora.rank": [1]}, goal=goal)
+    assert not lab.trained
+
+
+def test_rows_that_were_written_anew_since_a_run_began_are_told(lab, caplog):
+    lab.run(axes={"lora.rank": [1]})
+    (run,) = (lab.folder / "runs").iterdir()
+    lab.run(axes={"lora.rank": [1]})
+    assert "has changed" not in caplog.text
+    rows = Path(yaml.safe_load((lab.folder.parent / "recipe.yaml").read_text())["data"]["train"])
+    os.utime(rows, (time.time() + 60,) * 2)
+    lab.run(axes={"lora.rank": [1, 4]})
+    assert caplog.text.count(f"sweep: {rows} has changed since the run {run}, whose figures are of what it was") == 1
 
 
 def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
