@@ -8,6 +8,7 @@ import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run, tiny_run
 
+from qlora_lite.inference.compare import _side_by_side
 from qlora_lite.inference.evaluate import SPARE_TOKENS
 from qlora_lite.models import gguf_header
 
@@ -256,3 +257,21 @@ def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
+
+
+def test_parts_of_a_conversation_that_was_split_are_compared_one_by_one():
+    answers = {name: [{"where": "a.jsonl:1", "prompt": f"part {n}", "question": "", "reference": str(n),
+                       "answer": f"{name} {n}", "match": name == "b"} for n in (1, 2)] for name in "ab"}  # fmt: skip
+    rows = _side_by_side(answers)
+    assert [(row["prompt"], row["answers"]) for row in rows] == [
+        (f"part {n}", {"a": f"a {n}", "b": f"b {n}"}) for n in (1, 2)
+    ]
+
+
+def test_an_answer_is_as_long_as_the_positions_allow_and_a_longer_prompt_is_an_error(tmp_path, command):
+    save_tiny(tmp_path / "model", "gpt2", max_position_embeddings=64)
+    asked = "generate", str(tmp_path / "model"), "--template", "plain", "--max-new-tokens", "100"
+    code, _, err = command(*asked, "--prompt", "hello " * 5)
+    assert code == 0, err
+    code, _, err = command(*asked, "--prompt", "hello " * 20)
+    assert code == 2 and "the model has 64 position embeddings: shorten it" in err and "Traceback" not in err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
+from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data import hub
 from qlora_lite.data.picture_files import decode
 from qlora_lite.data.picture_reader import PictureReader
@@ -17,7 +18,7 @@ from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, tokenizer_faults
-from qlora_lite.models.anatomy import text_config
+from qlora_lite.models.anatomy import position_limit, text_config
 from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.terminal import printable
 
@@ -91,22 +92,33 @@ class Session:
         with self.tasks.using(self.task) as task:
             text = render_prompt(task.template, self.turns)
             prompt = shown_prompt(text, self.pictures, task.template, self._reader)
-            self._warn_of_length(text_of_prompt(prompt))
+            room = self._room(text_of_prompt(prompt))
             streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
             (text,) = answer(
-                self.tasks.model, tokenizer, [prompt], self.max_new_tokens, task.stop, sampling=self.sampling,
+                self.tasks.model, tokenizer, [prompt], room, task.stop, sampling=self.sampling,
                 streamer=streamer,
             )  # fmt: skip
         self.turns.append(Turn("assistant", text))
         return text
 
     @tokenizer_faults()
-    def _warn_of_length(self, prompt: str) -> None:
-        limit = getattr(text_config(self.tasks.model), "max_position_embeddings", None)
+    def _room(self, prompt: str) -> int:
+        """Return how many tokens an answer may have.
+
+        Raises:
+            DataError: the model's table of positions has none left.
+        """
+        made_for = getattr(text_config(self.tasks.model), "max_position_embeddings", None)
+        limit = position_limit(self.tasks.model)
         tokens = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
-        if limit and tokens >= limit:
+        tokens += count_virtual(self.tasks.model)
+        if limit is not None and tokens >= limit:
+            raise DataError(f"the prompt has {tokens:,} tokens, and the model has {limit:,} position embeddings: "
+                            "shorten it, or in a chat begin again with /new")  # fmt: skip
+        if made_for and tokens >= made_for:
             log.warning("the prompt has %s tokens, and the model supports %s (max_position_embeddings): its answer may "
-                        "be useless or empty", f"{tokens:,}", f"{limit:,}")  # fmt: skip
+                        "be useless or empty", f"{tokens:,}", f"{made_for:,}")  # fmt: skip
+        return self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - tokens)
 
 
 class _Shown(TextStreamer):
