@@ -36,16 +36,16 @@ from qlora_lite.prepare.latents import encode, named_classes
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.prepare.readers import reader_of
-from qlora_lite.prepare.recipe_denoiser import with_neutral
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason
-from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.units import format_bytes, format_seconds
+
+from .stages import ready
 
 log = logging.getLogger("qlora_lite")
 ALLOCATOR_EVENTS = 100_000
@@ -92,8 +92,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         model = build_model(recipe, settings.options, first_adapter, first)
-        work = plan.step.job.workload.of_tokenizer(tokenizer)
-        work = with_neutral(work, rows) if isinstance(work, Denoiser) else work
+        work = ready(plan, recipe, tokenizer, rows, data.end_token_ids)
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -80,14 +81,22 @@ def judges_of(names: Sequence[str]) -> Judges:
     return Judges({name: _function(name) for name in names})
 
 
+# What the code of a file may raise where it is imported.
+_FAULTS = (
+    OSError, ImportError, SyntaxError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+
+
 @cache
 def _function(name: str) -> Callable[..., Sequence[float]]:
     """Import a function, FILE.py:FUNCTION or MODULE:FUNCTION; a file once in a process."""
     path, _, attribute = name.rpartition(":")
     try:
         module = _module_of(Path(path)) if path.endswith(".py") else importlib.import_module(path)
-    except (OSError, ImportError, SyntaxError) as error:
-        raise RecipeError(f"objective.rewards: {name} cannot be imported: {error}") from error
+    except _FAULTS as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"objective.rewards: {name} cannot be imported: {what}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         there = ", ".join(each for each, value in vars(module).items() if inspect.isfunction(value)) or "none"
@@ -105,6 +114,7 @@ def _module_of(path: Path):
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for the names of their types
     spec.loader.exec_module(module)
     return module
 

@@ -12,7 +12,7 @@ import gc
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +76,7 @@ from qlora_lite.train.policy import PolicyLM
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE
+from qlora_lite.train.workload import Workload
 from qlora_lite.units import format_bytes, format_count
 
 from .async_checkpoint import check_space
@@ -292,11 +293,7 @@ def load(planned: Planned) -> Loaded:
     with ran_out, planned.processes.one_ahead():
         options, shards = planned.settings.options, planned.processes.shards
         model = build_model(planned.with_ranks, options, planned.first_adapter, planned.first, shards)
-    work = planned.plan.step.job.workload.of_tokenizer(planned.tokenizer)
-    if isinstance(work, PolicyLM):
-        work = with_answers(work, recipe.objective.rewards, planned.tokenizer, planned.data.data.end_token_ids)
-    if isinstance(work, Denoiser):
-        work = with_neutral(work, planned.rows)
+    work = ready(planned.plan, recipe, planned.tokenizer, planned.rows, planned.data.data.end_token_ids)
     stream = build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
@@ -323,6 +320,16 @@ def load(planned: Planned) -> Loaded:
         if recipe.train.max_steps is None:  # what only the rows tell
             continuation.compare_schedule(trainer.total_steps, planned.settings)
     return loaded
+
+
+def ready(
+    plan: Plan, recipe: Recipe, tokenizer, rows: Sequence[Example], end_token_ids: Collection[int]
+) -> Workload:  # fmt: skip
+    """Return the workload of a plan with what a training needs that a plan does not."""
+    work = plan.step.job.workload.of_tokenizer(tokenizer)
+    if isinstance(work, PolicyLM):
+        return with_answers(work, recipe.objective.rewards, tokenizer, end_token_ids)
+    return with_neutral(work, rows) if isinstance(work, Denoiser) else work
 
 
 def probe(loaded: Loaded) -> Proven | Overrun:

@@ -16,6 +16,7 @@ from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster
 from qlora_lite.prepare import ranks
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.rewards import judges_of
 from qlora_lite.runs.run import run_recipe
 
@@ -132,6 +133,20 @@ def test_what_a_function_returns_wrongly_is_named(tmp_path, name, said):
     (tmp_path / "judge.py").write_text(JUDGE)
     with pytest.raises(TrainingError, match=said):
         judges_of([f"{tmp_path / 'judge.py'}:{name}"])([_Row()] * 4, ["a"] * 4)
+
+
+def test_a_file_of_functions_may_have_dataclasses_and_its_errors_are_told(tmp_path):
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int\n"
+    (tmp_path / "own.py").write_text(code + JUDGE)
+    assert judges_of([f"{tmp_path / 'own.py'}:letters"])([_Row()], ["aab"]) is not None
+    (tmp_path / "broken.py").write_text("x = undefined\n")
+    with pytest.raises(RecipeError, match=r"broken\.py:f cannot be imported: NameError: name 'undefined' is not"):
+        judges_of([f"{tmp_path / 'broken.py'}:f"])
+
+
+def test_a_recipe_is_profiled_answers_and_all(tmp_path, model_folder):
+    figures = profile_recipe(recipe(tmp_path, model_folder), tmp_path / "profile", steps=2).figures
+    assert figures["peak_bytes"] == pytest.approx(figures["predicted_peak_bytes"], rel=0.01)
 
 
 class _Row:
