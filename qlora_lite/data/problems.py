@@ -43,6 +43,7 @@ class Problems:
     counts: Counter[str] = field(default_factory=Counter)
     fatal: bool = False
     files: Counter[str] = field(default_factory=Counter)
+    _last: RowProblem | None = None
 
     @property
     def count(self) -> int:
@@ -64,14 +65,16 @@ class Problems:
             fatal: True for what leaving out this row does not cure.
         """
         rule = fault.rule if isinstance(fault, DataError) else rule
-        if where and self.found[-1:] == [RowProblem(where, rule, str(fault))]:  # of both answers of one row
+        problem = RowProblem(where, rule, str(fault))
+        if where and problem == self._last:  # of both answers of one row
             return
+        self._last = problem
         self.fatal = self.fatal or fatal
         self.counts[rule] += 1
         if where:
             self.files[where.rpartition(":")[0]] += 1
         if self.counts[rule] <= MAX_SHOWN_PROBLEMS:
-            self.found.append(RowProblem(where, rule, str(fault)))
+            self.found.append(problem)
 
     def too_many(self, allowed: int) -> bool:
         """Return whether there are more problems than allowed, or a fatal one."""

@@ -14,6 +14,7 @@ import pytest
 from qlora_lite.data import data_files, sources
 from qlora_lite.data.data_files import MAX_ROW_BYTES
 from qlora_lite.data.examples import build_examples, read_examples
+from qlora_lite.data.problems import Problems
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError
 
@@ -187,3 +188,11 @@ def test_blank_lines_without_end_are_refused_since_a_small_file_can_hold_gigabyt
     (tmp_path / name).write_bytes(gzip.compress(head + b"\n" * 1_000_000))
     with pytest.raises(DataError, match=rf"{name}:100\d: more than 1,000 bytes of blank lines; remove them"):
         build_examples([Source(str(tmp_path / name))], tokenizer)
+
+
+def test_both_answers_of_one_row_are_one_problem_however_many_there_are():
+    problems = Problems()
+    for line in range(1, 31):
+        for _ in range(2):
+            problems.add(f"rows.jsonl:{line}", "turn 1 holds a control token", "control")
+    assert problems.count == 30 and not problems.too_many(30)
