@@ -187,10 +187,10 @@ def _never_began(path: Path) -> bool:
 
 def _status(path: Path) -> str | None:
     """Return what a run's summary says of it, None where there is none."""
-    return _summary(path).get("status")
+    return summary_in(path).get("status")
 
 
-def _summary(path: Path) -> dict:
+def summary_in(path: Path) -> dict:
     """Return a run's summary; nothing of one that is missing or broken."""
     try:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
@@ -289,11 +289,10 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
         CheckpointError: it did with another recipe, or its adapter is lost, and it has no checkpoint to resume from.
     """
     try:
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
         is_same = load_recipe(path / RECIPE, check_files=False).recipe_hash == recipe.recipe_hash
     except (OSError, ValueError, RecipeError):
         return False
-    if not isinstance(summary, dict) or summary.get("status") != COMPLETE:
+    if _status(path) != COMPLETE:
         return False
     adapter = path / trained_folders(recipe)[0]
     is_there = _holds_weights(adapter) and weights_sha256(adapter) is not None
@@ -465,7 +464,7 @@ def check_adapter(folder: Path) -> None:
 
 def _is_as_written(adapter: Path) -> bool:
     """Check whether an adapter's weights have the SHA-256 that its run recorded, if any."""
-    recorded = _summary(adapter.parent).get(DIGESTS.get(adapter.name))
+    recorded = summary_in(adapter.parent).get(DIGESTS.get(adapter.name))
     return not isinstance(recorded, str) or weights_sha256(adapter) in (None, recorded)
 
 

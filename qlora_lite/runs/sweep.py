@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from qlora_lite.artifacts.run_files import number
-from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, SUMMARY
+from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, summary_in
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.hub import PREFIX
 from qlora_lite.errors import DataError, DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
@@ -219,7 +219,7 @@ def _name_of(path: Path) -> str | None:
 def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
     """Train a point with one seed, or go on where it was, or read what it found; return folder, status and figures."""
     found = {"run": str(Path(RUNS) / path.name), "settings": dict(settings)}
-    if _summary(path).get("status") == COMPLETE:
+    if summary_in(path).get("status") == COMPLETE:
         _warn_of_new_rows(sweep, path, settings)
     else:
         command = [sys.executable, "-m", "qlora_lite", "train", sweep.recipe, *overrides(settings)]
@@ -239,7 +239,7 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
             why = lines[0].removeprefix("error: ").removeprefix(f"{DOES_NOT_FIT}: ").partition(" (")[0]
             log.warning("sweep: %s: %s", status, why)
             return found | {"status": status, "error": why}
-    summary = _summary(path)
+    summary = summary_in(path)
     scores = {
         f"{name}_{when}": score["value"]
         for when, measured in summary.get("metrics", {}).items() for name, score in measured.items()
@@ -274,14 +274,6 @@ def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:
             process.wait()  # it may be killed where it has no handler yet, or come to its end
             exit_code = Interrupted.exit_code
     return exit_code, log_file.read_text(encoding="utf-8", errors="replace")
-
-
-def _summary(path: Path) -> dict:
-    """Return what a run's summary says; nothing where there is none."""
-    try:
-        return json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def as_result(sweep: Sweep, points: Iterable[Point], name: str) -> dict:

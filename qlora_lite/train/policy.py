@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.batch import Batch, Extent
 from qlora_lite.data.storage import Example, prompt_tokens
 from qlora_lite.errors import DataError, ModelError, TrainingError
@@ -49,7 +48,6 @@ from .forward import hidden_states
 from .preference import Sequences, sequences_in
 from .processes import ALONE, Processes
 from .settings import TrainSettings
-from .transformer import ModelSpec
 from .workload import BatchShape, LossSum, Objective
 
 LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl
@@ -153,8 +151,6 @@ class PolicyLM(CausalLM):
     """
 
     objective: GroupPolicy = field(default_factory=GroupPolicy)
-    method: AdapterMethod = field(kw_only=True)
-    spec: ModelSpec | None = field(default=None, repr=False, kw_only=True)
     answer: Answer | None = field(default=None, repr=False, compare=False, kw_only=True)
     judge: Judge | None = field(default=None, repr=False, compare=False, kw_only=True)
 
