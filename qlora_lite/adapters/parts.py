@@ -256,7 +256,7 @@ def train_tokens(model: nn.Module, tokens: Sequence[int], known: int, dtype: tor
 def _first_rows(table: torch.Tensor, tokens: Sequence[int], known: int, dtype: torch.dtype) -> nn.Parameter:
     rows = torch.empty((len(tokens), table.shape[1]), dtype=dtype, device=table.device)
     if not rows.is_meta:
-        old = [token for token in tokens if token < known]
+        old = [token for token in tokens if token < min(known, len(table))]
         rows[: len(old)] = table[old].to(dtype)
         rows[len(old) :] = table[:known].mean(0, dtype=torch.float32).to(dtype)
     return nn.Parameter(rows)

@@ -35,7 +35,9 @@ def load_tokenizer(path: str | Path, revision: str | None = None, tokens: Sequen
         raise ModelError(f"cannot load the tokenizer of {path}: {_reason(files, error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    if tokens:  # one that is there stays what it is: special, or a part of words
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in known])
     return tokenizer
 
 

@@ -5,15 +5,17 @@ import pytest
 import torch
 from test_parts import CPU, IDS, logits, moved
 from tiny import add_reference_lora, build_tiny, quantized_pair, random_batch
+from tiny_files import MERGES, save_tiny
 from tiny_trainer import SETTINGS, examples
 from torch.nn import functional
 
 from qlora_lite.adapters.files import Lora, attach_adapter, detach_adapter, load_adapter, save_adapter, weights_before
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.switch import add_switch
-from qlora_lite.adapters.parts import EMBEDDINGS, trained_weights
+from qlora_lite.adapters.parts import EMBEDDINGS, _first_rows, trained_weights
 from qlora_lite.adapters.read import read_adapter
 from qlora_lite.errors import ModelError
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.ops.token_rows import RowsOver
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
@@ -142,6 +144,17 @@ def new_trainer(optimizer="adamw_8bit", model_type="gemma2"):
     found = Trainer(model, rows, TrainSettings(**(SETTINGS | {"optimizer": optimizer})), workload=CausalLM(method=how))
     found.check()
     return found
+
+
+def test_a_token_that_the_tokenizer_has_stays_what_it_is_and_may_lie_behind_the_table(tmp_path):
+    save_tiny(tmp_path / "model", merges=MERGES)
+    plain = load_tokenizer(tmp_path / "model")
+    own = load_tokenizer(tmp_path / "model", tokens=["th", plain.eos_token, "<new>"])
+    text = f"the thing{plain.eos_token}"
+    assert own(text).input_ids == plain(text).input_ids and own.all_special_tokens == plain.all_special_tokens
+    assert own.added_tokens_encoder.keys() - plain.added_tokens_encoder.keys() == {"<new>"}
+    rows = _first_rows(torch.randn(4, 3), (2, 4), 6, torch.float32)
+    assert rows.isfinite().all(), "4 is known to the tokenizer, and the table ends before it"
 
 
 def test_killed_and_resumed_it_goes_on_to_the_bit():
