@@ -66,6 +66,7 @@ MODEL_CONFIG_NAME = "config.json"
 _SHOWN = 3  # names of layers in an error
 
 _SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter's files and a tokenizer's
+_TEMPLATES = "additional_chat_templates"  # the folder that a tokenizer with several has for all but the first
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -390,7 +391,7 @@ def write_adapter(
         OutputError: the folder cannot be written, or holds something else than an adapter.
     """
     there = [folder] if folder.is_file() else list(folder.iterdir()) if folder.is_dir() else []
-    other = [path.name for path in there if not path.is_file() or path.suffix not in _SUFFIXES or path == folder]
+    other = [path.name for path in there if path == folder or not _is_part(path)]
     if there and (other or not (folder / CONFIG_NAME).is_file()):
         what = f"{other[0]}, which is no part of an adapter" if other else "something else than an adapter"
         raise OutputError(f"{folder} holds {what} and would be gone; choose another folder")
@@ -405,6 +406,11 @@ def write_adapter(
             tokenizer.save_pretrained(new)
         if began_as is not None:
             write_first(new, began_as)
+
+
+def _is_part(path: Path) -> bool:
+    """Check whether something in a folder is what an adapter's folder holds."""
+    return path.suffix in _SUFFIXES if path.is_file() else path.name == _TEMPLATES
 
 
 def load_adapter(model: nn.Module, folder: str | Path, merge_aware: str = OFF) -> nn.Module:
@@ -432,7 +438,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     model.requires_grad_(False)
     if adapter.layers:  # else weights of the base alone were trained
         first = next(iter(adapter.layers.values()))
-        add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=first.lora_A.dtype,
+        dtype = torch.float32 if first.lora_A.dtype == torch.float16 else first.lora_A.dtype  # which holds its values
+        add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=dtype,
                  dora=adapter.is_dora, merge_aware=adapter.merge_aware)  # fmt: skip
     where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where

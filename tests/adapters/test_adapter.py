@@ -9,6 +9,7 @@ import torch
 from hostile import Trap
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny, random_factors
+from tiny_files import byte_tokenizer
 
 from qlora_lite.adapters.files import load_adapter, save_adapter
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
@@ -80,6 +81,21 @@ def test_an_adapter_among_other_things_is_never_replaced(folder, name):
     with pytest.raises(OutputError, match=rf"holds {name.split('/')[0]}, which is no part of an adapter"):
         save_adapter(model, folder)
     assert (folder / name).read_text() == "mine"
+
+
+def test_the_templates_of_a_tokenizer_with_several_are_replaced_with_the_adapter(folder, tmp_path):
+    tokenizer, model = byte_tokenizer("chatml"), load_adapter(build_tiny("llama"), folder)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    for _ in range(2):
+        save_adapter(model, tmp_path / "own", "base", tokenizer)
+    assert (tmp_path / "own" / "additional_chat_templates" / "tool_use.jinja").is_file()
+
+
+def test_an_adapter_stored_in_float16_is_one_in_float32(folder):
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
+    factors = dict(lora_layers(load_adapter(build_tiny("llama"), folder)))
+    assert {layer.lora_A.dtype for layer in factors.values()} == {torch.float32}
 
 
 def test_a_file_is_never_replaced_by_an_adapter(folder, tmp_path):
