@@ -208,12 +208,16 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
     layers = {path: layer for path, layer in linear_layers(model).items() if path.endswith((f".{_KEY}", f".{_VALUE}"))}
     attentions = {path.rpartition(".")[0] for path in layers}
     normalised = any(hasattr(model.get_submodule(path), "k_norm") for path in attentions)
-    text, rotary = model.config.get_text_config(decoder=True), getattr(model.base_model, "rotary_emb", None)
-    whole = rotary is not None and 2 * len(getattr(rotary, "inv_freq", ())) == _head_size(model)
-    if normalised or not whole or len(layers) != 2 * text.num_hidden_layers:
+    count = 2 * model.config.get_text_config(decoder=True).num_hidden_layers
+    if normalised or len(layers) != count or not _rotates_whole_heads(model):
         raise ModelError("adapter.method prefix is for models with layers k_proj and v_proj whose keys are rotated as "
                          f"they are, and not for {type(model).__name__}; take adapter.method prompt")  # fmt: skip
     return layers
+
+
+def _rotates_whole_heads(model: nn.Module) -> bool:
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    return rotary is not None and 2 * len(getattr(rotary, "inv_freq", ())) == _head_size(model)
 
 
 def _head_size(model: nn.Module) -> int:
@@ -232,6 +236,8 @@ def _rotated(model: nn.Module, keys: torch.Tensor, back: bool = False) -> torch.
     positions = torch.arange(k, device=keys.device)[None]
     cos, sin = (part[0][:, None].to(keys) for part in model.base_model.rotary_emb(keys[None], positions))
     first, second = heads.chunk(2, dim=-1)
+    if cos.shape[-1] == first.shape[-1]:  # gpt-oss has the angles once for both halves of a head
+        cos, sin = (torch.cat([part, part], -1) for part in (cos, sin))
     turned = torch.cat([-second, first], -1)
     if back:
         return ((heads * cos - turned * sin) / (cos.square() + sin.square())).reshape(k, -1)

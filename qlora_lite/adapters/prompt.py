@@ -235,9 +235,9 @@ class PromptTuning(AdapterMethod):
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model,
             "num_virtual_tokens": self.virtual_tokens,
-            "token_dim": text.hidden_size,
+            "token_dim": model.get_input_embeddings().weight.shape[1],  # OPT's may be narrower than its blocks
             "num_transformer_submodules": 1,
-            "num_attention_heads": text.num_attention_heads,
+            "num_attention_heads": getattr(text, "num_attention_heads", 1),  # Mamba has none, and peft wants a number
             "num_layers": text.num_hidden_layers,
             "prompt_tuning_init": "RANDOM",
             "inference_mode": True,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from methods import assert_as_planned, of_text, plan
 from safetensors.torch import load_file
-from tiny import quantized_pair
+from tiny import build_tiny, quantized_pair
 from tiny_files import byte_tokenizer, write_recipe
 from tiny_runs import logits
 from tiny_trainer import examples
@@ -157,10 +157,11 @@ def test_it_learns_and_goes_on_to_the_bit(case, tmp_path):
 
 
 @pytest.mark.filterwarnings(OF_TRANSFORMERS)
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_peft_computes_the_same_with_the_saved_adapter(method, tmp_path):
+@pytest.mark.parametrize(("name", "model_type"), [*((name, "llama") for name in METHODS), ("prefix tuning", "gpt_oss")])
+def test_peft_computes_the_same_with_the_saved_adapter(name, model_type, tmp_path):
     peft = pytest.importorskip("peft")
-    model, plain = tuned(method)
+    method = METHODS[name]
+    model, plain = tuned(method, model_type)
     save_adapter(model, tmp_path / "adapter", "base", method=method)
     assert json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())["num_virtual_tokens"] == method.virtual_tokens
     assert list(load_file(tmp_path / "adapter" / WEIGHTS_NAME)) == ["prompt_embeddings"]
@@ -190,6 +191,16 @@ def test_answers_are_those_of_the_whole_row_computed_again_for_each_token():
 def test_a_prefix_is_refused_where_keys_are_not_its_own(model_type):
     with pytest.raises(ModelError, match=r"adapter.method prefix is for models with layers k_proj and v_proj"):
         tuned(METHODS["prefix tuning"], model_type)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "opt_narrow"])
+def test_peft_s_configuration_is_of_the_embeddings_whatever_the_blocks_are(model_type):
+    model = build_tiny("opt", word_embed_proj_dim=16) if model_type == "opt_narrow" else build_tiny(model_type)
+    method = METHODS["prompt tuning"]
+    method.apply(model)
+    config, (tensor,) = method.config(model, "base"), method.files(model).values()
+    assert (config["num_virtual_tokens"], config["token_dim"]) == tuple(tensor.shape)
+    assert config["num_attention_heads"] >= 1
 
 
 def test_a_model_takes_virtual_tokens_once_and_only_where_embeddings_are_all():
