@@ -42,7 +42,7 @@ from .build import build_skeleton, build_to_use, compute_dtype_of, quantization_
 
 log = logging.getLogger("qlora_lite")
 Ranks = Mapping[str, tuple[int, float]]  # rank and alpha by path
-TOKENS = 8192  # that the model is run on, at least, where there are so many
+TOKENS = {EVA: 8192, QERA: 2048}  # that the model is run on, at least, where there are so many
 FROM_ROWS = EVA, QERA  # starts that are found so
 
 
@@ -58,7 +58,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
     """
     m, d, device = recipe.model, recipe.data, resolve_device(recipe.model.device)
     own, start = _layers(recipe), recipe.lora.start
-    batches = _batches(examples, d.max_tokens, d.order, recipe.train.seed)
+    batches = _batches(examples, TOKENS[start], d.max_tokens, d.order, recipe.train.seed)
     rows = hashlib.sha256(repr([each.token_ids.tolist() for batch in batches for each in batch]).encode())
     files = locate(m.path, m.revision)
     scales = {"scales": _scales(recipe, own)} if start == QERA else {}  # which the product of A and B is divided by
@@ -100,11 +100,11 @@ def _scales(recipe: Recipe, own: Ranks) -> dict[str, float]:
     return {path: lora_scale(alpha, rank, recipe.lora.rslora) for path, (rank, alpha) in own.items()}
 
 
-def _batches(examples: Sequence[Example], max_tokens: int, order: str, seed: int) -> list[list[Example]]:
-    """Return the rows of the first sequences of the first epoch."""
+def _batches(examples: Sequence[Example], enough: int, max_tokens: int, order: str, seed: int) -> list[list[Example]]:
+    """Return the rows of the first sequences of the first epoch, of enough tokens."""
     lengths, found, tokens = CausalLM().lengths(examples), [], 0
     for rows in plan_epoch(lengths, max_tokens, True, 1, order, seed, 0):
-        if tokens >= TOKENS:
+        if tokens >= enough:
             break
         found.append([examples[row] for row in rows])
         tokens += sum(lengths[row] for row in rows)

@@ -141,7 +141,7 @@ def test_it_is_found_once_for_the_same_rows_and_anew_for_others(tmp_path, monkey
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
     recipe, runs, own = recipe_of(tmp_path), [], eva._directions
     monkeypatch.setattr(eva, "_directions", lambda *given: runs.append(1) or own(*given))
-    monkeypatch.setattr(eva, "TOKENS", 150)
+    monkeypatch.setitem(eva.TOKENS, "eva", 150)
     examples = examples_of(recipe)
     first, again = eva.first_of(recipe, examples), eva.first_of(recipe, examples)
     assert len(runs) == 1 and first.keys() == again.keys()

@@ -86,14 +86,14 @@ def test_random_sums_stand_for_all_rows():
     seen = RandomSums(8)
     for part in x.split(90):
         seen.add(part.bfloat16().float())
-    assert seen.sums.shape == (256, 64)
+    assert seen.sums.shape == (128, 64)
     (high := RandomSums(300)).add(x)
     assert high.sums.shape == (600, 64), "or ranks would be left that are zero for good"
     left = {}
     for name, sums in (("sums", seen.sums), ("all", x), ("weight alone", torch.eye(64))):
         lora_a, lora_b, _ = correction(error, sums, 8, 1.0, torch.float32)
         left[name] = ((error - lora_b @ lora_a) @ x.t()).norm().item()
-    assert left["all"] <= left["sums"] < 1.05 * left["all"] < 0.5 * left["weight alone"]
+    assert left["all"] <= left["sums"] < 1.08 * left["all"] < 0.5 * left["weight alone"]
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), [

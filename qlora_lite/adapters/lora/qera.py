@@ -18,7 +18,7 @@ import torch
 from .start import padded
 
 QERA = "qera"
-SUMS = 256  # of the rows of X, at least; for higher ranks twice as many
+SUMS = 128  # of the rows of X, at least; for higher ranks twice as many
 
 
 class RandomSums:
