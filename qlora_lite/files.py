@@ -192,10 +192,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+_LEFTOVER = re.compile(r"\..+\.\d+\.(partial|old)")  # as written beside what it is to replace
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed left beside: call it only while no other one writes there."""
     for path in folder.glob(".*"):
-        if path.suffix in (".partial", ".old"):
+        if _LEFTOVER.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

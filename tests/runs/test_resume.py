@@ -883,6 +883,7 @@ def test_a_folder_of_other_things_is_no_run_to_go_on_with(lab, tmp_path):
 def test_a_folder_of_the_users_recipe_models_and_rows_is_no_run_to_begin_afresh(model_folder, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(model_folder, project / "model")
+    (project / ".profile.old").write_text("mine")
     path = write_recipe(project, project / "model", output={"dir": str(project)}, **WHOLE)
     before = {file: file.read_bytes() for file in project.rglob("*") if file.is_file()}
     with pytest.raises(OutputError, match="project is not empty; choose another"):
