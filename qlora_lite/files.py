@@ -163,6 +163,17 @@ def require_writable(path: Path) -> None:
         pass
 
 
+def require_another(out: Path, *inputs: Path) -> None:
+    """Check that what is to be written is not one of the files that are read.
+
+    Raises:
+        OutputError: it is.
+    """
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise OutputError(f"{out} holds what is read; choose another --out")
+
+
 def require_space(path: Path, needed_bytes: int) -> None:
     """Check that the disk of a folder to be written has room, before the work begins.
 

@@ -278,6 +278,12 @@ def test_generate_answers_from_the_run_folder_alone_and_the_same_each_time(finis
     assert "<|im_" not in answers[0][1]
 
 
+def test_settings_of_sampling_are_refused_where_nothing_is_sampled(finished, command):
+    for option in (("--top-p", "0.5"), ("--top-k", "5")):
+        code, _, err = command("generate", finished[0], "--prompt", "1?", *option)
+        assert code == 2 and "--top-p and --top-k are for a --temperature above 0" in err
+
+
 @pytest.mark.parametrize("temperature", ["nan", "-1", "2.5", "inf"])
 def test_a_temperature_that_is_none_is_refused(finished, command, temperature):
     code, _, err = command("generate", finished[0], "--prompt", "1?", "--temperature", temperature)

@@ -259,6 +259,13 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def test_evaluate_does_not_write_over_the_rows_it_reads(runs, command, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"prompt": "1?", "completion": "one"}\n' * 3)
+    code, _, err = command("evaluate", runs[0], f"data.eval={rows}", "--rows", "2", "--out", rows)
+    assert code != 0 and "mine.jsonl holds what is read" in err and rows.read_text().count("\n") == 3
+
+
 def test_parts_of_a_conversation_that_was_split_are_compared_one_by_one():
     answers = {name: [{"where": "a.jsonl:1", "prompt": f"part {n}", "question": "", "reference": str(n),
                        "answer": f"{name} {n}", "match": name == "b"} for n in (1, 2)] for name in "ab"}  # fmt: skip

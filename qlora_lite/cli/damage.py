@@ -49,15 +49,17 @@ def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int |
     run = Path(recipe) if (Path(recipe) / RECIPE).is_file() else None
     loaded = load_recipe(run / RECIPE if run else recipe, overrides)
     prepare(verbose=False)
-    from qlora_lite.inference.damage import measure_damage, write_damage
+    from qlora_lite.inference.damage import measure_damage, pages_of, write_damage
     from qlora_lite.reporting.damage_page import GROUPS, HEAD, row_of, set_lines
     from qlora_lite.reporting.report import write_report
 
+    if out:
+        pages_of(out)
     with step_progress("reading the model") as progress:
         result = measure_damage(loaded, rows, most_bytes, close, progress.watch)
     paths = write_damage(result, out) if out else ()
     if run:
-        paths = (*paths, *write_damage(result, run / DAMAGE), write_report(run))
+        paths = (*paths, *write_damage(result, (run / DAMAGE).with_suffix(".html")), write_report(run))
     if as_json:
         echo_exactly(json.dumps(result))
         return

@@ -76,6 +76,10 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
             raise click.UsageError("--side-by-side and --shots are for a run folder, without --base and --out")
         prepare(verbose=False)
         trained, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
+        if side_by_side or shots:
+            from qlora_lite.artifacts.trained_run import require_kind
+
+            require_kind(trained.recipe, run_or_recipe, has_head=False)
         adapter = None if base else trained.adapter
         if base or side_by_side or shots:
             replace(trained, adapter=adapter).require_base()
@@ -94,6 +98,9 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
         prepare(verbose=False)
     from qlora_lite.inference.evaluate import evaluate_recipe
 
+    if out and recipe.problem is not None:
+        raise click.UsageError(f"--out is for answers; what {run_or_recipe} gives to each row is written by "
+                               "`qlora-lite predict`")  # fmt: skip
     asked = 0 if rows == 0 else recipe.train.metrics_examples
     if out and not asked:
         raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")

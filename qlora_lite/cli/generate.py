@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from qlora_lite.artifacts.run_files import RECIPE
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
@@ -78,7 +79,9 @@ def _of_a_conversation(command):
     "for those of --prompts.",
 )  # fmt: skip
 @click.option("--column", help="Column of --prompts with the prompt, if its name does not say so.")
-@click.option("--overwrite", is_flag=True, help="Start over if --out exists; otherwise it is continued.")
+@click.option(
+    "--overwrite", is_flag=True, help="Start over if --out exists; otherwise answers are continued, and pictures kept."
+)
 @click.option("--base", is_flag=True, help="Leave out the run's adapter.")
 @click.option(
     "--seed",
@@ -100,8 +103,10 @@ def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[
         if pictures:
             raise click.UsageError("--image is for a run that answers about pictures (task.kind image-text-to-text)")
         changed = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
-        given = options["model_path"]
-        _draw(run, prompt, prompts, column, out, base, 0 if seed is None else seed, changed, given)
+        given, place = click.get_current_context().get_parameter_source, options.pop("model_path")
+        if other := next((name for name in options if given(name) != ParameterSource.DEFAULT), None):
+            raise click.UsageError(f"--{other.replace('_', '-')} is for a run that answers, and {run} draws pictures")
+        _draw(run, prompt, prompts, column, out, overwrite, base, 0 if seed is None else seed, changed, place)
         return
     if _is_denoiser(Path(run)):
         raise click.UsageError(f"{run} is no run, and pictures are drawn by one: train it first (`generate RUN --base` "
@@ -150,8 +155,8 @@ def _is_denoiser(path: Path) -> bool:
 
 
 def _draw(
-    run: str, prompt: str | None, prompts: str | None, column: str | None, out: str | None, base: bool, seed: int,
-    changed: dict, model_path: str | None,
+    run: str, prompt: str | None, prompts: str | None, column: str | None, out: str | None, overwrite: bool, base: bool,
+    seed: int, changed: dict, model_path: str | None,
 ) -> None:  # fmt: skip
     """Draw a picture of each prompt."""
     if (prompt is None) == (prompts is None) or out is None:
@@ -168,6 +173,8 @@ def _draw(
     texts = captions_in(prompts, column) if prompts is not None else [prompt or ""]
     names = [f"{number:04}.png" for number in range(1, len(texts) + 1)] if prompts else [Path(out).name]
     folder = Path(out).parent if prompts is None else Path(out)
+    if not overwrite and (there := next((folder / name for name in names if (folder / name).exists()), None)):
+        raise click.UsageError(f"{there} is there already; add --overwrite to draw it again, or choose another --out")
     require_writable(folder / names[0])
     prepare(verbose=False)
     with importing():
@@ -274,4 +281,6 @@ def _sampling(options: dict, seed: int | None):
     """Take the options of sampling out of those of a conversation."""
     from qlora_lite.inference.generate import Sampling
 
+    if not options["temperature"] and (options["top_p"] < 1 or options["top_k"]):
+        raise click.UsageError("--top-p and --top-k are for a --temperature above 0")
     return Sampling(options.pop("temperature"), options.pop("top_p"), options.pop("top_k"), seed)

@@ -14,7 +14,8 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,6 +47,15 @@ ASK_OLD_MAC = (
 )
 _BOM = "\ufeff"
 _RETURN = re.compile(rb"\r(?!\n|$)")  # alone, not before a line end
+
+
+def local_files(paths: Iterable[str]) -> list[Path]:
+    """List the data files that paths mean, as far as they are on this machine and there."""
+    found: list[Path] = []
+    for path in paths:
+        with suppress(DataError, OSError):
+            found += [] if path.startswith(PREFIX) else find_files(path)
+    return found
 
 
 def find_files(pattern: str) -> list[Path]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_lite.artifacts.trained_run import require_kind
-from qlora_lite.errors import RecipeError
+from qlora_lite.errors import OutputError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.damage_page import render_damage
@@ -190,13 +190,31 @@ def measure_damage(
     return result
 
 
+def pages_of(out: Path) -> tuple[Path, Path]:
+    """Return where the page and the figures beside it are written.
+
+    Raises:
+        OutputError: what is there is no figures of ours.
+    """
+    page = out if out.suffix == ".html" else out.with_name(f"{out.name}.html")
+    data = page.with_suffix(".json")
+    if data.exists():
+        try:
+            found = json.loads(data.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or not found.keys() >= {"models", "target_tokens"}:
+            raise OutputError(f"{data}, where the figures would be, holds something else; choose another --out")
+    return page, data
+
+
 def write_damage(result: dict, out: Path) -> tuple[Path, Path]:
     """Write what was measured as one offline page and as JSON beside it; return their paths.
 
     Raises:
         OutputError: they cannot be written.
     """
-    page, data = out.with_suffix(".html"), out.with_suffix(".json")
+    page, data = pages_of(out)
     with explain_write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_text(data, json.dumps(result, indent=2) + "\n")

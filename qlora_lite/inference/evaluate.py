@@ -16,6 +16,7 @@ from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.prompt import count_virtual
+from qlora_lite.data.data_files import local_files
 from qlora_lite.data.example_checks import WHOLE, Matching
 from qlora_lite.data.metrics import (
     Measures,
@@ -30,7 +31,7 @@ from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
-from qlora_lite.files import explain_write_errors, write_text
+from qlora_lite.files import explain_write_errors, require_another, write_text
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
@@ -334,6 +335,8 @@ def evaluate_recipe(
     if out:
         with explain_write_errors(Path(out)):  # now, and not when all is answered
             Path(out).parent.mkdir(parents=True, exist_ok=True)
+        sources = *recipe.data.train, *(recipe.data.eval or ())
+        require_another(Path(out), *local_files(source.path for source in sources))
     tokenizer = tokenizer or reader_of(recipe)
     if recipe.problem is not None:
         return _evaluate_labels(recipe, adapter, tokenizer, watch)

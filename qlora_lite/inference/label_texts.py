@@ -24,7 +24,7 @@ from qlora_lite.data.problems import Problems, read_place
 from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Statistics
-from qlora_lite.files import explain_write_errors, require_writable, write_text
+from qlora_lite.files import explain_write_errors, require_another, require_writable, write_text
 from qlora_lite.prepare.build import build_to_use, train_settings, workload_of
 from qlora_lite.prepare.datasets import with_known_columns
 from qlora_lite.recipe import schema
@@ -98,6 +98,7 @@ def predict_labels(
         OutputError: the file cannot be written.
     """
     require_writable(out := Path(out))
+    require_another(out, Path(rows))
     trained = open_trained(run, model_path, unfinished, has_head=True)
     recipe, tokenizer = trained.recipe, trained.tokenizer()
     if recipe.label_problem is None:

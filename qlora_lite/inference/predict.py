@@ -24,7 +24,7 @@ from qlora_lite.data.row_formats import Prompt, Turn, as_message, read_prompts
 from qlora_lite.data.sources import Source
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, Interrupted, ModelError, OutputError, tokenizer_faults
-from qlora_lite.files import explain_write_errors, flush_to_disk, locked, sha256, write_text
+from qlora_lite.files import explain_write_errors, flush_to_disk, locked, require_another, sha256, write_text
 from qlora_lite.models.anatomy import position_limit, text_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_sources
@@ -93,8 +93,7 @@ def predict_file(
         Interrupted: it was stopped; the same call goes on.
     """
     settings, out = settings or PredictSettings(), Path(out)
-    if out.exists() and Path(prompts).exists() and out.samefile(prompts):
-        raise OutputError(f"{out} holds the prompts; choose another --out")
+    require_another(out, Path(prompts))
     trained = open_model(name, settings.model_path, unfinished=True, template=settings.template)
     if settings.base:
         trained.require_base()

@@ -12,7 +12,6 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,9 +19,8 @@ from typing import Any
 
 from qlora_lite.artifacts.run_files import number
 from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, summary_in
-from qlora_lite.data.data_files import find_files
-from qlora_lite.data.hub import PREFIX
-from qlora_lite.errors import DataError, DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
+from qlora_lite.data.data_files import local_files
+from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
 from qlora_lite.files import explain_write_errors, locked, write_text
 from qlora_lite.planning.machine import Machine
 from qlora_lite.prepare.plan import Plan, budget_of, plan_recipe
@@ -250,13 +248,10 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
 def _warn_of_new_rows(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> None:
     """Warn where rows that a complete run read have been written anew since it began."""
     data, begun = recipe_of_point(sweep, settings).data, (path / RECIPE).stat().st_mtime
-    for source in (*data.train, *(data.eval or ())):
-        files: list[Path] = []
-        with suppress(DataError, OSError):  # as of a folder of pictures
-            files = [] if source.path.startswith(PREFIX) else find_files(source.path)
-        if any(file.stat().st_mtime > begun for file in files):
+    for file in local_files(source.path for source in (*data.train, *(data.eval or ()))):
+        if file.stat().st_mtime > begun:
             log.warning("sweep: %s has changed since the run %s, whose figures are of what it was; remove the run to "
-                        "train it again", source.path, path)  # fmt: skip
+                        "train it again", file, path)  # fmt: skip
 
 
 def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:

@@ -13,10 +13,10 @@ from tiny_files import save_tiny, write_recipe
 from tiny_runs import make_run
 
 from qlora_lite.cli.main import cli
-from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
+from qlora_lite.errors import DoesNotFitError, ModelError, OutputError, RecipeError
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.inference import damage, variants
-from qlora_lite.inference.damage import Candidate, candidates_of, choose, measure_damage
+from qlora_lite.inference.damage import Candidate, candidates_of, choose, measure_damage, pages_of
 from qlora_lite.inference.variants import SIXTEEN, StreamedBase, Variant, tokens_at_once
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
@@ -234,3 +234,12 @@ def test_the_command_prints_a_line_for_the_recipe_and_writes_a_page_and_json(tmp
     assert "<svg" in page and "model.layers.1" in page and "v_proj" in page and line in page.replace("&quot;", '"')
     assert CliRunner().invoke(cli, ["damage", *arguments, "--bytes", "1MiB"]).exit_code == 2
     assert CliRunner().invoke(cli, ["damage", *arguments[:1], "--bytes", "much"]).exit_code == 2
+
+
+def test_figures_lie_beside_the_page_and_over_nothing_else(tmp_path):
+    assert pages_of(tmp_path / "llama3.1-8b") == (tmp_path / "llama3.1-8b.html", tmp_path / "llama3.1-8b.json")
+    (tmp_path / "train.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(OutputError, match=r"train\.json, where the figures would be, holds something else"):
+        pages_of(tmp_path / "train.html")
+    (tmp_path / "train.json").write_text('{"models": [], "target_tokens": 3}')
+    assert pages_of(tmp_path / "train.html")[0] == tmp_path / "train.html"

@@ -86,7 +86,7 @@ def test_what_is_stopped_goes_on_behind_its_last_whole_line_and_becomes_the_same
 def test_the_file_of_prompts_is_never_that_of_the_answers(run, words, command):
     before = words.read_bytes()
     code, _, err = command("generate", run, "--prompts", words, "--out", words, "--overwrite", *FEW)
-    assert code == 2 and "holds the prompts" in err and words.read_bytes() == before
+    assert code == 2 and "holds what is read" in err and words.read_bytes() == before
 
 
 def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritten(run, words, command, tmp_path):

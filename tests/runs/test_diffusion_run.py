@@ -300,6 +300,9 @@ def test_pictures_are_drawn_by_command(run, tmp_path):
     out = tmp_path / "a" / "hot.png"
     said = command("generate", folder, "--prompt", "hot", "--out", out).output
     assert said == f"1 picture drawn in {out}\n"
+    asked = "generate", folder, "--prompt", "hot", "--out", out
+    assert f"{out} is there already; add --overwrite" in " ".join(command(*asked).output.split())
+    assert "--temperature is for a run that answers" in " ".join(command(*asked, "--temperature", 1).output.split())
     assert np.array_equal(pixels(out), pixels(folder / "samples" / "after-01.png"))
     (tmp_path / "prompts.txt").write_text("hot\ncool\n")
     command("generate", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "b", "--seed", 3, "--base")

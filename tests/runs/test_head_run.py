@@ -4,6 +4,7 @@ sense."""
 import json
 import re
 
+import click
 import peft
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from qlora_lite.artifacts.trained_run import open_model, open_trained
 from qlora_lite.cli.main import cli
-from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
+from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.damage import measure_damage
@@ -119,6 +120,23 @@ def test_rows_to_predict_are_read_with_the_templates_of_the_run_that_fit_without
         (tmp_path / name).write_text(text)
         (row,) = read_texts(recipe, tmp_path / name)
         assert (row.texts, row.label) == (("Subject S1: hello",), None)
+
+
+def test_what_is_read_is_never_written(run, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", labelled_rows(2))
+    before = rows.read_bytes()
+    with pytest.raises(OutputError, match=r"rows\.jsonl holds what is read; choose another --out"):
+        predict_labels(run[0], rows, rows)
+    assert rows.read_bytes() == before
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (("--side-by-side",), "writes no answers: use `qlora-lite predict` or `evaluate`"),
+    (("--shots", "2"), "writes no answers"), (("--out", "a.jsonl"), "is written by `qlora-lite predict`"),
+])  # fmt: skip
+def test_evaluate_says_what_a_run_with_a_head_cannot(run, options, said):
+    with pytest.raises((RecipeError, click.UsageError), match=said):
+        CliRunner().invoke(cli, ["evaluate", str(run[0]), *options], catch_exceptions=False, standalone_mode=False)
 
 
 def test_a_long_text_is_cut_and_counted_and_a_bad_row_named(run, tmp_path):
