@@ -21,7 +21,7 @@ from qlora_lite.errors import Problem, RecipeError
 
 from . import reference
 from .foreign_files import Setting, read_settings
-from .foreign_values import Draft, Kind, Note, take, take_dataset, warmup
+from .foreign_values import FOUR_BIT, Draft, Kind, Note, take, take_dataset, warmup
 from .load import recipe_of
 from .overrides import apply_overrides
 from .schema import Recipe
@@ -136,12 +136,15 @@ def _finish(draft: Draft) -> set[str]:
         draft.notes.append(
             Note("lost", whole.where, "which of its data sets are trained on is decided by code", "data.train")
         )
+    _four_bits(draft, defaults, whole)
     assumed = {key for key in defaults if not draft.is_settled(key)}
     draft.values |= {key: defaults[key] for key in assumed}
     needed = _REQUIRED + (_BY_VERSION if draft.trainer in _SCRIPTS else ())
-    for key in needed:
+    of_peft = ("lora.targets",) if draft.trainer in ("axolotl", "trl") else ()
+    for key in (*needed, *of_peft):
         if not draft.is_settled(key):
-            draft.notes.append(Note("lost", whole.where, f"{key} is not in it", key))
+            why = "no layers are named, and peft takes those of its list for the family: q_proj and v_proj for most"
+            draft.notes.append(Note("lost", whole.where, why if key in of_peft else f"{key} is not in it", key))
     if any(name.startswith(("deepspeed", "fsdp")) and setting.value for name, setting in draft.given.items()):
         text = "batch sizes are per GPU there; multiply train.gradient_accumulation_steps by the number of GPUs"
         draft.notes.append(Note("changed", whole.where, text))
@@ -157,6 +160,17 @@ def _finish(draft: Draft) -> set[str]:
             if draft.values.pop(key, None):
                 draft.notes.append(Note("unused", whole.where, f"{key}: it has no evaluation examples"))
     return assumed
+
+
+def _four_bits(draft: Draft, defaults: dict[str, object], whole: Setting) -> None:
+    """Convert what transformers' ``BitsAndBytesConfig`` and trl take where a file says no more than 4 bits."""
+    if draft.trainer != "trl" or draft.values.get("model.quant") not in FOUR_BIT:
+        return
+    defaults["model.double_quant"] = False
+    if draft.path.suffix in (".py", ".ipynb") and "bnb_4bit_quant_type" not in draft.given:
+        draft.values["model.quant"] = "fp4"
+        text = "4 bits are FP4 there where no type is named; NF4, with model.quant=nf4, loses less"
+        draft.notes.append(Note("changed", whole.where, text, "model.quant"))
 
 
 def _preferences(draft: Draft, defaults: dict[str, object], whole: Setting) -> None:

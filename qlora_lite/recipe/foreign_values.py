@@ -234,6 +234,9 @@ def _batch(draft: Draft, setting: Setting, key: str) -> None:
         _copy(draft, setting, key)
 
 
+FOUR_BIT = "nf4", "fp4"
+
+
 def _quant(draft: Draft, setting: Setting, key: str) -> None:
     value = _loose(setting.value)
     four_bit = {True: "nf4", 4: "nf4", False: "none", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4",
@@ -241,7 +244,11 @@ def _quant(draft: Draft, setting: Setting, key: str) -> None:
     if value in ("bnb", "bitsandbytes"):
         return
     if isinstance(value, bool | int | str) and value in four_bit:
-        draft.put(key, four_bit[value], setting)
+        kind, known = four_bit[value], draft.values.get(key)
+        if value is False or (value in FOUR_BIT and known in FOUR_BIT):  # one says whether, the other which
+            draft.values[key] = kind
+        elif not (value in (True, 4) and known in FOUR_BIT):
+            draft.put(key, kind, setting)
     else:
         draft.note("lost", setting, "a base is in NF4 or FP4 (4 bit) here, or in 16 bit with none", key)
 

@@ -405,6 +405,31 @@ def test_a_script_of_trl_s_dpo_trainer_is_converted(made):
     assert recipe.train.objective == "ipo" and recipe.objective.beta == 0.4
 
 
+PEFT_SCRIPT = """\
+from trl import SFTTrainer
+config = BitsAndBytesConfig(load_in_4bit=True{bits})
+peft_config = LoraConfig(r=16, lora_alpha=32{targets}, task_type="CAUSAL_LM")
+data = load_dataset("json", data_files="chats.jsonl", split="train")
+args = SFTConfig(per_device_train_batch_size=2, learning_rate=2e-4, max_length=512)
+model = AutoModelForCausalLM.from_pretrained("acme/model", quantization_config=config)
+trainer = SFTTrainer(model=model, args=args, train_dataset=data, peft_config=peft_config)
+"""
+
+
+@pytest.mark.parametrize(("bits", "quant", "double"), [
+    ("", "fp4", False), (', bnb_4bit_quant_type="nf4"', "nf4", False), (', bnb_4bit_quant_type="fp4"', "fp4", False),
+    (', bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True', "nf4", True),
+])  # fmt: skip
+def test_four_bits_are_those_that_bitsandbytes_would_take(made, bits, quant, double):
+    _, recipe = made(PEFT_SCRIPT.format(bits=bits, targets=', target_modules="all-linear"'), name="train.py")
+    assert (recipe.model.quant, recipe.model.double_quant) == (quant, double)
+
+
+def test_layers_that_peft_would_choose_by_the_family_are_asked_for(refused):
+    fault, way = refused(PEFT_SCRIPT.format(bits="", targets=""), name="train.py")
+    assert "no layers are named, and peft takes those of its list for the family" in fault and "lora.targets=..." in way
+
+
 def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(made, refused):
     text = AXOLOTL + "neftune_noise_alpha: 5\nlora_modules_to_save: [up_proj]\nval_set: 3\nuse_dora: false\n"
     problems = refused(text.replace("optimizer: adamw_bnb_8bit", "optimizer: adafactor"))
