@@ -55,9 +55,14 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
         refuse_link(folder / own)
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=list(trackers), project_dir=folder)
-    accelerator.init_trackers(name)
-    works = True
+    works, begun = True, []
+    try:
+        accelerator = Accelerator(log_with=list(trackers), project_dir=folder)
+        accelerator.init_trackers(name)
+        begun = accelerator.trackers
+    except failures() as error:  # an account or a server that is not there
+        works = False
+        log.warning("%s cannot begin (%s); no metrics are sent", ", ".join(trackers), error)
 
     def send(values: dict, step: int) -> None:
         nonlocal works
@@ -73,7 +78,7 @@ def tracking(trackers: Sequence[str], name: str, folder: Path) -> Iterator[Calla
         yield send
     finally:
         try:
-            for tracker in accelerator.trackers:  # end_training would also end the group of processes
+            for tracker in begun:  # end_training would also end the group of processes
                 tracker.finish()
         except failures() as error:
             log.warning("%s did not end well (%s)", ", ".join(trackers), error)

@@ -1070,6 +1070,22 @@ def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, k
     ]  # fmt: skip
 
 
+def test_a_tracker_that_cannot_begin_ends_no_training(lab, whole, monkeypatch, caplog):
+    class Unknown:
+        def __init__(self, **_arguments):
+            pass
+
+        def init_trackers(self, _name):
+            raise TrackersOwn("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb.errors", SimpleNamespace(Error=TrackersOwn))
+    monkeypatch.setattr("accelerate.Accelerator", Unknown)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["wandb"])
+    lab.run(train={"trackers": ["wandb"]})
+    assert_same_run(lab, whole)
+    assert [m for m in caplog.messages if "wandb" in m] == ["wandb cannot begin (no API key); no metrics are sent"]
+
+
 def test_a_disk_that_takes_no_metrics_for_a_while_gets_them_later(lab, whole, caplog):
     metrics, aside = lab.out / "metrics.jsonl", lab.folder / "aside"
 
