@@ -120,7 +120,10 @@ class Sweep(_Strict):
 def choices(name: str, axis: Axis) -> dict[str, Settings]:
     """Return the settings of each choice of an axis by its label; a range has none to list."""
     if isinstance(axis, list):
-        return {value if isinstance(value, str) else json.dumps(value): {name: value} for value in axis}
+        labels = [value if isinstance(value, str) else json.dumps(value) for value in axis]
+        if len({*labels}) < len(labels):  # "null" and null
+            labels = [json.dumps(value) for value in axis]
+        return {label: {name: value} for label, value in zip(labels, axis, strict=True)}
     return {} if isinstance(axis, Range) else axis
 
 
@@ -180,7 +183,7 @@ def _problem(path: Path, error: Mapping[str, Any]) -> Problem:
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
     """Return settings as the command line takes them."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
 
 
 def recipe_of_point(sweep: Sweep, settings: Mapping[str, Any]) -> Recipe:

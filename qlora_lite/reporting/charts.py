@@ -188,7 +188,7 @@ def _axes(frame: _Frame, ticks: list[float], names: Mapping[float, str] | None) 
     shown = names or {s: f"{s:,.0f}" for s in steps if frame.first <= s <= frame.last}
     for step, label in sorted((shown or {frame.first: f"{frame.first:,.0f}"}).items()):
         x = min(frame.x(step), frame.width - 3.5 * len(label))  # a long last number stays inside
-        parts.append(f'<text class="tick" x="{x}" y="{frame.height - 8}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text class="tick" x="{x}" y="{frame.height - 8}" text-anchor="middle">{escape(label)}</text>')
     return "".join(parts)
 
 

@@ -16,7 +16,7 @@ from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.files import locked
 from qlora_lite.prepare.plan import plan_recipe
 from qlora_lite.recipe.load import resolve_to_yaml
-from qlora_lite.recipe.sweep import load_sweep, recipe_of_point
+from qlora_lite.recipe.sweep import choices, load_sweep, recipe_of_point
 from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
 from qlora_lite.runs import sweep as sweeps
 from qlora_lite.runs.sweep import DOES_NOT_FIT, ELSEWHERE, FAILED, as_result, run_sweep
@@ -112,6 +112,12 @@ def test_settings_reach_the_recipe_as_they_are_written(lab):
     assert (some.lora.targets[0].pattern, some.lora.alpha, some.lora.rslora) == ("q_proj", 3, True)
     assert (every.lora.targets[0].pattern, every.lora.rslora, every.model.quant) == ("all-linear", False, "nf4")
     assert some.lora.dropout == 1e-05 and some.model.quant == "none"
+
+
+def test_any_character_reaches_the_recipe_and_alike_labels_are_told_apart(lab):
+    lab.run(axes={"train.exact_match_pattern": ["\U0001f415"]})
+    assert lab.trained[0][0]["train.exact_match_pattern"] == "\U0001f415"
+    assert [*choices("data.template", ["null", None])] == ['"null"', "null"]
 
 
 def test_a_point_that_does_not_fit_or_fails_is_told_and_the_others_run(lab):
@@ -237,6 +243,12 @@ def test_rows_that_were_written_anew_since_a_run_began_are_told(lab, caplog):
     os.utime(rows, (time.time() + 60,) * 2)
     lab.run(axes={"lora.rank": [1, 4]})
     assert caplog.text.count(f"sweep: {rows} has changed since the run {run}, whose figures are of what it was") == 1
+
+
+def test_labels_of_a_chart_are_text(lab):
+    lab.run(axes={"size": {"<|im_start|>": {"lora.rank": 1}, "<b>": {"lora.rank": 4}}})
+    page = (lab.folder / "sweep.html").read_text()
+    assert "<|im_start|>" not in page and "<b>" not in page and "&lt;b&gt;" in page
 
 
 def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
