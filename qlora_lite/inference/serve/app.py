@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import uvicorn
 from starlette.applications import Starlette
@@ -93,7 +94,8 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
         wrong = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "port"
         raise OutputError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --{wrong}") from error
     shown = f"[{host}]" if ":" in host else host
-    app = build_app(tasks, limits, LOCAL if shown in LOCAL else ())
+    is_local = ip_address(listener.getsockname()[0]).is_loopback
+    app = build_app(tasks, limits, (*LOCAL, shown) if is_local else ())
     names = ", ".join(dict.fromkeys((*tasks.names, *([BASE] if tasks.has_base else []))))
     log.info("serving %s on http://%s:%d/v1", names, shown, listener.getsockname()[1])
     log.info("this is for trying adapters, one request at a time; use vLLM or Ollama in production (qlora-lite export)")
