@@ -5,11 +5,12 @@ The files fit what ``AutoModelForCausalLM`` makes of the base model's files: see
 """
 
 import json
+import logging
 from collections.abc import Collection, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
 from .checkpoint_names import outside
+from .fused_names import taken_for_experts, why_no_dora
 from .lora.dora import DoraLinear
 from .lora.inject import (
     ALL_LINEAR,
@@ -62,6 +64,7 @@ from .parts import (
 from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names, weight_name
 from .saved import Saved
 
+log = logging.getLogger("qlora_lite")
 MODEL_CONFIG_NAME = "config.json"
 _SHOWN = 3  # names of layers in an error
 
@@ -114,18 +117,22 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     ranks, alphas = [layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()]
     rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
+    by_weight = taken_for_experts(model, linear)
+    keys = {name: f"{name}.weight" if name in by_weight else name for name in layers}  # as peft's patterns see them
     experts = [outside(model, name) for name in expert_weights(model)]
+    parameters = _by_leaf(layers.keys() - linear, experts)
+    parameters += [f"{name}.weight" for name in _target_modules(model, by_weight)]
     return {
         "peft_type": "LORA",
         "task_type": _task_type(model),
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": _target_modules(model, linear),
-        **({"target_parameters": _by_leaf(layers.keys() - linear, experts)} if len(linear) < len(layers) else {}),
-        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        "lora_dropout": 0.0 if by_weight else first.dropout,  # peft refuses dropout there; only training has any
+        "target_modules": _target_modules(model, linear.keys() - by_weight),
+        **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": {keys[name]: layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {keys[name]: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         "use_rslora": first.rslora,
         **({"use_dora": True} if _is_dora(layers) else {}),
         "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in linear.values()),
@@ -318,6 +325,7 @@ class Lora(AdapterMethod):
 
 _begun: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # ``_sums_of_b`` by model, of a start
 _corrected: WeakKeyDictionary[nn.Module, First] = WeakKeyDictionary()  # by model, what is written beside its adapter
+_warned: WeakSet[nn.Module] = WeakSet()  # of whose adapter was said once that peft does not load it
 
 
 def keep_first(model: nn.Module, first: First) -> None:
@@ -349,6 +357,8 @@ def save_adapter(
 ) -> str:  # fmt: skip
     """Write the adapter, and the tokenizer with its chat template if given; return the weights' SHA-256.
 
+    One that peft does not load is written with a warning, once for a model: this package reads and merges it.
+
     Args:
         base_model: path or hub id of the model that it belongs to, as files are to name it.
         method: the one that the model was adapted by.
@@ -361,6 +371,10 @@ def save_adapter(
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"the adapter is not saved: {len(broken)} tensors are not finite, first {broken[0]}")
+    layers = dict(lora_layers(model))
+    if model not in _warned and _is_dora(layers) and (why := why_no_dora(model, layers)):
+        log.warning("the adapter is DoRA, and %s", why)
+        _warned.add(model)
     with_head = _model_config(model) if is_headed(model) else None
     config, first = method.config(model, str(base_model)), _corrected.get(model)
     write_adapter(Path(folder), tensors, config, tokenizer, with_head, first)

@@ -8,7 +8,7 @@ Tensor names: ``base_model.model.PATH.lora_A.weight`` [r, in] and ``...lora_B.we
 ``base_model.model.PATH.weight`` and ``.bias``, or ``PATH.base_layer.bias`` where the layer is adapted. PATH is as files
 have it (``outside``). Of a weight of E fused experts, which ``target_parameters`` of the configuration names, A is
 [r E, in] and B [out, r E], and PATH is that of the module which holds the experts; where both of its weights are
-adapted, the first one's has ``.base_layer`` after it.
+adapted, the first one's has ``.base_layer`` after it. It may name weights of linear layers too (``fused_names``).
 """
 
 import json
@@ -29,7 +29,7 @@ from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, expert_weights
-from qlora_lite.quant.linear import QuantLinear, frozen_weight
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, stands_for_conv1d
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.packed import PackedWeight
 
@@ -165,7 +165,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
         method = read_method(config, folder / CONFIG_NAME)
         return checked(model, folder, method, _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES))
     layers = {path: (1, *frozen_weight(layer)[0].shape) for path, layer in linear_layers(model).items()}
-    layers |= _adapted_experts(model, config, folder / CONFIG_NAME)
+    experts, parameters = expert_weights(model), _target_parameters(model, config, folder / CONFIG_NAME)
+    layers |= {path: experts[path].described[0].shape for path in experts.keys() & parameters.keys()}
     inside = {name: path for path, name in stored_names(model, layers).items()}
     layers = {name: layers[path] for name, path in inside.items()}
     tensors = _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES + HEADER_BYTES_PER_LAYER * len(layers))
@@ -175,12 +176,13 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     ranks, of_layers = _check(tensors, layers, bool(config.get("use_dora")))
     if not tensors and not weights:
         of_layers = ["it has no LoRA weights"]
-    problems += of_layers + _without_factors(config, layers, ranks)
+    problems += of_layers + _without_factors(config, layers, {n for n in layers if inside[n] in parameters}, ranks)
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         shown = "; ".join(problems[:LISTED] + more)
         raise ModelError(f"the adapter {folder} does not fit this model: {shown}")
-    paths = {name: outside(model, inside[name]) for name in ranks}  # as patterns mean them
+    # as patterns mean them
+    paths = {name: parameters.get(inside[name], outside(model, inside[name])) for name in ranks}
     alphas = _from_patterns(config.get("alpha_pattern") or {}, list(paths.values()))
     factors: dict[str, Factors] = {}
     for name, full_path in paths.items():
@@ -272,22 +274,31 @@ def stored_names(model: nn.Module, adapted: Collection[str]) -> dict[str, str]:
     return names
 
 
-def _adapted_experts(model: nn.Module, config: dict, path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes [E, out, in] of the experts that ``target_parameters`` names, as peft finds them.
+def _target_parameters(model: nn.Module, config: dict, path: Path) -> dict[str, str]:
+    """Return the weights that ``target_parameters`` names, as peft finds them: what files call each, by the path in the
+    model of its linear layer, or of the weight where it is that of experts.
 
     Raises:
         ModelError: it names something else.
     """
     names = config.get("target_parameters") or []
-    found: dict[str, tuple[int, ...]] = {}
-    weights = {outside(model, name): (name, weight) for name, weight in expert_weights(model).items()}
+    if not names:
+        return {}
+    # a Conv1D has its weight as [in, out], and peft would adapt that the other way round
+    weights = {f"{outside(model, name)}.weight": name for name, layer in linear_layers(model).items()
+               if not stands_for_conv1d(layer)}  # fmt: skip
+    weights |= {outside(model, name): name for name in expert_weights(model)}
+    by_end: dict[str, list[str]] = {}
+    for key in weights:
+        for end in _ends(key):
+            by_end.setdefault(end, []).append(key)
+    found: set[str] = set()
     for name in names if isinstance(names, list) else [names]:
-        matched = [key for key in weights if isinstance(name, str) and (key == name or key.endswith(f".{name}"))]
-        if not matched:
-            raise ModelError(f"{path}: target_parameters names {short(name)}, and only weights of fused experts are "
-                             "supported there; train without it or merge with peft")  # fmt: skip
-        found |= {weights[key][0]: weights[key][1].described[0].shape for key in matched}
-    return found
+        if not isinstance(name, str) or name not in by_end:
+            raise ModelError(f"{path}: target_parameters names {short(name)}, and only weights of linear layers and of "
+                             "fused experts are supported there; train without it or merge with peft")  # fmt: skip
+        found.add(name)
+    return {weights[key]: key for name in found for key in by_end[name]}
 
 
 def tensor_names(name: str) -> dict[str, str]:
@@ -542,13 +553,17 @@ def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:
     return ranks, problems
 
 
-def _without_factors(config: dict, layers, ranks) -> list[str]:
-    """List layers that the configuration adapts and the file says nothing about."""
+def _without_factors(config: dict, layers, by_weight: Container[str], ranks) -> list[str]:
+    """List layers that the configuration adapts and the file says nothing about.
+
+    Args:
+        by_weight: those that ``target_parameters`` names.
+    """
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return []
     ends = {target for target in targets if isinstance(target, str)}
-    adapted = (name for name, shape in layers.items() if shape[0] > 1 or not ends.isdisjoint(_ends(name)))
+    adapted = (name for name in layers if name in by_weight or not ends.isdisjoint(_ends(name)))
     return [f"{name} has no factors" for name in adapted if name not in ranks]
 
 

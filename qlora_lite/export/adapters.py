@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from qlora_lite.adapters.checkpoint_names import outside
 from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
+from qlora_lite.adapters.fused_names import why_no_dora
 from qlora_lite.adapters.read import Adapter, Factors, stored_names, tensor_names, weight_name
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
@@ -65,6 +66,16 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
     tensors |= {weight_name(outside(skeleton, path), adapted): weight for path, weight in adapter.weights.items()}
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)
+
+
+def refuse_dora_without_peft(adapter: Adapter, skeleton: nn.Module) -> None:
+    """Check that peft loads an adapter.
+
+    Raises:
+        ModelError: it is DoRA, of layers that peft has none for.
+    """
+    if adapter.is_dora and (why := why_no_dora(skeleton, adapter.layers)):
+        raise ModelError(f"the adapter is DoRA, and {why}")
 
 
 def for_vllm(adapter: Adapter, skeleton: nn.Module, family: str) -> tuple[Adapter, int]:

@@ -31,7 +31,15 @@ from qlora_lite.prepare.build import build_to_use, without_start
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import write_tensors
 
-from .adapters import ADAPTER_FILE, for_vllm, read_gguf_adapter, refuse_all_but_lora, write_gguf_adapter, write_peft
+from .adapters import (
+    ADAPTER_FILE,
+    for_vllm,
+    read_gguf_adapter,
+    refuse_all_but_lora,
+    refuse_dora_without_peft,
+    write_gguf_adapter,
+    write_peft,
+)
 from .check import (
     SHARE,
     SHARE_4_BIT,
@@ -141,6 +149,7 @@ def _for_files(job: _Job) -> tuple[_Job, list[str]]:
 
 
 def _peft(job: _Job) -> dict:
+    refuse_dora_without_peft(job.adapter, job.skeleton)
     change = _adapter_change(job)
     write_peft(job.adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
     use = f'PeftModel.from_pretrained(base, "{job.out}")'

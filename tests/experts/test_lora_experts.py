@@ -224,7 +224,9 @@ def test_an_adapter_that_peft_made_is_read(rslora, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (dict(target_parameters=["q_proj.weight"]), "'q_proj.weight', and only weights of fused experts are supported"),
+    (dict(target_parameters=["norm.weight"]), "'norm.weight', and only weights of linear layers and of fused experts"),
+    (dict(target_parameters=["experts", "q_proj.weight"]), "'experts', and only weights"),
+    (dict(target_parameters=["gate_up_proj", "down_proj", "q_proj.weight"]), "self_attn.q_proj has no factors"),
     (dict(target_parameters="down_proj "), "'down_proj ', and only weights"), (dict(target_parameters=[3]), "names 3"),
     (dict(target_parameters=["down_proj"]), r"experts.base_layer.lora_A.weight belongs to no linear layer"),
     (dict(target_parameters=None), r"experts.lora_A.weight belongs to no linear layer"),

@@ -18,6 +18,7 @@ from tiny_files import save_nested
 from tiny_runs import END_OF_ANSWER, logits, make_run, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError, OutputError
@@ -111,6 +112,22 @@ def test_lora_on_experts_is_exported_to_peft_and_refused_where_it_would_be_left_
         with pytest.raises(ModelError, match=f"weights for fused experts, and {program} takes .*`qlora-lite merge`"):
             export_run(run, tmp_path / form, ExportSettings(form))
         assert not (tmp_path / form).exists()
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module")  # peft used them
+def test_layers_named_like_experts_are_exported_for_peft_to_find(tmp_path, monkeypatch):
+    """Of missing keys peft only warns, which is an error here."""
+    run = tiny_run(tmp_path, "deepseek_v3", MIXED | {"dropout": 0.1}, PLAIN_WEIGHTS)
+    report = export_run(run, tmp_path / "out", ExportSettings("peft"))
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out")
+    trained = logits(load_adapter(plain(tmp_path), run / "adapter"))
+    assert torch.allclose(logits(theirs), trained, atol=2e-4) and report["error"] < 1e-4
+    assert not torch.allclose(trained, logits(plain(tmp_path)), atol=1e-2)
+    run = make_run(tmp_path / "dora", tmp_path / "model", [*PLAIN_WEIGHTS, "adapter.method=dora"])
+    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ModelError, match=r"no DoRA for them in 16 bit: leave them out of lora\.targets, .* or merge"):
+        export_run(run, tmp_path / "other", ExportSettings("peft"))
+    assert not (tmp_path / "other").exists()
 
 
 # Of `pip install --no-deps --target FOLDER peft==0.11.1`, and of others: this environment has only one peft.
