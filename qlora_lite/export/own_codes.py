@@ -23,6 +23,7 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
+from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.prepare.build import start_of, train_settings
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.linear import frozen_weight
@@ -52,7 +53,7 @@ def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: 
     """Write a run's NF4 codes with the update in them.
 
     Args:
-        adapter: LoRA alone.
+        adapter: LoRA, and weights of the base that were trained beside it; rows of tokens that the base knows.
         rows: to choose the codes by, of a run that was not merge-aware; None rounds stochastically.
     """
     m = trained.recipe.model
@@ -64,6 +65,9 @@ def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: 
     if adapter.merge_aware == OFF and rows is not None:
         _merge_block_by_block(model, rows)
     _merge(model, model, {})
+    for path, table in list(model.named_modules()):
+        if isinstance(table, EmbeddingWithRows | HeadWithRows):
+            model.set_submodule(path, table.put_in())
     save_quantized(model, out, trained.tokenizer())
 
 

@@ -78,6 +78,12 @@ class _WithRows(Around):
         self.register_parameter("token_rows", rows)
         self.register_buffer("token_ids", torch.tensor(self.tokens, device=rows.device), persistent=False)
 
+    @torch.no_grad()
+    def put_in(self) -> nn.Module:
+        """Return the module with the rows in its table, which must have a place for each."""
+        self.inner.weight[self.token_ids] = self.token_rows.to(self.inner.weight.dtype)
+        return self.take_out()
+
     def take_out(self) -> nn.Module:
         """Return the module without the rows."""
         del self._parameters["token_rows"], self._buffers["token_ids"]

@@ -23,6 +23,8 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
 from qlora_lite.quant.product import materialize
 
+TOKENS = torch.arange(120)[None]  # those of "e" and "o" among them
+
 
 def aware_run(folder, to="nf4", overrides=(), model=None):
     if model is None:
@@ -58,6 +60,23 @@ def test_layers_in_16_bit_beside_them_stay_so_and_have_their_updates(tmp_path):
     run = aware_run(tmp_path / "made", overrides=['model.keep_16bit=["v_proj"]'])
     merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=4))
     assert torch.allclose(logits_of(tmp_path / "out", "nf4"), logits(trained_model(run)), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_trained_tokens_are_in_the_tables_of_the_4_bit_checkpoint(tied, tmp_path):
+    save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    run = aware_run(tmp_path / "made", overrides=['adapter.train_tokens=["e", "o"]'], model=tmp_path / "model")
+    before = load_file(run / "adapter" / "adapter_model.safetensors")
+    replace_adapter(run, {name: tensor * (-2 if "trainable_tokens" in name else 1) for name, tensor in before.items()})
+    report = merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=4))
+    expected = logits(trained_model(run), TOKENS)
+    found = logits(load_model(str(tmp_path / "out"), compute_dtype=torch.float32), TOKENS)
+    assert torch.allclose(found, expected, atol=1e-5)  # rows of the head alone are a product of another size
+    assert not torch.allclose(logits(open_trained(run).build_base(), TOKENS), expected, atol=1e-2)
+    assert report["models"]["merged, then nf4"]["kl"] < 1e-9
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "token_rows" in name]
 
 
 def test_so_it_has_where_only_a_4_bit_base_exists(tmp_path):
