@@ -19,19 +19,18 @@ from qlora_lite.adapters.lora.inject import blocks_of
 from qlora_lite.adapters.lora.layer import LoraLinear, merging_of
 from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.batch import Batch, pack_in_order
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
-from qlora_lite.prepare.build import start_of, train_settings
+from qlora_lite.prepare.build import start_of
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.merging import NF4, OFF, closest_codes, merged_codes
 from qlora_lite.quant.product import materialize
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states, prepare
-from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.text_guards import check_forward
 
 CALIBRATION_TOKENS = 4096
@@ -40,12 +39,17 @@ CALIBRATION_TOKENS = 4096
 def calibration_rows(trained: TrainedRun) -> Batch:
     """Return the first rows of a run's training data, as many as there is room for.
 
+    Longer ones than that are left out; where all are, there is room for the longest.
+
     Raises:
         DataError: they cannot be read.
     """
-    settings = replace(train_settings(trained.recipe), max_tokens=CALIBRATION_TOKENS)
-    examples = build_data(trained.recipe, trained.tokenizer()).examples
-    return next(iter(eval_batches(CausalLM(), examples, settings)))
+    work, examples = CausalLM(), build_data(trained.recipe, trained.tokenizer()).examples
+    lengths = work.lengths(examples)
+    fitting = [row for row, length in enumerate(lengths) if length <= CALIBRATION_TOKENS]
+    room = CALIBRATION_TOKENS if fitting else max(lengths)
+    first = pack_in_order(lengths, room, fitting or range(len(lengths)))[0]
+    return work.collate([examples[row] for row in first])
 
 
 @torch.no_grad()

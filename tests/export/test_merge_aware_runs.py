@@ -13,6 +13,7 @@ from tiny_runs import logits, make_run, replace_adapter
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
+from qlora_lite.export import own_codes
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.merge import MergeSettings, merge_run
@@ -145,3 +146,21 @@ def test_codes_that_training_rows_choose_are_nearer_to_the_trained_model_than_st
     assert 0 < chosen < 0.5 * stochastic
     assert not any("stochastically" in note for note in report["notes"])
     assert "train.jsonl" in other["notes"][-1] and "rounded stochastically instead" in other["notes"][-1]
+
+
+def test_a_training_row_without_room_among_them_is_left_out(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model", lora={"rank": 4, "alpha": 8})
+    path = tmp_path / "train.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    rows[1] = rows[1].replace("1?", "1" * 30 + "?")
+    path.write_text("".join(rows))
+    trained = open_trained(run)
+    short, long, *_ = own_codes.calibration_rows(trained).row_lengths
+    monkeypatch.setattr(own_codes, "CALIBRATION_TOKENS", long - 1)
+    batch = own_codes.calibration_rows(trained)
+    assert batch.row_lengths[0] == short and max(batch.row_lengths) < long
+    report = merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=4))
+    assert not any("stochastically" in note for note in report["notes"])
+    monkeypatch.setattr(own_codes, "CALIBRATION_TOKENS", 3)
+    assert sum(own_codes.calibration_rows(trained).row_lengths) <= long
