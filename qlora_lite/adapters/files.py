@@ -42,7 +42,7 @@ from .lora.inject import (
 from .lora.layer import LoraLinear, LoraWeights
 from .lora.qera import QERA
 from .lora.shared import forget_begun
-from .lora.start import First, Start, base_of, first_sum_of, take_first, write_first
+from .lora.start import FIRST_NAME, First, Start, base_of, first_sum_of, load_first, take_first, write_first
 from .method import AdapterMethod
 from .parts import (
     EMBEDDINGS,
@@ -61,7 +61,17 @@ from .parts import (
     train_weights,
     trained_weights,
 )
-from .read import CONFIG_NAME, WEIGHTS_NAME, Adapter, Factors, read_adapter, stored_names, tensor_names, weight_name
+from .read import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    Factors,
+    begins_with_qera,
+    read_adapter,
+    stored_names,
+    tensor_names,
+    weight_name,
+)
 from .saved import Saved
 
 log = logging.getLogger("qlora_lite")
@@ -324,13 +334,13 @@ class Lora(AdapterMethod):
 
 
 _begun: WeakKeyDictionary[nn.Module, list] = WeakKeyDictionary()  # ``_sums_of_b`` by model, of a start
-_corrected: WeakKeyDictionary[nn.Module, First] = WeakKeyDictionary()  # by model, what is written beside its adapter
+_corrected: WeakKeyDictionary[nn.Module, First | None] = WeakKeyDictionary()  # by model, see ``keep_first``
 _warned: WeakSet[nn.Module] = WeakSet()  # of whose adapter was said once that peft does not load it
 
 
-def keep_first(model: nn.Module, first: First) -> None:
+def keep_first(model: nn.Module, first: First | None) -> None:
     """Say what LoRA weights were at first that make up for the error of 4 bits: the adapter is for these alone, and for
-    the model's 16-bit files that is written beside it."""
+    the model's 16-bit files that is written beside it. None if it is not known."""
     _corrected[model] = first
 
 
@@ -436,11 +446,14 @@ def load_adapter(model: nn.Module, folder: str | Path, merge_aware: str = OFF) -
         merge_aware: what it was trained to be merged into, see ``add_lora``.
 
     Raises:
-        ModelError: see ``read_adapter``; or the model has LoRA layers already.
+        ModelError: see ``read_adapter``; the model has LoRA layers already; or what the adapter began as is damaged.
     """
     require_base(model)
     adapter = read_adapter(model, folder)
-    return attach_adapter(model, adapter if isinstance(adapter, Saved) else replace(adapter, merge_aware=merge_aware))
+    attach_adapter(model, adapter if isinstance(adapter, Saved) else replace(adapter, merge_aware=merge_aware))
+    if begins_with_qera(folder):
+        keep_first(model, load_first(Path(folder)) if (Path(folder) / FIRST_NAME).is_file() else None)
+    return model
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
@@ -563,6 +576,7 @@ def detach_adapter(model: nn.Module, before: Mapping[str, torch.Tensor] = Mappin
         before: see ``weights_before``.
     """
     freeze_weights(model)
+    _corrected.pop(model, None)
     with torch.no_grad():
         for path, weight in before.items():
             model.get_parameter(_inside(path, dict(lora_layers(model)))).copy_(weight)

@@ -11,8 +11,8 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import logits, run_whole_and_stopped, stop_at
 from transformers import AutoModelForCausalLM
 
-from qlora_lite.adapters.files import load_adapter
-from qlora_lite.adapters.lora.inject import linear_layers, lora_layers
+from qlora_lite.adapters.files import detach_adapter, load_adapter, save_adapter
+from qlora_lite.adapters.lora.inject import add_lora, linear_layers, lora_layers
 from qlora_lite.adapters.lora.qera import RandomSums, correction
 from qlora_lite.adapters.lora.start import FIRST_NAME
 from qlora_lite.artifacts.trained_run import open_trained
@@ -245,6 +245,26 @@ def test_a_run_that_goes_on_from_its_adapter_knows_what_that_began_as(trained, t
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     wanted = logits(with_difference(folder, following, run))
     assert torch.allclose(logits(PeftModel.from_pretrained(base, tmp_path / "peft")), wanted, atol=1e-5)
+
+
+def test_a_loaded_adapter_that_is_saved_again_knows_what_it_began_as(trained, tmp_path):
+    folder, run, _ = trained
+    adapter, recipe = run / "adapter", open_trained(run).recipe
+    model = load_adapter(build_to_use(recipe), adapter)
+    save_adapter(model, tmp_path / "copy")
+    for name in ("adapter_model.safetensors", FIRST_NAME):
+        one, other = (load_file(each / name) for each in (adapter, tmp_path / "copy"))
+        assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    plain = load_model(str(folder / "model"), "none", compute_dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"began with lora.start qera, for the model in NF4, and this is not it"):
+        load_adapter(plain, tmp_path / "copy")
+    save_adapter(add_lora(detach_adapter(model), rank=2), tmp_path / "another")
+    assert not (tmp_path / "another" / FIRST_NAME).exists()
+    load_adapter(plain, tmp_path / "another")
+    (tmp_path / "copy" / FIRST_NAME).unlink()  # it can be used, and is for no other model either
+    save_adapter(load_adapter(build_to_use(recipe), tmp_path / "copy"), tmp_path / "without")
+    with pytest.raises(ModelError, match=r"began with lora.start qera"):
+        load_adapter(load_model(str(folder / "model"), "none", compute_dtype=torch.float32), tmp_path / "without")
 
 
 def test_its_adapter_is_refused_beside_another_base(trained, tmp_path):
