@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.constraints import DIVIDED_ON_GPUS
 from qlora_lite.errors import ModelError
 from qlora_lite.ops import compiled
@@ -294,9 +295,13 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
         of_model: its blocks; None are those of a causal language model.
 
     Raises:
-        ModelError: streamed blocks would have to keep what they saved, nothing of the model can be tiled, or weights
-            that belong in host memory were not left there by ``place``.
+        ModelError: streamed blocks would have to keep what they saved, nothing of the model can be tiled, weights that
+            belong in host memory were not left there by ``place``, or blocks to compile merge LoRA weights into theirs.
     """
+    # the operator that a compiler sees has no place for what is merged, see ``quant.product``
+    if options.compile and any(getattr(layer, "merging", None) for _, layer in lora_layers(model)):
+        raise ModelError("train.compile would leave out the updates that layers merge into their weights: set it to "
+                         "false, or train.merge_aware to off")  # fmt: skip
     found = list(blocks(model) if of_model is None else of_model)
     streamed = options.streamed_of(len(found))
     if (

@@ -16,7 +16,7 @@ from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.models.load import adopt
-from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.product import materialize
@@ -141,6 +141,18 @@ def test_what_cannot_be_trained_so_is_an_error_of_the_recipe(section, name, valu
     path = write_recipe(tmp_path, "model", train={"merge_aware": "nf4"})
     with pytest.raises(RecipeError, match=rf"{section}.{name} = .*: not possible with train.merge_aware nf4; write"):
         load_recipe(path, [f"{section}.{name}={value}"], check_files=False)
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_compiled_blocks_are_refused_in_python_too(to):
+    """Their products would be those of the base alone."""
+    model, _ = quantized_pair("llama")
+    add_lora(model, rank=4, merge_aware=to)
+    with pytest.raises(ModelError, match=r"leave out the updates that layers merge .*train\.merge_aware to off"):
+        set_memory_options(model, MemoryOptions(compile=True))
+    set_memory_options(model, MemoryOptions())
+    with pytest.raises(ModelError, match=r"train\.compile would leave out"):
+        trainer(merge_aware=to, options=MemoryOptions(compile=True))
 
 
 @pytest.mark.parametrize(("model_type", "options", "text"), [
