@@ -49,6 +49,7 @@ from qlora_lite.models.denoisers import (
 )
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.skeleton import give_storage
+from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.fused_attention import PlannedKernels
 
 from .settings import TrainSettings
@@ -292,12 +293,12 @@ class Denoiser(Workload):
 
     def _of_one_shape(self, examples: Sequence[LatentExample], seed: int, step: int, dropout: float) -> Noised:
         draws, noise, told = [], [], []
+        neutral = self.neutral if dropout else None
         for example in examples:
             generator = _generator(seed, step, example.number)
             draws.append(self.objective.draw(generator))
             noise.append(torch.randn(example.latents.shape, generator=generator))
-            is_dropped = dropout and self.neutral and float(torch.rand((), generator=generator)) < dropout
-            told.append(self.neutral if is_dropped and self.neutral else example)
+            told.append(neutral if neutral and float(torch.rand((), generator=generator)) < dropout else example)
         latents, sizes = (stacked(examples, name) for name in ("latents", "sizes"))
         numbers = Draw(*(torch.tensor(column, dtype=torch.float32) for column in zip(*draws, strict=True)))
         conditions = conditions_of(told, self.compute_dtype)._replace(sizes=sizes)
@@ -333,7 +334,11 @@ class Denoiser(Workload):
 
     def loss(self, model: DenoiserModel, inputs: Noised) -> LossSum:
         """Return the sum of the losses of the pictures."""
-        first, *others = (self._loss(model, part) for part in inputs.parts)
+        found = []
+        for number, part in enumerate(inputs.parts):
+            with sequence_alone(number):  # what is stored of one shape is not that of another
+                found.append(self._loss(model, part))
+        first, *others = found
         for each in others:
             metrics = {name: value + each.metrics[name] for name, value in first.metrics.items()}
             first = LossSum(first.sum + each.sum, metrics)
