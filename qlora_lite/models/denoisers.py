@@ -66,7 +66,7 @@ class Conditions(NamedTuple):
         text: embeddings of the tokens, [N, T, D].
         pooled: embeddings of the whole texts, [N, P]: SDXL, SD3, FLUX.1.
         mask: 1 for tokens of the text and 0 for padding, [N, T]: PixArt.
-        sizes: heights and widths, original and of the target, and where it was cut, [N, 6]: SDXL.
+        sizes: heights and widths, original and of the target, and where it was cut, [N, 6]: SDXL, PixArt-alpha.
         labels: numbers of classes, int64 [N]: DiT, UNet2DModel.
         guidance: scale for models that were distilled with it, [N]; None is 1, which is none: FLUX.
     """
@@ -272,13 +272,17 @@ class PixArt(DenoiserModel):
 
     def condition_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """See ``DenoiserModel``."""
-        return {"text": (tokens, self.config.caption_channels), "mask": (tokens,)}
+        found: dict[str, tuple[int, ...]] = {"text": (tokens, self.config.caption_channels), "mask": (tokens,)}
+        return found | ({"sizes": (6,)} if self.denoiser.use_additional_conditions else {})
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """See ``DenoiserModel``."""
+        added = {"resolution": None, "aspect_ratio": None}
+        if conditions.sizes is not None:  # of PixArt-alpha for pictures of 1,024 pixels
+            target = conditions.sizes[:, 4:].to(latents.dtype)
+            added = {"resolution": target, "aspect_ratio": target[:, :1] / target[:, 1:]}
         predicted = self.denoiser(
-            latents, conditions.text, timesteps, {"resolution": None, "aspect_ratio": None},
-            encoder_attention_mask=conditions.mask, return_dict=False,
+            latents, conditions.text, timesteps, added, encoder_attention_mask=conditions.mask, return_dict=False,
         )[0]  # fmt: skip
         return predicted[:, : latents.shape[1]]
 

@@ -301,6 +301,43 @@ def test_diffusers_computes_the_same_with_the_adapter_file(folders, family, tmp_
         assert torch.equal(again(*asked[1:]), ours)
 
 
+@pytest.mark.parametrize("options", [MemoryOptions(resident_layers=0), MemoryOptions(offload_checkpoints=True)])
+def test_pictures_of_two_shapes_share_a_micro_batch_whatever_the_memory_options(folders, options):
+    work, (one, other) = workload("sd3"), latent_examples("sd3", 2)
+    other = replace(other, latents=other.latents[:, :, :4])
+    found = []
+    for each in (MemoryOptions("none"), options):
+        model = adapted(folders, work, "sd3").train()
+        place(model, CPU, each, work.blocks(model))
+        set_memory_options(model, each, work.blocks(model))
+        accumulate_gradients(work, model, [work.collate([one, other])])
+        found.append([parameter.grad for _, parameter in work.method.parameters(model)])
+    for plain, gradient in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
+
+
+LARGE = {"sample_size": 128, "num_attention_heads": 6, "cross_attention_dim": 48}  # the sizes' embeddings are thirds
+
+
+def test_pixart_of_large_pictures_is_told_their_sizes(tmp_path):
+    torch.manual_seed(0)
+    theirs = diffusers.PixArtTransformer2DModel.from_config(CONFIGS["pixart"] | LARGE).eval()
+    theirs.save_pretrained(tmp_path)
+    spec = spec_of(tmp_path, compute_dtype=torch.float32)
+    example = replace(latent_examples("pixart", 1)[0], sizes=np.array([90, 70, 0, 0, 64, 32], np.float32))
+    shapes, model = shapes_of(example), load_denoiser(tmp_path, spec).eval()
+    work = Denoiser(spec, shapes, LOSSES["epsilon"], method("pixart"))
+    assert model.condition_shapes(5)["sizes"] == shapes.sizes == (6,)
+    batch, steps = work.collate([example]), torch.tensor([400.0])
+    sizes = {"resolution": torch.tensor([[64.0, 32.0]]), "aspect_ratio": torch.tensor([[2.0]])}
+    with torch.no_grad():
+        said = batch.conditions
+        expected = theirs(batch.latents, said.text, steps, sizes, encoder_attention_mask=said.mask, return_dict=False)[
+            0
+        ]
+        torch.testing.assert_close(model(batch.latents, steps, said), expected[:, :4])
+
+
 def test_noise_follows_from_seed_step_and_example_alone():
     work, examples = workload("pixart"), latent_examples("pixart")
     both, alone = work.training_batch(examples[:2], 0, 1), work.training_batch(examples[1:2], 0, 1)
