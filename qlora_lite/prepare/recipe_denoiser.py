@@ -9,7 +9,7 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.captions import Fit, rectangles
 from qlora_lite.data.latents import LatentShapes
 from qlora_lite.errors import ModelError
-from qlora_lite.models.denoisers import DenoiserModel, DenoiserSpec, skeleton_of
+from qlora_lite.models.denoisers import TIMESTEPS, DenoiserModel, DenoiserSpec, skeleton_of
 from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.denoiser import EPSILON, FLOW, Denoiser, DenoisingLoss, V
@@ -87,6 +87,9 @@ def loss_of(recipe: Recipe) -> DenoisingLoss:
     d, said = recipe.diffusion, pipeline_of(recipe).scheduler
     name = str(said.get("_class_name"))
     is_flow = name.startswith("FlowMatch") or bool(said.get("use_flow_sigmas"))
+    if (steps := said.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
+        raise ModelError(f"the scheduler has {steps} timesteps (num_train_timesteps); training here draws from "
+                         f"{TIMESTEPS:,}, which all published models have")  # fmt: skip
     kind = _PREDICTIONS.get(str(said.get("prediction_type", "epsilon")))
     prediction: str = d.prediction
     if prediction == "auto":

@@ -439,7 +439,9 @@ def test_the_objective_is_what_the_scheduler_says(bases, tmp_path):
     recipe = load_recipe(diffusion_recipe(tmp_path / "vr", base, **SMALL, diffusion={"weighting": "min_snr"}))
     assert (loss_of(recipe).prediction, loss_of(recipe).weighting) == ("v", "min_snr")
     for change, fault in (({"beta_schedule": "squaredcos_cap_v2"}, "betas .squaredcos"), (
-        {"rescale_betas_zero_snr": True}, "rescaled to zero SNR"), ({"prediction_type": "sample"}, "prediction_type is")
+        {"rescale_betas_zero_snr": True}, "rescaled to zero SNR"),
+        ({"prediction_type": "sample"}, "prediction_type is"),
+        ({"num_train_timesteps": 500}, "the scheduler has 500 timesteps"),
     ):  # fmt: skip
         path.write_text(json.dumps(said | change))
         with pytest.raises(ModelError, match=fault):
