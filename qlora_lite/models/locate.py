@@ -137,7 +137,9 @@ def _downloaded_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def _check_weights(folder: Path) -> tuple[Path, ...]:
-    if (folder / INDEX_NAME).exists():
+    if (folder / WHOLE_NAME).exists():  # whatever lies beside it, such as the index of an earlier save: as transformers
+        names = [WHOLE_NAME]
+    elif (folder / INDEX_NAME).exists():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ModelError(f"{folder / INDEX_NAME} has no weight_map of file names")
@@ -145,8 +147,6 @@ def _check_weights(folder: Path) -> tuple[Path, ...]:
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ModelError(f"{folder / INDEX_NAME} points outside its folder: {outside[0]!r}")
-    elif (folder / WHOLE_NAME).exists():  # whatever lies beside it: the same weights in another layout, an adapter
-        names = [WHOLE_NAME]
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
     if not names:

@@ -78,6 +78,11 @@ def test_an_index_that_points_outside_its_folder_is_refused(many, name):
     assert f"points outside its folder: {name!r}" in refusal(many)
 
 
+def test_a_whole_file_counts_beside_the_index_of_an_earlier_save(one):
+    (one / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert [path.name for path in locate(one).weights] == ["model.safetensors"]
+
+
 def test_an_index_with_a_name_too_long_for_a_file_lacks_that_file(many):
     rewrite(many / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": "x" * 300}))
     assert "lacks 1 of" in refusal(many)
