@@ -50,13 +50,13 @@ def why_unpacked(model: nn.Module, longest: int) -> str:
     A state runs on from row to row (Mamba, Qwen3.5, RecurrentGemma), as transformers marks it; a convolution reaches
     into the row before (LFM2); several rows may be more tokens than the model can compute (GPT-Neo); nothing tells
     attention where a row begins (Bloom, MPT, Nemotron); or the longest row of a batch decides how all are rotated
-    (dynamic, longrope), where rows can be longer than those of the first training.
+    (longrope), where rows can be longer than those of the first training.
 
     Args:
         longest: tokens of the longest row that there may be.
 
     Raises:
-        ModelError: the model cannot compute so many.
+        ModelError: the model cannot compute so many, or rotates them by the longest row that it ever saw (dynamic).
     """
     exact = "exact, but packing saves no time"
     if (most := longest_possible(model.config)) is not None:
@@ -70,7 +70,12 @@ def why_unpacked(model: nn.Module, longest: int) -> str:
         return f"a convolution would reach into the one before: {exact}"
     if not _can_tell_rows_apart(model):
         return f"its attention would see the ones before: {exact}"
-    limits = [_first_length(module.config) for module in model.modules() if _follows_longest_row(module)]
+    grown = [_first_length(module.config) for module in model.modules() if _has_rope(module, "dynamic")]
+    if grown and kernel_rows(longest, device_of(model)) > min(grown):
+        raise ModelError(f"{type(model).__name__} rotates rows of more than {min(grown)} tokens by the longest that it "
+                         "ever saw (rope_type dynamic), so that none is computed twice alike: set data.max_tokens to "
+                         f"{min(grown) // CPU_MULTIPLE * CPU_MULTIPLE}")  # fmt: skip
+    limits = [_first_length(module.config) for module in model.modules() if _has_rope(module, "longrope")]
     if limits and longest > min(limits):
         return (f"those of more than {min(limits)} tokens are rotated otherwise than shorter ones; a data.max_tokens "
                 "of no more spares that")  # fmt: skip
@@ -87,10 +92,9 @@ def _can_tell_rows_apart(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(decoder(model).forward).parameters
 
 
-def _follows_longest_row(module: nn.Module) -> bool:
+def _has_rope(module: nn.Module, name: str) -> bool:
     kinds = getattr(module, "rope_type", None)
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any(kind == "longrope" or "dynamic" in str(kind) for kind in kinds)
+    return any(name in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds]))
 
 
 def _first_length(config) -> int:

@@ -119,6 +119,7 @@ def check_causal(model: nn.Module) -> None:
     """
     config = model.config
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    is_encoder |= getattr(text_config(model), "use_bidirectional_attention", None) is True  # EmbeddingGemma
     if is_encoder and not config.problem_type:
         raise ModelError(f"a {config.model_type} model reads texts in both directions and cannot write them: set "
                          "task.kind to classification or regression, or choose a decoder")  # fmt: skip

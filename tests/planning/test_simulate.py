@@ -260,8 +260,15 @@ def test_rows_that_run_one_by_one_hold_what_is_planned_of_host_memory_in_any_ord
 
 
 def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one(monkeypatch):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    job = job_for(config_of("llama", rope_parameters=rope, max_position_embeddings=64))
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {
+        "rope_type": "longrope",
+        "factor": 8.0,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+        **factors,
+    }
+    job = job_for(config_of("phi3", rope_parameters=rope, original_max_position_embeddings=64))
     short, long = (simulate_whole(changed(job, longest=n)).peak("forward").total for n in (64, 65))
     monkeypatch.setattr("qlora_lite.train.causal_lm.why_unpacked", lambda *_: "they see each other")
     assert short != long == simulate_whole(job).peak("forward").total

@@ -28,7 +28,7 @@ from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.text_guards import check_forward, relative_error
+from qlora_lite.train.text_guards import check_causal, check_forward, relative_error
 
 CPU = torch.device("cpu")
 
@@ -344,10 +344,8 @@ ROTATED_TOGETHER = {
         },
         "original_max_position_embeddings": 64, "max_position_embeddings": 512,
     },
-    "llama": {
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64,
-    },
 }  # fmt: skip
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64}
 
 
 def rows_of(*lengths):
@@ -379,6 +377,19 @@ def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(mode
     check_frozen(training.model, checksum)  # frequencies that follow the rows are no weights
     short = trainer(model_type, rows=rows_of(60, 6), max_steps=1, **changes | {"max_tokens": 64})
     assert not runs_unpacked(short.model)
+
+
+def test_rows_that_are_rotated_by_the_longest_ever_seen_are_refused(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "llama", ARCHITECTURES["llama"] | DYNAMIC)
+    assert len(list(trainer("llama", rows=rows_of(60, 6), max_tokens=64, max_steps=1))) == 1
+    with pytest.raises(ModelError, match=r"rows of more than 64 tokens by the longest .* set data.max_tokens to 64"):
+        trainer("llama", rows=rows_of(60, 6), max_tokens=65)
+
+
+def test_a_decoder_that_sees_both_ways_is_no_causal_model():
+    check_causal(build_tiny("gemma3_text"))
+    with pytest.raises(ModelError, match="reads texts in both directions and cannot write them"):
+        check_causal(build_tiny("gemma3_text", use_bidirectional_attention=True))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
