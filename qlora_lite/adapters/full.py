@@ -26,6 +26,8 @@ from .method import AdapterMethod
 
 log = logging.getLogger("qlora_lite")
 
+_SINKS = ".sinks"  # of gpt-oss's attention
+
 
 @dataclass(frozen=True)
 class Full(AdapterMethod):
@@ -45,7 +47,7 @@ class Full(AdapterMethod):
         return self.switch_every > 0
 
     def apply(self, model: nn.Module) -> None:
-        """Let every weight learn.
+        """Let every weight learn, but for gpt-oss's sinks, for which kernels here have no gradient.
 
         Of blocks in turn the first one, whose backward pass is the longest: what it needs is most.
 
@@ -58,13 +60,13 @@ class Full(AdapterMethod):
         if model.dtype == torch.float16:
             raise ModelError("full fine-tuning has no updates of float16 weights: set model.compute_dtype to bfloat16 "
                              "or float32")  # fmt: skip
-        model.requires_grad_(not self.switch_every)
+        _let_learn(model, not self.switch_every)
         if self.switch_every:
             found = list(blocks_of(model).values())
             if not found or len({sum(p.numel() for p in block.parameters()) for block in found}) > 1:
                 raise ModelError("adapter.switch_every is for models whose blocks all have the same number of weights: "
                                  "set it to 0")  # fmt: skip
-            found[0].requires_grad_(True)
+            _let_learn(found[0], True)
 
     def turn_begins(self, step: int) -> int:
         """See ``AdapterMethod``."""
@@ -76,7 +78,7 @@ class Full(AdapterMethod):
         cycle, place = divmod((step - 1) // self.switch_every, len(found))
         chosen = found[random.Random(cycle).sample(range(len(found)), len(found))[place]]
         for block in found:
-            block.requires_grad_(block is chosen)
+            _let_learn(block, block is chosen)
 
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return what a checkpoint says of its weights."""
@@ -118,3 +120,8 @@ def _lies_in(paths: Container[str], name: str) -> bool:
     """Return whether a weight belongs to one of the modules that ``in_blocks`` gives."""
     path = name.rpartition(".")[0]
     return path in paths or f"{path}." in paths
+
+
+def _let_learn(module: nn.Module, learns: bool) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(learns and not f".{name}".endswith(_SINKS))

@@ -350,3 +350,11 @@ def test_streamed_weights_are_trained_as_resident_ones_to_the_bit(optimizer, wor
     settle(pair[1].model)
     named = [dict(training.model.named_parameters()) for training in pair]
     assert all(torch.equal(weight, named[1][name]) for name, weight in named[0].items())
+
+
+@pytest.mark.parametrize("work", [WORK, IN_TURN])
+def test_the_sinks_of_gpt_oss_stay_and_all_else_learns(work):
+    training = trainer("gpt_oss", work=work, max_steps=4)
+    sinks = {name: p.detach().clone() for name, p in training.model.named_parameters() if name.endswith("sinks")}
+    assert sinks and len(list(training)) == 4
+    assert all(torch.equal(training.model.get_parameter(name), before) for name, before in sinks.items())
