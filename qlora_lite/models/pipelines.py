@@ -100,7 +100,7 @@ class Pipeline:
 
     def has(self, part: str) -> bool:
         """Return whether there is a part: one that ``model_index.json`` names, with a folder."""
-        return self.index.get(part, (None, None)) != [None, None] and (self.folder / part).is_dir()
+        return self.index.get(part, [None, None]) != [None, None] and (self.folder / part).is_dir()
 
     @property
     def labels(self) -> tuple[str, ...] | None:

@@ -14,9 +14,16 @@ from qlora_lite.data.latents import LatentShapes
 from qlora_lite.errors import ModelError
 from qlora_lite.models.denoisers import skeleton_of
 from qlora_lite.models.families import known_pipelines
-from qlora_lite.models.pipelines import open_pipeline, spec_in
+from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, shapes_of_recipe
 from qlora_lite.recipe.load import recipe_of
+
+
+def test_a_folder_that_the_index_does_not_name_is_no_part(tmp_path):
+    (tmp_path / "vae").mkdir()
+    assert not Pipeline(tmp_path, {"_class_name": "DDPMPipeline"}, "unet").has("vae")
+    assert Pipeline(tmp_path, {"vae": ["diffusers", "AutoencoderKL"]}, "unet").has("vae")
+
 
 # Billions of weights of the denoiser, as published, and what a picture of 1024 x 1024 pixels is to it.
 PUBLISHED = {
