@@ -264,9 +264,9 @@ def entry_of(
         config: of the language model in the files.
         quant: how it is stored here, and not in its files.
     """
-    if quant == "none":
-        return cache_entry(files, start=start and start.settings(), dtype=str(dtype))
-    how: dict[str, object] = {"quant": quant, "double_quant": double_quant, "dtype": str(dtype)}
+    how: dict[str, object] = {"dtype": str(dtype)}
+    if quant != "none":
+        how |= {"quant": quant, "double_quant": double_quant}
     if config.problem_type:
         how["outputs"] = config.num_labels
     if is_vision_language(config):
