@@ -104,7 +104,7 @@ class SwitchBottleneck(nn.Module):
         if rows == self.name:
             return add_bottleneck(h, self.tensors, self.activation)
         if isinstance(rows, tuple) and self.name in rows:
-            places = self.switch.places(self.name, h.device)
+            places = self.switch.places_in(h, self.name)
             return h.index_copy(0, places, add_bottleneck(h.index_select(0, places), self.tensors, self.activation))
         return h
 

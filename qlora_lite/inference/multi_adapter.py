@@ -101,7 +101,8 @@ class Tasks:
         """Answer conversations in common batches, each with the adapter of its own name; None is the bare base.
 
         Raises:
-            ModelError: a name is not there, or the tasks of a call end their answers with different tokens.
+            ModelError: a name is not there, the tasks of a call end their answers with different tokens, or the model
+                cannot compute rows with different adapters together.
             DataError: a conversation is invalid, or a template refuses it.
         """
         if len(names) != len(conversations):

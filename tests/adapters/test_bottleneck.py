@@ -133,9 +133,9 @@ def test_a_plan_sees_that_its_blocks_are_alike():
     assert work.pattern() == (0, 1)
 
 
-def saved(folder, seed=1, **settings):
-    """Write an adapter of the 4-bit tiny model; return its method, and the model's logits with it."""
-    model, _ = quantized_pair("llama")
+def saved(folder, seed=1, family="llama", **settings):
+    """Write an adapter of a 4-bit tiny model; return its method, and the model's logits with it."""
+    model, _ = quantized_pair(family)
     method = Bottleneck(**{"width": WIDTH, "dtype": torch.float32} | settings)
     method.apply(model)
     for _, layer in bottleneck_layers(model):
@@ -223,6 +223,17 @@ def test_rows_of_several_adapters_are_each_as_alone(tmp_path):
         found = logits(switched)
         for row, name in enumerate(rows):
             assert torch.allclose(found[row], alone[name][row], atol=1e-4), (rows, name)
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby"])
+def test_rows_whose_tokens_an_architecture_joins_are_each_as_alone(tmp_path, placement):
+    alone = {"own": saved(tmp_path, family="opt", placement=placement)[1], None: logits(quantized_pair("opt")[0])}
+    model, _ = quantized_pair("opt")
+    switch = add_switch(model, {"own": read_adapter(model, tmp_path)})
+    for rows in ((None, "own"), ("own", None)):
+        switch.use_rows(rows)
+        found = logits(model)
+        assert all(torch.allclose(found[row], alone[name][row], atol=1e-4) for row, name in enumerate(rows))
 
 
 def test_settings_of_the_other_method_are_refused(tmp_path):

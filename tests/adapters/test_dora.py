@@ -239,8 +239,9 @@ def test_a_saved_adapter_gives_the_same_logits_in_peft_and_comes_back_from_it(mo
     assert {type(layer) for _, layer in lora_layers(again)} == {DoraLinear}
 
 
-def test_rows_of_a_batch_have_their_own_magnitudes(tmp_path):
-    model = quantized_pair("qwen2")[0]  # with biases
+@pytest.mark.parametrize("model_type", ["qwen2", "opt"])  # with biases; OPT joins the tokens of all rows
+def test_rows_of_a_batch_have_their_own_magnitudes(tmp_path, model_type):
+    model = quantized_pair(model_type)[0]
     adapters, expected = {}, {None: logits(copy.deepcopy(model))}
     for name, options in (("dora", {"dora": True}), ("lora", {}), ("some", {"dora": True, "targets": ["k_proj"]})):
         trained = add_lora(copy.deepcopy(model), rank=3, dtype=torch.float32, **options)

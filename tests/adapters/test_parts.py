@@ -259,6 +259,32 @@ def test_rows_of_a_batch_have_their_own_weights(tmp_path):
         assert all(torch.allclose(together[i], expected[name][i], atol=2e-4) for i, name in enumerate(rows))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "also"), [("opt", (NORMS, BIASES)), ("qwen3_next", (NORMS,)), ("qwen3_5_text", (NORMS,))]
+)
+def test_rows_whose_tokens_an_architecture_joins_have_their_own_weights(model_type, also, tmp_path):
+    save_adapter(adapted(model_type, also, targets=(Target("all-linear"),)), tmp_path)
+    model = build_tiny(model_type)
+    switch = add_switch(model, {"own": read_adapter(model, tmp_path)})
+    expected = {None: logits(build_tiny(model_type)), "own": logits(load_adapter(build_tiny(model_type), tmp_path))}
+    for rows in ((None, "own"), ("own", None)):
+        switch.use_rows(rows)
+        together = logits(model)
+        assert all(torch.allclose(together[i], expected[name][i], atol=2e-4) for i, name in enumerate(rows))
+
+
+def test_rows_with_different_weights_of_a_module_that_gives_several_tensors_are_refused(tmp_path):
+    save_adapter(adapted("gpt_oss", (BIASES,)), tmp_path)
+    model = build_tiny("gpt_oss")
+    switch = add_switch(model, {"own": read_adapter(model, tmp_path)})
+    expected = logits(load_adapter(build_tiny("gpt_oss"), tmp_path))
+    switch.use_rows((None, "own"))
+    with pytest.raises(ModelError, match=r"GptOssTopKRouter gives more than one tensor, .*; answer them separately"):
+        logits(model)
+    switch.use("own")
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
 def test_an_adapter_taken_out_again_leaves_the_base(case, tmp_path):
     model_type, also, _ = case
     save_adapter(adapted(model_type, also), tmp_path)

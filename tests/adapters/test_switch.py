@@ -30,7 +30,7 @@ def random_adapter(model, seed, rank, chosen=lambda name: True, rslora=False) ->
 def adapters_of(model):
     return {
         "one": random_adapter(model, 1, 4),
-        "two": random_adapter(model, 2, 2, lambda name: name.endswith(("q_proj", "up_proj", "c_attn"))),
+        "two": random_adapter(model, 2, 2, lambda name: name.endswith(("q_proj", "up_proj", "c_attn", "fc2"))),
         "three": random_adapter(model, 3, 3, rslora=True),
     }
 
@@ -64,7 +64,7 @@ def test_one_adapter_for_all_rows_is_the_trained_layer_to_the_bit(model_type):
         assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "phi3", "opt", "qwen3_next"])
 def test_rows_with_different_adapters_are_each_what_they_are_alone(model_type):
     model, plain = quantized_pair(model_type)
     adapters = adapters_of(plain)
@@ -102,9 +102,10 @@ def test_names_that_are_not_there_and_rows_that_do_not_fit_are_errors():
     for choose in (lambda: switch.use("four"), lambda: switch.use_rows(["one", "four"])):
         with pytest.raises(ModelError, match="no adapter 'four'; there are one, two, three"):
             choose()
-    switch.use_rows(["one", "two"])
-    with pytest.raises(ModelError, match="2 rows have an adapter, the batch has 5"):
-        logits(model)
+    for rows, count in ((["one", "two"], 5), (["one", "two"], 4)):
+        switch.use_rows(rows)
+        with pytest.raises(ModelError, match=f"2 rows have an adapter, the batch has {count}"):
+            logits(model, IDS[:count])
 
 
 def test_which_rows_use_an_adapter_is_found_once_for_all_layers_and_again_for_another_batch():

@@ -10,7 +10,7 @@ Only for inference: no gradients. As in training (``layer``) the base product ac
 norms of a DoRA adapter's weights (``dora``) are those of its base once and for all, so they are computed when it is
 added. Where an adapter has weights of the base of its own (``parts``), rows that use it go through a module with those.
 
-Shapes: x [rows, ..., in], A [r, in], B [out, r].
+Shapes: x [rows, ..., in], or [rows T, in] where the tokens of all rows are joined; A [r, in], B [out, r].
 Source: LoRA, arXiv 2106.09685, section 4.1, third advantage; batches of several adapters: Punica, arXiv 2310.18547.
 """
 
@@ -75,6 +75,26 @@ class Switch:
             rows = enumerate(self.rows or ())
             self._places[key] = torch.tensor([at for at, row in rows if row == name], device=device)
         return self._places[key]
+
+    def per_row(self, x: torch.Tensor) -> int:
+        """Return how much of x's first dimension each row has, where rows use several adapters.
+
+        Args:
+            x: [rows, ...]; or [rows * T, D] where an architecture joins the tokens of all rows, T of each (OPT's
+                feed-forward part, experts), or also the heads of each token (the norms of gated delta networks).
+
+        Raises:
+            ModelError: x is of another number of rows.
+        """
+        count, size = len(self.rows or ()), x.shape[0]
+        if size != count and (size % count or x.ndim > 2):
+            raise ModelError(f"{count} rows have an adapter, the batch has {size}")
+        return size // count
+
+    def places_in(self, x: torch.Tensor, name: str | None) -> torch.Tensor:
+        """Return where rows that use an adapter are in x's first dimension, int64 on its device; see ``per_row``."""
+        places, count = self.places(name, x.device), self.per_row(x)
+        return places if count == 1 else (places[:, None] * count + torch.arange(count, device=x.device)).flatten()
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -145,14 +165,17 @@ class SwitchLinear(nn.Module):
         for name in scaled:
             self._scale(y, name)
         if own_bias:
-            each = [self.biases.get(name or "", bias) for name in (rows if isinstance(rows, tuple) else [rows])]
-            bias = torch.stack(each).view(len(each), *(1,) * (y.ndim - 2), -1)
+            names = rows if isinstance(rows, tuple) else [rows]
+            each = torch.stack([self.biases.get(name or "", bias) for name in names])
+            if isinstance(rows, tuple):
+                each = each.repeat_interleave(self.switch.per_row(y), 0)
+            bias = each.view(len(each), *(1,) * (y.ndim - 2), -1)
         return y.add_(bias) if is_late and bias is not None else y
 
     def _apart(self, x: torch.Tensor, names: Iterable[str | None]) -> torch.Tensor:
         """Return y of rows that use several adapters, each adapter's computed by itself."""
         y = x.new_empty(*x.shape[:-1], frozen_weight(self.base)[0].shape[0])
-        for name, places in [(name, self.switch.places(name, x.device)) for name in names]:
+        for name, places in [(name, self.switch.places_in(x, name)) for name in names]:
             with self.switch.using(name):
                 y.index_copy_(0, places, self(x.index_select(0, places)))
         return y
@@ -162,7 +185,7 @@ class SwitchLinear(nn.Module):
         if not isinstance(self.switch.rows, tuple):
             y.addcmul_(y, self.excess[name])
             return
-        places = self.switch.places(name, y.device)
+        places = self.switch.places_in(y, name)
         part = y.index_select(0, places)
         y.index_copy_(0, places, part.addcmul_(part, self.excess[name]))
 
@@ -170,11 +193,9 @@ class SwitchLinear(nn.Module):
         rows = self.switch.rows
         if not isinstance(rows, tuple):
             return self._low_rank(x, rows) if rows in self.factors else None
-        if len(rows) != x.shape[0]:
-            raise ModelError(f"{len(rows)} rows have an adapter, the batch has {x.shape[0]}")
         update = x.new_zeros(*x.shape[:-1], out_features)
         for name in self.factors.keys() & set(rows):
-            places = self.switch.places(name, x.device)
+            places = self.switch.places_in(x, name)
             update.index_copy_(0, places, self._low_rank(x.index_select(0, places), name))
         return update
 
@@ -206,10 +227,9 @@ class SwitchExperts(nn.Module):
         rows, given = self.switch.rows, (hidden_TD, chosen_TK, weights_TK)
         if not isinstance(rows, tuple):
             return self._computed(rows, *given)
-        out_TD, row_tokens = torch.empty_like(hidden_TD), len(hidden_TD) // len(rows)
+        out_TD = torch.empty_like(hidden_TD)
         for name in set(rows):
-            places = self.switch.places(name, hidden_TD.device)
-            tokens = (places[:, None] * row_tokens + torch.arange(row_tokens, device=places.device)).flatten()
+            tokens = self.switch.places_in(hidden_TD, name)
             out_TD[tokens] = self._computed(name, *(tensor[tokens] for tensor in given))
         return out_TD
 
@@ -237,10 +257,14 @@ class SwitchModule(Around):
             return self._of(rows)(x, *others)
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in dict.fromkeys(rows):
-            places = self.switch.places(name, x.device)
-            parts.append((places, self._of(name)(*(each.index_select(0, places) for each in (x, *others)))))
+            places = self.switch.places_in(x, name)
+            found = self._of(name)(*(each.index_select(0, places) for each in (x, *others)))
+            if not isinstance(found, torch.Tensor):
+                raise ModelError(f"{type(self.inner).__name__} gives more than one tensor, so that rows with different "
+                                 "adapters cannot go through it together; answer them separately")  # fmt: skip
+            parts.append((places, found))
         widest = max(part.shape[-1] for _, part in parts)  # the head of an adapter with new tokens has more
-        y = parts[0][1].new_full((len(rows), *parts[0][1].shape[1:-1], widest), -torch.inf)
+        y = parts[0][1].new_full((x.shape[0], *parts[0][1].shape[1:-1], widest), -torch.inf)
         for places, part in parts:
             y[..., : part.shape[-1]].index_copy_(0, places, part)
         return y
