@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_lite.adapters.lora.switch import SwitchModule
 from qlora_lite.adapters.parts import NormInFloat32, base_path, has_vision_tower, is_headed
 from qlora_lite.errors import ModelError
 from qlora_lite.ops.loss import Head
@@ -69,9 +70,13 @@ def _first_position(table: nn.Module) -> int:
 
 
 def head(model: nn.Module) -> Head:
-    """Describe the model's output head, with the scale and soft cap that its configuration states."""
+    """Describe the model's output head, with the scale and soft cap that its configuration states.
+
+    Raises:
+        ModelError: rows use heads of several adapters.
+    """
     layer, config = model.get_output_embeddings(), text_config(model)
-    with_rows, layer = _without_rows(layer)
+    with_rows, layer = _without_rows(layer.in_use if isinstance(layer, SwitchModule) else layer)
     scale = 1.0
     if getattr(config, "logit_scale", None):  # Cohere multiplies
         scale = float(config.logit_scale)

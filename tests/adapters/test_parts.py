@@ -61,7 +61,7 @@ def method(also, model_type="llama", targets=None, **options):
 def moved(model):
     """The model, everything trained moved away from where it began; equal names get equal values."""
     chance = torch.Generator().manual_seed(3)
-    for _, parameter in sorted(Lora().parameters(model)):
+    for _, parameter in sorted((name, each) for name, each in model.named_parameters() if each.requires_grad):
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=chance).to(parameter.dtype))
     return model
 
@@ -283,6 +283,48 @@ def test_rows_with_different_weights_of_a_module_that_gives_several_tensors_are_
         logits(model)
     switch.use("own")
     assert torch.allclose(logits(model), expected, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "target"), [("mamba", "in_proj"), ("mamba2", "in_proj"), ("recurrent_gemma", "linear_x")]
+)
+def test_biases_that_an_architecture_reads_itself_are_those_in_use(model_type, target, tmp_path):
+    """Of Mamba's convolution and time steps, past ``forward``; Recurrent Gemma's convolution only with a cache."""
+
+    def answered(model):
+        found = model.generate(
+            IDS, max_new_tokens=4, do_sample=False, use_cache=True, eos_token_id=None,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return torch.stack(found.logits)
+
+    save_adapter(adapted(model_type, (BIASES,), targets=(Target(target),)), tmp_path)
+    model, trained = build_tiny(model_type), load_adapter(build_tiny(model_type), tmp_path)
+    expected = {None: answered(build_tiny(model_type)), "own": answered(trained)}
+    assert (expected[None] - expected["own"]).abs().max() > 1e-2
+    switch = add_switch(model, {"own": read_adapter(model, tmp_path)})
+    for name in ("own", None, "own"):
+        switch.use(name)
+        assert torch.allclose(answered(model), expected[name], atol=1e-4), name
+    switch.use_rows((None, "own"))
+    with pytest.raises(ModelError, match=r"reads the bias of .*conv.* itself, .*; answer them separately"):
+        answered(model)
+
+
+def test_a_weight_that_an_architecture_reads_itself_is_refused_with_factors_and_given_without(tmp_path):
+    save_adapter(adapted("mamba", (), targets=(Target("dt_proj"),)), tmp_path / "time steps")
+    save_adapter(adapted("mamba", (), targets=(Target("in_proj"),)), tmp_path / "other")
+    model = build_tiny("mamba")
+    base = logits(model)
+    switch = add_switch(model, {name: read_adapter(model, tmp_path / name) for name in ("time steps", "other")})
+    assert torch.equal(logits(model), base)
+    expected = logits(load_adapter(build_tiny("mamba"), tmp_path / "other"))
+    switch.use("other")
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    switch.use("time steps")
+    with pytest.raises(ModelError, match=r"reads the weight of backbone.layers.0.mixer.dt_proj itself"):
+        logits(model)
 
 
 def test_an_adapter_taken_out_again_leaves_the_base(case, tmp_path):

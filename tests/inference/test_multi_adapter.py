@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_files import save_tiny
-from tiny_runs import make_run, tiny_run
+from tiny_runs import make_run, replace_adapter, tiny_run
 
 from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.data.row_formats import Turn
@@ -171,6 +173,23 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
     assert json.loads((tmp_path / "new" / "page" / "compare.json").read_text()) == result
     page = (tmp_path / "new" / "page" / "compare.html").read_text()
     assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
+
+
+@pytest.mark.parametrize("trained", [
+    {"train_also": ["head"]}, {"train_tokens": ["o"]}, {"train_tokens": ["o", *(f"<|{n}|>" for n in range(4))]},
+])  # fmt: skip
+def test_a_comparison_measures_a_head_with_weights_of_its_own(tmp_path, trained):
+    save_tiny(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model", adapter=trained)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    chance = torch.Generator().manual_seed(0)
+    beside = {name: 0.5 * torch.randn(t.shape, generator=chance) for name, t in tensors.items() if "lora" not in name}
+    replace_adapter(run, tensors | {name: tensors[name] + noise for name, noise in beside.items()})
+    opened, models = open_run(run), compare_runs([run], with_base=True, answers=0)["models"]
+    assert beside and [model["name"] for model in models] == ["base", "run"]
+    for model, adapter, tolerance in zip(models, (None, opened.adapter), (1e-3, 1e-5), strict=True):
+        alone = evaluate_recipe(opened.recipe, adapter, 0)  # whose base has no row for a token behind its table
+        assert model["eval_loss"] == pytest.approx(alone["eval_loss"], rel=tolerance)
 
 
 def test_as_many_examples_are_compared_as_the_first_run_s_recipe_says_and_few_are_shown(runs, tmp_path, command):

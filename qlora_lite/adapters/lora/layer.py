@@ -74,6 +74,14 @@ def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
     return y
 
 
+def no_weight(base: nn.Module, path: str) -> ModelError:
+    """Return the error of an architecture that reads the weight of an adapted layer itself, past its LoRA weights."""
+    packed = frozen_weight(base)[0].quant_type is not None
+    codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
+    return ModelError(f"this architecture reads the weight of {path} itself, past the LoRA weights: leave it out of "
+                      f"lora.targets{codes}")  # fmt: skip
+
+
 class Begun(NamedTuple):
     """Products of LoRA layers with one input x, begun by ``begin`` and each ended by ``end``.
 
@@ -268,10 +276,7 @@ class LoraLinear(LoraWeights):
         Raises:
             ModelError: always; the architecture, Mamba for one, computes with the weight past the factors.
         """
-        packed = frozen_weight(self.base)[0].quant_type is not None
-        codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
-        raise ModelError(f"this architecture reads the weight of {self.path} itself, past the LoRA weights: "
-                         f"leave it out of lora.targets{codes}")  # fmt: skip
+        raise no_weight(self.base, self.path)
 
     @property
     def described(self) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:

@@ -37,7 +37,7 @@ from qlora_lite.quant.product import add_product, materialize
 
 from .dora import adapted_norms, excess_of
 from .inject import linear_layers
-from .layer import add_update, merging_of
+from .layer import add_update, merging_of, no_weight
 
 
 class Switch:
@@ -96,6 +96,11 @@ class Switch:
         places, count = self.places(name, x.device), self.per_row(x)
         return places if count == 1 else (places[:, None] * count + torch.arange(count, device=x.device)).flatten()
 
+    @property
+    def used(self) -> set[str | None]:
+        """The names that rows use; None is the bare base."""
+        return set(self.rows) if isinstance(self.rows, tuple) else {self.rows}
+
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """Use an adapter inside the block, and what was used before again after it."""
@@ -111,8 +116,27 @@ class Switch:
             raise ModelError(f"there is no adapter {name!r}; there are {', '.join(self.names)}")
 
 
+def _only(biases: Iterable[torch.Tensor | None], path: str) -> torch.Tensor | None:
+    """Return the bias that all rows use, for an architecture that reads it itself, past ``forward``.
+
+    Args:
+        biases: one for each adapter in use.
+        path: of their layer.
+
+    Raises:
+        ModelError: they use several.
+    """
+    found = {id(bias): bias for bias in biases}
+    if len(found) > 1:
+        raise ModelError(f"this architecture reads the bias of {path} itself, so that rows with biases of their own "
+                         "cannot go through it together; answer them separately")  # fmt: skip
+    return next(iter(found.values()))
+
+
 class SwitchLinear(nn.Module):
     """A frozen linear layer with the factors of every adapter that adapts it.
+
+    ``path`` is its name in the model. Mamba reads ``weight`` and ``bias`` of a layer itself: those in use.
 
     Args:
         dtype: that the model computes in.
@@ -120,6 +144,8 @@ class SwitchLinear(nn.Module):
         merging: of the adapters whose updates are merged into the weight, by adapter; what is merged is computed anew
             for each product.
     """
+
+    path = "a layer"
 
     def __init__(
         self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype,
@@ -140,11 +166,26 @@ class SwitchLinear(nn.Module):
             norms = adapted_norms(base, squares, *pair, each.scale, dtype)
             self.excess[name] = excess_of(magnitude.to(here), norms, dtype).to(device)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's.
+
+        Raises:
+            ModelError: an adapter in use has factors here, which are not in it.
+        """
+        if self.factors.keys() & self.switch.used:
+            raise no_weight(self.base, self.path)
+        return self.base.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """That of all rows; see ``_only``."""
+        return _only((self.biases.get(name or "", self.base.bias) for name in self.switch.used), self.path)
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
-        rows, bias = self.switch.rows, self.base.bias
-        used = set(rows if isinstance(rows, tuple) else [rows])
+        rows, used, bias = self.switch.rows, self.switch.used, self.base.bias
         if isinstance(rows, tuple) and self.merging.keys() & used:
             return self._apart(x, used)
         scaled, own_bias = self.excess.keys() & used, self.biases.keys() & used
@@ -241,15 +282,42 @@ class SwitchExperts(nn.Module):
 class SwitchModule(Around):
     """A module of the base, and in its place for some adapters one with weights of their own.
 
+    ``path`` is its name in the model. Whoever reads ``weight`` and ``bias`` past ``forward``, as Mamba does those of
+    its convolutions, gets those in use.
+
     Args:
         own: those by adapter.
         others: what the base and all other adapters use.
     """
 
+    path = "a module"
+
     def __init__(self, inner: nn.Module, switch: Switch, own: Mapping[str, nn.Module], others: nn.Module):
         super().__init__(inner)
         self.switch, self.own, self._others = switch, dict(own), (others,)
         self.tokens: tuple[int, ...] = getattr(others, "tokens", ())  # behind the table's end
+
+    @property
+    def in_use(self) -> nn.Module:
+        """What all rows use.
+
+        Raises:
+            ModelError: they use several adapters.
+        """
+        rows = self.switch.rows
+        if isinstance(rows, tuple):
+            raise ModelError(f"rows with different adapters have no {self.path} in common; answer them separately")
+        return self._of(rows)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """That in use; where rows use several adapters the base's, of which norms and heads show type and device."""
+        return (self._others[0] if isinstance(self.switch.rows, tuple) else self.in_use).weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """That of all rows; see ``_only``."""
+        return _only((self._of(name).bias for name in self.switch.used), self.path)
 
     def forward(self, x: torch.Tensor, *others) -> torch.Tensor:
         rows = self.switch.rows
@@ -310,7 +378,9 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
         if factors or biases:
             merging = {name: merged for name, each in factors.items()
                        if (merged := merging_of(layer, of_lora[name].merge_aware, each.scale, path))}  # fmt: skip
-            model.set_submodule(path, SwitchLinear(layer, switch, factors, device, model.dtype, biases, merging))
+            wrapped = SwitchLinear(layer, switch, factors, device, model.dtype, biases, merging)
+            wrapped.path = path
+            model.set_submodule(path, wrapped)
     for path, of_adapters in weights.items():
         module = model.get_submodule(path)
         own = {}
@@ -328,7 +398,9 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
             rows = nn.Parameter(mean.repeat(len(new), 1), requires_grad=False)
             kind = EmbeddingWithRows if module is model.get_input_embeddings() else HeadWithRows
             base = kind(_with_weights(module, {}), new, rows)
-        model.set_submodule(path, SwitchModule(module, switch, own, base))
+        module = SwitchModule(module, switch, own, base)
+        module.path = path
+        model.set_submodule(path, module)
     for path, experts in {weight.path: weight.experts for weight in expert_weights(model).values()}.items():
         both = {name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
                 for name, adapter in of_lora.items()}  # fmt: skip
