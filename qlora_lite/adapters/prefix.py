@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .lora.switch import Switch
 
 _KEY, _VALUE = "k_proj", "v_proj"
+_ENDS = f".{_KEY}", f".{_VALUE}"  # of paths
 
 
 class PrefixLinear(nn.Module):
@@ -180,12 +181,14 @@ class PrefixTuning(AdapterMethod):
         """See ``AdapterMethod``."""
         part = switched_tokens(model, switch)
         part.counts[name] = self.virtual_tokens
-        there = {path: module for path, module in model.named_modules() if isinstance(module, SwitchPrefix)}
-        layers = there or _layers_of(model)
+        # by their names, since the layers of another adapter may stand around them; ``shapes`` has checked the family
+        layers = {path: module for path, module in model.named_modules() if path.endswith(_ENDS)}
         for path, prefix in _by_layer(model, list(layers), tensors[TENSOR]):
-            if path not in there:
-                model.set_submodule(path, SwitchPrefix(layers[path], part, {}))
-            model.get_submodule(path).prefixes[name] = prefix.to(model.device)
+            layer = layers[path]
+            if not isinstance(layer, SwitchPrefix):
+                layer = SwitchPrefix(layer, part, {})
+                model.set_submodule(path, layer)
+            layer.prefixes[name] = prefix.to(model.device)
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
@@ -205,7 +208,7 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ModelError: the family computes its keys otherwise.
     """
-    layers = {path: layer for path, layer in linear_layers(model).items() if path.endswith((f".{_KEY}", f".{_VALUE}"))}
+    layers = {path: layer for path, layer in linear_layers(model).items() if path.endswith(_ENDS)}
     attentions = {path.rpartition(".")[0] for path in layers}
     normalised = any(hasattr(model.get_submodule(path), "k_norm") for path in attentions)
     count = 2 * model.config.get_text_config(decoder=True).num_hidden_layers

@@ -6,14 +6,14 @@ import pytest
 import torch
 from methods import assert_as_planned, of_text, plan
 from safetensors.torch import load_file
-from tiny import build_tiny, quantized_pair
+from tiny import build_tiny, quantized_pair, random_factors
 from tiny_files import byte_tokenizer, write_recipe
 from tiny_runs import logits
 from tiny_trainer import examples
 from torch.nn import functional
 from transformers import DynamicCache
 
-from qlora_lite.adapters.files import load_adapter, save_adapter
+from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
 from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.prefix import PrefixTuning, prefix_layers
 from qlora_lite.adapters.prompt import PromptTuning, count_virtual, virtual_tokens
@@ -207,6 +207,30 @@ def test_a_model_takes_virtual_tokens_once_and_only_where_embeddings_are_all():
     model, _ = tuned()
     with pytest.raises(ModelError, match="has virtual tokens already"):
         METHODS["prompt tuning"].apply(model)
+
+
+@torch.no_grad()
+def test_prefixes_share_a_model_with_adapters_of_the_layers_that_they_stand_behind(tmp_path):
+    alone, ids = {}, torch.randint(3, 160, (2, 9), generator=torch.Generator().manual_seed(0))
+    lora, _ = quantized_pair("llama")
+    Lora(rank=4, dtype=torch.float32, also=("norms",)).apply(lora)
+    random_factors(lora)
+    save_adapter(lora, tmp_path / "lora", "base")
+    alone["lora"] = logits(lora, ids)
+    for count in (3, 5):
+        model, _ = tuned(method := PrefixTuning(count))
+        save_adapter(model, tmp_path / f"prefix {count}", "base", method=method)
+        alone[f"prefix {count}"] = logits(model, with_virtual_ids(ids, count))
+    model, _ = quantized_pair("llama")
+    alone[None] = logits(model, ids)
+    switch = add_switch(model, {name: read_adapter(model, tmp_path / name) for name in alone if name})
+    for name, expected in (*alone.items(), ("lora", alone["lora"])):
+        with switch.using(name):
+            found = logits(model, with_virtual_ids(ids, count_virtual(model)))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    switch.use_rows(["lora", None])
+    both = logits(model, ids)
+    torch.testing.assert_close(both, torch.stack([alone["lora"][0], alone[None][1]]), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
