@@ -234,7 +234,7 @@ def _of_table(
             elif problem == MASKS:
                 mask, value = (None if value is None else str(file_of(value, where))), None
             else:
-                value = label_if_any(value, problem)
+                value = (label_text if needs_label else label_if_any)(value, problem)
         except DataError as error:
             statistics.problems.add(where, error)
             continue
