@@ -86,6 +86,14 @@ def not_read(path: str) -> list[Path]:
     return [each for each in _files_in(path) if each.suffix.lower() not in SUFFIXES]
 
 
+def classes_without_pictures(path: str) -> list[str]:
+    """Return the names of folders in a folder of pictures that have none in them."""
+    folder = Path(os.path.expanduser(path))
+    used = {picture.relative_to(folder).parts[0] for picture in _pictures_in(path)}
+    return sorted(each.name for each in folder.iterdir() if each.is_dir() and each.name not in used
+                  and not each.name.startswith("."))  # fmt: skip
+
+
 def read_pictures(
     source: Source, statistics: Statistics, problem: str, needs_label: bool = True, max_rows: int | None = None,
     fit: Fit | None = None,

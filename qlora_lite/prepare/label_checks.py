@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 from qlora_lite.data.captions import CAPTIONS
 from qlora_lite.data.examples import Dataset
-from qlora_lite.data.labels import MASKS, MAX_NAMES, NUMBER, ONE_LABEL, balance, label_names, names_of
+from qlora_lite.data.labels import LABELS, MASKS, MAX_NAMES, NUMBER, ONE_LABEL, balance, label_names, names_of
 from qlora_lite.data.problems import RowProblem
 from qlora_lite.recipe.schema import Recipe
 
 UNKNOWN_LABEL, ONE_CLASS, MANY_LABELS = "label without an output", "one label in all rows", "more labels than classes"
+RARE_LABEL = "label that a single row has"
+_SHOWN = 5  # names
 
 
 def with_labels(recipe: Recipe, data: Dataset) -> Recipe:
@@ -55,6 +57,20 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
                     cure = "give training rows with it, or correct it"
                 yield RowProblem(example.where, UNKNOWN_LABEL, f"{message}; {cure}")
                 break
+
+
+def rare_labels(recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:
+    """Yield a warning of classes that only one training row has."""
+    if recipe.label_problem not in (ONE_LABEL, LABELS) or recipe.data.streaming:
+        return
+    places: dict[str, set[str]] = {}  # a row that is repeated by a weight is one row
+    for example in data.examples:
+        for name in names_of(example, recipe.label_problem):
+            places.setdefault(name, set()).add(example.where)
+    if rare := [name for name in sorted(places) if len(places[name]) == 1]:
+        names = ", ".join(rare[:_SHOWN]) + (", ..." if len(rare) > _SHOWN else "")
+        message = f"only one row has the label {names}; give more rows of it, or leave it out"
+        yield RowProblem(*places[rare[0]], RARE_LABEL, message)
 
 
 def balance_of(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> dict | None:

@@ -28,9 +28,10 @@ from qlora_lite.data.examples import Dataset
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.labelled_rows import FORMAT as LABELLED
 from qlora_lite.data.labelled_rows import columns_for
+from qlora_lite.data.labels import MASKS
 from qlora_lite.data.metrics import check_references
 from qlora_lite.data.pictures import FORMAT as PICTURES
-from qlora_lite.data.pictures import is_folder_of_pictures, not_read, picture_columns
+from qlora_lite.data.pictures import classes_without_pictures, is_folder_of_pictures, not_read, picture_columns
 from qlora_lite.data.preferences import answer_tokens, check_labels
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.render import ROW_DAY
@@ -44,7 +45,7 @@ from qlora_lite.recipe.schema import GRPO, Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
-from .label_checks import balance_of, label_faults, with_labels
+from .label_checks import balance_of, label_faults, rare_labels, with_labels
 
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
@@ -153,7 +154,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         error_count += 1
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
     warned = (*_broken_seams(data), *_unused_answers(recipe), *_more_than_weights_hold(recipe, data),
-              *_absent_tokens(recipe, tokenizer, data))  # fmt: skip
+              *_absent_tokens(recipe, tokenizer, data), *rare_labels(recipe, data))  # fmt: skip
     problems += [problem_entry(problem, False) for problem in warned]
     report = empty_report(problems) | {
         "ok": error_count == 0, "errors": error_count,
@@ -417,6 +418,8 @@ def _describe_pictures(source: Source, unused: dict[str, Counter[str]], problem:
             own = {BESIDE, *METADATA} if problem == CAPTIONS else set()
             files = [path for path in not_read(source.path) if not own & {path.name, path.suffix}]
             notes += _not_read(source, files)
+            if empty := classes_without_pictures(source.path) if problem not in (CAPTIONS, MASKS) else []:
+                notes.append(f"no pictures in {_first(empty)}")
         else:
             where, row = next(read_rows(source, Problems()))
             held, label = picture_columns(row, where, source, problem=problem)

@@ -309,6 +309,18 @@ def test_labels_that_are_not_trained_are_named_with_what_to_do(bases, tmp_path):
             found.raise_if_unusable()
 
 
+def test_classes_of_no_picture_and_of_one_are_spoken_of(bases, tmp_path):
+    rare = write_pictures(tmp_path / "rare", 6)
+    shutil.copytree(rare / "hot", rare / "warm", ignore=shutil.ignore_patterns("00[1-5]*"))
+    (rare / "cold").mkdir()
+    (rare / ".trash").mkdir()
+    recipe = load_recipe(picture_recipe(tmp_path / "a", bases["vit"]), [f"data.train={rare}", "data.eval=null"])
+    report = preflight(recipe, reader_of(recipe)).report
+    assert report["sources"][0]["notes"] == ["no pictures in cold"]
+    messages = [problem["message"] for problem in report["problems"]]
+    assert messages == ["only one row has the label warm; give more rows of it, or leave it out"] and report["ok"]
+
+
 def test_data_and_plan_speak_of_pictures_and_of_what_4_bits_save(bases, run):
     _, recipe = run
     said = command("data", recipe).output
