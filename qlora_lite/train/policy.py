@@ -238,7 +238,8 @@ class PolicyLM(CausalLM):
         """
         if self.answer is None or self.judge is None:
             raise TrainingError("a policy that learns has to be given what answers, and what judges the answers")
-        o, learns, seed = self.objective, model.training, int(torch.randint(1 << 31, ()))
+        o, learns = self.objective, model.training
+        seed = int(torch.randint(1 << 31, ())) if learns else 0  # an evaluation draws none, and can be done again
         rows = [self._repeated(batch.examples) if learns else list(batch.examples) for batch in batches]
         flat = [example for some in rows for example in some]
         prompts = [example.token_ids[: prompt_tokens(example)].tolist() for example in flat]

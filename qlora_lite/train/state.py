@@ -103,7 +103,7 @@ def _check_worth_keeping(trainer: Trainer, factors: Tensors) -> None:
     broken = [name for name, tensor in factors.items() if not tensor.isfinite().all()]
     if broken:
         raise TrainingError(f"step {trainer.step}: the factor {broken[0]} is not finite; no checkpoint is made of it")
-    updates = trainer.step - trainer.skipped
+    updates = trainer.step - trainer.skipped if trainer.took_part else 0  # others had gradients of zero
     if updates and trainer.workload.method.does_nothing(trainer.model):
         raise TrainingError(f"after {updates} updates the adapter still does nothing: it is as it began")
 

@@ -24,6 +24,7 @@ from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.policy import Answered, GroupPolicy, PolicyLM
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
+from qlora_lite.train.state import capture
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss
 
 CPU = torch.device("cpu")
@@ -315,6 +316,15 @@ def test_a_step_without_any_difference_of_rewards_is_no_fault():
     found = list(trainer)
     assert [each.grad_norm for each in found] == [0.0, 0.0] and not trainer.took_part
     assert found[0].metrics["frac_reward_zero_std"] == 1.0
+    _, numbers = capture(trainer)  # a checkpoint of it, which is as it began
+    assert numbers["step"] == 2
+
+
+def test_an_evaluation_draws_no_numbers_so_that_one_that_is_cut_off_is_done_again():
+    work = replace(workload(), judge=lambda examples, texts: {"same": torch.ones(len(texts))})
+    model, before = adapted(work).eval(), torch.get_rng_state()
+    work.prepare_step(model, [work.collate(rows())])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_policy_without_answers_or_of_a_capped_head_is_refused():
