@@ -153,6 +153,7 @@ class Work(NamedTuple):
     ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``large_products`` is how many
     products of ``LARGE_BYTES`` or more differ in their operator or their shapes. ``disk_bytes`` are those of streamed
     weights, before they take the bus. ``link_bytes`` are those of sharded weights that come from other ranks.
+    ``update_bytes`` are what the optimizer's update moves, once a step however many its micro-batches are.
     """
 
     flops: int = 0
@@ -162,20 +163,21 @@ class Work(NamedTuple):
     large_products: int = 0
     disk_bytes: int = 0
     link_bytes: int = 0
+    update_bytes: int = 0
 
 
 class WorkCounter:
     """Add up the work of the operations that it is shown, as a ``Ledger`` does with all that run."""
 
     def __init__(self):
-        self._totals, self._beside = [0, 0, 0, 0], {"on disk": 0, "on other ranks": 0}
+        self._totals, self._beside = [0, 0, 0, 0, 0], {"on disk": 0, "on other ranks": 0}
         self._products: dict[tuple, int] = {}  # and how many shapes each stands for
 
     @property
     def work(self) -> Work:
         """Return what was counted since construction."""
-        flops, moved, bus, operations = self._totals
-        return Work(flops, moved, bus, operations, sum(self._products.values()), *self._beside.values())
+        flops, moved, bus, operations, update = self._totals
+        return Work(flops, moved, bus, operations, sum(self._products.values()), *self._beside.values(), update)
 
     def see(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count an operation that has run."""
@@ -187,7 +189,7 @@ class WorkCounter:
         if func is _COPY and marks.category in self._beside:  # by a thread, or as one operation: no work of the host's
             self._beside[marks.category] += marks.repeats * args[0].nbytes if marks.phase != "evaluation" else 0
             return
-        totals = [0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
+        totals = [0, 0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
         totals[3] += marks.repeats if marks.phase != "optimizer" else 0
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
@@ -198,4 +200,4 @@ class WorkCounter:
                 product = (func, *(t.shape for t in tensors))
                 self._products[product] = max(marks.kinds, self._products.get(product, 0))
         else:
-            totals[1] += marks.repeats * moved_bytes(func, args, result)
+            totals[4 if marks.phase == "optimizer" else 1] += marks.repeats * moved_bytes(func, args, result)

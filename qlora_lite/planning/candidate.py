@@ -113,7 +113,7 @@ def timed(
     machine: Machine, options: MemoryOptions, packs: int, micro_batches: int, prediction: Prediction
 ) -> Candidate:
     """Return a way to run the step whose memory is known."""
-    seconds = micro_batches * machine.seconds(prediction.simulation.work)
+    seconds = machine.seconds(prediction.simulation.work, micro_batches)
     seconds = max(seconds, prediction.host_updates / HOST_UPDATES_PER_SECOND)  # beside what the GPU computes
     return Candidate(options, packs, micro_batches, prediction, seconds, machine.host_bytes)
 

@@ -105,8 +105,8 @@ class Machine:
         """Estimate how long a disk takes to give the weights that the same work streams from it."""
         return work.disk_bytes / DISK_BYTES_PER_SECOND
 
-    def seconds(self, work: Work) -> float:
-        """Estimate the time of the same work.
+    def micro_batch_seconds(self, work: Work) -> float:
+        """Estimate the time of one micro-batch.
 
         A GPU computes while the host starts what comes next, and transfers, a disk and other ranks hide behind both, as
         far as they can.
@@ -115,6 +115,10 @@ class Machine:
         if self.device_type == "cpu":
             return computing + starting + link
         return max(computing, starting, self.bus_seconds(work), self.disk_seconds(work), link)
+
+    def seconds(self, work: Work, micro_batches: int = 1) -> float:
+        """Estimate the time of a step: so many micro-batches, and one update."""
+        return micro_batches * self.micro_batch_seconds(work) + work.update_bytes / self.bytes_per_second
 
 
 def machine_of_gpu(gpu: Gpu) -> Machine:

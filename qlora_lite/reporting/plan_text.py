@@ -157,7 +157,7 @@ def time_of_step(plan: Plan) -> str:
     if updates and chosen.step_seconds <= updates / HOST_UPDATES_PER_SECOND:
         return (f"{said}, limited by the host, which updates {format_count(updates)} weights in its memory, at "
                 f"{HOST_UPDATES_PER_SECOND / 1e6:g} million a second, as measured on two cores")  # fmt: skip
-    if machine.device_type == "cpu" or machine.seconds(work) > machine.starting_seconds(work):
+    if machine.device_type == "cpu" or machine.micro_batch_seconds(work) > machine.starting_seconds(work):
         return said
     return f"{said}, limited by the host, which launches {chosen.micro_batches * work.operations:,} operations"
 

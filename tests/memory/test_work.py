@@ -72,6 +72,13 @@ def test_a_gpu_computes_while_the_host_starts_what_comes_next(device, seconds):
     machine = Machine("", device, 0, 0, 2.0, 4.0, 10.0)
     assert machine.seconds(Work(4, 4, 50, round(4 / OPERATION_SECONDS))) == pytest.approx(seconds)
     assert machine.seconds(Work(4, 4, 0, round(6 / OPERATION_SECONDS))) == pytest.approx(9 if device == "cpu" else 6)
+    assert machine.seconds(Work(4, 4, 50, update_bytes=8), 3) == pytest.approx(3 * (3 if device == "cpu" else 5) + 2)
+
+
+def test_an_update_is_counted_by_itself_since_a_step_of_many_micro_batches_has_one():
+    config = AutoConfig.for_model(**known_config("HuggingFaceTB/SmolLM2-135M") | {"num_hidden_layers": 2})
+    one, longer = (simulate(new_job(config, BatchShape((n,), n - 1), None, rank=64)).work for n in (64, 128))
+    assert one.update_bytes == longer.update_bytes > 0 and one.moved_bytes < longer.moved_bytes
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
