@@ -207,6 +207,7 @@ class Training:
             self._check_alike()
             try:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
+                    self.processes.wait(long=True)  # for the first, whose trackers have begun
                     if continuation is None:
                         self.before = self._measure("before")
                         self._draw("before")
@@ -425,10 +426,16 @@ class Training:
         return result._replace(scores=result.scores | more.scores) if result else more
 
     def _draw(self, when: str) -> None:
-        """Write pictures of the recipe's prompts, for the report; what hinders it is a warning."""
-        work, prompts, d = self.trainer.workload, self.recipe.diffusion.sample_prompts, self.recipe.diffusion
-        if not isinstance(work, Denoiser) or not prompts or not self.processes.is_first:
-            return
+        """Write pictures of the recipe's prompts, for the report; the first rank does, and the others wait."""
+        work, prompts = self.trainer.workload, self.recipe.diffusion.sample_prompts
+        if isinstance(work, Denoiser) and prompts:
+            if self.processes.is_first:
+                self._draw_prompts(work, prompts, when)
+            self.processes.wait(long=True)
+
+    def _draw_prompts(self, work: Denoiser, prompts: Sequence[str], when: str) -> None:
+        """Write pictures of prompts; what hinders it is a warning."""
+        d = self.recipe.diffusion
         how = Drawing(d.sample_steps, d.guidance_scale, self.recipe.train.seed)
         known, folder = self.proven.prompts, self.run.path / SAMPLES
         try:

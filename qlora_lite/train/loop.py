@@ -477,6 +477,7 @@ class Trainer:
         def compute(batches: Iterator, counted: int) -> list[torch.Tensor]:
             with evaluating(self.model):
                 found = [work.references(self.model, work.inputs(batch, self.device)) for batch in batches]
+            self.processes.wait()  # for one whose memory may have run out
             return found[:counted]
 
         own = self._shared(groups, compute)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny_diffusion import diffusion_recipe, save_sd_pipeline
 from tiny_files import write_recipe
 from torch.testing import assert_close
 
@@ -391,9 +392,12 @@ import os, signal, sys, time
 from datetime import timedelta
 from qlora_lite.cli.main import main
 from qlora_lite.models.memory_options import stream_of
-from qlora_lite.runs import async_checkpoint, run
+from qlora_lite.runs import async_checkpoint, run, training
 from qlora_lite.train import loop, process_group
-written, proven = async_checkpoint.write_checkpoint, run.prove
+written, proven, drawn = async_checkpoint.write_checkpoint, run.prove, training.draw
+def slow_drawing(*arguments):
+    time.sleep(20)
+    return drawn(*arguments)
 def slow_disk(*arguments):
     time.sleep(20)
     written(*arguments)
@@ -411,6 +415,9 @@ what = sys.argv.pop(1)
 if what == "slow disk":
     process_group.FIRST_ANSWER = timedelta(seconds=10)
     async_checkpoint.write_checkpoint = slow_disk
+elif what == "slow drawing":
+    process_group.ANSWER_SECONDS, process_group.VERDICT_SECONDS = 4.0, 1.0
+    training.draw = slow_drawing
 elif what == "signal" and os.environ["RANK"] == "1":
     run.prove = stopped
 elif os.environ["RANK"] in what:
@@ -430,6 +437,15 @@ def test_a_slow_disk_is_not_taken_for_a_rank_that_hangs(model_folder, tmp_path):
     recipe = write_recipe(tmp_path, model_folder, train=TRAIN | {"save_every_steps": 4})
     _, err = ended(start(recipe, module=patched(tmp_path, "slow disk"), ranks=()))
     assert err.count("checkpoint written") == 2, err
+
+
+@pytest.mark.slow
+def test_a_rank_that_draws_pictures_is_waited_for(tmp_path):
+    train = {"max_steps": 3, "gradient_accumulation_steps": 2}
+    recipe = diffusion_recipe(tmp_path, save_sd_pipeline(tmp_path / "sd"), data={"resolution": 16}, train=train)
+    ended(start(recipe, module=patched(tmp_path, "slow drawing"), ranks=()))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["status"] == "complete" and len([*(tmp_path / "out" / "samples").glob("*.png")]) == 4
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -263,8 +264,16 @@ def course(name, processes=ALONE, options=None):
 
 
 def shared_course(number, count, folder, name):
-    """What each process does."""
-    found, losses, learned = course(name, ProcessGroup(number, count), MemoryOptions())
+    """What each process does; memory runs out over the first references of the second."""
+    whole, failures = PreferenceLM.references, [MemoryError("no room")] if number == 1 else []
+
+    def references(*arguments):
+        if failures:
+            raise failures.pop()
+        return whole(*arguments)
+
+    with patch.object(PreferenceLM, "references", references):
+        found, losses, learned = course(name, ProcessGroup(number, count), MemoryOptions())
     torch.save({"found": torch.from_numpy(found), "losses": losses, "learned": learned}, f"{folder}/{number}.pt")
 
 
