@@ -177,7 +177,10 @@ class WorkCounter:
     def work(self) -> Work:
         """Return what was counted since construction."""
         flops, moved, bus, operations, update = self._totals
-        return Work(flops, moved, bus, operations, sum(self._products.values()), *self._beside.values(), update)
+        products = sum(self._products.values())
+        return Work(
+            flops, moved, bus, operations, products, self._beside["on disk"], self._beside["on other ranks"], update
+        )
 
     def see(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count an operation that has run."""

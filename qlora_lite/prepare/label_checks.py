@@ -70,7 +70,7 @@ def rare_labels(recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:
     if rare := [name for name in sorted(places) if len(places[name]) == 1]:
         names = ", ".join(rare[:_SHOWN]) + (", ..." if len(rare) > _SHOWN else "")
         message = f"only one row has the label {names}; give more rows of it, or leave it out"
-        yield RowProblem(*places[rare[0]], RARE_LABEL, message)
+        yield RowProblem(min(places[rare[0]]), RARE_LABEL, message)
 
 
 def balance_of(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> dict | None:

@@ -140,8 +140,11 @@ def plan_recipe(
         m.micro_batches == "auto" and not m.optimizer_in_backward,
     )  # fmt: skip
     _check_counts(fixed, job.workload.depth)
-    if machine.device_type == "cuda" and m.host_budget_bytes is not None:
-        machine = replace(machine, host_bytes=m.host_budget_bytes)
+    host, known = m.host_budget_bytes, machine.host_bytes
+    if machine.device_type == "cuda" and host is not None:
+        machine = replace(
+            machine, host_bytes=host if known is None else _capped("host_budget", host, "the host", known)
+        )
     found = search(step, machine, budget_bytes - machine.base_bytes)
     chosen = choose(found, budget_bytes - machine.base_bytes)
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
@@ -171,11 +174,16 @@ def _check_counts(fixed: Mapping[str, Any], blocks: int) -> None:
 
 def budget_of(recipe: Recipe, machine: Machine) -> int:
     """Return the most memory that a recipe's run may use, in bytes: its own limit, but not more than there is."""
-    budget, there = recipe.memory.budget_bytes, machine.memory_bytes
-    if budget is not None and budget > there:
-        log.warning("memory.budget: %s is more than %s has, %s; that is the budget", format_bytes(budget),
-                    machine.name, format_bytes(there))  # fmt: skip
-    return there if budget is None else min(budget, there)
+    budget = recipe.memory.budget_bytes
+    return machine.memory_bytes if budget is None else _capped("budget", budget, machine.name, machine.memory_bytes)
+
+
+def _capped(key: str, given: int, where: str, there: int) -> int:
+    """Return the bytes that a recipe gives, or those that are there if they are fewer."""
+    if given > there:
+        log.warning("memory.%s: %s is more than %s has, %s; that is the budget", key, format_bytes(given), where,
+                    format_bytes(there))  # fmt: skip
+    return min(given, there)
 
 
 def expected_peak(plan: Plan, largest, evaluation) -> Prediction:

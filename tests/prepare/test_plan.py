@@ -393,6 +393,14 @@ def test_the_head_goes_to_the_host_before_the_blocks_with_the_embeddings_if_they
     assert any(candidate.options.host_head for candidate in kept.found) is (moved == {"head"})
 
 
+def test_a_host_budget_never_makes_the_host_larger_than_it_is(recipe, few_blocks, caplog):
+    for there, given in ((3 * GIB, 3 * GIB), (None, 200 * GIB)):
+        settings = recipe(few_blocks(), *SETTLED, "memory.host_budget=200GiB")
+        plan = planner.plan_recipe(settings, replace(CARD, host_bytes=there), 8 * GIB)
+        assert plan.machine.host_bytes == given
+    assert caplog.messages == ["memory.host_budget: 200.0 GiB is more than the host has, 3.0 GiB; that is the budget"]
+
+
 @pytest.mark.slow
 def test_what_the_host_has_no_room_for_stays_on_the_gpu_or_does_not_fit(recipe, few_blocks):
     recipe, long = partial(recipe, few_blocks(), *SETTLED), "data.max_tokens=32768"
