@@ -59,8 +59,8 @@ HARMLESS = {
     "model.path", "model.revision", "lora.init_from", "data.train", "data.eval", "data.template", "data.max_bad_rows",
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
-    "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.optimizer_in_backward",
-    "memory.offload_folder", "output.dir", "output.name",
+    "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.offload_folder",
+    "output.dir", "output.name",
 }  # fmt: skip
 PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
 _RATE = "train.learning_rate"

@@ -341,7 +341,8 @@ def test_a_setting_that_is_newer_than_the_checkpoint_has_been_what_it_is_by_defa
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
-    for section, name, other in (("memory", "fused_loss", "off"), ("train", "seed", 5)):
+    others = ("memory", "fused_loss", "off"), ("train", "seed", 5), ("memory", "optimizer_in_backward", True)
+    for section, name, other in others:
         written = recipe.model_dump(mode="json")
         del written[section][name]
         continuation = Continuation(SimpleNamespace(documents={RUN: {"recipe": written}}))
