@@ -22,7 +22,7 @@ _TOWER = dict(**_SIZES, intermediate_size=48, image_size=28, patch_size=14)
 _TEXT = dict(**_SIZES, intermediate_size=48, vocab_size=50, max_position_embeddings=8)
 # name -> (model_type, settings, transformers' class whose files a user has)
 ENCODERS = {
-    "dinov2": ("dinov2", dict(**_SIZES, mlp_ratio=2, image_size=28, patch_size=14, use_mask_token=False), AutoModel),
+    "dinov2": ("dinov2", dict(**_SIZES, mlp_ratio=2, image_size=28, patch_size=14), AutoModel),
     "vit": ("vit", _TOWER, AutoModelForImageClassification),
     "siglip": ("siglip", dict(vision_config=_TOWER, text_config=_TEXT), AutoModel),
     "clip": ("clip", dict(vision_config=_TOWER, text_config=_TEXT), AutoModel),

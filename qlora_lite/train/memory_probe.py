@@ -12,7 +12,7 @@ from torch import nn
 from qlora_lite.memory.marks import category, phase
 
 from .divided_weights import parts_of
-from .optim import UpdatesInBackward, clip_scale, gradient_norms, is_updated_on_host, updating
+from .optim import UpdatesInBackward, clip_scale, fill_gradients, gradient_norms, is_updated_on_host, updating
 from .step import accumulate_gradients
 from .workload import Workload
 
@@ -59,6 +59,7 @@ def probe_step(
 def probe_update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Clip and update as a step does, with gradients of zero."""
     with phase("optimizer"):
+        fill_gradients(parameters)
         torch._foreach_zero_([parameter.grad for parameter in parameters])
         norm = torch.linalg.vector_norm(gradient_norms(parameters))
         with category("optimizer"):

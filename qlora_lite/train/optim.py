@@ -22,7 +22,7 @@ from qlora_lite.memory.marks import category, phase
 from qlora_lite.ops.shapes import is_planned, planning_for
 
 from .divided_weights import Parts
-from .processes import Processes
+from .processes import ALONE, Processes
 from .rounding import in_float32, places_of
 
 log = logging.getLogger(__name__)
@@ -160,22 +160,20 @@ def can_page(device: torch.device) -> bool:
     return error == 0 and found.value == 1
 
 
+def fill_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give parameters that nothing has read a gradient of zero, such as those that a model has for another task."""
+    with category("gradients"):
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+
 def gradient_norms(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Return the L2 norm of each parameter's gradient, float32 [n], accumulated in float32 whatever their type.
 
     No value is read back to the host.
-
-    Raises:
-        TrainingError: a parameter has no gradient.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    _check_none_missing(len(gradients), len(parameters))
-    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-
-
-def _check_none_missing(found: int, wanted: int) -> None:
-    if found < wanted:
-        raise TrainingError(f"{wanted - found} of {wanted} trained weights got no gradient")
+    return torch.stack(torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32))
 
 
 def are_finite(numbers: torch.Tensor | None) -> bool:
@@ -248,14 +246,19 @@ class UpdatesInBackward:
         gradient, parameter.grad = parameter.grad, None
         self._kept[parameter] = self._kept[parameter].add_(gradient) if parameter in self._kept else gradient
 
-    def update_whole(self, processes: Processes | None = None) -> None:
-        """Update the whole weights with the sums of all ranks' gradients."""
+    def update_whole(self, processes: Processes = ALONE) -> None:
+        """Update the whole weights with the sums of all ranks' gradients, and what got no gradient with zeros."""
+        whole = {*self._whole}
+        for parameter in self.parameters:
+            if parameter not in whole and parameter not in self._norms:
+                fill_gradients([parameter])
+                self._update(parameter)
         for parameter, gradient in self._kept.items():
             parameter.grad = gradient
         self._kept.clear()
-        if processes is not None:
-            processes.add_up_gradients(self._whole)
-        gradients = [(parameter, parameter.grad) for parameter in self._whole if parameter.grad is not None]
+        fill_gradients(self._whole)
+        processes.add_up_gradients(self._whole)
+        gradients = [(parameter, parameter.grad) for parameter in self._whole]
         for parameter, _ in gradients:
             parameter.grad = None  # an update is of all that have one
         while gradients:
@@ -263,11 +266,6 @@ class UpdatesInBackward:
             self._update(parameter)
 
     def norms(self) -> torch.Tensor:
-        """Return the norm of each parameter's gradient, float32 [n].
-
-        Raises:
-            TrainingError: a parameter got none.
-        """
-        _check_none_missing(len(self._norms), len(self.parameters))
+        """Return the norm of each parameter's gradient, float32 [n]."""
         device = self.parameters[0].device
         return torch.cat([self._norms[parameter].to(device) for parameter in self.parameters])

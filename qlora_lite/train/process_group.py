@@ -207,13 +207,9 @@ class ProcessGroup(Processes):
 
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """See ``Processes``."""
-        reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-        with self._waiting():
-            self._sum(reached)
-        for parameter, by in zip(parameters, reached.tolist(), strict=True):
-            if by:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-        self.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+        for parameter in parameters:
+            parameter.grad = parameter.grad.contiguous()
+        self.add_up([parameter.grad for parameter in parameters])
 
     def tell(self, text: str, source: int = 0) -> str:
         """See ``Processes``."""

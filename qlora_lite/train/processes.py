@@ -119,7 +119,7 @@ class Processes:
         """Put the sum over all ranks, added in float32, in the place of each tensor."""
 
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Put the sum over all ranks in the place of each gradient; one that no rank has stays None."""
+        """Put the sum over all ranks in the place of each gradient."""
 
     def add_up_parts(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Put the sum over the machines in the place of each gradient of a part of a weight, which each machine has."""

@@ -20,7 +20,7 @@ from qlora_lite.quant.small_batch import plain_products
 
 from .divided_weights import norms_of_all, parts_of
 from .loss_scale import unscale
-from .optim import UpdatesInBackward, clip_scale, gradient_norms, parameters_of
+from .optim import UpdatesInBackward, clip_scale, fill_gradients, gradient_norms, parameters_of
 from .out_of_memory import no_retry
 from .processes import ALONE, Processes
 from .workload import Workload
@@ -121,6 +121,7 @@ def train_step(
     processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
         with no_retry("while the ranks added up their gradients"):
+            fill_gradients(parameters)
             processes.add_up_gradients([p for p in parameters if p not in parts])
             processes.add_up_parts([p for p in parameters if p in parts])
             processes.add_up([mean, *metrics.values()])

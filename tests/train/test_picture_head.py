@@ -14,7 +14,7 @@ from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
 from qlora_lite.adapters.full import Full
 from qlora_lite.data.labels import ONE_LABEL
 from qlora_lite.data.picture_processor import processor_of
-from qlora_lite.errors import ModelError
+from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
@@ -135,17 +135,24 @@ def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows
     assert_as_planned(one, plan(one, 2**40))
 
 
-def test_all_weights_are_planned_and_trained_too(folders, rows):
-    one = case(folders["dinov2"], rows, method=Full())
+def test_all_weights_are_planned_and_trained_too(folders, rows, family, caplog):
+    """All but ViT have some that no head reads: they are told of once, and stay as they are."""
+    one = case(folders[family], rows, method=Full())
     fastest, _ = plan(one, 2**40)
     trainer = one.trainer(fastest.options)
     assert ledger_of(trainer).peak.total == pytest.approx(fastest.prediction.simulation.peak().total, rel=0.01)
+    before = {name: weight.detach().clone() for name, weight in Full().parameters(trainer.model)}
     steps = list(trainer)
     assert steps[-1].loss < steps[0].loss
+    idle = [name for name, weight in Full().parameters(trainer.model) if torch.equal(weight, before[name])]
+    parts = {"dinov2": "mask_token", "vit": "", "siglip": ".head.", "clip": ".post_layernorm."}
+    assert all(parts[family] in name for name in idle) and bool(idle) == (family != "vit")
+    assert ("weights got no gradient in the first step" in caplog.text) == (family != "vit")
 
 
-def test_killed_and_resumed_it_goes_on_to_the_bit_with_augmentations(folders, rows, tmp_path):
-    one = case(folders["dinov2"], rows, augment="crop-flip")
+@pytest.mark.parametrize("method", [METHOD, Full()], ids=["lora", "full"])
+def test_killed_and_resumed_it_goes_on_to_the_bit_with_augmentations(folders, rows, method, tmp_path):
+    one = case(folders["dinov2"], rows, augment="crop-flip", method=method)
     whole = one.trainer()
     steps = list(whole)
     first = one.trainer()
@@ -158,8 +165,14 @@ def test_killed_and_resumed_it_goes_on_to_the_bit_with_augmentations(folders, ro
     restore(resumed, read_checkpoint(folder))
     assert [step.loss for step in resumed] == [step.loss for step in steps[2:]]
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters, whole.parameters, strict=True))
-    plain = case(folders["dinov2"], rows).trainer()
+    plain = case(folders["dinov2"], rows, method=method).trainer()
     assert [step.loss for step in plain] != [step.loss for step in steps]
+
+
+def test_lora_weights_that_no_head_reads_are_an_error_that_names_them(folders, rows):
+    one = case(folders["siglip"], rows, method=replace(METHOD, targets=("*fc1",)))
+    with pytest.raises(TrainingError, match=r"got no gradient, first .*head\.mlp\.fc1; leave them out of lora.targets"):
+        next(iter(one.trainer()))
 
 
 def test_a_step_s_pictures_do_not_depend_on_how_it_is_cut_or_on_what_was_expected(folders, rows):

@@ -116,13 +116,12 @@ def agreeing(number, count, folder):
     with pytest.raises(LaunchError, match=r"^ranks 1 and 2 have other data than rank 0"):
         group.require_equal("data", "other" if number else "same")
     assert group.any(number == 1) and not group.any(False)
-    half, none = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(2))
-    only = torch.nn.Parameter(torch.zeros(2))
+    half, other = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(2, 2))
     half.grad = torch.full((3,), 2.0**-9 if number else 1.0, dtype=torch.bfloat16)  # lost one by one, in bfloat16
-    only.grad = torch.ones(2) if number == 1 else None
-    group.add_up_gradients([half, none, only])
+    other.grad = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).t()
+    group.add_up_gradients([half, other])
     assert half.grad.tolist() == [1 + 2.0**-8 * 0 if count == 2 else torch.tensor(1 + 2.0**-8).bfloat16().item()] * 3
-    assert none.grad is None and only.grad.tolist() == [1, 1]
+    assert other.grad.tolist() == [[0.0, 2.0 * count], [count, 3.0 * count]]
     drawn = []
     for step in (1, 2, 1):
         group.seed(5, step, torch.device("cpu"))
