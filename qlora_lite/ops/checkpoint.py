@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -213,11 +214,29 @@ class Checkpoint:
         self.trains = trains
 
     def __call__(self, block: Callable, *inputs):
+        named = _trained_keywords(block)  # such as DeBERTa's relative positions, which all of its blocks share
+        if named:
+            block, inputs = _by_position(block, [*named], len(inputs)), (*inputs, *named.values())
         if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs) and not self.trains():
             return compiled.value(block, *inputs) if self.compiling else block(*inputs)
         # The anchor makes autograd visit a block whose input needs no gradient (the first of a frozen model).
         anchor = torch.empty(0, requires_grad=True)
         return _Checkpoint.apply(self, block, anchor, *inputs)
+
+
+def _trained_keywords(block: Callable) -> dict[str, torch.Tensor]:
+    """Return the tensors with a gradient among the keywords that a block is already given."""
+    keywords = block.keywords if isinstance(block, partial) else {}
+    return {k: value for k, value in keywords.items() if isinstance(value, torch.Tensor) and value.requires_grad}
+
+
+def _by_position(block: Callable, names: Sequence[str], count: int) -> Callable:
+    """Return a block that takes some of its keywords behind so many inputs."""
+
+    def call(*inputs):
+        return block(*inputs[:count], **dict(zip(names, inputs[count:], strict=True)))
+
+    return call
 
 
 class _Checkpoint(torch.autograd.Function):

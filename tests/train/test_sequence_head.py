@@ -14,6 +14,7 @@ from tiny_heads import DECODERS, ENCODERS, FAMILIES, encoder_tokenizer, save_hea
 from transformers import AutoConfig, AutoModelForSequenceClassification, MambaConfig
 
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
+from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import Target, lora_layers
 from qlora_lite.adapters.parts import LinearInFloat32, head_parameters, head_paths
 from qlora_lite.adapters.read import WEIGHTS_NAME
@@ -135,6 +136,28 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
     assert_gradients_of_peft(gradients(METHOD, model), theirs)
 
 
+@pytest.mark.parametrize("options", [MemoryOptions(), MemoryOptions(offload_checkpoints=True)], ids=["", "host"])
+def test_gradients_of_all_weights_are_those_of_transformers_where_blocks_are_recomputed(folders, family, options):
+    """DeBERTa's blocks share relative positions, which are trained, and are given them by name."""
+    folder, work, examples = folders[family], replace(workload(folders[family]), method=Full()), texts()
+    model, theirs = loaded(folder), loaded(folder)
+    for each in (model, theirs):
+        Full().apply(each)
+    work.check_forward(model, 32)
+    set_memory_options(model, options)
+    batches = [work.inputs(work.collate(part), CPU) for part in (examples[:4], examples[4:])]
+    accumulate_gradients(work, model.train(), batches)
+    theirs.train()
+    for inputs in as_peft_takes_them(examples, ONE_LABEL, types=family == "bert"):
+        (theirs(**inputs).loss / len(examples)).backward()
+    expected = {name: weight.grad for name, weight in theirs.named_parameters()}
+    for name, weight in model.named_parameters():
+        if weight.grad is None:
+            assert expected[name] is None
+        else:
+            torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_an_encoder_is_packed_where_it_can_be_and_a_pair_s_texts_have_types(folders, family):
     model, work = loaded(folders[family]), workload(folders[family])
     check_forward(model, 32, lambda _: 0.0)
@@ -226,8 +249,8 @@ def test_the_head_learns_at_the_rate_of_the_lora_weights(folders):
     assert {ratios[name] for name in names if name.endswith("lora_B")} == {16.0}
 
 
-def case(folder, quant="nf4"):
-    work = workload(folder, quant=quant)
+def case(folder, quant="nf4", method=METHOD):
+    work = replace(workload(folder, quant=quant), method=method)
     return Case(work, lambda: loaded(folder, quant=quant), texts(), {"max_tokens": 48})
 
 
@@ -235,6 +258,13 @@ def case(folder, quant="nf4"):
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, name):
     one = case(folders[name])
     assert_as_planned(one, plan(one, 2**40))
+
+
+def test_all_weights_are_planned_where_blocks_share_some(folders):
+    one = case(folders["deberta-v2"], "none", Full())
+    found = plan(one, 2**40)
+    assert found[1].options.checkpointing == "block"
+    assert_as_planned(one, found)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
