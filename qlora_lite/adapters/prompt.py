@@ -178,7 +178,9 @@ def add_part(model: nn.Module, part: VirtualPlaces) -> None:
             found = part.replaced(found, own)
         return args[1:], kwargs | {"input_ids": None, "inputs_embeds": found}
 
-    inner.register_forward_pre_hook(embed, with_kwargs=True)
+    # OPT's forward calls its decoder past the model; of others, whichever comes first embeds
+    for module in {inner, model.get_decoder()}:
+        module.register_forward_pre_hook(embed, with_kwargs=True)
 
 
 def first_tokens(model: nn.Module, count: int, ids: Sequence[int]) -> torch.Tensor:

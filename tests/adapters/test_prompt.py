@@ -67,7 +67,7 @@ def row_by_row(plain, part, rows):
     return total
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text", "opt"])
 @pytest.mark.parametrize("method", PROMPTS.values(), ids=PROMPTS)
 def test_packed_rows_have_the_loss_and_gradients_of_trains_unpacked(method, model_type):
     model, plain = tuned(method, model_type)
@@ -83,6 +83,18 @@ def test_packed_rows_have_the_loss_and_gradients_of_trains_unpacked(method, mode
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for gradient, parameter in zip(found, part.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_a_forward_of_the_whole_model_embeds_virtual_tokens_once(model_type):
+    """OPT's calls its decoder past the model that has them."""
+    model, plain = tuned(model_type=model_type)
+    ids = torch.randint(5, 60, (2, 7))
+    own = virtual_tokens(model)().detach().expand(2, -1, -1)
+    with torch.no_grad():
+        expected = plain(inputs_embeds=torch.cat([own, plain.get_input_embeddings()(ids)], 1)).logits
+        found = model(input_ids=with_virtual_ids(ids, 5)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings(OF_TRANSFORMERS)

@@ -36,6 +36,13 @@ def test_a_storage_that_grows_in_place_is_counted_at_its_new_size():
         assert ledger.live_bytes == x.untyped_storage().nbytes() == 256
 
 
+def test_a_number_that_a_tensor_is_added_to_is_no_tensor():
+    """Phi-MoE's router does so."""
+    with Ledger() as ledger, torch.no_grad():
+        total = torch.add(0.5, torch.ones(256), alpha=2)
+        assert ledger.live_bytes == KIB and total[0] == 2.5
+
+
 def test_several_results_of_one_operation_are_all_counted():
     with Ledger() as ledger:
         values, indices = torch.zeros(8, 32).max(dim=1)
