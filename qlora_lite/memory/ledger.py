@@ -190,10 +190,10 @@ class Ledger(TorchDispatchMode):
 
     def follow(self, func, args: tuple, kwargs: dict):
         """Run an operator, count what it gives and does, and return its result."""
-        if func is _ADD and self._sole and not torch.is_grad_enabled():
-            # of a number there are none; a name for the tensor would be one more
-            if isinstance(args[0], torch.Tensor) and _references(args[0]) == self._sole:
-                self._hand_on(args[0])
+        by_engine = func is _ADD and self._sole and not torch.is_grad_enabled()
+        # of a number there are no references; a name for the tensor would be one more
+        if by_engine and isinstance(args[0], torch.Tensor) and _references(args[0]) == self._sole:
+            self._hand_on(args[0])
         result = self._run(func, args, kwargs)
         if self._work is not None:
             self._work.see(func, args, kwargs, result)

@@ -47,6 +47,7 @@ from qlora_lite.quant.product import WeightSpec, materialize
 from qlora_lite.quant.tensor_file import Entries, stream_tensors
 
 from .locate import INDEX_NAME, ModelFiles, read_json
+from .nested import without_weights
 from .save import SHARD_BYTES
 from .weights import BaseWeights, OfExperts, open_weights
 
@@ -138,6 +139,8 @@ class Merged:
         compute_dtype: that the run computed in.
         packs_experts: whether the run quantised experts, which are here as the files have them.
         packed: weights that the run saw instead of quantised ones, by the path of the layer.
+        in_float32: stored names that stay so in any type, as transformers and a run have them: a router's bias, of
+            which the experts that are chosen depend on small differences.
     """
 
     files: ModelFiles
@@ -150,6 +153,7 @@ class Merged:
     compute_dtype: torch.dtype
     packs_experts: bool
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    in_float32: frozenset[str] = frozenset()
 
     @property
     def has_new_tokens(self) -> bool:
@@ -160,7 +164,7 @@ class Merged:
     def entries(self, dtype: torch.dtype) -> Entries:
         """Return dtype and shape of what ``weight`` gives for every stored name."""
         return {
-            stored: (dtype if kept.is_floating_point else kept,
+            stored: (dtype if kept.is_floating_point and stored not in self.in_float32 else kept,
                      shape[::-1] if stored in self.base.packed and self._is_conv1d(stored) else
                      (max([shape[0], *(token + 1 for token in self._tokens(stored))]), *shape[1:]) if shape else shape)
             for stored, (kept, shape) in self.base.entries.items()
@@ -192,12 +196,13 @@ class Merged:
         if not tensor.is_floating_point():
             return tensor
         path, layer = self._layer(stored)
+        stays, dtype = stored in self.in_float32, torch.float32 if stored in self.in_float32 else dtype
         if not tensor.ndim:  # a bound of what a layer of Gemma 4's tower takes or gives, which may be infinite
             return tensor.to(dtype)
         is_conv1d, is_packed = self._is_conv1d(stored), stored in self.base.packed
         weight = tensor.t() if is_conv1d and not is_packed else tensor  # [out, in] from here on
         packed: Packed | None = None
-        if self.onto == TRAINED:
+        if self.onto == TRAINED and not stays:
             weight = weight.to(self.compute_dtype).contiguous()
             is_quantized = isinstance(layer, QuantLinear) and layer.quant_type in FOUR_BIT
             if is_packed:
@@ -268,8 +273,23 @@ def open_merged(
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
     return Merged(
-        files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton), packed or {}
-    )
+        files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton), packed or {},
+        _in_float32(skeleton.config, base),
+    )  # fmt: skip
+
+
+def _in_float32(config: PreTrainedConfig, base: BaseWeights) -> frozenset[str]:
+    """Return the stored names of what is float32 in the files and in transformers' model of 16 bit."""
+    model = without_weights(config, dtype=torch.bfloat16)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    # by the ends of names: those of buffers may have another beginning in the files
+    ends = {_end(name) for name, tensor in tensors if tensor.dtype == torch.float32}
+    return frozenset(stored for stored, (dtype, _) in base.entries.items()
+                     if dtype == torch.float32 and _end(base.parameters.get(stored, stored)) in ends)  # fmt: skip
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def write_merged(

@@ -29,6 +29,7 @@ from qlora_lite.quant.linear import frozen_weight, is_conv1d
 from qlora_lite.quant.product import materialize
 from qlora_lite.quant.tensor_file import stream_tensors
 
+FULL_NAMES = {"bf16": "bfloat16", "f32": "float32"}
 EXACT = MergeSettings(dtype="f32", rows=0)
 LORA = {"targets": ["all-linear", {"pattern": "*.1.*", "rank": 3, "alpha": 5}], "rank": 4, "alpha": 8}
 
@@ -123,6 +124,25 @@ def test_layers_without_weights_are_merged_as_the_run_saw_them(tmp_path):
     )
     for name, parameter in original.named_parameters():
         assert torch.equal(kept.get_parameter(name), parameter) == ("q_proj" not in name), name
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_what_transformers_keeps_in_float32_stays_so_in_16_bit(quant, tmp_path):
+    """The biases that experts are chosen by lie close to each other, and far from 0."""
+    save_tiny(tmp_path / "model", "deepseek_v3")
+    file = tmp_path / "model" / "model.safetensors"
+    stored = load_file(file)
+    router = name, _ = sorted(name for name in stored if ".mlp.gate." in name)
+    assert name.endswith("e_score_correction_bias")
+    stored[name] = 14.8 + 0.01 * torch.arange(len(stored[name]), dtype=torch.float32)
+    save_file(stored, file, {"format": "pt"})
+    overrides = [f"model.quant={quant}", "model.compute_dtype=bfloat16"]
+    run = make_run(tmp_path, tmp_path / "model", overrides, lora={"rank": 4, "alpha": 8})
+    for dtype in ("bf16", "f32"):
+        merge_run(run, tmp_path / dtype, MergeSettings(dtype=dtype, rows=0))
+        merged = load_file(tmp_path / dtype / "model.safetensors")
+        assert all(torch.equal(merged[each], stored[each]) for each in router)
+        assert {merged[other].dtype for other in merged.keys() - {*router}} == {getattr(torch, FULL_NAMES[dtype])}
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
