@@ -8,14 +8,16 @@ Keys are trained as they are before the rotation by their positions 0 to k - 1; 
 
     key_file = key * cos + half_turn(key) * sin,      half_turn((a, b)) = (-b, a)
 
-which an orthogonal rotation undoes. Families that normalise keys, rotate a part of them or have one layer for queries,
-keys and values are refused.
+which an orthogonal rotation undoes. Families that normalise keys, rotate a part of them, other pairs of numbers or not
+in all layers, or have one layer for queries, keys and values are refused.
 
 Shapes: k virtual tokens, L layers, F = heads x head size of keys; keys and values [k, F] a layer, in float32.
 Source: prefix tuning, arXiv 2101.00190, without its reparametrisation.
 """
 
+import sys
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -209,10 +211,10 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
         ModelError: the family computes its keys otherwise.
     """
     layers = {path: layer for path, layer in linear_layers(model).items() if path.endswith(_ENDS)}
-    attentions = {path.rpartition(".")[0] for path in layers}
-    normalised = any(hasattr(model.get_submodule(path), "k_norm") for path in attentions)
+    attentions = [model.get_submodule(path) for path in dict.fromkeys(path.rpartition(".")[0] for path in layers)]
+    normalised = any("norm" in name for attention in attentions for name, _ in attention.named_children())
     count = 2 * model.config.get_text_config(decoder=True).num_hidden_layers
-    if normalised or len(layers) != count or not _rotates_whole_heads(model):
+    if normalised or len(layers) != count or not _rotates_whole_heads(model) or not _rotates_halves(model, attentions):
         raise ModelError("adapter.method prefix is for models with layers k_proj and v_proj whose keys are rotated as "
                          f"they are, and not for {type(model).__name__}; take adapter.method prompt")  # fmt: skip
     return layers
@@ -221,6 +223,21 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
 def _rotates_whole_heads(model: nn.Module) -> bool:
     rotary = getattr(model.base_model, "rotary_emb", None)
     return rotary is not None and 2 * len(getattr(rotary, "inv_freq", ())) == _head_size(model)
+
+
+def _rotates_halves(model: nn.Module, attentions: Sequence[nn.Module]) -> bool:
+    """Return whether the family's own function turns keys as ``_turned`` does, in all layers."""
+    rotate = getattr(sys.modules[type(attentions[0]).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None or not all(getattr(attention, "use_rope", True) for attention in attentions):
+        return False
+    chance, size = torch.Generator().manual_seed(0), _head_size(model)
+    keys, angles = torch.randn(1, 1, 3, size, generator=chance), torch.rand(1, 3, size // 2, generator=chance)
+    expected = _turned(keys, *(part.repeat(1, 1, 2)[:, None] for part in (angles.cos(), angles.sin())))
+    for count in (2, 1):  # angles for both halves of a head, or once
+        with suppress(TypeError, RuntimeError):  # it takes other arguments
+            found = rotate(keys, keys, angles.cos().repeat(1, 1, count), angles.sin().repeat(1, 1, count))[1]
+            return torch.allclose(found, expected, atol=1e-5)
+    return False
 
 
 def _head_size(model: nn.Module) -> int:
@@ -238,13 +255,16 @@ def _rotated(model: nn.Module, keys: torch.Tensor, back: bool = False) -> torch.
     k, heads = len(keys), keys.view(len(keys), -1, _head_size(model))
     positions = torch.arange(k, device=keys.device)[None]
     cos, sin = (part[0][:, None].to(keys) for part in model.base_model.rotary_emb(keys[None], positions))
-    first, second = heads.chunk(2, dim=-1)
-    if cos.shape[-1] == first.shape[-1]:  # gpt-oss has the angles once for both halves of a head
+    if 2 * cos.shape[-1] == heads.shape[-1]:  # gpt-oss has the angles once for both halves of a head
         cos, sin = (torch.cat([part, part], -1) for part in (cos, sin))
-    turned = torch.cat([-second, first], -1)
     if back:
-        return ((heads * cos - turned * sin) / (cos.square() + sin.square())).reshape(k, -1)
-    return (heads * cos + turned * sin).reshape(k, -1)
+        return (_turned(heads, cos, -sin) / (cos.square() + sin.square())).reshape(k, -1)
+    return _turned(heads, cos, sin).reshape(k, -1)
+
+
+def _turned(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat([-second, first], -1) * sin
 
 
 def _by_layer(model: nn.Module, paths: Sequence[str], tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -50,7 +50,7 @@ def test_all_linear_is_every_layer_but_the_head_where_no_block_is_marked():
 def test_a_layer_whose_weight_the_architecture_reads_itself_is_named_and_no_target(model_type):
     ids = torch.arange(3, 12)[None]
     text = r"reads the weight of backbone\.layers\.0\.mixer\.\w+_proj itself.*: leave it out of lora\.targets"
-    for quant, more in (("none", "$"), ("nf4", ", and set model.quant to none")):
+    for quant, more in (("none", "$"), ("nf4", r", and name it in model\.keep_16bit: \[\w+_proj\], since")):
         model = build_tiny(model_type)
         if quant != "none":
             quantize_in_place(model, quant, True)

@@ -199,7 +199,7 @@ def test_answers_are_those_of_the_whole_row_computed_again_for_each_token():
         assert said.text == tokenizer.decode(ids[-5:], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "phi3"])
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "phi3", "cohere", "smollm3"])
 def test_a_prefix_is_refused_where_keys_are_not_its_own(model_type):
     with pytest.raises(ModelError, match=r"adapter.method prefix is for models with layers k_proj and v_proj"):
         tuned(METHODS["prefix tuning"], model_type)

@@ -77,7 +77,8 @@ def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
 def no_weight(base: nn.Module, path: str) -> ModelError:
     """Return the error of an architecture that reads the weight of an adapted layer itself, past its LoRA weights."""
     packed = frozen_weight(base)[0].quant_type is not None
-    codes = ", and set model.quant to none, since it would read 4-bit codes" if packed else ""
+    leaf = path.rpartition(".")[2]
+    codes = f", and name it in model.keep_16bit: [{leaf}], since it would read 4-bit codes" if packed else ""
     return ModelError(f"this architecture reads the weight of {path} itself, past the LoRA weights: leave it out of "
                       f"lora.targets{codes}")  # fmt: skip
 
