@@ -37,7 +37,9 @@ class Step:
     known: dict[Job, Prediction] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "fixed", {**self.fixed, **self.job.workload.fixed_options})
+        work = self.job.workload
+        tiles = {} if work.has_tokenwise_parts else {"tile_tokens": None}
+        object.__setattr__(self, "fixed", {**tiles, **self.fixed, **work.fixed_options})
 
     def sizes(self) -> list[int]:
         """Return the numbers of packs that may go through at once, smallest first."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import ClassVar, Self
 
@@ -163,6 +164,12 @@ class CausalLM(TransformerWorkload):
     def fixed_options(self) -> Mapping[str, object]:
         """None, each can be set; of weights that are trained, where they lie is."""
         return TRAINED_WEIGHTS if self.method.trains_base else {}
+
+    @cached_property
+    def has_tokenwise_parts(self) -> bool:
+        """Whether some part of the model can be run tile by tile."""
+        model = self._without_values()
+        return any(map(anatomy.tokenwise_parts, (anatomy.decoder(model), *anatomy.blocks(model))))
 
     @property
     def movable_tables(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ batch; what it computes for each is the same, and the padding is computed for no
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
@@ -17,7 +16,6 @@ from qlora_lite.data.batch import Batch
 from qlora_lite.data.labels import LABELS, ONE_LABEL, target_of
 from qlora_lite.data.storage import Example
 from qlora_lite.memory.marks import category
-from qlora_lite.models import anatomy
 from qlora_lite.models.heads import is_encoder, outputs_of
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.memory_options import MemoryOptions
@@ -104,14 +102,8 @@ class SequenceHead(HeadWorkload, CausalLM):
 
     @property
     def fixed_options(self) -> Mapping[str, object]:
-        """Those of logits, which it has none of, of weights that are trained, and tiles where no part can be cut."""
-        tiles = {} if self._has_tokenwise_parts else {"tile_tokens": None}
-        return {**WITHOUT_LOGITS, **tiles, **(TRAINED_WEIGHTS if self.method.trains_base else {})}
-
-    @cached_property
-    def _has_tokenwise_parts(self) -> bool:
-        model = self._without_values()
-        return any(map(anatomy.tokenwise_parts, (anatomy.decoder(model), *anatomy.blocks(model))))
+        """Those of logits, which it has none of, and of weights that are trained."""
+        return {**WITHOUT_LOGITS, **(TRAINED_WEIGHTS if self.method.trains_base else {})}
 
     @property
     def movable_tables(self) -> tuple[str, ...]:

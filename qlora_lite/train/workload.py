@@ -121,6 +121,7 @@ class Workload:
     always_learns: bool = True  # so that a step without any gradient is a fault
     keeps_codes: bool = False  # whether packed weights are those of the model's files, so that nothing is prepared
     stacked_bytes: int = 0  # of packed weights that are put together of several in the files, each time they are loaded
+    has_tokenwise_parts: bool = True  # that tiles can be made of, where they may be
     fixed_options: Mapping[str, object] = MappingProxyType(ONLY_BLOCKS)  # memory options that it has no choice of
     movable_tables: tuple[str, ...] = ()  # fields of ``MemoryOptions`` for tables that can lie in host memory
     tables_are_tied: bool = False  # so that they lie in one place
