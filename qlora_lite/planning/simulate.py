@@ -17,7 +17,8 @@ compare with the whole depth, byte for byte.
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from math import lcm, prod
@@ -27,6 +28,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import nn
 
+from qlora_lite.errors import ModelError, first_line
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import category
 from qlora_lite.memory.work import Work, WorkCounter
@@ -38,6 +40,7 @@ from qlora_lite.train.divided_weights import Parts, parts_of, trained_here
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.memory_probe import probe_step, probe_update
 from qlora_lite.train.optim import build_optimizer
+from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.train.workload import BatchShape, Workload
 
 from .meta_results import MetaResults, NeedsValuesError
@@ -261,6 +264,21 @@ def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation,
         return _run(job, CPU, timeline, str(error))
 
 
+@contextmanager
+def _explaining_forward(name: str) -> Iterator[None]:
+    """Say of a model that its forward does not go with what this package does to it, and not with a trace."""
+    try:
+        yield
+    except NeedsValuesError:
+        raise
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"a model of the type {name} cannot be trained so ({first_line(error)}): its own code asks "
+                         "for what it is not given, such as a mask, or 16-bit weights of layers that are in 4 bit; "
+                         "model.keep_16bit may leave those alone") from error  # fmt: skip
+
+
 @cache
 def _say_measured(name: str, why: str) -> None:
     """Say it once, and not for each candidate."""
@@ -285,10 +303,11 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
         ledger.watch(model)
         eval_inputs = workload.planned_inputs(job.eval_shape, device) if job.eval_shape else None
-        probe_step(
-            workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
-            job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward,
-        )  # fmt: skip
+        with _explaining_forward(workload.name):
+            probe_step(
+                workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
+                job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward,
+            )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     saved = sum(tensor.nbytes for tensor in workload.method.tensors(model).values())

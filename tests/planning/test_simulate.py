@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.data.batch import Batch
+from qlora_lite.errors import ModelError
 from qlora_lite.experts import routed
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.gguf_codes import kept_formats
@@ -671,3 +672,15 @@ def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_gpu_as_one_of_any_fe
     for lengths in ((512,), (256,) * 2, (128,) * 4, (64,) * TYPICAL_SEQUENCES, (500, 12)):
         assert simulate(changed(job, shape=BatchShape(lengths, 512 - len(lengths)))).peak().total <= full
     assert full_pack(512, packing=False) == BatchShape((512,), 511)
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about missing kernels
+def test_a_model_whose_own_code_reads_a_4_bit_weight_is_refused_with_what_to_do():
+    config = AutoConfig.for_model(
+        "jamba", vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=0, num_experts=1, mamba_dt_rank=8,
+    )  # fmt: skip
+    job = new_job(config, BatchShape((16,), 15), targets=(Target("q_proj"),))
+    with pytest.raises(ModelError, match=r"^a model of the type jamba cannot be trained so \(.*model\.keep_16bit may"):
+        simulate(job)
+    assert simulate(changed(job, keep_16bit=("dt_proj",))).peak().total > 0
