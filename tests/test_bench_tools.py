@@ -276,6 +276,11 @@ def test_the_study_goes_on_from_a_result_of_its_shape_alone_and_adds_each_sweep_
     monkeypatch.setattr(study, "STEPS", 41)
     study.main()
     assert len(ran) == 8
+    monkeypatch.setattr(study, "STEPS", 42)
+    row["status"] = "failed"
+    study.main()
+    study.main()
+    assert len(ran) == 16, "nothing is written of runs that failed"
 
 
 @pytest.mark.parametrize("way", ["merged LoRA", "unmerged LoRA", "pfeiffer", "houlsby"])
