@@ -250,8 +250,8 @@ def _warn_of_new_rows(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> 
     data, begun = recipe_of_point(sweep, settings).data, (path / RECIPE).stat().st_mtime
     for file in local_files(source.path for source in (*data.train, *(data.eval or ()))):
         if file.stat().st_mtime > begun:
-            log.warning("sweep: %s has changed since the run %s, whose figures are of what it was; remove the run to "
-                        "train it again", file, path)  # fmt: skip
+            log.warning("sweep: %s was written anew after the run %s had begun, whose figures are of what it held "
+                        "then; if the rows are others now, remove the run to train it again", file, path)  # fmt: skip
 
 
 def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:
