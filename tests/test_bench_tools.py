@@ -22,6 +22,7 @@ from bench import harness, products, scaling
 from bench.products import BASE, LOW_RANK, PLACES, StepClock
 from bench.tables import TABLES, limit_sentence, scaling_table, study_tables
 from bench.texts import text_windows
+from common.cases import method_of
 from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import Example
 from qlora_lite.memory.marks import phase
@@ -350,3 +351,13 @@ def test_merges_that_are_there_are_not_made_again_and_each_is_a_line_of_the_tabl
     lines = TABLES["merged"][1]({"models": {"smollm2-135m": {"e2e": found}}})[2:]
     assert [line.split(" | ")[2] for line in lines] == list(bench.WAYS)
     assert all(line.endswith("| 1.0000 | 1.2500 | 5.0e-01 | 75.0% |") for line in lines)
+
+
+@pytest.mark.parametrize("way", ["lora", "dora", "merge-aware"])
+def test_the_steps_whose_times_are_compared_are_of_the_method_that_is_named(way, monkeypatch):
+    monkeypatch.setattr("harness.start", lambda _main, _measure: None)
+    bench = tool("step_times")
+    case = {"model": "tiny", "tokens": 64, "checkpointing": "block", "method": way}
+    method = method_of(case)
+    assert (method.dora, method.merge_aware) == (way == "dora", "nf4" if way == "merge-aware" else "off")
+    assert bench.measure(case)["seconds"] > 0

@@ -143,7 +143,9 @@ def memory_options_of(case: dict) -> MemoryOptions:
 def method_of(case: dict) -> AdapterMethod:
     """Return the adapter method of a case."""
     name = case.get("method", "lora")
-    return METHODS[name]() if name in METHODS else Lora(rank=case.get("rank", RANK), dora=name == "dora")
+    if name in METHODS:
+        return METHODS[name]()
+    return Lora(rank=case.get("rank", RANK), dora=name == "dora", merge_aware="nf4" if name == "merge-aware" else "off")
 
 
 def base_of(case: dict, device: torch.device):
