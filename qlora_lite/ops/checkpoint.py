@@ -214,7 +214,8 @@ class Checkpoint:
         self.trains = trains
 
     def __call__(self, block: Callable, *inputs):
-        named = _trained_keywords(block)  # such as DeBERTa's relative positions, which all of its blocks share
+        # such as DeBERTa's relative positions, which all blocks share; a compiler is given the block as it is
+        named = {} if self.compiling else _trained_keywords(block)
         if named:
             block, inputs = _by_position(block, [*named], len(inputs)), (*inputs, *named.values())
         if not any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs) and not self.trains():
