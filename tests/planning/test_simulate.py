@@ -29,6 +29,7 @@ from qlora_lite.ops.shapes import planning_for
 from qlora_lite.ops.stream import shared_allocations
 from qlora_lite.planning import plan_ledger
 from qlora_lite.planning import simulate as simulate_module
+from qlora_lite.planning.candidate import Step
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.simulate import _run, simulate, simulate_whole
 from qlora_lite.quant import merging
@@ -684,3 +685,12 @@ def test_a_model_whose_own_code_reads_a_4_bit_weight_is_refused_with_what_to_do(
     with pytest.raises(ModelError, match=r"^a model of the type jamba cannot be trained so \(.*model\.keep_16bit may"):
         simulate(job)
     assert simulate(changed(job, keep_16bit=("dt_proj",))).peak().total > 0
+
+
+def test_no_tiles_are_tried_of_a_model_without_parts_to_cut_but_those_that_are_asked_for(monkeypatch):
+    job = new_job(config_of("llama"), BatchShape((16,), 15))
+    assert "tile_tokens" not in Step(job, job.shape, 1, 1).fixed
+    monkeypatch.setattr(CausalLM, "has_tokenwise_parts", False)
+    job = new_job(config_of("llama"), BatchShape((16,), 15))  # which has not been asked before
+    assert Step(job, job.shape, 1, 1).fixed["tile_tokens"] is None
+    assert Step(job, job.shape, 1, 1, {"tile_tokens": 512}).fixed["tile_tokens"] == 512
