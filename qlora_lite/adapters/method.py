@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qlora_lite.errors import TrainingError
+from qlora_lite.quant.merging import OFF
 
 
 class AdapterMethod:
@@ -29,6 +30,7 @@ class AdapterMethod:
     virtual_tokens: int = 0  # that are put before every row of a language model
     trains_unpacked = True  # whether it can be trained where rows of a batch run one by one and are recomputed so
     trains_base = False
+    merge_aware = OFF  # see ``adapters.lora.inject.add_lora``
 
     @property
     def in_turn(self) -> bool:

@@ -17,6 +17,7 @@ class _Marks:
     category = "workspace"
     repeats = 1  # how many times over what runs now counts as work
     kinds = 1  # how many shapes each shape of what runs now stands for
+    is_once_a_step = False  # what runs now does so once a step, however many its micro-batches are
     clock: Callable[[], None] | None = None  # called between phases while ``timing`` is active
 
 
@@ -72,6 +73,16 @@ def repeated(times: int, kinds: int = 1) -> Iterator[None]:
         yield
     finally:
         marks.repeats, marks.kinds = earlier
+
+
+@contextmanager
+def once_a_step() -> Iterator[None]:
+    """Count the work inside once a step, and not once a micro-batch."""
+    earlier, marks.is_once_a_step = marks.is_once_a_step, True
+    try:
+        yield
+    finally:
+        marks.is_once_a_step = earlier
 
 
 @contextmanager

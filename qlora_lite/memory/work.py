@@ -153,7 +153,8 @@ class Work(NamedTuple):
     ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``large_products`` is how many
     products of ``LARGE_BYTES`` or more differ in their operator or their shapes. ``disk_bytes`` are those of streamed
     weights, before they take the bus. ``link_bytes`` are those of sharded weights that come from other ranks.
-    ``update_bytes`` are what the optimizer's update moves, once a step however many its micro-batches are.
+    ``update_bytes`` are what moves once a step however many its micro-batches are: for the optimizer's update, and
+    where weights are merged once (``memory.cache_merged``).
     """
 
     flops: int = 0
@@ -193,14 +194,15 @@ class WorkCounter:
             self._beside[marks.category] += marks.repeats * args[0].nbytes if marks.phase != "evaluation" else 0
             return
         totals = [0, 0, 0, 0, 0] if marks.phase == "evaluation" else self._totals
-        totals[3] += marks.repeats if marks.phase != "optimizer" else 0
+        is_once = marks.phase == "optimizer" or marks.is_once_a_step
+        totals[3] += 0 if is_once else marks.repeats
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
-        elif formula is not None:
+        elif formula is not None and not marks.is_once_a_step:
             totals[0] += marks.repeats * formula(*args, **kwargs, out_val=result)
             tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
             if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
                 product = (func, *(t.shape for t in tensors))
                 self._products[product] = max(marks.kinds, self._products.get(product, 0))
         else:
-            totals[4 if marks.phase == "optimizer" else 1] += marks.repeats * moved_bytes(func, args, result)
+            totals[4 if is_once else 1] += marks.repeats * moved_bytes(func, args, result)

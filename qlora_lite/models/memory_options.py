@@ -75,6 +75,7 @@ class MemoryOptions:
     resident_layers: int | None = None
     optimizer_in_backward: bool = False
     cache_dequantized: bool = False
+    cache_merged: bool = False
     compile: bool = False
     offload_folder: str | None = None
     stream_from: str = "host"
@@ -299,7 +300,8 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
             belong in host memory were not left there by ``place``, or blocks to compile merge LoRA weights into theirs.
     """
     # the operator that a compiler sees has no place for what is merged, see ``quant.product``
-    if options.compile and any(getattr(layer, "merging", None) for _, layer in lora_layers(model)):
+    merging = [layer for _, layer in lora_layers(model) if getattr(layer, "merging", None)]
+    if options.compile and merging:
         raise ModelError("train.compile would leave out the updates that layers merge into their weights: set it to "
                          "false, or train.merge_aware to off")  # fmt: skip
     found = list(blocks(model) if of_model is None else of_model)
@@ -311,6 +313,11 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     ):
         raise ModelError("memory.resident_layers, and memory.embeddings or memory.head host, are for a model that was "
                          "loaded so: call models.memory_options.place before training, or leave them out")  # fmt: skip
+    if streamed and options.cache_merged:
+        raise ModelError("merged weights are kept where weights are not streamed: set memory.cache_merged to false, "
+                         "or memory.resident_layers to all")  # fmt: skip
+    for layer in merging:
+        layer.caches_merged = options.cache_merged
     checkpointed = max(0, len(found) - options.uncheckpointed_layers) if options.recomputes else 0
     if streamed and options.recomputes and options.layers_per_checkpoint > 1:
         raise ModelError("streamed blocks are recomputed one by one: set memory.layers_per_checkpoint to 1, or "

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.quant.merging import OFF
 from qlora_lite.train.workload import BatchShape
 
 from .machine import HOST_UPDATES_PER_SECOND, Machine
@@ -39,7 +40,8 @@ class Step:
     def __post_init__(self):
         work = self.job.workload
         tiles = {} if work.has_tokenwise_parts else {"tile_tokens": None}
-        object.__setattr__(self, "fixed", {**tiles, **self.fixed, **work.fixed_options})
+        unmerged = {"cache_merged": False} if work.method.merge_aware == OFF else {}
+        object.__setattr__(self, "fixed", {**tiles, **self.fixed, **work.fixed_options, **unmerged})
 
     def sizes(self) -> list[int]:
         """Return the numbers of packs that may go through at once, smallest first."""
@@ -79,8 +81,9 @@ class Candidate:
     @property
     def settings(self) -> dict[str, object]:
         """What the plan chose, by recipe keys."""
+        no_choice = NOT_CHOSEN | ({"cache_merged"} if self.prediction.job.workload.method.merge_aware == OFF else set())
         options = {f"memory.{key}": value for key, value in self.options.settings.items()
-                   if key not in NOT_CHOSEN and value is not None}  # fmt: skip
+                   if key not in no_choice and value is not None}  # fmt: skip
         return options | {
             "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
         }  # fmt: skip

@@ -140,8 +140,10 @@ def _in_segments(step: Step, machine: Machine, last: Candidate, limit_bytes: int
 
 
 def first_options(step: Step) -> MemoryOptions:
-    """Return the memory options that the search begins with: what the user fixed, and checkpointing per block."""
-    return replace(MemoryOptions(loss_chunk_tokens=AUTO_CHUNK_TOKENS), **step.fixed)
+    """Return the memory options that the search begins with: what the user fixed, checkpointing per block, and merged
+    weights kept."""
+    merged = step.fixed.get("resident_layers") is None
+    return replace(MemoryOptions(loss_chunk_tokens=AUTO_CHUNK_TOKENS, cache_merged=merged), **step.fixed)
 
 
 def smaller(step: Step) -> Iterator[MemoryOptions]:
@@ -157,7 +159,8 @@ def smaller(step: Step) -> Iterator[MemoryOptions]:
         if tables and not step.job.workload.tables_are_tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
         inputs = [{"offload_checkpoints": True}] if options.recomputes else []
-        changes += [*inputs, *tables, *({**each, "stream_from": "host"} for each in streamed)]
+        changes += [*inputs, *tables, {"cache_merged": False}, *({**each, "stream_from": "host"} for each in streamed)]
+    changes.append({"cache_merged": False})
     changes.append({"tile_tokens": SMALL_TILE_TOKENS})
     for change in changes:
         earlier, options = options, replace(options, **{k: v for k, v in change.items() if k not in step.fixed})
@@ -174,6 +177,7 @@ def _streamed(step: Step, options: MemoryOptions) -> dict[str, object]:
     """Return the memory options that stream all blocks but the uncheckpointed ones, from other ranks if there are
     any."""
     return {
+        "cache_merged": False,
         "resident_layers": options.uncheckpointed_layers,
         "stream_from": "ranks" if options.shards.count > 1 else "host",
     }
@@ -258,6 +262,8 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
         changes.append({"tile_tokens": None if options.tile_tokens else TILE_TOKENS})
         if step.job.workload.is_quantized:
             changes.append({"cache_dequantized": not options.cache_dequantized})
+    if options.resident_layers is None:
+        changes.append({"cache_merged": not options.cache_merged})
     if options.recomputes and step.job.device_type == "cuda":
         if not options.compile and not options.uses_disk:  # which would have to take twice as much
             changes.append({"checkpointing": "selective" if options.checkpointing == "block" else "block"})
@@ -281,7 +287,10 @@ def _may_stream(step: Step, options: MemoryOptions) -> bool:
     Of blocks that are trained all are, or none, where they learn in turn or are divided: of the former a plan is that
     of the first block's turn, and of a resident one of either kind gradients and states lie on the device.
     """
-    return options.layers_per_checkpoint == 1 and not (_all_or_none(step) and options.uncheckpointed_layers)
+    return (
+        options.layers_per_checkpoint == 1 and not (_all_or_none(step) and options.uncheckpointed_layers)
+        and not step.fixed.get("cache_merged")
+    )  # fmt: skip
 
 
 def _all_or_none(step: Step) -> bool:

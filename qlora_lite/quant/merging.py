@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .bnb import functional as bnb
+from .formats.gguf_blocks import GGUF_BLOCKS
 from .nf4 import BLOCK_SIZE, Packed, absmax_of
 from .pieces import pieces
 
@@ -161,34 +162,41 @@ def _hashes(count: int, seed: int, device: torch.device) -> Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
-def merged_blocks(merging: Merging, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return W + scale * B A as a reader gets it from the blocks of a GGUF file.
+def merged_blocks(merging: Merging, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """Return W + scale * B A in the blocks of a GGUF file, uint8 [out, in / 32 * bytes of a block].
 
     Args:
         weight: [out, in], any float type, in whole blocks of 32; left as it is.
     """
-    found, quantized = torch.empty(weight.shape, dtype=dtype, device=weight.device), GGUF[merging.to]
-    at_once = max(1, (AT_ONCE_GPU if weight.is_cuda else AT_ONCE) // weight.shape[1])
+    out, columns = weight.shape
+    quantized, size = GGUF[merging.to], GGUF_BLOCKS[merging.to].block_bytes
+    found = torch.empty(out, columns // GGUF_BLOCK * size, dtype=torch.uint8, device=weight.device)
+    at_once = max(1, (AT_ONCE_GPU if weight.is_cuda else AT_ONCE) // columns)
     a, b = lora_a.float(), lora_b.float()
-    for some in pieces(len(weight), at_once, weight.is_meta):
+    for some in pieces(out, at_once, weight.is_meta):
         rows = torch.addmm(weight[some].float(), b[some], a, alpha=merging.scale)
-        found[some] = quantized(rows.view(-1, GGUF_BLOCK)).view_as(rows)
+        quantized(rows.view(-1, GGUF_BLOCK), found[some].view(-1, size))
     return found
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+def _q4_0(weights: Tensor, blocks: Tensor) -> None:
+    largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
     step = largest.div_(-8)
     inverse = torch.where(step == 0, 0.0, step.reciprocal())
-    codes = (blocks * inverse).add_(8.5).trunc_().clamp_(0, 15)
-    return codes.sub_(8).mul_(step.half().float())
+    codes = (weights * inverse).add_(8.5).clamp_(0, 15).byte()  # which leaves the fraction out
+    _store(step, blocks)
+    torch.bitwise_or(codes[:, :16], codes[:, 16:] << 4, out=blocks[:, 2:])
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
-    step = blocks.abs().amax(1, keepdim=True).div_(127)
-    scaled = blocks * torch.where(step == 0, 0.0, step.reciprocal())
-    codes = scaled.abs().add_(0.5).floor_().copysign_(scaled)
-    return codes.mul_(step.half().float())
+def _q8_0(weights: Tensor, blocks: Tensor) -> None:
+    step = weights.abs().amax(1, keepdim=True).div_(127)
+    scaled = weights * torch.where(step == 0, 0.0, step.reciprocal())
+    _store(step, blocks)
+    blocks[:, 2:].view(torch.int8).copy_(scaled.abs().add_(0.5).floor_().copysign_(scaled))
+
+
+def _store(step: Tensor, blocks: Tensor) -> None:
+    blocks[:, :2].copy_(step.half().view(torch.uint8))
 
 
 GGUF = {"q4_0": _q4_0, "q8_0": _q8_0}

@@ -117,23 +117,23 @@ def materialize(
     if kept is not None and (spec.quant_type or spec.merging):
         return kept.weight(spec, tensors, dtype, again)
     if spec.merging is not None:
-        return _merged(spec, spec.merging, tensors, dtype)
+        spec, tensors = merged(spec, tensors)
     if spec.quant_type is not None:
         return FORMATS[spec.quant_type].dequantize(tensors, spec.shape, dtype)
     weight = tensors[0].to(dtype)
     return weight.t() if spec.transposed else weight
 
 
-def _merged(
-    spec: WeightSpec, merging: Merging, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype
-) -> torch.Tensor:  # fmt: skip
-    *frozen, lora_a, lora_b = tensors
+def merged(spec: WeightSpec, tensors: tuple[torch.Tensor, ...]) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
+    """Return a weight with ``merging`` in the format that it is merged into, without the LoRA weights."""
+    merging, (*frozen, lora_a, lora_b) = spec.merging, tensors
+    assert merging is not None
     if merging.to == NF4:
-        packed = merged_codes(merging, Packed(*frozen), lora_a, lora_b)
-        return FORMATS[NF4].dequantize(packed, spec.shape, dtype)
+        codes = merged_codes(merging, Packed(*frozen), lora_a, lora_b)
+        return spec._replace(merging=None), tuple(part for part in codes if part is not None)
     made_in = frozen[0].dtype if spec.quant_type is None else torch.float32
     weight = materialize(spec._replace(merging=None), tuple(frozen), made_in)
-    return merged_blocks(merging, weight, lora_a, lora_b, dtype)
+    return WeightSpec(spec.shape, merging.to), (merged_blocks(merging, weight, lora_a, lora_b),)
 
 
 def product(

@@ -670,6 +670,10 @@ class Memory(_Section):
     cache_dequantized: bool | Literal["auto"] = "auto"
     """Dequantise the 4-bit weights of a block once for its recomputation and its backward, and those of an MLP once for
     all tiles: less work, at the cost of a block's weights in 16 bit meanwhile."""
+    cache_merged: bool | Literal["auto"] = "auto"
+    """Merge LoRA weights once a step with train.merge_aware, and not for each product: less work, at the cost of the
+    merged codes beside the base's, half a byte for each adapted weight (q8_0: one). For weights that are not streamed.
+    No effect with train.merge_aware off."""
     micro_batches: Literal["auto", "as-given"] = "auto"
     """auto may divide the sequences of a step into other micro-batches than train.micro_batch_size says; the sequences
     of a step, and the weight of each token, stay the same."""

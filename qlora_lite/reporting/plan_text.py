@@ -115,6 +115,7 @@ def _in_words(chosen: Candidate) -> str:
         + (f", {x.layers_per_checkpoint} layers per checkpoint" if x.recomputes and x.layers_per_checkpoint > 1 else "")
         + (f", tiles of {x.tile_tokens} tokens" if x.tile_tokens else "")
         + (", weights dequantised once per backward" if x.dequantizes_once else "")
+        + (", merged once a step" if x.cache_merged else "")
         + (", embeddings in host memory" if x.host_embeddings else "")
         + (", head in host memory" if x.host_head else "")
         + (f", block inputs {place}" if x.offload_checkpoints and x.recomputes else "")

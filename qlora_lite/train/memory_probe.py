@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.memory.marks import category, phase
 
 from .divided_weights import parts_of
@@ -52,7 +53,7 @@ def probe_step(
         probe_update(parameters, optimizer, max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     if eval_inputs is not None:
-        with torch.no_grad(), phase("evaluation"):
+        with torch.no_grad(), phase("evaluation"), merged_once(model):
             workload.plain().loss(model.eval(), eval_inputs)
 
 

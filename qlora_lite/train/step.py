@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.memory_options import stream_of
 from qlora_lite.ops.compiled import in_words
@@ -71,15 +72,15 @@ def accumulate_gradients(
     if total is None:
         total = sum(workload.weight(batch) for batch in batches)
     mean, metrics = torch.zeros((), dtype=torch.float32, device=workload.device(model)), {}
-    for number, batch in enumerate(batches):
-        weight = total if counted is None or number < counted else math.inf
-        with phase("forward"):
+    with phase("forward"), merged_once(model):
+        for number, batch in enumerate(batches):
+            weight = total if counted is None or number < counted else math.inf
             found = workload.loss(model, batch)
             loss = found.sum / weight
-        with phase("backward"):
-            _backward(model, loss, scale)
-        mean += loss.detach()
-        _add(metrics, found.metrics, weight)
+            with phase("backward"):
+                _backward(model, loss, scale)
+            mean += loss.detach()
+            _add(metrics, found.metrics, weight)
     return Means(mean, metrics)
 
 
@@ -159,18 +160,18 @@ def train_step_in_backward(
     total, tokens, targets = processes.exchange(*own)
     weight = total if counts else math.inf
     metrics: dict[str, torch.Tensor] = {}
-    with phase("forward"):
+    with phase("forward"), merged_once(model):
         found = workload.loss(model, inputs)
         loss = found.sum / weight
-    _add(metrics, found.metrics, weight)
-    sums = [loss.detach().clone(), *metrics.values()]
-    processes.add_up(sums)
-    value, *values = (each.item() for each in sums)
-    about = int(tokens), int(targets), dict(zip(metrics, values, strict=True))
-    if not math.isfinite(value):
-        return StepResult(value, value, sums[0][None], *about)
-    with phase("backward"), UpdatesInBackward(optimizer, parts=parts) as updates:
-        _backward(model, loss)
+        _add(metrics, found.metrics, weight)
+        sums = [loss.detach().clone(), *metrics.values()]
+        processes.add_up(sums)
+        value, *values = (each.item() for each in sums)
+        about = int(tokens), int(targets), dict(zip(metrics, values, strict=True))
+        if not math.isfinite(value):
+            return StepResult(value, value, sums[0][None], *about)
+        with phase("backward"), UpdatesInBackward(optimizer, parts=parts) as updates:
+            _backward(model, loss)
     updates.update_whole(processes)
     norms = norms_of_all(model, updates.parameters, updates.norms(), processes)
     return StepResult(value, torch.linalg.vector_norm(norms).item(), norms, *about)
@@ -232,7 +233,7 @@ def evaluate_loss(
     device = workload.device(model)
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     metrics: dict[str, torch.Tensor] = {}
-    with evaluating(model):
+    with evaluating(model), merged_once(model):
         for number, (batch, inputs) in enumerate(_evaluated(workload, model, batches, processes, counted)):
             counts = counted is None or number < counted
             found = workload.loss(model, inputs)

@@ -10,6 +10,7 @@ from tiny_files import write_recipe
 from tiny_trainer import trainer
 
 from qlora_lite.adapters.files import attach_adapter
+from qlora_lite.adapters.lora import inject
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.adapters.lora.layer import merging_of
 from qlora_lite.adapters.lora.switch import add_switch
@@ -72,20 +73,40 @@ def test_layers_of_one_input_have_the_gradients_that_each_has_by_itself(keep):
 
 
 OPTIONS = [
-    MemoryOptions("none"), MemoryOptions(cache_dequantized=True),
+    MemoryOptions("none"), MemoryOptions(cache_dequantized=True), MemoryOptions(cache_merged=True),
+    MemoryOptions(cache_merged=True, cache_dequantized=True, uncheckpointed_layers=1),
     pytest.param(MemoryOptions(layers_per_checkpoint=2), marks=pytest.mark.slow),
     MemoryOptions(offload_checkpoints=True, resident_layers=0),
     pytest.param(MemoryOptions(uncheckpointed_layers=1), marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("to", KINDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_memory_options_and_streaming_change_no_bit(options):
-    plain = trainer(merge_aware="nf4")
-    steps, other = list(plain), trainer(merge_aware="nf4", options=options)
+def test_memory_options_and_streaming_change_no_bit(options, to):
+    plain = trainer(merge_aware=to)
+    steps, other = list(plain), trainer(merge_aware=to, options=options)
     assert [step.loss for step in other] == [step.loss for step in steps]
     assert all(torch.equal(a, b) for a, b in zip(other.parameters, plain.parameters, strict=True))
     assert [step.loss for step in trainer()] != [step.loss for step in steps]
+
+
+def test_updates_in_backward_change_no_merged_weight_of_their_step():
+    settings = dict(merge_aware="nf4", max_grad_norm=0, gradient_accumulation_steps=1, on_not_finite="stop")
+    plain, other = (trainer(**settings, options=MemoryOptions(optimizer_in_backward=True, cache_merged=cached))
+                    for cached in (False, True))  # fmt: skip
+    assert [step.loss for step in plain] == [step.loss for step in other]
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters, plain.parameters, strict=True))
+
+
+def test_merged_weights_are_kept_for_a_step_and_no_longer(monkeypatch):
+    made = trainer(merge_aware="nf4", options=MemoryOptions(cache_merged=True))
+    made_before, count = inject.merged, []
+    monkeypatch.setattr(inject, "merged", lambda *args: count.append(1) or made_before(*args))
+    monkeypatch.setattr("qlora_lite.adapters.lora.layer.merged", lambda *args: pytest.fail("merged for a product"))
+    layers = [layer for _, layer in lora_layers(made.model)]
+    for number, _ in enumerate(made, 1):
+        assert len(count) == number * len(layers) and all(layer.merged is None for layer in layers)
 
 
 def test_killed_and_resumed_it_goes_on_to_the_bit():

@@ -136,7 +136,9 @@ def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, optio
 @pytest.mark.parametrize(("quant", "merge_aware", "options"), [
     ("nf4", "nf4", MemoryOptions()), ("nf4", "nf4", MemoryOptions("none")),
     ("nf4", "nf4", MemoryOptions(cache_dequantized=True, tile_tokens=16)), ("nf4", "q4_0", MemoryOptions()),
-    ("none", "q8_0", MemoryOptions()),
+    ("none", "q8_0", MemoryOptions()), ("nf4", "nf4", MemoryOptions(cache_merged=True)),
+    ("nf4", "nf4", MemoryOptions("none", cache_merged=True)), ("none", "q4_0", MemoryOptions(cache_merged=True)),
+    ("nf4", "nf4", MemoryOptions(cache_merged=True, cache_dequantized=True)),
 ])  # fmt: skip
 def test_the_predicted_peak_of_merge_aware_training_is_the_measured_one(quant, merge_aware, options, monkeypatch):
     monkeypatch.setattr(merging, "AT_ONCE", 64 * 64)  # larger weights go in pieces

@@ -339,6 +339,24 @@ def test_weights_are_unpacked_once_for_a_backward_where_that_is_faster_by_more_t
     assert tight.fits and not tight.chosen.options.cache_dequantized
 
 
+def test_merged_weights_are_kept_for_a_step_where_there_is_room_for_their_codes(recipe, few_blocks):
+    aware = few_blocks(), "train.merge_aware=nf4", "train.gradient_accumulation_steps=4", *SETTLED
+    kept = planner.plan_recipe(recipe(*aware), CARD, 8 * GIB)
+    assert kept.chosen.settings["memory.cache_merged"] is True and "merged once a step" in plan_text.reason(kept)
+    changes = {a.change: a for a in planner.alternatives(kept)}
+    anew = changes["memory.cache_merged=false"]
+    assert anew.step_seconds > 1.2 * kept.chosen.step_seconds and anew.peak_bytes < kept.peak_bytes
+    between, on_device = (anew.peak_bytes + kept.peak_bytes) // 2, "memory.embeddings=device"
+    tight = planner.plan_recipe(recipe(*aware, on_device), CARD, between)
+    assert tight.fits and not tight.chosen.options.cache_merged
+    streamed = planner.plan_recipe(recipe(*aware, "memory.resident_layers=1"), CARD, 8 * GIB)
+    assert streamed.fits and not any(c.options.cache_merged for c in streamed.found)
+    fixed = planner.plan_recipe(recipe(*aware, "memory.cache_merged=true"), CARD, tight.chosen.peak_bytes // 2)
+    assert all(c.options.cache_merged and c.options.resident_layers is None for c in fixed.found)
+    plain = planner.plan_recipe(recipe(few_blocks(), *SETTLED, "memory.cache_merged=true"), CARD, 8 * GIB)
+    assert "memory.cache_merged" not in plain.chosen.settings and not plain.chosen.options.cache_merged
+
+
 def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe, few_blocks):
     recipe, long = partial(recipe, few_blocks(), *SETTLED[1:]), "data.max_tokens=32768"
     on_device = "memory.offload_checkpoints=false"

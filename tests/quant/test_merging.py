@@ -6,6 +6,7 @@ from gguf import GGMLQuantizationType, quants
 
 from qlora_lite.quant import merging
 from qlora_lite.quant.bnb import functional as bnb
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.merging import AT_ONCE, Merging, closest_codes, merged_blocks, merged_codes
 from qlora_lite.quant.nf4 import absmax_of, dequantize, quantize
 from qlora_lite.quant.product import WeightSpec, materialize
@@ -18,6 +19,10 @@ def of_shape(shape, size=0.05, seed=0):
     chance = torch.Generator().manual_seed(seed)
     weight = 0.05 * torch.randn(shape, generator=chance)
     return weight, 0.1 * torch.randn(4, shape[1], generator=chance), size * torch.randn(shape[0], 4, generator=chance)
+
+
+def read_blocks(kind, blocks, shape, dtype):
+    return FORMATS[kind].dequantize((blocks,), shape, dtype)
 
 
 def codes_of(packed, shape):
@@ -81,7 +86,7 @@ def test_without_an_update_nothing_moves():
 def test_blocks_are_what_a_reader_gets_of_llama_cpp_s_quantiser_and_stay_so_when_written_again(kind, shape):
     weight, a, b = of_shape(shape)
     weight[0], b[0] = 0, 0
-    found = merged_blocks(Merging(kind, 2.0, "a"), weight, a, b, torch.float32)
+    found = read_blocks(kind, merged_blocks(Merging(kind, 2.0, "a"), weight, a, b), shape, torch.float32)
     stored_as = GGMLQuantizationType[kind.upper()]
     for source in (torch.addmm(weight, b, a, alpha=2.0), found):
         read = quants.dequantize(quants.quantize(source.numpy(), stored_as), stored_as)
@@ -99,10 +104,11 @@ def test_a_product_s_weight_is_the_merged_one_of_a_4_bit_or_a_transposed_16_bit_
         assert torch.equal(found, dequantize(merged_codes(merging, packed, a, b), shape, torch.bfloat16))
         return
     read = dequantize(packed, shape, torch.float32)
-    assert torch.equal(found, merged_blocks(merging, read, a, b, torch.bfloat16))
+    blocks = merged_blocks(merging, read, a, b)
+    assert torch.equal(found, read_blocks(to, blocks, shape, torch.bfloat16))
     spec = WeightSpec(shape, None, transposed=True, merging=merging)
     stored = read.t().contiguous()
-    assert torch.equal(materialize(spec, (stored, a, b), torch.float32), merged_blocks(merging, read, a, b, read.dtype))
+    assert torch.equal(materialize(spec, (stored, a, b), torch.float32), read_blocks(to, blocks, shape, torch.float32))
 
 
 @pytest.mark.parametrize("shape", [(16, 96), (40, 160)])

@@ -14,7 +14,7 @@ from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.linear import frozen_weight
-from qlora_lite.quant.product import materialize
+from qlora_lite.quant.product import materialize, merged
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states, prepare
 from qlora_lite.train.step import accumulate_gradients
@@ -199,6 +199,20 @@ def test_with_reuse_all_tiles_share_what_one_unpacks(model, tile_tokens):
     saved += (2 * tiles - 2) * unpacking_bytes(model, "down_proj")
     assert before.moved_bytes - after.moved_bytes == saved + reused_by_attention(model)
     assert before._replace(moved_bytes=0, operations=0) == after._replace(moved_bytes=0, operations=0)
+
+
+def test_merged_weights_are_made_once_a_step_and_not_for_each_product():
+    model = add_lora(quantized_pair("llama", num_hidden_layers=DEPTH)[0], rank=RANK, merge_aware="nf4")
+    set_memory_options(model, MemoryOptions())
+    with phase("forward"), counted() as once, torch.no_grad():
+        for _, layer in lora_layers(model):
+            merged(*layer.described)
+    before, after = step_work(model, MemoryOptions()), step_work(model, MemoryOptions(cache_merged=True))
+    # of down_proj, whose product is left out of the recomputation, backward makes it again
+    assert before.moved_bytes - after.moved_bytes == 2 * once.work.moved_bytes
+    assert before.flops - after.flops == 2 * once.work.flops and before.update_bytes == 0
+    products = sum(tensor.nbytes for _, layer in lora_layers(model) for tensor in (layer.lora_A, layer.lora_B))
+    assert after.update_bytes > once.work.moved_bytes + products
 
 
 def test_blocks_that_keep_everything_have_nothing_to_unpack_again(model):

@@ -55,6 +55,7 @@ OPTION_KEYS = (
     "resident_layers",
     "optimizer_in_backward",
     "cache_dequantized",
+    "cache_merged",
     "compile",
     "stream_from",
 )

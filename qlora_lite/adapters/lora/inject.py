@@ -9,6 +9,7 @@ train less than was asked for.
 """
 
 from collections.abc import Collection, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -19,10 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lite.errors import ModelError, require_one_of
 from qlora_lite.experts.packing import LORA, expert_weights, use_experts
+from qlora_lite.memory.marks import category, once_a_step
 from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import frozen_weight, is_linear, routers
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
+from qlora_lite.quant.product import merged
 
 from ..parts import has_vision_tower, head_paths
 from .dora import DoraLinear
@@ -253,6 +256,21 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraWeights]]:
             yield f"{path}.{leaf.removeprefix(LORA)}", module
         elif isinstance(module, LoraWeights):
             yield name, module
+
+
+@contextmanager
+def merged_once(model: nn.Module) -> Iterator[None]:
+    """Keep the merged weights of layers with ``caches_merged`` for all products inside. No LoRA weight may change."""
+    layers = [layer for _, layer in lora_layers(model)
+              if isinstance(layer, LoraLinear) and layer.caches_merged and layer.merged is None]  # fmt: skip
+    try:
+        with torch.no_grad(), once_a_step(), category("base weights"):
+            for layer in layers:
+                layer.merged = merged(*layer.described)
+        yield
+    finally:
+        for layer in layers:
+            layer.merged = None
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

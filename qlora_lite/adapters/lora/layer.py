@@ -29,14 +29,14 @@ from qlora_lite.experts.packing import Projection
 from qlora_lite.ops.checkpoint import product_or_placeholder
 from qlora_lite.ops.shapes import on_gpu
 from qlora_lite.quant.linear import frozen_weight, small_batch_product
-from qlora_lite.quant.merging import GGUF, NF4, Merging, merged_codes
-from qlora_lite.quant.nf4 import Packed
+from qlora_lite.quant.merging import GGUF, NF4, Merging
 from qlora_lite.quant.product import (
     FrozenMatmul,
     KeptWeights,
     WeightSpec,
     add_product,
     kept_for,
+    merged,
     product,
     product_beside,
 )
@@ -117,14 +117,12 @@ def end(layer: "LoraLinear", begun: Begun, number: int, with_bias: bool = True) 
     """
     placeholder, low, (spec, frozen) = begun.placeholders[number], begun.low[number], begun.weights[number]
     factor, bias = layer.lora_B.detach(), layer.base.bias if with_bias else None
-    merging = spec.merging
-    if merging is not None:
+    if spec.merging is not None:
         low = factor = None
-    if merging is not None and merging.to == NF4 and begun.kept is None:
-        codes = merged_codes(merging, Packed(*frozen[:-2]), *frozen[-2:])
-        spec, frozen = spec._replace(merging=None), tuple(part for part in codes if part is not None)
-        if placeholder.requires_grad:
-            begun.merged[number] = spec, frozen
+        if layer.merged is not None or begun.kept is None:
+            spec, frozen = layer.merged or merged(spec, frozen)
+            if placeholder.requires_grad:
+                begun.merged[number] = spec, frozen
     inputs = placeholder, low, begun.x.detach(), factor, bias
     return product_or_placeholder(lambda: _LoraProduct.apply(*inputs, spec, begun.kept, *frozen), placeholder)
 
@@ -258,12 +256,15 @@ class LoraLinear(LoraWeights):
 
     ``shared`` is the set of layers that this one's input is shared with, if any; see ``shared``. ``path`` is its
     name in the model. ``merging`` says into what the update is merged in the weight that the layer computes with; None
-    adds it to the frozen weight's product.
+    adds it to the frozen weight's product. ``merged`` is that weight while it is kept (``inject.merged_once``), which
+    ``caches_merged`` allows.
     """
 
     shared: "SharedInput | None" = None
     path = "a layer"
     merging: Merging | None = None
+    caches_merged = False
+    merged: tuple[WeightSpec, tuple[torch.Tensor, ...]] | None = None
 
     def __init__(self, base, rank, alpha, dropout, rslora, dtype):
         shape = frozen_weight(base)[0].shape
