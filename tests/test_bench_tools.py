@@ -360,4 +360,4 @@ def test_the_steps_whose_times_are_compared_are_of_the_method_that_is_named(way,
     case = {"model": "tiny", "tokens": 64, "checkpointing": "block", "method": way}
     method = method_of(case)
     assert (method.dora, method.merge_aware) == (way == "dora", "nf4" if way == "merge-aware" else "off")
-    assert bench.measure(case)["seconds"] > 0
+    assert next(bench.measure(case | {"steps": 1})) > 0
