@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
+from qlora_lite.adapters.lora.inject import merged_once, put_merged_in_place
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.data_files import local_files
 from qlora_lite.data.example_checks import WHOLE, Matching
@@ -35,6 +36,7 @@ from qlora_lite.files import explain_write_errors, require_another, write_text
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
+from qlora_lite.models.memory_options import stream_of
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data, measures_of
@@ -169,7 +171,8 @@ def _answered(
     ask = partial(answers, model, tokenizer, max_new_tokens=new, stop=stop_ids(model, tokenizer, ends),
                   batch_size=at_once(prompt + new),
                   done=done and (lambda count: done(min(ranks * count, len(asked)))))  # fmt: skip
-    said = _shared_answers(ask, prompts, processes)
+    with merged_once(model):
+        said = _shared_answers(ask, prompts, processes)
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     return tokenizer.batch_decode(written, skip_special_tokens=True), said
 
@@ -348,6 +351,8 @@ def evaluate_recipe(
         judged = attach_and_judge(recipe, model, adapter, tokenizer, settings)
     elif adapter:
         load_adapter(model, adapter, recipe.train.merge_aware)
+    if stream_of(model) is None:
+        put_merged_in_place(model)
     work = work_to_measure(recipe, count_virtual(model)).with_options(settings.options)
     work.check_forward(model, settings.max_tokens)
     check_embeddings(model, data.examples)

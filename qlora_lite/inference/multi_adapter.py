@@ -21,6 +21,7 @@ from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, ModelError, RecipeError
+from qlora_lite.models.memory_options import stream_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import build_to_use
 from qlora_lite.quant.linear import arrange_weights
@@ -212,7 +213,7 @@ def load_switched(
     model = build_to_use(first.recipe, with_adapter, context_tokens or longest)
     for folder in with_adapter:
         warn_of_other_split(folder, first_sum_of(model))
-    switch = add_switch(model, adapters)
+    switch = add_switch(model, adapters, in_place=stream_of(model) is None)
     arrange_weights(model)
     return model, switch, adapters
 

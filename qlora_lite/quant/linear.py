@@ -18,7 +18,7 @@ from torch import nn
 from qlora_lite.memory.meter import free_bytes
 
 from .formats import FORMATS, FOUR_BIT
-from .nf4 import BLOCK_SIZE, Packed, quantize
+from .nf4 import BLOCK_SIZE, quantize
 from .packed import PackedWeight
 from .product import FrozenMatmul, WeightSpec, materialize
 from .small_batch import (
@@ -69,7 +69,8 @@ class QuantLinear(PackedWeight):
     def from_packed(cls, packed, shape, bias, quant_type, dtype):
         """Build the layer around tensors that are packed already: the parts of a format, in its order."""
         out_features, in_features = shape
-        double_quant = isinstance(packed, Packed) and packed.absmax_code is not None
+        stored = [tensor for tensor in packed if tensor is not None]
+        double_quant = len(stored) > len(FORMATS[quant_type].parts(shape))
         layer = cls(in_features, out_features, False, quant_type, double_quant, dtype, device="meta")
         layer.set_packed(packed)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), False)
@@ -191,8 +192,15 @@ def arrange_weights(model: nn.Module) -> int:
     if taken > (1 - SPARED) * free_bytes(torch.device("cpu")):
         return 0
     for layer in layers:
-        layer.arranged = arrange(layer.packed, (layer.out_features, layer.in_features), layer.quant_type)
+        arrange_layer(layer)
     return taken
+
+
+def arrange_layer(layer: QuantLinear) -> None:
+    """Give a layer its second form, if its format and shape have one; see ``arrange_weights``."""
+    shape = layer.out_features, layer.in_features
+    if layer.quant_type in FOUR_BIT and can_arrange(shape, layer.weight.device):
+        layer.arranged = arrange(layer.packed, shape, layer.quant_type)
 
 
 def small_batch_product(module: nn.Module, x: torch.Tensor, with_bias: bool = True) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """LoRA layers that compute with the weights a merge will leave: values, gradients, ways to train and to use them."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from tiny_trainer import trainer
 
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.adapters.lora import inject
+from qlora_lite.adapters.lora import switch as switch_of_layers
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.adapters.lora.layer import merging_of
-from qlora_lite.adapters.lora.switch import add_switch
+from qlora_lite.adapters.lora.switch import SwitchLinear, add_switch
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.models.load import adopt
@@ -151,6 +153,41 @@ def test_rows_of_a_batch_that_use_several_adapters_have_each_its_own_weights():
         assert not torch.allclose(
             found[0], attach_adapter(base(), adapters["b"])(input_ids=ids[:1]).logits[0], atol=1e-3
         )
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_the_adapter_that_all_rows_use_is_merged_in_place_once_and_the_base_comes_back(to, monkeypatch):
+    base = lambda: quantized_pair("llama")[0].eval()  # noqa: E731
+    adapters = {name: replace(adapter, merge_aware="off" if name == "b" else to)
+                for name, adapter in adapters_of(add_lora(base(), rank=1), "abc").items()}  # fmt: skip
+    ids = torch.randint(3, 160, (3, 11), generator=torch.Generator().manual_seed(0))
+    models, count = [base(), base()], []
+    switches = [add_switch(model, adapters, in_place=number > 0) for number, model in enumerate(models)]
+    merged = switch_of_layers.merged
+    monkeypatch.setattr(switch_of_layers, "merged", lambda *args: count.append(1) or merged(*args))
+    layers = len([path for path, module in models[1].named_modules() if isinstance(module, SwitchLinear)])
+    for rows, times in (("a", 1), ("a", 0), (None, 0), ("c", 1), ("b", 0), (["a", None, "b"], 0), ("c", 1)):
+        logits = []
+        for model, switch in zip(models, switches, strict=True):
+            switch.use_rows(rows) if isinstance(rows, list) else switch.use(rows)
+            count.clear()
+            with torch.no_grad():
+                logits.append(model(input_ids=ids).logits)
+        assert torch.equal(*logits), rows
+        assert len(count) == times * layers, rows
+    with torch.no_grad():
+        assert torch.equal(logits[1], attach_adapter(base(), adapters["c"])(input_ids=ids).logits)
+
+
+def test_a_model_to_use_has_the_merged_weights_in_the_place_of_its_lora_layers():
+    for to in KINDS:
+        model = quantized_pair("llama")[0].eval()
+        attach_adapter(model, replace(adapters_of(add_lora(quantized_pair("llama")[0], rank=1))["a"], merge_aware=to))
+        ids = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before = model.eval()(input_ids=ids).logits
+            inject.put_merged_in_place(model)
+            assert torch.equal(model(input_ids=ids).logits, before) and not list(lora_layers(model))
 
 
 @pytest.mark.parametrize(("section", "name", "value"), [

@@ -23,7 +23,7 @@ from qlora_lite.experts.packing import LORA, expert_weights, use_experts
 from qlora_lite.memory.marks import category, once_a_step
 from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.quant.formats import FOUR_BIT
-from qlora_lite.quant.linear import frozen_weight, is_linear, routers
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_linear, routers
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
 from qlora_lite.quant.product import merged
 
@@ -271,6 +271,16 @@ def merged_once(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.merged = None
+
+
+def put_merged_in_place(model: nn.Module) -> None:
+    """Put frozen layers with the merged weights in the place of layers with ``merging``: a model to use, whose weights
+    stay where they are."""
+    for path, layer in list(lora_layers(model)):
+        if isinstance(layer, LoraLinear) and layer.merging is not None:
+            (spec, tensors), base = merged(*layer.described), layer.base
+            frozen = QuantLinear.from_packed(tensors, spec.shape, base.bias, spec.quant_type, base.weight.dtype)
+            model.set_submodule(path, frozen.train(model.training))
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

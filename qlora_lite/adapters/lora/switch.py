@@ -31,9 +31,9 @@ from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, compute_experts, expert_weights
 from qlora_lite.ops.around import Around
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
-from qlora_lite.quant.linear import frozen_weight, small_batch_product, squared_row_norms
+from qlora_lite.quant.linear import QuantLinear, arrange_layer, frozen_weight, small_batch_product, squared_row_norms
 from qlora_lite.quant.merging import Merging
-from qlora_lite.quant.product import add_product, materialize
+from qlora_lite.quant.product import WeightSpec, add_product, materialize, merged
 
 from .dora import adapted_norms, excess_of
 from .inject import linear_layers
@@ -141,8 +141,9 @@ class SwitchLinear(nn.Module):
     Args:
         dtype: that the model computes in.
         biases: of the adapters that have one of their own, by adapter.
-        merging: of the adapters whose updates are merged into the weight, by adapter; what is merged is computed anew
-            for each product.
+        merging: of the adapters whose updates are merged into the weight, by adapter.
+        in_place: the merged weight of the adapter that all rows use takes the place of the base's, which waits in host
+            memory; else it is computed anew for each product.
     """
 
     path = "a layer"
@@ -150,9 +151,12 @@ class SwitchLinear(nn.Module):
     def __init__(
         self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype,
         biases: Mapping[str, torch.Tensor], merging: Mapping[str, Merging] = MappingProxyType({}),
+        in_place: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.base, self.switch, self.merging = base.requires_grad_(False), switch, merging
+        self.in_place: str | None = None  # the adapter that is merged into the base
+        self._frozen: list[nn.Module] = [base] if in_place and merging else []  # in a list: no submodule of this one
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
@@ -184,6 +188,31 @@ class SwitchLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._frozen:
+            rows = self.switch.rows
+            self._put_in_place(rows if isinstance(rows, str) and rows in self.merging else None)
+        return self._product(x)
+
+    def _put_in_place(self, name: str | None) -> None:
+        """Let the base be what an adapter is merged into; None is the frozen weight."""
+        if name == self.in_place:
+            return
+        (frozen,), device = self._frozen, self.base.weight.device
+        base, self.in_place = frozen.to(device), name
+        if name is not None:
+            spec, tensors = merged(*self._described(base, name))
+            base = QuantLinear.from_packed(tensors, spec.shape, base.bias, spec.quant_type, base.weight.dtype)
+            if getattr(self.base, "arranged", None) is not None:
+                arrange_layer(base)
+            frozen.to("cpu")
+        self.base = base.requires_grad_(False)
+
+    def _described(self, base: nn.Module, name: str) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
+        """Return the weight that an adapter is merged into, as spec and tensors."""
+        spec, frozen = frozen_weight(base)
+        return spec._replace(merging=self.merging[name]), (*frozen, *self.factors[name][:2])
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         spec, frozen = frozen_weight(self.base)
         rows, used, bias = self.switch.rows, self.switch.used, self.base.bias
         if isinstance(rows, tuple) and self.merging.keys() & used:
@@ -191,8 +220,13 @@ class SwitchLinear(nn.Module):
         scaled, own_bias = self.excess.keys() & used, self.biases.keys() & used
         is_late = scaled or own_bias
         if isinstance(rows, str) and rows in self.merging:
-            spec, frozen = spec._replace(merging=self.merging[rows]), (*frozen, *self.factors[rows][:2])
-            y = functional.linear(x, materialize(spec, frozen, x.dtype), None if is_late else bias)
+            y = None
+            if self.in_place is None:
+                spec, frozen = self._described(self.base, rows)
+            else:
+                y = small_batch_product(self.base, x, with_bias=not is_late)
+            if y is None:
+                y = functional.linear(x, materialize(spec, frozen, x.dtype), None if is_late else bias)
             return y.add_(self.biases[rows]) if is_late else y
         y = small_batch_product(self.base, x, with_bias=not is_late)
         if y is not None and not isinstance(rows, tuple):
@@ -218,7 +252,7 @@ class SwitchLinear(nn.Module):
         y = x.new_empty(*x.shape[:-1], frozen_weight(self.base)[0].shape[0])
         for name, places in [(name, self.switch.places_in(x, name)) for name in names]:
             with self.switch.using(name):
-                y.index_copy_(0, places, self(x.index_select(0, places)))
+                y.index_copy_(0, places, self._product(x.index_select(0, places)))
         return y
 
     def _scale(self, y: torch.Tensor, name: str) -> None:
@@ -353,13 +387,14 @@ def _with_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.
     return twin
 
 
-def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Switch:
+def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved], in_place: bool = False) -> Switch:
     """Wrap every layer and all experts of a block that an adapter adapts, and every module of which one has weights;
     return the switch, set to the bare base.
 
     Args:
         model: a base model without LoRA layers.
         adapters: read for this model (``adapters.read.read_adapter``), by name.
+        in_place: see ``SwitchLinear``; for a model whose weights stay where they are.
     """
     switch, others = Switch(adapters), {name: each for name, each in adapters.items() if isinstance(each, Saved)}
     of_lora = {name: each for name, each in adapters.items() if isinstance(each, Adapter)}
@@ -378,7 +413,7 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved]) -> Swi
         if factors or biases:
             merging = {name: merged for name, each in factors.items()
                        if (merged := merging_of(layer, of_lora[name].merge_aware, each.scale, path))}  # fmt: skip
-            wrapped = SwitchLinear(layer, switch, factors, device, model.dtype, biases, merging)
+            wrapped = SwitchLinear(layer, switch, factors, device, model.dtype, biases, merging, in_place)
             wrapped.path = path
             model.set_submodule(path, wrapped)
     for path, of_adapters in weights.items():
