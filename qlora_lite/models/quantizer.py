@@ -184,6 +184,29 @@ class QuantizeOnArrival(ConversionOps):
         return result
 
 
+class CutByShape(ConversionOps):
+    """Cut a stored weight into those of several layers, along the first dimension.
+
+    transformers' own ``Split`` asks the model's parameters for their sizes, and a packed weight is none.
+
+    Args:
+        layers: the packed ones, by path.
+    """
+
+    def __init__(self, layers: Mapping[str, PackedWeight]):
+        self.layers = layers
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **_unused):
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        names = [full_layer_name.replace(target_patterns[0], target) for target in target_patterns]
+        layers = [self.layers.get(name.removesuffix(".weight")) for name in names]
+        sizes = [layer.shape[0] if layer else len(model.get_parameter(name))
+                 for layer, name in zip(layers, names, strict=True)]  # fmt: skip
+        parts = weight.split(sizes)
+        return {target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)}
+
+
 class OnArrivalQuantizer(HfQuantizer):
     """Put packed weights into the skeleton and fill them while the checkpoint is read, which may have them packed."""
 
@@ -217,6 +240,15 @@ class OnArrivalQuantizer(HfQuantizer):
         for layer in self.layers.values():
             # transformers 5.17 gives a checkpoint's weight the type of what stands here, before it is quantised
             layer.weight = layer.weight.to(model.dtype)
+
+    def update_weight_conversions(self, weight_conversions, model):
+        for converter in weight_conversions:  # made for this load
+            operations = getattr(converter, "operations", ())
+            if any(type(each).__name__ == "Split" and each.dim == 0 for each in operations):
+                converter.operations = [
+                    CutByShape(self.layers) if type(each).__name__ == "Split" else each for each in operations
+                ]
+        return super().update_weight_conversions(weight_conversions, model)
 
     def param_needs_quantization(self, model, param_name, **_unused):
         path, _, name = param_name.rpartition(".")

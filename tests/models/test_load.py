@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, EAGER, build_tiny
 from tiny_files import MERGES, save_tiny
 from tiny_runs import tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from qlora_lite import doctor
 from qlora_lite.errors import ModelError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.models import unused_gpu
-from qlora_lite.models.load import _warn_once, load_model, resolve_compute_dtype, resolve_device
+from qlora_lite.models.load import _warn_once, adopt, load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeOnArrival, quantize_head, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model
@@ -468,3 +470,34 @@ def test_a_disk_without_room_for_the_weights_is_named_with_its_cure(tmp_path, mo
     with pytest.raises(ModelError, match=r"QLORA_LITE_CACHE: 256.0 MiB cannot be taken .* No space left .* make room"):
         load(tmp_path / "model", in_files=True)
     assert len(asked) == 1, "the other weights are not tried"
+
+
+SIZES = dict(
+    vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    moe_intermediate_size=32, num_experts_per_tok=2,
+)  # fmt: skip
+CUT = {
+    "sarvam_moe": ("query_key_value", dict(intermediate_size=96, n_routed_experts=4, first_k_dense_replace=1)),
+    "lara_mini": ("linear_attn.in_proj.", dict(
+        linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+        shared_expert_intermediate_size=32, num_experts=4, layer_types=["linear_attention", "full_attention"],
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about missing kernels
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("model_type", CUT)
+def test_layers_that_are_one_weight_in_the_files_are_cut_apart_and_packed(model_type, in_files, tmp_path):
+    name, sizes = CUT[model_type]
+    if model_type not in CONFIG_MAPPING_NAMES:
+        pytest.skip("transformers does not know it yet")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **sizes)).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert any(name in key for key in file.keys())  # noqa: SIM118
+    found, expected = load(tmp_path, in_files=in_files), load(tmp_path, "none")
+    quantize_in_place(expected, "nf4", True)
+    assert_same_weights(found, adopt(expected))
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=IDS).logits, expected(input_ids=IDS).logits)
