@@ -265,7 +265,7 @@ def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation,
 
 
 @contextmanager
-def _explaining_forward(name: str) -> Iterator[None]:
+def _explaining_forward(name: str, is_quantized: bool) -> Iterator[None]:
     """Say of a model that its forward does not go with what this package does to it, and not with a trace."""
     try:
         yield
@@ -274,9 +274,11 @@ def _explaining_forward(name: str) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
+        packed = (
+            ", or 16-bit weights of layers that are packed; model.keep_16bit or model.quant none may leave those alone"
+        )
         raise ModelError(f"a model of the type {name} cannot be trained so ({first_line(error)}): its own code asks "
-                         "for what it is not given, such as a mask, or 16-bit weights of layers that are in 4 bit; "
-                         "model.keep_16bit may leave those alone") from error  # fmt: skip
+                         f"for what it is not given, such as a mask{packed * is_quantized}") from error  # fmt: skip
 
 
 @cache
@@ -303,7 +305,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
         ledger.watch(model)
         eval_inputs = workload.planned_inputs(job.eval_shape, device) if job.eval_shape else None
-        with _explaining_forward(workload.name):
+        with _explaining_forward(workload.name, workload.is_quantized):
             probe_step(
                 workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
                 job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward,

@@ -78,7 +78,8 @@ def no_weight(base: nn.Module, path: str) -> ModelError:
     """Return the error of an architecture that reads the weight of an adapted layer itself, past its LoRA weights."""
     packed = frozen_weight(base)[0].quant_type is not None
     leaf = path.rpartition(".")[2]
-    codes = f", and name it in model.keep_16bit: [{leaf}], since it would read 4-bit codes" if packed else ""
+    codes = (f", and name it in model.keep_16bit: [{leaf}], since it would read 4-bit codes (a GGUF file's own: write "
+             "model.quant: none)") if packed else ""  # fmt: skip
     return ModelError(f"this architecture reads the weight of {path} itself, past the LoRA weights: leave it out of "
                       f"lora.targets{codes}")  # fmt: skip
 
