@@ -179,6 +179,31 @@ def test_the_adapter_that_all_rows_use_is_merged_in_place_once_and_the_base_come
         assert torch.equal(logits[1], attach_adapter(base(), adapters["c"])(input_ids=ids).logits)
 
 
+def test_memory_that_runs_out_over_merging_in_place_leaves_the_layer_as_it_was(monkeypatch):
+    model = quantized_pair("llama")[0].eval()
+    adapters = {name: replace(adapter, merge_aware="nf4")
+                for name, adapter in adapters_of(add_lora(quantized_pair("llama")[0], rank=1)).items()}  # fmt: skip
+    switch, merged, count = add_switch(model, adapters, in_place=True), switch_of_layers.merged, []
+    model.eval()
+    ids = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
+
+    def merge(*arguments):
+        count.append(1)
+        if len(count) in (3, 20):
+            raise torch.OutOfMemoryError
+        return merged(*arguments)
+
+    monkeypatch.setattr(switch_of_layers, "merged", merge)
+    for name in ("a", "b"):
+        switch.use(name)
+        with torch.no_grad():
+            with pytest.raises(torch.OutOfMemoryError):
+                model(input_ids=ids)
+            found = model(input_ids=ids).logits
+            assert torch.equal(found, attach_adapter(quantized_pair("llama")[0], adapters[name])(input_ids=ids).logits)
+    assert not any(layer.training for layer in model.modules())
+
+
 def test_a_model_to_use_has_the_merged_weights_in_the_place_of_its_lora_layers():
     for to in KINDS:
         model = quantized_pair("llama")[0].eval()

@@ -157,6 +157,7 @@ class SwitchLinear(nn.Module):
         self.base, self.switch, self.merging = base.requires_grad_(False), switch, merging
         self.in_place: str | None = None  # the adapter that is merged into the base
         self._frozen: list[nn.Module] = [base] if in_place and merging else []  # in a list: no submodule of this one
+        self._is_arranged = False  # for products of few rows
         self.factors = {
             name: (each.lora_A.to(device), each.lora_B.to(device), each.scale) for name, each in factors.items()
         }
@@ -194,18 +195,24 @@ class SwitchLinear(nn.Module):
         return self._product(x)
 
     def _put_in_place(self, name: str | None) -> None:
-        """Let the base be what an adapter is merged into; None is the frozen weight."""
+        """Let the base be what an adapter is merged into; None is the frozen weight, as is where this breaks off."""
         if name == self.in_place:
             return
         (frozen,), device = self._frozen, self.base.weight.device
-        base, self.in_place = frozen.to(device), name
-        if name is not None:
-            spec, tensors = merged(*self._described(base, name))
-            base = QuantLinear.from_packed(tensors, spec.shape, base.bias, spec.quant_type, base.weight.dtype)
-            if getattr(self.base, "arranged", None) is not None:
-                arrange_layer(base)
-            frozen.to("cpu")
-        self.base = base.requires_grad_(False)
+        if self.in_place is None:
+            self._is_arranged = getattr(frozen, "arranged", None) is not None
+        self.base, self.in_place = frozen.to(device).train(self.training), None
+        if self._is_arranged and name is None:
+            arrange_layer(frozen)
+        if name is None:
+            return
+        spec, tensors = merged(*self._described(frozen, name))
+        base = QuantLinear.from_packed(tensors, spec.shape, frozen.bias, spec.quant_type, frozen.weight.dtype)
+        if self._is_arranged:
+            frozen.arranged = None
+            arrange_layer(base)
+        self.base, self.in_place = base.requires_grad_(False).train(self.training), name
+        frozen.to("cpu")
 
     def _described(self, base: nn.Module, name: str) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:
         """Return the weight that an adapter is merged into, as spec and tensors."""
