@@ -229,8 +229,8 @@ def _likeliest(
 
 def _with_choice(tokenizer, own: Example, prompt: list[int], choice: str, ends: Collection[int]) -> Example:
     """Return an example with another answer of the closed set in place of its own, and the same end."""
-    before = own.answer[: own.answer.rindex(choice_of(own.answer))]
-    ids = tokenizer(own.prompt + before + choice, add_special_tokens=False).input_ids
+    before, _, after = own.answer.rpartition(choice_of(own.answer))
+    ids = tokenizer(own.prompt + before + choice + after, add_special_tokens=False).input_ids
     if ids[: len(prompt)] != prompt:
         raise DataError(f"{own.where}: before the answer {choice!r} of the closed set, the prompt has other tokens "
                         "than alone; choose another data.template")  # fmt: skip

@@ -90,6 +90,20 @@ def test_accuracy_and_answer_loss_are_those_of_plain_transformers(model, losses,
     assert list(found.scores) == ["answer_loss", "accuracy_likelihood", "accuracy_generated", "exact_match"]
 
 
+def test_all_answers_of_a_closed_set_end_with_the_white_space_that_the_row_ends_with(model):
+    """Else the one whose rows end so would be told by its end."""
+    tokenizer, seen = byte_tokenizer(), []
+
+    def losses(examples):
+        seen.extend(tokenizer.decode(example.token_ids).rpartition("assistant\n")[2] for example in examples)
+        return [[0.0] for _ in examples]
+
+    data = examples_of(tokenizer, [("is it?", "yes\n"), ("and now?", " no \n")])
+    measure(model, tokenizer, data.examples, {END}, losses, measures=Measures(("accuracy",)), new_tokens=1)
+    ends = "<|im_end|>"
+    assert sorted(seen) == sorted([f"yes\n{ends}", f"no\n{ends}", f" yes \n{ends}", f" no \n{ends}"])
+
+
 def test_of_a_conversation_the_last_answer_counts_and_is_replaced(model, losses):
     tokenizer = byte_tokenizer()
     turns = [("user", "a?"), ("assistant", "no"), ("user", "b?")]
