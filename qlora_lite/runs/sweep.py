@@ -88,13 +88,37 @@ class _Runs:
         log.info("sweep: %s", ", ".join(f"{axis} {value}" for axis, value in point.choice.items()))
         for seed in self.sweep.seeds:
             settings = self.sweep.settings(point.choice) | seed
-            name = recipe_of_point(self.sweep, settings).recipe_hash[:HASH_LETTERS]
-            point.runs.append(_run(self.sweep, self.known.get(name, self.folder / RUNS / name), settings))
+            try:
+                point.runs.append(_run(self.sweep, self.path_of(settings), settings))
+            except RecipeError as error:  # settings that a sampler drew and that do not go together
+                log.warning("sweep: %s: %s", FAILED, error)
+                point.runs.append({"settings": settings, "status": FAILED, "error": str(error)})
             if point.status != COMPLETE:
                 break  # the other seeds need as much
         self.points.append(point)
         write_results(self.sweep, self.points, self.folder, self.name)
         return point
+
+    def path_of(self, settings: Mapping[str, Any]) -> Path:
+        """Return the folder of a run.
+
+        Raises:
+            RecipeError: the settings are wrong.
+        """
+        name = recipe_of_point(self.sweep, settings).recipe_hash[:HASH_LETTERS]
+        return self.known.get(name, self.folder / RUNS / name)
+
+    def is_cut_off(self, choice: Mapping[str, Any]) -> bool:
+        """Return whether a point has runs that nobody is at work on, and not all of them complete."""
+        paths = [self.path_of(self.sweep.settings(choice) | seed) for seed in self.sweep.seeds]
+        begun = [path for path in paths if path.is_dir()]
+        try:
+            for path in begun:
+                with locked(path):
+                    pass
+        except OutputError:
+            return False
+        return bool(begun) and any(summary_in(path).get("status") != COMPLETE for path in paths)
 
 
 def run_sweep(sweep: Sweep, folder: Path, name: str) -> list[Point]:
@@ -105,7 +129,7 @@ def run_sweep(sweep: Sweep, folder: Path, name: str) -> list[Point]:
         name: what the page calls it.
 
     Raises:
-        RecipeError: a point's settings are wrong; of a grid, before any is run.
+        RecipeError: the recipe is wrong, or a point of a grid; before any is run.
         ModelError: Optuna is wanted and not installed.
         Interrupted: a run was stopped.
     """
@@ -113,6 +137,8 @@ def run_sweep(sweep: Sweep, folder: Path, name: str) -> list[Point]:
     for point in points:
         for seed in sweep.seeds:
             recipe_of_point(sweep, sweep.settings(point.choice) | seed)
+    if not points:
+        recipe_of_point(sweep, sweep.seeds[0])
     with explain_write_errors(folder):
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
     runs = _Runs(sweep, folder, name)
@@ -146,7 +172,10 @@ def planned(sweep: Sweep, machine_of: Callable[[Recipe], Machine]) -> Iterator[t
 
 
 def _sample(sweep: Sweep, runs: _Runs) -> None:
-    """Run points that Optuna chooses; one that is cut off comes first the next time."""
+    """Run points that Optuna chooses; one that was cut off comes first the next time.
+
+    A point that is chosen again counts as a trial, and is neither run nor shown again.
+    """
     try:
         import optuna
         from optuna.storages.journal import JournalFileBackend
@@ -164,15 +193,27 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
     )  # fmt: skip
     for known in study.get_trials(deepcopy=False):
         _check_axes(sweep, known.distributions, runs.folder)
-    ended = state.COMPLETE, state.PRUNED
+    for known in study.get_trials(deepcopy=False, states=[state.RUNNING]):
+        if (choice := known.user_attrs.get("choice")) and runs.is_cut_off(choice):  # by what left no time to say so
+            study.tell(known.number, state=state.FAIL)
+            study.enqueue_trial(known.params)
+    ended, points = (state.COMPLETE, state.PRUNED), {}
+
+    def add(choice: dict[str, Any]) -> Point:
+        key = json.dumps(choice, sort_keys=True)
+        if key not in points:
+            points[key] = runs.add(Point(choice))
+        return points[key]
+
     for known in study.get_trials(states=ended):
-        runs.add(Point(known.user_attrs["choice"]))
+        add(known.user_attrs["choice"])
     while len(study.get_trials(states=ended)) < sweep.trials:
         trial = study.ask()
-        point = Point({axis: _suggested(trial, axis, sweep.axes[axis]) for axis in sweep.searched})
-        trial.set_user_attr("choice", point.choice)
+        choice = {axis: _suggested(trial, axis, sweep.axes[axis]) for axis in sweep.searched}
+        trial.set_user_attr("choice", choice)
         try:
-            values = runs.add(point).figures(f"{sweep.goal}_after")
+            point = add(choice)
+            values = point.figures(f"{sweep.goal}_after")
         except Interrupted:
             study.tell(trial, state=state.FAIL)
             study.enqueue_trial(trial.params)

@@ -164,6 +164,47 @@ def test_a_sampler_finds_the_valley_goes_on_after_a_stop_and_runs_no_trial_twice
     assert lab.run(**said)["points"][0]["choice"] == result["points"][0]["choice"] and len(lab.trained) == count
 
 
+def test_a_point_whose_process_was_killed_is_the_first_to_go_on_unless_another_is_at_work_on_it(lab, monkeypatch):
+    pytest.importorskip("optuna")
+    lab.loss = lambda settings: settings["train.learning_rate"]
+    said = {"axes": {"train.learning_rate": {"from": 1e-4, "to": 1e-2}}, "search": "random", "trials": 3}
+    train = lab.train
+
+    def die(*arguments):
+        train(*arguments)
+        (folder,) = (lab.folder / "runs").iterdir()
+        (folder / "summary.json").unlink()
+        raise SystemExit
+
+    monkeypatch.setattr(sweeps, "_in_a_process", die)
+    with pytest.raises(SystemExit):
+        lab.run(**said)
+    monkeypatch.setattr(sweeps, "_in_a_process", train)
+    ((killed, _),), (begun,) = lab.trained, (lab.folder / "runs").iterdir()
+    with locked(begun):
+        lab.run(**said | {"trials": 1})
+    assert lab.trained[1][0] != killed
+    assert len(lab.run(**said)["points"]) == 3 and lab.trained[2] == (killed, True) and len(lab.trained) == 4
+
+
+def test_what_a_sampler_draws_is_run_and_shown_once_and_is_failed_where_it_does_not_go_together(lab):
+    pytest.importorskip("optuna")
+    lab.loss = lambda settings: 1.0
+    axes = {"train.merge_aware": ["off", "nf4"], "adapter.method": ["lora", "dora"]}
+    found = lab.run(axes=axes, search="random", trials=20)
+    status = {tuple(point["choice"][axis] for axis in axes): point["status"] for point in found["points"]}
+    assert len(status) == len(found["points"]) == 4 and len(lab.trained) == 3
+    assert [each for each in status if status[each] == FAILED] == [("nf4", "dora")]
+    (failed,) = (point["runs"][0]["error"] for point in found["points"] if point["status"] == FAILED)
+    assert "not possible with train.merge_aware nf4" in failed
+    lab.run(axes=axes, search="random", trials=20)
+    assert len(lab.trained) == 3
+    wrong = lab.write(axes=axes, search="random")
+    (lab.folder.parent / "recipe.yaml").write_text("model: {}\n")
+    with pytest.raises(RecipeError, match="model"):
+        run_sweep(wrong, lab.folder, "a sweep")
+
+
 @pytest.mark.parametrize("axes", [
     {"lora.rank": {"from": 1, "to": 8, "log": True}, "train.learning_rate": [1e-3]},
     {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3, 1e-4]},
@@ -177,7 +218,7 @@ def test_a_study_of_other_axes_is_one_error_and_one_of_another_range_goes_on(lab
         lab.run(search="random", axes=axes)
     wider = said["axes"] | {"lora.rank": {"from": 9, "to": 16}}
     result = lab.run(axes=wider, search="random", trials=3)
-    assert len(result["points"]) == 3 and result["points"][2]["choice"]["lora.rank"] > 8
+    assert len(lab.trained) == len(result["points"]) and result["points"][-1]["choice"]["lora.rank"] > 8
 
 
 def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
