@@ -175,7 +175,8 @@ def _begin(out: Path, prompts: Sequence[Prompt], about: dict, overwrite: bool) -
         OutputError: it holds something else than answers to these prompts by these settings.
     """
     beside = out.with_name(f"{out.name}.settings.json")
-    content = b"" if overwrite else out.read_bytes()
+    with explain_write_errors(out):
+        content = b"" if overwrite else out.read_bytes()
     lines = content.split(b"\n")[:-1]
     if content:
         _compare_settings(out, beside, about)
@@ -202,7 +203,8 @@ def _compare_prompts(out: Path, lines: Sequence[bytes], prompts: Sequence[Prompt
     for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
-            is_same = number <= len(prompts) and _given(prompts[number - 1]).items() <= found.items()
+            given = _given(prompts[number - 1]) if number <= len(prompts) else {"prompt": None}
+            is_same = given.items() <= found.items() and found.get("reference") == given.get("reference")
         except (ValueError, AttributeError):
             is_same = False
         if not is_same:
@@ -210,14 +212,16 @@ def _compare_prompts(out: Path, lines: Sequence[bytes], prompts: Sequence[Prompt
 
 
 def _given(prompt: Prompt) -> dict:
-    """Return a prompt as the file of answers has it: its text, or its turns where there are others than the user's."""
+    """Return a prompt as the file of answers has it: its text, or its turns where there are others than the user's, and
+    the row's own answer where it has one."""
     turns = [replace(turn, content=turn.content.replace(MARK, PLACEHOLDER)) for turn in prompt.turns]
     shown = {"images": list(prompt.pictures)} if prompt.pictures else {}
+    reference = {} if prompt.reference is None else {"reference": prompt.reference}
     (*before, last) = turns
     if not before and last.role == "user" and not prompt.tools:
-        return {"prompt": last.content} | shown
-    given = {"messages": [as_message(turn) for turn in turns]} | shown
-    return given | ({"tools": list(prompt.tools)} if prompt.tools else {})
+        return {"prompt": last.content} | shown | reference
+    tools = {"tools": list(prompt.tools)} if prompt.tools else {}
+    return {"messages": [as_message(turn) for turn in turns]} | shown | tools | reference
 
 
 def _answer(
@@ -269,9 +273,8 @@ def _check_length(model, tokens: int) -> None:
 
 
 def _line(prompt: Prompt, answer: Answer) -> str:
-    reference = {} if prompt.reference is None else {"reference": prompt.reference}
     said = {"answer": answer.text.strip(), "finish": answer.finish, "tokens": answer.tokens}
-    return json.dumps(_given(prompt) | reference | said, ensure_ascii=False) + "\n"
+    return json.dumps(_given(prompt) | said, ensure_ascii=False) + "\n"
 
 
 def _append(out: Path, lines: str) -> None:

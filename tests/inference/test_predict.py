@@ -105,6 +105,14 @@ def test_a_file_of_other_answers_is_not_gone_on_with_unless_it_may_be_overwritte
     refused(f"{out}:2: no answer to prompt 2 of the 5", *greedy)
     words.write_text(WORDS[0])
     refused(f"{out}:2: no answer to prompt 2 of the 1", *greedy)
+    rows, said = tmp_path / "rows.jsonl", ("generate", run, "--prompts", tmp_path / "rows.jsonl", "--out", out, *FEW)
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert command(*said, "--overwrite")[0] == 0
+    with_reference = out.read_bytes()
+    for changed in ('{"prompt": "a", "completion": "c"}\n', '{"prompt": "a"}\n'):
+        rows.write_text(changed)
+        assert f"{out}:1: no answer to prompt 1 of the 1" in command(*said)[2] and out.read_bytes() == with_reference
+    out.write_bytes(before)
     (tmp_path / "out.jsonl.settings.json").unlink()
     refused("which says how its answers were made, cannot be read", *greedy)
     assert command(*greedy, "--overwrite")[0] == 0
