@@ -313,7 +313,7 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     ):
         raise ModelError("memory.resident_layers, and memory.embeddings or memory.head host, are for a model that was "
                          "loaded so: call models.memory_options.place before training, or leave them out")  # fmt: skip
-    if streamed and options.cache_merged:
+    if streamed and options.cache_merged and merging:
         raise ModelError("merged weights are kept where weights are not streamed: set memory.cache_merged to false, "
                          "or memory.resident_layers to all")  # fmt: skip
     for layer in merging:

@@ -289,7 +289,8 @@ def _all_kept(value: _Value) -> _Found:
 
 def _kept_and_streamed(value: _Value) -> _Found:
     kept, resident = value("memory", "uncheckpointed_layers"), value("memory", "resident_layers")
-    if value("memory", "cache_merged") is True and resident not in (None, "auto", "all"):
+    is_merged = value("memory", "cache_merged") is True and value("train", "merge_aware") not in (None, "off")
+    if is_merged and resident not in (None, "auto", "all"):
         message = f"memory.resident_layers = {written(resident)}: not possible with memory.cache_merged true; write "
         yield ("memory", "resident_layers"), f"{message}all here, or memory.cache_merged: false"
     is_checkpointed = value("memory", "checkpointing") != "none"

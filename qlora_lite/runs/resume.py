@@ -52,7 +52,8 @@ FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environmen
 RANKS = "ranks"  # how many there are, likewise
 OF_RANKS = "plan of ranks"  # each one's settings, where they differ
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
-PLACES = "memory.resident_layers", "memory.stream_from"  # of weights, which change no number
+# Of weights, which change no number; merged ones are kept only where none are streamed.
+PLACES = "memory.resident_layers", "memory.stream_from", "memory.cache_merged"
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
     *PLACES,

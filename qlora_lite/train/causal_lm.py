@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_lite.adapters.lora.inject import require_model
+from qlora_lite.adapters.lora.inject import merged_once, require_model
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
 from qlora_lite.data.storage import Example, learned_counts, row_lengths, with_virtual
 from qlora_lite.errors import DataError, ModelError
@@ -288,7 +288,7 @@ class CausalLM(TransformerWorkload):
 def answer_losses(workload: CausalLM, model: nn.Module, batches: Iterable[Batch]) -> list[list[float]]:
     """Return the losses of each sequence's targets, in nats, by the computation of ``evaluate_loss``."""
     found, device = [], workload.device(model)
-    with evaluating(model):
+    with evaluating(model), merged_once(model):
         for batch in batches:
             inputs = workload.inputs(batch, device)
             losses = workload.token_losses(model, inputs).tolist()

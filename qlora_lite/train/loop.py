@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
 from qlora_lite.errors import ModelError, TrainingError, first_line
 from qlora_lite.memory.meter import PeakMeter
@@ -475,7 +476,7 @@ class Trainer:
         work, groups = self.workload.plain(), list(_eval_rows(self.workload, examples, self.settings))
 
         def compute(batches: Iterator, counted: int) -> list[torch.Tensor]:
-            with evaluating(self.model):
+            with evaluating(self.model), merged_once(self.model):
                 found = [work.references(self.model, work.inputs(batch, self.device)) for batch in batches]
             self.processes.wait()  # for one whose memory may have run out
             return found[:counted]

@@ -581,6 +581,13 @@ def test_no_more_blocks_keep_their_activations_than_have_resident_weights(proble
         assert (given.uncheckpointed_layers, given.resident_layers) == (kept, resident)
 
 
+def test_merged_weights_are_kept_of_layers_that_are_not_streamed(problems, recipe):
+    kept = "memory.cache_merged=true", "memory.resident_layers=0"
+    (found,) = problems(GOOD, *kept, "train.merge_aware=nf4")
+    assert "memory.resident_layers = 0: not possible with memory.cache_merged true; write all here, or" in found
+    assert recipe(GOOD, *kept).memory.cache_merged  # and has no effect
+
+
 def test_what_changes_nothing_may_stand_beside_keeping_all(recipe):
     tiled = "memory.cache_dequantized=true", "memory.tile_tokens=64"
     nothing = "memory.uncheckpointed_layers=0", "memory.resident_layers=all", "memory.offload_checkpoints=false"

@@ -169,6 +169,16 @@ def test_a_run_with_layers_in_16_bit_goes_on_to_the_very_same_end_and_not_with_o
     assert "frozen, not quantised" in kinds and any("nf4 codes" in kind for kind in kinds)
 
 
+def test_a_merge_aware_run_goes_on_to_the_very_same_end_with_streamed_weights(tmp_path, model_folder):
+    aware = "train.merge_aware=nf4", "lora.dropout=0"
+    whole, lab = (Lab(tmp_path / name, model_folder, aware) for name in ("whole", "lab"))
+    whole.run()
+    lab.stop(3)
+    assert whole.summary["plan"]["chosen"]["memory.cache_merged"] is True
+    lab.run(resume="", memory={"resident_layers": 0})
+    assert_same_run(lab, whole)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", [
     {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
