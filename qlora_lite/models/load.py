@@ -443,6 +443,20 @@ def _load_prequantized(files: ModelFiles, part: LanguagePart | None, dtype, devi
         if type(module).__name__ == "Linear4bit":
             model.set_submodule(name, _from_linear4bit(module, dtype))
     _forget_quantizer(model)
+    return _in_type(model, dtype)
+
+
+def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a model's parameters the type that was asked for; return it.
+
+    transformers leaves those of a 4-bit checkpoint in that of its files. What it has in float32 in any model stays so.
+    """
+    others = {name: weight for name, weight in model.named_parameters() if weight.dtype != dtype}
+    if others:
+        planned = dict(without_weights(model.config, dtype=dtype).named_parameters())
+        for name, weight in others.items():
+            weight.data = weight.data.to(planned[name].dtype if name in planned else dtype)
+        model.config.dtype = dtype
     return model
 
 

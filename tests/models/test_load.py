@@ -127,6 +127,17 @@ def test_a_saved_4_bit_model_gives_equal_logits_in_plain_transformers(model_type
     assert_same_weights(load(tmp_path / "quantized"), model)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "opt"])
+def test_a_saved_4_bit_model_is_loaded_in_the_type_that_is_asked_for_whatever_it_is_saved_in(model_type, tmp_path):
+    build_tiny(model_type).save_pretrained(tmp_path / "plain")
+    save_quantized(load(tmp_path / "plain", compute_dtype=torch.bfloat16), tmp_path / "quantized")
+    found = load(tmp_path / "quantized")
+    assert {weight.dtype for weight in found.parameters()} == {torch.float32} and found.dtype == torch.float32
+    stored = load(tmp_path / "quantized", compute_dtype=torch.bfloat16)
+    assert {weight.dtype for weight in stored.parameters()} == {torch.bfloat16}
+    assert torch.allclose(logits(found), logits(stored).float(), atol=0.05)
+
+
 @pytest.mark.parametrize("base", ["folder", "gguf"])
 def test_a_saved_4_bit_model_says_its_class_and_keeps_its_cache_of_keys(base, tmp_path):
     path = tmp_path / "model"
