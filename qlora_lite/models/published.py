@@ -57,6 +57,7 @@ class Published:
 
 def _fp8(said: Mapping[str, Any]) -> str:
     sides, scales = said.get("weight_block_size") or ["a whole weight"], said.get("scale_fmt", "float")
+    sides = sides if isinstance(sides, list | tuple) else [sides]
     return f"fp8_{'x'.join(map(str, sides))}{'' if scales == 'float' else f' with scales in {scales}'}"
 
 
@@ -66,7 +67,7 @@ def _groups(said: Mapping[str, Any]) -> str:
 
 
 def _awq(said: Mapping[str, Any]) -> str:
-    layout = said.get("version", "gemm")
+    layout = str(said.get("version", "gemm")).lower()
     return f"awq_{said.get('bits')}_{said.get('group_size')}{'' if layout == 'gemm' else f' for {layout}'}"
 
 
@@ -199,6 +200,21 @@ class _Files:
             raise ModelError(f"{self._where[name]}: the tensor {name} is another than that of the weight that it is "
                              "computed with; use the 16-bit model instead")  # fmt: skip
 
+    def check_constants(self, name: str, values: torch.Tensor, below: int | None = None) -> None:
+        """Raise if scales are not finite, or numbers of groups are none of those that there are.
+
+        Args:
+            below: how many groups there are; None is for scales.
+
+        Raises:
+            ModelError: they are.
+        """
+        if below is None and values.is_floating_point() and not values.float().isfinite().all():
+            raise ModelError(f"{self._where[name]}: the tensor {name} holds NaN or infinity: the checkpoint is damaged")
+        if below is not None and not ((values >= 0) & (values < below)).all():
+            raise ModelError(f"{self._where[name]}: the tensor {name} names groups from {values.min()} to "
+                             f"{values.max()}, and there are {below}: the checkpoint is damaged")  # fmt: skip
+
     def refuse_packed(self, skeleton: nn.Module) -> None:
         """Raise if one of the tensors that nothing has taken is packed; those of blocks that a model lacks may be.
 
@@ -276,6 +292,9 @@ def _taken(read: _Files, path: str, wanted: Parts, method: Published) -> dict[st
     found = {name: read.take(f"{path}{method.parts[name]}", *each) for name, each in wanted.items()}
     for name in method.unused:
         read.tensors.pop(f"{path}{name}", None)
+    read.check_constants(f"{path}{method.parts['scales']}", found["scales"][:])
+    if "group" in found:
+        read.check_constants(f"{path}{method.parts['group']}", found["group"][:], wanted["scales"][1][0])
     return found
 
 

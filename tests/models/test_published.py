@@ -149,6 +149,7 @@ def test_a_packed_layer_of_which_the_configuration_does_not_say_so_is_an_error(t
 @pytest.mark.parametrize(("said", "message"), [
     ({"quant_method": "fp8"}, "quantised with fp8 as fp8_a whole weight, which is not known here"),
     ({"quant_method": "fp8", "weight_block_size": [1, 32]}, "as fp8_1x32, which"),
+    ({"quant_method": "fp8", "weight_block_size": 128}, "as fp8_128, which"),
     ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "with gptq as gptq_3_128, which"),
     ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "with awq as awq_4_128 for gemv, which"),
 ])  # fmt: skip
@@ -166,6 +167,28 @@ def test_it_is_not_quantised_a_second_time(case, said, tmp_path, command):
     save_published(tmp_path / "model", case)
     code, _, error = command("quantize", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
     assert code == 2 and re.search(said, error) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("case", "part", "value", "message"), [
+    ("gptq", "g_idx", 99, r"names groups from 0 to 99, and there are \d+: the checkpoint is damaged"),
+    ("gptq", "g_idx", -1, "names groups from -1 to"), ("gptq", "scales", torch.nan, "holds NaN or infinity"),
+    ("int8", "SCB", torch.inf, "holds NaN or infinity"),
+])  # fmt: skip
+def test_constants_that_mean_nothing_are_one_error_that_names_tensor_and_file(case, part, value, message, tmp_path):
+    save_published(tmp_path, case)
+    tensors = load_file(tmp_path / "model.safetensors")
+    next(tensor for name, tensor in tensors.items() if name.endswith(part))[0] = value
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"model\.safetensors: the tensor model\.\S+\.{part} {message}"):
+        load(tmp_path)
+
+
+def test_a_layout_may_be_named_in_capitals(tmp_path):
+    save_published(tmp_path, "awq")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["version"] = "GEMM"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {each for _, each in published_formats(read_config(str(tmp_path)))} == {"awq_4_32"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape"])
