@@ -579,7 +579,11 @@ def detach_adapter(model: nn.Module, before: Mapping[str, torch.Tensor] = Mappin
     _corrected.pop(model, None)
     with torch.no_grad():
         for path, weight in before.items():
-            model.get_parameter(_inside(path, dict(lora_layers(model)))).copy_(weight)
+            inside, _, leaf = _inside(path, dict(lora_layers(model))).rpartition(".")
+            if weight.is_meta:  # of a streamed model, where ``_put`` replaced it
+                model.get_submodule(inside)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+            else:
+                model.get_parameter(f"{inside}.{leaf}").copy_(weight)
     for name, layer in list(lora_layers(model)):
         if isinstance(layer, LoraLinear):
             model.set_submodule(name, layer.base)

@@ -136,6 +136,14 @@ def test_a_large_model_is_checked_block_by_block_with_the_same_outcome(family, b
     assert "block by block" in streamed["notes"][-1] and whole["notes"] == streamed["notes"][:-1]
 
 
+@pytest.mark.parametrize("also", ["norms", "biases", "embeddings", "head"])
+def test_a_large_model_with_trained_weights_of_its_own_is_checked_too(also, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "qwen2", merges=MERGES, tie_word_embeddings=False)
+    run = make_run(tmp_path / "made", tmp_path / "model", [f"adapter.train_also=[{also}]"])
+    monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
+    assert export_run(run, tmp_path / "out", ExportSettings("gguf"))["share"] == pytest.approx(1, abs=0.01)
+
+
 def test_a_large_file_that_lacks_the_adapter_is_an_error(run_of, tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
     write = forms.write_gguf
