@@ -24,7 +24,7 @@ from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
 from qlora_lite.experts.packing import expert_weights
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.models.anatomy import blocks, decoder, head
-from qlora_lite.models.kept import kept_layers
+from qlora_lite.models.kept import check_kept, kept_layers
 from qlora_lite.models.load import adopt, resolve_device, stored_quantization
 from qlora_lite.models.locate import locate
 from qlora_lite.models.nested import without_weights
@@ -232,6 +232,7 @@ class StreamedBase:
         if stored_quantization(files.config):
             raise ModelError(f"{m.path} is published packed, and what that cost cannot be measured without the 16-bit "
                              "model")  # fmt: skip
+        check_kept(part.config, m.keep_16bit, m.path)
         self.recipe, self.watch, self.name = recipe, watch, files.name
         self.device, dtype = resolve_device(m.device), compute_dtype_of(recipe, resolve_device(m.device))
         self.skeleton = without_weights(part.config, dtype=dtype)

@@ -175,6 +175,8 @@ def test_a_set_is_measured_and_a_dearer_one_is_tried_until_one_closes_what_was_a
     (RecipeError, ["data.eval=null"], {}, "no held-out rows to measure on: write data.eval or data.eval_share"),
     (RecipeError, ["model.quant=none"], {}, "nothing is quantised"),
     (RecipeError, ["model.quant=keep"], {}, "nothing is quantised"),
+    (ModelError, ["model.keep_16bit=[nonsense]"], {}, "'nonsense' matches no linear layer"),
+    (ModelError, ["model.keep_16bit=[lm_head]"], {}, "'lm_head' matches no linear layer"),
     (RecipeError, [], {"most_bytes": 100}, r"nothing fits in 100 B: the smallest, k_proj, takes 11.9 KiB more"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_one_error(error, overrides, options, text, tmp_path):
