@@ -39,7 +39,8 @@ from qlora_lite.models.merge import (
     open_merged,
     write_merged,
 )
-from qlora_lite.models.save import SHARD_BYTES, save_quantized
+from qlora_lite.models.save import SHARD_BYTES, bnb_config, save_quantized
+from qlora_lite.models.skeleton import meta_model
 from qlora_lite.prepare.build import build_to_use, start_of, train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.quant.formats import FOUR_BIT
@@ -124,6 +125,8 @@ def merge_run(
         rows = None
     if settings.quantize and merged.packs_experts:
         raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
+    if settings.quantize:  # before anything large is read
+        bnb_config(meta_model(merged.config, settings.quantize, True, torch.bfloat16))
     on_codes = _keeps_codes(trained, merged, settings)
     calibration, unread = None, ""
     if on_codes and merged.adapter.merge_aware == OFF:
@@ -241,7 +244,8 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
         notes.append("nothing was measured, since the base model has no rows for the new tokens")
     if merged.packs_experts and merged.onto == TRAINED:
         notes.append("the experts are in 16 bit, as the files have them; the run computed with them in 4 bit")
-    if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or merged.config.tie_word_embeddings):
+    tied = merged.config.tie_word_embeddings
+    if trained.recipe.model.quant_head and (merged.onto == ORIGINAL or settings.quantize or tied):
         notes.append("the run computed with a 4-bit copy of the head; the merged model has the original head")
     aware = trained.recipe.train.merge_aware
     if aware != OFF:

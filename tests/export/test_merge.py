@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError
+from qlora_lite.export import merge
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model, use_row_attention
@@ -141,6 +142,22 @@ def test_what_each_type_of_16_bits_keeps_of_the_update_is_in_the_report(run, tmp
         assert report["update_kept"][half] == pytest.approx(share / update, abs=1e-5)
         (note,) = [note for note in report["notes"] if "rounded once, to" in note]
         assert f"to {half}, which keeps {share / update:.1%}" in note and ("--dtype f16" in note) == (half == "bf16")
+
+
+def test_a_4_bit_head_is_not_in_what_is_written_in_4_bit_and_the_report_says_so(tmp_path):
+    save_tiny(tmp_path / "model", tie_word_embeddings=False)
+    run = make_run(tmp_path / "made", tmp_path / "model", ["model.quant_head=true", "train.merge_aware=nf4"])
+    said = "the run computed with a 4-bit copy of the head; the merged model has the original head"
+    assert said in merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=2))["notes"]
+    assert said not in merge_run(run, tmp_path / "dense", MergeSettings(rows=2))["notes"]
+
+
+def test_layers_that_transformers_does_not_load_in_4_bit_are_refused_before_anything_is_merged(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "falcon")
+    run = make_run(tmp_path / "made", tmp_path / "model", [])
+    monkeypatch.setattr(merge, "_write_dense", None)
+    with pytest.raises(ModelError, match="does not load 4-bit weights into layers of class FalconLinear"):
+        merge_run(run, tmp_path / "out", MergeSettings(quantize="nf4", rows=2))
 
 
 def test_without_rows_nothing_is_measured_and_the_data_is_not_needed(tmp_path):
