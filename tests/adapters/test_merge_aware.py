@@ -227,6 +227,20 @@ def test_what_cannot_be_trained_so_is_an_error_of_the_recipe(section, name, valu
 
 
 @pytest.mark.parametrize("to", KINDS)
+def test_for_a_file_s_blocks_all_matrices_have_to_be_adapted_since_a_file_rounds_all_of_them(to):
+    some, moe = quantized_pair("llama")[0], quantized_pair("mixtral")[0]
+    if to == "nf4":
+        assert add_lora(some, ["q_proj", "v_proj"], merge_aware=to) and add_lora(moe, merge_aware=to)
+        return
+    with pytest.raises(
+        ModelError, match=r"10 would be trained as they are now, such as model\.layers\.0\.mlp\.down"
+    ):
+        add_lora(some, ["q_proj", "v_proj"], merge_aware=to)
+    with pytest.raises(ModelError, match=r"such as model\.layers\.0\.mlp\.experts\.\w+: adapt all"):
+        add_lora(moe, merge_aware=to)
+
+
+@pytest.mark.parametrize("to", KINDS)
 def test_compiled_blocks_are_refused_in_python_too(to):
     """Their products would be those of the base alone."""
     model, _ = quantized_pair("llama")

@@ -148,7 +148,8 @@ def add_lora(
     _check_factors(rank, alpha, dropout, dtype)
     layers, experts, kind = linear_layers(model), expert_weights(model), DoraLinear if dora else LoraLinear
     idle = set(model.idle_layers()) if isinstance(model, OwnBlocks) else set()
-    chosen = choose_layers(layers, experts, wanted, usually_adapted(model) - idle)
+    usual = usually_adapted(model) - idle
+    chosen = choose_layers(layers, experts, wanted, usual)
     adapted = experts.keys() & chosen.keys()
     if adapted and (dropout or dora):
         is_set, cure = ("adapter.method dora", "to lora") if dora else (f"lora.dropout {dropout:g}", "to 0")
@@ -156,6 +157,9 @@ def add_lora(
                          f"set it {cure}, or leave the experts out")  # fmt: skip
     if merge_aware != OFF:
         _check_merging(merge_aware, [layers[path] for path in chosen.keys() - adapted], adapted or dropout or dora)
+        _check_all_merged(
+            merge_aware, {*choose_layers(layers, {}, _as_targets(ALL_LINEAR), usual), *experts} - {*chosen}
+        )
     model.requires_grad_(False)
     for name, target in chosen.items():
         if projection := experts.get(name):
@@ -193,6 +197,21 @@ def _check_merging(to: str, layers: Sequence[nn.Module], not_plain: object) -> N
     if odd := {spec.shape[1] for spec in specs if spec.shape[1] % multiple}:
         raise ModelError(f"train.merge_aware {to}: a weight has rows of {min(odd)}, no multiple of {multiple}; set it "
                          "to off")  # fmt: skip
+
+
+def _check_all_merged(to: str, left: Collection[str]) -> None:
+    """Check that no matrix of the blocks would be rounded in a file and not in training.
+
+    Args:
+        left: paths of those without an update.
+
+    Raises:
+        ModelError: some would.
+    """
+    if to in GGUF and left:
+        raise ModelError(f"train.merge_aware {to}: in a GGUF file of that type every matrix of the blocks is, and "
+                         f"{len(left)} would be trained as they are now, such as {min(left)}: adapt all linear layers "
+                         "(lora.targets: [all-linear]) of a model without experts, or set it to off")  # fmt: skip
 
 
 def require_model(model: object) -> nn.Module:
