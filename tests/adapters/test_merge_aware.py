@@ -232,9 +232,7 @@ def test_for_a_file_s_blocks_all_matrices_have_to_be_adapted_since_a_file_rounds
     if to == "nf4":
         assert add_lora(some, ["q_proj", "v_proj"], merge_aware=to) and add_lora(moe, merge_aware=to)
         return
-    with pytest.raises(
-        ModelError, match=r"10 would be trained as they are now, such as model\.layers\.0\.mlp\.down"
-    ):
+    with pytest.raises(ModelError, match=r"10 would be trained as they are now, such as model\.layers\.0\.mlp\.down"):
         add_lora(some, ["q_proj", "v_proj"], merge_aware=to)
     with pytest.raises(ModelError, match=r"such as model\.layers\.0\.mlp\.experts\.\w+: adapt all"):
         add_lora(moe, merge_aware=to)
