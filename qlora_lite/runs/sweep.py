@@ -110,13 +110,13 @@ class _Runs:
 
     def is_cut_off(self, choice: Mapping[str, Any]) -> bool:
         """Return whether a point has runs that nobody is at work on, and not all of them complete."""
-        paths = [self.path_of(self.sweep.settings(choice) | seed) for seed in self.sweep.seeds]
-        begun = [path for path in paths if path.is_dir()]
         try:
+            paths = [self.path_of(self.sweep.settings(choice) | seed) for seed in self.sweep.seeds]
+            begun = [path for path in paths if path.is_dir()]
             for path in begun:
                 with locked(path):
                     pass
-        except OutputError:
+        except (OutputError, RecipeError):  # of settings that do not go together none was begun
             return False
         return bool(begun) and any(summary_in(path).get("status") != COMPLETE for path in paths)
 

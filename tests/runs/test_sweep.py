@@ -188,7 +188,9 @@ def test_a_point_whose_process_was_killed_is_the_first_to_go_on_unless_another_i
 
 
 def test_what_a_sampler_draws_is_run_and_shown_once_and_is_failed_where_it_does_not_go_together(lab):
-    pytest.importorskip("optuna")
+    optuna = pytest.importorskip("optuna")
+    from optuna.storages.journal import JournalFileBackend
+
     lab.loss = lambda settings: 1.0
     axes = {"train.merge_aware": ["off", "nf4"], "adapter.method": ["lora", "dora"]}
     found = lab.run(axes=axes, search="random", trials=20)
@@ -199,6 +201,10 @@ def test_what_a_sampler_draws_is_run_and_shown_once_and_is_failed_where_it_does_
     assert "not possible with train.merge_aware nf4" in failed
     lab.run(axes=axes, search="random", trials=20)
     assert len(lab.trained) == 3
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(lab.folder / "optuna.log")))
+    left = optuna.load_study(study_name=lab.folder.name, storage=storage).ask()  # as a kill leaves it
+    left.set_user_attr("choice", next(point["choice"] for point in found["points"] if point["status"] == FAILED))
+    assert lab.run(axes=axes, search="random", trials=21) and len(lab.trained) == 3
     wrong = lab.write(axes=axes, search="random")
     (lab.folder.parent / "recipe.yaml").write_text("model: {}\n")
     with pytest.raises(RecipeError, match="model"):
