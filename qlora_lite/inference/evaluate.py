@@ -229,7 +229,8 @@ def _likeliest(
 
 def _with_choice(tokenizer, own: Example, prompt: list[int], choice: str, ends: Collection[int]) -> Example:
     """Return an example with another answer of the closed set in place of its own, and the same end."""
-    before, _, after = own.answer.rpartition(choice_of(own.answer))
+    begin = own.answer.rindex(replaced := choice_of(own.answer))
+    before, after = own.answer[:begin], own.answer[begin + len(replaced) :]
     ids = tokenizer(own.prompt + before + choice + after, add_special_tokens=False).input_ids
     if ids[: len(prompt)] != prompt:
         raise DataError(f"{own.where}: before the answer {choice!r} of the closed set, the prompt has other tokens "

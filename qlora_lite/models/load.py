@@ -451,7 +451,8 @@ def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     transformers leaves those of a 4-bit checkpoint in that of its files. What it has in float32 in any model stays so.
     """
-    others = {name: weight for name, weight in model.named_parameters() if weight.dtype != dtype}
+    others = {name: weight for name, weight in model.named_parameters()
+              if weight.is_floating_point() and weight.dtype != dtype}  # fmt: skip
     if others:
         planned = dict(without_weights(model.config, dtype=dtype).named_parameters())
         for name, weight in others.items():

@@ -243,10 +243,10 @@ class OnArrivalQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, model):
         for converter in weight_conversions:  # made for this load
-            operations = getattr(converter, "operations", ())
-            if any(type(each).__name__ == "Split" and each.dim == 0 for each in operations):
+            if operations := getattr(converter, "operations", ()):
                 converter.operations = [
-                    CutByShape(self.layers) if type(each).__name__ == "Split" else each for each in operations
+                    CutByShape(self.layers) if type(each).__name__ == "Split" and each.dim == 0 else each
+                    for each in operations
                 ]
         return super().update_weight_conversions(weight_conversions, model)
 

@@ -209,7 +209,7 @@ def _check_all_merged(to: str, left: Collection[str]) -> None:
         ModelError: some would.
     """
     if to in GGUF and left:
-        raise ModelError(f"train.merge_aware {to}: in a GGUF file of that type every matrix of the blocks is, and "
+        raise ModelError(f"train.merge_aware {to}: a GGUF file of that type rounds every matrix of the blocks, and "
                          f"{len(left)} would be trained as they are now, such as {min(left)}: adapt all linear layers "
                          "(lora.targets: [all-linear]) of a model without experts, or set it to off")  # fmt: skip
 
