@@ -30,7 +30,7 @@ from torch import nn
 
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.memory.ledger import Moment
-from qlora_lite.memory.marks import category
+from qlora_lite.memory.marks import category, phase
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_on_host
 from qlora_lite.ops.shapes import planning_for
@@ -408,8 +408,8 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
     if not job.options.optimizer_in_backward:
         updated = _update(replace(job, workload=None, shape=None, eval_shape=None, options=MemoryOptions()), trained)
         for key, moment in moments.items():
-            if moment.phase == "optimizer":
-                moments[key] = moment.with_category("optimizer", updated.breakdown["optimizer"])
+            if moment.phase in updated:
+                moments[key] = moment.with_category("optimizer", updated[moment.phase].breakdown["optimizer"])
     resident = base.simulation.resident
     return Simulation(
         moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
@@ -420,8 +420,9 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
 
 
 @lru_cache(_KNOWN_UPDATES)
-def _update(job: Job, trained: tuple[Trained, ...]) -> Moment:
-    """Return the highest moment of an update of such parameters, where nothing else lies in memory."""
+def _update(job: Job, trained: tuple[Trained, ...]) -> dict[str, Moment]:
+    """Return the highest moments of updates of such parameters, where nothing else lies in memory, by phase: of the
+    first, which makes the states, "load", and of any later one, "optimizer"."""
     parameters = [nn.Parameter(torch.empty(each.shape, dtype=each.dtype, device=META)) for each in trained]
     parts = {p: each.part_of for p, each in zip(parameters, trained, strict=True) if each.part_of}
     optimizer = _optimizer(job, parameters, [each.lr_ratio for each in trained], parts=Parts(parts))
@@ -431,10 +432,11 @@ def _update(job: Job, trained: tuple[Trained, ...]) -> Moment:
         with category("gradients"):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        with category("optimizer"):
+        with phase("load"), category("optimizer"):
             optimizer.step()
         probe_update(parameters, optimizer, job.max_grad_norm)
-    return max((m for m in ledger.peaks.values() if m.phase == "optimizer"), key=lambda m: m.total)
+    highest = sorted(ledger.peaks.values(), key=lambda moment: moment.total)
+    return {moment.phase: moment for moment in highest}
 
 
 def _before(job: Job, module: str) -> int:

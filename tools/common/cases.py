@@ -20,6 +20,7 @@ import torch
 from common.models import DEMO_MODELS, build, installed, path_of
 from qlora_lite.adapters.bottleneck import Bottleneck
 from qlora_lite.adapters.files import Lora
+from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning
@@ -75,7 +76,7 @@ CASE_KEYS = (
 )
 BASE_KEYS = "model", "quant", "keep_16bit"  # by which bases in the cache differ
 RANK, OPTIMIZER = 16, "adamw_8bit"
-METHODS = {"bottleneck": Bottleneck, "prompt": PromptTuning, "prefix": PrefixTuning}
+METHODS = {"bottleneck": Bottleneck, "prompt": PromptTuning, "prefix": PrefixTuning, "full": Full}
 
 
 def plan_cases(cuda: bool) -> list[dict]:
@@ -108,7 +109,14 @@ def plan_cases(cuda: bool) -> list[dict]:
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "keep_16bit": ["v_proj", "down_proj"]},
     ]
     options += [{"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": method}
-                for method in ("dora", "bottleneck", "prompt", "prefix")]  # fmt: skip
+                for method in ("dora", "merge-aware", "bottleneck", "prompt", "prefix")]  # fmt: skip
+    options += [
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": "merge-aware",
+         "cache_merged": True},
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": "full", "quant": "none"},
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": "full", "quant": "none",
+         "optimizer_in_backward": True},
+    ]  # fmt: skip
     options += [
         {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
         for model in ("smollm2-135m", "gemma3-270m")
