@@ -70,8 +70,20 @@ UNUSUAL = {
     "lfm2": ("lfm2", _GATED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
 }  # fmt: skip
 
+_MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8)
+
 # families whose parts those above have too: what they learn is compared, and no more; name -> settings
 FURTHER = {
+    "bamba": _GATED | _MAMBA2 | dict(attn_layer_indices=[1]),
+    "falcon_h1": _GATED | _MAMBA2 | dict(mamba_d_ssm=128, head_dim=16),
+    "granitemoehybrid": _GATED | _MAMBA2 | dict(layer_types=["mamba", "attention"], num_local_experts=4,
+                                                num_experts_per_tok=2, shared_intermediate_size=64),
+    "jamba": _GATED | dict(attn_layer_period=2, attn_layer_offset=0, num_experts=4, expert_layer_offset=1,
+                           mamba_dt_rank=8, mamba_d_state=8, use_mamba_kernels=False),
+    "nemotron_h": _GATED | dict(layers_block_type=["mamba", "attention", "moe", "mlp"], mamba_num_heads=4,
+                                mamba_head_dim=16, n_groups=1, ssm_state_size=8, head_dim=16, n_routed_experts=4,
+                                num_experts_per_tok=2, moe_intermediate_size=32, chunk_size=8,
+                                moe_shared_expert_intermediate_size=32),
     "smollm3": _GATED | dict(num_hidden_layers=4),
     "mixtral": _GATED | dict(num_local_experts=4, num_experts_per_tok=2),
     "olmo3": _GATED | dict(num_hidden_layers=4, sliding_window=5),

@@ -30,7 +30,7 @@ from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
 from qlora_lite.ops.offload import disk_memory
 from qlora_lite.quant.formats import FOUR_BIT
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, routers
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, untouched
 from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.units import format_bytes
@@ -319,7 +319,7 @@ def _replace_linears(
         The paths of the layers whose weight is stored [in, out] in checkpoints (``Conv1D``).
     """
     _refuse_16_bit(model, {*experts, *skip})
-    transposed, skip = set(), {*skip, *routers(model)}
+    transposed, skip = set(), {*skip, *untouched(model)}
     for name, module in list(model.named_modules()):
         if name in skip or name.rpartition(".")[2] in skip:
             continue
@@ -366,7 +366,7 @@ def quantize_in_place(
 ) -> First:  # fmt: skip
     """Quantise the linear layers and experts of a model that is in memory already, one at a time.
 
-    The head, routers and what ``kept.kept_layers`` says stay as they are.
+    The head, ``untouched`` layers and what ``kept.kept_layers`` says stay as they are.
 
     Args:
         start: see ``QuantizeConfig``.
@@ -377,7 +377,7 @@ def quantize_in_place(
     splitter, kept = Splitter(quant_type, double_quant, start, model), kept_layers(model, keep_16bit)
     pack_in_place(model, quant_type, double_quant, kept)
     _refuse_16_bit(model, kept)
-    head, skip = model.get_output_embeddings(), routers(model) | kept | head_paths(model)
+    head, skip = model.get_output_embeddings(), untouched(model) | kept | head_paths(model)
     for name, module in tqdm(list(model.named_modules()), desc="Splitting weights", disable=start is None):
         if module is head or name in skip or not is_linear_16_bit(module):
             continue

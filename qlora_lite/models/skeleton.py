@@ -95,8 +95,9 @@ def shallow_config(config, layers: int):
     config = copy.deepcopy(config)
     part = of_blocks(config)
     part.num_hidden_layers = layers
-    if getattr(part, "layer_types", None):
-        part.layer_types = part.layer_types[:layers]
+    types = getattr(part, "layer_types", None) or ()
+    if len(types) > layers:  # else they follow from the number, and cannot be set
+        part.layer_types = types[:layers]
     return config
 
 

@@ -99,8 +99,21 @@ class WeightRows:
         return self._format.dequantize_rows(self._tensors, self.shape, rows, self._dtype)
 
 
-def routers(model: nn.Module) -> set[str]:
-    """Return the paths of linear layers that choose among experts or weigh them: they stay as they are.
+def untouched(model: nn.Module) -> set[str]:
+    """Return the paths of linear layers that are neither packed nor adapted: routers, and ``dt_proj`` of Mamba layers,
+    whose weight the architecture multiplies by itself."""
+    return _routers(model) | of_mamba(model, "dt_proj")
+
+
+def of_mamba(model: nn.Module, *names: str) -> set[str]:
+    """Return the paths of linear layers of some names in Mamba layers, which have a decay A and a direct path D."""
+    mixers = [path for path, module in model.named_modules()
+              if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}]  # fmt: skip
+    return {f"{mixer}.{name}" for mixer in mixers for name in names}
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Return the paths of linear layers that choose among experts or weigh them.
 
     transformers has no mark for them but their names and sizes, beside experts of its common form.
     """

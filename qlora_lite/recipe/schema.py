@@ -248,10 +248,11 @@ class Lora(_Section):
         _one_or_many("pattern"),
         Rule("all-linear, experts, or a list of names, glob patterns and {pattern, rank, alpha}"),
     ] = (Target(pattern=ALL_LINEAR),)
-    """What gets LoRA weights: all-linear is every linear layer inside the blocks, experts are the fused weights of
-    mixtures of experts, [all-linear, experts] both. A name or glob pattern that matches linear layers means those
-    alone. Where several patterns match, the last one wins. [] gives none: adapter.train_also or adapter.train_tokens
-    are trained alone (with biases, BitFit)."""
+    """What gets LoRA weights: all-linear is every linear layer inside the blocks (of Mamba layers in_proj alone, since
+    kernels read the weights of the others past LoRA's), experts are the fused weights of mixtures of experts,
+    [all-linear, experts] both. A name or glob pattern that matches linear layers means those alone. Where several
+    patterns match, the last one wins. [] gives none: adapter.train_also or adapter.train_tokens are trained alone (with
+    biases, BitFit)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks from learning too slowly."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -8,6 +8,7 @@ from qlora_lite.adapters.lora.inject import Target, add_lora, linear_layers, lor
 from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.errors import ModelError
 from qlora_lite.models.quantizer import quantize_in_place
+from qlora_lite.quant.linear import QuantLinear
 
 
 def adapted(*targets, model_type="llama", **options):
@@ -46,18 +47,22 @@ def test_all_linear_is_every_layer_but_the_head_where_no_block_is_marked():
 
 
 @pytest.mark.filterwarnings("ignore")  # what they say about missing kernels
-@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
-def test_a_layer_whose_weight_the_architecture_reads_itself_is_named_and_no_target(model_type):
-    ids = torch.arange(3, 12)[None]
-    text = r"reads the weight of backbone\.layers\.0\.mixer\.\w+_proj itself.*: leave it out of lora\.targets"
-    for quant, more in (("none", "$"), ("nf4", r", and name it in model\.keep_16bit: \[\w+_proj\], since")):
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "bamba", "falcon_h1"])
+def test_all_linear_leaves_out_what_mamba_s_kernels_read_past_the_lora_weights(model_type):
+    ids, plain = torch.arange(3, 12)[None], build_tiny(model_type)
+    for quant in ("none", "nf4"):
         model = build_tiny(model_type)
         if quant != "none":
             quantize_in_place(model, quant, True)
-        with pytest.raises(ModelError, match=text + more):
-            add_lora(model).train()(ids, use_cache=False)
-    model = add_lora(build_tiny(model_type), "in_proj")
-    assert model.train()(ids, use_cache=False).logits.isfinite().all()
+        packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        found = {name for name, _ in lora_layers(add_lora(model))}
+        leaves = {name.rpartition(".")[2] for name in found}
+        assert "in_proj" in leaves and not leaves & {"x_proj", "dt_proj", "out_proj"}
+        assert not packed or packed - found == {n for n in linear_layers(plain) if n.endswith(("x_proj", "out_proj"))}
+        assert model.train()(ids, use_cache=False).logits.isfinite().all()
+    model = add_lora(build_tiny(model_type), "out_proj")
+    with pytest.raises(ModelError, match=r"the weight of .*\.out_proj itself, .*: leave it out of lora\.targets$"):
+        model.train()(ids, use_cache=False)
 
 
 def test_a_plain_name_is_the_last_part_of_a_path():

@@ -123,6 +123,13 @@ def test_the_predicted_peak_of_every_phase_is_the_measured_one(model_type, optio
     assert_predicted(job, measured(job, model_type))
 
 
+@pytest.mark.filterwarnings("ignore")  # what transformers says about missing kernels
+@pytest.mark.parametrize("model_type", ["bamba", "granitemoehybrid"])
+def test_the_predicted_peak_of_a_hybrid_with_mamba_is_the_measured_one(model_type):
+    job = job_for(config_of(model_type), options=MemoryOptions(loss_chunk_tokens=8))
+    assert_predicted(job, measured(job, model_type))
+
+
 @pytest.mark.parametrize(("model_type", "quant", "options"), [
     ("llama", "nf4", MemoryOptions()), ("llama", "nf4", MemoryOptions("none")), ("qwen2", "nf4", MemoryOptions()),
     ("qwen2", "nf4", MemoryOptions(tile_tokens=16)), ("gpt2", "none", MemoryOptions(cache_dequantized=True)),
@@ -339,6 +346,15 @@ def test_two_small_depths_continued_give_the_whole_depth_to_the_byte(changes):
     assert short.resident.bytes == whole.resident.bytes
     assert short.offloaded_bytes == whole.offloaded_bytes
     assert short.frozen_bytes == whole.frozen_bytes
+
+
+@pytest.mark.filterwarnings("ignore")  # what transformers says about missing kernels
+@pytest.mark.parametrize("model_type", ["falcon_h1", "mamba2"])
+def test_a_model_whose_kinds_of_blocks_follow_from_their_number_is_continued(model_type):
+    job = job_for(config_of(model_type, num_hidden_layers=7), options=MemoryOptions(loss_chunk_tokens=8))
+    short, whole = simulate(job), simulate_whole(job)
+    assert short.peak().bytes == whole.peak().bytes and short.work == whole.work
+    assert short.resident.bytes == whole.resident.bytes
 
 
 IN_TWOS = MemoryOptions(layers_per_checkpoint=2)
@@ -679,7 +695,8 @@ def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_gpu_as_one_of_any_fe
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about missing kernels
-def test_a_model_whose_own_code_reads_a_4_bit_weight_is_refused_with_what_to_do():
+def test_a_model_whose_own_code_reads_a_4_bit_weight_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr("qlora_lite.quant.linear.of_mamba", lambda *_: set())  # which is not known to do so then
     config = AutoConfig.for_model(
         "jamba", vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=0, num_experts=1, mamba_dt_rank=8,

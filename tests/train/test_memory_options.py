@@ -139,7 +139,7 @@ def test_attention_that_is_kept_changes_no_bit_and_runs_once(model_type, changes
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *sorted(UNUSUAL.keys() - {"mamba", "mamba2"})])
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *UNUSUAL])
 def test_tiles_give_the_plain_gradients(model_type, checkpointing):
     options = MemoryOptions(checkpointing, tile_tokens=7)
     found, expected = (gradients(build(model_type), each, batches=1) for each in (options, PLAIN))

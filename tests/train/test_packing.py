@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, UNUSUAL, add_reference_lora, build_tiny, random_batch, random_factors, reference_loss
 
-from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.models.load import adopt, use_row_attention, uses_row_attention
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import meta_model
@@ -20,8 +20,6 @@ from qlora_lite.train.text_guards import check_forward
 # convolution that runs on, an attention of their own that takes no rows. GPT-Neo cannot compute more tokens than a row.
 RUN_ALONE = {"bloom", "mpt", "nemotron", "mamba", "mamba2", "recurrent_gemma", "qwen3_next", "lfm2", "gpt_neo"}
 EITHER = {"falcon", "falcon_alibi"}  # their own attention takes rows in transformers 5.24, not in 5.17
-# The reference implementations read the weights of their other layers themselves.
-TARGETS = {"mamba": ["in_proj"], "mamba2": ["in_proj"]}
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "nemotron"])
@@ -44,7 +42,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
     check_forward(model)
     skeleton = meta_model(model.config, "nf4", True, torch.float32)
     assert name in EITHER or bool(why_unpacked(skeleton, 99)) == runs_unpacked(model) == (name in RUN_ALONE)
-    add_lora(model, [Target(t) for t in TARGETS.get(name, ["all-linear"])], rank=3, alpha=6.0, dtype=torch.float32)
+    add_lora(model, "all-linear", rank=3, alpha=6.0, dtype=torch.float32)
     random_factors(model)
     reference = add_reference_lora(oracle, model)
     oracle.double()

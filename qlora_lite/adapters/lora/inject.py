@@ -23,7 +23,7 @@ from qlora_lite.experts.packing import LORA, expert_weights, use_experts
 from qlora_lite.memory.marks import category, once_a_step
 from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.quant.formats import FOUR_BIT
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_linear, routers
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_linear, of_mamba, untouched
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
 from qlora_lite.quant.product import merged
 
@@ -45,8 +45,8 @@ class Target:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer but those of the head and routers by path: the layers that LoRA may wrap."""
-    head, left_out = model.get_output_embeddings(), routers(model) | head_paths(model)
+    """Return every linear layer but those of the head and ``untouched`` ones by path: those that LoRA may wrap."""
+    head, left_out = model.get_output_embeddings(), untouched(model) | head_paths(model)
     return {name: module for name, module in model.named_modules()
             if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
 
@@ -67,9 +67,9 @@ def in_blocks(model: nn.Module) -> set[str]:
 
 
 def usually_adapted(model: nn.Module) -> set[str]:
-    """Return the paths that "all-linear" means: all inside of blocks, but for a vision tower's beside a language
-    model."""
-    inside = in_blocks(model)
+    """Return the paths that "all-linear" means: all inside of blocks, but for a vision tower's beside a language model,
+    and for those of Mamba layers whose weights fused kernels read past the LoRA weights, which peft refuses too."""
+    inside = in_blocks(model) - of_mamba(model, "x_proj", "out_proj")
     if not has_vision_tower(model):
         return inside
     decoder = next(path for path, module in model.named_modules() if module is model.get_decoder())

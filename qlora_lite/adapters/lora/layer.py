@@ -74,14 +74,10 @@ def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
     return y
 
 
-def no_weight(base: nn.Module, path: str) -> ModelError:
+def no_weight(path: str) -> ModelError:
     """Return the error of an architecture that reads the weight of an adapted layer itself, past its LoRA weights."""
-    packed = frozen_weight(base)[0].quant_type is not None
-    leaf = path.rpartition(".")[2]
-    codes = (f", and name it in model.keep_16bit: [{leaf}], since it would read 4-bit codes (a GGUF file's own: write "
-             "model.quant: none)") if packed else ""  # fmt: skip
     return ModelError(f"this architecture reads the weight of {path} itself, past the LoRA weights: leave it out of "
-                      f"lora.targets{codes}")  # fmt: skip
+                      "lora.targets")  # fmt: skip
 
 
 class Begun(NamedTuple):
@@ -277,9 +273,9 @@ class LoraLinear(LoraWeights):
         """There is none: the layer is no product with one tensor.
 
         Raises:
-            ModelError: always; the architecture, Mamba for one, computes with the weight past the factors.
+            ModelError: always; the architecture, Mamba for one, would compute with the weight past the factors.
         """
-        raise no_weight(self.base, self.path)
+        raise no_weight(self.path)
 
     @property
     def described(self) -> tuple[WeightSpec, tuple[torch.Tensor, ...]]:

@@ -179,7 +179,7 @@ class SwitchLinear(nn.Module):
             ModelError: an adapter in use has factors here, which are not in it.
         """
         if self.factors.keys() & self.switch.used:
-            raise no_weight(self.base, self.path)
+            raise no_weight(self.path)
         return self.base.weight
 
     @property
