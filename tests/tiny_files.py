@@ -56,10 +56,11 @@ def write_rows(path: Path, count: int, mark: str = "?") -> Path:
     return path
 
 
-def save_recipe(folder: Path, recipe: dict, sections: dict[str, dict]) -> Path:
-    """Write a recipe with sections merged over its own."""
+def save_recipe(folder: Path, recipe: dict, sections: dict[str, dict | None]) -> Path:
+    """Write a recipe with sections merged over its own; None leaves one out."""
     for name, values in sections.items():
-        recipe[name] = recipe.get(name, {}) | values
+        recipe[name] = recipe.get(name, {}) | (values or {})
+    recipe = {name: values for name, values in recipe.items() if sections.get(name, values) is not None}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

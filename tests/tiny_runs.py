@@ -56,6 +56,16 @@ def tiny_run(folder: Path, model_type: str = "llama", lora=None, overrides=(), s
     return make_run(folder, folder / "model", overrides, lora=lora or {"rank": 4, "alpha": 8})
 
 
+def prompt_tuned(folder: Path, n_positions: int, virtual_tokens: int) -> Path:
+    """Write a tiny GPT-2, which has a table of positions, and train virtual tokens for it, for one step."""
+    save_tiny(folder / "model", "gpt2", n_positions=n_positions)
+    path = write_recipe(
+        folder, folder / "model", lora=None, adapter={"method": "prompt"}, prompt={"virtual_tokens": virtual_tokens},
+        train={"max_steps": 1},
+    )  # fmt: skip
+    return run_recipe(load_recipe(path))
+
+
 def summary_of(folder: Path) -> dict:
     """Return what a run says of itself."""
     return json.loads((folder / "summary.json").read_text())

@@ -26,10 +26,13 @@ def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_
     production use vLLM or Ollama (see qlora-lite export).
     """
     prepare()
+    from qlora_lite.inference.chat import tell_of_system
     from qlora_lite.inference.multi_adapter import open_tasks
     from qlora_lite.inference.serve.app import BODY_BYTES, BODY_BYTES_WITH_PICTURES, Limits, run_server
 
     tasks = open_tasks(runs, model_path, unfinished, context_tokens)
-    with_pictures = any(tasks.task(name).run.recipe.with_vision for name in tasks.names)
+    runs_by_name = {name: tasks.task(name).run for name in tasks.names}
+    tell_of_system(runs_by_name, "requests may have none; to add it, as their first message:")
+    with_pictures = any(run.recipe.with_vision for run in runs_by_name.values())
     body_bytes = BODY_BYTES_WITH_PICTURES if with_pictures else BODY_BYTES
     run_server(tasks, Limits(body_bytes, max_waiting, max_new_tokens), host, port)

@@ -3,13 +3,14 @@
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import TextStreamer
 
 from qlora_lite.adapters.prompt import count_virtual
+from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data import hub
 from qlora_lite.data.picture_files import decode
 from qlora_lite.data.picture_reader import PictureReader
@@ -156,14 +157,20 @@ def open_session(
     tasks = load_tasks(opened, context_tokens)
     turns = [Turn("system", system)] if system else []
     if system is None:
-        _tell_of_system(tasks)
+        tell_of_system(opened)
     return Session(tasks, None if base else tasks.names[0], max_new_tokens, sampling or Sampling(), turns)
 
 
-def _tell_of_system(tasks: Tasks) -> None:
-    """Warn if training always had a system message, which this conversation lacks."""
-    for name in tasks.names:
-        run = tasks.task(name).run
+def tell_of_system(
+    runs: Mapping[str, TrainedRun], lacking: str = "this conversation has none; to add it: --system"
+) -> None:
+    """Warn of runs whose training always had a system message.
+
+    Args:
+        runs: by name.
+        lacking: what has none, and how it is added; the message follows.
+    """
+    for name, run in runs.items():
         if run.adapter is None:
             continue
         if any(source.path.startswith(hub.PREFIX) for source in run.recipe.data.train):
@@ -174,5 +181,4 @@ def _tell_of_system(tasks: Tasks) -> None:
             continue
         if system:
             shown = shlex.quote(system) if len(system) <= SHOWN_LETTERS else f"{system[:SHOWN_LETTERS]!r}..."
-            log.warning("%s: the training examples share a system message, and this conversation has none; "
-                        "to add it: --system %s", name, shown)  # fmt: skip
+            log.warning("%s: the training examples share a system message, and %s %s", name, lacking, shown)

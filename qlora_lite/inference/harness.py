@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from yaml import YAMLError
@@ -86,11 +87,16 @@ class HarnessLM(TemplateLM):
         self.run, self.adapter, self.watch = run, adapter, watch
         self.tokenizer = run.tokenizer()
         self.max_length = resolve_max_length(of_blocks(config_of(run.recipe)), self.tokenizer)
+        self.virtual = 0  # tokens before every row, by the adapter; known with the model
         self._encode = lru_cache(maxsize=4096)(self._encoded)  # choices share their prompt
 
     def use(self, model: nn.Module, switch: Switch, settings: TrainSettings) -> None:
-        """Take the model to compute with; sequences are packed up to ``settings.max_tokens``."""
-        self.model, self.switch, self.settings = model, switch, settings
+        """Take the model to compute with; sequences are packed up to ``settings.max_tokens``, and virtual tokens."""
+        with switch.using(self.adapter):
+            self.virtual = count_virtual(model)
+        self.max_length -= self.virtual
+        self.model, self.switch = model, switch
+        self.settings = replace(settings, max_tokens=settings.max_tokens + self.virtual)
 
     @property
     def eot_token_id(self) -> int:
@@ -142,7 +148,7 @@ class HarnessLM(TemplateLM):
         work, found = CausalLM().with_options(self.settings.options), [(0.0, True)] * len(requests)
         done, waiting = watching(self.watch, "likelihoods", len(asked)), list(asked.values())
         with self.switch.using(self.adapter), evaluating(self.model):
-            sequences = [[*virtual_ids(count_virtual(self.model)), *ids] for ids in asked]
+            sequences = [[*virtual_ids(self.virtual), *ids] for ids in asked]
             for rows in plan_epoch([*map(len, sequences)], self.settings.max_tokens, True, 1, "as-is", 0, 0):
                 inputs = work.inputs(_packed([sequences[row] for row in rows]), device_of(self.model))
                 ends = accumulate(inputs.row_lengths)
@@ -180,9 +186,8 @@ class HarnessLM(TemplateLM):
         for numbers in groups.values():
             until, most, sampling = self._settings(requests[numbers[0]].args[1])
             prompts = [self._prompt(requests[number].args[0], most) for number in numbers]
-            at_once = answered_at_once(
-                self.run.recipe, self.model, self.run.recipe.memory.budget_bytes, max(map(len, prompts)) + most
-            )
+            longest = self.virtual + max(map(len, prompts)) + most
+            at_once = answered_at_once(self.run.recipe, self.model, self.run.recipe.memory.budget_bytes, longest)
             stopping = _StopStrings(self.tokenizer, until)
             with self.switch.using(self.adapter):
                 said = answers(
@@ -380,8 +385,9 @@ def _task_faults(what: str) -> Iterator[None]:
         raise DataError(f"{what}: its data: {error}") from error
     except ImportError as error:
         raise DataError(f"{what} needs a package that is not installed ({error})") from error
-    except (YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{what} cannot be loaded: {' '.join(str(error).split())}") from error
+    except (YAMLError, TemplateError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        said = " ".join(f"{type(error).__name__} {error}".split())
+        raise DataError(f"{what} cannot be used: {said}") from error
 
 
 def _longest(lm: HarnessLM, found: Mapping[str, dict], rows: int | None, chat: bool) -> int:
@@ -389,12 +395,15 @@ def _longest(lm: HarnessLM, found: Mapping[str, dict], rows: int | None, chat: b
     if chat:
         lm.run.template(lm.tokenizer)  # where there is none, an error says so
     lengths = []
-    for task in found["tasks"].values():
+    for name, task in found["tasks"].items():
         task.set_fewshot_seed(SHOTS_SEED)
-        task.build_all_requests(
-            limit=rows, apply_chat_template=chat, fewshot_as_multiturn=chat,
-            chat_template=lm.apply_chat_template if chat else None,
-        )  # fmt: skip
+        with _task_faults(f"the task {name}"):
+            task.build_all_requests(
+                limit=rows, apply_chat_template=chat, fewshot_as_multiturn=chat,
+                chat_template=lm.apply_chat_template if chat else None,
+            )  # fmt: skip
+            for request in task.instances[:1]:
+                task.doc_to_target(request.doc)  # which is asked for again once all is answered
         lengths += map(lm.tokens_of, task.instances)
     return max(lengths)
 

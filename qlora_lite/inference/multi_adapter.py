@@ -13,7 +13,7 @@ from torch import nn
 
 from qlora_lite.adapters.lora.start import first_sum_of
 from qlora_lite.adapters.lora.switch import Switch, add_switch
-from qlora_lite.adapters.prompt import count_virtual
+from qlora_lite.adapters.prompt import SwitchedTokens, virtual_tokens
 from qlora_lite.adapters.read import Adapter, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
@@ -83,10 +83,10 @@ class Tasks:
             raise ModelError(f"there is no adapter {name!r}; there are {', '.join(self.names)}")
         return self.by_name[name]
 
-    def has_virtual_tokens(self, name: str | None) -> bool:
-        """Return whether an adapter puts virtual tokens before every row."""
-        with self.switch.using(name):
-            return count_virtual(self.model) > 0
+    def virtual_tokens(self, name: str | None) -> int:
+        """Return how many virtual tokens an adapter puts before every row; another one may be in use."""
+        part = virtual_tokens(self.model)
+        return part.counts.get(name or "", 0) if isinstance(part, SwitchedTokens) else 0
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[Task]:
@@ -114,7 +114,7 @@ class Tasks:
         if len({task.stop for task in tasks}) > 1:
             raise ModelError("these adapters end their answers with different tokens; answer them separately")
         alike = names[0] if len(set(names)) == 1 else None
-        if alike is None and any(self.has_virtual_tokens(name) for name in set(names)):
+        if alike is None and any(map(self.virtual_tokens, set(names))):
             raise ModelError("an adapter with virtual tokens shares no batch with another one; answer them separately")
         prompts = [render_prompt(task.template, turns) for task, turns in zip(tasks, conversations, strict=True)]
         stop = tasks[0].stop if tasks else ()

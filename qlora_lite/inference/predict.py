@@ -30,6 +30,7 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.prepare.recipe_head import picture_reader
 
+from .chat import tell_of_system
 from .evaluate import Watch, answered_at_once, watching
 from .generate import Answer, Sampling, Shown, answers, shown_prompt, text_of_prompt
 from .multi_adapter import open_tasks
@@ -98,6 +99,8 @@ def predict_file(
     if settings.base:
         trained.require_base()
     read = _read_prompts(Path(prompts), trained, settings)
+    if not settings.base and any(prompt.turns[0].role != "system" for prompt in read):
+        tell_of_system({trained.name: trained}, "prompts here have none; to add it: --system")
     m = trained.recipe.model
     tokenizer = load_tokenizer(m.path, m.revision, trained.recipe.adapter.train_tokens)
     template = trained.template(tokenizer)
@@ -214,7 +217,9 @@ def _compare_prompts(out: Path, lines: Sequence[bytes], prompts: Sequence[Prompt
 def _given(prompt: Prompt) -> dict:
     """Return a prompt as the file of answers has it: its text, or its turns where there are others than the user's, and
     the row's own answer where it has one."""
-    turns = [replace(turn, content=turn.content.replace(MARK, PLACEHOLDER)) for turn in prompt.turns]
+    turns = prompt.turns
+    if prompt.pictures:
+        turns = tuple(replace(turn, content=turn.content.replace(MARK, PLACEHOLDER)) for turn in turns)
     shown = {"images": list(prompt.pictures)} if prompt.pictures else {}
     reference = {} if prompt.reference is None else {"reference": prompt.reference}
     (*before, last) = turns

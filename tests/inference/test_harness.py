@@ -8,7 +8,7 @@ import torch
 import yaml
 from tiny import build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer, save_tiny
-from tiny_runs import make_run
+from tiny_runs import make_run, prompt_tuned
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import DataError, RecipeError
@@ -210,6 +210,15 @@ def test_a_recipe_and_a_run_without_a_chat_template_are_scored(runs, tasks, tmp_
     assert code == 2 and "no chat template" in err
 
 
+def test_virtual_tokens_take_their_places_of_the_model_s_length(tasks, tmp_path, command):
+    """Of a table of positions, with prompts that are cut to it and are longer than ``data.max_tokens``."""
+    run = prompt_tuned(tmp_path, n_positions=128, virtual_tokens=40)
+    code, printed, err = command("evaluate", run, "--tasks", tasks, "--fewshot", 15, "--json")
+    assert code == 0, err
+    [model] = json.loads(printed)["models"]
+    assert {name: len(scores) for name, scores in model["scores"].items()} == {"own_choice": 1, "own_answer": 1}
+
+
 def test_what_cannot_be_scored_is_one_line_before_a_model_is_loaded(runs, tasks, tmp_path, command, monkeypatch):
     monkeypatch.setattr("qlora_lite.inference.harness.load_switched", None)
     hub = task_folder(tmp_path / "hub", dataset_path="owner/name", dataset_kwargs={})
@@ -219,9 +228,14 @@ def test_what_cannot_be_scored_is_one_line_before_a_model_is_loaded(runs, tasks,
         (hub, "the hub cannot be reached"),
         (empty, "has no task"),
         (tasks / "nosuch", "no such folder"),
+        (task_folder(tmp_path / "text", doc_to_text="{{quesion}}"), "UndefinedError 'quesion' is undefined"),
+        (task_folder(tmp_path / "target", doc_to_target="{{anser}}"), "UndefinedError 'anser' is undefined"),
+        (task_folder(tmp_path / "split", test_split="test"), "KeyError 'test'"),
     ):
         code, out, err = command("evaluate", runs["nf4"], "--tasks", name)
-        assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1
+        progress = "Generating train split"  # of the rows that a task has
+        assert (code, out) == (2, "") and words in err
+        assert len([line for line in err.splitlines() if line and progress not in line]) == 1
     for options in (("--fewshot", 1), ("--tasks", tasks, "--shots", 1), ("--tasks", tasks, "data.max_tokens=9")):
         code, out, err = command("evaluate", runs["nf4"], *options)
         assert (code, out) == (2, "") and "Usage:" in err

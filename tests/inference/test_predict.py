@@ -196,6 +196,23 @@ def test_a_base_model_answers_by_its_name_and_by_a_recipe(run, command, tmp_path
     assert code == 2 and "runs/nosuch is not a run folder, an adapter folder or a recipe (.yaml), nor a model:" in err
 
 
+def test_prompts_without_the_system_message_of_training_are_told_of_and_letters_of_a_prompt_stay(tmp_path, command):
+    save_tiny(tmp_path / "model")
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{i}"},
+                          {"role": "assistant", "content": "no"}]} for i in range(3)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run(tmp_path, tmp_path / "model", data={"train": str(tmp_path / "rows.jsonl")})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a\ufffcb"}) + "\n")
+    told = "share a system message, and prompts here have none; to add it: --system 'Be brief.'"
+    for more, is_told in (((), True), (("--system", "Be loud."), False), (("--base",), False)):
+        code, _, err = command(
+            "generate", run, "--prompts", prompts, "--out", tmp_path / f"{len(more)}.jsonl", *FEW, *more
+        )
+        assert code == 0 and (told in err) == is_told, err
+    assert lines_of(tmp_path / "0.jsonl")[0]["prompt"] == "a\ufffcb"
+
+
 def test_a_disk_that_is_full_leaves_whole_lines(tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text('{"a": 1}\n')

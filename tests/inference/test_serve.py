@@ -1,5 +1,6 @@
 """The server, asked by the real OpenAI client, and by clients that mean no good."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -16,13 +17,15 @@ import openai
 import pytest
 import torch
 from tiny_files import save_tiny
-from tiny_runs import make_run
+from tiny_runs import make_run, prompt_tuned
 
 from qlora_lite.data.probe import TakesTooMuchError
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.inference.serve.app import MAX_CONNECTIONS, Limits, build_app, http_server
+from qlora_lite.inference.serve.engine import Engine
+from qlora_lite.inference.serve.requests import ApiError, read_request
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3?"}]
 TURNS = [Turn("system", "Be brief."), Turn("user", "3?")]
@@ -418,6 +421,19 @@ def test_memory_that_runs_out_amid_a_stream_is_the_same_error(server, client, mo
     with pytest.raises(openai.APIError, match="--context-tokens") as caught:
         list(stream)
     assert caught.value.code == "context_length_exceeded" and len(calls) == 4
+
+
+def test_an_answer_takes_what_the_prompt_and_virtual_tokens_leave_of_the_model_s_length(tmp_path):
+    engine = Engine(open_tasks(prompt_tuned(tmp_path, n_positions=128, virtual_tokens=20)), 1)
+
+    async def answered(content):
+        body = {"model": "out", "messages": [{"role": "user", "content": content}]}
+        return [piece async for piece in engine.pieces(read_request(body, 512))][-1]
+
+    last = asyncio.run(answered("3?"))
+    assert last.finish == "length" and last.prompt_tokens + last.answer_tokens == 128
+    with pytest.raises(ApiError, match=r"^the messages have 128 tokens, and the model takes 128 with the answer$"):
+        asyncio.run(answered("3?" + "." * last.answer_tokens))
 
 
 def test_a_client_that_leaves_a_stream_frees_its_place(client, runs):

@@ -6,6 +6,7 @@ a line of bounded length, so a burst of them cannot fill the memory.
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -60,11 +61,14 @@ class Engine:
             ApiError: there is no such model, the conversation does not fit, or too many wait.
         """
         with TemporaryDirectory() as folder:
-            async with aclosing(self._pieces(request, self._prompt(request, Path(folder)))) as pieces:
+            prompt, room = self._prompt(request, Path(folder))
+            async with aclosing(self._pieces(request, prompt, min(request.max_new_tokens, room))) as pieces:
                 async for piece in pieces:
                     yield piece
 
-    async def _pieces(self, request: ChatRequest, prompt: str | Shown) -> AsyncGenerator[Piece, None]:
+    async def _pieces(
+        self, request: ChatRequest, prompt: str | Shown, new_tokens: int
+    ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         await self._take_turn()
         loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
@@ -78,7 +82,7 @@ class Engine:
             self._inside -= 1
             queue.put_nowait(None)
 
-        work = loop.run_in_executor(None, self._generate, request, prompt, hand_over, stop)
+        work = loop.run_in_executor(None, self._generate, request, prompt, new_tokens, hand_over, stop)
         work.add_done_callback(done)
         try:
             while (piece := await queue.get()) is not None:
@@ -97,8 +101,9 @@ class Engine:
             self._inside -= 1
             raise
 
-    def _prompt(self, request: ChatRequest, folder: Path) -> str | Shown:
-        """Return the rendered conversation, with its pictures as files in a folder."""
+    def _prompt(self, request: ChatRequest, folder: Path) -> tuple[str | Shown, int]:
+        """Return the rendered conversation, with its pictures as files in a folder, and the most tokens of an answer
+        that the model's length leaves."""
         if request.model not in self.names:
             known = ", ".join(self.names)
             raise ApiError(404, f"there is no model {request.model!r}; there are {known}", "model_not_found", "model")
@@ -114,21 +119,22 @@ class Engine:
         except (DataError, TakesTooMuchError) as error:
             raise ApiError(400, str(error).replace(f"{folder}{os.sep}", ""), param="messages") from error
         config = text_config(self.tasks.model)
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
         with tokenizer_faults():
             count = len(self.tasks.tokenizer(text_of_prompt(prompt), add_special_tokens=False).input_ids)
-        if limit and count + request.max_new_tokens > limit:
+        count += self.tasks.virtual_tokens(self._name(request))
+        if count >= limit:
             raise ApiError(
-                400, f"the messages have {count} tokens and the answer up to {request.max_new_tokens}; the model takes "
-                f"{limit} in total", "context_length_exceeded", "messages",
+                400, f"the messages have {count} tokens, and the model takes {limit} with the answer",
+                "context_length_exceeded", "messages",
             )  # fmt: skip
-        return prompt
+        return prompt, limit - count
 
     def _name(self, request: ChatRequest) -> str | None:
         return request.model if request.model in self.tasks.names else None
 
     def _generate(
-        self, request: ChatRequest, prompt: str | Shown, hand_over: Callable, stop: threading.Event
+        self, request: ChatRequest, prompt: str | Shown, new_tokens: int, hand_over: Callable, stop: threading.Event
     ) -> None:  # fmt: skip
         """Run in a thread."""
         tokenizer = self.tasks.tokenizer
@@ -137,7 +143,7 @@ class Engine:
                 torch.manual_seed(request.seed)
             writer = _Writer(tokenizer, request.stops, task.stop, hand_over, stop)
             answer(
-                self.tasks.model, tokenizer, [prompt], request.max_new_tokens, task.stop,
+                self.tasks.model, tokenizer, [prompt], new_tokens, task.stop,
                 sampling=request.sampling, streamer=writer, stopping=StoppingCriteriaList([_Flag(stop)]),
             )  # fmt: skip
         writer.finish()
