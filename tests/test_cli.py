@@ -319,6 +319,16 @@ def test_chat_answers_until_an_empty_line(finished):
     assert "Traceback" not in done.stderr
 
 
+def test_chat_goes_on_after_a_byte_that_is_no_text(finished):
+    done = subprocess.run(
+        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input=b"3?\nna\xefve\n/use \xef\n4?\n",
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count(b", or a byte that is not UTF-8; remove it\n") == 1
+    assert done.stdout.count(b"\n") == 2 and done.stderr.count(b"you> ") == 5
+
+
 def test_quantize_writes_what_plain_transformers_loads(finished, command, tmp_path):
     model = finished[1].parent / "model"
     code, out, err = command("quantize", model, "--out", tmp_path / "q")

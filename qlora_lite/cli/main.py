@@ -6,6 +6,7 @@ Commands are imported on use, so that ``--help`` needs neither torch nor transfo
 import io
 import sys
 import traceback
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -99,6 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of an encoding that may lack some letters
             stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with suppress(io.UnsupportedOperation):  # a caller has begun to read it
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is said of the message that it is in
     avoid_what_is_missing()
     try:
         with stop_signals(None) as stop, stop.at_once():
