@@ -377,6 +377,8 @@ def test_recipes_convert_writes_a_recipe_and_names_what_is_not_taken_over(comman
     code, out, err = command("recipes", "convert", theirs, "--partial", "lora.rank=4")
     assert code == 0 and "lora:\n  rank: 4\n" in out
     assert command("recipes", "convert", theirs, "--partial", "--out", ours)[2].endswith("name another file\n")
+    code, out, _ = command("recipes", "convert", theirs, "--partial", "--out", tmp_path / "my own.yaml")
+    assert code == 0 and out.endswith(f"; next: qlora-lite data '{tmp_path}/my own.yaml'\n")
     for override in ("lora.rnk=4", "model.path=3", "lora.rank=x"):
         code, _, err = command("recipes", "convert", theirs, override, "--partial")
         assert code == 2 and err.startswith(f"error: override 1: {override[:8]}")

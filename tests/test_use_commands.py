@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import shlex
 import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run, tiny_run
@@ -40,6 +41,20 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
 
 def test_the_form_for_denoisers_is_refused(runs, command, tmp_path):
     for given in (runs[0], shutil.copytree(runs[0] / "adapter", tmp_path / "alone")):
+@pytest.mark.parametrize(("form", "words"), [
+    ("vllm", ["--lora-modules", "my run=OUT"]), ("gguf", ["-m", "OUT/model.gguf"]),
+    ("gguf-adapter", ["--lora", "OUT/adapter.gguf"]), ("ollama", ["create", "my-run", "-f", "OUT/Modelfile"]),
+])  # fmt: skip
+def test_the_command_that_export_prints_is_one_for_a_shell_where_names_have_a_space(
+    form, words, runs, command, tmp_path
+):
+    out = tmp_path / "an export"
+    printed = command("export", shutil.copytree(runs[0], tmp_path / "my run"), "--to", form, "--out", out)[1]
+    (use,) = re.findall("^use +(.+)$", printed, re.MULTILINE)
+    assert {word.replace("OUT", str(out)) for word in words} <= set(shlex.split(use))
+    assert json.loads((out / "export_report.json").read_text())["use"] == use
+
+
         code, _, err = command("export", given, "--to", "kohya", "--out", tmp_path / "out")
         assert code and "draws no pictures" in err and not (tmp_path / "out").exists()
 

@@ -120,4 +120,4 @@ def convert(file: str, overrides: tuple[str, ...], out: str | None, partial: boo
         echo_exactly(made.text, nl=False)
         return
     write_text(Path(out), made.text)
-    echo(f"wrote {out}; next: qlora-lite data {out}")
+    echo(f"wrote {out}; next: qlora-lite data {shlex.quote(out)}")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -169,7 +171,8 @@ def _vllm(job: _Job) -> dict:
     adapter, needed_rank = for_vllm(job.adapter, job.skeleton, str(family))
     change = _adapter_change(job)
     write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
-    use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {job.trained.name}={job.out}"
+    module = shlex.quote(f"{job.trained.name}={job.out}")
+    use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {module}"
     return {"error": _check_folder(job, change), "notes": [*_of_the_whole(job), *_to_tell_vllm(job)], "use": use}
 
 
@@ -178,7 +181,7 @@ def _to_tell_vllm(job: _Job) -> Iterator[str]:
     trained = job.trained
     own, model = trained.tokenizer().chat_template, trained.recipe.model
     if own is not None and own != load_tokenizer(model.path, model.revision).chat_template:
-        template = job.out / "chat_template.jinja"
+        template = shlex.quote(str(job.out / "chat_template.jinja"))
         yield f"vLLM renders chats with the base's template: serve with --chat-template {template}"
     generation = trained.files.folder / "generation_config.json"
     config = read_json(generation) if generation.is_file() else trained.files.config
@@ -194,11 +197,12 @@ def _gguf_adapter(job: _Job) -> dict:
     write_gguf_adapter(adapter, names, job.out)
     read = read_gguf_adapter(job.out / ADAPTER_FILE, names, list(adapter.layers))
     error = check_change(change, logits_of(attach_adapter(_base(job), read)), str(job.out / ADAPTER_FILE))
-    return {"error": error, "use": f"llama-cli -m BASE.gguf --lora {job.out / ADAPTER_FILE}"}
+    return {"error": error, "use": f"llama-cli -m BASE.gguf --lora {shlex.quote(str(job.out / ADAPTER_FILE))}"}
 
 
 def _gguf(job: _Job) -> dict:
-    return _merged_model(job, lambda _folder: None, None) | {"use": f"llama-server -m {job.out / MODEL_FILE} --jinja"}
+    use = f"llama-server -m {shlex.quote(str(job.out / MODEL_FILE))} --jinja"
+    return _merged_model(job, lambda _folder: None, None) | {"use": use}
 
 
 def _ollama(job: _Job) -> dict:
@@ -223,7 +227,8 @@ def _ollama(job: _Job) -> dict:
                      "with tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
     text = modelfile(go, stops, system)
     found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
-    use = f"ollama create {trained.name} -f {job.out / 'Modelfile'}"
+    name = re.sub(r"[^\w.-]+", "-", trained.name, flags=re.ASCII)  # Ollama takes no other letters
+    use = f"ollama create {shlex.quote(name)} -f {shlex.quote(str(job.out / 'Modelfile'))}"
     found["notes"] += notes
     return found | {"conversations_compared": compared, "use": use}
 
