@@ -26,6 +26,7 @@ from torch import nn
 
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.adapters.read import Adapter
+from qlora_lite.artifacts.run_folder import weights_sha256
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import replacing_folder, require_empty, require_space, write_text
@@ -54,6 +55,7 @@ from .agreement import Outputs, compare, outputs
 from .own_codes import calibration_rows, write_codes
 
 REPORT = "merge_report.json"
+ADAPTER_DIGEST = "adapter_sha256"  # in it, of the adapter's weights
 KEPT = 0.5  # of the base's distance to the trained model: a 4-bit model farther away than that has lost the adapter
 UNKNOWN_BASE = "the adapter does not say what it was trained on; if that was a 16-bit model: --base original"
 _UNMEASURED = "--rows 0 merges without measuring (not with --quantize)"
@@ -227,7 +229,8 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
 
 def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:
     return {
-        "run": trained.name, "adapter": str(trained.adapter), "base_model": trained.files.name,
+        "run": trained.name, "adapter": str(trained.adapter),
+        ADAPTER_DIGEST: weights_sha256(trained.adapter) if trained.adapter else None, "base_model": trained.files.name,
         "merged_into": trained.quantization[0] if merged.onto == TRAINED else "original",
         "dtype": settings.dtype, "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
         "quantized": settings.quantize, "layers": len(merged.adapter.layers),

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from qlora_lite.adapters.read import CONFIG_NAME
-from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run
+from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run, weights_sha256
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained, require_kind
 from qlora_lite.errors import ModelError, OutputError, RecipeError, first_line
 from qlora_lite.models.load import KEEP, stored_quantization
@@ -35,7 +35,7 @@ from qlora_lite.prepare.build import formats_of
 from qlora_lite.quant.formats import FORMATS
 
 from .formats import ExportSettings, export_run
-from .merge import REPORT
+from .merge import ADAPTER_DIGEST, REPORT
 from .model_card import CardFacts, model_card
 
 README = "README.md"
@@ -239,6 +239,10 @@ def _merged_into(folder: Path, trained: TrainedRun) -> str:
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     if report.get("run") != trained.name:
         raise ModelError(f"{folder} is not a merged model of {trained.name}; write one with qlora-lite merge")
+    merged = report.get(ADAPTER_DIGEST)  # earlier versions did not write it
+    if trained.adapter and merged not in (None, weights_sha256(trained.adapter)):
+        raise ModelError(f"{folder} is a merged model of another adapter than {trained.adapter} (by their SHA-256); "
+                         "write one with qlora-lite merge")  # fmt: skip
     return str(report.get("merged_into"))
 
 

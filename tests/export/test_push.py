@@ -137,6 +137,20 @@ def test_a_merged_model_goes_without_what_else_lies_in_its_folder(run, hub, comm
     assert code == 2 and "is not a merged model of run" in err
 
 
+def test_a_merged_model_of_another_run_of_the_same_name_is_refused(run, hub, command, tmp_path):
+    other = make_run(tmp_path / "other", run.parent / "model", seed=4)
+    assert other.name == run.name
+    merge_run(other, tmp_path / "merged", MergeSettings(rows=0))
+    push = "push", run, REPO, "--merged", tmp_path / "merged", "--yes"
+    code, _, err = command(*push)
+    assert code == 2 and f"is a merged model of another adapter than {run / 'adapter'}" in err and not hub.sent
+    report = tmp_path / "merged" / "merge_report.json"
+    known = json.loads(report.read_text())
+    del known["adapter_sha256"]  # as of an earlier version
+    report.write_text(json.dumps(known))
+    assert command(*push)[0] == 0
+
+
 def test_a_model_that_was_trained_whole_goes_as_it_is(hub, command, tmp_path):
     save_tiny(tmp_path / "base")
     run = run_recipe(full_recipe(tmp_path, tmp_path / "base"))
