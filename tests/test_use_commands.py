@@ -1,10 +1,12 @@
 """What ``merge``, ``export`` and ``compare`` print, and that their mistakes are one line."""
 
+import errno
 import json
+import os
 import re
+import shlex
 import shutil
 
-import shlex
 import pytest
 from tiny_files import MERGES, save_tiny
 from tiny_runs import make_run, tiny_run
@@ -39,8 +41,6 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form
 
 
-def test_the_form_for_denoisers_is_refused(runs, command, tmp_path):
-    for given in (runs[0], shutil.copytree(runs[0] / "adapter", tmp_path / "alone")):
 @pytest.mark.parametrize(("form", "words"), [
     ("vllm", ["--lora-modules", "my run=OUT"]), ("gguf", ["-m", "OUT/model.gguf"]),
     ("gguf-adapter", ["--lora", "OUT/adapter.gguf"]), ("ollama", ["create", "my-run", "-f", "OUT/Modelfile"]),
@@ -55,6 +55,8 @@ def test_the_command_that_export_prints_is_one_for_a_shell_where_names_have_a_sp
     assert json.loads((out / "export_report.json").read_text())["use"] == use
 
 
+def test_the_form_for_denoisers_is_refused(runs, command, tmp_path):
+    for given in (runs[0], shutil.copytree(runs[0] / "adapter", tmp_path / "alone")):
         code, _, err = command("export", given, "--to", "kohya", "--out", tmp_path / "out")
         assert code and "draws no pictures" in err and not (tmp_path / "out").exists()
 
@@ -80,6 +82,53 @@ def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
     assert (tmp_path / "page" / "compare.html").exists()
     code, out, _ = command("compare", *runs, "--json")
     assert code == 0 and out.count("\n") == 1 and [m["name"] for m in json.loads(out)["models"]] == ["run1", "run2"]
+
+
+@pytest.mark.parametrize(("arguments", "printed", "said"), [
+    (("compare", "RUN", "--rows", 1, "--out", "OUT"), ["examples", "loss", "prompt"], "compare.json"),
+    (("compare", "RUN", "--rows", 0, "--json", "--out", "OUT"), ['"models": '], "compare.json"),
+    (("evaluate", "RUN", "--rows", 1, "--out", "OUT/answers"), ["perplexity", "exact match"], "answers"),
+    (("evaluate", "RUN", "--rows", 1, "--json", "--out", "OUT/answers"), ['"perplexity": '], "answers"),
+], ids=["compare", "compare --json", "evaluate", "evaluate --json"])  # fmt: skip
+def test_a_disk_that_is_full_at_the_end_does_not_take_the_figures_with_it(
+    arguments, printed, said, runs, command, tmp_path, monkeypatch
+):
+    def flush(path):
+        if path.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qlora_lite.files.flush_to_disk", flush)
+    places = {"RUN": runs[0], "OUT": tmp_path, "OUT/answers": tmp_path / "answers"}
+    code, out, err = command(*(places.get(argument, argument) for argument in arguments))
+    assert all(words in out for words in printed) and "page" not in out
+    assert code == 2 and f"error: cannot write {tmp_path / said}: the disk is full" in err and "Traceback" not in err
+
+
+def test_a_page_is_written_where_its_figures_cannot_be_printed(runs, command, tmp_path, monkeypatch):
+    def full(_text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qlora_lite.cli.compare.echo_exactly", full)
+    code, _, err = command("compare", runs[0], "--rows", 0, "--json", "--out", tmp_path / "page")
+    assert code == 2 and "No space left" in err and (tmp_path / "page" / "compare.html").exists()
+
+
+@pytest.mark.parametrize("arguments", [("compare", "--rows", 0, "--out", "DIR"), ("evaluate", "--out", "DIR/answers")])
+def test_a_place_that_takes_no_file_is_an_error_before_anything_is_measured(
+    arguments, runs, command, tmp_path, monkeypatch
+):
+    measured = []
+    for name in ("compare.compare_runs", "evaluate.build_to_use"):
+        monkeypatch.setattr(f"qlora_lite.inference.{name}", lambda *_, **__: measured.append(1))
+
+    def refuse(dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr("qlora_lite.files.tempfile.TemporaryFile", refuse)
+    places = {"DIR": tmp_path, "DIR/answers": tmp_path / "answers"}
+    name, *options = (places.get(argument, argument) for argument in arguments)
+    code, _, err = command(name, runs[0], *options)
+    assert code == 2 and f"error: cannot write {tmp_path}/" in err and not measured
 
 
 def test_evaluate_refuses_another_base_and_is_told_where_the_right_one_lies(tmp_path, command):

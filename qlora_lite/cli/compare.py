@@ -1,9 +1,12 @@
 """``qlora-lite compare``: several runs over one base model, measured and answered side by side."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
+
+from qlora_lite.files import require_writable
 
 from .options import of_a_run, shots_option
 from .output import echo, echo_exactly, one_line, prepare, step_progress
@@ -26,20 +29,23 @@ def compare(runs: tuple[str, ...], base: bool, rows: int | None, shots: int, out
     prepare(verbose=False)
     from qlora_lite.inference.compare import PAGE, compare_runs, write_comparison
 
+    if out:
+        require_writable(out / PAGE)
     with step_progress("loading") as progress:
         result = compare_runs(runs, base, rows, model_path, unfinished, progress.watch, shots)
-    if out:
-        write_comparison(result, out)
-    if as_json:
-        echo_exactly(json.dumps(result))
-        return
-    left = echo_models(result)
-    if rows is None and not result["answers"]:
-        echo("note: no answers are compared, following the first run's train.metrics_examples; --rows N compares N")
-    for row in result["answers"][:2]:
-        echo(f"\n{'prompt':{left}}{one_line(row['question'])}\n{'reference':{left}}{one_line(row['reference'])}")
-        for name, answer in row["answers"].items():
-            echo(f"{name:{left}}{one_line(answer)}")
+    with ExitStack() as when_printed:  # a full disk must not take the figures with it, nor a reader who leaves the page
+        if out:
+            when_printed.callback(write_comparison, result, out)
+        if as_json:
+            echo_exactly(json.dumps(result))
+            return
+        left = echo_models(result)
+        if rows is None and not result["answers"]:
+            echo("note: no answers are compared, following the first run's train.metrics_examples; --rows N compares N")
+        for row in result["answers"][:2]:
+            echo(f"\n{'prompt':{left}}{one_line(row['question'])}\n{'reference':{left}}{one_line(row['reference'])}")
+            for name, answer in row["answers"].items():
+                echo(f"{name:{left}}{one_line(answer)}")
     if out:
         echo(f"\n{'page':{left}}{out / PAGE}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from qlora_lite.errors import RecipeError
-from qlora_lite.files import explain_write_errors, write_text
+from qlora_lite.files import explain_write_errors, require_writable, write_text
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.units import format_score
 
@@ -96,7 +97,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
             )
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
-    from qlora_lite.inference.evaluate import evaluate_recipe
+    from qlora_lite.inference.evaluate import measure_recipe, write_answers
 
     if out and recipe.problem is not None:
         raise click.UsageError(f"--out is for answers; what {run_or_recipe} gives to each row is written by "
@@ -105,11 +106,14 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     if out and not asked:
         raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")
     with step_progress("loading") as progress:
-        result = evaluate_recipe(recipe, adapter, asked, tokenizer, out, progress.watch)
-    if as_json:
-        echo_exactly(json.dumps(result))
-        return
-    _echo_result(result | {"adapter": result["adapter"] or without}, asked)
+        result, answers = measure_recipe(recipe, adapter, asked, tokenizer, out, progress.watch)
+    with ExitStack() as when_printed:  # a full disk must not take the figures with it
+        if out:
+            when_printed.callback(write_answers, out, answers)
+        if as_json:
+            echo_exactly(json.dumps(result))
+        else:
+            _echo_result(result | {"adapter": result["adapter"] or without}, asked)
 
 
 def _echo_result(shown: dict[str, Any], asked: int) -> None:
@@ -165,15 +169,17 @@ def _score_tasks(
     if out:
         with explain_write_errors(out):  # now, and not when all is scored
             out.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(out)
     names = [name for each in tasks for name in ([each] if Path(each).exists() else each.split(","))]
     with step_progress("loading") as progress:
         result = evaluate_tasks(trained, names, fewshot, side_by_side, rows, chat, watch=progress.watch)
-    if out:
-        write_text(out, json.dumps(result, indent=2) + "\n")
-    if as_json:
-        echo_exactly(json.dumps(result))
-    else:
-        _echo_scores(result)
+    with ExitStack() as when_printed:
+        if out:
+            when_printed.callback(write_text, out, json.dumps(result, indent=2) + "\n")
+        if as_json:
+            echo_exactly(json.dumps(result))
+        else:
+            _echo_scores(result)
 
 
 def _echo_scores(result: dict) -> None:

@@ -32,7 +32,7 @@ from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
-from qlora_lite.files import explain_write_errors, require_another, write_text
+from qlora_lite.files import explain_write_errors, require_another, require_writable, write_text
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
@@ -327,6 +327,32 @@ def evaluate_recipe(
         RecipeError: it is no recipe, names no evaluation rows, or a metric's package is not installed.
         OutputError: ``out`` cannot be written.
     """
+    measured, found = measure_recipe(recipe, adapter, metrics_rows, tokenizer, out, watch)
+    if out and found:
+        write_answers(out, found)
+    return measured
+
+
+def write_answers(out: str | Path, records: Iterable[dict]) -> None:
+    """Write the answers that ``measure_recipe`` found, one JSON object a line.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(Path(out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
+
+
+def measure_recipe(
+    recipe: Recipe, adapter: str | Path | None, metrics_rows: int, tokenizer=None, out: str | Path | None = None,
+    watch: Watch | None = None,
+) -> tuple[dict[str, Any], Sequence[dict]]:  # fmt: skip
+    """Do what ``evaluate_recipe`` does, and return the answers beside its figures, for ``write_answers``.
+
+    ``out`` is checked, and not written yet: who has the figures first can show them where the disk is full by then.
+
+    Raises:
+        RecipeError, OutputError: see ``evaluate_recipe``.
+    """
     require_recipe(recipe)
     if not recipe.data.has_eval:
         raise RecipeError("there is no evaluation data; name some, as in data.eval=rows.jsonl")
@@ -339,11 +365,12 @@ def evaluate_recipe(
     if out:
         with explain_write_errors(Path(out)):  # now, and not when all is answered
             Path(out).parent.mkdir(parents=True, exist_ok=True)
+        require_writable(Path(out))
         sources = *recipe.data.train, *(recipe.data.eval or ())
         require_another(Path(out), *local_files(source.path for source in sources))
     tokenizer = tokenizer or reader_of(recipe)
     if recipe.problem is not None:
-        return _evaluate_labels(recipe, adapter, tokenizer, watch)
+        return _evaluate_labels(recipe, adapter, tokenizer, watch), ()
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
@@ -365,6 +392,7 @@ def evaluate_recipe(
         "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,
         **({"eval_metrics": judged} if judged else {}),
     }  # fmt: skip
+    records: Sequence[dict] = ()
     if rows:
         arrange_weights(model)
         at_once = partial(answered_at_once, recipe, model, recipe.memory.budget_bytes)
@@ -373,9 +401,8 @@ def evaluate_recipe(
             new_tokens_of(recipe), watch, reader=picture_reader(recipe),
         )  # fmt: skip
         measured |= found.figures()
-        if out:
-            write_text(Path(out), "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in found.records))
-    return measured
+        records = found.records
+    return measured, records
 
 
 def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None) -> dict[str, Any]:
