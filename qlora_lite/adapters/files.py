@@ -237,6 +237,8 @@ class Lora(AdapterMethod):
     merge_aware: str = OFF
     head: bool = False
 
+    why_not_merged = ""
+
     @property
     def trained_tables(self) -> frozenset[str]:
         """Return which of embeddings and head are trained."""

@@ -40,6 +40,7 @@ class Full(AdapterMethod):
 
     trains_base = True
     size_setting = ""
+    why_not_merged = ""
 
     @property
     def in_turn(self) -> bool:

@@ -20,9 +20,9 @@ class AdapterMethod:
     Subclasses are frozen dataclasses: a plan compares them, and looks them up. A method whose adapters are used after
     training also has ``shapes`` and ``add_switched``, and a line in ``saved.METHODS``.
 
-    ``why_not_merged`` says why its adapters can be neither merged nor exported, ``size_setting`` names what in a recipe
-    decides how much is trained, and ``trains_base`` says that the model's own weights learn, all of them, so that a run
-    leaves a whole model and no adapter.
+    ``why_not_merged`` says why its adapters can be neither merged nor exported ("" where they can), ``size_setting``
+    names what in a recipe decides how much is trained, and ``trains_base`` says that the model's own weights learn, all
+    of them, so that a run leaves a whole model and no adapter.
     """
 
     size_setting = "lora.rank"

@@ -56,6 +56,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
         raise click.exceptions.Exit(start(gpus, ["train", *again], settings.model.device))
     prepare()
     with importing():
+        from qlora_lite.prepare.build import method_of
         from qlora_lite.runs import run
 
     with step_progress(of_pictures=settings.of_pictures) as progress:
@@ -63,10 +64,11 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
     if not is_first:
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    print_result(_result(folder, summary, settings.of_pictures), folder)
+    can_merge = not method_of(settings).why_not_merged
+    print_result(_result(folder, summary, settings.of_pictures, can_merge), folder)
 
 
-def _result(folder, summary: dict, of_pictures: bool = False) -> str:
+def _result(folder, summary: dict, of_pictures: bool = False, can_merge: bool = True) -> str:
     lines = []
     for sample in summary["samples"][:2]:
         question = sample.get("question", sample["prompt"])  # a run of an earlier version has the whole prompt alone
@@ -77,7 +79,7 @@ def _result(folder, summary: dict, of_pictures: bool = False) -> str:
     lines += _rewards(summary.get("eval_metrics", {})) + _metrics(summary.get("metrics", {}))
     draws = "picture_size" in summary
     skipped, kind = summary["skipped_steps"], "model" if "model_sha256" in summary else "adapter"
-    merge = "merge, " if kind == "adapter" else ""
+    merge = ("merge, " if kind == "adapter" else "") + "export, " if can_merge else ""
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
@@ -95,7 +97,7 @@ def _next(summary: dict, folder: str, merge: str, draws: bool) -> str:
         return f"qlora-lite generate {folder} --prompt TEXT --out FILE.png"
     if "labels" in summary:
         return f"qlora-lite predict {folder} --rows FILE --out FILE (or evaluate)"
-    return f"qlora-lite chat {folder} (or generate, evaluate, {merge}export, serve)"
+    return f"qlora-lite chat {folder} (or generate, evaluate, {merge}serve)"
 
 
 def _of_step(summary: dict) -> str:

@@ -321,6 +321,17 @@ def test_a_run_on_one_file_of_rows_is_measured_on_those_that_it_did_not_learn(ru
     assert model["eval_loss"] == pytest.approx(result["eval_loss"], rel=1e-4) and model["rows"] == 5
 
 
+@pytest.mark.parametrize(("method", "uses"), [
+    ("lora", "(or generate, evaluate, merge, export, serve)"), ("prompt", "(or generate, evaluate, serve)"),
+    ("prefix", "(or generate, evaluate, serve)"), ("bottleneck", "(or generate, evaluate, serve)"),
+])  # fmt: skip
+def test_train_names_the_commands_that_take_what_its_method_trains(finished, command, monkeypatch, method, uses):
+    folder, recipe = finished
+    monkeypatch.setattr("qlora_lite.runs.run.run_recipe", lambda *_: folder)
+    code, out, err = command("train", recipe, f"adapter.method={method}", "lora.rank=16", "lora.alpha=32")
+    assert code == 0 and out.endswith(f"qlora-lite chat {folder} {uses}\n"), err
+
+
 def test_the_chat_template_of_a_run_is_its_own_from_then_on(run, tmp_path):
     from qlora_lite.inference.chat import open_session
 
