@@ -7,12 +7,16 @@ nothing but the list of names has to be kept beside a model.
 
 import json
 import math
+import re
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from qlora_lite.errors import DataError
 
 from .fields import kind_of
+from .json_rows import decode_text
 from .storage import Example
 
 # Kinds of problem, in transformers' words (``config.problem_type``).
@@ -20,13 +24,14 @@ ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classifi
 MASKS = "segmentation"  # for which transformers has no word: each pixel of a picture has a label, see ``masks``
 _WITHOUT = "-1"  # what the test sets of GLUE have in place of a label
 MAX_NAMES = 1000  # more are no classes
+_NO_COMMA = re.compile(r"""['"]\s+['"]""")  # as NumPy writes arrays; Python would join the two names
 
 
 def label_text(value: object, problem: str) -> str:
     """Return a row's label as text.
 
     Args:
-        value: as the row has it.
+        value: as the row has it; of LABELS a list, or text: a list as JSON or Python writes it, or names with commas.
         problem: ONE_LABEL, LABELS or NUMBER.
 
     Raises:
@@ -39,10 +44,23 @@ def label_text(value: object, problem: str) -> str:
     if problem == ONE_LABEL:
         return _name(value)
     if isinstance(value, str):
-        value = [part for part in map(str.strip, value.split(",")) if part]
+        value = _listed(value.strip())
     if not isinstance(value, list):
         raise DataError(f"the labels are {kind_of(value)}; write a list of names, or names with commas between them")
     return json.dumps(sorted(set(map(_name, value))), ensure_ascii=False)
+
+
+def _listed(text: str) -> object:
+    """Return the list that a text holds."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return [part for part in map(str.strip, text.split(",")) if part]
+    with suppress(ValueError, RecursionError):
+        return decode_text(text)
+    with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
+        if not _NO_COMMA.search(text):
+            return literal_eval(text)
+    raise DataError(f"the labels {text[:100]!r} are in brackets but are no list in JSON or Python; write "
+                    """["a", "b"], or names with commas and no brackets""")  # fmt: skip
 
 
 def label_if_any(value: object, problem: str) -> str | None:

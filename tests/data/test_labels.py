@@ -94,12 +94,38 @@ def test_rows_that_need_no_label_may_have_what_test_sets_have_in_its_place(probl
 
 
 def test_labels_of_several_and_numbers_are_text_too():
-    assert label_text(["b", "a", "b"], LABELS) == '["a", "b"]' == label_text("b, a", LABELS)
+    assert label_text(["b", "a"], LABELS) == '["a", "b"]' == label_text("b, a", LABELS)
     assert label_text([], LABELS) == label_text("", LABELS) == "[]"
     assert label_text(3, NUMBER) == label_text("3.0", NUMBER) == "3.0"
     for value in ("three", float("nan"), True, [1]):
         with pytest.raises(DataError, match="not a finite number"):
             label_text(value, NUMBER)
+
+
+@pytest.mark.parametrize("text", [
+    "['joy', 'anger']", '["joy", "anger"]', ' ["joy", \'anger\'] ', "['anger',\n 'joy']", "joy, anger",
+])  # fmt: skip
+def test_a_list_written_out_in_a_cell_is_a_list(text):
+    assert label_text(text, LABELS) == '["anger", "joy"]'
+    assert label_text("[]", LABELS) == label_text(" [] ", LABELS) == "[]"
+    assert label_text("['it, too']", LABELS) == '["it, too"]' and label_text("[3]", LABELS) == '["3"]'
+
+
+@pytest.mark.parametrize("text", [
+    "[joy]", "[joy, anger]", "['joy' 'anger']", "[a], [b]", "['a'], ['b']", "[1, NaN]", "[" * 9999 + "]" * 9999,
+])  # fmt: skip
+def test_a_list_that_cannot_be_read_is_an_error_and_no_name(text):
+    with pytest.raises(DataError, match="the labels"):
+        label_text(text, LABELS)
+
+
+def test_a_csv_of_lists_as_pandas_writes_it_has_their_names(tmp_path):
+    (tmp_path / "a.csv").write_text("text,labels\na,\"['joy', 'anger']\"\nb,['joy']\nc,[]\nd,[joy]\n")
+    found = read_examples([Source(str(tmp_path / "a.csv"))], encoder_tokenizer(), problem=LABELS)
+    assert label_names(found.examples, LABELS) == ("anger", "joy")
+    assert [example.answer for example in found.examples] == ['["anger", "joy"]', '["joy"]', "[]"]
+    (problem,) = found.problems.found
+    assert problem.where.endswith("a.csv:5") and "'[joy]'" in problem.message
 
 
 def test_names_stand_in_order_numbers_first_by_size():
