@@ -12,6 +12,7 @@ from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 
 from qlora_lite.errors import DataError
 
@@ -24,6 +25,7 @@ ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classifi
 MASKS = "segmentation"  # for which transformers has no word: each pixel of a picture has a label, see ``masks``
 _WITHOUT = "-1"  # what the test sets of GLUE have in place of a label
 MAX_NAMES = 1000  # more are no classes
+CURE_OF_MULTI_HOT = "write the names of the row's classes, each once, not zeros and ones for all classes (multi-hot)"
 _NO_COMMA = re.compile(r"""['"]\s+['"]""")  # as NumPy writes arrays; Python would join the two names
 
 
@@ -47,7 +49,10 @@ def label_text(value: object, problem: str) -> str:
         value = _listed(value.strip())
     if not isinstance(value, list):
         raise DataError(f"the labels are {kind_of(value)}; write a list of names, or names with commas between them")
-    return json.dumps(sorted(set(map(_name, value))), ensure_ascii=False)
+    names = sorted(map(_name, value))
+    if twice := next((name for name, other in pairwise(names) if name == other), None):
+        raise DataError(f"the label {twice!r} stands twice; {CURE_OF_MULTI_HOT}")
+    return json.dumps(names, ensure_ascii=False)
 
 
 def _listed(text: str) -> object:

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 
 from qlora_lite.data.captions import CAPTIONS
 from qlora_lite.data.examples import Dataset
-from qlora_lite.data.labels import LABELS, MASKS, MAX_NAMES, NUMBER, ONE_LABEL, balance, label_names, names_of
+from qlora_lite.data.labels import (
+    CURE_OF_MULTI_HOT,
+    LABELS,
+    MASKS,
+    MAX_NAMES,
+    NUMBER,
+    ONE_LABEL,
+    balance,
+    label_names,
+    names_of,
+)
 from qlora_lite.data.problems import RowProblem
 from qlora_lite.recipe.schema import Recipe
 
@@ -38,6 +48,9 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
     if problem in (ONE_LABEL, MASKS) and len(names) == 1:
         message = f"all rows have the label {names[0]!r}, so that there is nothing to learn; give rows of others too"
         yield RowProblem("", ONE_CLASS, message)
+    # Zeros and ones for more classes than two, or for two that are alike, are an error of their row.
+    if problem == LABELS and {*names} == {"0", "1"} and all(len(names_of(e, problem)) == 2 for e in data.examples):
+        yield RowProblem("", ONE_CLASS, f"all rows have the labels 0 and 1; {CURE_OF_MULTI_HOT}")
     if len(names) > MAX_NAMES or (problem == ONE_LABEL and len(names) > max(20, len(data.examples) // 2)):
         message = (f"{len(names):,} different labels in {len(data.examples):,} rows are no classes; for numbers write "
                    "task.kind: regression")  # fmt: skip

@@ -128,6 +128,12 @@ def test_a_csv_of_lists_as_pandas_writes_it_has_their_names(tmp_path):
     assert problem.where.endswith("a.csv:5") and "'[joy]'" in problem.message
 
 
+@pytest.mark.parametrize("value", [[1.0, 0.0, 1.0], [0, 0], [True, True], "0,1,0", "[0, 1, 0]", ["b", "a", "b"]])
+def test_a_name_that_stands_twice_is_an_error_since_zeros_and_ones_are_no_names(value):
+    with pytest.raises(DataError, match=r"stands twice; write the names of the row's classes, .* zeros and ones"):
+        label_text(value, LABELS)
+
+
 def test_names_stand_in_order_numbers_first_by_size():
     found = read([{"text": "a", "label": label} for label in ("10", "9", "b", "a", 9)]).examples
     assert label_names(found, ONE_LABEL) == ("9", "10", "a", "b")

@@ -288,6 +288,14 @@ def test_labels_that_cannot_be_learned_are_found_before_training(bert, tmp_path,
         found.raise_if_unusable()
 
 
+@pytest.mark.parametrize(("sets", "is_wrong"), [([[1.0, 0.0], [0.0, 1.0]], True), ([[0, 1], [1]], False)])
+def test_zeros_and_ones_for_two_classes_are_no_names_of_them(bert, tmp_path, sets, is_wrong):
+    rows = [{"text": f"a{i}", "labels": sets[i % 2]} for i in range(8)]
+    recipe = load_recipe(head_recipe(tmp_path, bert, "multi-label", rows, rows[:2]))
+    said = [problem["message"] for problem in preflight(recipe, load_tokenizer(str(bert))).report["problems"]]
+    assert any("write the names of the row's classes" in message for message in said) == is_wrong
+
+
 def test_a_plan_is_made_before_any_row_is_read(bert, tmp_path):
     recipe = head_recipe(tmp_path, bert)
     result = CliRunner().invoke(cli, ["plan", str(recipe), "--json"], catch_exceptions=False)
