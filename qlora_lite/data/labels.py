@@ -69,19 +69,22 @@ def _listed(text: str) -> object:
 
 
 def label_if_any(value: object, problem: str) -> str | None:
-    """Return a row's label as text; None where it has none: null, empty, or of one label -1.
+    """Return a row's label as text; None where it has none: null, NaN, empty, or of one label -1.
 
     Args:
         value, problem: see ``label_text``.
     """
     is_blank = problem != LABELS and isinstance(value, str) and not value.strip()
     is_without = problem == ONE_LABEL and value in (-1, _WITHOUT)
-    return None if value is None or is_blank or is_without else label_text(value, problem)
+    is_null = value is None or (isinstance(value, float) and math.isnan(value))  # NaN in a column of numbers
+    return None if is_null or is_blank or is_without else label_text(value, problem)
 
 
 def _name(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"the label is {value}, not a name or a finite number; fill it in or remove the row")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | float):

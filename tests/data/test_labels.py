@@ -62,6 +62,8 @@ def test_a_csv_and_a_tsv_are_read_with_their_labels(tmp_path):
         ({"text": "a", "label": -1}, "the label -1 marks a row without one"),
         ({"text": "a", "label": ""}, "the label is empty"),
         ({"text": "a", "label": [1]}, "the label is a list, not a name or number"),
+        ({"text": "a", "label": float("nan")}, "the label is nan, not a name or a finite number"),
+        ({"text": "a", "label": float("-inf")}, "the label is -inf, not a name or a finite number"),
         ({"text": "", "label": 1}, "'text' is empty"),
         ({"text": None, "label": 1}, "'text' is missing or null"),
     ],
@@ -86,6 +88,7 @@ def test_columns_that_nobody_knows_are_asked_for():
 @pytest.mark.parametrize(("problem", "value", "label"), [
     (ONE_LABEL, -1, None), (ONE_LABEL, "-1", None), (ONE_LABEL, " ", None), (ONE_LABEL, 0, "0"),
     (NUMBER, -1, "-1.0"), (NUMBER, "", None), (LABELS, "", "[]"),
+    (ONE_LABEL, float("nan"), None), (NUMBER, float("nan"), None), (LABELS, float("nan"), None),
 ])  # fmt: skip
 def test_rows_that_need_no_label_may_have_what_test_sets_have_in_its_place(problem, value, label):
     rows, problems = [{"text": "a", "label": value}, {"text": "b", "label": None}], Problems()
