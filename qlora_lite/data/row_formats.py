@@ -87,7 +87,7 @@ BAD_ANSWER = "marked as a bad answer (label false)"
 WITH_TURNS = "messages", "conversations", "prompt", "completion"
 _OF_TURNS = {"messages", "conversations", "system", "tools"}
 _TAKEN = {
-    "messages": _OF_TURNS, "sharegpt": _OF_TURNS, "alpaca": {"input", "system"},
+    "messages": _OF_TURNS, "sharegpt": _OF_TURNS, "alpaca": {"input", "system", "tools"},
     "prompt-completion": {"system", "tools"},
 }  # fmt: skip
 _PROMPT_COLUMNS = {
@@ -607,7 +607,7 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
         turns, tools = _turns(row, format_name), tool_definitions(row.get("tools"))
         check_calls(turns, tools)
     else:
-        if row.get("tools"):
+        if tool_definitions(row.get("tools")):
             raise DataError("'tools' is not supported in rows of this format; write them in format messages")
         turns = _pair_of(row, format_name)
     _check_order(turns)

@@ -80,6 +80,9 @@ def read(write):
         ({"prompt": "q", "completion": "a", "id": 7}, PAIR),
         ({"prompt": "q", "completion": "a", "system": ""}, PAIR),
         ({"prompt": "q", "completion": "a", "system": "s"}, WITH_SYSTEM),
+        ({"prompt": "q", "completion": "a", "tools": "[]"}, PAIR),
+        ({"prompt": "q", "completion": "a", "tools": []}, PAIR),
+        ({"instruction": "q", "output": "a", "tools": " [ ]"}, PAIR),
     ],
 )
 def test_a_row_becomes_turns(read, row, turns):
