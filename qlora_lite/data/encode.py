@@ -213,8 +213,11 @@ def _control_tokens(encoded: list[list[int]], tokenizer: "PreTrainedTokenizerFas
 
 
 def _rendered(conversations: Sequence[Conversation], settings: Settings, statistics: Statistics) -> list:
-    """Return the conversations that can be rendered, each with its text; what has no form is rendered many at once."""
-    template, formless = statistics.template, []
+    """Return the conversations that can be rendered, each with its text; what has no form is rendered many at once.
+
+    Of two conversations of one row, both or none; what is wrong is noted once.
+    """
+    template, formless, bad = statistics.template, [], set()
     forms: list[Form | DataError | None] = []
     for conversation in conversations:
         try:
@@ -238,8 +241,10 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, statist
                 raise pictures
             rendered.append((conversation, with_pictures(row, template.picture, pictures) if pictures else row))
         except DataError as error:
-            statistics.problems.add(conversation.where, error)
-    return rendered
+            if conversation.where not in bad:
+                statistics.problems.add(conversation.where, error)
+            bad.add(conversation.where)
+    return [each for each in rendered if each[0].where not in bad]
 
 
 def _form(conversation: Conversation, template: Template, statistics: Statistics) -> Form | None:
@@ -255,14 +260,15 @@ def _form(conversation: Conversation, template: Template, statistics: Statistics
 def _conversations(
     rendered: list[tuple[Conversation, Row]], encoded: tuple[list[Marked | DataError], set[int]], statistics: Statistics
 ) -> _Made:
-    """Yield the examples of rendered conversations, and note what is wrong with the others."""
-    made, end_token_ids = encoded
+    """Yield the examples of rendered conversations, and note what is wrong with the others, once for each row."""
+    (made, end_token_ids), bad = encoded, set()
     statistics.end_token_ids.update(end_token_ids)
     for (conversation, row), marked in zip(rendered, made, strict=True):
-        if isinstance(marked, DataError):
-            statistics.problems.add(row.where, marked)
-        else:
+        if not isinstance(marked, DataError):
             yield conversation, marked
+        elif row.where not in bad:
+            statistics.problems.add(row.where, marked)
+            bad.add(row.where)
 
 
 def _fit(made: _Made, settings: Settings, statistics: Statistics) -> Iterator[Example]:

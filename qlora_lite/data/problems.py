@@ -66,7 +66,7 @@ class Problems:
         """
         rule = fault.rule if isinstance(fault, DataError) else rule
         problem = RowProblem(where, rule, str(fault))
-        if where and problem == self._last:  # of both answers of one row
+        if where and problem == self._last:  # of a part of a split row, looked at again
             return
         self._last = problem
         self.fatal = self.fatal or fatal

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer
 
+from qlora_lite.data import encode
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.mask import Marked
@@ -22,6 +23,7 @@ from qlora_lite.data.row_formats import LABELS, PAIRS, Conversation, Turn
 from qlora_lite.data.sources import Source
 from qlora_lite.data.statistics import Statistics
 from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.errors import DataError
 
 TOKENIZER = make_tokenizer()
 
@@ -96,6 +98,24 @@ def test_a_row_whose_answers_are_both_bad_is_one_problem(read):
     ]
     data = read(rows)
     assert data.problems.count == 1 and len(data.examples) == 1
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [
+    ("yes<|im_end|>", "no<|im_start|>"), ("yes<|im_end|>", "no"), ("yes", "no<|im_start|>"),
+])  # fmt: skip
+def test_two_faults_of_one_row_are_one_bad_row(read, chosen, rejected):
+    good = {"prompt": "is", "chosen": "a", "rejected": "b"}
+    data = read([good, {"prompt": "what", "chosen": chosen, "rejected": rejected}, good | {"prompt": "what"}])
+    assert data.problems.count == 1 and data.dropped == {"control token in text": 1} and len(data.examples) == 2
+    assert data.problems.found[0].where.endswith("rows.jsonl:2")
+
+
+def test_an_answer_that_cannot_be_written_and_one_that_cannot_be_marked_are_one_bad_row(read, monkeypatch):
+    monkeypatch.setattr(encode, "mark_rows", lambda rows, *_: ([DataError("no")] * len(rows), set()))
+    rows = [{"prompt": "what", "chosen": "yes<|im_end|>", "rejected": "no"}]
+    assert read(rows).problems.count == 1
+    rows = [{"prompt": "what", "chosen": "yes", "rejected": "no"}] * 2
+    assert read(rows).problems.count == 2
 
 
 def test_what_a_conversation_shares_is_its_prompt(read):
