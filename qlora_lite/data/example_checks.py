@@ -180,7 +180,7 @@ def can_match(example: Example, matching: Matching) -> bool:
 
 
 def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tuple[RowProblem | None, bool]:
-    """Look for evaluation rows that are training rows too, token for token.
+    """Look for evaluation rows that are training rows too, token for token (of judged answers: and label for label).
 
     Args:
         train: the training rows.
@@ -190,10 +190,11 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
         What is wrong, if anything, and whether it is so much that evaluation means nothing (1 % and above).
     """
     places: dict[tuple, list[str]] = {}
+    judged = is_judged(train, evaluation)
     for row in evaluation:
-        places.setdefault(_content(row), []).append(row.where)
-    alike = np.flatnonzero(np.isin(signatures(train), signatures(evaluation))).tolist()
-    twins = {key: row.where for row in map(train.__getitem__, alike) if (key := _content(row)) in places}
+        places.setdefault(_content(row, judged), []).append(row.where)
+    alike = np.flatnonzero(np.isin(signatures(train, judged), signatures(evaluation, judged))).tolist()
+    twins = {key: row.where for row in map(train.__getitem__, alike) if (key := _content(row, judged)) in places}
     found = [(where, twins[key]) for key, wheres in places.items() if key in twins for where in wheres]
     if not found:
         return None, False
@@ -205,8 +206,14 @@ def check_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> tu
     return RowProblem(found[0][0], IN_BOTH, message), len(found) >= OVERLAP_ERROR_SHARE * len(evaluation)
 
 
-def _content(row: Example) -> tuple:
-    return row.token_ids.tobytes(), *(picture.digest for picture in row.pictures)
+def is_judged(*parts: Sequence[Example]) -> bool:
+    """Return whether examples are judged one by one: one at least is not to be imitated (see ``check_labels``)."""
+    return not all(each.rows[each.order + 1, 7].all() for each in map(stored, parts))
+
+
+def _content(row: Example, judged: bool) -> tuple:
+    ids = row.token_ids[: row.first] if judged else row.token_ids  # what follows is another row's answer
+    return ids.tobytes(), row.desirable, *(picture.digest for picture in row.pictures)
 
 
 def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_share: bool = False) -> RowProblem | None:
@@ -222,7 +229,8 @@ def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_sh
     (asked, is_asked), (learned, is_target) = prompt_signatures(evaluation), prompt_signatures(train)
     is_found = np.isin(asked, learned[is_target])
     if is_found.any():  # before all tokens are looked at again
-        is_found &= ~np.isin(signatures(evaluation), signatures(train))
+        judged = is_judged(train, evaluation)
+        is_found &= ~np.isin(signatures(evaluation, judged), signatures(train, judged))
     found = np.flatnonzero(is_found)
     if not len(found):
         return None
@@ -252,13 +260,23 @@ def prompt_signatures(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarr
     return np.array(list(map(hash, content)), np.int64), ends > starts
 
 
-def signatures(examples: Sequence[Example]) -> np.ndarray:
-    """Return a number per row that equal rows share, and others do by a rare chance only: uint64 [rows]."""
+def signatures(examples: Sequence[Example], judged: bool = False) -> np.ndarray:
+    """Return a number per row that equal rows share, and others do by a rare chance only: uint64 [rows].
+
+    Args:
+        examples: the rows.
+        judged: see ``is_judged``; such rows are equal by their own answers and labels, whichever row stands before.
+    """
     found = [np.empty(0, np.uint64)]
     for rows, ids, _, starts in _chunks(examples):
         places = np.arange(len(ids)) - np.repeat(starts, rows.lengths)
         weights = scattered(np.arange(rows.lengths.max(), dtype=np.uint64))
-        found.append(np.add.reduceat((ids + 1).astype(np.uint64) * weights[places], starts))
+        terms = (ids + 1).astype(np.uint64) * weights[places]
+        if judged:
+            first, desirable = rows.rows[rows.order + 1, 6:].T
+            terms[places >= np.repeat(first, rows.lengths)] = 0
+            terms[starts] += scattered(desirable.astype(np.uint64))
+        found.append(np.add.reduceat(terms, starts))
         if pictures := rows.picture_digests:
             found[-1] ^= np.array([hash(each) & (2**64 - 1) for each in pictures], np.uint64)
     return np.concatenate(found)

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .example_checks import NOTHING_TO_LEARN, prompt_signatures, scattered, signatures
+from .example_checks import NOTHING_TO_LEARN, is_judged, prompt_signatures, scattered, signatures
 from .examples import Dataset
 from .problems import Problems
 from .storage import Examples
@@ -60,8 +60,8 @@ def _chosen(examples: Examples, share: float) -> np.ndarray:
     places = examples.rows[examples.order + 1, 3:6].astype(np.uint64)
     file, line, row = places.T
     numbers = scattered(file << np.uint64(40) | line) ^ np.where(row > 0, scattered(row), np.uint64(0))
-    alike = [np.unique(each, return_inverse=True)[1]
-             for each in (numbers, signatures(examples), _by_prompt(examples, wanted))]  # fmt: skip
+    same = signatures(examples, is_judged(examples))
+    alike = [np.unique(each, return_inverse=True)[1] for each in (numbers, same, _by_prompt(examples, wanted))]
     groups = _groups(numbers, alike)
     keys, sizes = np.unique(groups, return_counts=True)
     fewest = int(sizes.min(initial=len(groups)))

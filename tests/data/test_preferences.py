@@ -7,6 +7,7 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data import encode
+from qlora_lite.data.example_checks import check_overlap, check_prompts
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.mask import Marked
@@ -206,6 +207,31 @@ def test_judged_answers_get_the_answer_of_the_row_before_as_their_second_sequenc
     for example in found:
         first, second = texts(example)
         assert first.partition("assistant\n")[0] == second.partition("assistant\n")[0]
+
+
+def judged(count, labels=(True, False)):
+    return [{"prompt": f"what {n}", "completion": f"{n} yes", "label": labels[n % 2]} for n in range(count)]
+
+
+def test_a_judged_row_is_the_same_whichever_row_stands_before_it(read):
+    train = read(judged(8), LABELS).examples
+    problem, is_error = check_overlap(train, read(judged(8)[::-1][:4], LABELS).examples)
+    assert is_error and problem.message.startswith("4 of 4 evaluation rows are training rows too")
+    assert check_prompts(train, read(judged(8)[::-1][:4], LABELS).examples) is None
+    assert check_overlap(train, read(judged(8, (False, True)), LABELS).examples) == (None, False)
+
+
+def test_a_judged_row_that_stands_twice_is_on_one_side(read):
+    rows = [row for n in range(20) for row in (judged(20)[n], judged(20)[(7 * n + 3) % 20])]
+    train, held = hold_out(read(rows, LABELS), 0.1)
+    own = [{targets(example)[0] for example in part.examples} for part in (train, held)]
+    assert own[1] and not own[0] & own[1] and check_overlap(train.examples, held.examples) == (None, False)
+
+
+def test_pairs_with_one_chosen_and_two_rejected_answers_are_other_rows(read):
+    one, two = ({"prompt": "what", "chosen": "yes", "rejected": answer} for answer in ("no", "four"))
+    assert check_overlap(read([one]).examples, read([two]).examples) == (None, False)
+    assert check_overlap(read([one]).examples, read([one]).examples)[1]
 
 
 def test_the_other_answer_is_cut_to_the_room_that_is_left(read):
