@@ -317,7 +317,8 @@ def _split(conversation: Conversation, settings: Settings, statistics: Statistic
         return next((marked.example for _, marked in _conversations(rendered, encoded, statistics)), None)
 
     def length_of(part: Conversation) -> int:
-        example = made_of(part, whole)
+        turns = tuple(replace(turn, left_out=False) for turn in part.turns)
+        example = made_of(replace(part, turns=turns), whole)
         return len(example.token_ids) if example else settings.max_tokens + 1
 
     for part in parts(conversation, length_of, settings.max_tokens):

@@ -136,7 +136,8 @@ def read_examples(
         tokenizer: a fast tokenizer; its state is not changed.
         template: None for the tokenizer's own chat template, or see ``choose_template``.
         train_on: "assistant" learns every answer; "completion" the one answer of rows that have just one;
-            "last" the last answer; "all" every token. Plain documents are always learned whole.
+            "last" the last answer; "all" every token but those of answers with weight 0 or train false. Plain
+            documents are always learned whole.
         max_tokens: longest row, at least 2 tokens.
         overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
             that loses all it had to learn is dropped and counted), or "split" (see ``split``).

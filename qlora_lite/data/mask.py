@@ -83,7 +83,9 @@ class Tokens:
 
 
 def answers_of(conversation: Conversation, train_on: str, train_on_end: bool = True) -> tuple[list[int], list[int]]:
-    """Choose the answers to learn, and those whose characters must be known for it; of train_on all, none to learn.
+    """Choose the answers to learn, and those whose characters must be known for it.
+
+    Of train_on all, none to learn: everything is, but for the turns that are left out, whose characters must be known.
 
     Args:
         conversation: the row.
@@ -105,7 +107,7 @@ def answers_of(conversation: Conversation, train_on: str, train_on_end: bool = T
         fault = "nothing to learn: every answer that counts has weight 0 or train false; give one 1 or true"
         raise DataError(fault, NOTHING_TO_LEARN)
     if train_on == "all":
-        return [], sorted({answers[-1]} if train_on_end else answers)
+        return [], [i for i in answers if i == answers[-1] or turns[i].left_out or not train_on_end]
     return learned, sorted({*learned, answers[-1]})
 
 
@@ -136,7 +138,11 @@ def render_row(
         rendering = form.fill(template, turns, needed)
     else:
         rendering = render(template, conversation, needed, ahead)
-    spans = [(0, len(rendering.text))] if train_on == "all" else [rendering.answers[index] for index in learned]
+    spans = [rendering.answers[index] for index in learned]
+    if train_on == "all":
+        left_out = [rendering.answers[index] for index in needed if turns[index].left_out]
+        holes = [(first, _before_special(rendering.text, last, template)) for first, last in left_out]
+        spans = [*_without((0, len(rendering.text)), holes)]
     found = tuple(rendering.answers[index] for index in needed)
     return Row(rendering.text, tuple(spans), found, conversation.where)
 
@@ -169,6 +175,15 @@ def with_pictures(row: Row, picture: str, shown: Sequence[tuple[PictureFile, str
         tuple(piece for span in row.learned for piece in _without(moved(span), holes)),
         tuple(map(moved, row.answers)), row.where, tuple(file for file, _ in shown),
     )  # fmt: skip
+
+
+def _before_special(text: str, at: int, template: Template) -> int:
+    """Return where the white space from a place on ends, if what follows it is a special token or nothing.
+
+    Some end tokens take that white space with them (transformers' ``rstrip``).
+    """
+    end = len(text) - len(text[at:].lstrip())
+    return end if end == len(text) or template.special.match(text, end) else at
 
 
 def _without(span: tuple[int, int], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

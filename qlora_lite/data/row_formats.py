@@ -17,7 +17,8 @@ answer, an unknown role or a number where text should be is an error of that row
 content is text or a list of text parts; it may stand beside "from", and "value" beside "role". Tools, calls and
 results: see ``tools``; in sharegpt a call is a turn of its own, {"from": "function_call", "value": JSON text}, and a
 result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
-learned, nor is one in a prompt that is a list of turns; a turn of another role is not, whatever it says.
+learned, nor (unless all tokens are) is one in a prompt that is a list of turns; a turn of another role is not,
+whatever it says.
 In a preference row, the prompt stands in "prompt", "messages" or "conversations", in "instruction" and "input", or at
 the beginning of "chosen"; an answer is text, a turn or a list of turns; a text may also be a whole transcript that
 begins with "Human:", as Anthropic's are. What "chosen" does not share with "rejected" is learned. No preference row is
@@ -107,10 +108,12 @@ class Turn:
     Args:
         role: "system", "user", "assistant" or "tool".
         content: its text; empty only where there are calls.
-        learned: False where the row gives this turn the weight 0, or says train: false.
+        learned: False where the row gives this turn the weight 0, or says train: false, and of answers in a prompt.
         calls: the tool calls of an assistant turn, as ``tools.tool_calls`` makes them.
         call_id: of a tool turn, the call that it answers, if the row says so.
         name: of a tool turn, the tool, if the row says so.
+        left_out: of an assistant turn, whether the row says that it is not learned (weight 0, train: false); then it is
+            not, even where all tokens are.
     """
 
     role: str
@@ -119,6 +122,7 @@ class Turn:
     calls: tuple[dict, ...] = ()
     call_id: str | None = None
     name: str | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -712,7 +716,7 @@ def _turn(message: object, number: int) -> Turn:
         raise DataError(f"turn {number} ({named}): {error}") from None
     learned = _learned(message, number)
     if role != "tool":
-        return Turn(role, text, learned, calls)
+        return Turn(role, text, learned, calls, left_out=role == "assistant" and not learned)
     call_id, name = (value if isinstance(value := message.get(key), str) else None for key in ("tool_call_id", "name"))
     return Turn(role, text, learned, (), call_id, name)
 

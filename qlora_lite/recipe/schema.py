@@ -359,7 +359,8 @@ class Data(_Section):
     Where a template writes today's date, examples get 26 July 2024, so that they are the same every day; prompts at
     inference get the real date."""
     train_on: Literal["assistant", "completion", "all", "last"] = "assistant"
-    """Target tokens: every assistant message, the completion, all tokens, or the last answer."""
+    """Target tokens: every assistant message, the completion, all tokens, or the last answer; never a message with
+    "train": false or "weight": 0."""
     train_on_end: bool = True
     """Train on the token that ends an answer too; with false the model does not learn to stop."""
     max_bad_rows: Count = 0

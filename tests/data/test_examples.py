@@ -237,6 +237,32 @@ def test_a_turn_with_weight_0_is_not_learned_and_a_row_of_such_turns_is_an_error
         build([row(1, 0)], train_on="last")
 
 
+@pytest.mark.parametrize("train_on_end", [True, False])
+def test_a_turn_that_is_left_out_is_not_learned_with_all_tokens_either(build, tokenizer, train_on_end):
+    rows = [{"messages": [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]}]
+    whole = learned_text(build(rows, train_on="all", train_on_end=train_on_end).examples[0], tokenizer)
+    for place, more in ((1, {"train": False}), (3, {"weight": 0})):
+        turns = [turn | (more if i == place else {}) for i, turn in enumerate(rows[0]["messages"])]
+        (example,) = build([{"messages": turns}], train_on="all", train_on_end=train_on_end).examples
+        answer = f"assistant{place // 2 + 1}" + ("<|im_end|>" if train_on_end else "")
+        assert learned_text(example, tokenizer) == whole.replace(f"{answer}\n", "")
+
+
+def test_all_tokens_are_learned_of_a_prompt_that_is_a_list_of_turns(build, tokenizer):
+    turns = [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]
+    (example,) = build([{"prompt": turns[:3], "completion": turns[3:]}], train_on="all").examples
+    assert learned_text(example, tokenizer).count("assistant1<|im_end|>") == 1
+
+
+def test_white_space_that_an_end_token_takes_with_it_belongs_to_the_turn_that_is_left_out(build):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_end|>", rstrip=True, special=True)]})
+    turns = [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]
+    turns[1]["train"] = False
+    (example,) = build([{"messages": turns}], train_on="all", tokenizer=tokenizer).examples
+    assert "assistant1" not in learned_text(example, tokenizer) and "user2" in learned_text(example, tokenizer)
+
+
 def test_train_on_chooses_the_answers(build, tokenizer):
     rows = [{"messages": [{"role": role, "content": f"{role}{i}"} for i in (1, 2) for role in ("user", "assistant")]}]
     texts = {on: learned_text(build(rows, train_on=on).examples[0], tokenizer) for on in ("assistant", "last", "all")}

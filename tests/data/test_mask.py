@@ -147,7 +147,7 @@ def test_completion_needs_rows_with_one_answer(tokenizer):
 
 
 def test_all_learns_the_whole_text_and_still_knows_the_last_answer(tokenizer):
-    turns = (Turn("user", "q"), Turn("assistant", "a", learned=False))
+    turns = (Turn("user", "q"), Turn("assistant", "a", learned=False))  # as one of a prompt
     row = render_row(Conversation(turns, "f:1"), choose_template(tokenizer), "all")
     assert row.learned == ((0, len(row.text)),)
     ((first, last),) = row.answers

@@ -25,6 +25,7 @@ from qlora_lite.errors import DataError
 PAIR = (Turn("user", "q"), Turn("assistant", "a"))
 WITH_SYSTEM = (Turn("system", "s"), *PAIR)
 UNLEARNED = (PAIR[0], Turn("assistant", "a", learned=False))
+LEFT_OUT = (PAIR[0], Turn("assistant", "a", learned=False, left_out=True))
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
@@ -60,13 +61,13 @@ def read(write):
         ({"conversations": [user("q"), assistant("a")]}, PAIR),
         ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("a")]}, WITH_SYSTEM),
         ({"messages": [user([{"type": "text", "text": "q"}]), assistant([part("a")])]}, PAIR),
-        ({"messages": [user("q"), assistant("a", weight=0, tool_calls=None)]}, UNLEARNED),
+        ({"messages": [user("q"), assistant("a", weight=0, tool_calls=None)]}, LEFT_OUT),
         ({"messages": [user("q"), assistant("a", loss_weight=1.0)]}, PAIR),
-        ({"messages": [user("q"), assistant("a", train=False)]}, UNLEARNED),
+        ({"messages": [user("q"), assistant("a", train=False)]}, LEFT_OUT),
         ({"messages": [user("q"), assistant("a", train=True, weight=1)]}, PAIR),
-        ({"messages": [user("q"), assistant("a", weight=1, train=False)]}, UNLEARNED),
-        ({"messages": [user("q"), assistant("a", loss_weight=0, train=True)]}, UNLEARNED),
-        ({"conversations": [SHAREGPT[0], SHAREGPT[1] | {"train": False}]}, UNLEARNED),
+        ({"messages": [user("q"), assistant("a", weight=1, train=False)]}, LEFT_OUT),
+        ({"messages": [user("q"), assistant("a", loss_weight=0, train=True)]}, LEFT_OUT),
+        ({"conversations": [SHAREGPT[0], SHAREGPT[1] | {"train": False}]}, LEFT_OUT),
         ({"conversations": SHAREGPT, "system": ""}, PAIR),
         ({"conversations": [{"from": "user", "content": "q"}, {"from": "chatgpt", "content": "a"}]}, PAIR),
         ({"conversations": [{"role": "human", "value": "q"}, {"role": "bing", "value": "a"}]}, PAIR),

@@ -106,10 +106,13 @@ def test_train_on_last_learns_the_last_answer_of_the_row_and_not_of_every_part(b
     assert data.dropped == {"part of a split row with nothing to learn": 2}
 
 
-def test_train_on_all_learns_every_part(build, tokenizer):
+def test_train_on_all_learns_every_part_but_for_answers_that_are_left_out(build, tokenizer):
     silent = {"role": "assistant", "content": "four " * 6, "weight": 0}
     data = build([talk(silent, "yes " * 6)], max_tokens=45, train_on="all")
-    assert len(data.examples) == 2 and all(e.learned[1:].all() for e in data.examples)
+    assert ["four" in text for text in texts(data, tokenizer)] == [True, False]
+    assert ["question" in text for text in learned_texts(data, tokenizer)] == [True, True]
+    assert ["four" in text for text in learned_texts(data, tokenizer)] == [False, False]
+    assert data.examples[1].learned[1:].all()
 
 
 def test_a_call_and_its_result_stay_together(build, tokenizer):
