@@ -20,7 +20,8 @@ model, or a second forward pass in each step, is what others pay for that.
 KTO's z is the mean log-ratio of answers to other prompts, of all examples of a step, at least 0, and constant: a
 forward pass over them comes before the step's own, so that z is the same however the step is cut. (trl takes the mean
 of each micro-batch.) With label smoothing e, dpo, cpo and simpo take 1 - e of the loss and e of that with the answers
-swapped.
+swapped. The odds of an answer that is learned completely are infinite; orpo takes those of p = -2^-23 there, which is
+float32's precision.
 
 Shapes: P examples of a micro-batch; R sequences, of pairs 2 P in turn, else P; N targets of them.
 """
@@ -51,6 +52,7 @@ OF_TWO = 4  # tokens that two sequences have at least: one of a prompt, and a ta
 WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"  # objectives that compare with the model that training begins with
 USUAL_BETA, BETAS, SFT_WEIGHTS = 0.1, {"simpo": 2.0}, {"orpo": 1.0, "cpo": 1.0}  # where a recipe leaves them open
 OF_MEANS = "ipo", "simpo", "orpo"  # over a sequence's tokens, and not of sums
+SURE = -torch.finfo(torch.float32).eps  # the greatest logarithm of a probability that odds are taken of
 
 
 class PreferenceBatch(NamedTuple):
@@ -173,7 +175,7 @@ class Preference(Objective):
         if self.kind == "hinge":
             return torch.relu(1 - self.beta * difference)
         if self.kind == "orpo":
-            return -self.beta * logsigmoid(difference - (_log_other(chosen) - _log_other(rejected)))
+            return -self.beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
         logits = self.beta * difference - (self.gamma if self.kind == "simpo" else 0)
         right, wrong = logsigmoid(logits), logsigmoid(-logits)
         return -right if not self.label_smoothing else -torch.lerp(right, wrong, self.label_smoothing)
@@ -191,11 +193,16 @@ class Preference(Objective):
         return LossSum((weights * (1 - torch.sigmoid(self.beta * lead))).sum(), metrics)
 
 
-def _log_other(log_probability: torch.Tensor) -> torch.Tensor:
-    """Return log(1 - p) of log p, also where p is nearly 0 or nearly 1; source: Maechler 2012."""
+def _log_odds(log_probability: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) of log p, also where p is nearly 0 or nearly 1; source: Maechler 2012.
+
+    Log p nearer to 0 than ``SURE``, or above it by rounding, counts as ``SURE``, for value and gradient: those of p = 1
+    are infinite, and a gradient of 0 would let nothing move it. So the gradient to a chosen answer is its limit.
+    """
     half = -math.log(2)
-    likely = torch.log(-torch.expm1(log_probability.clamp(min=half)))
-    return torch.where(log_probability > half, likely, torch.log1p(-torch.exp(log_probability.clamp(max=half))))
+    known = log_probability - (log_probability - SURE).relu().detach()
+    likely = torch.log(-torch.expm1(known.clamp(min=half)))
+    return known - torch.where(known > half, likely, torch.log1p(-torch.exp(known.clamp(max=half))))
 
 
 @dataclass(frozen=True)

@@ -397,3 +397,40 @@ def test_loss_and_gradients_equal_trls(kind, tmp_path):
     assert means.loss.item() != pytest.approx({"dpo": math.log(2), "kto": 0.5}.get(kind, 0.0), abs=1e-3)  # it has moved
     for (name, own), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(own.grad, their.grad / len(losses), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("answers", [(0.0, -0.5), (-0.5, 0.0), (0.0, 0.0), (1e-6, -0.5)])
+def test_an_answer_that_is_learned_completely_has_the_loss_and_gradient_of_nearly_so(answers):
+    """Where p is 1 in float32, the odds are infinite; above it lies what rounding makes of it."""
+    objective, nearly = Preference("orpo", BETA), 1 - 2.0**-23
+    chosen, rejected = (torch.tensor([value], requires_grad=True) for value in answers)
+
+    loss = objective._losses(chosen, rejected)
+    loss.sum().backward()
+
+    p, q = (math.log(nearly) if value >= 0 else value for value in answers)
+    ratio = p - math.log(-math.expm1(p)) - q + math.log(-math.expm1(q))
+    slope = BETA / (1 + math.exp(ratio))
+    assert loss.item() == pytest.approx(BETA * math.log1p(math.exp(-ratio)), rel=1e-4)
+    assert chosen.grad.item() == pytest.approx(slope / math.expm1(p), rel=1e-4)
+    assert rejected.grad.item() == pytest.approx(-slope / math.expm1(q), rel=1e-4)
+    if answers == (0.0, -0.5):  # the limits
+        assert loss.item() < 1e-6
+        assert chosen.grad.item() == pytest.approx(-BETA / math.expm1(0.5), rel=1e-4)
+
+
+def test_the_odds_of_orpo_equal_their_definition_from_unlikely_to_nearly_certain():
+    objective, other = Preference("orpo", BETA), -0.7
+    values = torch.tensor([-80.0, -20.0, -3.0, -math.log(2), -0.1, -1e-3, -1e-5, -(2.0**-22)], requires_grad=True)
+    for sign in (1, -1):
+        pair = (values, torch.full_like(values, other))[::sign]
+        values.grad = None
+        loss = objective._losses(*pair)
+        loss.sum().backward()
+
+        wide = values.detach().double().requires_grad_()
+        odds = [torch.log(p.exp() / -torch.expm1(p)) for p in (wide, torch.full_like(wide, other))[::sign]]
+        wanted = BETA * torch.log1p(torch.exp(odds[1] - odds[0]))
+        wanted.sum().backward()
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(values.grad.double(), wide.grad, rtol=1e-5, atol=1e-9)
