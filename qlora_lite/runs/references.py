@@ -2,8 +2,10 @@
 
 The reference is the model as training begins with it: the base, or the base with the adapter of lora.init_from. Its
 log-probabilities never change, two numbers an example. So they are computed once, without gradients and by the plan
-that training has, and found again by all that they depend on: the checksum of the weights, those and the settings of
-the adapter, and the tokens. A run that is stopped meanwhile keeps what is in the file; one that resumes finds them
+that training has, and found again by all that they depend on: the checksum of the weights, the model's configuration,
+weights and settings of the adapter, what it is trained to be merged into, the tokens, the compute type, fused kernels,
+and the versions of this package and its libraries. (How rows are packed changes no more than rounding, and is not
+among them.) A run that is stopped meanwhile keeps what is in the file; one that resumes finds them
 whole, and so does another run that begins alike. (Keeping a second model, the other known way, takes its memory in
 every step.)
 """
@@ -18,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qlora_lite.artifacts.run_folder import package_versions
 from qlora_lite.data.storage import Examples
 from qlora_lite.errors import OutputError
 from qlora_lite.files import cache_root, explain_write_errors, write_text
 from qlora_lite.inference.evaluate import Watch, watching
+from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.memory_options import divided_weights
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.divided_weights import tensors_here
@@ -76,8 +80,20 @@ def _key(examples: Examples, trainer: Trainer, checksum: str) -> str:
     adapter = {name: str(bit_sums(tensor)) for name, tensor in tensors_here(method, model).items()}
     if divided_weights(model):
         adapter = {str(rank): processes.tell(json.dumps(adapter), rank) for rank in range(processes.world_size)}
-    parts = [checksum, adapter, method.config(model, ""), examples.digest(), str(model.dtype), trainer.device.type]
+    parts = [
+        checksum, adapter, method.config(model, ""), method.merge_aware, _placeless(model.config.to_diff_dict()),
+        examples.digest(), str(model.dtype), trainer.device.type, sorted(kernels_of(model)), package_versions(),
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _placeless(config: dict) -> dict:
+    """Return a model's configuration without where the model lies."""
+    return {
+        name: _placeless(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "_name_or_path"
+    }
 
 
 def _read(path: Path, count: int) -> np.ndarray:

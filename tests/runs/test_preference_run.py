@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,39 @@ def test_what_the_reference_gives_is_computed_once_and_what_is_there_is_gone_on_
         path.write_text("[[1.0], [2.0]]")
     run_recipe(recipe(tmp_path / "fourth", model_folder))
     assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "fourth")
+
+
+def rotate_otherwise(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 50.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change", ["model configuration", "merge_aware", "versions", "kernels"])
+def test_another_forward_pass_has_a_reference_of_its_own(change, model_folder, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "qlora_lite")
+    shutil.copytree(model_folder, tmp_path / "model")
+    train = {"max_steps": 1}
+    run_recipe(recipe(tmp_path / "before", tmp_path / "model", train=train))
+    train |= {"merge_aware": "q4_0"} if change == "merge_aware" else {}
+    if change == "model configuration":
+        rotate_otherwise(tmp_path / "model")
+    elif change == "versions":
+        monkeypatch.setattr(references, "package_versions", lambda: {"torch": "0.1"})
+    elif change == "kernels":
+        monkeypatch.setattr(references, "kernels_of", lambda model: frozenset({"norms"}))
+    run_recipe(recipe(tmp_path / "after", tmp_path / "model", train=train))
+    assert not any("from the cache" in message for message in caplog.messages)
+    first = next(line for line in lines(tmp_path / "after") if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_model_that_is_elsewhere_has_the_same_reference(model_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "qlora_lite")
+    for name in ("one", "other"):
+        shutil.copytree(model_folder, tmp_path / name / "model")
+        run_recipe(recipe(tmp_path / name, tmp_path / name / "model", train={"max_steps": 1}))
+    assert sum("from the cache" in message for message in caplog.messages) == 2
 
 
 def test_an_adapter_to_begin_with_is_the_reference_also_when_the_run_resumes(model_folder, tmp_path):
