@@ -24,7 +24,7 @@ from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.files import cache_root
 from qlora_lite.recipe import schema
-from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.schema import GRPO, Recipe
 
 log = logging.getLogger("qlora_lite")
 STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
@@ -110,7 +110,8 @@ def _read(recipe: Recipe, tokenizer, which: str, preference: str | None, compare
     if recipe.of_pictures:
         return read_examples(sources, None, problem=recipe.label_problem, of_pictures=True)
     room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one
-    settings = d.template, d.train_on, room, d.overflow, d.train_on_end
+    train_on = "last" if recipe.train.objective == GRPO else d.train_on  # what the model itself is to answer
+    settings = d.template, train_on, room, d.overflow, d.train_on_end
     if recipe.with_vision:
         from .recipe_head import picture_reader  # and with it the libraries that a model needs
 

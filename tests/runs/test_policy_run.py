@@ -6,15 +6,17 @@ import re
 
 import pytest
 from click.testing import CliRunner
-from tiny_files import save_tiny, write_recipe
+from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import lines, stop_at, summary_of
 
 from qlora_lite.cli.main import cli
+from qlora_lite.data.storage import prompt_tokens
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster
 from qlora_lite.prepare import ranks
+from qlora_lite.prepare.datasets import build_data
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.rewards import judges_of
@@ -179,6 +181,29 @@ def test_a_group_that_has_no_room_is_named_with_the_row(tmp_path, model_folder):
     assert re.search(
         r"train\.jsonl:1: .*group_size 4 answers of up to 8 tokens to a prompt of 21", str(result.exception)
     )
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "completion", "last"])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_last_answer_that_is_not_learned_is_refused_with_its_row(tmp_path, model_folder, train_on, mark):
+    settings = recipe(tmp_path, model_folder, [f"data.train_on={train_on}"])
+    turns = [{"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "2")) * 2]
+    rows = [{"messages": [*turns[:3], turns[3] | mark]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: nothing to learn: every answer that counts has weight 0"):
+        build_data(settings, byte_tokenizer(), "train")
+
+
+def test_what_the_model_is_asked_is_what_the_functions_are_told(tmp_path, model_folder):
+    settings = recipe(tmp_path, model_folder)
+    turns = [{"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "2")) * 2]
+    rows = [turns, [turns[0], turns[1] | {"weight": 0}, *turns[2:]]]
+    text = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    (tmp_path / "train.jsonl").write_text(text)
+    tokenizer = byte_tokenizer()
+    for example in build_data(settings, tokenizer, "train").examples:
+        assert tokenizer.decode(example.token_ids[: prompt_tokens(example)]) == example.prompt
+        assert example.answer == "2" and example.prompt.count("1+1?") == 2
 
 
 def test_a_plan_needs_neither_rows_nor_functions(tmp_path, model_folder):
