@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import RecipeError, TrainingError
+from qlora_lite.files import sha256
 from qlora_lite.inference.generate import Sampling, answers, stop_ids
+from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.train.policy import Answered, PolicyLM
 
 GIVEN = "completions", "references", "prompts"  # texts that a function may take, by name
@@ -44,7 +47,8 @@ class Judges:
         """Return what each function gives for answers, float32 [R], by its own name.
 
         Raises:
-            TrainingError: not a finite number for each.
+            TrainingError: one raises an exception, or gives not a finite number for each.
+            RuntimeError, MemoryError: memory ran out.
         """
         texts_of = list(texts), [each.answer for each in examples], [each.prompt for each in examples]
         given = dict(zip(GIVEN, texts_of, strict=True))
@@ -55,7 +59,14 @@ class Judges:
 def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping[str, list[str]]) -> list[float]:
     wanted = inspect.signature(function).parameters.values()
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in wanted)
-    found = function(**(given if takes_all else {each.name: given[each.name] for each in wanted if each.name in given}))
+    taken = given if takes_all else {each.name: given[each.name] for each in wanted if each.name in given}
+    try:
+        found = function(**taken)
+    except Exception as error:  # the user's own code, which may raise anything
+        if is_out_of_memory(error):  # of which the step takes fewer tokens at once
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise TrainingError(f"{name} raised {what} ({_place_of(error, function)}); correct the function") from error
     count = len(given["completions"])
     if not isinstance(found, Sequence | torch.Tensor) or len(found) != count:
         what = f"{len(found)} numbers" if isinstance(found, Sequence | torch.Tensor) else type(found).__name__
@@ -66,6 +77,14 @@ def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping
             of = f"the completion {given['completions'][place]!r}"[:300]
             raise TrainingError(f"{name} returned {found[place]!r} for {of}; a reward is a finite number")
     return numbers
+
+
+def _place_of(error: Exception, function: Callable[..., Sequence[float]]) -> str:
+    """Return file and line of what was raised in the file of a function; elsewhere, if none of its lines led there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = getattr(inspect.getmodule(function), "__file__", None)
+    last = [*frames, *(frame for frame in frames if frame.filename == file)][-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def judges_of(names: Sequence[str]) -> Judges:
@@ -88,12 +107,12 @@ _FAULTS = (
 )  # fmt: skip
 
 
-@cache
 def _function(name: str) -> Callable[..., Sequence[float]]:
-    """Import a function, FILE.py:FUNCTION or MODULE:FUNCTION; a file once in a process."""
+    """Import a function, FILE.py:FUNCTION or MODULE:FUNCTION; a file once in a process as long as it is the same."""
     path, _, attribute = name.rpartition(":")
     try:
-        module = _module_of(Path(path)) if path.endswith(".py") else importlib.import_module(path)
+        is_file = path.endswith(".py")
+        module = _module_of(Path(path), sha256(Path(path))) if is_file else importlib.import_module(path)
     except _FAULTS as error:
         what = f"{type(error).__name__}: {error}"
         raise RecipeError(f"objective.rewards: {name} cannot be imported: {what}") from error
@@ -108,7 +127,9 @@ def _function(name: str) -> Callable[..., Sequence[float]]:
     return found
 
 
-def _module_of(path: Path):
+@cache
+def _module_of(path: Path, digest: str):
+    """Import a file with a digest of its content."""
     name = f"rewards_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

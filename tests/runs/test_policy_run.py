@@ -24,6 +24,9 @@ from qlora_lite.runs.run import run_recipe
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 JUDGE = """
+import json
+
+
 def letters(completions):
     return [float(len({*text})) for text in completions]
 
@@ -43,6 +46,22 @@ def words(completions):
 
 def unknown(completions, solutions):
     return [0.0 for _ in completions]
+
+
+def divided(completions):
+    return [1 / 0 for _ in completions]
+
+
+def parsed(completions):
+    return [json.loads(text)["score"] for text in completions]
+
+
+def silent(completions):
+    raise ValueError("one line\\nand another")
+
+
+def full(completions):
+    raise MemoryError
 
 
 NUMBER = 3
@@ -135,6 +154,40 @@ def test_what_a_function_returns_wrongly_is_named(tmp_path, name, said):
     (tmp_path / "judge.py").write_text(JUDGE)
     with pytest.raises(TrainingError, match=said):
         judges_of([f"{tmp_path / 'judge.py'}:{name}"])([_Row()] * 4, ["a"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("divided", "ZeroDivisionError: division by zero"),
+        ("parsed", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),  # raised in a library
+        ("silent", "ValueError: one line and another"),
+    ],
+)
+def test_what_a_function_raises_is_one_line_with_its_place(tmp_path, name, said):
+    path = tmp_path / "judge.py"
+    path.write_text(JUDGE)
+    line = JUDGE[: JUDGE.index("\n", JUDGE.index(f"def {name}(")) + 1].count("\n") + 1
+    with pytest.raises(TrainingError) as caught:
+        judges_of([f"{path}:{name}"])([_Row()], ["no json"])
+    assert str(caught.value) == f"{path}:{name} raised {said} ({path}:{line}); correct the function"
+    assert caught.value.__cause__ is not None
+
+
+def test_memory_that_runs_out_in_a_function_is_for_the_step_to_see(tmp_path):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    with pytest.raises(MemoryError):
+        judges_of([f"{tmp_path / 'judge.py'}:full"])([_Row()], ["a"])
+
+
+def test_an_edited_file_is_read_again_in_one_process_and_one_that_is_not_is_kept(tmp_path):
+    path = tmp_path / "judge.py"
+    found = []
+    for code in ("[1.0]", "[1.0]", "[-1.00]"):
+        path.write_text(f"def good(completions):\n    return {code}\n")
+        judges = judges_of([f"{path}:good"])
+        found.append((judges.functions[f"{path}:good"], judges([_Row()], ["a"])["good"].item()))
+    assert found[0] == found[1] and [value for _, value in found] == [1, 1, -1]
 
 
 def test_a_file_of_functions_may_have_dataclasses_and_its_errors_are_told(tmp_path):
