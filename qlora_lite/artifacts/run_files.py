@@ -19,7 +19,7 @@ DAMAGE = "damage.json"  # what four bits cost, where `qlora-lite damage` was ask
 PICTURES = "pictures.json"  # what a report shows of held-out pictures, where rows are such
 SAMPLES = "samples"  # folder of pictures that a denoiser drew before and after training
 SAMPLES_INDEX = "samples.json"  # of that folder: prompts, and the pictures as data URIs
-FILES = RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
+RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,10 @@ def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int |
     if most_bytes is not None and close is not None:
         raise click.UsageError("give --bytes or --close, not both")
     run = Path(recipe) if (Path(recipe) / RECIPE).is_file() else None
+    if run:
+        from qlora_lite.reporting.report import require_run_folder
+
+        require_run_folder(run)
     loaded = load_recipe(run / RECIPE if run else recipe, overrides)
     prepare(verbose=False)
     from qlora_lite.inference.damage import measure_damage, pages_of, write_damage

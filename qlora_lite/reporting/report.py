@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from qlora_lite.artifacts.run_files import FILES, RunFiles, curve, figures_of_metrics, number, read_run
+from qlora_lite.artifacts.run_files import METRICS, SUMMARY, RunFiles, curve, figures_of_metrics, number, read_run
 from qlora_lite.errors import OutputError
 from qlora_lite.files import write_text
 from qlora_lite.units import format_bytes, format_score, format_seconds
@@ -33,11 +33,25 @@ _WHEN = "before", "after"
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
 
 
+def require_run_folder(run_dir: Path) -> None:
+    """Check that a report may be written into a folder: a recipe alone may be the user's own, beside their own report.
+
+    Raises:
+        OutputError: it has neither summary, metrics nor checkpoints of a run.
+    """
+    if not any((run_dir / name).is_file() for name in (METRICS, SUMMARY)):
+        from qlora_lite.artifacts.run_folder import is_begun  # with torch, which no other page has to wait for
+
+        if not is_begun(run_dir):
+            raise OutputError(f"{run_dir} is not a run folder; give the folder that train printed at its end")
+
+
 def write_report(run_dir: Path) -> Path:
     """Write report.html into a run folder.
 
     Args:
-        run_dir: folder with recipe.yaml, metrics.jsonl and summary.json; each may be cut short, and two be missing.
+        run_dir: folder with recipe.yaml, metrics.jsonl and summary.json; each may be cut short, and two be missing;
+            see ``require_run_folder``.
 
     Returns:
         Path of the page.
@@ -45,8 +59,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         OutputError: it is not a run folder, or cannot be written to.
     """
-    if not any((run_dir / name).is_file() for name in FILES):
-        raise OutputError(f"{run_dir} is not a run folder; give the folder that train printed at its end")
+    require_run_folder(run_dir)
     path = run_dir / "report.html"
     write_text(path, render(read_run(run_dir), run_dir.resolve().name))
     return path

@@ -214,8 +214,8 @@ def test_missing_metrics_are_said_and_the_rest_is_shown(report):
     assert "metrics.jsonl is missing" in text and "92.5 %" in text and "learning_rate 0.001" in text
 
 
-def test_a_run_that_wrote_nothing_but_an_empty_recipe_gives_a_page_that_says_so(report):
-    text = Elements(report(None, None, "")).text
+def test_a_run_that_wrote_nothing_but_an_empty_recipe_and_summary_gives_a_page_that_says_so(report):
+    text = Elements(report({}, None, "")).text
     assert "unfinished" in text and "metrics.jsonl is missing" in text and "Nothing was recorded" in text
 
 
@@ -274,6 +274,18 @@ def test_a_folder_that_is_not_there_or_is_no_run_s_is_an_error(command, tmp_path
     code, out, err = command("report", tmp_path / name)
     assert (code, out) == (2, "") and err.startswith(f"error: {tmp_path / name} is not a run folder; give the")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_the_user_s_own_beside_their_recipe_stays_as_it_is(command, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "report.html").write_text("my own")
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("report", "damage"):
+        code, out, err = command(name, tmp_path)
+        assert (code, out) == (2, "") and "is not a run folder" in err, name
+    assert (tmp_path / "report.html").read_text() == "my own"
+    (tmp_path / "checkpoints" / "step-00000002").mkdir()  # of a run that has lost all else
+    assert command("report", tmp_path)[0] == 0 and "<html" in (tmp_path / "report.html").read_text()
 
 
 def test_a_long_series_keeps_its_spikes_its_ends_and_its_gaps():
