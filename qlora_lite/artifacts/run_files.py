@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS_DIGEST = "metrics_sha256"  # of the file's bytes, in the summary of a run that ended and in a checkpoint
+HELD_OUT_DIGEST = "held_out_sha256"  # in the summary's data, of the rows that data.eval_share held out
 DAMAGE = "damage.json"  # what four bits cost, where `qlora-lite damage` was asked for the run
 PICTURES = "pictures.json"  # what a report shows of held-out pictures, where rows are such
 SAMPLES = "samples"  # folder of pictures that a denoiser drew before and after training

@@ -51,6 +51,7 @@ from qlora_lite.prepare.recipe_head import picture_processor, picture_reader
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import OF_PICTURES, PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
+from .run_files import HELD_OUT_DIGEST
 from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
 
 log = logging.getLogger("qlora_lite")
@@ -70,6 +71,7 @@ class TrainedRun:
         files: of the base model.
         own_template: Jinja text that lies beside an adapter alone, used in place of the tokenizer's own.
         began_as: of a run that trained a whole model, which is what ``recipe`` names then, the base model's path.
+        held_out: ``prepare.datasets.held_out_digest`` of the rows that it held out of its training rows, where known.
     """
 
     name: str
@@ -79,6 +81,7 @@ class TrainedRun:
     files: ModelFiles
     own_template: str | None = None
     began_as: str | None = None
+    held_out: str | None = None
 
     @property
     def is_alone(self) -> bool:
@@ -298,7 +301,8 @@ def open_trained(
         raise ModelError(moved if model_path else f"{moved}. Give its new location with --model PATH") from error
     _check_base(opened.summary, fingerprint_of(recipe, files), files, folder, "--model PATH")
     name = folder.resolve().name
-    return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files)
+    held_out = opened.summary["data"].get(HELD_OUT_DIGEST)
+    return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files, held_out=held_out)
 
 
 def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None, draws: bool = False) -> None:
@@ -329,8 +333,8 @@ def _open_whole(folder: Path, opened: OpenedRun, model_path: str | None) -> Trai
     if model_path:
         raise ModelError(f"{folder} has a whole model, and needs no base model: leave out --model")
     recipe, path = _where_it_lies_now(_as_it_ran(opened), str(opened.adapter)), opened.recipe.model.path
-    files = base_files(recipe)
-    return TrainedRun(folder.resolve().name, recipe, None, opened.end_token_ids, files, began_as=path)
+    files, held_out = base_files(recipe), opened.summary["data"].get(HELD_OUT_DIGEST)
+    return TrainedRun(folder.resolve().name, recipe, None, opened.end_token_ids, files, None, path, held_out)
 
 
 def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:

@@ -65,7 +65,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
         return
     if chat or fewshot is not None:
         raise click.UsageError("--fewshot and --chat-template are for --tasks")
-    adapter, tokenizer, without = None, None, "none: the base model"
+    adapter, tokenizer, held_out, without = None, None, None, "none: the base model"
     if rows:
         overrides = *overrides, f"train.metrics_examples={rows}"
     if not Path(run_or_recipe).exists() and Path(run_or_recipe).suffix not in (".yaml", ".yml"):
@@ -81,7 +81,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
             from qlora_lite.artifacts.trained_run import require_kind
 
             require_kind(trained.recipe, run_or_recipe, has_head=False)
-        adapter = None if base else trained.adapter
+        adapter, held_out = (None, None) if base else (trained.adapter, trained.held_out)
         if base or side_by_side or shots:
             replace(trained, adapter=adapter).require_base()
         without = "none: all weights were trained" if trained.began_as else without
@@ -106,7 +106,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     if out and not asked:
         raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")
     with step_progress("loading") as progress:
-        result, answers = measure_recipe(recipe, adapter, asked, tokenizer, out, progress.watch)
+        result, answers = measure_recipe(recipe, adapter, asked, tokenizer, out, progress.watch, held_out)
     with ExitStack() as when_printed:  # a full disk must not take the figures with it
         if out:
             when_printed.callback(write_answers, out, answers)

@@ -43,7 +43,7 @@ from qlora_lite.models.merge import (
 from qlora_lite.models.save import SHARD_BYTES, bnb_config, save_quantized
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.prepare.build import build_to_use, start_of, train_settings, work_to_measure
-from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.datasets import build_data, warn_of_other_rows
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.merging import NF4, OFF
@@ -222,6 +222,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
         data = build_data(recipe, tokenizer, "eval") or build_data(recipe, tokenizer)
     except DataError as error:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
+    warn_of_other_rows(recipe, data, trained.held_out)
     examples = data.examples[:count]
     work = work_to_measure(recipe)
     return HeldOut(list(eval_batches(work, examples, train_settings(recipe))), len(examples), name, work)

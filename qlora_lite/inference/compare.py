@@ -18,7 +18,7 @@ from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import train_settings, work_to_measure
-from qlora_lite.prepare.datasets import build_data, measures_of
+from qlora_lite.prepare.datasets import build_data, measures_of, warn_of_other_rows
 from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.compare_page import render_comparison
@@ -125,6 +125,7 @@ def _check_rows(rows_of: TrainedRun, answers: int, shots: int) -> Dataset | None
     if answers:
         check_packages(rows_of.recipe.train.metrics)
     data = build_data(rows_of.recipe, tokenizer, "eval")
+    warn_of_other_rows(rows_of.recipe, data, rows_of.held_out)
     measurable(data.examples[:answers], measures_of(rows_of.recipe))
     return with_shots(rows_of.recipe, tokenizer, data, shots) if shots else None
 

@@ -39,7 +39,7 @@ from qlora_lite.models.anatomy import device_of, position_limit
 from qlora_lite.models.memory_options import stream_of
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
 from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings, work_to_measure
-from qlora_lite.prepare.datasets import build_data, measures_of
+from qlora_lite.prepare.datasets import build_data, measures_of, warn_of_other_rows
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.readers import reader_of
 from qlora_lite.prepare.recipe_head import picture_reader
@@ -305,7 +305,7 @@ def context_tokens_of(recipe: Recipe) -> int:
 
 def evaluate_recipe(
     recipe: Recipe, adapter: str | Path | None, metrics_rows: int, tokenizer=None, out: str | Path | None = None,
-    watch: Watch | None = None,
+    watch: Watch | None = None, held_out: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
@@ -316,6 +316,7 @@ def evaluate_recipe(
         out: JSONL file for the answers, one object for each compared example: where, prompt, reference, answer, match,
             finish, what was compared where that is not the whole text, and what a metric of likelihood found.
         watch: told how far the evaluation is.
+        held_out: of a run's recipe, ``TrainedRun.held_out``: a warning says if the rows are others by now.
 
     Returns:
         eval_loss, perplexity, labelled_tokens, rows and, if asked for, metrics (value, standard_error and examples of
@@ -327,7 +328,7 @@ def evaluate_recipe(
         RecipeError: it is no recipe, names no evaluation rows, or a metric's package is not installed.
         OutputError: ``out`` cannot be written.
     """
-    measured, found = measure_recipe(recipe, adapter, metrics_rows, tokenizer, out, watch)
+    measured, found = measure_recipe(recipe, adapter, metrics_rows, tokenizer, out, watch, held_out)
     if out and found:
         write_answers(out, found)
     return measured
@@ -344,7 +345,7 @@ def write_answers(out: str | Path, records: Iterable[dict]) -> None:
 
 def measure_recipe(
     recipe: Recipe, adapter: str | Path | None, metrics_rows: int, tokenizer=None, out: str | Path | None = None,
-    watch: Watch | None = None,
+    watch: Watch | None = None, held_out: str | None = None,
 ) -> tuple[dict[str, Any], Sequence[dict]]:  # fmt: skip
     """Do what ``evaluate_recipe`` does, and return the answers beside its figures, for ``write_answers``.
 
@@ -370,8 +371,9 @@ def measure_recipe(
         require_another(Path(out), *local_files(source.path for source in sources))
     tokenizer = tokenizer or reader_of(recipe)
     if recipe.problem is not None:
-        return _evaluate_labels(recipe, adapter, tokenizer, watch), ()
+        return _evaluate_labels(recipe, adapter, tokenizer, watch, held_out), ()
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
+    warn_of_other_rows(recipe, data, held_out)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
     judged: dict[str, float] = {}
@@ -405,9 +407,12 @@ def measure_recipe(
     return measured, records
 
 
-def _evaluate_labels(recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None) -> dict[str, Any]:
+def _evaluate_labels(
+    recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None, held_out: str | None
+) -> dict[str, Any]:  # fmt: skip
     """Measure a recipe's model with its head on its evaluation rows, see ``evaluate_recipe``."""
     data = build_data(recipe, tokenizer, "eval")
+    warn_of_other_rows(recipe, data, held_out)
     if recipe.task.labels is None:  # of a recipe, whose rows say them
         recipe = with_labels(recipe, build_data(recipe, tokenizer))
     model, work = load_head(recipe, adapter, tokenizer)

@@ -20,7 +20,7 @@ from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import CHOSEN, LABELS, PAIRS, is_preference
 from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Settings
-from qlora_lite.data.storage import Example
+from qlora_lite.data.storage import Example, stored
 from qlora_lite.errors import DataError
 from qlora_lite.files import cache_root
 from qlora_lite.recipe import schema
@@ -73,6 +73,24 @@ def read_data(
     else:
         found = {which: read(which) for which in wanted if getattr(recipe.data, which) is not None}
     return found if compares else {which: _to_imitate(data) for which, data in found.items()}
+
+
+def held_out_digest(data: Dataset) -> str:
+    """Return a SHA-256 over evaluation rows, the same wherever they lie and whether preferences are compared or not."""
+    return stored(list(_to_imitate(data).examples)).digest()
+
+
+def warn_of_other_rows(recipe: Recipe, data: Dataset, digest: str | None) -> None:
+    """Warn where a run may have learned rows that ``data.eval_share`` holds out now, since its data has changed.
+
+    Args:
+        recipe: of the run, or what it is measured with.
+        data: the evaluation rows that this recipe has now.
+        digest: ``held_out_digest`` of those that the run held out; None where that is not known.
+    """
+    if recipe.data.eval_share and digest is not None and held_out_digest(data) != digest:
+        log.warning("the run's data has changed since it was trained: it may have learned some of the rows that "
+                    "data.eval_share holds out now; `qlora-lite evaluate RUN data.eval=PATH` takes others")  # fmt: skip
 
 
 def told_by(recipe: Recipe, which: str) -> str | None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.start import First
+from qlora_lite.artifacts.run_files import HELD_OUT_DIGEST
 from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.captions import Fit
@@ -49,7 +50,7 @@ from qlora_lite.prepare.build import (
     with_plan,
     workload_of,
 )
-from qlora_lite.prepare.datasets import build_stream, rows_to_plan
+from qlora_lite.prepare.datasets import build_stream, held_out_digest, rows_to_plan
 from qlora_lite.prepare.first_weights import FROM_ROWS, Ranks, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.latents import encode, named_classes
@@ -435,7 +436,11 @@ def write_data(run: RunFolder, found: Preflight) -> None:
     if data.template:
         write_text(run.path / TEMPLATE, portable_source(data.template))
     counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
-    run.update(data={key: report[key] for key in counts} | {"end_token_ids": sorted(data.end_token_ids)})
+    counted = {key: report[key] for key in counts} | {"end_token_ids": sorted(data.end_token_ids)}
+    if run.recipe.data.eval_share and found.eval_data:  # of a run that is resumed, what it first held out
+        known = run.summary.get("data", {}).get(HELD_OUT_DIGEST)
+        counted[HELD_OUT_DIGEST] = known or held_out_digest(found.eval_data)
+    run.update(data=counted)
 
 
 def _describe_model(loaded: Loaded, fingerprint: str) -> None:

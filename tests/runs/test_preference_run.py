@@ -18,7 +18,7 @@ from qlora_lite.data.storage import sequences_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError
 from qlora_lite.files import cache_root
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.prepare.datasets import build_data, read_data
+from qlora_lite.prepare.datasets import build_data, held_out_digest, read_data
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import references
 from qlora_lite.runs.run import run_recipe
@@ -254,6 +254,7 @@ def test_what_is_measured_later_are_answers_to_imitate_of_the_rows_held_out(obje
     tokenizer = byte_tokenizer("chatml")
     held_out = read_data(made, tokenizer)["eval"].examples
     measured = build_data(made, tokenizer, "eval").examples
+    assert held_out_digest(read_data(made, tokenizer)["eval"]) == held_out_digest(build_data(made, tokenizer, "eval"))
     expected = [sequences_of(row)[0] for row in held_out if row.desirable]
     assert [row.where for row in measured] == [row.where for row in expected]
     assert [row.answer for row in measured] == [row.answer for row in expected]

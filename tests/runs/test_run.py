@@ -321,6 +321,29 @@ def test_a_run_on_one_file_of_rows_is_measured_on_those_that_it_did_not_learn(ru
     assert model["eval_loss"] == pytest.approx(result["eval_loss"], rel=1e-4) and model["rows"] == 5
 
 
+def test_a_run_whose_rows_have_changed_since_is_measured_with_a_warning(run, command, tmp_path):
+    folder = run(data={"eval": None, "eval_share": 0.25}, train={"max_steps": 1})
+    rows, words = tmp_path / "train.jsonl", "it may have learned some of the rows that data.eval_share holds out now"
+
+    def warned(name, *options):
+        out = ["--out", tmp_path / "merged"] if name == "merge" else []
+        code, _, err = command(name, folder, *out, *options)
+        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+        assert code == 0 and err.count("\n") >= err.count(words), err
+        return err.count(words)
+
+    uses = ("evaluate",), ("compare",), ("evaluate", "--side-by-side"), ("merge", "--rows", 2)
+    assert [warned(*use) for use in uses] == [0] * 4
+    before = rows.read_text()
+    rows.write_text("".join(before.splitlines(keepends=True)[0].replace("0?", f"new {n}?") for n in range(5)) + before)
+    assert [warned(*use) for use in uses] == [1] * 4
+    assert not warned("evaluate", "--base") and not warned("evaluate", f"data.eval={rows}")
+    summary = summary_of(folder)
+    assert len(summary["data"].pop("held_out_sha256")) == 64
+    (folder / "summary.json").write_text(json.dumps(summary))  # as an earlier version wrote it
+    assert [warned(*use) for use in uses] == [0] * 4
+
+
 @pytest.mark.parametrize(("method", "uses"), [
     ("lora", "(or generate, evaluate, merge, export, serve)"), ("prompt", "(or generate, evaluate, serve)"),
     ("prefix", "(or generate, evaluate, serve)"), ("bottleneck", "(or generate, evaluate, serve)"),
