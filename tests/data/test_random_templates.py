@@ -113,18 +113,23 @@ def expected(form, turns, train_on, train_on_end, tokenizer):
     answers = [index for index, turn in enumerate(turns) if turn[0] == "assistant"]
     wanted = answers[-1:] if train_on == "last" else answers
     learned_answers = {index for index in wanted if turns[index][2]}
-    if train_on != "all" and not learned_answers:
+    all_tokens, left_out = train_on == "all", {*answers} - learned_answers
+    if not all_tokens and not learned_answers:
         return None
+    for index in left_out if all_tokens else ():  # with white space that its end may take along
+        after = ends[index] + 1 + len(text[ends[index] + 1 :]) - len(text[ends[index] + 1 :].lstrip())
+        if after == len(text) or text.startswith(SPECIAL_TOKENS, after):
+            owners[ends[index] + 1 : after] = [index] * (after - ends[index] - 1)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    looked_at = {answers[-1]} | (learned_answers if train_on != "all" else set() if train_on_end else set(answers))
+    looked_at = {answers[-1]} | (learned_answers if not all_tokens else left_out if train_on_end else set(answers))
     for index in looked_at:
         before = [token for token, (first, _) in zip(ids, offsets, strict=True) if first < starts[index]]
         if tokenizer(text[: starts[index]], add_special_tokens=False)["input_ids"] != before:
             return None
     learned = []
     for first, last in offsets:
-        flags = {train_on == "all" or owner in learned_answers for owner in owners[first:last]}
+        flags = {owner in learned_answers or (all_tokens and owner is None) for owner in owners[first:last]}
         if len(flags) > 1:
             return None
         is_end = not train_on_end and any(first <= ends[index] < last for index in looked_at)
