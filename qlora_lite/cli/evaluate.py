@@ -108,7 +108,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     with step_progress("loading") as progress:
         result, answers = measure_recipe(recipe, adapter, asked, tokenizer, out, progress.watch, held_out)
     with ExitStack() as when_printed:  # a full disk must not take the figures with it
-        if out:
+        if out and answers:
             when_printed.callback(write_answers, out, answers)
         if as_json:
             echo_exactly(json.dumps(result))

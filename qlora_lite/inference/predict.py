@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
 from qlora_lite.data.data_files import reader_of
@@ -242,8 +241,7 @@ def _answer(
     """
     tasks = open_tasks([trained], context_tokens=context_tokens)
     name = None if settings.base else tasks.names[0]
-    with tasks.using(name):
-        context_tokens += count_virtual(tasks.model)
+    context_tokens += tasks.virtual_tokens(name)
     _check_length(tasks.model, context_tokens)
     at_once = answered_at_once(trained.recipe, tasks.model, trained.recipe.memory.budget_bytes, context_tokens)
     show, cut, next_one = watching(watch, "answers", len(prompts)), 0, start
