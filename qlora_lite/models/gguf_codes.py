@@ -1,8 +1,12 @@
-"""Read a GGUF file for ``model.quant: keep``: codes of linear layers as they are, all else in the compute type.
+"""Read the tensors of a GGUF file of a family that ``gguf_names`` knows.
 
-The model that is trained is then, weight for weight, the one that llama.cpp and Ollama serve from that file. Codes stay
-in the file, which the process sees as memory, but for those of rows that llama.cpp orders otherwise (``gguf_names``):
-blocks lie along rows, so that reordering a weight's rows is reordering those of its codes.
+With ``model.quant: keep`` codes of linear layers stay as they are and all else is in the compute type. The model that
+is trained is then, weight for weight, the one that llama.cpp and Ollama serve from that file. Codes stay in the file,
+which the process sees as memory, but for those of rows that llama.cpp orders otherwise: blocks lie along rows, so that
+reordering a weight's rows is reordering those of its codes.
+
+Without codes that stay it is what transformers would dequantise, to the bit, in a fraction of the time: its reader
+makes an array of every word of the vocabulary, and a table of all names for every tensor.
 """
 
 import logging
@@ -67,9 +71,9 @@ def read_codes(
     state, others = {}, Counter[str]()
     for name, parameter in places.items():
         (start, number, shape), (path, _, leaf) = header.tensors[name], parameter.rpartition(".")
-        stored = torch.from_numpy(content[start : start + _bytes(number, shape)])
+        stored = torch.from_numpy(content[start : start + stored_bytes(number, shape)])
         if leaf != "weight" or path not in kept:
-            state[parameter] = _dense(names, parameter, stored, number, shape, dtype)
+            state[parameter] = dense(names, parameter, stored, number, shape, dtype)
             others[_kind(number)] += 1
             continue
         (_, size) = GGUF_BLOCKS[kept[path]].parts(shape)["weight"]
@@ -77,7 +81,7 @@ def read_codes(
         is_moved = codes.data_ptr() != stored.data_ptr()
         state[parameter] = put(codes) if put is not None and is_moved else codes
     unknown = {kind: count for kind, count in others.items() if kind not in _FLOATS and kind not in GGUF_BLOCKS}
-    if unknown:
+    if formats and unknown:
         said = ", ".join(f"{count} of type {kind}" for kind, count in unknown.items())
         log.warning("weights of %s whose codes are not known here are in 16 bit: %s", files.name, said)
     return state
@@ -108,17 +112,22 @@ def _kind(number: int) -> str:
     return GGMLQuantizationType(number).name.lower()
 
 
-def _bytes(number: int, shape: tuple[int, ...]) -> int:
+def stored_bytes(number: int, shape: tuple[int, ...]) -> int:
+    """Return the size of a tensor of a type, as GGUF numbers it, in a file."""
     from gguf import GGML_QUANT_SIZES
 
     block, block_bytes = GGML_QUANT_SIZES[number]  # keys are int enums
     return prod(shape) // block * block_bytes
 
 
-def _dense(
+def dense(
     names: GgufNames, parameter: str, stored: torch.Tensor, number: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return a parameter in a type; what is added to norms is added in float32, before that."""
+    """Return a parameter in a type, from its bytes in a file; what is added to norms is added in float32, before that.
+
+    Args:
+        number: of the type in the file.
+    """
     from gguf import dequantize
 
     kind, exact = _kind(number), torch.float32 if len(shape) == 1 else dtype

@@ -2,8 +2,9 @@
 
 Several ways in, one result (a transformers model whose block linears are ``QuantLinear``): 16-bit safetensors
 are quantised weight by weight while they are read; a checkpoint that is packed already is read as it is
-(bitsandbytes' 4 bit here, others by ``published``); a GGUF file is dequantised by transformers and quantised
-again, or keeps its codes (``gguf_codes``); and whatever was quantised here before comes from the cache.
+(bitsandbytes' 4 bit here, others by ``published``); a GGUF file is dequantised and quantised again, or keeps its
+codes (``gguf_codes``; families that it does not know are read by transformers); and whatever was quantised here before
+comes from the cache.
 
 Weights of the head, the embeddings and the norms keep the compute type; tied weights stay tied. Of a larger model the
 language model alone is loaded (``nested``).
@@ -41,6 +42,7 @@ from qlora_lite.units import format_bytes
 
 from .cache import base_fingerprint, cache_entry, check_sums
 from .gguf_codes import kept_formats, read_codes
+from .gguf_names import ARCHITECTURES
 from .heads import Head, begin_head, note_new, with_head
 from .kept import check_kept, kept_layers
 from .locate import ModelFiles, locate
@@ -472,6 +474,8 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
 def _from_pretrained(
     files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, state=None
 ) -> nn.Module:  # fmt: skip
+    if state is None and files.gguf_file and part.config.model_type in ARCHITECTURES:
+        state = read_codes(files, part.config, (), dtype)
     extra = {"quantization_config": quantization_config} if quantization_config else {}
     is_headed = part is not None and bool(part.config.problem_type)
     load = partial(model_of, files.folder) if state is None else partial(model_with, part.config, state)

@@ -31,6 +31,8 @@ from qlora_lite.quant.linear import is_conv1d, is_linear
 from qlora_lite.quant.nf4 import Packed, dequantize, from_bnb_state
 from qlora_lite.quant.tensor_file import DTYPES, Entries
 
+from .gguf_codes import dense, stored_bytes
+from .gguf_header import read_header
 from .gguf_names import gguf_names
 from .load import entry_of, load_model
 from .locate import ModelFiles, check_gguf
@@ -224,28 +226,23 @@ def _parameter_names(skeleton: nn.Module, stored: list[str], mapping: dict[str, 
 
 def _gguf_file(files: ModelFiles, skeleton: nn.Module) -> BaseWeights | None:
     """Dequantise a GGUF file tensor by tensor, as transformers does; None if its names are not known here."""
-    from gguf import GGUFReader
-    from gguf import dequantize as dequantize_gguf
-
     try:
         names = gguf_names(skeleton.config)
         places = {names.of(parameter): parameter for parameter in skeleton.state_dict() if _is_weight(parameter)}
     except ModelError:
         return None
-    check_gguf(files.weights[0])
-    tensors = {places[tensor.name]: tensor for tensor in GGUFReader(files.weights[0]).tensors if tensor.name in places}
+    path = check_gguf(files.weights[0])
+    tensors = {places[name]: each for name, each in read_header(path).tensors.items() if name in places}
     tied = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
     if set(places.values()) - tensors.keys() - tied:
         return None
 
     def read(parameter: str) -> torch.Tensor:
-        tensor = tensors[parameter]
-        values = np.require(
-            dequantize_gguf(tensor.data, tensor.tensor_type), requirements="W"
-        )  # a float32 one is a view
-        return names.from_gguf(parameter, torch.from_numpy(values))
+        start, number, shape = tensors[parameter]
+        stored = np.fromfile(path, np.uint8, stored_bytes(number, shape), offset=start)
+        return dense(names, parameter, torch.from_numpy(stored), number, shape, torch.float32)
 
-    entries = {name: (torch.float32, tuple(map(int, reversed(tensor.shape)))) for name, tensor in tensors.items()}
+    entries = {name: (torch.float32, shape) for name, (_, _, shape) in tensors.items()}
     return BaseWeights(entries, {name: name for name in entries}, read)
 
 

@@ -65,6 +65,16 @@ def greedy(model, count=24):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
+def test_without_codes_it_is_the_model_that_transformers_reads_to_the_bit(family, tied, tmp_path):
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", family, FAMILIES[family], tie_word_embeddings=tied)
+    theirs, model = by_transformers(path).to(torch.bfloat16), load_model(path, "none", compute_dtype=torch.bfloat16)
+    expected = theirs.state_dict()
+    assert model.state_dict().keys() == expected.keys() and model.config.tie_word_embeddings == tied
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_gives_the_tokens_of_the_file_as_transformers_reads_it(family, tied, tmp_path):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", family, FAMILIES[family], tie_word_embeddings=tied)
     model, theirs = load(path), by_transformers(path)
@@ -78,6 +88,7 @@ def test_it_gives_the_tokens_of_the_file_as_transformers_reads_it(family, tied, 
 
 def test_what_is_no_code_that_is_known_is_in_16_bit_and_that_is_said(tmp_path, caplog):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", types=("q4_k", "tq2_0", "f16"))
+    assert torch.equal(load(path, "none").lm_head.weight, by_transformers(path).lm_head.weight) and not caplog.text
     model = load(path)
     assert set(kinds(model)) == {"q4_k"} and "codes are not known here are in 16 bit: 5 of type tq2_0" in caplog.text
     assert torch.allclose(logits(model), logits(by_transformers(path)), atol=1e-5)
