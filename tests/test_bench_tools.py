@@ -331,6 +331,10 @@ def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkey
     lines = TABLES["starts"][1](written["starts"])
     assert len(lines) == 2 + 21
     assert "| SmolLM2-135M | 1,000 | LoftQ | 1.5000 | 1.0000 ± 0.0100 | 0.0006 |" in lines
+    rows = written["starts"]["models"]["smollm2-135m"]["200"]
+    rows[:], _ = [row for row in rows if row["start"] != "LoftQ"], asked.clear()
+    starts.main()  # what is in the result is not run again
+    assert [[*each[2]] for each in asked] == [["LoftQ, 0.0003", "LoftQ, 0.0006"], ["LoftQ, 0.0006"]]
 
 
 def test_merges_that_are_there_are_not_made_again_and_each_is_a_line_of_the_table(tmp_path, monkeypatch):
