@@ -116,6 +116,8 @@ def open_picture(path: str | Path) -> "Image":
                 raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
                                 f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
             image.load()
+            image.getexif()  # is kept, for the turn
+            image.info.clear()  # or what the camera wrote would be written anew without it, which often fails
             return ops.exif_transpose(image)
     except FileNotFoundError:
         what = f"there is no picture {path}; correct the path, which begins where the table lies"

@@ -203,6 +203,15 @@ def test_a_camera_s_turn_is_undone(tmp_path):
     assert decode(tmp_path / "a.jpg").size == (10, 20)
 
 
+def test_a_camera_s_turn_is_undone_whatever_else_the_camera_wrote(tmp_path):
+    exif = Image.Exif()
+    exif[274], exif[305] = 6, ""
+    text = b"\x01\x31\x00\x02"  # tag and type in the file
+    for other in (b"\x01\x31\x00\x0b", b"\x01\x03\x00\x02"):  # a number in place of text, text in that of a number
+        Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif.tobytes().replace(text, other))
+        assert decode(tmp_path / "a.jpg").size == (10, 20)
+
+
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 FILES = {
     "dinov2": IMAGENET | {"image_processor_type": "BitImageProcessor", "do_resize": True, "resample": 3,
