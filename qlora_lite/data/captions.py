@@ -138,7 +138,7 @@ def caption_of(path: Path, folder: Path, fit: Fit) -> str:
     beside = path.with_suffix(BESIDE)
     if beside.is_file():
         try:
-            return beside.read_text(encoding="utf-8").strip()
+            return beside.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"its caption {beside.name} cannot be read ({error}); write it as UTF-8 text",
                             NO_CAPTION) from None  # fmt: skip
@@ -175,7 +175,7 @@ def captions_in(path: str | Path, column: str | None = None) -> list[str]:
     if reader_of(Path(path), is_text=True) == "text":
         try:
             with open_bytes(Path(path)) as file:
-                found = file.read().decode().splitlines()
+                found = file.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise DataError(f"{path}: not UTF-8; convert the file to UTF-8") from None
     else:

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_pictures import COLOURS, STILL, drawn, write_pictures
 from transformers import AutoImageProcessor
 
-from qlora_lite.data.captions import CAPTIONS, Fit
+from qlora_lite.data.captions import CAPTIONS, Fit, captions_in
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode
@@ -122,6 +122,13 @@ def test_a_column_of_captions_or_labels_that_is_not_there_is_named(tmp_path):
     for data in (read(tmp_path / "rows.csv", **named), read_captions(tmp_path / "rows.csv", **named)):
         assert "names {notes}; the columns are image, note" in data.problems.found[0].message
     assert [each.answer for each in read_captions(tmp_path / "rows.csv", "sks", **named).examples] == ["sks"]
+
+
+def test_captions_and_prompts_begin_with_their_first_letter_whichever_editor_wrote_them(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a dog", encoding="utf-8-sig")
+    assert [example.answer for example in read_captions(tmp_path).examples] == ["a dog"]
+    assert captions_in(tmp_path / "a.txt") == ["a dog"]
 
 
 def test_an_address_in_a_table_is_not_fetched(tmp_path):
