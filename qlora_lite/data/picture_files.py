@@ -4,6 +4,8 @@ Pillow decodes. What it is given is turned to three channels of 8 bits: 16 bits 
 conversion does, and an alpha channel is left out, as transformers' processors do.
 """
 
+import base64
+import binascii
 import hashlib
 import io
 import os
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BROKEN, NO_PICTURE = "broken picture", "picture missing"
+LONGEST_PATH = 1000  # letters: what is longer is something else, and would fill the screen
 MAX_PIXELS = 89_478_485  # of a picture: 256 MiB with three channels, where Pillow begins to warn
 # What Pillow raises over a file that is no picture, cut short, or not what its header says.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError)
@@ -46,7 +49,8 @@ def threads() -> int:
 
 
 def file_of(value: object, where: str) -> Path:
-    """Return the file of a row's picture: the one that it names, or one in the cache with the bytes that it holds.
+    """Return the file of a row's picture: the one that it names, or one in the cache with the bytes that it holds, as
+    they are or in a data: URL.
 
     Args:
         where: the place of the row.
@@ -56,6 +60,8 @@ def file_of(value: object, where: str) -> Path:
     """
     if isinstance(value, Mapping):  # as data sets of the hub have them
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.startswith("data:"):
+        value = picture_bytes(value)
     if isinstance(value, bytes):
         return _stored(value)
     if value is not None and not isinstance(value, str):
@@ -67,13 +73,28 @@ def file_of(value: object, where: str) -> Path:
     return relative_file(value, where)
 
 
+def picture_bytes(url: str) -> bytes:
+    """Return what a data: URL holds.
+
+    Raises:
+        DataError: it is no base64.
+    """
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError("a data: URL holds no base64; write the picture's path") from None
+
+
 def relative_file(name: str, where: str) -> Path:
     """Return a path as the folder of the table means it.
 
     Raises:
-        DataError: it is an address.
+        DataError: it is an address, or too long for a path.
     """
     refuse_address(name)
+    if len(name) > LONGEST_PATH:
+        raise DataError(f"the picture is a text of {len(name):,} letters, which is no path; if it is base64, write it "
+                        "behind data:image/png;base64,", NO_PICTURE)  # fmt: skip
     return Path(where.rpartition(":")[0]).parent / os.path.expanduser(name)
 
 

@@ -12,14 +12,12 @@ data: URL. Others are refused: nothing is fetched while rows are read, and what 
 source: OpenAI's chat completions API; transformers, "Multimodal chat templates"; LLaMA-Factory, data/README.md.
 """
 
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qlora_lite.errors import DataError
 
-from .picture_files import NO_PICTURE, refuse_address
+from .picture_files import NO_PICTURE
 
 MARK = "\ufffc"  # stands for a picture in a turn: Unicode's own character for an object inside text
 PLACEHOLDER = "<image>"
@@ -119,29 +117,3 @@ def _put_first(row: dict[str, object], count: int) -> None:
                 row[name] = [*value[:number], {**turn, key: new}, *value[number + 1 :]]
                 return
     raise DataError("the row has pictures, and no user's turn that they belong to; remove them", NO_PICTURE)
-
-
-def content_of(said: object) -> object:
-    """Return what a row says of a picture, a data: URL as its bytes.
-
-    Raises:
-        DataError: it is an address, or a data: URL that holds no base64.
-    """
-    if not isinstance(said, str):
-        return said
-    if said.startswith("data:"):
-        return picture_bytes(said)
-    refuse_address(said)
-    return said
-
-
-def picture_bytes(url: str) -> bytes:
-    """Return what a data: URL holds.
-
-    Raises:
-        DataError: it is no base64.
-    """
-    try:
-        return base64.b64decode(url.partition(",")[2], validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError("a data: URL holds no base64; write the picture's path") from None

@@ -616,7 +616,7 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
         turns = _pair_of(row, format_name)
     _check_order(turns)
     _check_text_only(turns)
-    files = tuple(str(file_of(picture_turns.content_of(said), where)) for said in shown)
+    files = tuple(str(file_of(said, where)) for said in shown)
     return Conversation(turns, where, tools, pictures=files)
 
 

@@ -1,9 +1,11 @@
 """Pictures as rows: found, named where they are broken, decoded as transformers' processors do, augmented by a seed."""
 
+import base64
 import io
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -134,6 +136,20 @@ def test_captions_and_prompts_begin_with_their_first_letter_whichever_editor_wro
 def test_an_address_in_a_table_is_not_fetched(tmp_path):
     (tmp_path / "rows.csv").write_text("image,label\nhttps://x.org/a.png,hot\n")
     assert "pictures are not fetched; download it" in read(tmp_path / "rows.csv").problems.found[0].message
+
+
+def test_pictures_in_base64_are_read_behind_data_and_without_it_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    buffer = io.BytesIO()
+    drawn("cool", 0).save(buffer, "png")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    rows = [{"image": f"data:image/png;base64,{text}", "label": "cool"}, {"image": text, "label": "cool"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = read(tmp_path / "rows.jsonl")
+    (problem,) = data.problems.found
+    assert [Path(example.prompt).read_bytes() for example in data.examples] == [buffer.getvalue()]
+    assert "rows.jsonl:2" in problem.where and "write it behind data:image/png;base64," in problem.message
+    assert len(problem.message) < 200
 
 
 def test_bytes_in_parquet_become_files_named_by_their_content(tmp_path, monkeypatch):
