@@ -79,7 +79,7 @@ def _turn(turn: object, number: int, found: _Found) -> object:
     if isinstance(content, list):
         if any(_is_picture(part) for part in content) and not is_users:
             raise DataError(f"turn {number} has a picture, and only a user's turns can; move it there")
-        content = [_part(part, found) for part in content]
+        content = [_part(part, found) for part in content] if is_users else content
     elif is_users:
         content = found.marked(content)
     return turn if key is None else {**turn, key: content}

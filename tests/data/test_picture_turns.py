@@ -288,6 +288,14 @@ def test_pictures_stand_where_the_row_has_them():
     assert take_out(untouched) == (untouched, [])
 
 
+def test_a_placeholder_that_is_no_user_s_is_text():
+    said = [{"type": "text", "text": "write <image>"}]
+    row = {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}], "images": ["a"]}
+    found, pictures = take_out(row)
+    user, assistant = found["messages"]
+    assert user["content"][0]["text"] == f"write {MARK}" and assistant["content"] == said and pictures == ["a"]
+
+
 def test_processors_are_the_families_own(folders):
     assert isinstance(processor_of(folders["llava"], "llava", 16), LlavaProcessor)
     assert isinstance(processor_of(folders["llava"], "llava", 16).image_processor, CLIPImageProcessorPil)
