@@ -75,8 +75,8 @@ class Session:
 
     def take_back(self) -> None:
         """Forget what the user said last, with its pictures: they may be why it could not be answered."""
-        count = self.turns.pop().content.count(MARK)
-        del self.pictures[len(self.pictures) - count :]
+        self.turns.pop()
+        del self.pictures[sum(turn.content.count(MARK) for turn in self.turns) :]
 
     def begin_again(self) -> None:
         """Forget all but the system message."""

@@ -84,9 +84,13 @@ def shown_prompt(
         reader: reads them.
 
     Raises:
-        DataError: a picture cannot be read, or the template wrote another number of them.
+        DataError: a picture cannot be read, or a text holds what stands for one.
     """
-    if reader is None or not pictures:
+    if reader is None:
+        return text
+    if text.count(template.picture) != len(pictures):
+        raise DataError("a text holds the character U+FFFC, which stands for a picture here; remove it")
+    if not pictures:
         return text
     (shown,) = reader.looked_at([pictures])
     if isinstance(shown, DataError):

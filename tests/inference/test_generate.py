@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,16 @@ from tokenizers import normalizers
 from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import build_examples
 from qlora_lite.data.metrics import Measures
+from qlora_lite.data.picture_reader import PictureReader
+from qlora_lite.data.picture_turns import MARK
+from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.sources import Source
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import NAMED_TEMPLATES
-from qlora_lite.errors import DoesNotFitError, ModelError
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError
+from qlora_lite.inference.chat import Session
 from qlora_lite.inference.evaluate import CUT, measure
-from qlora_lite.inference.generate import Sampling, answer, answers, stop_ids
+from qlora_lite.inference.generate import Sampling, answer, answers, shown_prompt, stop_ids
 from qlora_lite.models.load import _mask_for_padding_only, adopt, use_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 
@@ -288,3 +293,15 @@ def test_on_a_gpu_answers_are_those_of_the_cpu(model_type, placed):
     options = MemoryOptions(resident_layers=0, host_embeddings=True, host_head=True) if placed else MemoryOptions()
     assert answer(place(model, card, options), tokenizer, PROMPTS, 8) == expected
     assert len(set(expected)) > 1
+
+
+def test_a_text_with_the_character_that_stands_for_a_picture_is_refused_and_takes_no_picture_along():
+    template, reader = SimpleNamespace(picture="<image>"), PictureReader(0, 1, 1)
+    for pictures in ([], ["a.png"]):
+        with pytest.raises(DataError, match=r"the character U\+FFFC"):
+            shown_prompt("<image>" * (len(pictures) + 1), pictures, template, reader)
+    assert shown_prompt("what", [], template, reader) == "what"
+    session = Session(None, None, 1, Sampling(), [Turn("user", f"{MARK}what"), Turn("assistant", "it")], ["a.png"])
+    session.say(f"and {MARK}")
+    session.take_back()
+    assert session.pictures == ["a.png"] and len(session.turns) == 2
