@@ -415,6 +415,27 @@ def test_recipes_check_reads_the_first_row_of_each_file_without_torch_and_says_l
     assert [problem["key"] for problem in problems] == ["data.train", "data.eval"]
 
 
+def test_recipes_check_reads_first_rows_as_the_task_does(command, tmp_path):
+    shown = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what"}]
+    turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "it"}]
+    rows = {"image-text-to-text": {"messages": turns}, "classification": {"sentence": "a", "label": 1},
+            "image-classification": {"image": "a.png", "label": 1}, "image-generation": {"image": "a.png", "text": "b"},
+            "image-segmentation": {"image": "a.png", "mask": "b.png"}}  # fmt: skip
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    (tmp_path / "bad.jsonl").write_text('{"mr": "a", "ref": "b"}\n')
+    for kind, row in rows.items():
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(json.dumps({"model": {"path": "owner/name"}, "task": {"kind": kind}}))
+        code, out, err = command("recipes", "check", recipe, f"data.train={tmp_path / 'rows.jsonl'}")
+        assert code == 0 and "no problems" in out, err
+        code, _, err = command("recipes", "check", recipe, f"data.train={tmp_path / 'bad.jsonl'}")
+        assert code == 2 and "bad.jsonl:1" in err
+    code, out, _ = command("recipes", "check", recipe, f"data.train={tmp_path / 'pictures'}")
+    assert code == 0 and "pictures (pictures)" in out
+
+
 def test_data_prints_no_counts_of_a_source_that_cannot_be_read(command, tmp_path, model_folder):
     recipe = write_recipe(tmp_path, model_folder)
     (tmp_path / "a.csv").write_text("mr,ref\nx,y\n")

@@ -83,20 +83,44 @@ def _first_rows(settings: Recipe) -> list:
     Raises:
         RecipeError: naming every source whose first row cannot be used.
     """
-    from qlora_lite.data.row_formats import check_first_row
     from qlora_lite.prepare.datasets import build_sources
 
-    found, problems, by = [], [], settings.preference
+    found, problems = [], []
     for part in ("train", "eval") if settings.data.eval else ("train",):
         for source in build_sources(settings, part):
             try:
                 is_hub = source.path.startswith("hub:")
-                found.append((source, "not read: it is on the hub" if is_hub else check_first_row(source, by)))
+                found.append((source, "not read: it is on the hub" if is_hub else _first_row(settings, source)))
             except DataError as error:
                 problems.append(Problem(str(error), key=source.setting))
     if problems:
         raise RecipeError(problems)
     return found
+
+
+def _first_row(settings: Recipe, source) -> str:
+    """Check the first row of a source as the recipe's task reads it, and return its format.
+
+    Raises:
+        DataError: a file cannot be read, its columns are not known, or the row does not fit them.
+    """
+    from qlora_lite.data import labelled_rows, pictures, row_formats
+    from qlora_lite.data.problems import Problems
+    from qlora_lite.data.sources import read_rows
+
+    problem, problems = settings.label_problem, Problems()
+    if problem is None:
+        return row_formats.check_first_row(source, settings.preference)
+    if not settings.of_pictures:
+        next(labelled_rows.read_labelled(source, problems, problem), None)
+        problems.raise_if_any()
+        return labelled_rows.FORMAT
+    source = pictures.with_metadata(source) if settings.generates_pictures else source
+    if not pictures.is_folder_of_pictures(source.path):
+        where, row = next(read_rows(source, problems), ("", {}))
+        problems.raise_if_any()
+        pictures.picture_columns(row, where, source, settings.data.caption is None, problem)
+    return pictures.FORMAT
 
 
 @recipes.command()

@@ -206,10 +206,11 @@ def build_sources(recipe: Recipe, which: str, compares: bool = True) -> list[Sou
     part = "train" if recipe.data.eval_share else which
     sources = [
         Source(
-            s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}", s.rejected
+            s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}",
+            s.rejected, recipe.with_vision,
         )
         for s in getattr(recipe.data, part)
-    ]
+    ]  # fmt: skip
     return sources if compares else list(map(_as_chosen, sources))
 
 
