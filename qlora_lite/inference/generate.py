@@ -84,12 +84,13 @@ def shown_prompt(
         reader: reads them.
 
     Raises:
-        DataError: a picture cannot be read, or a text holds what stands for one.
+        DataError: a picture cannot be read, a text holds what stands for one, or the template left one out.
     """
     if reader is None:
         return text
-    if text.count(template.picture) != len(pictures):
-        raise DataError("a text holds the character U+FFFC, which stands for a picture here; remove it")
+    if text.count(template.picture) > len(pictures):
+        raise DataError(f"a text holds the character U+FFFC or {template.picture}, which stands for a picture; remove "
+                        "it")  # fmt: skip
     if not pictures:
         return text
     (shown,) = reader.looked_at([pictures])
