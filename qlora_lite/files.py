@@ -330,12 +330,13 @@ def _below(top: str, with_files: bool, searched: Iterator[int]) -> Iterator[str]
     for folder, inside, files in os.walk(top, followlinks=True):
         _count(searched)
         visible = [name for name in inside if not name.startswith(".")]
-        inside[:] = [name for name in visible if not _leads_up(Path(folder, name))]
+        inside[:] = [name for name in visible if not leads_up(Path(folder, name))]
         yield folder
         yield from (os.path.join(folder, name) for name in files if with_files and not name.startswith("."))
 
 
-def _leads_up(path: Path) -> bool:
+def leads_up(path: Path) -> bool:
+    """Return whether a path is a link to a folder that it lies in, which would be walked for good."""
     return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_lite.errors import DataError
+from qlora_lite.files import leads_up
 
 from .captions import CAPTION_COLUMNS, CAPTIONS, Fit, caption_in, caption_of, metadata_of
 from .data_files import READER_OF_SUFFIX, data_suffix
@@ -74,10 +75,10 @@ def _pictures_in(path: str) -> Iterator[Path]:
 
 
 def _files_in(path: str) -> Iterator[Path]:
-    """Yield the files below a folder by name, without hidden ones and what lies in hidden folders."""
+    """Yield the files below a folder by name, links followed, without hidden ones and what lies in hidden folders."""
     folder = Path(os.path.expanduser(path))
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not leads_up(Path(here, name)))
         yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
 
 

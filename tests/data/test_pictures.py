@@ -47,6 +47,15 @@ def test_a_folder_s_folders_are_the_labels_in_order(tmp_path):
     assert example.prompt == str(tmp_path / "rows" / "hot" / "001.png") and example.where == f"{example.prompt}:1"
 
 
+def test_folders_of_classes_may_be_links(tmp_path):
+    stored, folder = write_pictures(tmp_path / "stored", 2), tmp_path / "folder"
+    folder.mkdir()
+    for kind in ("hot", "cool"):
+        (folder / kind).symlink_to(Path(stored, kind))
+    (folder / "cool" / "again").symlink_to(Path(stored, "cool"))
+    assert [example.answer for example in read(folder).examples] == ["cool", "cool", "hot", "hot"]
+
+
 def test_every_broken_picture_is_named_and_counted(tmp_path):
     folder = write_pictures(tmp_path / "rows", 3)
     whole = (folder / "cool" / "000.png").read_bytes()
