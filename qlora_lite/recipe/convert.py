@@ -90,7 +90,7 @@ def convert(path: str | Path, overrides: Sequence[str] = (), *, partial: bool = 
         RecipeError: the file cannot be read or trains something else, or such settings would be lost.
     """
     trainer, settings = read_settings(Path(path))
-    draft = Draft(trainer, Path(path))
+    draft = Draft(trainer, Path(path), given={setting.name: setting for setting in settings})
     datasets: set[str] = set()
     for setting in settings:
         found = _DATASET.match(setting.name)

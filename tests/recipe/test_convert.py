@@ -517,3 +517,12 @@ def test_a_pasted_file_of_another_trainer_is_told_of_the_command(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "r.yaml")
     assert "convert" not in str(caught.value)
+
+
+def test_the_folder_of_data_sets_may_be_named_after_them(made, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    _, recipe = made(LLAMA_FACTORY + "dataset_dir: mine\n")
+    assert recipe.data.train[0].path == str(tmp_path / "mine" / "tickets.json")
