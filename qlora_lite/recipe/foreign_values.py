@@ -535,11 +535,23 @@ def _columns(draft: Draft, rest: Mapping[str, Setting], handled: set[str]) -> di
 
 
 def warmup(draft: Draft) -> None:
-    """Convert a number of warm-up steps, of which here is a share."""
+    """Convert a number of warm-up steps, of which here is a share; a constant rate has no warm-up in transformers."""
     setting, steps = draft.given.get("warmup_steps"), draft.values.get("train.max_steps")
-    if setting is None or "train.warmup_ratio" in draft.values:
+    key = "train.warmup_ratio"
+    schedulers = (draft.given.get(name) for name in ("lr_scheduler", "lr_scheduler_type"))
+    if constant := next((s for s in schedulers if s and as_text(s.value).lower() == "constant"), None):
+        if draft.values.get(key) or (setting and setting.value):
+            draft.note("changed", constant, "a constant rate has no warm-up there, so that it has none here", key)
+        draft.values[key] = 0.0
+        return
+    if setting is None:
         return
     number = _loose(setting.value)
+    if key in draft.values:
+        if number:
+            text = f"{key} is {shown(draft.values[key])} already; transformers 4 takes the steps where both are given"
+            draft.note("changed", setting, text, key)
+        return
     if isinstance(number, int | float) and (number == 0 or 0 < number < 1):
         draft.put("train.warmup_ratio", float(number), setting)
     elif isinstance(number, int) and isinstance(steps, int):

@@ -526,3 +526,20 @@ def test_the_folder_of_data_sets_may_be_named_after_them(made, tmp_path):
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
     _, recipe = made(LLAMA_FACTORY + "dataset_dir: mine\n")
     assert recipe.data.train[0].path == str(tmp_path / "mine" / "tickets.json")
+
+
+def test_a_constant_learning_rate_has_no_warm_up_as_in_transformers(made):
+    constant = AXOLOTL.replace("lr_scheduler: linear", "lr_scheduler: constant")
+    conversion, recipe = made(constant)
+    assert (recipe.train.lr_scheduler, recipe.train.warmup_ratio) == ("constant", 0)
+    assert any("a constant rate has no warm-up there" in note for note in notes(conversion, "changed"))
+    assert made(constant.replace("warmup_steps: 10\n", ""))[1].train.warmup_ratio == 0
+    warmed = constant.replace("constant", "constant_with_warmup").replace("warmup_steps: 10", "warmup_ratio: 0.1")
+    assert made(warmed)[1].train.warmup_ratio == 0.1
+
+
+def test_steps_of_warm_up_beside_a_ratio_are_named(made):
+    conversion, recipe = made(AXOLOTL + "warmup_ratio: 0.1\n")
+    assert recipe.train.warmup_ratio == 0.1
+    (note,) = [note for note in notes(conversion, "changed") if "warm" in note]
+    assert note.startswith("theirs.yml:27: warmup_steps = 10: train.warmup_ratio is 0.1 already")
