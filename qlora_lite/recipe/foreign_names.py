@@ -93,7 +93,7 @@ _RENAMED = {
     "data.overflow":
         "excess_length_strategy truncation drop_long_rows",
     "data.packing":
-        "sample_packing pack multipack neat_packing packed padding_free",
+        "sample_packing pack multipack neat_packing packed",
     "data.order":
         "shuffle shuffle_dataset disable_shuffling shuffle_merged_datasets curriculum curriculum_sampling",
     "train.max_steps":
@@ -167,7 +167,7 @@ _NOT_NEEDED = {
         "eager_attention flash_optimum use_flash_attention_2 flash_attn_*",
     "remove it; nothing is ever padded":
         "pad_to_sequence_len pad_token padding_side pad_to_multiple_of ignore_pad_token_for_loss data_collator "
-        "dataset_kwargs collate_fn",
+        "dataset_kwargs collate_fn padding_free",
     "remove it; qlora-lite has its own kernels":
         "fused foreach use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank "

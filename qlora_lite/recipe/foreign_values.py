@@ -338,7 +338,7 @@ def _eval_share(draft: Draft, setting: Setting, key: str) -> None:
 
 
 def _packing(draft: Draft, setting: Setting, key: str) -> None:
-    if setting.name not in ("padding_free", "neat_packing") or setting.value is True:
+    if setting.name != "neat_packing" or setting.value is True:
         draft.put(key, _loose(setting.value), setting)
 
 

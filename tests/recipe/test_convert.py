@@ -543,3 +543,22 @@ def test_steps_of_warm_up_beside_a_ratio_are_named(made):
     assert recipe.train.warmup_ratio == 0.1
     (note,) = [note for note in notes(conversion, "changed") if "warm" in note]
     assert note.startswith("theirs.yml:27: warmup_steps = 10: train.warmup_ratio is 0.1 already")
+
+
+TRL = """\
+model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
+dataset_name: trl-lib/Capybara
+learning_rate: 2.0e-4
+per_device_train_batch_size: 2
+use_peft: true
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: all-linear
+load_in_4bit: true
+"""
+
+
+def test_batches_without_padding_are_no_packed_sequences(made):
+    conversion, recipe = made(TRL + "padding_free: true\n")
+    assert recipe.data.packing is False, "a step has as many examples as there"
+    assert any("padding_free" in note for note in notes(conversion, "unused"))
