@@ -28,7 +28,7 @@ _RENAMED = {
         "load_in_4bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
         "quant_type quantization_method quantization_type",
     "model.double_quant":
-        "double_quantization bnb_4bit_use_double_quant use_double_quant",
+        "double_quantization bnb_4bit_use_double_quant use_double_quant use_bnb_nested_quant",
     "model.keep_16bit":
         "llm_int8_skip_modules modules_to_not_convert bnb_4bit_skip_modules",
     "model.compute_dtype":
@@ -95,7 +95,7 @@ _RENAMED = {
     "data.packing":
         "sample_packing pack multipack neat_packing packed",
     "data.order":
-        "shuffle shuffle_dataset disable_shuffling shuffle_merged_datasets curriculum curriculum_sampling",
+        "shuffle disable_shuffling shuffle_merged_datasets curriculum curriculum_sampling",
     "train.max_steps":
         "max_iters iters num_steps max_train_steps train_steps",
     "train.epochs":
@@ -197,7 +197,7 @@ _NOT_NEEDED = {
         "max_new_tokens temperature top_p top_k do_sample num_beams repetition_penalty min_p presence_penalty "
         "frequency_penalty eval_num_beams generation_config",
     "give it as data.eval, or measure a finished run with `qlora-lite evaluate RUN data.eval=FILE`":
-        "test test_data test_dataset data_test test_path",
+        "test test_data test_dataset data_test test_path dataset_test_split",
     "remove it; train.on_not_finite and train.early_stopping_patience end a run that goes wrong":
         "loss_watchdog_threshold loss_watchdog_patience loss_watchdog_*",
     "remove it; any lower evaluation loss counts as better": "early_stopping_threshold early_stopping_min_delta",
@@ -222,7 +222,7 @@ _NOT_NEEDED = {
         "loss_scale loss_scale_window initial_loss_scale min_loss_scale dynamic_loss_scale initial_scale_power "
         "grad_scaler fp16_opt_level fp16_backend half_precision_backend",
     "remove it; set model.device": "lora_on_cpu",
-    "remove it; task.kind says whether texts are labelled": "task_type",
+    "remove it; task.kind says whether texts are labelled": "task_type lora_task_type",
     "remove it; the labels are those of the rows, or task.labels": "num_labels",
     "remove it; the layout of the weights is known from the model": "lora_fan_in_fan_out fan_in_fan_out inference_mode",
     "remove it; data is tokenised once and cached":
@@ -230,6 +230,7 @@ _NOT_NEEDED = {
         "dataset_prepared_path overwrite_cache preprocessing_batch_size tokenized_path dataset_keep_in_memory "
         "dataset_shard_num dataset_shard_idx skip_prepare_dataset dataloader_* push_dataset_to_hub dataset_batch_size "
         "num_proc data_seed_workers sample_packing_* eval_packing packing_strategy buffer_size",
+    "remove it; examples are shuffled anew for each epoch": "shuffle_dataset",
     "remove it; `qlora-lite data` names the columns that are not used": "remove_unused_columns",
     "remove it; `qlora-lite push RUN OWNER/NAME` uploads the results of a run":
         "push_to_hub hub_model_id hub_strategy hub_*",
@@ -274,7 +275,7 @@ _NOT_OFFERED = {
         "overrides_of_model_config rope_scaling rope_theta model_config_kwargs shift_attn use_pose pose_* "
         "mixture_of_depths llama4_linearized_experts s2_attention",
     "write data.streaming: true, with data.order: as-is and train.max_steps":
-        "pretraining_dataset iterable_dataset",
+        "pretraining_dataset iterable_dataset dataset_streaming",
     "remove it; optimizers have their usual betas and epsilon":
         "adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 optim_args betas eps optim_target_modules "
         "lion_beta1 lion_beta2",

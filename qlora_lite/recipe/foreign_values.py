@@ -399,7 +399,8 @@ def _data(draft: Draft, setting: Setting, key: str) -> None:
         if draft.trainer == "LLaMA-Factory":
             _from_info(draft, setting, part, name)
         else:
-            _add(draft, setting, part, {"path": _location(name)})
+            config, split = (draft.given.get(f"dataset_{what}") for what in ("config", "train_split"))
+            _add(draft, setting, part, {"path": _location(name, config and config.value, split and split.value)})
 
 
 def _add(draft: Draft, setting: Setting, part: str, source: Mapping[str, object]) -> None:
@@ -583,6 +584,10 @@ def _torchtune_logger(draft: Draft, setting: Setting) -> None:
         _trackers(draft, Setting("report_to", found, setting.where), "train.trackers")
 
 
+def _of_dataset_name(_draft: Draft, _setting: Setting) -> None:
+    """Convert nothing: `_data` reads it beside the data set's name."""
+
+
 def _model_path(draft: Draft, setting: Setting) -> None:
     _rename(draft, setting, "model.path")
 
@@ -600,6 +605,7 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "torchtune:tokenizer.max_seq_len": lambda draft, setting: _rename(draft, setting, "data.max_tokens"),
     "torchtune:tokenizer.prompt_template": lambda draft, setting: _rename(draft, setting, "data.template"),
     "unsloth-studio:data.format_type": _studio_format,
+    "trl:dataset_config": _of_dataset_name, "trl:dataset_train_split": _of_dataset_name,
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
     "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,

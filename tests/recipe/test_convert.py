@@ -562,3 +562,12 @@ def test_batches_without_padding_are_no_packed_sequences(made):
     conversion, recipe = made(TRL + "padding_free: true\n")
     assert recipe.data.packing is False, "a step has as many examples as there"
     assert any("padding_free" in note for note in notes(conversion, "unused"))
+
+
+def test_trl_s_own_names_are_known(made):
+    names = "use_bnb_nested_quant: true\nlora_task_type: CAUSAL_LM\ndataset_streaming: false\n"
+    conversion, recipe = made(TRL + names + "shuffle_dataset: false\ndataset_test_split: test\n")
+    assert (recipe.model.double_quant, recipe.data.order) == (True, "shuffle")
+    assert not notes(conversion, "lost")
+    _, recipe = made(TRL + "dataset_config: main\ndataset_train_split: train_sft\n")
+    assert recipe.data.train[0].path == "hub:trl-lib/Capybara/main:train_sft"
