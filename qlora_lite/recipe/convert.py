@@ -58,6 +58,7 @@ _THEIR_DEFAULTS: dict[str, dict[str, object]] = {
 _REQUIRED = "model.path", "data.train"
 _BY_VERSION = "lora.rank", "lora.alpha", "train.learning_rate", "train.micro_batch_size"  # trl's and unsloth's defaults
 _SCRIPTS = "trl", "unsloth"
+_SAID_OF_PROMPTS = "completion_only_loss", "dataset_text_field", "formatting_func", "training.train_on_completions"
 _HELD_OUT = "test", "valid", "eval", "dev"  # names of splits, in a script
 _WORD = re.compile(r"(?!(?:true|false|null)$)[a-z]\w*")  # which needs no quotes in a list
 _DATASET = re.compile(r"(datasets|test_datasets|dataset|dataset_val)\.(\d+\.)?")
@@ -145,6 +146,9 @@ def _finish(draft: Draft) -> set[str]:
         if not draft.is_settled(key):
             why = "no layers are named, and peft takes those of its list for the family: q_proj and v_proj for most"
             draft.notes.append(Note("lost", whole.where, why if key in of_peft else f"{key} is not in it", key))
+    if "data.train_on" in assumed and draft.given.keys().isdisjoint(_SAID_OF_PROMPTS):
+        text = "prompts of rows with prompt and completion are not learned there; data.train_on: assistant is for them"
+        draft.notes.append(Note("changed", whole.where, text, "data.train_on"))
     if any(name.startswith(("deepspeed", "fsdp")) and setting.value for name, setting in draft.given.items()):
         text = "batch sizes are per GPU there; multiply train.gradient_accumulation_steps by the number of GPUs"
         draft.notes.append(Note("changed", whole.where, text))

@@ -571,3 +571,11 @@ def test_trl_s_own_names_are_known(made):
     assert not notes(conversion, "lost")
     _, recipe = made(TRL + "dataset_config: main\ndataset_train_split: train_sft\n")
     assert recipe.data.train[0].path == "hub:trl-lib/Capybara/main:train_sft"
+
+
+def test_what_trl_learns_of_prompts_by_default_is_named(made):
+    conversion, recipe = made(TRL)
+    said = "prompts of rows with prompt and completion are not learned there"
+    assert recipe.data.train_on == "all" and any(said in note for note in notes(conversion, "changed"))
+    conversion, recipe = made(TRL + "completion_only_loss: false\n")
+    assert recipe.data.train_on == "all" and not any(said in note for note in notes(conversion, "changed"))
