@@ -249,6 +249,15 @@ def _arguments(call: ast.Call, constants: Mapping[str, object]) -> Iterator[tupl
         yield name, True, call.lineno
     elif name == "map" and is_method and call.args:
         yield "formatting_func", Code(_source(call.args[0])), call.lineno
+    elif name in ("select", "filter") and is_method and (call.args or call.keywords):
+        first = call.args[0] if call.args else call.keywords[0].value
+        yield name, Code(_source(first)), call.lineno
+    elif name == "train_test_split" and is_method:
+        words = {word.arg: word.value for word in call.keywords}
+        size = call.args[0] if call.args else words.get("test_size", words.get("train_size"))
+        is_test = size is None or call.args or "test_size" in words
+        held_out = 0.25 if size is None else _literal(size, constants)
+        yield "test_size", held_out if is_test else Code(_source(call)), call.lineno
     elif name == "load_dataset":
         prefix, positional = "load_dataset.", ["path", "name"]
     elif is_model:

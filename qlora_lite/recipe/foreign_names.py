@@ -242,6 +242,7 @@ _NOT_OFFERED = {
         "warmup_steps lr_warmup_steps num_warmup_steps",
     "rows are never dropped silently; give their source in data.train a weight below 1, or set train.max_steps":
         "max_samples max_train_samples max_steps_per_epoch",
+    "give data.train a file of those examples": "select filter",
     "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":
         "dataset_text_field text_column field_instruction field_output column_map",
     "write prompt and completion templates over the columns in data.train, or a .jinja file in data.template":

@@ -579,3 +579,14 @@ def test_what_trl_learns_of_prompts_by_default_is_named(made):
     assert recipe.data.train_on == "all" and any(said in note for note in notes(conversion, "changed"))
     conversion, recipe = made(TRL + "completion_only_loss: false\n")
     assert recipe.data.train_on == "all" and not any(said in note for note in notes(conversion, "changed"))
+
+
+def test_rows_that_a_script_leaves_out_are_named(made, refused):
+    cut = SCRIPT.replace('split="train")', 'split="train").select(range(1000)).filter(is_long)')
+    chosen, kept, way = refused(cut, name="train.py")
+    assert "give data.train a file of those examples" in chosen + kept and "data.train=..." in way
+    assert {"filter = is_long" in chosen, "select = range(1000)" in kept} == {True}
+    divided = SCRIPT.replace('split="train")', 'split="train").train_test_split(test_size=0.2, seed=1)')
+    assert made(divided, name="train.py")[1].data.eval_share == 0.2
+    assert made(divided.replace("test_size=0.2, ", ""), name="train.py")[1].data.eval_share == 0.25
+    assert "a number of examples" in refused(divided.replace("0.2", "200"), name="train.py")[0]
