@@ -48,7 +48,7 @@ _THEIR_DEFAULTS: dict[str, dict[str, object]] = {
         "train.warmup_ratio": 0.0,
     },
     "trl": _TRANSFORMERS | {"model.quant": "none", "data.train_on": "all"},
-    "unsloth": _TRANSFORMERS | {"data.train_on": "all"},
+    "unsloth": _TRANSFORMERS | {"data.train_on": "all", "data.max_tokens": 2048},
     "unsloth-studio": {
         "lora.rank": 64, "lora.alpha": 16, "data.max_tokens": 2048, "data.packing": False, "data.train_on": "all",
         "train.epochs": 3, "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 4,

@@ -590,3 +590,8 @@ def test_rows_that_a_script_leaves_out_are_named(made, refused):
     assert made(divided, name="train.py")[1].data.eval_share == 0.2
     assert made(divided.replace("test_size=0.2, ", ""), name="train.py")[1].data.eval_share == 0.25
     assert "a number of examples" in refused(divided.replace("0.2", "200"), name="train.py")[0]
+
+
+def test_unsloth_reads_2048_tokens_where_a_script_says_nothing(made):
+    text = SCRIPT.replace("max_seq_length=max_seq_length, ", "")
+    assert made(text, name="train.py")[1].data.max_tokens == 2048
