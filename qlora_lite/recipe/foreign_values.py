@@ -441,7 +441,14 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
         return
     if entry.get("ranking") or "kto_tag" in columns:
         draft.given["ranking"] = setting
+    if count := entry.get("num_samples"):
+        text = f"{shown(name)} has num_samples {count}; give data.train a file of those examples"
+        draft.note("lost", setting, text, f"data.{part}")
     hub = entry.get("hf_hub_url")
+    if not (hub or entry.get("file_name")):
+        text = f"{info_path} names no file and no data set of the hub for {shown(name)}"
+        draft.note("lost", setting, text, f"data.{part}")
+        return
     path = (
         _location(str(hub), entry.get("subset"), entry.get("split"))
         if hub
@@ -460,6 +467,9 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
         if entry.get("ranking"):
             chosen, rejected = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
             source |= {"completion": f"{{{chosen}}}", "rejected": f"{{{rejected}}}"}
+        if unread := [role for role in ("system", "history", "tools") if columns.get(role)]:
+            text = f"{', '.join(unread)}: rows with other columns for prompt and answer have these two alone here"
+            draft.note("lost", setting, text, f"data.{part}")
     elif columns.get("messages") not in (None, "messages", "conversations"):
         text = f"its turns are in the column {shown(columns['messages'])}; here it is messages"
         draft.note("lost", setting, text, f"data.{part}")

@@ -595,3 +595,15 @@ def test_rows_that_a_script_leaves_out_are_named(made, refused):
 def test_unsloth_reads_2048_tokens_where_a_script_says_nothing(made):
     text = SCRIPT.replace("max_seq_length=max_seq_length, ", "")
     assert made(text, name="train.py")[1].data.max_tokens == 2048
+
+
+def test_what_a_list_of_data_sets_says_of_rows_is_not_lost(refused, tmp_path):
+    (tmp_path / "data").mkdir()
+    info = {
+        "tickets": {"file_name": "t", "num_samples": 9, "columns": {"prompt": "q", "response": "a", "system": "s"}},
+        "replies": {"ms_hub_url": "acme/replies"},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    many, system, nowhere, way = refused(LLAMA_FACTORY)
+    assert "tickets has num_samples 9" in many and "system: rows with other columns" in system
+    assert "names no file and no data set of the hub for replies" in nowhere and "data.train=..." in way
