@@ -414,7 +414,7 @@ def _add(draft: Draft, setting: Setting, part: str, source: Mapping[str, object]
 
 def _location(path: str, config: object = None, split: object = None) -> str:
     """Return a path, or hub:OWNER/NAME where it is no file's."""
-    if path.startswith((".", "/", "~")) or os.path.splitext(path)[1] or path.count("/") != 1:
+    if path.startswith((".", "/", "~")) or os.path.splitext(path)[1] or path.count("/") != 1 or os.path.isdir(path):
         return path
     config_text, split_text = f"/{config}" if config else "", f":{split}" if split and split != "train" else ""
     return f"hub:{path}{config_text}{split_text}"

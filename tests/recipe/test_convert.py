@@ -607,3 +607,10 @@ def test_what_a_list_of_data_sets_says_of_rows_is_not_lost(refused, tmp_path):
     many, system, nowhere, way = refused(LLAMA_FACTORY)
     assert "tickets has num_samples 9" in many and "system: rows with other columns" in system
     assert "names no file and no data set of the hub for replies" in nowhere and "data.train=..." in way
+
+
+def test_a_folder_of_axolotl_s_that_is_there_is_no_data_set_of_the_hub(made, tmp_path):
+    text = AXOLOTL.replace("tatsu-lab/alpaca", "rows/alpaca")
+    assert made(text)[1].data.train[0].path == "hub:rows/alpaca"
+    (tmp_path / "rows" / "alpaca").mkdir(parents=True)
+    assert made(text)[1].data.train[0].path == str(tmp_path / "rows" / "alpaca")
