@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from qlora_lite.artifacts.run_files import DAMAGE, RECIPE
+from qlora_lite.files import require_writable
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import parse_bytes
 
@@ -58,7 +59,7 @@ def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int |
     from qlora_lite.reporting.report import write_report
 
     if out:
-        pages_of(out)
+        require_writable(pages_of(out)[0])
     with step_progress("reading the model") as progress:
         result = measure_damage(loaded, rows, most_bytes, close, progress.watch)
     paths = write_damage(result, out) if out else ()

@@ -196,6 +196,16 @@ def test_a_4_bit_checkpoint_and_too_little_host_memory_are_errors_before_anythin
         measure_damage(recipe)
 
 
+def test_a_page_that_cannot_be_written_is_an_error_before_the_model_is_read(tmp_path, monkeypatch):
+    recipe_of(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("qlora_lite.inference.damage.measure_damage", None)
+    ended = CliRunner().invoke(
+        cli, ["damage", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "file" / "d.html")]
+    )
+    assert isinstance(ended.exception, OutputError) and "Not a directory" in str(ended.exception)
+
+
 def test_of_a_run_it_is_a_part_of_the_report(tmp_path):
     save_tiny(tmp_path / "model")
     run = make_run(tmp_path, tmp_path / "model")
