@@ -274,6 +274,8 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
             raise Interrupted("stopped; the same command continues from here")
         if exit_code:
             lines = [line for line in said.splitlines() if line.startswith("error: ")] or ["error: no reason"]
+            if exit_code < 0:
+                lines = [f"the run was killed by signal {-exit_code}, perhaps for the memory that it took"]
             status = DOES_NOT_FIT if exit_code == DoesNotFitError.exit_code else FAILED
             why = lines[0].removeprefix("error: ").removeprefix(f"{DOES_NOT_FIT}: ").partition(" (")[0]
             log.warning("sweep: %s: %s", status, why)

@@ -132,6 +132,14 @@ def test_a_point_that_does_not_fit_or_fails_is_told_and_the_others_run(lab):
     assert lab.run(axes={"lora.rank": [8]})["points"][0]["status"] == FAILED
 
 
+def test_a_run_that_was_killed_says_so(lab):
+    lab.exit_code = -9
+    point = lab.run(axes={"lora.rank": [1]})["points"][0]
+    assert (point["status"], point["runs"][0]["error"]) == (
+        FAILED, "the run was killed by signal 9, perhaps for the memory that it took",
+    )  # fmt: skip
+
+
 def test_a_stopped_sweep_goes_on_within_the_run_and_leaves_alone_what_another_process_runs(lab):
     lab.exit_code = 130
     axes = {"train.learning_rate": [1e-3, 2e-3]}
