@@ -261,8 +261,8 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
     if summary_in(path).get("status") == COMPLETE:
         _warn_of_new_rows(sweep, path, settings)
     else:
-        command = [sys.executable, "-m", "qlora_lite", "train", sweep.recipe, *overrides(settings)]
-        command.append(f"output.dir={path}")
+        given = overrides({**settings, "output.dir": str(path)})
+        command = [sys.executable, "-m", "qlora_lite", "train", sweep.recipe, *given]
         if path.is_dir():
             try:
                 with locked(path):

@@ -15,7 +15,7 @@ from tiny_files import write_recipe
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.files import locked
 from qlora_lite.prepare.plan import plan_recipe
-from qlora_lite.recipe.load import resolve_to_yaml
+from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.sweep import choices, load_sweep, recipe_of_point
 from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
 from qlora_lite.runs import sweep as sweeps
@@ -48,8 +48,8 @@ def lab(tmp_path, model_folder, monkeypatch):
 
         def train(self, command, _log_file):
             overrides = dict(part.split("=", 1) for part in command if "=" in part)
-            folder = Path(overrides.pop("output.dir"))
             settings = {key: json.loads(value) for key, value in overrides.items()}
+            folder = Path(settings.pop("output.dir"))
             self.trained.append((settings, "--resume" in command))
             folder.mkdir(exist_ok=True)
             (folder / "recipe.yaml").touch()
@@ -138,6 +138,15 @@ def test_a_run_that_was_killed_says_so(lab):
     assert (point["status"], point["runs"][0]["error"]) == (
         FAILED, "the run was killed by signal 9, perhaps for the memory that it took",
     )  # fmt: skip
+
+
+def test_a_folder_whose_name_means_something_in_yaml_holds_the_runs(lab, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(sweeps, "_in_a_process", lambda command, _log_file: commands.append(command) or (1, ""))
+    lab.folder = tmp_path / "rank: 4 #2"
+    lab.run(axes={"lora.rank": [4]})
+    recipe = load_recipe(tmp_path / "recipe.yaml", [part for part in commands[0] if "=" in part])
+    assert Path(recipe.output.dir).parent == lab.folder / "runs"
 
 
 def test_a_stopped_sweep_goes_on_within_the_run_and_leaves_alone_what_another_process_runs(lab):
