@@ -187,10 +187,15 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
     storage = sweep.storage or optuna.storages.JournalStorage(JournalFileBackend(str(runs.folder / STUDY)))
     state = optuna.trial.TrialState
     sampler = optuna.samplers.TPESampler() if sweep.search == "tpe" else optuna.samplers.RandomSampler()
+    directions = optuna.study.StudyDirection
+    direction = directions.MINIMIZE if sweep.goal.endswith("loss") else directions.MAXIMIZE
     study = optuna.create_study(
-        study_name=runs.folder.name, storage=storage, sampler=sampler, load_if_exists=True,
-        direction="minimize" if sweep.goal.endswith("loss") else "maximize",
-    )  # fmt: skip
+        study_name=runs.folder.name, storage=storage, sampler=sampler, load_if_exists=True, direction=direction
+    )
+    goal = study.user_attrs.get("goal", sweep.goal)  # earlier versions did not write it
+    if goal != sweep.goal or study.direction != direction:
+        raise RecipeError(Problem(f"{runs.folder} has a study with another goal; choose another --out", "goal"))
+    study.set_user_attr("goal", goal)
     for known in study.get_trials(deepcopy=False):
         _check_axes(sweep, known.distributions, runs.folder)
     for known in study.get_trials(deepcopy=False, states=[state.RUNNING]):

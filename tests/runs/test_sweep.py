@@ -244,6 +244,17 @@ def test_a_study_of_other_axes_is_one_error_and_one_of_another_range_goes_on(lab
     assert len(lab.trained) == len(result["points"]) and result["points"][-1]["choice"]["lora.rank"] > 8
 
 
+def test_a_study_of_another_goal_is_one_error(lab, tmp_path, model_folder):
+    pytest.importorskip("optuna")
+    write_recipe(tmp_path, model_folder, train={"metrics": ["bleu"]}, output={"dir": None})
+    said = {"axes": {"lora.rank": {"from": 1, "to": 8}}, "search": "random", "trials": 1}
+    lab.run(**said)
+    for goal in ("bleu", "answer_loss"):
+        write_recipe(tmp_path, model_folder, train={"metrics": ["bleu", "answer_loss"]}, output={"dir": None})
+        with pytest.raises(RecipeError, match=r"has a study with another goal; choose another --out"):
+            lab.run(**said, goal=goal)
+
+
 def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ModelError, match=r"pip install 'qlora-lite\[sweep\]'; or write search: grid"):
