@@ -42,7 +42,7 @@ from .build import build_skeleton, build_to_use, compute_dtype_of, quantization_
 
 log = logging.getLogger("qlora_lite")
 Ranks = Mapping[str, tuple[int, float]]  # rank and alpha by path
-TOKENS = {EVA: 8192, QERA: 2048}  # that the model is run on, at least, where there are so many
+TOKENS = {EVA: 8192, QERA: 1024}  # that the model is run on, at least, where there are so many
 FROM_ROWS = EVA, QERA  # starts that are found so
 
 
