@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from qlora_lite.errors import QloraLiteError, RecipeError
-from qlora_lite.files import PACKAGE_PREFIX, write_text
+from qlora_lite.files import PACKAGE_PREFIX, require_writable, write_text
 from qlora_lite.memory.gpus import LINK, LINKS, NETWORK
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, known_models, known_pipelines, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
@@ -97,6 +97,8 @@ def plan(
     world_size = _check_links(gpus or len(wanted) or 1, link, nodes, network)
     settings = _settings(named, overrides)
     _check_searches(settings, max_tokens, max_resolution)
+    if html is not None:
+        require_writable(html)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
         log.warning("model.device cpu: this is the plan of a GPU all the same, which a run would leave alone")

@@ -862,6 +862,11 @@ class TestCommand:
         assert "<svg" in page.read_text()
         assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
 
+    def test_a_page_that_cannot_be_written_is_refused_before_anything_is_planned(self, capsys, file, monkeypatch):
+        monkeypatch.setattr("qlora_lite.prepare.plan.plan_recipe", lambda *_: pytest.fail("it was planned"))
+        code, _, err = self.call(capsys, file, "--gpu", "rtx-4060", "--html", file / "plan.html")
+        assert code == 2 and "plan.html" in err
+
     def test_ranks_that_only_a_run_knows_are_said_to_be_equal_ones(self, capsys, file):
         eva, plain = (
             self.call(capsys, file, "--gpu", "rtx-4060", f"lora.start={start}") for start in ("eva", "kaiming")
