@@ -26,7 +26,7 @@ def sweep(sweep: Path, out: Path | None, only_plan: bool) -> None:
     prepare()
     from qlora_lite.recipe.sweep import load_sweep
     from qlora_lite.reporting.sweep_page import named, quality, ranked
-    from qlora_lite.runs.sweep import PAGE, as_result, run_sweep
+    from qlora_lite.runs.sweep import DOES_NOT_FIT, FAILED, PAGE, as_result, run_sweep
 
     wanted = load_sweep(sweep)
     if only_plan:
@@ -40,6 +40,8 @@ def sweep(sweep: Path, out: Path | None, only_plan: bool) -> None:
         if point["status"] != "complete":
             echo(f"{point['status']:20} {named(point)}")
     echo(f"\npage: {folder / PAGE}")
+    if {point["status"] for point in result["points"]} <= {FAILED, DOES_NOT_FIT}:
+        raise click.exceptions.Exit(1)
 
 
 def _plan(wanted) -> None:

@@ -132,6 +132,13 @@ def test_a_point_that_does_not_fit_or_fails_is_told_and_the_others_run(lab):
     assert lab.run(axes={"lora.rank": [8]})["points"][0]["status"] == FAILED
 
 
+def test_the_command_fails_where_no_point_can_be_run(lab, command):
+    for lab.exit_code, expected in ((1, 1), (3, 1), (0, 0)):
+        lab.write(axes={"lora.rank": [1 + lab.exit_code]})
+        code, out, _ = command("sweep", lab.folder.parent / "sweep.yaml", "--out", lab.folder)
+        assert code == expected and "page: " in out
+
+
 def test_a_run_that_was_killed_says_so(lab):
     lab.exit_code = -9
     point = lab.run(axes={"lora.rank": [1]})["points"][0]
