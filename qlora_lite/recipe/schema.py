@@ -35,6 +35,7 @@ OF_PICTURES = *CLASSIFYING_PICTURES, GENERATING_PICTURES
 REWARD_LABEL = "reward"  # of the one output of a reward model
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
+LONGEST_ROW = 2**24  # tokens: beyond the context of any model
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
 FORMER_NAMES = {
     "train.exact_match_rows": "train.metrics_examples",
@@ -367,7 +368,7 @@ class Data(_Section):
     """Malformed rows that may be left out, counted by reason; more of them are an error. So is leaving out every row of
     a file or of a kind (with tools, tool calls, a system turn, several user turns), here or by data.overflow, while
     other rows remain."""
-    max_tokens: Annotated[int, Field(ge=SHORTEST_ROW)] = 1024
+    max_tokens: Annotated[int, Field(ge=SHORTEST_ROW, le=LONGEST_ROW)] = 1024
     """Maximum length of an example, and the length of a packed sequence, in tokens. Where train.objective compares
     answers, an example is the prompt with the one and the prompt with the other."""
     overflow: Literal["error", "drop", "truncate", "split"] = "error"

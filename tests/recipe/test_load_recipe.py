@@ -229,6 +229,10 @@ def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
     assert "must be one or a list of tensorboard, wandb, " in problems(GOOD, "train.trackers=wandbs")[0]
 
 
+def test_more_tokens_than_any_model_reads_are_refused(problems):
+    assert "a whole number from 8 to 16777216;" in problems(GOOD, "data.max_tokens=10000000000")[0]
+
+
 @pytest.mark.parametrize(
     ("override", "cure"),
     [
