@@ -205,9 +205,9 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
         ("tokens with rows of their own", ", ".join(f"`{token}`" for token in r.adapter.train_tokens) or "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
-        ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}, gradient norm up to "
-         f"{r.train.max_grad_norm:g}"),
-        ("learning rate", f"{rate}, {r.train.lr_scheduler}, warm-up {r.train.warmup_ratio:.0%}"
+        ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}"
+         f"{f', gradient norm up to {most:g}' if (most := r.train.max_grad_norm) else ''}"),
+        ("learning rate", f"{rate}, {r.train.lr_scheduler}, warm-up {100 * r.train.warmup_ratio:g}%"
          f"{f', {r.train.loraplus_lr_ratio:g} times that for B' if r.train.loraplus_lr_ratio != 1 else ''}"),
         ("steps", _count(summary.get("steps"))),
         ("sequences per step", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "

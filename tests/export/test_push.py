@@ -302,12 +302,14 @@ def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
 def test_the_card_of_dora_names_it_and_the_rate_of_b(tmp_path, quant, tags):
     plain = facts(tmp_path, licence={})
     recipe = recipe_of(plain.recipe.model_dump(mode="json"), [
-        "adapter.method=dora", "train.loraplus_lr_ratio=16", f"model.quant={quant}",
+        "adapter.method=dora", "train.loraplus_lr_ratio=16", f"model.quant={quant}", "train.max_grad_norm=0",
+        "train.warmup_ratio=0.004",
     ], "recipe")  # fmt: skip
     card = model_card(replace(plain, recipe=recipe))
     assert yaml.safe_load(card.split("---\n")[1])["tags"] == [*tags, "qlora-lite"]
     assert "A DoRA adapter for" in card and "\n| DoRA | rank 8," in card
-    assert "\n| learning rate | 0.0015, cosine, warm-up 3%, 16 times that for B |" in card
+    assert "\n| learning rate | 0.0015, cosine, warm-up 0.4%, 16 times that for B |" in card
+    assert "gradient norm up to 1" in model_card(plain) and "gradient norm" not in card
 
 
 def test_the_card_says_what_the_files_of_the_base_have_packed(hub, command, tmp_path):
