@@ -337,6 +337,26 @@ def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkey
     assert [[*each[2]] for each in asked] == [["LoftQ, 0.0003", "LoftQ, 0.0006"], ["LoftQ, 0.0006"]]
 
 
+def test_learning_rates_of_one_model_and_task_are_put_beside_those_of_others(monkeypatch, tmp_path):
+    rates, written = tool("learning_rates"), {"models": {"smollm2-135m, e2e": "kept"}}
+
+    def points(_runs, model, task):
+        for rate, loss in (("0.0003", 2.0), ("0.0006", 1.0), (rates.AUTO, 1.25)):
+            yield {"choice": {"train.learning_rate": rate}, "standard_deviation": {},
+                   "mean": {"eval_loss_before": 3.0, "eval_loss_after": loss, "learning_rate": 5.5e-4}}  # fmt: skip
+
+    monkeypatch.setattr(rates, "points", lambda *given: list(points(*given)))
+    monkeypatch.setattr(rates, "write_rows", lambda *_: None)
+    monkeypatch.setattr(rates, "earlier", lambda *_: written["models"])
+    monkeypatch.setattr(rates, "write_result", lambda _, result: written.update(result))
+    chosen = ["--task", "gsm8k", "--model", "gemma3-270m"]
+    monkeypatch.setattr(sys, "argv", ["learning_rates", str(tmp_path), "--runs", str(tmp_path), *chosen])
+    rates.main()
+    assert list(written["models"]) == ["smollm2-135m, e2e", "gemma3-270m, gsm8k"]
+    found = written["models"]["gemma3-270m, gsm8k"]
+    assert (found["auto"], found["best_of_sweep"], found["auto_over_best"]) == (5.5e-4, 6e-4, 0.25)
+
+
 def test_merges_that_are_there_are_not_made_again_and_each_is_a_line_of_the_table(tmp_path, monkeypatch):
     bench, called = tool("merged"), []
     monkeypatch.setattr(bench, "command", lambda *arguments: called.append(arguments))
