@@ -4,14 +4,14 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
 from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, require_writable, write_text
-from qlora_lite.memory.gpus import LINK, LINKS, NETWORK
+from qlora_lite.memory.gpus import GPUS, LINK, LINKS, NETWORK
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, known_models, known_pipelines, namesake, nearest
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
@@ -88,8 +88,12 @@ def plan(
 
     Without --vram and --gpu: for the machine at hand.
     """
-    if gpus == 0 or cards or models:
-        echo("\n".join(_known_models() if models else _known_gpus()))
+    if models:
+        known = [*known_models(), *known_pipelines()]
+        echo_exactly(json.dumps({"models": known}) if as_json else "\n".join(known))
+        return
+    if gpus == 0 or cards:
+        echo_exactly(json.dumps({"gpus": [asdict(gpu) for gpu in GPUS]}) if as_json else _table_of_gpus())
         return
     if named is None:
         raise click.UsageError("name a recipe or a model (or --gpus, --models)")
@@ -333,17 +337,12 @@ def _show(found: dict, most_packs: int, html: Path | None, trains_base: bool = F
         echo(f"timeline: {html}")
 
 
-def _known_gpus() -> list[str]:
-    from qlora_lite.memory.gpus import GPUS
-
+def _table_of_gpus() -> str:
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    return [f"{'GPU':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
+    lines = [f"{'GPU':20} {'usable':>9}  {'TFLOP/s':>12}  {'GB/s':>5}  memory as"] + [
         f"{known.name:20} {format_bytes(known.memory_bytes):>9}  "
         f"{known.flops_per_second / 1e12:>7.1f} {short[known.trains_in]}  "
         f"{known.bandwidth_bytes_per_second / 1e9:>5.0f}  {known.memory_source}"
         for known in GPUS
     ]
-
-
-def _known_models() -> list[str]:
-    return [*known_models(), *known_pipelines()]
+    return "\n".join(lines)

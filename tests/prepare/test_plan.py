@@ -957,7 +957,10 @@ class TestCommand:
 
     def test_lists_gpus_and_models_without_a_recipe(self, capsys):
         assert "RTX 4090" in self.call(capsys, "--gpus")[1]
-        assert "meta-llama/Llama-3.1-8B" in self.call(capsys, "--models")[1]
+        assert "meta-llama/Llama-3.1-8B" in self.call(capsys, "--models")[1].splitlines()
+        assert "meta-llama/Llama-3.1-8B" in json.loads(self.call(capsys, "--models", "--json")[1])["models"]
+        known = {gpu["name"]: gpu for gpu in json.loads(self.call(capsys, "--gpus", "--json")[1])["gpus"]}
+        assert known["RTX 4090"]["memory_bytes"] > 23 * GIB
         assert self.call(capsys)[0] == 2
 
 
