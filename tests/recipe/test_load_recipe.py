@@ -94,7 +94,7 @@ memory: {loss_chunk_tokens: 0, budget: 8}
         "r.yaml:13: data.train.0 = missing.jsonl: no such file in ",
         'r.yaml:14: data.train.1.path = 3: must be text; put it in quotes: "3"',
         "r.yaml:15: data.train.2 = 7: must be a path, or a list of {path, ",
-        "r.yaml:16: data.max_tokens = 1_000: must be a whole number of at least 8; write 1000",
+        "r.yaml:16: data.max_tokens = 1_000: must be a whole number from 8 to 16777216; write 1000",
         "r.yaml:18: train.optimizer = adamw_8bits: must be ",
         "r.yaml:19: train.metrics_examples = 3: needs evaluation data; write data.eval or data.eval_share, or 0 here",
         "r.yaml:20: train.epochs = -1: must be a number above 0; the default is 1",
