@@ -6,6 +6,7 @@ import logging
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 gc.disable()  # until all tests are imported and collected, which leaves no garbage
@@ -21,6 +22,12 @@ def pytest_addoption(parser):
     parser.addoption("--require-gpu", action="store_true", help="fail, not skip, where there is no CUDA device")
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--require-model", action="store_true", help="fail, not skip, where the demo models are missing")
+
+
+def pytest_configure(config):
+    """Draw the same inputs at each run, so that a change is not blamed for a fault of long ago; --slow draws others."""
+    settings.register_profile("drawn", derandomize=not config.getoption("--slow"))
+    settings.load_profile("drawn")
 
 
 @pytest.hookimpl(optionalhook=True)

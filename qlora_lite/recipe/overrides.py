@@ -49,7 +49,7 @@ def apply_overrides(root: Node, overrides: Sequence[str], document: Document) ->
             document.problems.append(Problem(message, place, key))
             continue
         if _COMMENT.match(raw):
-            message = f"{shown(text)}: in YAML, # begins a comment; put the value in quotes: {key}='\"...\"'"
+            message = f"{shown(text)}: in YAML, # begins a comment; put the value in quotes: {shown(key)}='\"...\"'"
             document.problems.append(Problem(message, place, key))
             document.unreadable.add(key)
             continue

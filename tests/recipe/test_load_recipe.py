@@ -360,6 +360,7 @@ def test_an_override_that_yaml_would_read_as_a_comment_is_a_problem_and_not_null
     for value in ("#### (.*)", "answer #(.*)", " # x"):
         (problem,) = problems(GOOD, f"train.exact_match_pattern={value}")
         assert problem.startswith("override 1: ") and "in YAML, # begins a comment; put the value in quotes" in problem
+    assert all("\n" not in problem for problem in problems(GOOD, "a\nb=x #y"))
     for value, meant in (('"#### (.*)"', "#### (.*)"), ("a#b", "a#b"), ("' #'", " #")):
         assert recipe(GOOD, f"train.exact_match_pattern={value}").train.exact_match_pattern == meant
 
