@@ -62,8 +62,10 @@ def write_rows(folder: Path, data: Path, task: str, held_out: int = HELD_OUT, tr
     trained = [(prompt, answer) for prompt in prompts[held_out:] for answer in answers[prompt]]
     random.Random(0).shuffle(trained)
     for name, rows in (("train", trained[:trained_rows]), ("eval", evaluated)):
-        lines = (json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows)
-        (folder / f"{task}-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = folder / f"{task}-{name}.jsonl"
+        text = "".join(json.dumps({"prompt": prompt, "completion": answer}) + "\n" for prompt, answer in rows)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # else a sweep warns of its runs' rows
+            path.write_text(text, encoding="utf-8")
 
 
 def sweep(
