@@ -7,7 +7,8 @@ than LoRA weights, or by an objective that is not here, is refused, and so is on
 depends on and that have no counterpart, unless a part of it is asked for.
 
 source of the defaults: axolotl, src/axolotl/utils/schemas; LLaMA-Factory, src/llamafactory/hparams; transformers,
-TrainingArguments; torchtune, recipes/configs and torch.optim.AdamW; unsloth, unsloth_cli/config.py.
+TrainingArguments; torchtune, recipes/configs and torch.optim.AdamW; unsloth, unsloth_cli/config.py and
+unsloth/models/rl.py.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ _THEIR_DEFAULTS: dict[str, dict[str, object]] = {
         "train.epochs": 3, "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 4,
         "train.weight_decay": 0.01,
     },
+}  # fmt: skip
+_OF_UNSLOTH_CONFIGS = {  # which it writes into trl's classes; transformers' TrainingArguments keep their own
+    "train.gradient_accumulation_steps": 2, "train.optimizer": "adamw_8bit", "train.weight_decay": 0.01,
+    "train.warmup_ratio": 0.1,
 }  # fmt: skip
 _REQUIRED = "model.path", "data.train"
 _BY_VERSION = "lora.rank", "lora.alpha", "train.learning_rate", "train.micro_batch_size"  # trl's and unsloth's defaults
@@ -121,7 +126,8 @@ def _finish(draft: Draft) -> set[str]:
     if draft.trainer == "axolotl" and not ("adapter" in draft.given and draft.given["adapter"].value):
         raise RecipeError(Problem("no adapter: all weights are trained; here only LoRA weights are", whole.where))
     warmup(draft)
-    defaults = dict(_THEIR_DEFAULTS[draft.trainer])
+    is_of_unsloth = draft.trainer == "unsloth" and "config_class" in draft.given
+    defaults = _THEIR_DEFAULTS[draft.trainer] | (_OF_UNSLOTH_CONFIGS if is_of_unsloth else {})
     if "train.max_steps" in draft.values:
         defaults.pop("train.epochs", None)
     _preferences(draft, defaults, whole)

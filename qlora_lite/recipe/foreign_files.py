@@ -26,10 +26,11 @@ MAX_CODE_BYTES = 4 * MAX_BYTES
 MAX_NOTEBOOK_BYTES = 8 * 2**20  # with the pictures among its outputs
 _LLAMA_FACTORY = {"stage", "finetuning_type", "cutoff_len", "dataset_dir", "template", "lora_target", "do_train"}
 _MODELS = {"FastLanguageModel", "FastModel", "AutoModelForCausalLM"}
+_TRL = "SFT", "DPO", "KTO", "ORPO", "CPO", "Reward"
+_TRL_CONFIGS = {f"{name}Config" for name in _TRL}
 _CALLS = {
-    "get_peft_model", "LoraConfig", "BitsAndBytesConfig", "SFTConfig", "TrainingArguments", "UnslothTrainingArguments",
-    "SFTTrainer", "UnslothTrainer", "Trainer", "get_chat_template",
-    *(f"{name}{kind}" for name in ("DPO", "KTO", "ORPO", "CPO", "Reward") for kind in ("Config", "Trainer")),
+    "get_peft_model", "LoraConfig", "BitsAndBytesConfig", "TrainingArguments", "UnslothTrainingArguments",
+    "UnslothTrainer", "Trainer", "get_chat_template", *_TRL_CONFIGS, *(f"{name}Trainer" for name in _TRL),
 }  # fmt: skip
 _OTHER_TRAINERS = re.compile(r"(?!SFT|Unsloth)[A-Z]\w+Trainer|(DPO|KTO|ORPO|CPO|PPO|GRPO|RLOO|Reward|GKD)Config")
 _PLUMBING = {
@@ -264,6 +265,8 @@ def _arguments(call: ast.Call, constants: Mapping[str, object]) -> Iterator[tupl
         positional = ["model_name"]
     elif name not in _CALLS:
         return
+    if name in _TRL_CONFIGS:
+        yield "config_class", name, call.lineno
     if prefix or is_model or name in _CALLS:
         given = [*zip(positional, call.args, strict=False), *((word.arg or "**", word.value) for word in call.keywords)]
         for word, value in given:

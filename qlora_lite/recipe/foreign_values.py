@@ -594,8 +594,8 @@ def _torchtune_logger(draft: Draft, setting: Setting) -> None:
         _trackers(draft, Setting("report_to", found, setting.where), "train.trackers")
 
 
-def _of_dataset_name(_draft: Draft, _setting: Setting) -> None:
-    """Convert nothing: `_data` reads it beside the data set's name."""
+def _read_elsewhere(_draft: Draft, _setting: Setting) -> None:
+    """Convert nothing: what depends on it too reads it, a data set's name or the trainer's defaults."""
 
 
 def _model_path(draft: Draft, setting: Setting) -> None:
@@ -615,7 +615,8 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "torchtune:tokenizer.max_seq_len": lambda draft, setting: _rename(draft, setting, "data.max_tokens"),
     "torchtune:tokenizer.prompt_template": lambda draft, setting: _rename(draft, setting, "data.template"),
     "unsloth-studio:data.format_type": _studio_format,
-    "trl:dataset_config": _of_dataset_name, "trl:dataset_train_split": _of_dataset_name,
+    "trl:dataset_config": _read_elsewhere, "trl:dataset_train_split": _read_elsewhere,
+    "trl:config_class": _read_elsewhere, "unsloth:config_class": _read_elsewhere,
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
     "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,

@@ -597,6 +597,18 @@ def test_unsloth_reads_2048_tokens_where_a_script_says_nothing(made):
     assert made(text, name="train.py")[1].data.max_tokens == 2048
 
 
+def test_unsloth_s_own_defaults_are_those_of_trl_s_classes(made):
+    def found(text, *overrides):
+        train = made(text, *overrides, name="train.py")[1].train
+        return train.gradient_accumulation_steps, train.warmup_ratio, train.optimizer, train.weight_decay
+
+    bare = SCRIPT.replace("gradient_accumulation_steps=4, warmup_steps=6, ", "").replace('optim="adamw_8bit",', "")
+    assert found(bare) == (2, 0.1, "adamw_8bit", 0.01)
+    assert found(SCRIPT) == (4, 0.1, "adamw_8bit", 0.01), "what the script says"
+    assert found(bare.replace("SFTConfig", "TrainingArguments")) == (1, 0, "adamw_torch", 0)
+    assert found(bare.replace("FastLanguageModel", "AutoModelForCausalLM")) == (1, 0, "adamw_torch", 0), "trl alone"
+
+
 def test_what_a_list_of_data_sets_says_of_rows_is_not_lost(refused, tmp_path):
     (tmp_path / "data").mkdir()
     info = {
