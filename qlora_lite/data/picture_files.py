@@ -9,7 +9,9 @@ import binascii
 import hashlib
 import io
 import os
+import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ BROKEN, NO_PICTURE = "broken picture", "picture missing"
 LONGEST_PATH = 1000  # letters: what is longer is something else, and would fill the screen
 MAX_PIXELS = 89_478_485  # of a picture: 256 MiB with three channels, where Pillow begins to warn
 # What Pillow raises over a file that is no picture, cut short, or not what its header says.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError)
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, ArithmeticError, struct.error)
 
 
 @cache
@@ -137,7 +139,8 @@ def open_picture(path: str | Path) -> "Image":
                 raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
                                 f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
             image.load()
-            image.getexif()  # is kept, for the turn
+            with suppress(SyntaxError, struct.error):  # what the camera said may be broken in a whole picture
+                image.getexif()  # is kept, for the turn
             image.info.clear()  # or what the camera wrote would be written anew without it, which often fails
             return ops.exif_transpose(image)
     except FileNotFoundError:

@@ -244,6 +244,13 @@ def test_a_camera_s_turn_is_undone_whatever_else_the_camera_wrote(tmp_path):
         assert decode(tmp_path / "a.jpg").size == (10, 20)
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0junk", b"junk"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_a_picture_is_taken_whose_camera_wrote_what_cannot_be_read(tmp_path, exif, kind):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a", kind, exif=exif)
+    assert decode(tmp_path / "a").size == (20, 10)
+
+
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 FILES = {
     "dinov2": IMAGENET | {"image_processor_type": "BitImageProcessor", "do_resize": True, "resample": 3,
