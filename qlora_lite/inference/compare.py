@@ -18,7 +18,7 @@ from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.build import train_settings, work_to_measure
-from qlora_lite.prepare.datasets import build_data, measures_of, warn_of_other_rows
+from qlora_lite.prepare.datasets import build_data, held_out_digest, measures_of, warn_of_other_rows
 from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.compare_page import render_comparison
@@ -148,7 +148,7 @@ def _measure(
         data, settings = data or build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         work = work_to_measure(recipe, count_virtual(tasks.model)).with_options(settings.options)
         settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
-        if name and _may_have_learned(own, rows_of, data, tasks.tokenizer):
+        if name and own is not rows_of and _may_have_learned(task.run, rows_of, data, tasks.tokenizer):
             log.warning("%s was trained on files from which %s held examples out, and may have seen those", name,
                         rows_of.output.name)  # fmt: skip
         done = watching(watch, f"{called}: evaluation", len(data.examples))
@@ -179,21 +179,24 @@ def _measure(
     return figures | found.figures(), said
 
 
-def _may_have_learned(own: Recipe, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:
+def _may_have_learned(run: TrainedRun, rows_of: Recipe, measured: Dataset, tokenizer) -> bool:
     """Check whether examples held out of one run are training examples of another; its own recipe says which are.
 
     Args:
-        own: the recipe of the run that is measured.
+        run: the one that is measured.
         rows_of: the recipe of the run that held rows out; one with data.eval held none.
         measured: those rows.
     """
+    own = run.recipe
     shared = {source.path for source in own.data.train} & {source.path for source in rows_of.data.train}
-    if not rows_of.data.eval_share or not shared or own.data == rows_of.data:
+    if not rows_of.data.eval_share or not shared:
         return False
     if own.data.streaming:  # what it learned is not known before it is read to the end
         return True
     try:
         learned = {row.where for row in build_data(own, tokenizer).examples}
+        if own.data.eval_share and run.held_out not in (None, held_out_digest(build_data(own, tokenizer, "eval"))):
+            return True  # the files have changed since
     except DataError:  # as where another of its files is gone
         return True
     return any(row.where in learned for row in measured.examples)

@@ -344,6 +344,26 @@ def test_a_run_whose_rows_have_changed_since_is_measured_with_a_warning(run, com
     assert [warned(*use) for use in uses] == [0] * 4
 
 
+def test_a_run_of_the_same_recipe_on_fewer_rows_may_have_learned_those_held_out_now(model_folder, command, tmp_path):
+    path = write_recipe(tmp_path, model_folder, data={"eval": None, "eval_share": 0.25})
+    rows = tmp_path / "train.jsonl"
+
+    def run(name):
+        rules = [f"output.dir={tmp_path / name}", "train.max_steps=1", "train.metrics_examples=0"]
+        return qlora_lite.run_recipe(load_recipe(path, rules))
+
+    def is_said(*folders):
+        code, _, err = command("compare", *folders)
+        assert code == 0, err
+        return "may have seen those" in err
+
+    before = run("before")
+    assert not is_said(before, run("same"))
+    first, *others = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([*(first.replace("0?", f"new {n}?") for n in range(5)), first, *others]))
+    assert is_said(run("after"), before)
+
+
 @pytest.mark.parametrize(("method", "uses"), [
     ("lora", "(or generate, evaluate, merge, export, serve)"), ("prompt", "(or generate, evaluate, serve)"),
     ("prefix", "(or generate, evaluate, serve)"), ("bottleneck", "(or generate, evaluate, serve)"),
