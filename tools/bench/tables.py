@@ -99,14 +99,14 @@ def learning_rate_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/learning_rates``: a row for each model and task."""
     models = result["models"]
     rates = [rate for rate in next(iter(models.values()))["mean_loss"] if rate != "auto"]
-    lines = [f"| model, task | before | {' | '.join(f'{float(rate):.2g}' for rate in rates)} | auto | above the best |",
-             "|---" * (len(rates) + 4) + "|"]  # fmt: skip
+    lines = [f"| model, task | before | {' | '.join(f'{float(rate):.2g}' for rate in rates)} | auto | above the best "
+             "| measured on |", "|---" * (len(rates) + 5) + "|"]  # fmt: skip
     for case, row in models.items():
         model, task = case.split(", ")
         losses = [_loss(row, rate) for rate in rates]
         auto = f"{_loss(row, 'auto')} at {row['auto']:.2g}"
         lines.append(f"| {NAMES[model]}, {task} | {row['loss_before']:.3f} | {' | '.join(losses)} | {auto} "
-                     f"| {row['auto_over_best']:+.1%} |")  # fmt: skip
+                     f"| {row['auto_over_best']:+.1%} | {row['processor']}, {row['date']} |")  # fmt: skip
     return lines
 
 
