@@ -231,8 +231,8 @@ TABLES = {
                "others. Both models come from 4-bit GGUF files, so that 16 bit is what those hold.", damage_table),
     "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
              "same, on text that neither was trained on.", head_table),
-    "learning_rates": ("Held-out loss after 40 steps by learning rate, mean and standard deviation of three seeds; the "
-                       "last column compares `auto` with the best of the sweep. E2E is split by meaning "
+    "learning_rates": ("Held-out loss after 40 steps by learning rate, mean and standard deviation of three seeds. "
+                       "'Above the best' compares `auto` with the best of the sweep. E2E is split by meaning "
                        "representation.", learning_rate_table),
     "study": ("Held-out loss and scores of runs of 40 steps, mean and standard deviation of three seeds, best loss "
               "first. Memory is the peak of the process; time is that of the whole run, on a machine that others used "
