@@ -58,6 +58,7 @@ PLACES = "memory.resident_layers", "memory.stream_from", "memory.cache_merged"
 HARMLESS = {
     *PLACES,
     "model.path", "model.revision", "lora.init_from", "data.train", "data.eval", "data.template", "data.max_bad_rows",
+    "objective.rewards",
     "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
     "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
     "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.offload_folder",
@@ -142,10 +143,8 @@ class Continuation:
             CheckpointError: naming each setting that makes another run of it.
         """
         old, new = _flat(self.run["recipe"]), _flat(recipe.model_dump(mode="json"))
-        sections = {name: type(section).model_fields for name, section in recipe}
-        unsaid = _flat(
-            {name: {key: field.default for key, field in fields.items()} for name, fields in sections.items()}
-        )
+        sections = {name: type(section).model_construct() for name, section in recipe}  # of defaults
+        unsaid = _flat({name: section.model_dump(mode="json") for name, section in sections.items()})
         old = {key: unsaid.get(key) for key in new} | old  # of settings that are newer than the checkpoint
         if new[_RATE] == "auto":
             new[_RATE] = self.learning_rate

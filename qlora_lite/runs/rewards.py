@@ -62,21 +62,33 @@ def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping
     taken = given if takes_all else {each.name: given[each.name] for each in wanted if each.name in given}
     try:
         found = function(**taken)
+    except SystemExit as error:
+        raise TrainingError(f"{name} ended Python ({error}); let it return numbers") from error
     except Exception as error:  # the user's own code, which may raise anything
         if is_out_of_memory(error):  # of which the step takes fewer tokens at once
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise TrainingError(f"{name} raised {what} ({_place_of(error, function)}); correct the function") from error
     count = len(given["completions"])
+    if isinstance(found, torch.Tensor) and not found.dim():
+        found = found.item()
     if not isinstance(found, Sequence | torch.Tensor) or len(found) != count:
         what = f"{len(found)} numbers" if isinstance(found, Sequence | torch.Tensor) else type(found).__name__
         raise TrainingError(f"{name} returned {what} for {count} completions; let it return a list of {count} numbers")
-    numbers = [float(each) if isinstance(each, Real | torch.Tensor) else math.nan for each in found]
+    numbers = [_number(each) for each in found]
     for place, number in enumerate(numbers):
         if not math.isfinite(number):
             of = f"the completion {given['completions'][place]!r}"[:300]
             raise TrainingError(f"{name} returned {found[place]!r} for {of}; a reward is a finite number")
     return numbers
+
+
+def _number(found: object) -> float:
+    """Return a reward as it is in float32; NaN for what is none."""
+    try:
+        return torch.tensor(float(found)).item() if isinstance(found, Real | torch.Tensor) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a tensor of several, a complex or a too large number
+        return math.nan
 
 
 def _place_of(error: Exception, function: Callable[..., Sequence[float]]) -> str:
@@ -100,27 +112,25 @@ def judges_of(names: Sequence[str]) -> Judges:
     return Judges({name: _function(name) for name in names})
 
 
-# What the code of a file may raise where it is imported.
-_FAULTS = (
-    OSError, ImportError, SyntaxError, ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
-
-
 def _function(name: str) -> Callable[..., Sequence[float]]:
     """Import a function, FILE.py:FUNCTION or MODULE:FUNCTION; a file once in a process as long as it is the same."""
     path, _, attribute = name.rpartition(":")
     try:
         is_file = path.endswith(".py")
         module = _module_of(Path(path), sha256(Path(path))) if is_file else importlib.import_module(path)
-    except _FAULTS as error:
-        what = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # the user's own code, which may raise anything
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RecipeError(f"objective.rewards: {name} cannot be imported: {what}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         there = ", ".join(each for each, value in vars(module).items() if inspect.isfunction(value)) or "none"
         raise RecipeError(f"objective.rewards: {name} is no function; of functions there are {there}")
-    for each in inspect.signature(found).parameters.values():
+    try:
+        wanted = inspect.signature(found).parameters.values()
+    except ValueError:  # of a builtin
+        raise RecipeError(f"objective.rewards: {name} does not say what it takes; write a function of your own around "
+                          "it") from None  # fmt: skip
+    for each in wanted:
         is_open = each.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         if each.name not in GIVEN and each.default is inspect.Parameter.empty and not is_open:
             raise RecipeError(f"objective.rewards: {name} wants {each.name!r}; there are {', '.join(GIVEN)}")

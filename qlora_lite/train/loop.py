@@ -442,7 +442,7 @@ class Trainer:
                                   f"{looked_at.name} one, which memory.fused_loss off computes")  # fmt: skip
         if self.settings.on_not_finite == "stop":
             raise error
-        if self.skipped == self.settings.max_skipped_steps:
+        if self.skipped >= self.settings.max_skipped_steps:
             raise TrainingError(f"{error}; {self.skipped} steps were skipped before, train.max_skipped_steps")
         self.skipped += 1
         log.warning("%s; this step is skipped", error)

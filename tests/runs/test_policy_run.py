@@ -3,6 +3,7 @@ begins."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -19,12 +20,16 @@ from qlora_lite.prepare import ranks
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.profile import profile_recipe
-from qlora_lite.runs.rewards import judges_of
+from qlora_lite.runs.resume import RUN, Continuation
+from qlora_lite.runs.rewards import digest_of, judges_of
 from qlora_lite.runs.run import run_recipe
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 JUDGE = """
 import json
+import sys
+
+import torch
 
 
 def letters(completions):
@@ -62,6 +67,29 @@ def silent(completions):
 
 def full(completions):
     raise MemoryError
+
+
+def single(completions):
+    return torch.tensor(1.0)
+
+
+def pairs(completions):
+    return torch.zeros(len(completions), 2)
+
+
+def huge(completions):
+    return [1e39 for _ in completions]
+
+
+def whole(completions):
+    return [10**400 for _ in completions]
+
+
+def ended(completions):
+    sys.exit("usage")
+
+
+taken = max
 
 
 NUMBER = 3
@@ -121,6 +149,13 @@ def test_a_changed_function_is_another_run(tmp_path, model_folder):
         run_recipe(settings, resume=tmp_path / "run" / "out")
 
 
+def test_functions_are_the_same_where_their_file_has_moved(tmp_path, model_folder):
+    one, other = (recipe(tmp_path / name, model_folder) for name in ("one", "other"))
+    continuation = Continuation(SimpleNamespace(documents={RUN: {"recipe": one.model_dump(mode="json")}}))
+    continuation.compare_settings(other)
+    assert digest_of(one.objective.rewards) == digest_of(other.objective.rewards) and not continuation.forced
+
+
 def test_two_functions_are_added_and_each_is_reported(tmp_path, model_folder):
     settings = recipe(tmp_path / "run", model_folder, rewards=["judge.py:letters", "judge.py:other"])
     run_recipe(settings)
@@ -137,6 +172,7 @@ def test_two_functions_are_added_and_each_is_reported(tmp_path, model_folder):
         ("judge.py:NUMBER", "judge.py:NUMBER is no function"),
         ("judge.py:unknown", "wants 'solutions'; there are completions, references, prompts"),
         ("no_such_module:letters", "No module named 'no_such_module'"),
+        ("judge.py:taken", "judge.py:taken does not say what it takes"),
         (["judge.py:letters", "json:letters"], "two functions are called letters"),
     ],
 )
@@ -148,7 +184,16 @@ def test_what_is_no_function_is_said_before_anything_loads(tmp_path, model_folde
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("few", "returned 1 numbers for 4 completions"), ("words", "returned 'good' for the completion")]
+    ("name", "said"),
+    [
+        ("few", "returned 1 numbers for 4 completions"),
+        ("words", "returned 'good' for the completion"),
+        ("single", "returned float for 4 completions"),
+        ("pairs", r"returned tensor\(\[0., 0.\]\) for the completion"),
+        ("huge", r"returned 1e\+39 for the completion"),
+        ("whole", "returned 1000.* a reward is a finite number"),
+        ("ended", r"ended Python \(usage\); let it return numbers"),
+    ],
 )
 def test_what_a_function_returns_wrongly_is_named(tmp_path, name, said):
     (tmp_path / "judge.py").write_text(JUDGE)
@@ -194,9 +239,13 @@ def test_a_file_of_functions_may_have_dataclasses_and_its_errors_are_told(tmp_pa
     code = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: int\n"
     (tmp_path / "own.py").write_text(code + JUDGE)
     assert judges_of([f"{tmp_path / 'own.py'}:letters"])([_Row()], ["aab"]) is not None
-    (tmp_path / "broken.py").write_text("x = undefined\n")
-    with pytest.raises(RecipeError, match=r"broken\.py:f cannot be imported: NameError: name 'undefined' is not"):
-        judges_of([f"{tmp_path / 'broken.py'}:f"])
+    for code, said in (
+        ("x = undefined", "NameError: name 'undefined' is not"), ("assert False, 'no key'", "AssertionError: no key"),
+        ("import sys; sys.exit('usage')", "SystemExit: usage"),
+    ):  # fmt: skip
+        (tmp_path / "broken.py").write_text(code + "\n")
+        with pytest.raises(RecipeError, match=rf"broken\.py:f cannot be imported: {said}"):
+            judges_of([f"{tmp_path / 'broken.py'}:f"])
 
 
 def test_a_recipe_is_profiled_answers_and_all(tmp_path, model_folder):

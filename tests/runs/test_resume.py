@@ -363,6 +363,21 @@ def test_a_setting_that_is_newer_than_the_checkpoint_has_been_what_it_is_by_defa
             continuation.compare_settings(recipe.model_copy(update=values))
 
 
+@pytest.mark.parametrize(
+    "place", ["objective.rewards", "adapter.train_also", "train.metrics", "lora.targets", "diffusion.sample_prompts"]
+)
+def test_a_list_that_is_newer_than_the_checkpoint_has_been_what_it_is_by_default(tmp_path, place):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    written = recipe.model_dump(mode="json")
+    section, name = place.split(".")
+    del written[section][name]
+    continuation = Continuation(SimpleNamespace(documents={RUN: {"recipe": written}}))
+    continuation.compare_settings(recipe)
+    assert not continuation.accepted and not continuation.forced
+
+
 def test_paging_is_accepted_and_another_optimizer_is_not(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {train: rows.jsonl}\n")

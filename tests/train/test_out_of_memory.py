@@ -236,6 +236,14 @@ def test_more_skipped_steps_than_allowed_end_the_run():
         list(training)
 
 
+def test_a_limit_below_the_steps_that_were_skipped_before_a_run_was_resumed_ends_it():
+    training = trainer(on_not_finite="skip", max_skipped_steps=1, max_steps=5)
+    training.skipped = 3
+    nan_at(training, 2)
+    with pytest.raises(TrainingError, match=r"step 2: .*; 3 steps were skipped before, train\.max_skipped_steps"):
+        list(training)
+
+
 def test_a_nan_ends_the_run_unless_told_otherwise():
     training = trainer(max_steps=5)
     nan_at(training, 2)
