@@ -22,7 +22,7 @@ Shapes: T tokens of a micro-batch; input_ids and position_ids [1, T], labels [T]
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.errors import DataError
 
-from .storage import Example
+from .storage import Example, row_lengths
 
 IGNORED_LABEL = -100
 ORDERS = ("shuffle", "as-is", "longest-first", "by-length")
@@ -355,8 +355,9 @@ def _pieces_of_row(
 
 
 def stream_batches(
-    examples: Iterable[Example], max_tokens: int, packing: bool, micro_batch_size: int
-) -> Iterator[list[Example]]:
+    examples: Iterable[Example], max_tokens: int, packing: bool, micro_batch_size: int,
+    lengths: Callable[[Sequence[Example]], Sequence[int]] = row_lengths,
+) -> Iterator[list[Example]]:  # fmt: skip
     """Yield the rows of each micro-batch, those of ``plan_epoch`` with order "as-is".
 
     Args:
@@ -364,11 +365,12 @@ def stream_batches(
         max_tokens: room of a pack.
         packing: True to fill packs with several rows; False for one row each.
         micro_batch_size: packs (rows, without packing) per micro-batch; the last may have fewer.
+        lengths: returns the tokens that rows take.
     """
     rows: list[Example] = []
     packs = room = 0
     for example in examples:
-        length = len(example.token_ids)
+        (length,) = lengths([example])
         if not packing or length > room:
             if packs == micro_batch_size:
                 yield rows

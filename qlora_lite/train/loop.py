@@ -286,7 +286,8 @@ class Trainer:
                 yield [[self.examples[row] for row in rows] for rows in step]
             return
         s = self.settings
-        micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size)
+        lengths = self.workload.lengths
+        micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size, lengths)
         while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
             yield step
 

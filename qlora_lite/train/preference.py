@@ -218,6 +218,8 @@ class PreferenceLM(CausalLM):
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
+        second = self._virtual  # tokens before the second sequence of each; those of one are a language model's
+        most = most._replace(tokens=most.tokens - second * most.rows, longest=most.longest - second)
         return enlarged_in_two(super().enlarged, examples, most)
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch | Batch:

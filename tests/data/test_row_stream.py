@@ -35,6 +35,13 @@ def test_batches_are_those_of_a_plan_in_the_order_of_the_files(lengths, packing,
     expected = plan_epoch(lengths, 20, packing, micro_batch_size, "as-is")
     assert [[int(row.token_ids[0]) for row in rows] for rows in batches] == expected
 
+    def with_virtual(examples):
+        return [len(example.token_ids) + 7 for example in examples]
+
+    batches = stream_batches(iter(rows), 30, packing, micro_batch_size, with_virtual)
+    expected = plan_epoch(with_virtual(rows), 30, packing, micro_batch_size, "as-is")
+    assert [[int(row.token_ids[0]) for row in rows] for rows in batches] == expected
+
 
 @pytest.mark.parametrize("overflow", ["drop", "truncate", "split"])
 def test_every_epoch_gives_the_examples_that_memory_holds(stream, write, tokenizer, overflow):

@@ -792,13 +792,16 @@ def test_a_folder_inside_a_run_is_refused_with_the_run_s_name(finished, inside):
         open_run(finished[0] / inside)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_streamed_run_trains_the_adapter_that_rows_in_memory_train(run, packing):
+PROMPT = {"lora": None, "adapter": {"method": "prompt"}, "prompt": {"virtual_tokens": 20}}
+
+
+@pytest.mark.parametrize(("packing", "sections"), [(True, {}), (False, {}), (True, PROMPT)])
+def test_a_streamed_run_trains_the_adapter_that_rows_in_memory_train(run, packing, sections):
     data = {"order": "as-is", "packing": packing}
     train = {"max_steps": 7, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
     adapters = []
     for streaming in (False, True):
-        folder = run(data=data | {"streaming": streaming}, train=train)
+        folder = run(data=data | {"streaming": streaming}, train=train, **sections)
         adapters.append((summary_of(folder)["adapter_sha256"], [line.get("loss") for line in lines_of(folder)]))
         shutil.rmtree(folder)
     assert adapters[0] == adapters[1]

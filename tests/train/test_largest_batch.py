@@ -1,15 +1,20 @@
 """No step of a run holds more than its memory probe did, whatever else than its tokens makes a micro-batch large."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_trainer import trainer
 
+from qlora_lite.adapters.prompt import PromptTuning
+from qlora_lite.data.batch import extent_of
 from qlora_lite.data.storage import Example
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import largest_batches
+from qlora_lite.train.preference import PreferenceLM
 
 PACK = 256
 
@@ -53,6 +58,16 @@ def test_no_step_holds_more_than_the_memory_probe_did(rows, options):
     rehearsed, steps = peak_of(training, training.probe_memory), iter(training)
     later = [peak_of(training, lambda: next(steps)) for _ in range(training.total_steps)]
     assert max(later) <= 1.01 * rehearsed
+
+
+@pytest.mark.parametrize("virtual", [0, 20])
+def test_pairs_are_rehearsed_with_as_many_tokens_as_a_step_has(virtual):
+    work = PreferenceLM(method=PromptTuning(virtual))
+    pairs = [replace(row(40, 20), first=20) for _ in range(4)]
+    most = extent_of(work.lengths(pairs), work.target_counts(pairs), [[0, 1, 2, 3]])
+    real, planned = (work.shape(work.collate(each)) for each in (pairs, work.enlarged(pairs, most)))
+    assert sum(planned.lengths) == sum(real.lengths) == 4 * 2 * (20 + virtual)
+    assert sorted(planned.lengths) == sorted(real.lengths)
 
 
 @pytest.mark.parametrize("most_tokens", [100, 74, 30])
