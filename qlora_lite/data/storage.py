@@ -198,6 +198,14 @@ def row_lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example.token_ids) for example in examples]
 
 
+def longest_sequences(examples: Sequence[Example]) -> list[int]:
+    """Return the tokens of the longer sequence of each example, or of its only one."""
+    if isinstance(examples, Examples):
+        first = examples.rows[examples.order + 1, 6]
+        return np.maximum(first, examples.lengths - first).tolist()
+    return [max(example.first, len(example.token_ids) - example.first) for example in examples]
+
+
 def learned_counts(examples: Sequence[Example]) -> list[int]:
     """Return the target tokens of each example."""
     if isinstance(examples, Examples):

@@ -51,7 +51,6 @@ from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
-from qlora_lite.train.text_guards import check_embeddings
 
 from .generate import Answer, Shown, answers, stop_ids
 from .label_texts import load_head, measure_labels
@@ -385,7 +384,7 @@ def measure_recipe(
         put_merged_in_place(model)
     work = work_to_measure(recipe, count_virtual(model)).with_options(settings.options)
     work.check_forward(model, settings.max_tokens)
-    check_embeddings(model, data.examples)
+    work.check_examples(model, data.examples)
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)

@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_lite.adapters.lora.inject import merged_once, require_model
 from qlora_lite.data.batch import Batch, Extent, collate, enlarged
-from qlora_lite.data.storage import Example, learned_counts, row_lengths, with_virtual
+from qlora_lite.data.storage import Example, learned_counts, longest_sequences, row_lengths, with_virtual
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
@@ -92,6 +92,7 @@ class CausalLM(TransformerWorkload):
     virtual: int | None = None
 
     reads_pictures: ClassVar[bool] = False
+    fewer_positions: ClassVar[str] = "set data.max_tokens to {limit}, and data.overflow to what becomes of longer rows"
 
     @property
     def _virtual(self) -> int:
@@ -101,6 +102,10 @@ class CausalLM(TransformerWorkload):
         """Return the tokens of each, virtual ones included."""
         lengths, virtual = row_lengths(examples), self._virtual
         return [length + virtual for length in lengths] if virtual else lengths
+
+    def positions(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return how many positions the longest sequence of each takes; each sequence begins at the first."""
+        return [self._virtual + tokens for tokens in longest_sequences(examples)]
 
     def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the target tokens of each."""
@@ -227,7 +232,7 @@ class CausalLM(TransformerWorkload):
         require_model(model)
         if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), Example | None):
             raise DataError(f"examples is {type(examples).__name__}; give build_examples(...).examples")
-        check_embeddings(model, examples)
+        check_embeddings(model, examples, self.positions, self.fewer_positions)
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``text_guards``."""

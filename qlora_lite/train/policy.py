@@ -154,6 +154,7 @@ class PolicyLM(CausalLM):
     answer: Answer | None = field(default=None, repr=False, compare=False, kw_only=True)
     judge: Judge | None = field(default=None, repr=False, compare=False, kw_only=True)
 
+    fewer_positions = "lower objective.max_completion_tokens by {over}, or leave longer prompts out"
     untimed = "before it the answers"
     always_learns = False  # the answers of every group may be worth the same
 
@@ -311,6 +312,11 @@ class PolicyLM(CausalLM):
     ) -> None:  # fmt: skip
         """See ``kernels``."""
         super().choose_kernels(model, lambda: largest().sequences.tokens, options, recorded)
+
+    def positions(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return how many positions each prompt takes with the longest answer."""
+        beside = self._virtual + self.objective.max_completion_tokens
+        return [beside + prompt_tokens(example) for example in examples]
 
     def check_examples(self, model: object, examples: object) -> None:
         """See ``CausalLM``; each example has a prompt."""

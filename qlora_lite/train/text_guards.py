@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.constraints import STREAMED_TRAINED, UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.data.storage import Example, largest_token, row_lengths
+from qlora_lite.data.storage import Example, largest_token
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.experts.packing import adapts_experts, packs_experts
 from qlora_lite.models.anatomy import device_of, head, position_limit, text_config, vocabulary_size
@@ -286,18 +286,24 @@ def _drops(module: nn.Module) -> bool:
     return any(rates) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
-def check_embeddings(model: nn.Module, examples: Sequence[Example]) -> None:
+def check_embeddings(
+    model: nn.Module, examples: Sequence[Example], positions: Callable[[Sequence[Example]], Sequence[int]], cure: str
+) -> None:
     """Check that the model has an embedding for every token of the rows, and for every position.
+
+    Args:
+        positions: returns how many each example takes; called where a model has a table of them.
+        cure: what makes them fewer, of which {limit} is how many there are and {over} how many are too many.
 
     Raises:
         DataError: it lacks one, which a GPU would answer with an assertion of its own.
     """
     limit = position_limit(model)
-    if limit is not None and (longest := max(row_lengths(examples), default=0)) > limit:
-        where = examples[row_lengths(examples).index(longest)].where
+    taken = [] if limit is None else list(positions(examples))
+    if limit is not None and (longest := max(taken, default=0)) > limit:
         raise DataError(
-            f"{where}: the row has {longest} tokens, and the model has embeddings of {limit} positions; set "
-            f"data.max_tokens to {limit}, and data.overflow to what becomes of longer rows"
+            f"{examples[taken.index(longest)].where}: the row takes {longest} positions, and the model has embeddings "
+            f"of {limit}; {cure.format(limit=limit, over=longest - limit)}"
         )
     words = vocabulary_size(model)
     if largest_token(examples) < words:

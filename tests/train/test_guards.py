@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from qlora_lite.train.forward import prepare
 from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
+from qlora_lite.train.policy import GroupPolicy, PolicyLM
+from qlora_lite.train.preference import PreferenceLM
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_causal, check_forward, relative_error
@@ -396,12 +399,31 @@ def test_a_decoder_that_sees_both_ways_is_no_causal_model():
 def test_a_row_longer_than_the_table_of_positions_is_named_with_what_to_set(model_type):
     fits, longer = rows_of(128, 60, 100), rows_of(7, 129)
     assert len(list(trainer(model_type, rows=fits, max_tokens=256))) == 4
-    said = r"rows:129: the row has 129 tokens, and the model has embeddings of 128 .* set data\.max_tokens to 128"
+    said = r"rows:129: the row takes 129 positions, and the model has embeddings of 128; set data\.max_tokens to 128"
     with pytest.raises(DataError, match=said):
         trainer(model_type, rows=longer, max_tokens=256)
     with pytest.raises(DataError, match=said):
         trainer(model_type, rows=fits, max_tokens=256).probe_memory(longer)
     assert len(list(trainer("llama", rows=rows_of(7, 300), max_tokens=512))) == 4
+
+
+def test_positions_are_counted_for_each_sequence_with_its_virtual_tokens_and_answers():
+    model, ids = build_tiny("gpt2", n_positions=64), np.arange(5, 85, dtype=np.int32)
+    pair = Example(ids, np.isin(ids, [44, 84]), "", "", "rows:1", first=40)  # each begins at the first position
+    prompt, whole = (Example(ids[:n], ids[:n] >= 41, "", "", f"rows:{n}") for n in (40, 64))
+    for rows in ([pair], stored([pair, pair])):
+        PreferenceLM().check_examples(model, rows)
+        assert PreferenceLM().positions(rows) == [40] * len(rows)
+    with pytest.raises(DataError, match="takes 65 positions"):
+        PreferenceLM().check_examples(model, [replace(pair, first=15)])
+    CausalLM().check_examples(model, stored([prompt, whole]))
+    said = r"rows:64: the row takes 84 positions, and the model has embeddings of 64; set data\.max_tokens to 64"
+    with pytest.raises(DataError, match=said):
+        CausalLM(virtual=20).check_examples(model, stored([prompt, whole]))
+    groups = GroupPolicy(max_completion_tokens=28)
+    PolicyLM(objective=groups).check_examples(model, [prompt])
+    with pytest.raises(DataError, match=r"takes 65 positions, .*; lower objective\.max_completion_tokens by 1"):
+        PolicyLM(objective=replace(groups, max_completion_tokens=29)).check_examples(model, [prompt])
 
 
 @pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL}))
