@@ -382,8 +382,12 @@ def _task_of(folder: Path) -> Task:
     if kind is None or not isinstance(labels, dict):
         raise ModelError(f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
                          "and problem_type: add them, or use the run that trained it")  # fmt: skip
-    names = None if kind in ("regression", "reward") else tuple(map(str, labels.values()))
-    return Task.model_validate({"kind": kind, "labels": names})
+    try:
+        names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+        return Task.model_validate({"kind": kind, "labels": None if kind in ("regression", "reward") else names})
+    except ValueError as error:  # pydantic's are such too
+        raise ModelError(f"{folder / MODEL_CONFIG_NAME}: id2label must name each output by its number, 0 and so "
+                         f"on: {short(str(labels))}") from error  # fmt: skip
 
 
 def _size_of(folder: Path) -> int | None:

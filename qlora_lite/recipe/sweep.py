@@ -28,6 +28,7 @@ from qlora_lite.errors import Problem, RecipeError
 from .catalog import find_recipe, list_recipes
 from .load import load_recipe
 from .overrides import override_number
+from .reference import field_at, rule_of
 from .schema import Recipe
 from .strict_yaml import parse, plain
 
@@ -46,16 +47,11 @@ class _Strict(BaseModel):
 
 
 class Range(_Strict):
-    """Numbers that a sampler chooses from; whole ones if both ends are."""
+    """Numbers that a sampler chooses from."""
 
     low: float = Field(alias="from")
     high: float = Field(alias="to")
     log: bool = False
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its numbers are whole."""
-        return self.low.is_integer() and self.high.is_integer() and self.low >= 1
 
     @model_validator(mode="after")
     def _has_numbers(self):
@@ -125,6 +121,13 @@ def choices(name: str, axis: Axis) -> dict[str, Settings]:
             labels = [json.dumps(value) for value in axis]
         return {label: {name: value} for label, value in zip(labels, axis, strict=True)}
     return {} if isinstance(axis, Range) else axis
+
+
+def is_whole(name: str, axis: Range) -> bool:
+    """Return whether a range is of whole numbers: its ends are, and from 0 the setting takes no others."""
+    field = field_at(tuple(name.split(".")))
+    ends_are = axis.low.is_integer() and axis.high.is_integer()
+    return ends_are and (axis.low >= 1 or (field is not None and rule_of(field).startswith("a whole number")))
 
 
 def load_sweep(path: Path) -> Sweep:

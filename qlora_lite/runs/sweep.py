@@ -26,7 +26,7 @@ from qlora_lite.planning.machine import Machine
 from qlora_lite.prepare.plan import Plan, budget_of, plan_recipe
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, overrides, recipe_of_point
+from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, is_whole, overrides, recipe_of_point
 from qlora_lite.reporting.sweep_page import render_sweep
 
 log = logging.getLogger("qlora_lite")
@@ -230,7 +230,7 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
 def _check_axes(sweep: Sweep, distributions: Mapping[str, Any], folder: Path) -> None:
     """Check that a trial of an earlier start was of these axes: with the same choices, or of numbers as these."""
     wanted = {
-        name: (axis.is_whole, axis.log) if isinstance(axis, Range) else tuple(choices(name, axis))
+        name: (is_whole(name, axis), axis.log) if isinstance(axis, Range) else tuple(choices(name, axis))
         for name, axis in sweep.searched.items()
     }
     found = {
@@ -247,7 +247,7 @@ def _check_axes(sweep: Sweep, distributions: Mapping[str, Any], folder: Path) ->
 def _suggested(trial, name: str, axis: Axis) -> str | float:
     if not isinstance(axis, Range):
         return trial.suggest_categorical(name, list(choices(name, axis)))
-    if axis.is_whole:
+    if is_whole(name, axis):
         return trial.suggest_int(name, int(axis.low), int(axis.high), log=axis.log)
     return trial.suggest_float(name, axis.low, axis.high, log=axis.log)
 

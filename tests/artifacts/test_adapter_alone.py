@@ -11,7 +11,7 @@ from tiny_runs import END_OF_ANSWER, make_run
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.read import named_base
-from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.artifacts.trained_run import _task_of, open_trained
 from qlora_lite.data.render import end_of_answers
 from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import NAMED_TEMPLATES, choose_template
@@ -215,3 +215,18 @@ def test_an_adapter_in_pickled_weights_is_told_so(adapter):
     trained = open_trained(adapter)
     with pytest.raises(ModelError, match="is missing; pickled weights are not read"):
         trained.read_adapter(trained.skeleton())
+
+
+def test_labels_are_those_of_the_numbers_in_whatever_order_a_file_has_them(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "SEQ_CLS"}))
+
+    def labels(named):
+        said = {"problem_type": "single_label_classification", "id2label": named}
+        (tmp_path / "config.json").write_text(json.dumps(said, sort_keys=True))
+        return _task_of(tmp_path).labels
+
+    names = [f"of {number}" for number in range(12)]
+    assert labels({str(number): name for number, name in enumerate(names)}) == tuple(names)
+    for named in ({"0": "", "1": "x"}, {"a": "x", "b": "y"}):
+        with pytest.raises(ModelError, match="id2label must name each output by its number"):
+            labels(named)

@@ -16,7 +16,7 @@ from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.files import locked
 from qlora_lite.prepare.plan import plan_recipe
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
-from qlora_lite.recipe.sweep import choices, load_sweep, recipe_of_point
+from qlora_lite.recipe.sweep import Range, choices, is_whole, load_sweep, recipe_of_point
 from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
 from qlora_lite.runs import sweep as sweeps
 from qlora_lite.runs.sweep import DOES_NOT_FIT, ELSEWHERE, FAILED, as_result, run_sweep
@@ -186,6 +186,13 @@ def test_a_sampler_finds_the_valley_goes_on_after_a_stop_and_runs_no_trial_twice
     assert best["lora.rank"] <= 2 and 2e-3 < best["train.learning_rate"] < 4e-3
     count = len(lab.trained)
     assert lab.run(**said)["points"][0]["choice"] == result["points"][0]["choice"] and len(lab.trained) == count
+
+
+def test_a_range_is_of_whole_numbers_if_its_ends_are_and_no_fraction_can_be_meant():
+    names = "memory.uncheckpointed_layers", "lora.start_alternations", "lora.rank", "lora.alpha", "lora.dropout"
+    for low, expected in ((0, [True, True, True, False, False]), (1, [True] * 5), (0.5, [False] * 5)):
+        numbers = Range.model_validate({"from": low, "to": 8.0})
+        assert [is_whole(name, numbers) for name in names] == expected
 
 
 def test_a_point_whose_process_was_killed_is_the_first_to_go_on_unless_another_is_at_work_on_it(lab, monkeypatch):
