@@ -29,6 +29,7 @@ from torch.nn import functional
 from qlora_lite.adapters.checkpoint_names import outside
 from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
 from qlora_lite.adapters.fused_names import why_no_dora
+from qlora_lite.adapters.parts import TOKEN_ROWS
 from qlora_lite.adapters.read import Adapter, Factors, stored_names, tensor_names, weight_name
 from qlora_lite.errors import ModelError
 from qlora_lite.files import replacing_folder
@@ -63,7 +64,10 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
         names = tensor_names(stored[name])
         tensors |= {names[leaf]: tensor.contiguous() for leaf, tensor in factors.tensors.items()}
     adapted = {outside(skeleton, name) for name in adapter.layers}
-    tensors |= {weight_name(outside(skeleton, path), adapted): weight for path, weight in adapter.weights.items()}
+    tables = config.get("trainable_token_indices", ())  # of tied ones the embeddings alone, as ``save_adapter`` has it
+    weights = {outside(skeleton, path): weight for path, weight in adapter.weights.items()}
+    tensors |= {weight_name(path, adapted): weight for path, weight in weights.items()
+                if not path.endswith(TOKEN_ROWS) or path.removesuffix(f".{TOKEN_ROWS}") in tables}  # fmt: skip
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)
 

@@ -82,6 +82,17 @@ def test_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (run / "template.jinja").read_text()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_are_exported_to_peft(tied, tmp_path):
+    run = tiny_run(tmp_path, tie_word_embeddings=tied, overrides=["adapter.train_tokens=[e]", *PLAIN_WEIGHTS])
+    export_run(run, tmp_path / "out", ExportSettings("peft"))
+    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out")
+    ours = load_adapter(plain(tmp_path), run / "adapter")
+    assert torch.allclose(logits(theirs), logits(ours), atol=1e-4)
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("token_adapter" in name for name in names) == (1 if tied else 2)
+
+
 def test_dora_is_exported_to_peft_and_refused_where_its_magnitudes_would_be_left_out(tmp_path, monkeypatch):
     run = tiny_run(tmp_path, "qwen2", MIXED, [*PLAIN_WEIGHTS, "adapter.method=dora"])
     export_run(run, tmp_path / "out", ExportSettings("peft"))
