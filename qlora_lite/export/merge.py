@@ -34,6 +34,7 @@ from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.load import auto_dtype, load_model
 from qlora_lite.models.merge import (
     ORIGINAL,
+    PROCESSOR_FILES,
     TRAINED,
     BeyondRange,
     Merged,
@@ -153,6 +154,10 @@ def merge_run(
             _check_quantized(report["models"], settings.quantize)
         if settings.quantize and not on_codes:
             _write_quantized(trained, dense, new, settings.quantize)
+        if settings.quantize:  # what the dense model says of ends and pictures is true of this one
+            for name in ("generation_config.json", *(PROCESSOR_FILES if trained.recipe.with_vision else ())):
+                if (dense / name).is_file():
+                    shutil.copyfile(dense / name, new / name)
         write_text(new / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -254,7 +259,7 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
     aware = trained.recipe.train.merge_aware
     if aware != OFF:
         notes.append(f"the weights are the {aware} ones that the run computed with (train.merge_aware)")
-    elif settings.dtype != "f32":
+    elif settings.dtype != "f32" and not settings.quantize:
         half = settings.dtype
         share = f"{kept[half]:.1%} of the update" + (_of_f16(kept) if half == "bf16" else "")
         notes.append(f"the sum of weight and update is rounded once, to {half}, which keeps {share}; "

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny, random_batch
 from tiny_files import byte_tokenizer, save_tiny
-from tiny_runs import make_run, replace_adapter, tiny_run
+from tiny_runs import END_OF_ANSWER, make_run, replace_adapter, tiny_run
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -112,6 +112,8 @@ def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(base, run, tmp
     assert any("own codes" in note for note in report["notes"]) == (base is None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any(type(module).__name__ == "Linear4bit" for module in loaded.modules())
+    assert loaded.generation_config.eos_token_id == [2, END_OF_ANSWER], "it stops where an answer was trained to end"
+    assert not any("rounded once, to" in note for note in report["notes"]), "of a model that is not written"
     assert (tmp_path / "out" / "tokenizer.json").exists() and (tmp_path / "out" / "merge_report.json").exists()
     assert report["models"]["merged, then nf4"]["kl"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "out"}, "the 16-bit model is gone"
