@@ -147,6 +147,10 @@ def require_empty(path: Path) -> None:
         OutputError: something is there, or nothing can be written.
     """
     _check_name(path)
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link, and would be replaced; name the folder that it leads to")
+    if os.path.ismount(path):
+        raise OutputError(f"{path} is where a disk is mounted, and cannot be replaced; name a new folder inside it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} is not an empty folder; choose another --out")
     require_writable(path)

@@ -128,6 +128,17 @@ def test_a_folder_that_is_there_under_no_name_is_neither_a_file_to_write_nor_rep
     assert content(folder) == {"file": "old"}
 
 
+def test_a_folder_that_a_rename_would_not_replace_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    require_empty(tmp_path / "empty")
+    with pytest.raises(OutputError, match="is a link, and would be replaced; name the folder that it leads to"):
+        require_empty(tmp_path / "link")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "empty")
+    with pytest.raises(OutputError, match="is where a disk is mounted, and cannot be replaced; name a new folder"):
+        require_empty(tmp_path / "empty")
+
+
 def test_a_fault_of_the_cache_names_the_cache_s_own_setting():
     path = cache_root() / "tokens" / "x"
     with pytest.raises(OutputError, match=r"the disk is full .*\(\$QLORA_LITE_CACHE\)$"), explain_write_errors(path):
