@@ -23,6 +23,10 @@ _UINT32, _STRING, _ARRAY = 4, 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
+class SplitFile(ValueError):
+    """Report a file that holds a part of a model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a file's header says.
@@ -73,6 +77,9 @@ class _Walk:
             raise ValueError(f"its version is {version}, or it is big-endian")
         tensors, keys = self.u64(), self.u64()
         values = self.values(keys)
+        parts = values.get("split.count")
+        if isinstance(parts, int) and parts > 1:
+            raise SplitFile(f"it is one of {parts} parts of a GGUF file")
         found = self.tensors(tensors)
         digest = hashlib.sha256(self.content[: self.place]).hexdigest()
         alignment = values.get(ALIGNMENT, DEFAULT_ALIGNMENT)

@@ -14,7 +14,7 @@ from pathlib import Path
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.files import PACKAGE_PREFIX, package_file
 
-from .gguf_header import end_of_tensors
+from .gguf_header import SplitFile, end_of_tensors
 
 WHOLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES, HUB_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"], ["*.safetensors"]
@@ -186,6 +186,8 @@ def check_gguf(path: Path) -> Path:
     """
     try:
         end = end_of_tensors(path)
+    except SplitFile as error:
+        raise ModelError(f"{path}: {error}; join them with `llama-gguf-split --merge`, and name the result") from None
     except (ValueError, OSError) as error:
         raise ModelError(f"{path} is cut short or not a GGUF file ({error}); download it again") from None
     if path.stat().st_size < end:

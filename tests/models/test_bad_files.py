@@ -175,6 +175,24 @@ def test_a_gguf_file_cut_short_is_named(tmp_path, keep):
     assert str(path) in refusal(path)
 
 
+@pytest.mark.parametrize("first_has_tensors", [True, False])
+def test_a_part_of_a_gguf_model_is_called_that(tmp_path, first_has_tensors):
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1, small_first_shard=not first_has_tensors)
+    writer.add_block_count(1)
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((100, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    first, *others = sorted(tmp_path.iterdir())
+    said = f"it is one of {1 + len(others)} parts of a GGUF file; join them with `llama-gguf-split --merge`"
+    assert others and said in refusal(first)
+
+
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
     assert "no file" in refusal(tmp_path / "absent.gguf")
 
