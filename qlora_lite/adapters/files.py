@@ -467,7 +467,9 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     model.requires_grad_(False)
     if adapter.layers:  # else weights of the base alone were trained
         first = next(iter(adapter.layers.values()))
-        dtype = torch.float32 if first.lora_A.dtype == torch.float16 else first.lora_A.dtype  # which holds its values
+        dtypes = {tensor.dtype for factors in adapter.layers.values() for tensor in factors.tensors.values()}
+        # which holds all values
+        dtype = torch.float32 if len(dtypes) > 1 or dtypes == {torch.float16} else first.lora_A.dtype
         add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=dtype,
                  dora=adapter.is_dora, merge_aware=adapter.merge_aware)  # fmt: skip
     where: torch.device = model.device

@@ -404,7 +404,10 @@ def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
             raise ModelError(f"{path} names more tensors than an adapter of this model can have (its header takes "
                              f"{length} bytes)")  # fmt: skip
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        # of 8 bits torch has no arithmetic
+        return {name: each.float() if each.is_floating_point() and each.itemsize == 1 else each
+                for name, each in tensors.items()}  # fmt: skip
     except FileNotFoundError:
         pickled = path.with_suffix(".bin").exists()
         hint = "; pickled weights are not read, load and save the adapter with a peft of today" if pickled else ""

@@ -62,7 +62,7 @@ def _fp8(said: Mapping[str, Any]) -> str:
 
 
 def _groups(said: Mapping[str, Any]) -> str:
-    size, form = said.get("group_size"), said.get("checkpoint_format", "gptq")
+    size, form = said.get("group_size"), said.get("checkpoint_format") or said.get("format") or "gptq"
     return f"{form}_{said.get('bits')}_{'row' if size == -1 else size}"
 
 

@@ -98,6 +98,21 @@ def test_an_adapter_stored_in_float16_is_one_in_float32(folder):
     assert {layer.lora_A.dtype for layer in factors.values()} == {torch.float32}
 
 
+def test_an_adapter_of_several_types_is_one_in_the_type_that_holds_all(folder):
+    weights = folder / "adapter_model.safetensors"
+    *_, last = sorted(stored := load_file(weights))
+    for changed, dtype in (([last], torch.float32), (stored, torch.float8_e4m3fn)):
+        tensors = {
+            name: (1.01 * tensor.float()).to(dtype) if name in changed else tensor for name, tensor in stored.items()
+        }
+        save_file(tensors, weights)
+        layers = dict(lora_layers(load_adapter(build_tiny("llama"), folder)))
+        for path, layer in layers.items():
+            for side, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
+                (stored_as,) = (t for n, t in tensors.items() if f"{path}.lora_{side}." in n)
+                assert factor.dtype == torch.float32 and torch.equal(factor, stored_as.float())
+
+
 def test_a_file_is_never_replaced_by_an_adapter(folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="would be gone; choose another folder"):

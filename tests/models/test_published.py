@@ -34,6 +34,18 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
 
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])  # what transformers 4 and 5 call it
+def test_gptq_is_read_as_the_format_that_it_says(key, tmp_path):
+    save_published(tmp_path, "gptq")
+    path = tmp_path / "config.json"
+    said = json.loads(path.read_text())
+    said["quantization_config"].pop("checkpoint_format", None)
+    for form in ("gptq", "gptq_v2"):
+        said["quantization_config"][key] = form
+        path.write_text(json.dumps(said))
+        assert {kind.rpartition("_4_")[0] for _, kind in published_formats(read_config(str(tmp_path)))} == {form}
+
+
 @pytest.fixture(scope="module", params=CASES)
 def published(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
