@@ -79,7 +79,7 @@ def _metadata(facts: CardFacts) -> dict:
         "base_model": facts.base_model,
         "base_model_relation": facts.base_model and ("finetune" if facts.is_model else "adapter"),
         "library_name": "transformers" if facts.is_model else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if facts.recipe.with_vision else "text-generation",
         "tags": [*_methods(facts), PROJECT],
         "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
     }
@@ -122,6 +122,8 @@ def _name_of_method(recipe: Recipe) -> str:
 
 
 def _use(facts: CardFacts) -> str:
+    if facts.recipe.with_vision:
+        return _use_with_pictures(facts)
     if facts.is_model:
         name, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
     else:
@@ -138,6 +140,20 @@ model = {name}.from_pretrained("{facts.repo}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")
 inputs = {encode}.to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))"""
+
+
+def _use_with_pictures(facts: CardFacts) -> str:
+    """Return code for a chat with a picture, whose processor an adapter leaves to its base model."""
+    whole = facts.repo if facts.is_model else facts.base_model
+    of_peft = "" if facts.is_model else "from peft import PeftModel\n"
+    adapted = "" if facts.is_model else f'model = PeftModel.from_pretrained(model, "{facts.repo}")\n'
+    return f"""{of_peft}from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("{whole}", dtype="auto", device_map="auto")
+{adapted}processor = AutoProcessor.from_pretrained("{whole}")
+content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "..."}}]
+inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True,
+                                       tokenize=True, return_tensors="pt", return_dict=True).to(model.device)
+print(processor.decode(model.generate(**inputs, max_new_tokens=128)[0], skip_special_tokens=True))"""
 
 
 def _as_in_training(facts: CardFacts) -> str:

@@ -30,6 +30,7 @@ from qlora_lite.artifacts.trained_run import TrainedRun, open_trained, require_k
 from qlora_lite.errors import ModelError, OutputError, RecipeError, first_line
 from qlora_lite.models.load import KEEP, stored_quantization
 from qlora_lite.models.locate import read_json
+from qlora_lite.models.merge import PROCESSOR_FILES
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.prepare.build import formats_of
 from qlora_lite.quant.formats import FORMATS
@@ -43,7 +44,7 @@ SENT = (
     "adapter_model.safetensors", CONFIG_NAME, "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    "chat_template.jinja",
+    "chat_template.jinja", *PROCESSOR_FILES,
 )  # fmt: skip
 _MODEL = "name_or_path"  # ends a key whose value names a model
 _PATH = re.compile(r"[/\\]|~[\w-]*/|\.{1,2}[/\\]|\.{1,2}$|[A-Za-z]:[/\\]|file:")

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -11,21 +12,23 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 from tiny_pictures import drawn, save_encoder
-from tiny_runs import stop_at, summary_of, tiny_run
+from tiny_runs import replace_adapter, stop_at, summary_of, tiny_run
 from tiny_vision_language import FAMILIES, WITH_GRIDS, chat_recipe, given_to_transformers, save_vision_language
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.export.push import PushSettings, prepare_push
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.inference.predict import PredictSettings, predict_file
 from qlora_lite.inference.serve.app import BODY_BYTES_WITH_PICTURES, Limits, build_app
 from qlora_lite.models.locate import locate
+from qlora_lite.models.merge import PROCESSOR_FILES
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import arguments_of
@@ -239,6 +242,49 @@ def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, t
     assert report["models"]["merged"]["loss"] == pytest.approx(of_transformers(merged, load_recipe(recipe)), rel=1e-4)
     file = "preprocessor_config.json" if family in WITH_GRIDS else "processor_config.json"
     assert (tmp_path / "merged" / file).is_file()
+
+
+def test_what_is_pushed_reads_pictures(run, bases, tmp_path):
+    folder, _, family = run
+    merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", rows=0))
+    there = SimpleNamespace(private=True, siblings=[], card_data=SimpleNamespace(license=None))
+    hub = SimpleNamespace(model_info=lambda _: there)
+
+    def pushed(name, merged):
+        (tmp_path / name).mkdir()
+        return prepare_push(
+            str(folder), PushSettings("me/mine", merged, "them/base"), tmp_path / name, hub, dry_run=True
+        )
+
+    whole, adapter = pushed("whole", tmp_path / "merged"), pushed("adapter", None)
+    for push, named in ((whole, "me/mine"), (adapter, "them/base")):
+        assert "pipeline_tag: image-text-to-text" in push.card and "AutoModelForCausalLM" not in push.card
+        assert f'AutoModelForImageTextToText.from_pretrained("{named}"' in push.card
+        assert f'AutoProcessor.from_pretrained("{named}")' in push.card
+    assert 'PeftModel.from_pretrained(model, "me/mine")' in adapter.card and "peft" not in whole.card
+    assert {name for name in PROCESSOR_FILES if (bases[family] / name).is_file()} <= whole.files.keys()
+    if family != "smolvlm":  # whose processors of videos want torchvision
+        return
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    for name, file in whole.files.items():
+        (sent / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    processor, model = AutoProcessor.from_pretrained(sent), AutoModelForImageTextToText.from_pretrained(sent)
+    content = [{"type": "image", "image": drawn("hot", 0)}, {"type": "text", "text": "What is it?"}]
+    given = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                          tokenize=True, return_tensors="pt", return_dict=True)  # fmt: skip
+    assert isinstance(processor.decode(model.generate(**given, max_new_tokens=2)[0], skip_special_tokens=True), str)
+
+
+def test_a_4_bit_merge_has_the_processor_of_its_base(bases, tmp_path):
+    recipe = chat_recipe(tmp_path, bases["smolvlm"], train={"max_steps": 1}, lora=LORA)
+    folder = run_recipe(load_recipe(recipe))
+    path = folder / "adapter" / "adapter_model.safetensors"
+    grown = {name: tensor + ("lora_B" in name) * torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+    replace_adapter(folder, grown)
+    merge_run(str(folder), tmp_path / "merged", MergeSettings(base="original", quantize="nf4", rows=4))
+    own, its = (type(AutoProcessor.from_pretrained(path)) for path in (tmp_path / "merged", bases["smolvlm"]))
+    assert own is its
 
 
 def test_bounds_of_a_tower_s_layers_are_merged_as_they_are_though_they_be_infinite(bases, tmp_path):
