@@ -227,7 +227,8 @@ def _ollama(job: _Job) -> dict:
                      "with tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
     text = modelfile(go, stops, system)
     found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
-    name = re.sub(r"[^\w.-]+", "-", trained.name, flags=re.ASCII)  # Ollama takes no other letters
+    letters = re.sub(r"[^\w.-]+", "-", trained.name, flags=re.ASCII)  # Ollama takes no others
+    name = letters.strip("-.") or "model"
     use = f"ollama create {shlex.quote(name)} -f {shlex.quote(str(job.out / 'Modelfile'))}"
     found["notes"] += notes
     return found | {"conversations_compared": compared, "use": use}

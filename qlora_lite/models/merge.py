@@ -347,8 +347,9 @@ def _write_configs(merged: Merged, folder: Path, dtype: torch.dtype, end_token_i
     """Write the base's configurations with the new type and the tokens that training taught as ends."""
     config, generation = _configs(merged)
     config.pop("quantization_config", None)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and "vocab_size" in part:
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    for part in (config, text):
+        if "vocab_size" in part or (part is text and merged.has_new_tokens):  # many leave it to their class
             part["vocab_size"] = merged.config.get_text_config(decoder=True).vocab_size
     config["architectures"] = config.get("architectures") or [merged.architecture]
     config.setdefault("torch_dtype" if "torch_dtype" in config else "dtype", None)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from tiny import build_tiny, random_batch
 from tiny_files import byte_tokenizer, save_tiny
 from tiny_runs import END_OF_ANSWER, make_run, replace_adapter, tiny_run
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError
 from qlora_lite.export import merge
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model, use_row_attention
-from qlora_lite.models.merge import Merged
+from qlora_lite.models.merge import Merged, _write_configs
 from qlora_lite.models.save import save_quantized
 
 GIB = 2**30
@@ -144,6 +145,24 @@ def test_what_each_type_of_16_bits_keeps_of_the_update_is_in_the_report(run, tmp
         assert report["update_kept"][half] == pytest.approx(share / update, abs=1e-5)
         (note,) = [note for note in report["notes"] if "rounded once, to" in note]
         assert f"to {half}, which keeps {share / update:.1%}" in note and ("--dtype f16" in note) == (half == "bf16")
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma3Config])
+def test_a_longer_vocabulary_is_written_also_where_the_base_leaves_it_to_its_class(kind, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    text = kind().get_text_config().to_dict()  # as the hub has Gemma 3: without what is the class's default
+    said = {name: text[name] for name in ("model_type", "hidden_size")}
+    said = {"model_type": "gemma3", "text_config": said} if kind is Gemma3Config else said
+    (tmp_path / "base" / "config.json").write_text(json.dumps(said))
+    longer = kind.from_dict(said)
+    longer.get_text_config().vocab_size = text["vocab_size"] + 2
+    made = SimpleNamespace(
+        config=longer, files=SimpleNamespace(folder=tmp_path / "base", gguf_file=None), architecture="Some",
+        base=SimpleNamespace(in_memory=False), has_new_tokens=True,
+    )  # fmt: skip
+    _write_configs(made, tmp_path / "out", torch.bfloat16, [2])
+    assert AutoConfig.from_pretrained(tmp_path / "out").get_text_config().vocab_size == text["vocab_size"] + 2
 
 
 def test_a_4_bit_head_is_not_in_what_is_written_in_4_bit_and_the_report_says_so(tmp_path):

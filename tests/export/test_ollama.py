@@ -109,8 +109,10 @@ def test_the_exported_folder_prompts_with_the_tokens_of_training(tmp_path):
 def test_a_run_with_tools_is_exported_with_a_note_that_ollama_gets_none(tmp_path):
     save_tiny(tmp_path / "model", merges=MERGES)
     run = make_run(tmp_path, tmp_path / "model", template="chatml-tools", data={"template": "chatml-tools"})
+    run = run.rename(run.with_name("\N{HIRAGANA LETTER A}"))
     report = export_run(run, tmp_path / "out", ExportSettings("ollama"))
     assert report["conversations_compared"] == CONVERSATIONS
+    assert report["use"].startswith("ollama create model -f "), "Ollama takes no such name"
     assert any("writes no tools, tool calls or results" in note for note in report["notes"])
 
 
