@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -242,6 +243,21 @@ def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, t
     assert report["models"]["merged"]["loss"] == pytest.approx(of_transformers(merged, load_recipe(recipe)), rel=1e-4)
     file = "preprocessor_config.json" if family in WITH_GRIDS else "processor_config.json"
     assert (tmp_path / "merged" / file).is_file()
+
+
+def test_a_system_message_that_all_chats_share_is_told_where_one_is_asked_without_it(bases, tmp_path):
+    recipe = load_recipe(chat_recipe(tmp_path, bases["smolvlm"], train={"max_steps": 1, "metrics_examples": 0}))
+    rows = Path(recipe.data.train[0].path)
+    chats = [json.loads(line) for line in rows.read_text().splitlines()]
+    for chat in chats:
+        chat["messages"].insert(0, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]})
+    rows.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    folder = run_recipe(recipe)
+    assert open_trained(folder).shared_system() == "Be brief."
+    asked = ["generate", folder, "--prompt", "what is it", "--image", rows.parent / "pictures" / "100.png"]
+    for more, is_told in (([], True), (["--system", "Be brief."], False)):
+        done = CliRunner().invoke(cli, [*map(str, asked), "--max-new-tokens", "2", *more], catch_exceptions=False)
+        assert done.exit_code == 0 and ("share a system message" in done.output) == is_told
 
 
 def test_what_is_pushed_reads_pictures(run, bases, tmp_path):
