@@ -22,12 +22,13 @@ from qlora_lite.adapters.lora.qera import QERA, RandomSums, correction
 from qlora_lite.adapters.lora.start import First, chosen_layers
 from qlora_lite.adapters.parts import train_tokens
 from qlora_lite.data.batch import plan_epoch
-from qlora_lite.data.storage import Example
+from qlora_lite.data.storage import Example, sequences_of
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.cache import cache_entry
 from qlora_lite.models.load import resolve_device
 from qlora_lite.models.locate import locate
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.split import read_first, save_first
 from qlora_lite.models.weights import open_weights
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
@@ -65,7 +66,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
     entry = cache_entry(
         files, start=start, ranks={path: rank for path, (rank, _) in own.items()}, keep_16bit=m.keep_16bit,
         quantization=quantization_of(recipe, files.config), dtype=str(compute_dtype_of(recipe, device)),
-        lora_dtype=recipe.lora.dtype, rows=rows.hexdigest(), **scales,
+        lora_dtype=recipe.lora.dtype, rows=rows.hexdigest(), run="each sequence alone", **scales,
     )  # fmt: skip
     if (first := read_first(entry)) is not None:
         return first
@@ -175,13 +176,21 @@ def _run(
     """Load a recipe's model and run it; return it, and what is kept of each layer's inputs by path.
 
     Raises:
-        ModelError: no input of a layer was seen.
+        ModelError: no input of a layer was seen, or the model cannot be computed exactly.
+        DataError: the model lacks an embedding for a token or a position of the rows.
     """
     log.info("lora.start %s: running the model on %d sequences of the training rows", recipe.lora.start, len(batches))
     work, model, seen = CausalLM(), build_to_use(recipe), _Inputs(new)
     train_tokens(model, *tokens_of(recipe), getattr(torch, recipe.lora.dtype))  # rows may have some that it lacks
+    work.check_examples(model, [row for batch in batches for row in batch])
+    work.check_forward(model, recipe.data.max_tokens)
+    batches = [[each for row in batch for each in sequences_of(row)] for batch in batches]
+    if runs_unpacked(model):
+        batches = [[each] for batch in batches for each in batch]
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(seen.take, path)) for path in own]
     for rows in batches:
+        if not any(each.learned[1:].any() for each in rows):  # a second sequence alone may have nothing to learn
+            continue
         inputs = work.inputs(work.collate(rows), work.device(model))
         seen.tokens = sum(inputs.row_lengths)
         hidden_states(model, inputs)

@@ -17,7 +17,7 @@ from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.lora.eva import RATIO, Directions, kept_scale, share_out
 from qlora_lite.adapters.lora.inject import linear_layers, lora_layers
 from qlora_lite.artifacts.trained_run import open_trained
-from qlora_lite.errors import ModelError, RecipeError
+from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare import first_weights as eva
@@ -100,7 +100,8 @@ def test_ranks_go_to_the_largest_shares_and_sum_to_those_that_layers_had():
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), [
-    ("gpt2", ["model.quant=none"]), ("falcon", []), ("llama", ["adapter.method=dora", "model.keep_16bit=[v_proj]"]),
+    ("gpt2", ["model.quant=none"]), ("falcon", []), ("bloom", []),
+    ("llama", ["adapter.method=dora", "model.keep_16bit=[v_proj]"]),
 ])  # fmt: skip
 def test_a_begins_with_the_directions_of_the_inputs_of_the_training_rows(
     model_type, overrides, tmp_path, monkeypatch
@@ -126,6 +127,30 @@ def test_a_begins_with_the_directions_of_the_inputs_of_the_training_rows(
     left = [(expected[path].S[ranks.get(path, (0,))[0]] ** 2 / (expected[path].S ** 2).sum()).item()
             for path in layers if ranks.get(path, (0,))[0] < RATIO * 4]  # fmt: skip
     assert max(left) <= min(least) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("start", ["eva", "qera"])
+def test_rows_that_the_model_has_no_positions_for_are_named(start, tmp_path):
+    save_tiny(tmp_path / "model", "gpt2", n_positions=24)
+    recipe = recipe_of(tmp_path, start=start)
+    with pytest.raises(DataError, match="takes 28 positions, and the model has embeddings of 24"):
+        eva.first_of(recipe, examples_of(recipe))
+
+
+def test_both_sequences_of_a_preference_are_rows_of_their_own(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path)
+    rows = list(examples_of(recipe))
+    pairs = [joined(*two) for two in zip(rows[::2], rows[1::2], strict=True)]
+    monkeypatch.setattr(eva, "_batches", lambda examples, *_: [list(examples)])
+    alone, together = (eva.first_of(recipe, each) for each in (rows, pairs))
+    assert alone.keys() == together.keys()
+    for path, (lora_a, _) in alone.items():
+        assert torch.allclose(lora_a, together[path][0], atol=1e-5), path
+
+
+def joined(first, second):
+    ids, learned = np.concatenate([first.token_ids, second.token_ids]), np.concatenate([first.learned, second.learned])
+    return replace(first, token_ids=ids, learned=learned, first=len(first.token_ids))
 
 
 def test_layers_with_ranks_and_alphas_of_their_own_keep_their_scales_and_the_sum(tmp_path):
