@@ -273,14 +273,17 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
         or tokens < FEW_TOKENS
         or recipe.label_problem
         or recipe.adapter.method not in ("lora", "dora")
+        or not x.targets
     ):
         return
+    from qlora_lite.adapters.lora.inject import lora_parameters
+
     from .build import build_skeleton, method_of  # and with it the libraries that a model needs
 
     with suppress(ModelError):  # a model that cannot be had, or not adapted so: for the plan to say
         model = build_skeleton(recipe)
         method_of(recipe).apply(model)
-        weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        weights = sum(parameter.numel() for _, parameter in lora_parameters(model))
         if tokens <= weights:
             return
         factor = 2 ** math.ceil(math.log2(tokens / weights))
@@ -334,11 +337,13 @@ def _counts(recipe: Recipe, data: Dataset) -> dict:
 def _lengths(recipe: Recipe, data: Dataset) -> dict:
     d = recipe.data
     lengths = [] if recipe.of_pictures else row_lengths(data.examples)
-    packs = plan_epoch(lengths, d.max_tokens, recipe.packs, 1, d.order, recipe.train.seed, 0)
+    virtual = recipe.virtual_tokens * (2 if recipe.preference else 1)  # before both sequences
+    taken = [length + virtual for length in lengths]
+    packs = plan_epoch(taken, d.max_tokens, recipe.packs, 1, d.order, recipe.train.seed, 0)
     return {
         "max_tokens": d.max_tokens,
         "packs": len(packs) if recipe.packs else None,
-        "packing_efficiency": packing_efficiency(lengths, d.max_tokens, packs) if recipe.packs else None,
+        "packing_efficiency": packing_efficiency(taken, d.max_tokens, packs) if recipe.packs else None,
         "longest_tokens": max(lengths, default=0),
         "lengths": [{"from": first, "to": last, "rows": count} for first, last, count in histogram(lengths)],
     }

@@ -8,10 +8,13 @@ import yaml
 from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.cli.data import _text
+from qlora_lite.data.batch import plan_epoch
 from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data.row_formats import BAD_ANSWER
 from qlora_lite.errors import DataError
 from qlora_lite.models.tokenizer import load_tokenizer
+from qlora_lite.prepare.build import workload_of
+from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.preflight import CAPACITY, first_places, line_of_problem, preflight
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting.data_page import render
@@ -94,6 +97,31 @@ def test_more_target_tokens_than_lora_weights_warn_with_a_rank_that_suffices_and
         assert tokens <= factor * weights < 2 * tokens
     else:
         assert lines == []
+
+
+@pytest.mark.parametrize(("targets", "also", "warns"), [
+    (["q_proj"], {}, True), (["q_proj"], {"train_also": ["embeddings"]}, True), ([], {"train_tokens": ["e"]}, False),
+])  # fmt: skip
+def test_what_is_trained_beside_lora_weights_is_none_of_them(
+    tmp_path, model_folder, monkeypatch, targets, also, warns
+):  # fmt: skip
+    monkeypatch.setattr("qlora_lite.prepare.preflight.FEW_TOKENS", 0)
+    path = write_recipe(tmp_path, model_folder, 200, lora={"rank": 1, "targets": targets}, adapter=also)
+    problems = preflight(load_recipe(path), byte_tokenizer(), 0).report["problems"]
+    found = [line_of_problem(each) for each in problems if each["rule"] == CAPACITY]
+    assert len(found) == warns and all("more than 256 LoRA weights" in line for line in found)
+
+
+def test_packs_are_counted_with_virtual_tokens(tmp_path, model_folder):
+    virtual = {"lora": None, "adapter": {"method": "prompt"}, "prompt": {"virtual_tokens": 40}}
+    path = write_recipe(tmp_path, model_folder, train={"learning_rate": 0.1}, **virtual)
+    recipe = load_recipe(path)
+    lengths = workload_of(recipe).lengths(build_data(recipe, byte_tokenizer()).examples)
+    report = preflight(recipe, byte_tokenizer(), 0).report
+    expected = plan_epoch(lengths, 128, True, 1, recipe.data.order, 0, 0)
+    assert report["packs"] == len(expected) > 6
+    assert report["packing_efficiency"] == pytest.approx(sum(lengths) / (128 * len(expected)))
+    assert report["longest_tokens"] == max(lengths) - 40, "of rows"
 
 
 def test_tokens_that_are_to_be_trained_and_that_no_row_has_warn(tmp_path, model_folder):
