@@ -277,9 +277,8 @@ def method_of(recipe: Recipe) -> AdapterMethod:
         b = recipe.bottleneck
         return Bottleneck(b.width, b.placement, b.activation, getattr(torch, b.dtype))
     if recipe.adapter.method in WITH_VIRTUAL_TOKENS:
-        p, m = recipe.prompt, recipe.model
-        init = load_tokenizer(m.path, m.revision)(p.init_text, add_special_tokens=False) if p.init_text else None
-        begin = p.virtual_tokens, tuple(init.input_ids) if init else ()
+        p = recipe.prompt
+        begin = p.virtual_tokens, _first_of_prompt(recipe)
         return PrefixTuning(*begin) if recipe.adapter.method == "prefix" else PromptTuning(*begin, p.encoder_width)
     if recipe.adapter.method == "full":
         return Full(recipe.adapter.switch_every)
@@ -287,6 +286,17 @@ def method_of(recipe: Recipe) -> AdapterMethod:
     also = recipe.adapter.train_also, recipe.adapter.train_also_lr_ratio, *tokens_of(recipe)
     how = x.rank, x.alpha, x.dropout, x.rslora, getattr(torch, x.dtype), is_dora
     return Lora(targets_of(recipe), *how, *also, start_of(recipe), recipe.train.merge_aware, recipe.problem is not None)
+
+
+def _first_of_prompt(recipe: Recipe) -> tuple[int, ...]:
+    """Return the tokens of ``prompt.init_text``; none without a tokenizer, in a plan of what is not there yet."""
+    text, m = recipe.prompt.init_text, recipe.model
+    if not text:
+        return ()
+    try:
+        return tuple(load_tokenizer(m.path, m.revision)(text, add_special_tokens=False).input_ids)
+    except ModelError:
+        return ()
 
 
 def build_to_use(

@@ -327,6 +327,8 @@ def part_of_base(plan: Plan) -> tuple[int, float]:
     if not options.is_sharded:
         return 0, 0.0
     sizes = _streamed(plan)
+    if not sizes:  # every layer is resident
+        return 0, 0.0
     own = sum(map(options.shards.own_bytes, sizes))
     return own, own / sum(sizes)
 

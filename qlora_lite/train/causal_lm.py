@@ -211,6 +211,7 @@ class CausalLM(TransformerWorkload):
         place(model, device, options, trains_base=self.method.trains_base, in_files=in_files)
         if why_unpacked(model, max(self.spec.longest, *shape.lengths)):
             run_unpacked(model)
+            self._check_unpacked(model)
         set_memory_options(model, options)
         if device.type == "meta" and not uses_row_attention(model):
             # hooks of a block itself are not called where it runs again
@@ -242,12 +243,15 @@ class CausalLM(TransformerWorkload):
         tiny_tiles = plain.tile_tokens and CHECKED_TILE_TOKENS  # so that the check's few tokens are cut
         set_memory_options(model, replace(plain, tile_tokens=tiny_tiles))
         self.check_forward(model, settings.max_tokens)
-        if runs_unpacked(model) and not self.method.trains_unpacked:
-            raise ModelError(f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
-                             "another row; take adapter.method prompt")  # fmt: skip
+        self._check_unpacked(model)
         set_memory_options(model, plain)
         check_updates_in_backward(model, settings)
         check_compilable(model, settings.options)
+
+    def _check_unpacked(self, model: nn.Module) -> None:
+        if runs_unpacked(model) and not self.method.trains_unpacked:
+            raise ModelError(f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
+                             "another row; take adapter.method prompt")  # fmt: skip
 
     def check_forward(self, model: nn.Module, longest: int) -> None:
         """See ``text_guards.check_forward``."""

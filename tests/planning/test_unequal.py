@@ -51,6 +51,11 @@ def test_gpus_with_room_for_the_whole_model_have_packs_by_speed_and_memory_optio
     assert list(map(part_of_base, plans)) == [(0, 0), (0, 0)]
 
 
+def test_where_every_layer_is_to_stay_nothing_is_divided(planned):
+    plans = planned([12, 12], "memory.resident_layers=24")
+    assert all(plan.fits for plan in plans) and list(map(part_of_base, plans)) == [(0, 0), (0, 0)]
+
+
 @pytest.mark.slow
 def test_the_model_is_divided_by_what_budgets_leave_and_all_run_as_many_micro_batches(planned):
     budgets = 2.2, 1.5

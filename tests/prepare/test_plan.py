@@ -170,6 +170,22 @@ def test_of_a_pack_that_runs_row_by_row_one_row_is_assumed_where_no_data_is_know
     assert step.pack.tokens == step.job.eval_shape.tokens == 128
 
 
+def test_words_that_virtual_tokens_begin_with_need_no_tokenizer_in_a_plan(recipe, few_blocks):
+    prompt = few_blocks(), "adapter.method=prompt", "train.learning_rate=0.02", *SETTLED
+    plain, begun = (planner.plan_recipe(recipe(*prompt, *more), CARD, 8 * GIB)
+                    for more in ((), ("prompt.init_text=Some words",)))  # fmt: skip
+    assert plain.fits and begun.chosen.settings == plain.chosen.settings
+
+
+def test_prefix_tuning_of_a_model_that_runs_row_by_row_is_refused_by_the_plan(tmp_path, recipe):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64} | factors
+    save_tiny(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=512)
+    fixed = f"model.path={tmp_path / 'model'}", "adapter.method=prefix", "train.learning_rate=0.02", *SETTLED
+    with pytest.raises(ModelError, match=r"runs row by row, .*; take adapter\.method prompt"):
+        planner.plan_recipe(recipe(*fixed), CARD, 8 * GIB)
+
+
 def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_gpu_that_computes_in_bfloat16(recipe):
     assert machine_for(recipe(), 12 * 10**9, None).dtype == torch.bfloat16  # nearest to it is an older one
 
