@@ -63,7 +63,8 @@ class Session:
             DataError: the model reads no pictures, or the file is none.
         """
         if self._reader is None:
-            raise DataError("this model reads no pictures: they are for runs of task.kind image-text-to-text")
+            raise DataError("pictures are for a run, or a recipe, of task.kind image-text-to-text; for a folder of a "
+                            "model write a recipe of that kind with model.path, and name the recipe here")  # fmt: skip
         decode(picture)
         self.attached.append(picture)
 

@@ -222,11 +222,14 @@ def assert_served_and_chatted(folder, pictures, said):
 
 def test_pictures_are_refused_where_nothing_reads_them(bases, tmp_path):
     session = open_session(tiny_run(tmp_path / "text"))
-    with pytest.raises(DataError, match=r"this model reads no pictures: they are for runs of task.kind image-text-to"):
+    with pytest.raises(DataError, match=r"pictures are for a run, or a recipe, of task\.kind image-text-to"):
         session.attach("a.png")
     recipe = chat_recipe(tmp_path, bases["llava"])
     result = CliRunner().invoke(cli, ["damage", str(recipe)])
     assert result.exit_code and "the row has pictures, which are not read here" in str(result.exception)
+    asked = ["generate", recipe, "--prompt", "what is it", "--image", tmp_path / "rows" / "pictures" / "100.png"]
+    result = CliRunner().invoke(cli, [*map(str, asked), "--max-new-tokens", "2"], catch_exceptions=False)
+    assert result.exit_code == 0, "a model without a run, by its recipe, as the message says"
 
 
 def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, tmp_path):
