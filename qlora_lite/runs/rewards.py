@@ -156,7 +156,8 @@ def digest_of(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         path, _, function = name.rpartition(":")
         found.update(f"{function}\n".encode())
-        found.update(Path(path).read_bytes() if path.endswith(".py") else path.encode())
+        file = path if path.endswith(".py") else getattr(importlib.import_module(path), "__file__", None)
+        found.update(Path(file).read_bytes() if file else path.encode())
     return {"rewards": found.hexdigest()} if names else {}
 
 

@@ -156,6 +156,15 @@ def test_functions_are_the_same_where_their_file_has_moved(tmp_path, model_folde
     assert digest_of(one.objective.rewards) == digest_of(other.objective.rewards) and not continuation.forced
 
 
+def test_a_changed_module_is_another_function(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for text in (JUDGE, JUDGE, JUDGE.replace("len({*text})", "len(text)")):
+        (tmp_path / "judging_module.py").write_text(text)
+        found.append(digest_of(["judging_module:letters"]))
+    assert found[0] == found[1] != found[2]
+
+
 def test_two_functions_are_added_and_each_is_reported(tmp_path, model_folder):
     settings = recipe(tmp_path / "run", model_folder, rewards=["judge.py:letters", "judge.py:other"])
     run_recipe(settings)
