@@ -415,7 +415,7 @@ def _with_end_of_template(trained: TrainedRun, tokenizer) -> TrainedRun:
 
 def open_model(
     name: str | Path, model_path: str | None = None, unfinished: bool = False, template: str | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] = (), with_pictures: bool = False,
 ) -> TrainedRun:  # fmt: skip
     """Open what can answer: a run, an adapter alone, or the bare base model of a recipe or of its name.
 
@@ -425,6 +425,7 @@ def open_model(
         template: chat template of a bare base model, as ``data.template`` names it; None is the recipe's, the model's
             own, or plain for a model without one.
         overrides: settings of a recipe, as "key=value".
+        with_pictures: a model by its name is one that is asked about pictures.
 
     Raises:
         RecipeError: it is none of these, or a run is given a template.
@@ -440,7 +441,8 @@ def open_model(
     if is_recipe:
         recipe = without_start(load_recipe(path, overrides, check_files=False))
     else:
-        recipe = Recipe(model=Model(path=str(name)), data=Data.model_construct(train=()))
+        task = Task(kind="image-text-to-text") if with_pictures else Task()
+        recipe = Recipe(model=Model(path=str(name)), task=task, data=Data.model_construct(train=()))
     require_kind(recipe, name, has_head=False)
     recipe = _where_it_lies_now(recipe, model_path)
     try:

@@ -71,7 +71,8 @@ def _of_a_conversation(command):
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
     metavar="FILE",
-    help="A picture that --prompt is about; may be repeated. Of a run of task.kind image-text-to-text.",
+    help="A picture that --prompt is about; may be repeated. Of a run or a recipe of task.kind "
+    "image-text-to-text, or of a MODEL that reads pictures.",
 )
 @click.option(
     "--out", type=click.Path(), metavar="FILE",
@@ -126,7 +127,7 @@ def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[
     if prompts is not None and out is not None:
         _answer_file(run, prompts, out, column, overwrite, base, 0 if seed is None else seed, options)
         return
-    session = _open([run], options, base, seed)
+    session = _open([run], options, base, seed, with_pictures=bool(pictures))
     for picture in pictures:
         session.attach(picture)
     session.say(prompt)
@@ -269,12 +270,12 @@ def _is_command(session, line: str) -> bool:
     return True
 
 
-def _open(runs: Sequence[str], options: dict, base: bool = False, seed: int | None = None):
+def _open(runs: Sequence[str], options: dict, base: bool = False, seed: int | None = None, with_pictures: bool = False):
     prepare(verbose=False)
     with importing():
         from qlora_lite.inference.chat import open_session
 
-    return open_session(runs, sampling=_sampling(options, seed), base=base, **options)
+    return open_session(runs, sampling=_sampling(options, seed), base=base, with_pictures=with_pictures, **options)
 
 
 def _sampling(options: dict, seed: int | None):

@@ -63,8 +63,8 @@ class Session:
             DataError: the model reads no pictures, or the file is none.
         """
         if self._reader is None:
-            raise DataError("pictures are for a run, or a recipe, of task.kind image-text-to-text; for a folder of a "
-                            "model write a recipe of that kind with model.path, and name the recipe here")  # fmt: skip
+            raise DataError("pictures are for a run, or a recipe, of task.kind image-text-to-text; `generate --image` "
+                            "asks a model's folder about them too, and a recipe may name it as model.path")  # fmt: skip
         decode(picture)
         self.attached.append(picture)
 
@@ -137,14 +137,14 @@ class _Shown(TextStreamer):
 def open_session(
     runs: str | Path | Sequence[str | Path], system: str | None = None, max_new_tokens: int = 256,
     sampling: Sampling | None = None, model_path: str | None = None, context_tokens: int | None = None,
-    template: str | None = None, base: bool = False,
+    template: str | None = None, base: bool = False, with_pictures: bool = False,
 ) -> Session:  # fmt: skip
     """Load the base model of one or more runs and their adapters for a conversation.
 
     Args:
         runs: run folders, adapters', recipes or models, see ``multi_adapter.open_tasks``; the first is used at first.
         system: the system message, if any.
-        model_path, template: see ``artifacts.trained_run.open_model``.
+        model_path, template, with_pictures: see ``artifacts.trained_run.open_model``.
         context_tokens: see ``inference.multi_adapter.open_tasks``.
         base: leave the adapters out at first.
 
@@ -152,7 +152,7 @@ def open_session(
         RecipeError: one is no such folder, or has no adapter.
         ModelError: the base model is gone, or an adapter does not fit it.
     """
-    opened = open_runs(runs, model_path, unfinished=True, template=template)
+    opened = open_runs(runs, model_path, unfinished=True, template=template, with_pictures=with_pictures)
     for run in opened.values() if base else ():
         run.require_base()
     tasks = load_tasks(opened, context_tokens)

@@ -147,7 +147,7 @@ def open_tasks(
 
 def open_runs(
     runs: str | Path | Sequence[str | Path | TrainedRun], model_path: str | None = None, unfinished: bool = False,
-    template: str | None = None,
+    template: str | None = None, with_pictures: bool = False,
 ) -> dict[str, TrainedRun]:  # fmt: skip
     """Open runs over one base model by the names of their tasks; nothing of the model is loaded.
 
@@ -155,7 +155,7 @@ def open_runs(
         runs: one or more run folders, or adapters' in the PEFT format, or recipes or models for their bare base; a
             task's name is its folder's or file's, or the path as given where two have the same. Some may be open
             already.
-        model_path, unfinished, template: see ``artifacts.trained_run.open_model``.
+        model_path, unfinished, template, with_pictures: see ``artifacts.trained_run.open_model``.
 
     Raises:
         RecipeError: a run cannot be used.
@@ -164,7 +164,8 @@ def open_runs(
     runs = [runs] if isinstance(runs, str | Path) else runs
     if not runs:
         raise RecipeError("no run is given; name a run folder, or an adapter's")
-    opened = [run if isinstance(run, TrainedRun) else open_model(run, model_path, unfinished, template) for run in runs]
+    how = model_path, unfinished, template, (), with_pictures
+    opened = [run if isinstance(run, TrainedRun) else open_model(run, *how) for run in runs]
     _check_one_base(opened)
     plain = [run.name for run in opened]
     names = [run.name if plain.count(run.name) == 1 else str(path) for run, path in zip(opened, runs, strict=True)]

@@ -230,6 +230,9 @@ def test_pictures_are_refused_where_nothing_reads_them(bases, tmp_path):
     asked = ["generate", recipe, "--prompt", "what is it", "--image", tmp_path / "rows" / "pictures" / "100.png"]
     result = CliRunner().invoke(cli, [*map(str, asked), "--max-new-tokens", "2"], catch_exceptions=False)
     assert result.exit_code == 0, "a model without a run, by its recipe, as the message says"
+    asked[1] = bases["llava"]
+    by_name = CliRunner().invoke(cli, [*map(str, asked), "--max-new-tokens", "2"], catch_exceptions=False)
+    assert by_name.exit_code == 0, "or by its folder, as a merged one"
 
 
 def test_a_merged_model_is_whole_and_has_the_loss_that_the_run_has(run, bases, tmp_path):
