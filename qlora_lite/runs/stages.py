@@ -446,12 +446,14 @@ def write_data(run: RunFolder, found: Preflight) -> None:
 def _describe_model(loaded: Loaded, fingerprint: str) -> None:
     table = inventory(loaded.trainer.workload, loaded.model)
     method = loaded.trainer.workload.method
-    trainable = sum(parameter.numel() for _, parameter in method.parameters(loaded.model))
+    at_a_time = sum(parameter.numel() for _, parameter in method.parameters(loaded.model))
+    trainable = sum(each.numel() for each in method.trained_base(loaded.model)) if method.in_turn else at_a_time
     for entry in table:
         log.info("memory: %-26s %-9s %-6s %10s  %s", entry.group, entry.dtype, entry.device,
                  format_bytes(entry.bytes), entry.why)  # fmt: skip
     total = total_parameters(loaded.model, loaded.trainer.workload.method)
-    log.info("model: %s weights, %s trainable", format_count(total), format_count(trainable))
+    log.info("model: %s weights, %s trainable%s", format_count(total), format_count(trainable),
+             f", {format_count(at_a_time)} at a time" if method.in_turn else "")  # fmt: skip
     changing = {  # results, in exchange for memory or time
         "model.quant_head: the head is in 4 bit, which is another model than the one with its 16-bit head; losses and "
         "answers differ": loaded.recipe.model.quant_head,

@@ -88,7 +88,9 @@ def test_a_stopped_run_is_resumed_to_the_bit_and_can_be_used_meanwhile(run, mode
 def test_blocks_that_are_trained_in_turn_are_counted_as_memory_from_the_first_on(model_folder, tmp_path, monkeypatch):
     counted = []
     monkeypatch.setattr(stages, "mapped_bytes", lambda tensors: counted.append([*tensors]) or 0)
-    run_recipe(full_recipe(tmp_path, model_folder, "adapter.switch_every=2", "train.max_steps=1"))
+    folder = run_recipe(full_recipe(tmp_path, model_folder, "adapter.switch_every=2", "train.max_steps=1"))
+    blocks = [tensor for name, tensor in load_file(model_folder / "model.safetensors").items() if "layers" in name]
+    assert summary_of(folder)["trainable_parameters"] == sum(tensor.numel() for tensor in blocks)
     assert counted and not any(isinstance(tensor, torch.nn.Parameter) for tensors in counted for tensor in tensors)
 
 
