@@ -374,6 +374,16 @@ _NO_VALUES = {  # by setting: what to know about values that are not offered
         "only CUDA GPUs and CPUs are supported: memory is planned and counted for them; write cpu":
             "xpu npu hpu tpu xla mlu vulkan dml directml",
     },
+    "adapter.method": {
+        "here it is adapter.method: prompt with prompt.encoder_width": "p-tuning p_tuning ptuning",
+        "here it is adapter.method: full with adapter.switch_every": "badam",
+        "here it is adapter.method: lora; model.quant says in what the base is": "qlora",
+        "here it is adapter.method: lora with lora.rslora: true": "rslora",
+        "here it is adapter.method: lora with adapter.loraplus_lr_ratio": "lora+ loraplus lora_plus",
+        "here it is adapter.train_also: biases, with lora.targets: []": "bitfit",
+        "`qlora-lite explain methods` says what is offered, and what is not and why":
+            "ia3 vera lora-fa lora_fa adalora loha lokr miss boft oft hra fourierft",
+    },
 }  # fmt: skip
 
 

@@ -346,6 +346,15 @@ def _several(node: Node, field: FieldInfo) -> str | None:
     )
 
 
+def _cure_of_item(value: str, choices: Sequence[str]) -> str:
+    """Return what to write instead of an item of a list of few words."""
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) > 1 and {*parts} <= {*choices}:
+        return f"write [{', '.join(parts)}]"
+    meant = foreign_names.meant_value(value, choices)
+    return f"did you mean {meant}?" if meant else "take those of them that you want"
+
+
 def _cure(node: Node, field: FieldInfo, location: Location) -> str:
     """Return what to do about a value that breaks the rule of its setting."""
     if len(location) == 1:
@@ -358,7 +367,7 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
     if isinstance(value, str):
         if rule.startswith("true or false") and value.lower() in ("yes", "on", "no", "off"):
             return f"write {'true' if value.lower() in ('yes', 'on') else 'false'}"
-        if node.quoted and not isinstance(scalar_value(node.text), str):
+        if value and node.quoted and not isinstance(scalar_value(node.text), str):
             return "remove the quotes"
         if "number" in rule and (number := _meant_number(value, "whole number" in rule)):
             return f"write {number}"
@@ -366,6 +375,8 @@ def _cure(node: Node, field: FieldInfo, location: Location) -> str:
             return fault
         if advice := foreign_names.value_advice(_key(location), value):
             return advice
+        if items := reference.choices_of_items(field):
+            return _cure_of_item(value, items)
         if meant := foreign_names.meant_value(value, reference.choices_of(field)):
             return f"did you mean {meant}?"
     elif rule.startswith("text") and not worded and value is not None:

@@ -68,8 +68,9 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def choices_of_items(field: FieldInfo) -> tuple[str, ...]:
-    """Return the words that the items of a field's tuple may be."""
-    return get_args(get_args(field.annotation)[0])
+    """Return the words that the items of a field's tuple may be, where they are a few words only."""
+    item = next(iter(get_args(field.annotation)), None)
+    return get_args(item) if get_origin(item) is Literal else ()
 
 
 def rule_of(field: FieldInfo) -> str:

@@ -216,6 +216,9 @@ def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same
     [
         ("model.device=mps", "Apple GPUs are not supported"),
         ("model.device=xpu", "only CUDA GPUs and CPUs"), ("model.device=rocm", "torch for ROCm calls AMD GPUs cuda"),
+        ("adapter.method=P-Tuning", "; here it is adapter.method: prompt with prompt.encoder_width"),
+        ("adapter.method=badam", "; here it is adapter.method: full with adapter.switch_every"),
+        ("adapter.method=vera", "`qlora-lite explain methods` says what is offered, and what is not and why"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_offered_is_answered_with_the_reason(problems, override, why):
@@ -227,6 +230,17 @@ def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
     assert recipe(GOOD, "train.trackers=wandb").train.trackers == ("wandb",)
     assert recipe(GOOD + "train: {trackers: [wandb, aim]}").train.trackers == ("wandb", "aim")
     assert "must be one or a list of tensorboard, wandb, " in problems(GOOD, "train.trackers=wandbs")[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "cure"),
+    [
+        ("train.metrics=accuracy,bleu", "write [accuracy, bleu]"), ("adapter.train_also=[head, norm]", "mean norms?"),
+        ("train.metrics=foo", "take those of them that you want"), ("adapter.train_tokens=['']", "between the quotes"),
+    ],
+)  # fmt: skip
+def test_an_item_of_a_list_is_answered_like_a_value_alone(problems, override, cure):
+    assert cure in problems(GOOD, override)[0]
 
 
 def test_more_tokens_than_any_model_reads_are_refused(problems):
