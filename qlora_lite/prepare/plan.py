@@ -207,7 +207,7 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     seen = {""}
     for other in plan.found:
         change = _difference(chosen, other)
-        if change not in seen and change.count("=") <= MAX_CHANGES:
+        if change not in seen and change.count("=") + (other.packs != chosen.packs) <= MAX_CHANGES:
             yield _alternative(plan, change, other)
         seen.add(change)
     known = {(other.options, other.packs): other for other in plan.found}
@@ -241,12 +241,13 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
 
 
 def _difference(chosen: Candidate, other: Candidate) -> str:
-    """Say in recipe keys how a candidate differs from the chosen one (the packs of a step are always the same)."""
+    """Say in recipe keys how a candidate differs from the chosen one; of its micro-batches in words, since the packs of
+    a step stay the same, and ``train.micro_batch_size`` alone would change them."""
     theirs, ours = other.settings, chosen.settings
-    return " ".join(
-        f"{key}={_as_yaml(value)}" for key, value in theirs.items()
-        if value != ours[key] and key != "train.gradient_accumulation_steps"
-    )  # fmt: skip
+    options = [f"{key}={_as_yaml(value)}" for key, value in theirs.items()
+               if value != ours[key] and not key.startswith("train.")]  # fmt: skip
+    divided = [f"micro-batch size {other.packs}, micro-batches {other.micro_batches}"]
+    return ", ".join([" ".join(options)] * bool(options) + divided * (other.packs != chosen.packs))
 
 
 def _as_yaml(value: object) -> str:

@@ -98,6 +98,15 @@ def test_no_single_change_that_fits_is_faster_than_by_what_the_time_model_tells_
     assert is_near <= ("within 3 % of the fastest" in plan_text.reason(plan))
 
 
+def test_other_micro_batches_are_shown_in_words_since_one_setting_alone_would_change_the_step(recipe, few_blocks):
+    settings = recipe(few_blocks(), *SETTLED, "train.micro_batch_size=2", "train.gradient_accumulation_steps=3")
+    plan = planner.plan_recipe(settings, CARD, 8 * GIB)
+    changes = [a.change for a in planner.alternatives(plan)]
+    shown = {c.packs: f"micro-batch size {c.packs}, micro-batches {6 // c.packs}" for c in plan.found}
+    del shown[plan.chosen.packs]
+    assert shown and {*shown.values()} <= {*changes} and not any("train.micro_batch" in change for change in changes)
+
+
 def test_no_setting_that_fits_makes_a_faster_plan(recipe, few_blocks):
     def plan(gib, *overrides):
         settings = recipe(few_blocks(), "train.gradient_accumulation_steps=4", *overrides)
