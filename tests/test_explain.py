@@ -54,6 +54,11 @@ def test_another_name_is_answered_with_the_nearest_one(name, meant, command):
     assert (code, out) == (2, "") and meant in err and err.count("\n") == 1
 
 
+def test_a_command_that_is_no_topic_is_answered_with_its_help(command):
+    code, out, err = command("explain", "merge")
+    assert (code, out) == (2, "") and "merge is a command: qlora-lite merge --help explains it" in err
+
+
 def test_a_terminal_gets_it_formatted(command, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -3,6 +3,7 @@
 import click
 
 from qlora_lite import explain as texts
+from qlora_lite.errors import RecipeError
 
 from .output import echo, echo_markdown
 
@@ -15,7 +16,13 @@ def explain(name: str | None) -> None:
     Without NAME: list the topics.
     """
     if name is not None:
-        echo_markdown(texts.explain(name))
+        try:
+            echo_markdown(texts.explain(name))
+        except RecipeError as error:
+            root = click.get_current_context().find_root()
+            if not isinstance(root.command, click.Group) or name not in root.command.list_commands(root):
+                raise
+            raise RecipeError(f"{name} is a command: qlora-lite {name} --help explains it") from error
         return
     for topic, title in texts.topics().items():
         echo(f"{topic:16} {title}")
