@@ -26,7 +26,7 @@ from qlora_lite.data.storage import Example, sequences_of
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.cache import cache_entry
-from qlora_lite.models.load import resolve_device
+from qlora_lite.models.load import refuse_stored, resolve_device, stored_quantization
 from qlora_lite.models.locate import locate
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.split import read_first, save_first
@@ -54,7 +54,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
         examples: the training rows. Those of the first sequences of the first epoch are taken.
 
     Raises:
-        ModelError: see ``chosen_layers`` and ``share_out``; or no row passes through a layer.
+        ModelError: see ``chosen_layers``, ``share_out`` and ``refuse_stored``; or no row passes through a layer.
         DoesNotFitError: memory ran out.
     """
     m, d, device = recipe.model, recipe.data, resolve_device(recipe.model.device)
@@ -62,6 +62,7 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
     batches = _batches(examples, TOKENS[start], d.max_tokens, d.order, recipe.train.seed)
     rows = hashlib.sha256(repr([each.token_ids.tolist() for batch in batches for each in batch]).encode())
     files = locate(m.path, m.revision)
+    refuse_stored(QERA if start == QERA else None, stored_quantization(files.config))
     scales = {"scales": _scales(recipe, own)} if start == QERA else {}  # which the product of A and B is divided by
     entry = cache_entry(
         files, start=start, ranks={path: rank for path, (rank, _) in own.items()}, keep_16bit=m.keep_16bit,
