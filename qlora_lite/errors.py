@@ -77,8 +77,10 @@ class ModelError(QloraLiteError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return another library's words without its advice and traces."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    """Return another library's words without its advice and traces: their first line, and the next if it ends in a
+    colon."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}"[:300] if others and first.endswith(":") else first[:300]
 
 
 @contextmanager

@@ -488,7 +488,7 @@ def _from_pretrained(
         if part:  # the folder's own file may say another problem_type
             extra.setdefault("config", copy.deepcopy(part.config))
     try:
-        with _without_report() if "key_mapping" in extra or is_headed else nullcontext():
+        with _without_report():
             model, info = load(
                 dtype=dtype, device_map={"": device}, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
@@ -506,13 +506,15 @@ def _from_pretrained(
     if missing or broken:
         shown = ", ".join([*missing, *broken][:4])
         raise ModelError(f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}")
+    if (unused := sorted(info["unexpected_keys"])) and not ("key_mapping" in extra or is_headed):
+        log.warning("%s: %d weights of its files have no place in the model that its config.json describes, and are "
+                    "left out, first %s", files.name, len(unused), unused[0])  # fmt: skip
     return model
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from listing every tensor of the parts that are left out, or of a new head; what is missing is
-    raised here."""
+    """Keep transformers from listing every tensor that is left out, new or missing: what is wrong is said here."""
     verbosity = get_verbosity()
     set_verbosity_error()
     try:

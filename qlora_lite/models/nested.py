@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -41,13 +40,8 @@ from .anatomy import decoder
 from .cache import from_gguf_header
 from .gguf_settings import as_the_file_says
 from .locate import ModelFiles
-from .pretrained import config_of, is_of_pictures, is_vision_language, model_from
+from .pretrained import BUILD_ERRORS, config_of, is_of_pictures, is_vision_language, model_from
 from .vision_language import FAMILIES, check_family
-
-# What transformers raises over a configuration that contradicts itself, or lacks a library.
-_BUILD_ERRORS = (
-    ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError, ImportError, StrictDataclassError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +114,7 @@ def read_language_part(
         else:
             config = config_of(folder)
         config.problem_type = None  # what is built of it is for others to say (``heads.with_head``)
-    except (OSError, *_BUILD_ERRORS) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         raise ModelError(f"cannot read the configuration of {name}: {first_line(error)}") from error
     return language_part(config, with_vision)
 
@@ -152,7 +146,7 @@ def language_part(config, with_vision: bool = False) -> LanguagePart:
         text.quantization_config = stored
     try:
         return _taken_out(config, text)
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise _not_alone(config, error) from error
 
 

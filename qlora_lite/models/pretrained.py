@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -36,6 +37,10 @@ from .locate import read_json
 
 _LARGEST = {r"(^|_)(layers?|blocks|depth)$": 500, r"(^|_)experts$": 10_000,
             r"(^|_)(size|dims?|heads|rank|embd|channels|width|model|ff|inner)$": 2**24}  # fmt: skip
+# What transformers raises over files that contradict themselves, or want a library that is not there.
+BUILD_ERRORS = (
+    ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError, ImportError, StrictDataclassError,
+)  # fmt: skip
 _NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 
 

@@ -10,7 +10,7 @@ from qlora_lite.errors import ModelError, first_line, tokenizer_faults
 
 from .cache import from_gguf_header
 from .locate import ModelFiles, locate
-from .pretrained import tokenizer_of
+from .pretrained import BUILD_ERRORS, tokenizer_of
 
 
 @tokenizer_faults()
@@ -31,7 +31,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None, tokens: Sequen
             tokenizer = from_gguf_header(files.folder / files.gguf_file, "tokenizer", tokenizer_of, load)
         else:
             tokenizer = tokenizer_of(files.folder)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, ImportError) as error:
+    except (OSError, IndexError, *BUILD_ERRORS) as error:  # it reads the model's configuration, too
         raise ModelError(f"cannot load the tokenizer of {path}: {_reason(files, error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path} has only a slow tokenizer; the masks need the token offsets of a fast one")

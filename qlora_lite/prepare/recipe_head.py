@@ -12,7 +12,7 @@ from qlora_lite.errors import ModelError, first_line
 from qlora_lite.models.heads import MARKS, Head, with_head
 from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
-from qlora_lite.models.pretrained import processor_of
+from qlora_lite.models.pretrained import BUILD_ERRORS, processor_of
 from qlora_lite.models.skeleton import folder_of, read_config, read_part
 from qlora_lite.models.vision_language import FAMILIES, token_pixels
 from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
@@ -104,7 +104,7 @@ def loaded_processor(path: str, revision: str | None):
     image_token = config.image_token_id if family.keeps_shape else None
     try:
         found = processor_of(folder, config.model_type, family.tokens(config), image_token)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         raise ModelError(f"cannot load the processor of {path}'s pictures: {first_line(error)}") from error
     if not family.keeps_shape and not hasattr(found, "get_text_with_replacements"):
         raise ModelError("this version of transformers does not say which tokens stand for a picture: update it (pip "

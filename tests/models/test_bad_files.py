@@ -126,6 +126,20 @@ def test_weights_that_are_missing_or_misshaped_are_named(one):
     assert said in refusal(one)
 
 
+def test_weights_beyond_what_the_configuration_describes_are_told_in_one_line(one, capfd, caplog):
+    rewrite(one / "config.json", lambda config: config.update(num_hidden_layers=1))
+    load_model(one, compute_dtype=torch.float32, use_cache=False)
+    (told,) = caplog.messages
+    assert "weights of its files have no place in the model that its config.json describes" in told
+    assert "first model.layers.1." in told and "REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("action", [load_tokenizer, load_model])
+def test_a_configuration_that_contradicts_itself_is_one_line_with_the_reason(one, action):
+    rewrite(one / "config.json", lambda config: config.update(num_attention_heads=3))
+    assert "is not a multiple of the number of attention heads" in refusal(one, action)
+
+
 def test_a_weight_that_is_not_finite_is_refused(one):
     from safetensors.torch import load_file, save_file
 
