@@ -176,7 +176,8 @@ def _faults(sweep: Sweep) -> Iterator[str]:
 
 
 def _problem(path: Path, error: Mapping[str, Any]) -> Problem:
-    place, message = [str(part) for part in error["loc"]], error["msg"].removeprefix("Value error, ")
+    place = [str(part) for part in error["loc"]]
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     known = {"missing": f"is missing; {_WRITE}", "extra_forbidden": "is no key of a sweep"}
     message = known.get(error["type"], message)
     if place[:1] == ["axes"] and len(place) > 2 and error["type"] != "value_error":

@@ -292,7 +292,7 @@ def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
         ),
         ({"axes": {"lora.rank": [1]}, "gaol": "eval_loss"}, "gaol: is no key of a sweep"),
         ({"model": {"path": "x"}}, "this is a recipe, not a sweep of one"),
-        ({"axes": {"lora.rank": [1]}, "goal": "f1"}, "goal: Input should be 'eval_loss', 'exact_match'"),
+        ({"axes": {"lora.rank": [1]}, "goal": "f1"}, "goal: must be 'eval_loss', 'exact_match'"),
     ],
 )
 def test_a_wrong_sweep_is_one_error_that_names_the_place(lab, said, message):
