@@ -197,7 +197,9 @@ def _gguf_adapter(job: _Job) -> dict:
     write_gguf_adapter(adapter, names, job.out)
     read = read_gguf_adapter(job.out / ADAPTER_FILE, names, list(adapter.layers))
     error = check_change(change, logits_of(attach_adapter(_base(job), read)), str(job.out / ADAPTER_FILE))
-    return {"error": error, "use": f"llama-cli -m BASE.gguf --lora {shlex.quote(str(job.out / ADAPTER_FILE))}"}
+    files = job.trained.files
+    base = shlex.quote(str(files.folder / files.gguf_file)) if files.gguf_file else "BASE.gguf"
+    return {"error": error, "use": f"llama-cli -m {base} --lora {shlex.quote(str(job.out / ADAPTER_FILE))}"}
 
 
 def _gguf(job: _Job) -> dict:

@@ -155,8 +155,9 @@ def test_merged_it_is_the_model_that_was_trained_and_its_adapter_fits_the_file(l
     trained = build_model(load_recipe(run / "recipe.yaml"), adapter=run / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert torch.allclose(logits(merged), logits(trained), atol=1e-4)
-    export_run(run, tmp_path / "adapter", ExportSettings("gguf-adapter"))
-    assert list((tmp_path / "adapter").glob("*.gguf"))
+    use = export_run(run, tmp_path / "adapter", ExportSettings("gguf-adapter"))["use"]
+    (file,) = (tmp_path / "adapter").glob("*.gguf")
+    assert use == f"llama-cli -m {llama} --lora {file}"
 
 
 def test_codes_that_are_reordered_go_to_a_file_where_memory_has_no_room(llama, monkeypatch):
