@@ -437,7 +437,8 @@ class Train(_Section):
     adapter.method full, and a twentieth where train.objective learns from preferences or rewards (qlora-lite explain
     learning-rate). A resumed run keeps the one that it began with."""
     micro_batch_size: PositiveInt = 1
-    """Packed sequences (examples, without data.packing) per forward and backward pass."""
+    """Packed sequences (examples, without data.packing) per forward and backward pass. A step has as many as this times
+    train.gradient_accumulation_steps; memory.micro_batches auto may divide them otherwise."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step; every target token has the same weight."""
     optimizer: Literal[
