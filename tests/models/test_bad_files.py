@@ -165,11 +165,11 @@ def test_a_configuration_whose_parts_make_no_sense_is_refused_in_one_line(change
     assert "\n" not in said and ("cannot read the configuration" in said or "cannot load it alone" in said)
 
 
-def write_gguf(path):
+def write_gguf(path, **parts):
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **parts)
     writer.add_block_count(1)
     for name in ("token_embd.weight", "output.weight"):
         writer.add_tensor(name, np.zeros((100, 64), dtype=np.float32))
@@ -191,17 +191,7 @@ def test_a_gguf_file_cut_short_is_named(tmp_path, keep):
 
 @pytest.mark.parametrize("first_has_tensors", [True, False])
 def test_a_part_of_a_gguf_model_is_called_that(tmp_path, first_has_tensors):
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1, small_first_shard=not first_has_tensors)
-    writer.add_block_count(1)
-    for name in ("token_embd.weight", "output.weight"):
-        writer.add_tensor(name, np.zeros((100, 64), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "m.gguf", split_max_tensors=1, small_first_shard=not first_has_tensors)
     first, *others = sorted(tmp_path.iterdir())
     said = f"it is one of {1 + len(others)} parts of a GGUF file; join them with `llama-gguf-split --merge`"
     assert others and said in refusal(first)
