@@ -53,10 +53,11 @@ METHOD_SHARES = {"full": 0.1, "bottleneck": 1.5}
 # runs of the recipe preferences, of one seed: short answers were learned at a sixteenth, none at a fortieth, and at a
 # fifth all margins were reached in answers of 2.6 words. tools/bench/preferences measures this one.
 PREFERENCE_SHARE = 0.05
-# Of that of LoRA weights whose B begins at zero, by ``lora.start``, where both have a part in the first update of their
-# product. SmolLM2-135M on GSM8K, 40 steps, at half of auto and at auto: qera 0.925 and 0.959, loftq 0.934 and 0.943
-# (first seed; tools/bench/starts).
-START_SHARES = {"qera": 0.5, "loftq": 0.5}
+# Of that of LoRA weights that begin as kaiming has them, by ``lora.start``: of others B has a part in the first updates
+# of their product, or A is larger. SmolLM2-135M on GSM8K, 40 steps, at a quarter of auto, half, and auto: qera 0.936,
+# 0.925 and 0.959, loftq 0.963, 0.934 and 0.943, pissa 0.943, 0.983 and 1.119, olora 0.971, 1.060 and 1.219, eva 0.953,
+# 0.981 and 1.068 (first seed; tools/bench/starts).
+START_SHARES = {"qera": 0.5, "loftq": 0.5, "pissa": 0.25, "olora": 0.25, "eva": 0.25}
 
 
 def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> float:

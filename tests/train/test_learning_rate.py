@@ -63,7 +63,9 @@ def test_rank_alpha_and_scale_are_those_of_the_recipe(tmp_path, model_folder):
         ("lora.rank=16", 1),
         ("lora.start=qera", 1 / 2),
         ("lora.start=loftq", 1 / 2),
-        ("lora.start=olora", 1),
+        ("lora.start=olora", 1 / 4),
+        ("lora.start=pissa", 1 / 4),
+        ("lora.start=eva", 1 / 4),
     ):
         assert learning_rate_of(load_recipe(path, [override])) == pytest.approx(rate * factor, rel=0.06)
     none = ["lora.start=loftq", "lora.start_alternations=0"]
