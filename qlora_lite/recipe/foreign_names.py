@@ -377,12 +377,12 @@ _NO_VALUES = {  # by setting: what to know about values that are not offered
     "adapter.method": {
         "here it is adapter.method: prompt with prompt.encoder_width": "p-tuning p_tuning ptuning",
         "here it is adapter.method: full with adapter.switch_every": "badam",
-        "here it is adapter.method: lora; model.quant says in what the base is": "qlora",
+        "here it is adapter.method: lora with model.quant: nf4": "qlora",
         "here it is adapter.method: lora with lora.rslora: true": "rslora",
-        "here it is adapter.method: lora with adapter.loraplus_lr_ratio": "lora+ loraplus lora_plus",
+        "here it is adapter.method: lora with train.loraplus_lr_ratio": "lora+ loraplus lora_plus",
         "here it is adapter.train_also: biases, with lora.targets: []": "bitfit",
-        "`qlora-lite explain methods` says what is offered, and what is not and why":
-            "ia3 vera lora-fa lora_fa adalora loha lokr miss boft oft hra fourierft",
+        "`qlora-lite explain methods` says why it is not offered": "vera lora-fa lora_fa miss",
+        "`qlora-lite explain methods` says what is offered": "ia3 adalora loha lokr boft oft hra fourierft",
     },
 }  # fmt: skip
 

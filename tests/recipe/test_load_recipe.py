@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ from pydantic import ValidationError
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe import load
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
+from qlora_lite.recipe.reference import field_at
 from qlora_lite.recipe.schema import Recipe, Target
 
 GOOD = "model: {path: owner/name}\ndata: {train: rows.jsonl}\n"
@@ -218,12 +220,20 @@ def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same
         ("model.device=xpu", "only CUDA GPUs and CPUs"), ("model.device=rocm", "torch for ROCm calls AMD GPUs cuda"),
         ("adapter.method=P-Tuning", "; here it is adapter.method: prompt with prompt.encoder_width"),
         ("adapter.method=badam", "; here it is adapter.method: full with adapter.switch_every"),
-        ("adapter.method=vera", "`qlora-lite explain methods` says what is offered, and what is not and why"),
+        ("adapter.method=vera", "`qlora-lite explain methods` says why it is not offered"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_not_offered_is_answered_with_the_reason(problems, override, why):
     (problem,) = problems(GOOD, override)
     assert why in problem and "did you mean" not in problem
+
+
+@pytest.mark.parametrize("method", ["ptuning", "badam", "qlora", "rslora", "lora+", "bitfit"])
+def test_what_a_method_is_called_here_names_settings_that_there_are(problems, method):
+    (problem,) = problems(GOOD, f"adapter.method={method}")
+    named = re.findall(r"[a-z]+\.[a-z_]+", problem.partition("here it is ")[2])
+    assert len(named) > 1
+    assert all(field_at(tuple(name.split("."))) is not None for name in named), named
 
 
 def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
