@@ -246,8 +246,10 @@ def _difference(chosen: Candidate, other: Candidate) -> str:
     theirs, ours = other.settings, chosen.settings
     options = [f"{key}={_as_yaml(value)}" for key, value in theirs.items()
                if value != ours[key] and not key.startswith("train.")]  # fmt: skip
-    divided = [f"micro-batch size {other.packs}, micro-batches {other.micro_batches}"]
-    return ", ".join([" ".join(options)] * bool(options) + divided * (other.packs != chosen.packs))
+    parts = [" ".join(options)] if options else []
+    if other.packs != chosen.packs:
+        parts.append(f"micro-batch size {other.packs}, micro-batches {other.micro_batches}")
+    return ", ".join(parts)
 
 
 def _as_yaml(value: object) -> str:
