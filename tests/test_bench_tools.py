@@ -323,7 +323,7 @@ def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkey
         (("smollm2-135m", steps), seeds) for steps in (40, 200, 1000) for seeds in ([0], [0, 1, 2])
     ]
     first, at_best, longer = (each[2] for each in asked[:3])
-    assert len(first) == 28 and set(at_best) == {f"{name}, {rate:g}" for name, rate in best.items()}
+    assert len(first) == 31 and set(at_best) == {f"{name}, {rate:g}" for name, rate in best.items()}
     assert asked[4][2] == longer and longer["LoftQ, 0.0006"]["lora.start"] == "loftq"
     assert set(longer) == {
         "plain, 0.0006", "plain, 0.0012", "LoftQ, 0.0003", "LoftQ, 0.0006", "PiSSA, 7.5e-05", "PiSSA, 0.00015",
