@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from .process import ALLOCATOR_VARIABLES, CUDA_CONTEXT_BYTES, GROWING, segments_grow
+from .process import ALLOCATOR_VARIABLES, CUDA_CONTEXT_BYTES, GROWING, KERNEL_CACHES, KERNELS_KEPT, segments_grow
 
 SAMPLE_SECONDS = 0.01
 _STATUS, _PAGES = Path("/proc/self/status"), Path("/proc/self/smaps")
@@ -64,6 +64,16 @@ def grow_segments(device: torch.device) -> None:
     """
     if device.type == "cuda" and segments_grow() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         torch._C._accelerator_setAllocatorSettings(GROWING)  # torch 2.13 has no public function for it
+
+
+def keep_few_kernels(device: torch.device) -> None:
+    """Have a CPU's kernels for batches of other lengths thrown away, the oldest first, as soon as there are many.
+
+    Their caches read it at their first product: call it before. What the user has set stays so.
+    """
+    if device.type == "cpu":
+        for name in KERNEL_CACHES:
+            os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 def set_memory_limit(device: torch.device, budget_bytes: int | None) -> None:

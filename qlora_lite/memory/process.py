@@ -37,7 +37,11 @@ FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 576 * MIB, 0.07
 CUDA_COMPILER_BYTES = 128 * MIB
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a GPU
 CPU_BUFFERS_BYTES = 56 * MIB  # modules that loading a model imports (37 MiB), thread stacks, buffers of the step
-CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: oneDNN keeps a compiled kernel
+CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: what the two caches below keep of it
+# Of kernels that oneDNN compiled, and of descriptions that torch keeps beside them (ideep, 0.25 MiB each): each cache
+# holds 1,024 of its own accord. Ragged batches fill them, and a run outgrows its plan.
+KERNEL_CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+KERNELS_KEPT = 128  # measured: steps take no longer, with 48 they took 3 %
 # Of the adapter and the optimizer's states: gradients and states are allocated among tensors of a step that are freed,
 # and malloc keeps the holes.
 CPU_HOLES_SHARE = 0.5

@@ -31,7 +31,7 @@ from qlora_lite.errors import ModelError, OutputError, first_line, require_one_o
 from qlora_lite.experts.packing import projections, use_experts
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.gpus import fastest_type
-from qlora_lite.memory.meter import free_bytes, grow_segments
+from qlora_lite.memory.meter import free_bytes, grow_segments, keep_few_kernels
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.gated import use_lean_mlps
 from qlora_lite.ops.norm import use_lean_norms
@@ -66,7 +66,7 @@ BEYOND_FLOAT16 = ("gemma2", "gemma3", "gemma4", "glm4", "gpt_oss", "plamo2", "qw
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device to train on: CUDA if there is one, unless told otherwise; set a GPU's allocator up.
+    """Return the device to train on: CUDA if there is one, unless told otherwise; have it waste little memory.
 
     One line of the log names a GPU that is there and not supported.
 
@@ -85,6 +85,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     if usable and (problem := missing_kernels(device)):
         raise ModelError(f"{problem}; or compute on the processor, with an empty CUDA_VISIBLE_DEVICES")
     grow_segments(device)
+    keep_few_kernels(device)
     return device
 
 

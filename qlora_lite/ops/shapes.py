@@ -3,10 +3,9 @@
 That is what a plan changes, which is made on tensors without values for another device (``planning_for``): kernels are
 chosen as for that device, and loops whose rounds need the same are cut short.
 
-oneDNN compiles a kernel for every distinct matrix height and attention length, and keeps it: 0.4 to 0.6 MiB
-each, not freed when its cache is set to 0 (torch 2.13). Ragged rows have hundreds of distinct lengths, so a
-run would grow by hundreds of MiB. Rounding the counts up on CPUs keeps the kernels few. CUDA needs none of
-that. Remove it when a run over random lengths no longer grows without it.
+oneDNN compiles a kernel for every distinct matrix height and attention length. How many are kept is limited
+(``memory.meter.keep_few_kernels``), but ragged rows have hundreds of distinct lengths, and each new one would be
+compiled again. Rounding the counts up on CPUs keeps them few. CUDA needs none of that.
 """
 
 import importlib.util
