@@ -42,6 +42,7 @@ CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: what the two 
 # holds 1,024 of its own accord. Ragged batches fill them, and a run outgrows its plan.
 KERNEL_CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 KERNELS_KEPT = 128  # measured: steps take no longer, with 48 they took 3 %
+LATER_KERNELS = "later kernels"
 # Of the adapter and the optimizer's states: gradients and states are allocated among tensors of a step that are freed,
 # and malloc keeps the holes.
 CPU_HOLES_SHARE = 0.5
@@ -125,3 +126,9 @@ def overheads(
         Overhead("fragmentation", holes, "holes that malloc keeps between tensors of a step"),
         *([compiler] if compiling else []),
     )
+
+
+def later_kernels(products: int) -> Overhead:
+    """Return what a run on a CPU comes to hold beyond the kernels of its largest step, see ``KERNELS_KEPT``."""
+    more = max(0, KERNELS_KEPT - products)
+    return Overhead(LATER_KERNELS, more * CPU_KERNEL_BYTES, f"up to {more} for other lengths of batches")

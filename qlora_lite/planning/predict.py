@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qlora_lite.memory.process import HOST_PROCESS_BYTES, Overhead, overheads
+from qlora_lite.memory.process import HOST_PROCESS_BYTES, LATER_KERNELS, Overhead, later_kernels, overheads
 
 from .simulate import Job, Simulation, simulate
 
@@ -24,9 +24,9 @@ class Prediction:
         return self.simulation.peak().total + beside + sum(overhead.bytes for overhead in self.overheads)
 
     @property
-    def saving_bytes(self) -> int:
-        """What of the peak is a checkpoint that is being written: no memory probe shows it."""
-        return sum(overhead.bytes for overhead in self.overheads if overhead.name == CHECKPOINT)
+    def later_bytes(self) -> int:
+        """What of the peak no memory probe shows: a checkpoint that is being written, kernels of other batches."""
+        return sum(overhead.bytes for overhead in self.overheads if overhead.name in (CHECKPOINT, LATER_KERNELS))
 
     @property
     def host_bytes(self) -> int:
@@ -79,7 +79,8 @@ def with_constants(job: Job, simulation: Simulation) -> Prediction:
     moments, products = simulation.moments.values(), simulation.work.large_products
     found = overheads(job.device_type, moments, simulation.resident, products, job.options.compile)
     if job.saved_adapters and job.device_type == "cpu":
-        found += (Overhead(CHECKPOINT, copied_bytes(job, simulation), "its copy, until it is written"),)
+        copy = Overhead(CHECKPOINT, copied_bytes(job, simulation), "its copy, until it is written")
+        found += (copy, later_kernels(products))
     return Prediction(job, simulation, found)
 
 

@@ -363,14 +363,14 @@ def probe(loaded: Loaded) -> Proven | Overrun:
             log.warning(words)
         return Overrun(budget - loaded.plan.peak_bytes, words)
     peak = trainer.meter.peak_bytes()  # without what loading took for a moment
-    saving = loaded.plan.chosen.prediction.saving_bytes
+    later = loaded.plan.chosen.prediction.later_bytes
     place = expected.simulation.peak()
     log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
              format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
-    if peak + saving > budget:
-        beside = f" and a checkpoint's copy takes {format_bytes(saving)}" if saving else ""
+    if peak + later > budget:
+        beside = f" and a checkpoint's copy and later kernels take {format_bytes(later)}" if later else ""
         words = f"the largest micro-batch peaks at {format_bytes(peak)}{beside}, over the budget of "
-        return Overrun(peak + saving - loaded.plan.peak_bytes, words + format_bytes(budget))
+        return Overrun(peak + later - loaded.plan.peak_bytes, words + format_bytes(budget))
     loss = trainer.workload.objective.name
     kernels = sorted(kernels_of(loaded.model)) if device.type == "cuda" else []
     loaded.run.update(plan={

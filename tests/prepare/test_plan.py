@@ -22,7 +22,7 @@ from qlora_lite.data.batch import collate
 from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.gpus import find_gpu
-from qlora_lite.memory.process import CUDA_COMPILER_BYTES
+from qlora_lite.memory.process import CPU_KERNEL_BYTES, CUDA_COMPILER_BYTES, KERNELS_KEPT
 from qlora_lite.models.families import known_config
 from qlora_lite.models.skeleton import shallow_config
 from qlora_lite.planning import machine, simulate
@@ -628,7 +628,7 @@ def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, few_blocks, ca
 
 
 @pytest.mark.parametrize(("settings", "adapters"), [((), 1), (("data.eval=rows.jsonl",), 2)])
-def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_memory_probe(
+def test_on_a_cpu_a_checkpoint_s_copy_and_later_kernels_are_part_of_the_plan_and_of_no_memory_probe(
     recipe, few_blocks, settings, adapters
 ):
     recipe = partial(recipe, few_blocks())
@@ -639,9 +639,13 @@ def test_on_a_cpu_the_copy_of_a_checkpoint_is_part_of_the_plan_and_of_no_memory_
         beside = sum(constant["bytes"] for constant in plan_text.constants(plan))
         assert beside + prediction.simulation.peak().total == plan.peak_bytes
         held = prediction.simulation.resident.breakdown
-        assert prediction.saving_bytes == counted * (adapters * held["adapter"] + held["optimizer"])
-        assert planner.expected_peak(plan, collate(examples(1)), None).saving_bytes == 0
-        assert sum(o.bytes for o in prediction.overheads if o.name == "checkpoint") == prediction.saving_bytes
+        found = {overhead.name: overhead.bytes for overhead in prediction.overheads}
+        copied = adapters * held["adapter"] + held["optimizer"]
+        assert found.get("checkpoint", 0) == counted * copied and ("later kernels" in found) == counted
+        kernels = found.get("matrix kernels", 0) + found.get("later kernels", 0)
+        assert kernels == counted * KERNELS_KEPT * CPU_KERNEL_BYTES
+        assert prediction.later_bytes == counted * (copied + found.get("later kernels", 0))
+        assert planner.expected_peak(plan, collate(examples(1)), None).later_bytes == 0
 
 
 @pytest.mark.parametrize(("tokens", "warned"), [(8192, False), (8256, True)])

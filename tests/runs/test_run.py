@@ -750,8 +750,8 @@ def test_a_run_that_no_memory_probe_proves_ends_before_its_first_step(wide_run, 
 
 
 def test_a_memory_probe_that_leaves_no_room_for_a_checkpoint_s_copy_proves_nothing(run, monkeypatch):
-    monkeypatch.setattr(Prediction, "saving_bytes", 2**40)
-    with pytest.raises(DoesNotFitError, match=r"peaks at .* and a checkpoint's copy takes .*, over the budget"):
+    monkeypatch.setattr(Prediction, "later_bytes", 2**40)
+    with pytest.raises(DoesNotFitError, match=r"peaks at .* a checkpoint's copy and later kernels take .*, over"):
         run(train={"max_steps": 1})
 
 
