@@ -46,6 +46,7 @@ class Published:
             together, packed, and linear layers in 16 bit; "" is not known.
         unused: what else files have of a weight, and is not needed.
         rows: of a weight that share a constant, so that weights of so many, or a multiple, can be joined.
+        known: which of its formats are read, in words; "" if all that there are.
     """
 
     format_of: Callable[[Mapping[str, Any]], str]
@@ -53,12 +54,13 @@ class Published:
     experts: str = "single"
     unused: Sequence[str] = ()
     rows: int = 1
+    known: str = ""
 
 
 def _fp8(said: Mapping[str, Any]) -> str:
-    sides, scales = said.get("weight_block_size") or ["a whole weight"], said.get("scale_fmt", "float")
+    sides, scales = said.get("weight_block_size") or [], said.get("scale_fmt", "float")
     sides = sides if isinstance(sides, list | tuple) else [sides]
-    return f"fp8_{'x'.join(map(str, sides))}{'' if scales == 'float' else f' with scales in {scales}'}"
+    return f"fp8_{'x'.join(map(str, sides))}{'' if scales == 'float' else f' {scales}'}"
 
 
 def _groups(said: Mapping[str, Any]) -> str:
@@ -68,9 +70,10 @@ def _groups(said: Mapping[str, Any]) -> str:
 
 def _awq(said: Mapping[str, Any]) -> str:
     layout = str(said.get("version", "gemm")).lower()
-    return f"awq_{said.get('bits')}_{said.get('group_size')}{'' if layout == 'gemm' else f' for {layout}'}"
+    return f"awq_{said.get('bits')}_{said.get('group_size')}{'' if layout == 'gemm' else f' {layout}'}"
 
 
+_SAYS = "bits", "group_size", "checkpoint_format", "format", "version", "weight_block_size", "scale_fmt"
 _OF_GROUPS = {"weight": ".qweight", "zeros": ".qzeros", "scales": ".scales"}
 METHODS: Mapping[str, Published] = {
     "mxfp4": Published(lambda said: "mxfp4", {"weight": "_blocks", "scales": "_scales"}, experts="fused"),
@@ -78,10 +81,18 @@ METHODS: Mapping[str, Published] = {
         lambda said: "int8", {"weight": ".weight", "scales": ".SCB"}, experts="", unused=(".weight_format",)
     ),
     "fp8": Published(
-        _fp8, {"weight": ".weight", "scales": ".weight_scale_inv"}, unused=(".activation_scale",), rows=128
+        _fp8,
+        {"weight": ".weight", "scales": ".weight_scale_inv"},
+        unused=(".activation_scale",),
+        rows=128,
+        known="blocks of 128 x 128 with a scale in float each",
     ),
-    "gptq": Published(_groups, _OF_GROUPS | {"group": ".g_idx"}),
-    "awq": Published(_awq, _OF_GROUPS),
+    "gptq": Published(
+        _groups,
+        _OF_GROUPS | {"group": ".g_idx"},
+        known="4 or 8 bits in groups of 32, 64, 128 or a row (-1), format gptq or gptq_v2",
+    ),
+    "awq": Published(_awq, _OF_GROUPS, known="4 bits in groups of 32, 64 or 128, version gemm"),
 }
 
 
@@ -109,8 +120,9 @@ def published_formats(config) -> Formats:
     method = METHODS[said["quant_method"]]
     skeleton, kind = without_weights(config), method.format_of(said)
     if kind not in FORMATS:
-        raise ModelError(f"the model is quantised with {said['quant_method']} as {kind}, which is not known here; use "
-                         "the 16-bit model instead")  # fmt: skip
+        how = ", ".join(f"{key} {said[key]}" for key in _SAYS if key in said) or "no more is said"
+        raise ModelError(f"the model is quantised with {said['quant_method']} ({how}), of which is read: "
+                         f"{method.known}; use the 16-bit model instead")  # fmt: skip
     experts = {each.parameter_path: each for each in projections(skeleton)}
     if method.experts == "fused":
         return tuple((path, kind) for path in experts)

@@ -159,11 +159,12 @@ def test_a_packed_layer_of_which_the_configuration_does_not_say_so_is_an_error(t
 
 
 @pytest.mark.parametrize(("said", "message"), [
-    ({"quant_method": "fp8"}, "quantised with fp8 as fp8_a whole weight, which is not known here"),
-    ({"quant_method": "fp8", "weight_block_size": [1, 32]}, "as fp8_1x32, which"),
-    ({"quant_method": "fp8", "weight_block_size": 128}, "as fp8_128, which"),
-    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "with gptq as gptq_3_128, which"),
-    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "with awq as awq_4_128 for gemv, which"),
+    ({"quant_method": "fp8"}, r"with fp8 \(no more is said\), of which is read: blocks of 128 x 128 with a scale"),
+    ({"quant_method": "fp8", "weight_block_size": [1, 32]}, r"fp8 \(weight_block_size \[1, 32\]\), of"),
+    ({"quant_method": "fp8", "weight_block_size": 128}, r"fp8 \(weight_block_size 128\), of"),
+    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, r"with gptq \(bits 3, group_size 128\), of .+: 4 or 8 b"),
+    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+     r"with awq \(bits 4, group_size 128, version gemv\), of which is read: 4 bits in groups of .+, version gemm;"),
 ])  # fmt: skip
 def test_blocks_of_another_size_are_refused(said, message, tmp_path):
     save_published(tmp_path, "fp8")
