@@ -16,7 +16,7 @@ from qlora_lite.models.unused_gpu import fault_of_cuda, unsupported_gpu
 from qlora_lite.ops.fused_attention import kernel_of_gpu
 from qlora_lite.quant.bnb import has_native_library
 from qlora_lite.train.optim import can_page
-from qlora_lite.units import format_bytes
+from qlora_lite.units import counted, format_bytes
 
 
 def examine() -> dict:
@@ -26,7 +26,7 @@ def examine() -> dict:
     device = torch.device("cpu") if fault else resolve_device("auto")
     machine = {
         "python": platform.python_version(),
-        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        "processor": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": format_bytes(psutil.virtual_memory().total),
         "gpu": _gpu(),

@@ -98,6 +98,11 @@ def format_score(name: str, score: Mapping[str, Any]) -> str:
     return form.format(score["value"]) + ("" if error is None else f" ± {form.format(error)}")
 
 
+def counted(count: int, noun: str) -> str:
+    """Write how many things there are, such as "1 layer" or "2,048 layers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_count(count: int) -> str:
     """Write a count with a factor of 1000 per step (K, M, B, T).
 

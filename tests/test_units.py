@@ -11,7 +11,7 @@ from qlora_lite.errors import (
     RecipeError,
     TrainingError,
 )
-from qlora_lite.units import format_bytes, format_count, format_seconds, parse_bytes
+from qlora_lite.units import counted, format_bytes, format_count, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,8 @@ def test_every_error_of_the_package_has_its_exit_code():
     codes |= {DoesNotFitError: 3, TrainingError: 1, Interrupted: 130}
     assert {kind: kind.exit_code for kind in codes} == codes
     assert all(issubclass(kind, QloraLiteError) for kind in codes)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (2048, "2,048 rows")])
+def test_one_thing_is_singular(count, text):
+    assert counted(count, "row") == text

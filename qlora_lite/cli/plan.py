@@ -17,7 +17,7 @@ from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes,
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.recipe.schema import GENERATING_PICTURES, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.terminal import printable
-from qlora_lite.units import format_bytes, format_seconds, parse_bytes
+from qlora_lite.units import counted, format_bytes, format_seconds, parse_bytes
 
 from .output import echo, echo_exactly, echo_styled, importing, prepare
 
@@ -239,7 +239,7 @@ def _length(settings) -> str:
         processor = picture_processor(settings)
         height, width = processor.height, processor.width
     count = settings.train.micro_batch_size
-    return f"{count:,} picture{'s' if count > 1 else ''} of {height} x {width} pixels"
+    return f"{counted(count, 'picture')} of {height} x {width} pixels"
 
 
 def machine_for(settings, vram=None, gpu=None):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from qlora_lite.units import counted
+
 from .options import of_a_run
 from .output import echo, prepare, step_progress
 
@@ -32,4 +34,4 @@ def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: 
     with step_progress("loading"):
         done = predict_labels(run, rows, out, model_path, unfinished)
     cut = f"; cut to data.max_tokens: {done.cut:,}" if done.cut else ""
-    echo(f"{done.texts:,} rows labelled in {out}{cut}")
+    echo(f"{counted(done.texts, 'row')} labelled in {out}{cut}")

@@ -17,6 +17,7 @@ from qlora_lite.memory.work import Work
 from qlora_lite.models.load import fast_dtype
 from qlora_lite.ops.offload import host_memory
 from qlora_lite.ops.stream import UNDIVIDED, Division
+from qlora_lite.units import counted
 
 BANDWIDTH_REACHED = 0.9  # of a GPU's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here
 # Of the host, to start an operation: what tools/bench/limit calls "Python, views, autograd" was 5 to 18 us on CPUs for
@@ -157,7 +158,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     speeds = _speeds(device, dtype)
     base = held_bytes(device)
     if not on_gpu:
-        name = f"this CPU, {torch.get_num_threads()} threads"
+        name = f"this CPU, {counted(torch.get_num_threads(), 'thread')}"
         return Machine(name, "cpu", free_bytes(device) + base, base, *speeds, dtype=auto)
     torch.cuda.empty_cache()  # of the measurement
     total = torch.cuda.get_device_properties(device).total_memory

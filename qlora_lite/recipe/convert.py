@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import Problem, RecipeError
+from qlora_lite.units import counted
 
 from . import reference
 from .foreign_files import Setting, read_settings
@@ -237,7 +238,7 @@ def _ways(lost: Sequence[Note], missing: Sequence[str]) -> str:
     keys = list(dict.fromkeys(note.key for note in lost if note.key))
     ways = [f"give {' '.join(f'{key}=...' for key in keys)} after the file"] if keys else []
     ways += [] if missing else ["leave them out, with --partial"]
-    return f"training depends on {len(lost)} settings that were not converted; {', or '.join(ways)}"
+    return f"training depends on {counted(len(lost), 'setting')} not converted; {', or '.join(ways)}"
 
 
 def _header(draft: Draft, notes: Sequence[Note]) -> str:

@@ -13,7 +13,7 @@ from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, HOST_UPDATES_PER_
 from qlora_lite.planning.simulate import simulate_whole
 from qlora_lite.prepare.plan import Alternative, Plan, disk_bytes, host_bytes
 from qlora_lite.prepare.ranks import part_of_base
-from qlora_lite.units import format_bytes, format_count, format_seconds
+from qlora_lite.units import counted, format_bytes, format_count, format_seconds
 
 WIDTH = 80  # of a terminal
 MUCH_FREE = 0.25  # of the budget: a plan that leaves more says why
@@ -99,16 +99,14 @@ def _type_name(plan: Plan) -> str:
 
 def _in_words(chosen: Candidate) -> str:
     x = chosen.options
-    kept = f" except for the last {x.uncheckpointed_layers} layers" if x.recomputes and x.uncheckpointed_layers else ""
+    kept_layers = x.uncheckpointed_layers if x.recomputes else 0
+    kept = f" except for the last {counted(kept_layers, 'layer')}" if kept_layers else ""
     where = {
         "host": "streamed from host memory" + (f" of {x.shards.count} ranks, each a part" if x.is_sharded else ""),
         "disk": "streamed from disk", "ranks": f"sharded over {x.shards.count} ranks",
     }[x.stream_from]  # fmt: skip
-    resident = (
-        ""
-        if x.resident_layers is None
-        else (f", weights {where} except for {x.resident_layers} layers" if x.resident_layers else f", weights {where}")
-    )
+    resident = f" except for {counted(x.resident_layers, 'layer')}" if x.resident_layers else ""
+    streamed = "" if x.resident_layers is None else f", weights {where}{resident}"
     place = "on disk" if x.uses_disk else "in host memory"
     return (
         f"checkpointing {x.checkpointing}{kept}"
@@ -121,7 +119,7 @@ def _in_words(chosen: Candidate) -> str:
         + (f", block inputs {place}" if x.offload_checkpoints and x.recomputes else "")
         + (", weights updated in backward" if x.optimizer_in_backward else "")
         + (", blocks compiled" if x.compile else "")
-        + resident
+        + streamed
         + (f", loss chunk {x.loss_chunk_tokens}" if x.loss_chunk_tokens else "")
         + f", micro-batch size {chosen.packs}, micro-batches {chosen.micro_batches}"
     )

@@ -78,7 +78,7 @@ from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE
 from qlora_lite.train.workload import Workload
-from qlora_lite.units import format_bytes, format_count
+from qlora_lite.units import counted, format_bytes, format_count
 
 from .async_checkpoint import check_space
 from .resume import BASE_MODEL, Continuation, data_identity, environment
@@ -480,4 +480,4 @@ def _of_denoiser(loaded: Loaded) -> dict[str, list]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"CPU {platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"

@@ -253,7 +253,7 @@ def test_a_llama_factory_file_is_read_with_its_list_of_data_sets(made, tmp_path)
 def test_names_of_data_sets_that_cannot_be_looked_up_are_given_by_an_override(made, refused):
     problems = refused(LLAMA_FACTORY)
     assert "theirs.yml:6: dataset = tickets,replies: tickets is a name in data/dataset_info.json" in problems[0]
-    assert problems[-1].endswith("2 settings that were not converted; give data.train=... after the file")
+    assert problems[-1].endswith("2 settings not converted; give data.train=... after the file")
     assert refused(LLAMA_FACTORY, partial=True) == problems, "a recipe without data is none"
     assert made(LLAMA_FACTORY, "data.train=rows.jsonl")[1].data.train[0].path.endswith("rows.jsonl")
 
@@ -437,7 +437,7 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
         "theirs.yml:22: optimizer", "theirs.yml:33: neftune_noise_alpha", "theirs.yml:34: lora_modules_to_save",
         "theirs.yml:35: val_set",
     ]  # fmt: skip
-    assert problems[-1].endswith("4 settings that were not converted; give train.optimizer=... adapter.train_also=... "
+    assert problems[-1].endswith("4 settings not converted; give train.optimizer=... adapter.train_also=... "
                                  "after the file, or leave them out, with --partial")  # fmt: skip
     conversion, _ = made(text, partial=True)
     assert conversion.text.splitlines()[2] == "# NOT CONVERTED, although training depends on it:"
