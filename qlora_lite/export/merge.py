@@ -31,7 +31,7 @@ from qlora_lite.artifacts.trained_run import TrainedRun, open_trained
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import replacing_folder, require_empty, require_space, write_text
 from qlora_lite.memory.meter import PeakMeter
-from qlora_lite.models.load import auto_dtype, load_model
+from qlora_lite.models.load import KEEP, auto_dtype, load_model, stored_quantization
 from qlora_lite.models.merge import (
     ORIGINAL,
     PROCESSOR_FILES,
@@ -249,6 +249,9 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
         notes.append(UNKNOWN_BASE)
     if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] in FOUR_BIT:
         notes.append("the adapter was trained on the quantised weights; on the original ones the model differs")
+    if stored_quantization(trained.files.config) == (KEEP, False):
+        notes.append("the base's published codes are dequantised, since nothing can be merged into them: the model "
+                     "takes several times as much memory as with the adapter beside them")  # fmt: skip
     if merged.has_new_tokens:
         notes.append("nothing was measured, since the base model has no rows for the new tokens")
     if merged.packs_experts and merged.onto == TRAINED:

@@ -6,6 +6,7 @@ read where they lie, as memory-mapped slices, and never rewritten. Experts that 
 transformers computes with those of a block together, so that their codes are copied, as they are, into one tensor.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import Projection, placeholder, projections
 from qlora_lite.quant.formats import FORMATS, Parts
 from qlora_lite.quant.linear import frozen_weight
-from qlora_lite.quant.tensor_file import DTYPES
+from qlora_lite.quant.tensor_file import DTYPES, Entries
 
 from .gguf_codes import Formats
 from .locate import ModelFiles
@@ -33,6 +34,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EXPERT = re.compile(r"(.+\.)\d+(\.[^.]+)")  # a layer of one: what is before and behind its number
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.")
 Empty = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+Read = Callable[[str], torch.Tensor]
+log = logging.getLogger("qlora_lite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,17 +230,21 @@ class _Files:
             raise ModelError(f"{self._where[name]}: the tensor {name} names groups from {values.min()} to "
                              f"{values.max()}, and there are {below}: the checkpoint is damaged")  # fmt: skip
 
+    def further(self, skeleton: nn.Module) -> set[str]:
+        """Return the tensors of blocks that a model lacks, such as one that predicts a further token (DeepSeek-V3)."""
+        paths = {path for path, _ in skeleton.named_modules()}
+        blocks = {name: block for name in self.tensors if (block := _BLOCK.match(name))}
+        return {name for name, block in blocks.items()
+                if block[1] in paths and f"{block[1]}.{block[2]}" not in paths}  # fmt: skip
+
     def refuse_packed(self, skeleton: nn.Module) -> None:
         """Raise if one of the tensors that nothing has taken is packed; those of blocks that a model lacks may be.
 
         Raises:
             ModelError: it is.
         """
-        paths = {path for path, _ in skeleton.named_modules()}
-        for name, tensor in self.tensors.items():
-            block = _BLOCK.match(name)  # such as one that predicts a further token (DeepSeek-V3)
-            is_further = block and block[1] in paths and f"{block[1]}.{block[2]}" not in paths
-            if DTYPES.get(tensor.get_dtype()) not in _FLOATS and not is_further:
+        for name in self.tensors.keys() - self.further(skeleton):
+            if DTYPES.get(self.tensors[name].get_dtype()) not in _FLOATS:
                 raise ModelError(f"{self._where[name]}: the tensor {name} is packed, and what quantization_config says "
                                  "of the model's layers does not say so")  # fmt: skip
 
@@ -277,9 +284,7 @@ def published_state(
         ModelError: a part is missing, or has another type or shape than the format's; or experts that are to be
             computed together differ in what they would share.
     """
-    if part.whole is not None:
-        raise ModelError(f"{files.name} holds its language model among other parts, which is not read packed; use the "
-                         "16-bit model instead")  # fmt: skip
+    _require_alone(files, part)
     method = METHODS[part.config.quantization_config["quant_method"]]
     read, state, skeleton = _Files(files, stack), dict[str, Any](), without_weights(part.config)
     linear, experts = linear_layers(skeleton), {each.parameter_path: each for each in projections(skeleton)}
@@ -297,6 +302,62 @@ def published_state(
         state |= {f"{module}.{name}": tensor for name, tensor in found.items()}
     read.refuse_packed(skeleton)
     return read.tensors | state
+
+
+def dense_tensors(files: ModelFiles, part: LanguagePart, stack: ExitStack) -> tuple[Entries, Read]:
+    """Return dtype and shape of a model's tensors by the names that they would have in 16 bit, and what reads one.
+
+    Packed weights are float32 there. Tensors of blocks that the model lacks are left out, which is logged.
+
+    Args:
+        stack: closes the files.
+
+    Raises:
+        ModelError: see ``published_state``.
+    """
+    _require_alone(files, part)
+    method = METHODS[part.config.quantization_config["quant_method"]]
+    read, skeleton = _Files(files, stack), without_weights(part.config)
+    linear, experts = linear_layers(skeleton), {each.parameter_path: each for each in projections(skeleton)}
+    around = {} if method.experts == "fused" else _names_of_experts(skeleton, read.tensors, method)
+    packed: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {}
+    for path, kind in published_formats(part.config):
+        if path in linear:
+            shape, names = frozen_weight(linear[path])[0].shape, {path: f"{path}.weight"}
+        elif method.experts == "fused":
+            shape, names = experts[path].described[0].shape, {path: path}
+        else:
+            count, out, width = experts[path].described[0].shape
+            shape = out // _joined(experts[path]), width
+            layers = _layers_of_experts(read, experts[path], around.get(path, {}))
+            names = {layer: f"{layer}.weight" for of_expert in layers for layer in of_expert}
+        wanted = FORMATS[kind].parts(shape)
+        packed |= {name: (kind, shape, _taken(read, layer, wanted, method)) for layer, name in names.items()}
+    read.refuse_packed(skeleton)
+    if further := read.further(skeleton):
+        log.warning("%s: %d tensors of blocks that the model lacks are left out, such as %s", files.name, len(further),
+                    min(further))  # fmt: skip
+    plain = {name: tensor for name, tensor in read.tensors.items() if name not in further}
+
+    turned = {name for name, each in experts.items() if name in packed and each.experts.is_transposed}
+    entries = {name: (DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())) for name, tensor in plain.items()}
+    for name, (_, (*count, out, width), _) in packed.items():
+        entries[name] = torch.float32, (*count, width, out) if name in turned else (*count, out, width)
+
+    def dense(name: str) -> torch.Tensor:
+        if name in plain:
+            return plain[name][:]
+        kind, shape, parts = packed[name]
+        weight = FORMATS[kind].dequantize([part[:] for part in parts.values()], shape, torch.float32)
+        return weight.transpose(1, 2) if name in turned else weight
+
+    return entries, dense
+
+
+def _require_alone(files: ModelFiles, part: LanguagePart) -> None:
+    if part.whole is not None:
+        raise ModelError(f"{files.name} holds its language model among other parts, which is not read packed; use the "
+                         "16-bit model instead")  # fmt: skip
 
 
 def _taken(read: _Files, path: str, wanted: Parts, method: Published) -> dict[str, Any]:
@@ -333,6 +394,16 @@ def _names_of_experts(
     return found
 
 
+def _layers_of_experts(
+    read: _Files, projection: Projection, around: Mapping[int, tuple[str, str]]
+) -> list[list[str]]:  # fmt: skip
+    """Return what files call the layers of each expert that a projection joins; ``around`` as for ``_stacked``."""
+    if len(around) < _joined(projection):
+        raise ModelError(f"{read.name}: no file has packed weights of single experts of {projection.parameter_path}")
+    count = projection.described[0].shape[0]
+    return [[f"{begin}{number}{end}" for _, (begin, end) in sorted(around.items())] for number in range(count)]
+
+
 def _stacked(
     read: _Files, projection: Projection, kind: str, around: Mapping[int, tuple[str, str]], method: Published,
     empty: Empty,
@@ -343,9 +414,7 @@ def _stacked(
         around: what their layers are called, see ``_names_of_experts``.
     """
     (count, out, width), joined = projection.described[0].shape, _joined(projection)
-    if len(around) < joined:
-        raise ModelError(f"{read.name}: no file has packed weights of single experts of {projection.parameter_path}")
-    layers = [[f"{begin}{number}{end}" for _, (begin, end) in sorted(around.items())] for number in range(count)]
+    layers = _layers_of_experts(read, projection, around)
     of_one, found = FORMATS[kind].parts((out // joined, width)), {}
     parts = [[_taken(read, path, of_one, method) for path in paths] for paths in layers]
     for name, (dtype, shape) in FORMATS[kind].parts((count, out, width)).items():

@@ -13,6 +13,7 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from .gguf_names import gguf_names
 from .load import entry_of, load_model
 from .locate import ModelFiles, check_gguf
 from .nested import names_in_model, read_language_part, stacking_rules, turning_rules, without_weights
-from .published import is_published
+from .published import dense_tensors, is_published
 from .split import read_first
 
 log = logging.getLogger("qlora_lite")
@@ -116,8 +117,7 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
         ModelError: a file cannot be read.
     """
     if is_published(files.config.get("quantization_config") or {}):
-        raise ModelError(f"the weights of {files.name} are published packed, and nothing is merged into codes: use the "
-                         "adapter beside them")  # fmt: skip
+        return _published_files(files, skeleton)
     if files.gguf_file:
         return _gguf_file(files, skeleton) or _whole_model(files)
     places, entries = _index(files)
@@ -193,6 +193,13 @@ def _plain_files(
 ) -> BaseWeights | None:
     """Read 16-bit safetensors; None if they have no weights of their own for linear layers."""
     return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name), experts=experts)
+
+
+def _published_files(files: ModelFiles, skeleton: nn.Module) -> BaseWeights:
+    """Read weights that are published packed, dequantised."""
+    entries, read = dense_tensors(files, read_language_part(files.folder, files.name), ExitStack())
+    names, experts = _parameter_names(skeleton, list(entries), None), _of_experts(skeleton, entries, None)
+    return BaseWeights(entries, names or {}, read, experts=experts)
 
 
 def _of_experts(skeleton: nn.Module, stored: Entries, mapping: dict[str, str] | None) -> dict[str, OfExperts]:

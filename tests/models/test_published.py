@@ -13,8 +13,10 @@ from tiny import random_factors
 from tiny_files import write_recipe
 from tiny_published import CASES, SINGLE_EXPERTS, WITH_EXPERTS, by_transformers, random_mxfp4, save_published
 from tiny_runs import logits, make_run, stop_at
+from transformers import AutoModelForCausalLM
 
-from qlora_lite.adapters.lora.inject import add_lora
+from qlora_lite.adapters.files import load_adapter
+from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.errors import Interrupted, ModelError
 from qlora_lite.experts.grouped import _both
 from qlora_lite.experts.packing import described_experts, expert_weights, first_experts
@@ -131,11 +133,21 @@ def test_it_is_planned_with_the_tensors_that_it_has(published):
     assert described[0] == described[1]
 
 
-def test_a_run_trains_beside_its_codes_and_is_not_merged_into_them(published, tmp_path):
-    _, folder, _ = published
-    run = make_run(tmp_path, folder, lora={"rank": 4, "alpha": 8})
-    with pytest.raises(ModelError, match="nothing is merged into codes"):
-        merge_run(run, tmp_path / "merged", MergeSettings(rows=0))
+def test_a_merge_writes_the_dequantised_model_with_the_update(published, tmp_path, caplog):
+    case, folder, plain = published
+    targets = ["all-linear", *["experts"] * (case in WITH_EXPERTS)]
+    run = make_run(tmp_path, folder, lora={"targets": targets, "rank": 4, "alpha": 8})
+    report = merge_run(run, tmp_path / "merged", MergeSettings(dtype="f32", rows=0))
+    assert any("are dequantised" in note for note in report["notes"])
+    assert ("tensors of blocks that the model lacks" in caplog.text) == (case == "fp8_experts")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config") and merged.state_dict().keys() == plain.state_dict().keys()
+    trained = load_adapter(load(folder), run / "adapter")
+    assert torch.allclose(logits(merged), logits(trained), atol=2e-4)
+    changed = {name.rpartition(".")[0] for name, tensor in merged.state_dict().items()
+               if not torch.equal(tensor, plain.state_dict()[name])}  # fmt: skip
+    assert changed == {re.sub(r"\.(gate_up|down)_proj$", "", path) if ".experts." in f"{path}." else path
+                       for path, _ in lora_layers(trained)}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["int8", "fp8", "gptq", "awq"])
