@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from counted import counted
 from memory_option_cases import build, gradients, rotary_flops
 from tiny import build_tiny, random_batch
@@ -376,6 +377,33 @@ def test_merges_that_are_there_are_not_made_again_and_each_is_a_line_of_the_tabl
     lines = TABLES["merged"][1]({"models": {"smollm2-135m": {"e2e": found}}})[2:]
     assert [line.split(" | ")[2] for line in lines] == list(bench.WAYS)
     assert all(line.endswith("| 1.0000 | 1.2500 | 5.0e-01 | 75.0% |") for line in lines)
+
+
+def test_q4_0_files_are_of_a_run_with_its_training_rows_and_of_one_without(tmp_path, monkeypatch):
+    bench, exported = tool("q4_0"), []
+
+    def export(*arguments):
+        run, out = Path(arguments[1]), Path(arguments[arguments.index("--out") + 1])
+        rows = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["train"]
+        exported.append(rows)
+        found = {"loss": 1.25, "kl": 0.5 if rows == "nowhere.jsonl" else 0.25, "agreement": 0.75}
+        notes = ["each weight was rounded by itself instead"] * (rows == "nowhere.jsonl")
+        out.mkdir()
+        (out / "model.gguf").write_text("")
+        models = {"base": found, "trained": {"loss": 1.0, "kl": 0.0, "agreement": 1.0}, "q4_0": found}
+        (out / "export_report.json").write_text(json.dumps({"models": models, "notes": notes}))
+
+    monkeypatch.setattr(bench, "command", export)
+    run = tmp_path / "smollm2-135m-e2e-off"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"data": {"train": "rows.jsonl"}}))
+    (run / "summary.json").write_text(json.dumps({"status": "complete"}))
+    found = [bench.figures("smollm2-135m", "e2e", tmp_path) for _ in range(2)]
+    assert found[0] == found[1] and exported == ["nowhere.jsonl", "rows.jsonl"]
+    lines = TABLES["q4_0"][1]({"models": {"smollm2-135m": {"e2e": found[0]}}})[2:]
+    assert [line.split(" | ")[2:] for line in lines] == [
+        [way, "1.0000", "1.2500", kl, "75.0% |"] for way, kl in (("rounded", "5.0e-01"), ("chosen", "2.5e-01"))
+    ]
 
 
 @pytest.mark.parametrize("way", ["lora", "dora", "merge-aware"])

@@ -7,7 +7,7 @@ import click
 from qlora_lite.units import format_bytes
 
 from .options import of_a_run
-from .output import echo, prepare
+from .output import echo, echo_agreement, prepare
 
 
 @click.command()
@@ -43,8 +43,11 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
         echo(f"{'loaded back':24}{said} ({rounding})")
     elif "distance" in report:
         echo(f"{'loaded back':24}the model's logits; rounding changes them by {report['distance']:.1e} of their size")
+    elif "read_back" in report:
+        echo(f"{'loaded back':24}the logits of the weights that were chosen, within {report['read_back']:.1e}")
     if "conversations_compared" in report:
         echo(f"{'template':24}same tokens for {report['conversations_compared']} random conversations")
+    echo_agreement(report)
     for note in report.get("notes", []):
         echo(f"note: {note}")
     echo(f"{'use':24}{report['use']}")

@@ -7,7 +7,7 @@ import click
 from qlora_lite.units import format_bytes, format_seconds
 
 from .options import of_a_run
-from .output import echo, prepare
+from .output import echo, echo_agreement, prepare
 
 
 @click.command()
@@ -33,11 +33,7 @@ def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | 
     report = merge_run(run, out, MergeSettings(base, dtype, quantize_to, rows), model_path, unfinished)
     cost = f"{format_seconds(report['seconds'])}, {format_bytes(report['peak_bytes_above_start'])} of memory"
     echo(f"wrote {out}: {report['layers']} layers merged into the {report['merged_into']} weights; {cost}")
-    if "models" in report:
-        echo(f"\n{report['rows']} examples of {report['measured_on']}:")
-        echo(f"{'':24}{'loss':>10}{'KL to trained':>16}{'same first token':>19}")
-        for name, found in report["models"].items():
-            echo(f"{name:24}{found['loss']:>10.4f}{found['kl']:>16.2e}{found['agreement']:>19.2%}")
+    echo_agreement(report)
     for note in report["notes"]:
         echo(f"note: {note}")
     echo(f"{'report':24}{out / REPORT}")

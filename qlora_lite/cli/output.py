@@ -176,6 +176,16 @@ def shown(report):
     return [shown(value) for value in report] if isinstance(report, list | tuple) else report
 
 
+def echo_agreement(report) -> None:
+    """Print how alike models are to the one that was trained, if a report of a merge or an export has it."""
+    if "models" not in report:
+        return
+    echo(f"\n{report['rows']} examples of {report['measured_on']}:")
+    echo(f"{'':24}{'loss':>10}{'KL to trained':>16}{'same first token':>19}")
+    for name, found in report["models"].items():
+        echo(f"{name:24}{found['loss']:>10.4f}{found['kl']:>16.2e}{found['agreement']:>19.2%}")
+
+
 def print_result(text: str, kept_in: Path | None = None) -> None:
     """Print what came of a command's work; if whoever read has left, that is no failure of the work.
 

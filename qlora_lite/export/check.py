@@ -9,6 +9,8 @@ adapter of the usual size stands far above rounding.
   SmolLM2 by 1.8 %, an adapter of its q_proj by 1.3 %). So the file is compared with the base rounded in the same way:
   share = <exported - rounded base, adapted - base> / ||adapted - base||^2 is 1 for the whole change, 0 for none. And
   the logits themselves must be near:  ||exported - adapted|| / ||adapted||.
+- In 4 bits rounding changes more than many an adapter, so that the share is noise (0.4 to 1.9, seen with SmolLM2).
+  Such a file must give the logits of the weights that were chosen for it, and what they cost is measured on rows.
 """
 
 from typing import NamedTuple
@@ -24,7 +26,6 @@ from qlora_lite.models.anatomy import device_of
 SEQUENCES, TOKENS = 2, 24
 EXACT = 1e-3  # of an adapter file: rounding in float32 gives 1e-6, a scale wrong by 1 % gives 1e-2
 SHARE = 0.2  # that a merged file's share may be off: the adapter's own rounding
-SHARE_4_BIT = 0.4  # the same in 4 bits, which round the adapted weights again
 
 
 class Change(NamedTuple):
@@ -73,21 +74,20 @@ def check_change(change: Change, exported: torch.Tensor, what: str) -> float:
 
 
 def check_merged(
-    change: Change, exported: torch.Tensor, rounded: torch.Tensor, what: str, limit: float, most_off: float = SHARE
+    change: Change, exported: torch.Tensor, rounded: torch.Tensor, what: str, limit: float
 ) -> tuple[float, float]:  # fmt: skip
     """Return the share of the adapter's change in a merged file's logits, and their distance from the adapted ones.
 
     Args:
         rounded: logits of the base with its weights rounded as the file's are.
         limit: of the distance, from what rounding the weights does.
-        most_off: that the share may be.
 
     Raises:
         ModelError: one of them is out of bounds.
     """
     exported = exported[:, : change.base.shape[1]]
     share, distance = share_of(change, exported, rounded), distance_of(exported, change.adapted)
-    if not (abs(share - 1) <= most_off and distance <= limit):
+    if not (abs(share - 1) <= SHARE and distance <= limit):
         raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")
     return share, distance
 

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -22,7 +22,7 @@ from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import explain_write_errors, replacing_folder, require_empty, write_text
 from qlora_lite.models.gguf_names import gguf_names
-from qlora_lite.models.load import load_model
+from qlora_lite.models.load import KEEP, load_model
 from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged
 from qlora_lite.models.skeleton import meta_model
@@ -30,6 +30,7 @@ from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.prepare.build import build_to_use, without_start
+from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import write_tensors
 
@@ -43,8 +44,6 @@ from .adapters import (
     write_peft,
 )
 from .check import (
-    SHARE,
-    SHARE_4_BIT,
     Change,
     change_of,
     check_change,
@@ -53,17 +52,19 @@ from .check import (
     distance_of,
     logits_of,
 )
-from .gguf_model import KINDS, MODEL_FILE, as_read, write_gguf
+from .gguf_model import KINDS, MODEL_FILE, as_read, in_q4_0, write_gguf
 from .kohya import kohya_tensors
-from .merge import BASES, UNKNOWN_BASE, check_choice, open_for_merge
+from .merge import BASES, UNKNOWN_BASE, check_choice, held_out, measure, measuring, open_for_merge
 from .ollama import check_template, go_template, modelfile, pieces_of
+from .own_codes import calibration_rows, q4_0_weights
 
 REPORT = "export_report.json"
 KOHYA = "kohya"  # the form of denoisers, and of nothing else
 # Distance of logits that rounding every weight of a file explains, see ``check.check_merged``.
-LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2, "q4_0": 0.5}
+LIMITS = {"f16": 0.02, "bf16": 0.1, "q8_0": 0.2}
 # In float32: a larger model is not loaded as a whole for the check, but read block by block, see ``models.streamed``.
 WHOLE_BYTES = 4 * 2**30
+MEASURED_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class ExportSettings:
     def __post_init__(self) -> None:
         require_one_of("to", self.to, FORMS)
         require_one_of("base", self.base, BASES)
-        require_one_of("dtype", self.dtype, (None, *LIMITS))
+        require_one_of("dtype", self.dtype, (None, *KINDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +272,11 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     kind = job.settings.dtype or (aware if aware in KINDS else "f16")
     onto = check_choice(trained, job.settings.base)
     merged = open_for_merge(trained, job.skeleton, job.adapter, onto)
+    into, chooses = "original" if onto == ORIGINAL else trained.quantization[0], kind == "q4_0" != aware
+    chosen, unread = _chosen(job, merged) if chooses else ({}, [])
     with replacing_folder(job.out) as new:
-        notes = write_gguf(
-            merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin
+        notes = unread + write_gguf(
+            merged, new, kind, trained.name, trained.tokenizer(), tuple(trained.end_token_ids), adds_begin, chosen
         )
         write_beside(new)
     if trained.is_alone and onto == TRAINED:
@@ -283,6 +286,11 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     what, config = str(job.out / MODEL_FILE), copy.deepcopy(job.skeleton.config)
     entries = merged.entries(torch.float32)
     is_large = sum(4 * prod(entries[stored][1]) for stored in merged.base.parameters) > WHOLE_BYTES
+    if chooses:
+        logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
+        error = check_model(logits_of(_streamed_q4_0(merged, config, chosen)), logits, what, LIMITS["f16"])
+        cost = _cost(job, merged.has_new_tokens)
+        return {"read_back": error, "dtype": kind, "merged_into": into, **cost, "notes": notes + cost.get("notes", [])}
     if trained.began_as:
         own = logits_of(_streamed_base(merged, config, _in_float32))
         logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
@@ -301,10 +309,53 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     # as the file's weights are, where the base beside them dequantises its own in float32
     seen_rounded = onto == TRAINED and trained.compute_dtype == torch.bfloat16
     limit = max(LIMITS[kind], LIMITS["bf16"] * seen_rounded)
-    most_off = SHARE_4_BIT if kind == "q4_0" else SHARE
-    share, distance = check_merged(change, logits, rounded, what, limit, most_off)
-    into = "original" if onto == ORIGINAL else trained.quantization[0]
+    share, distance = check_merged(change, logits, rounded, what, limit)
     return {"share": share, "distance": distance, "dtype": kind, "merged_into": into, "notes": notes}
+
+
+def _chosen(job: _Job, merged: Merged) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return weights in Q4_0 that were chosen by training rows; none where these cannot be read, and a note on that."""
+    recipe, why = job.trained.recipe, ""
+    if job.trained.is_alone:
+        why = "an adapter alone names none"
+    elif recipe.data.streaming or recipe.with_vision:
+        why = "they are streamed" if recipe.data.streaming else "they have pictures, and the file has no tower"
+    else:
+        try:
+            return q4_0_weights(job.trained, merged, calibration_rows(job.trained), in_q4_0(merged)), []
+        except DataError as error:
+            why = str(error)
+    return {}, [f"codes are chosen by training rows, which cannot be read here ({why}): each weight was rounded by "
+                "itself instead, which changes the model several times as much"]  # fmt: skip
+
+
+def _cost(job: _Job, has_new_tokens: bool) -> dict:
+    """Return how far the file's model is from the trained one on held-out rows, or a note on why it is not known."""
+    try:
+        if has_new_tokens or job.trained.recipe.with_vision:
+            raise DataError("the base has no new tokens" if has_new_tokens else "the file's model takes no pictures")
+        rows = held_out(job.trained, MEASURED_ROWS)
+    except DataError as error:
+        return {"notes": [f"what 4 bits cost was not measured: {error}"]}
+    m = job.trained.recipe.model
+    file = {"path": str(job.out / MODEL_FILE), "revision": None, "quant": KEEP, "quant_head": False, "keep_16bit": ()}
+    recipe = job.trained.recipe.model_copy(update={"model": m.model_copy(update=file)})
+    with measuring():
+        models = measure(job.trained, rows, {"q4_0": lambda: build_to_use(recipe, use_cache=False)})
+    return {"measured_on": rows.where, "rows": rows.rows, "models": models}
+
+
+def _streamed_q4_0(merged: Merged, config, chosen: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return the model that a q4_0 file is to hold."""
+    stored = {parameter: name for name, parameter in merged.base.parameters.items()}
+
+    def read(parameter: str) -> torch.Tensor:
+        if parameter not in chosen:
+            return as_read(parameter, merged.weight(stored[parameter], torch.float32), "q4_0")
+        shape = merged.base.entries[stored[parameter]][1]
+        return FORMATS["q4_0"].dequantize([chosen[parameter]], shape, torch.float32)
+
+    return streamed_model(config, read)
 
 
 def _in_float32(_name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The ``gguf`` package writes the file; the weights come from ``models.merge`` one
 file holds. Vectors stay float32, as llama.cpp expects.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from math import prod
 from pathlib import Path
@@ -30,7 +30,7 @@ CHUNK_ROWS = 2048  # quantised or read back at once; the package makes several c
 
 def write_gguf(
     merged: Merged, folder: Path, kind: str, name: str, tokenizer, end_token_ids: tuple[int, ...],
-    adds_begin: bool | None = None,
+    adds_begin: bool | None = None, chosen: Mapping[str, torch.Tensor] | None = None,
 ) -> list[str]:  # fmt: skip
     """Write ``model.gguf`` into a folder that exists; return notes on what differs from the trained model.
 
@@ -40,6 +40,7 @@ def write_gguf(
         tokenizer: with the chat template that training used.
         end_token_ids: tokens that training taught as ends of an answer.
         adds_begin: see ``write_tokenizer``.
+        chosen: weights in Q4_0 blocks by parameter, see ``own_codes.q4_0_weights``; others are rounded to nearest.
 
     Raises:
         ModelError: llama.cpp cannot compute the family, a setting or the tokenizer.
@@ -71,10 +72,19 @@ def write_gguf(
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for stored, parameter, _, stored_as in planned:
+            if chosen and parameter in chosen:
+                writer.write_tensor_data(names.to_gguf(parameter, chosen[parameter]).contiguous().numpy())
+                continue
             tensor = names.to_gguf(parameter, merged.weight(stored, _made_in(stored_as))).contiguous()
             writer.write_tensor_data(_as_stored(tensor, stored_as, parameter))
             del tensor  # before the next one is made
     return notes
+
+
+def in_q4_0(merged: Merged) -> dict[str, str]:
+    """Return the stored names of the layers whose weights a q4_0 file has in Q4_0, by parameter."""
+    return {parameter: stored for stored, parameter, _, stored_as in _planned(merged, "q4_0")
+            if stored_as.name == "Q4_0"}  # fmt: skip
 
 
 def _planned(merged: Merged, kind: str) -> Iterator[tuple]:

@@ -16,7 +16,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,7 +148,7 @@ def merge_run(
         report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
         if rows is not None:
             report |= {"measured_on": rows.where, "rows": rows.rows}
-            with _measuring():
+            with measuring():
                 report["models"] = _measure(trained, merged, dense, rows, settings, new if on_codes else None)
         if settings.quantize:
             _check_quantized(report["models"], settings.quantize)
@@ -292,7 +292,7 @@ def _of_f16(kept: dict) -> str:
 
 
 @contextmanager
-def _measuring() -> Iterator[None]:
+def measuring() -> Iterator[None]:
     """Explain errors of measuring, so that a file's error is not taken for one of writing the output.
 
     Raises:
@@ -391,28 +391,45 @@ def _measure(
         dense: folder of the merged model in 16 or 32 bit.
         codes: folder of the 4-bit one where it is written already; None quantises the dense one.
     """
-
-    def said(model: nn.Module) -> Outputs:
-        return outputs(model, rows.batches, rows.work)
-
-    base = said(build_to_use(trained.recipe)) if start_of(trained.recipe) else None
-    model = trained.build_base()
-    base = base or said(model)
-    reference = said(attach_adapter(model, trained.adapter_to_merge(trained.skeleton())))
-    del model
     m, dtype = trained.recipe.model, DTYPES[settings.dtype]
     if dtype == torch.float16 and trained.device.type == "cpu":
         dtype = torch.float32  # CPUs multiply float16 far slower; its values are exact in float32
     again = settings.quantize or (m.quant if m.quant in FOUR_BIT else "nf4")
 
-    def written(quant: str, dtype: torch.dtype, folder: Path = dense) -> Outputs:
-        gc.collect()  # the model before this one
+    def written(quant: str, dtype: torch.dtype, folder: Path = dense) -> nn.Module:
         here = {"path": str(folder), "revision": None, "quant": quant, "quant_head": False,
                 "keep_16bit": () if quant == "none" or folder == codes else m.keep_16bit,
                 "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
-        return said(build_to_use(recipe, use_cache=False))
+        return build_to_use(recipe, use_cache=False)
 
-    found = {"base": base, "trained": reference, "merged": written("none", dtype)}
-    found[f"merged, then {again}"] = written(again, trained.compute_dtype, codes or dense)
-    return {name: compare(reference, each)._asdict() for name, each in found.items()}
+    return measure(trained, rows, {
+        "merged": lambda: written("none", dtype),
+        f"merged, then {again}": lambda: written(again, trained.compute_dtype, codes or dense),
+    })  # fmt: skip
+
+
+def measure(trained: TrainedRun, rows: HeldOut, others: Mapping[str, Callable[[], nn.Module]]) -> dict[str, dict]:
+    """Compare the base of a run, and other models, with what was trained.
+
+    Args:
+        others: each builds a model; one is in memory at a time.
+
+    Returns:
+        ``agreement.Likeness`` by name; where all weights were trained, there is no base.
+    """
+
+    def said(model: nn.Module) -> Outputs:
+        return outputs(model, rows.batches, rows.work)
+
+    found = {"base": said(build_to_use(trained.recipe))} if start_of(trained.recipe) else {}
+    model = trained.build_base()
+    if not trained.began_as:
+        found = found or {"base": said(model)}
+        attach_adapter(model, trained.adapter_to_merge(trained.skeleton()))
+    found["trained"] = said(model)
+    del model
+    for name, build in others.items():
+        gc.collect()  # the model before this one
+        found[name] = said(build())
+    return {name: compare(found["trained"], each)._asdict() for name, each in found.items()}

@@ -1,18 +1,20 @@
-"""Put a run's update into its own NF4 codes, and write them as a 4-bit checkpoint.
+"""Choose 4-bit codes of a merged model by what they make of training rows: a run's own NF4 ones, or Q4_0.
 
 A merge-aware run computed with such codes, which are written as they are. Of any other run they are found one block
 after the other, in one forward over rows of the training data: the block computes with its LoRA weights, each layer's
-inputs are seen, codes are chosen for which its products with them change least (``quant.merging.closest_codes``), and
-the blocks behind it get what those give. The memory is that of the 4-bit model, of the forward, and of one block's sums
-X^T X beside what one weight takes.
+inputs are seen, codes are chosen for which its products with them change least (``quant.merging.closest_codes``,
+``quant.closest.closest_q4_0``), and the blocks behind it get what those give. The memory is that of the 4-bit model, of
+the forward, and of one block's sums X^T X beside what one weight takes.
 """
 
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.adapters.lora.inject import blocks_of
@@ -22,11 +24,13 @@ from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.batch import Batch, pack_in_order
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.load import load_model
+from qlora_lite.models.merge import Merged
 from qlora_lite.models.save import save_quantized
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.prepare.build import start_of
 from qlora_lite.prepare.datasets import build_data
-from qlora_lite.quant.linear import frozen_weight
+from qlora_lite.quant.closest import closest_q4_0
+from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.merging import NF4, OFF, closest_codes, merged_codes
 from qlora_lite.quant.product import materialize
 from qlora_lite.train.causal_lm import CausalLM
@@ -34,6 +38,8 @@ from qlora_lite.train.forward import hidden_states, prepare
 from qlora_lite.train.text_guards import check_forward
 
 CALIBRATION_TOKENS = 4096
+LINE_SECONDS = 30  # between lines of the log
+log = logging.getLogger("qlora_lite")
 
 
 def calibration_rows(trained: TrainedRun) -> Batch:
@@ -60,14 +66,13 @@ def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: 
         adapter: LoRA, and weights of the base that were trained beside it; rows of tokens that the base knows.
         rows: to choose the codes by, of a run that was not merge-aware; None rounds stochastically.
     """
-    m = trained.recipe.model
-    model = load_model(
-        m.path, m.quant, m.double_quant, trained.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit,
-        start=start_of(trained.recipe),
-    )  # fmt: skip
-    attach_adapter(model, replace(adapter, dropout=0.0))
+    model = _with_adapter(trained, adapter)
     if adapter.merge_aware == OFF and rows is not None:
-        _merge_block_by_block(model, rows)
+
+        def merge(block: nn.Module, grams: dict[nn.Module, Tensor]) -> None:
+            _merge(model, block, grams)
+
+        _block_by_block(model, rows, {m for m in model.modules() if isinstance(m, LoraLinear)}, merge)
     _merge(model, model, {})
     for path, table in list(model.named_modules()):
         if isinstance(table, EmbeddingWithRows | HeadWithRows):
@@ -75,29 +80,74 @@ def write_codes(trained: TrainedRun, adapter: Adapter, rows: Batch | None, out: 
     save_quantized(model, out, trained.tokenizer())
 
 
-def _merge_block_by_block(model: nn.Module, rows: Batch) -> None:
+@torch.no_grad()
+def q4_0_weights(trained: TrainedRun, merged: Merged, rows: Batch, stored: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return weights of a merged model in Q4_0 blocks, uint8 [out, in / 32 * 18], by the parameter's name.
+
+    Args:
+        merged: what they are to be near to.
+        rows: to choose the codes by.
+        stored: by parameter, the name in ``merged`` of those that are wanted; those in no block are left out.
+    """
+    model, found = _with_adapter(trained, merged.adapter), dict[str, Tensor]()
+    layers = {model.get_submodule(name.removesuffix(".weight")): name.removesuffix(".weight") for name in stored}
+
+    def choose(_block: nn.Module, grams: dict[nn.Module, Tensor]) -> None:
+        for layer, gram in grams.items():
+            path, base = layers[layer], layer.base if isinstance(layer, LoraLinear) else layer
+            weight = merged.weight(stored[f"{path}.weight"], torch.float32)
+            found[f"{path}.weight"] = closest_q4_0(weight.to(trained.device), gram.to(trained.device)).cpu()
+            packed = [found[f"{path}.weight"]], tuple(weight.shape), base.bias, "q4_0", model.dtype
+            model.set_submodule(path, QuantLinear.from_packed(*packed))
+
+    _block_by_block(model, rows, layers.keys(), choose)
+    return found
+
+
+def _with_adapter(trained: TrainedRun, adapter: Adapter) -> nn.Module:
+    m = trained.recipe.model
+    model = load_model(
+        m.path, m.quant, m.double_quant, trained.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit,
+        start=start_of(trained.recipe),
+    )  # fmt: skip
+    return attach_adapter(model, replace(adapter, dropout=0.0))
+
+
+def _block_by_block(
+    model: nn.Module, rows: Batch, layers: Collection[nn.Module],
+    put: Callable[[nn.Module, dict[nn.Module, Tensor]], None],
+) -> None:  # fmt: skip
+    """Run a model over rows, and let each block be changed before it is run, with what its layers' inputs are.
+
+    Args:
+        layers: whose inputs are seen.
+        put: changes a block; it is given X^T X of its layers.
+    """
     check_forward(model.eval())
     blocks = blocks_of(model)
-    progress = tqdm(total=len(blocks), desc="Choosing codes")
+    done, shown = 0, time.monotonic()
 
-    def merge(block: nn.Module, arguments: tuple, named: dict) -> None:
+    def change(block: nn.Module, arguments: tuple, named: dict) -> None:
         grams: dict[nn.Module, Tensor] = {}
 
         def see(layer: nn.Module, inputs: tuple) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
             grams[layer] = grams[layer].addmm_(x.t(), x) if layer in grams else x.t() @ x
 
-        seen = [layer.register_forward_pre_hook(see) for layer in block.modules() if isinstance(layer, LoraLinear)]
+        seen = [layer.register_forward_pre_hook(see) for layer in block.modules() if layer in layers]
         if seen:
             block.forward(*arguments, **named)
         for hook in seen:
             hook.remove()
-        _merge(model, block, grams)
-        progress.update()
+        put(block, grams)
+        nonlocal done, shown
+        done += 1
+        if (now := time.monotonic()) - shown >= LINE_SECONDS:
+            shown = now
+            log.info("choosing codes: %d of %d blocks", done, len(blocks))
 
-    hooks = [block.register_forward_pre_hook(merge, with_kwargs=True) for block in blocks.values()]
+    hooks = [block.register_forward_pre_hook(change, with_kwargs=True) for block in blocks.values()]
     hidden_states(model, prepare(rows, device_of(model)))
-    progress.close()
     for hook in hooks:
         hook.remove()
 

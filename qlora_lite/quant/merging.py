@@ -31,18 +31,15 @@ import torch
 from torch import Tensor
 
 from .bnb import functional as bnb
+from .closest import GGUF_BLOCK, damped, descend
 from .formats.gguf_blocks import GGUF_BLOCKS
 from .nf4 import BLOCK_SIZE, Packed, absmax_of
 from .pieces import pieces
 
 OFF, NF4 = "off", "nf4"
-GGUF_BLOCK = 32  # weights of Q4_0 and Q8_0 that share a scale
 AT_ONCE = 1 << 19  # weights; smaller pieces pay more for calls, larger ones leave a processor's cache
 AT_ONCE_GPU = 1 << 23
 _SMALLEST_ABSMAX = 1e-38
-SWEEPS = 2  # of coordinate descent over all columns of a weight
-COLUMNS = 128  # whose changes are put into the error of all others at once
-DAMPING = 0.01  # of the mean square of an input, added to each: few inputs do not say all
 
 
 class Merging(NamedTuple):
@@ -100,10 +97,8 @@ def merged_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tenso
 def closest_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tensor, gram: Tensor) -> Packed:
     """Return an NF4 weight with codes whose products with given inputs X are near to those of W + scale * B A.
 
-    From ``merged_codes`` on by coordinate descent: column by column each weight takes the code that is best while all
-    others stay, so that |X (W' - W - scale * B A)^T| never grows. GPTQ rounds each column once and has later ones make
-    up for it, which moves far more weights of a W that is on the grid already, and so ends further from the trained
-    model than ``merged_codes``. Beside the codes this takes memory for five of the weight in float32.
+    It begins with ``merged_codes``, see ``quant.closest``. Beside the codes this takes memory for five of the weight in
+    float32.
 
     Args:
         gram: X^T X, float32 [in, in]; left as it is.
@@ -118,22 +113,30 @@ def closest_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tens
         numbers = torch.cat([of.codes >> 4, of.codes & 15], 1).view(-1)[: out * columns].view(out, columns)
         return table[numbers.t().contiguous().int()].mul_(size)
 
-    weight, gram = values(merged_codes(merging, packed, lora_a, lora_b)), gram.clone()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean() + _SMALLEST_ABSMAX)
+    weight = values(merged_codes(merging, packed, lora_a, lora_b))
     error = values(packed).addmm_(lora_a.float().t(), lora_b.float().t(), alpha=merging.scale).sub_(weight)
-    error = gram @ error  # what is missing, as the inputs see it
-    for start in [*range(0, columns, COLUMNS)] * SWEEPS:
-        some = slice(start, min(start + COLUMNS, columns))
-        local, before = error[some].clone(), weight[some].clone()
-        for number in range(len(local)):
-            column = start + number
-            wanted = weight[column] + local[number] / gram[column, column]
-            found = table[torch.bucketize(wanted / size[column], borders)] * size[column]
-            local[number:] -= gram[column : some.stop, column, None] * (found - weight[column])
-            weight[column] = found
-        error -= gram[:, some] @ (weight[some] - before)
+    descend(weight, error, damped(gram), _Nf4(table, borders, size))
     codes = torch.bucketize(weight / size, borders).t().to(torch.uint8).reshape(-1, 2)
     return packed._replace(codes=(codes[:, 0] << 4 | codes[:, 1]).unsqueeze(1))
+
+
+class _Nf4(NamedTuple):
+    """The values of NF4 in blocks whose absmax stay.
+
+    Args:
+        borders: halfway between the values of ``table``, [15].
+        size: absmax of each weight, [in, out].
+    """
+
+    table: Tensor
+    borders: Tensor
+    size: Tensor
+
+    def nearest(self, column: int, wanted: Tensor) -> Tensor:
+        return self.table[torch.bucketize(wanted / self.size[column], self.borders)] * self.size[column]
+
+    def refit(self, column: int, weight: Tensor, missing: Tensor, gram: Tensor) -> None:
+        pass
 
 
 def _scale_blocks(halves: Tensor, factors: Tensor) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -103,6 +104,8 @@ def test_a_run_that_saw_its_weights_in_bfloat16_may_be_as_far_off_as_that_rounds
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path):
     run = run_of(family)
+    if kind == "q4_0":
+        next(tmp_path.rglob("train.jsonl")).unlink()  # by which codes are chosen otherwise
     report = export_run(run, tmp_path / "gguf", ExportSettings("gguf", dtype=kind))
     merge_run(run, tmp_path / "merged", MergeSettings(dtype="f32", rows=0))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
@@ -119,7 +122,42 @@ def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path
         off = (tensor - exact).reshape(-1, 32).abs()
         most_steps = 1.01 if is_4_bit else 0.57  # half a step, and a float16 scale; at the end of 4 bits a whole one
         assert (off <= most_steps * step).all() and (not is_4_bit or (off > 0.1 * step).any()), name
-    assert report["distance"] < most and abs(report["share"] - 1) < (0.2 if kind == "q4_0" else 0.05)
+    if kind == "q4_0":
+        assert report["read_back"] < most and "each weight was rounded by itself instead" in report["notes"][0]
+        return
+    assert report["distance"] < most and abs(report["share"] - 1) < 0.05
+
+
+@pytest.mark.parametrize(("family", "lora", "overrides"), [
+    ("llama", {}, []), ("qwen2", {"targets": ["q_proj"]}, ["adapter.train_also=[biases]"]),
+    ("mistral", {}, ["model.quant=none"]), ("qwen3", {}, ["adapter.method=dora"]), ("gemma3_text", {}, []),
+])  # fmt: skip
+def test_training_rows_choose_codes_of_q4_0_nearer_to_the_trained_model_than_rounding(
+    family, lora, overrides, run_of, tmp_path, monkeypatch
+):
+    run = run_of(family, lora={"rank": 4, "alpha": 8} | lora, overrides=overrides)
+    chosen = export_run(run, tmp_path / "chosen", ExportSettings("gguf", dtype="q4_0"))
+    assert chosen["read_back"] < 1e-5 and not any("rounded" in note for note in chosen["notes"])
+    assert chosen["measured_on"] == "data.eval" and chosen["models"]["trained"]["kl"] == 0
+    monkeypatch.setattr(forms, "_chosen", lambda *_: ({}, []))
+    rounded = export_run(run, tmp_path / "rounded", ExportSettings("gguf", dtype="q4_0"))
+    assert chosen["size_bytes"] == pytest.approx(rounded["size_bytes"], rel=0.01)
+    assert 0 < chosen["models"]["q4_0"]["kl"] < 0.6 * rounded["models"]["q4_0"]["kl"]
+
+
+def test_a_q4_0_file_of_other_weights_than_were_chosen_is_an_error(run_of, tmp_path, monkeypatch):
+    write = forms.write_gguf
+    monkeypatch.setattr(forms, "write_gguf", lambda *arguments: write(*arguments[:-1], None))
+    with pytest.raises(ModelError, match="loaded back, does not do what the model does"):
+        export_run(run_of("llama"), tmp_path / "out", ExportSettings("gguf", dtype="q4_0"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_alone_names_no_rows_and_is_rounded(run_of, tmp_path):
+    alone = copytree(run_of("llama") / "adapter", tmp_path / "alone")
+    report = export_run(alone, tmp_path / "out", ExportSettings("gguf", dtype="q4_0"))
+    assert "an adapter alone names none" in report["notes"][0] and "was not measured" in report["notes"][-1]
+    assert "models" not in report
 
 
 @pytest.mark.parametrize("base", ["nf4", "original"])
@@ -178,6 +216,7 @@ def test_of_a_larger_model_the_file_holds_the_language_model_alone(tmp_path):
     )
     assert torch.allclose(logits(read), logits(merged), atol=0.02 * logits(merged).abs().max())
     assert "holds the language model alone" in report["notes"][0]
+    assert export_run(run, tmp_path / "q4_0", ExportSettings("gguf", dtype="q4_0"))["models"]["q4_0"]["kl"] > 0
 
 
 @torch.no_grad()
@@ -194,6 +233,8 @@ def test_tokens_that_were_added_are_in_the_file_with_their_rows(tied, run_of, tm
     assert torch.equal(read.get_input_embeddings().weight, merged.get_input_embeddings().weight)
     assert torch.equal(read.get_output_embeddings().weight, merged.get_output_embeddings().weight)
     assert greedy(read, 2) == greedy(merged, 2)
+    in_4_bit = export_run(run, tmp_path / "q4_0", ExportSettings("gguf", dtype="q4_0"))
+    assert in_4_bit["read_back"] < 1e-5 and in_4_bit["models"]["q4_0"]["kl"] > 0
     number = tokenizer.convert_tokens_to_ids("<|new|>")
     again = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file=MODEL_FILE)
     assert again("a<|new|>b").input_ids == tokenizer("a<|new|>b").input_ids

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from qlora_lite.quant import merging
+from qlora_lite.quant import closest
 from qlora_lite.quant.bnb import functional as bnb
 from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.merging import AT_ONCE, Merging, closest_codes, merged_blocks, merged_codes
@@ -113,7 +113,7 @@ def test_a_product_s_weight_is_the_merged_one_of_a_4_bit_or_a_transposed_16_bit_
 
 @pytest.mark.parametrize("shape", [(16, 96), (40, 160)])
 def test_codes_for_given_inputs_are_ones_that_no_change_of_a_single_weight_makes_better(shape, monkeypatch):
-    monkeypatch.setattr(merging, "SWEEPS", 12)
+    monkeypatch.setattr(closest, "SWEEPS", 12)
     weight, a, b = of_shape(shape, size=0.02)
     packed, merge = quantize(weight), Merging("nf4", 2.0, "a")
     inputs = torch.randn(400, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(
@@ -121,7 +121,7 @@ def test_codes_for_given_inputs_are_ones_that_no_change_of_a_single_weight_makes
     ) + 0.3 * torch.randn(400, shape[1], generator=torch.Generator().manual_seed(3))
     gram = inputs.t() @ inputs
     target = dequantize(packed, shape, torch.float32).double() + 2.0 * b.double() @ a.double()
-    damping = merging.DAMPING * gram.diagonal().mean().double()
+    damping = closest.DAMPING * gram.diagonal().mean().double()
 
     def error(of):
         off = dequantize(of, shape, torch.float32).double() - target

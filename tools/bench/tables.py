@@ -202,6 +202,19 @@ def merged_table(result: Mapping) -> list[str]:
     return lines
 
 
+def q4_0_table(result: Mapping) -> list[str]:
+    """Return the lines of the table of ``tools/bench/q4_0``: each way beside the run that it exports."""
+    lines = ["| model | task | Q4_0 | trained: loss | in Q4_0: loss | KL to trained | same first token |",
+             "|---" * 7 + "|"]  # fmt: skip
+    for model, tasks in result["models"].items():
+        for task, found in tasks.items():
+            for way in ("rounded", "chosen"):
+                row = found[way]
+                lines.append(f"| {NAMES[model]} | {task} | {way} | {found['trained']['loss']:.4f} | {row['loss']:.4f} "
+                             f"| {row['kl']:.1e} | {row['agreement']:.1%} |")  # fmt: skip
+    return lines
+
+
 def scaling_table(rows: Sequence[Mapping]) -> list[str]:
     """Return the lines of the table of what ``bench.scaling`` calculates."""
     lines = ["| recipe, GPU | GPUs | link | packs each, a step | gradients sent by each | on the wire "
@@ -243,6 +256,9 @@ TABLES = {
     "merged": ("What writing a merged model in NF4 costs, on 32 held-out rows. Merge-aware runs (`train.merge_aware: "
                "nf4`) trained the weights that are written; the others are merged into the original weights and then "
                "quantised (`--base original`), or into the codes that they were trained on.", merged_table),
+    "q4_0": ("What a GGUF file in Q4_0 costs (`export --to gguf --dtype q4_0`), on 32 held-out rows: each weight "
+             "rounded by itself, or codes chosen by training rows, as an export does where it can read them.",
+             q4_0_table),
 }  # fmt: skip
 
 

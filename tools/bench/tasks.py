@@ -9,14 +9,18 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.models import path_of
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 TRAINED, HELD_OUT = 400, 32  # rows; no run of the tools trains on all of them
 TOKENS = {"gsm8k": 384, "e2e": 192, "sst2": 256}  # of a step, two or more rows; the few that are longer are left out
 TEMPLATES = {"gemma3-270m": "plain"}  # a base model
@@ -66,6 +70,46 @@ def write_rows(folder: Path, data: Path, task: str, held_out: int = HELD_OUT, tr
         text = "".join(json.dumps({"prompt": prompt, "completion": answer}) + "\n" for prompt, answer in rows)
         if not path.exists() or path.read_text(encoding="utf-8") != text:  # else a sweep warns of its runs' rows
             path.write_text(text, encoding="utf-8")
+
+
+def command(*arguments: str) -> None:
+    """Run one of the package's commands."""
+    subprocess.run([sys.executable, "-m", "qlora_lite", *arguments], check=True)
+
+
+def recipe_of(model: str, task: str, folder: Path, steps: int) -> dict:
+    """Return the recipe of a task whose rows lie in a folder, or of the quickstart."""
+    if task == "quickstart":
+        recipe = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+        rows = {name: str(QUICKSTART.parent / recipe["data"][name]) for name in ("train", "eval")}
+        recipe = {"model": {}, "data": recipe["data"] | rows, "train": {"learning_rate": 1.5e-3}}
+    else:
+        rows = {name: str(folder / f"{task}-{name}.jsonl") for name in ("train", "eval")}
+        recipe = {"model": {}, "data": rows | {"max_tokens": TOKENS[task], "overflow": "drop"},
+                  "train": {"max_steps": steps}}  # fmt: skip
+    recipe["model"]["path"], recipe["data"]["template"] = path_of(model), TEMPLATES.get(model)
+    return recipe
+
+
+def trained(model: str, task: str, aware: str, folder: Path, steps: int) -> Path:
+    """Return the run of a task, which is trained if it is not complete.
+
+    Args:
+        aware: of train.merge_aware.
+    """
+    run = folder / f"{model}-{task}-{aware}"
+    if (run / "recipe.yaml").exists():
+        summary = run / "summary.json"
+        status = json.loads(summary.read_text(encoding="utf-8"))["status"] if summary.exists() else None
+        if status != "complete":
+            shutil.rmtree(run)  # of minutes
+    if not run.exists():
+        recipe = recipe_of(model, task, folder, steps)
+        recipe["train"]["merge_aware"], recipe["output"] = aware, {"dir": str(run)}
+        file = folder / f"{run.name}.yaml"
+        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        command("train", str(file))
+    return run
 
 
 def sweep(
