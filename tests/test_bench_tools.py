@@ -406,6 +406,25 @@ def test_q4_0_files_are_of_a_run_with_its_training_rows_and_of_one_without(tmp_p
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
+def test_the_memory_of_a_merge_is_that_of_one_weight_and_that_of_an_export_of_a_block(tmp_path, monkeypatch):
+    """A 2.3 GiB model in four files; its largest weight is the embedding, 0.5 GiB in 16 bit."""
+    options = ["--like", "llama-1b", "--shard-gib", "0.7", "--out", str(tmp_path / "model")]
+    subprocess.run([sys.executable, str(TOOLS / "make_checkpoint"), *options], check=True)
+    bench, written = tool("merge"), {}
+    monkeypatch.setattr(bench, "write_result", lambda _, result: written.update(result))
+    path = str(TOOLS / "bench" / "merge")
+    monkeypatch.setattr(sys, "argv", [path, "--model", str(tmp_path / "model"), "--folder", str(tmp_path)])
+    bench.main()
+    for kind in bench.KINDS:
+        assert written[kind]["peak_bytes"] < written["largest_shard_bytes"] + 2**30
+    above = max(written[kind]["peak_bytes_above_start"] for kind in ("nf4", "original"))
+    assert above < 0.6 * written["largest_shard_bytes"]
+    assert written["gguf"]["peak_bytes_above_start"] < 1.2 * 4 * 128256 * 2048, "the embedding in float32, once"
+    assert written["gguf"]["share"] == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("way", ["lora", "dora", "merge-aware"])
 def test_the_steps_whose_times_are_compared_are_of_the_method_that_is_named(way, monkeypatch):
     monkeypatch.setattr("harness.start", lambda _main, _measure: None)

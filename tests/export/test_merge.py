@@ -5,9 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -366,20 +363,3 @@ def forget_fingerprint(run):
     summary = json.loads((run / "summary.json").read_text())
     del summary["base_fingerprint"]
     (run / "summary.json").write_text(json.dumps(summary))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
-def test_the_memory_of_a_merge_is_that_of_one_weight_and_that_of_an_export_of_a_block(tmp_path):
-    """A 2.3 GiB model in four files; its largest weight is the embedding, 0.5 GiB in 16 bit."""
-    tool = Path(__file__).parents[2] / "tools" / "bench_merge"
-    options = ["--like", "llama-1b", "--shard-gib", "0.7", "--folder", tmp_path, "--json"]
-    done = subprocess.run([sys.executable, tool, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    for kind in ("nf4", "original", "gguf"):
-        assert found[kind]["peak_bytes"] < found["largest_shard_bytes"] + GIB
-    above = max(found[kind]["peak_bytes_above_start"] for kind in ("nf4", "original"))
-    assert above < 0.6 * found["largest_shard_bytes"]
-    assert found["gguf"]["peak_bytes_above_start"] < 1.2 * 4 * 128256 * 2048, "the embedding in float32, once"
-    assert found["gguf"]["share"] == pytest.approx(1, abs=0.05)
