@@ -7,8 +7,6 @@ inputs are seen, codes are chosen for which its products with them change least 
 the forward, and of one block's sums X^T X beside what one weight takes.
 """
 
-import logging
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from qlora_lite.data.batch import Batch, pack_in_order
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import Merged
+from qlora_lite.models.progress import Progress
 from qlora_lite.models.save import save_quantized
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.prepare.build import start_of
@@ -38,8 +37,6 @@ from qlora_lite.train.forward import hidden_states, prepare
 from qlora_lite.train.text_guards import check_forward
 
 CALIBRATION_TOKENS = 4096
-LINE_SECONDS = 30  # between lines of the log
-log = logging.getLogger("qlora_lite")
 
 
 def calibration_rows(trained: TrainedRun) -> Batch:
@@ -125,7 +122,7 @@ def _block_by_block(
     """
     check_forward(model.eval())
     blocks = blocks_of(model)
-    done, shown = 0, time.monotonic()
+    progress = Progress("choosing codes, blocks", len(blocks))
 
     def change(block: nn.Module, arguments: tuple, named: dict) -> None:
         grams: dict[nn.Module, Tensor] = {}
@@ -140,11 +137,7 @@ def _block_by_block(
         for hook in seen:
             hook.remove()
         put(block, grams)
-        nonlocal done, shown
-        done += 1
-        if (now := time.monotonic()) - shown >= LINE_SECONDS:
-            shown = now
-            log.info("choosing codes: %d of %d blocks", done, len(blocks))
+        progress.step()
 
     hooks = [block.register_forward_pre_hook(change, with_kwargs=True) for block in blocks.values()]
     hidden_states(model, prepare(rows, device_of(model)))

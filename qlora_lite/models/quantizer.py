@@ -21,7 +21,6 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_lite.adapters.lora.start import First, Start
@@ -36,6 +35,7 @@ from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.units import format_bytes
 
 from .kept import kept_layers
+from .progress import Progress
 
 METHOD = "qlora_lite"
 PART_BYTES = 1 << 28  # of a file: a process may have few open at one time
@@ -112,6 +112,7 @@ class Splitter:
         self._quant, self._start = (quant_type, double_quant), start
         self.first: First = {}
         self._ranks = start.ranks(model) if start and model else {}
+        self._progress: Progress | None = None
 
     def pack(self, path: str, weight: torch.Tensor) -> Packed:
         """Pack the weight of a path.
@@ -121,8 +122,10 @@ class Splitter:
         """
         if self._start is None or path not in self._ranks:
             return quantize(weight, *self._quant)
+        self._progress = self._progress or Progress("splitting weights", len(self._ranks))
         lora_a, lora_b, packed = self._start.split(weight, *self._ranks[path], *self._quant)
         self.first[path] = lora_a.cpu(), lora_b.cpu()
+        self._progress.step()
         return packed
 
 
@@ -378,7 +381,7 @@ def quantize_in_place(
     pack_in_place(model, quant_type, double_quant, kept)
     _refuse_16_bit(model, kept)
     head, skip = model.get_output_embeddings(), untouched(model) | kept | head_paths(model)
-    for name, module in tqdm(list(model.named_modules()), desc="Splitting weights", disable=start is None):
+    for name, module in list(model.named_modules()):
         if module is head or name in skip or not is_linear_16_bit(module):
             continue
         weight = module.weight.detach().t().contiguous() if is_conv1d(module) else module.weight.detach()

@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 from torch import nn
-from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.lora.start import First, Start, load_first, without_update, write_first
 from qlora_lite.errors import ModelError, OutputError
@@ -16,6 +15,7 @@ from qlora_lite.files import replacing_folder
 from qlora_lite.quant.linear import is_conv1d
 
 from .cache import check_sums, write_sums
+from .progress import Progress
 from .quantizer import InFiles
 
 log = logging.getLogger("qlora_lite")
@@ -34,7 +34,9 @@ def split_in_place(
         It.
     """
     found: First = {}
-    for path, (rank, scale) in tqdm(start.ranks(model).items(), desc="Splitting weights"):
+    ranks = start.ranks(model)
+    progress = Progress("splitting weights", len(ranks))
+    for path, (rank, scale) in ranks.items():
         layer = model.get_submodule(path)
         if files:
             layer.weight.data = files.put(layer.weight.data)
@@ -47,6 +49,7 @@ def split_in_place(
             left = without_update(weight, lora_a.to(weight.device), lora_b.to(weight.device), scale)
         weight.copy_(left)
         found[path] = lora_a.cpu(), lora_b.cpu()
+        progress.step()
     return found
 
 

@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
-from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.lora.start import First, Start
 from qlora_lite.adapters.parts import has_vision_tower
@@ -38,6 +37,7 @@ from .gguf_names import gguf_names
 from .load import entry_of, load_model
 from .locate import ModelFiles, check_gguf
 from .nested import names_in_model, read_language_part, stacking_rules, turning_rules, without_weights
+from .progress import Progress
 from .published import dense_tensors, is_published
 from .split import read_first
 
@@ -146,14 +146,16 @@ def first_lora_weights(
     entry = entry_of(files, config, quant, double_quant, dtype, keep_16bit, start)
     if (found := read_first(entry)) is not None:
         return found
-    found, read = {}, open_weights(files, skeleton, dtype).reader()
-    for path, (rank, scale) in tqdm(start.ranks(skeleton).items(), desc="Splitting weights"):
+    found, read, ranks = {}, open_weights(files, skeleton, dtype).reader(), start.ranks(skeleton)
+    progress = Progress("splitting weights", len(ranks))
+    for path, (rank, scale) in ranks.items():
         weight = read(f"{path}.weight").to(dtype)
         weight = weight.t() if is_conv1d(skeleton.get_submodule(path)) else weight
         packs = quant != "none"
         weight = weight.contiguous() if packs else weight  # as loading has it, which the last bits depend on
         lora_a, lora_b, _ = start.split(weight, rank, scale, quant if packs else None, double_quant)
         found[path] = lora_a, lora_b
+        progress.step()
     return found
 
 

@@ -14,7 +14,6 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
-from transformers.utils.logging import tqdm
 
 from qlora_lite.adapters.lora.eva import EVA, RATIO, Directions, kept_scale, share_out
 from qlora_lite.adapters.lora.layer import lora_scale
@@ -29,6 +28,7 @@ from qlora_lite.models.cache import cache_entry
 from qlora_lite.models.load import refuse_stored, resolve_device, stored_quantization
 from qlora_lite.models.locate import locate
 from qlora_lite.models.packing import runs_unpacked
+from qlora_lite.models.progress import Progress
 from qlora_lite.models.split import read_first, save_first
 from qlora_lite.models.weights import open_weights
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
@@ -140,7 +140,9 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
     model, seen = _run(recipe, own, batches, lambda: RandomSums(max(rank for rank, _ in own.values())))
     files, scales = locate(recipe.model.path, recipe.model.revision), _scales(recipe, own)
     read, first, shares = open_weights(files, build_skeleton(recipe), torch.float32).reader(), {}, []
-    for path, (rank, _) in tqdm(own.items(), desc="Correcting 4 bits"):
+    progress = Progress("correcting 4 bits", len(own))
+    for path, (rank, _) in own.items():
+        progress.step()
         layer = model.get_submodule(path)
         if not isinstance(layer, QuantLinear):
             continue
