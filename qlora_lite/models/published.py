@@ -338,7 +338,6 @@ def dense_tensors(files: ModelFiles, part: LanguagePart, stack: ExitStack) -> tu
         log.warning("%s: %d tensors of blocks that the model lacks are left out, such as %s", files.name, len(further),
                     min(further))  # fmt: skip
     plain = {name: tensor for name, tensor in read.tensors.items() if name not in further}
-
     turned = {name for name, each in experts.items() if name in packed and each.experts.is_transposed}
     entries = {name: (DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())) for name, tensor in plain.items()}
     for name, (_, (*count, out, width), _) in packed.items():
