@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny
 from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_nested, save_tiny
 from tiny_runs import logits, make_run, tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
 from qlora_lite.export import formats as forms
+from qlora_lite.export import own_codes
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.gguf_tokenizer import ADDED, CONTROL, ORDINARY, UNUSED, describe_tokenizer
@@ -27,6 +30,7 @@ from qlora_lite.models.locate import locate
 from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
+from qlora_lite.train.forward import hidden_states, prepare
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}}
 # transformers takes caps, attention scales and Qwen3's head size from a family's defaults and not from the file
@@ -143,6 +147,26 @@ def test_training_rows_choose_codes_of_q4_0_nearer_to_the_trained_model_than_rou
     rounded = export_run(run, tmp_path / "rounded", ExportSettings("gguf", dtype="q4_0"))
     assert chosen["size_bytes"] == pytest.approx(rounded["size_bytes"], rel=0.01)
     assert 0 < chosen["models"]["q4_0"]["kl"] < 0.6 * rounded["models"]["q4_0"]["kl"]
+
+
+@torch.no_grad()
+def test_codes_of_a_block_are_chosen_for_what_the_blocks_before_it_give_in_the_file(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "qwen2", merges=MERGES)
+    file, generator = tmp_path / "model" / "model.safetensors", torch.Generator().manual_seed(0)
+    state = load_file(file)
+    biases = {name: torch.randn(old.shape, generator=generator) for name, old in state.items() if name.endswith("bias")}
+    save_file(state | biases, file, {"format": "pt"})
+    run, grams = make_run(tmp_path, tmp_path / "model"), list[torch.Tensor]()
+    choose = own_codes.closest_q4_0
+    monkeypatch.setattr(own_codes, "closest_q4_0", lambda weight, gram: (grams.append(gram), choose(weight, gram))[1])
+    export_run(run, tmp_path / "out", ExportSettings("gguf", dtype="q4_0"))
+    model = load_model(str(tmp_path / "out" / MODEL_FILE), "keep", compute_dtype=torch.float32)
+    query, seen = model.model.layers[-1].self_attn.q_proj, list[torch.Tensor]()
+    query.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    rows = own_codes.calibration_rows(open_trained(run))
+    hidden_states(model.eval(), prepare(rows, torch.device("cpu")))
+    gram = seen[0].t() @ seen[0]  # of a file whose embeddings are in 8 bits
+    assert (grams[-7] - gram).norm() < 0.01 * gram.norm()
 
 
 def test_a_q4_0_file_of_other_weights_than_were_chosen_is_an_error(run_of, tmp_path, monkeypatch):
