@@ -7,7 +7,7 @@ setting is refused here by name, except where it only shows in texts longer than
 from qlora_lite.errors import ModelError
 from qlora_lite.models.gguf_settings import CAPS, SCALING, SCALING_TYPE, SCALINGS, attention_scalar, head_size, rope_of
 
-ACTIVATIONS = {"silu": ("llama", "qwen2", "qwen3"), "gelu_pytorch_tanh": ("gemma2", "gemma3")}
+ACTIVATIONS = {"silu": ("llama", "qwen2", "qwen3", "phi3"), "gelu_pytorch_tanh": ("gemma2", "gemma3")}
 # Every how many blocks one attends to everything; llama.cpp has these numbers in its code.
 FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3": 6}
 LOCAL_ROPE_THETA = 10_000.0  # of Gemma 3's windowed blocks
@@ -69,6 +69,8 @@ def _check(config, architecture: str) -> None:
     rope = rope_of(config)
     if rope["rope_type"] not in ("default", "llama3", *SCALINGS):
         wrong.append(f"rope_type {rope['rope_type']}")
+    if (share := rope.get("partial_rotary_factor") or 1) != 1:
+        wrong.append(f"partial_rotary_factor {share}")
     if rope.get("attention_factor"):
         wrong.append(f"attention_factor {rope['attention_factor']}")
     if wrong:

@@ -3,7 +3,7 @@
 | model_type          | architecture   | rows of q and k   | norm weights |
 |---------------------|----------------|-------------------|--------------|
 | llama, mistral      | llama          | reordered (below) | as they are  |
-| qwen2, qwen3        | qwen2, qwen3   | as they are       | as they are  |
+| qwen2, qwen3, phi3  | the same names | as they are       | as they are  |
 | gemma2, gemma3_text | gemma2, gemma3 | as they are       | plus one     |
 
 llama.cpp rotates neighbouring pairs of a Llama head's rows, transformers the two halves of the head; so within each
@@ -21,7 +21,7 @@ from qlora_lite.errors import ModelError
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
+    "gemma3_text": "gemma3", "phi3": "phi3",
 }  # fmt: skip
 REORDERED = ("llama",)
 PLUS_ONE = ("gemma2", "gemma3")

@@ -20,7 +20,7 @@ from qlora_lite.errors import ModelError
 from .gguf_header import Header, read_header
 from .gguf_names import ARCHITECTURES
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS, ROTATED = "rope_freqs.weight", "rope.dimension_count"
 SCALING, SCALING_TYPE, LOCAL_THETA = "rope.scaling.", "rope.scaling.type", "rope.freq_base_swa"
 # rope_type -> setting of transformers -> key behind SCALING
 SCALINGS = {
@@ -111,7 +111,8 @@ def _take_attention(config, said: dict[str, Any]) -> list[str]:
             config.head_dim = said["attention.key_length"]
         if hasattr(config, "query_pre_attn_scalar"):
             config.query_pre_attn_scalar = attention_scalar(config)
-    refused = []
+    rotated = said.get(ROTATED, head_size(config)) if config.model_type in ARCHITECTURES else None
+    refused = [] if rotated in (None, head_size(config)) else [f"{ROTATED} {rotated}"]
     for cap in CAPS:
         if hasattr(config, cap):
             setattr(config, cap, said.get(cap, getattr(config, cap)))

@@ -32,7 +32,15 @@ from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
 from qlora_lite.train.forward import hidden_states, prepare
 
-FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3_text": {}}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "phi3": {},
+}
 # transformers takes caps, attention scales and Qwen3's head size from a family's defaults and not from the file
 FROM_THE_FILE_ALONE = ("llama", "mistral", "qwen2")
 
@@ -361,6 +369,7 @@ def say(path, values=(), factors=None):
     ({"attention.scale": 0.5}, None, "attention.scale 0.5"),
     ({"final_logit_softcapping": 30.0}, None, "final_logit_softcapping 30.0"),
     ({"rope.freq_base_swa": 5.0}, None, "rope.freq_base_swa 5.0"),
+    ({"rope.dimension_count": 8.0}, None, "rope.dimension_count 8.0"),
 ])  # fmt: skip
 def test_what_a_gguf_base_says_and_no_setting_holds_is_refused_by_name(values, factors, text, tmp_path):
     with pytest.raises(ModelError, match=f"says {re.escape(text)}, for which its model has no setting here"):
@@ -450,6 +459,8 @@ def test_a_way_to_cut_words_that_llama_cpp_does_not_know_is_refused():
     ("llama", {"hidden_act": "gelu"}, "activation gelu"),
     ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
     ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32"),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     r"partial_rotary_factor 0\.5"),
     ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
      r"attention_factor 1\.5"),
     ("gemma3_text", {"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
