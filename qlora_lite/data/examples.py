@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_lite.errors import DataError, OutputError
-from qlora_lite.files import replacing_folder
+from qlora_lite.files import remove_old_leftovers, replacing_folder
 
 from .captions import Fit
 from .encode import make_examples
@@ -35,7 +35,7 @@ from .sources import Source
 from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
 from .storage import Example, Examples, ExampleWriter, repeated
 from .template import Template
-from .token_cache import cache_key, load_set, most_bytes, remove_least_used, remove_leftovers, save_set
+from .token_cache import cache_key, load_set, most_bytes, remove_least_used, save_set
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
     from transformers import PreTrainedTokenizerFast
@@ -203,7 +203,7 @@ def _cached(job: _Job, cache: Path) -> tuple[Examples, Statistics]:
     if found := load_set(entry, job.tokenizer, job.template):
         log.info("data: tokens from the cache %s", entry)
         return found
-    remove_leftovers(cache)
+    remove_old_leftovers(cache)
     limit_bytes = most_bytes()
     try:
         with replacing_folder(entry) as folder:

@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -52,7 +51,6 @@ MAX_BYTES = 20 << 30  # some thirty million short rows
 _MAX_GIB = "QLORA_LITE_TOKEN_CACHE_GIB"
 _SET = "set.json"
 _ORDER = "order.npy"
-_LEFTOVER_SECONDS = 24 * 3600
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 
@@ -154,17 +152,6 @@ def load_set(
     with suppress(OSError):  # a cache that cannot be written can still be read
         os.utime(folder / _SET)
     return examples, statistics
-
-
-def remove_leftovers(cache: Path) -> None:
-    """Remove half-made entries of processes that were killed, a day after they wrote last.
-
-    A live one may belong to another machine that shares the folder, so its process number says nothing.
-    """
-    for folder in cache.glob(".*.partial"):
-        times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
-        if time.time() - max(times, default=time.time()) > _LEFTOVER_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def most_bytes() -> int:

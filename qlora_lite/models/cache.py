@@ -64,7 +64,7 @@ def check_sums(folder: Path) -> None:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    return {path.name: file_sum(path) for path in sorted(folder.iterdir()) if path.name != SUMS}
+    return {path.name: file_sum(path) for path in sorted(folder.iterdir()) if path.name != SUMS and path.is_file()}
 
 
 def from_gguf_header(path: Path, part: str, convert: Callable[..., _Part], load: Callable[[Path], _Part]) -> _Part:

@@ -19,7 +19,7 @@ from qlora_lite.adapters.lora.inject import linear_layers
 from qlora_lite.adapters.lora.start import First
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights, packs_experts, placeholders
-from qlora_lite.files import replacing_folder
+from qlora_lite.files import remove_old_leftovers, replacing_folder
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, is_conv1d, is_linear_16_bit
 from qlora_lite.quant.nf4 import to_bnb_state
@@ -136,6 +136,7 @@ def save_for_cache(model: nn.Module, folder: Path, first: First | None = None) -
     else:
         config, state = bnb_config(model), quantized_state(model)
     state = {name: tensor for name, tensor in state.items() if name not in new_weights(model)}
+    remove_old_leftovers(folder.parent)
     _write(model, folder, config, state, with_sums=True, first=first)
 
 

@@ -1,6 +1,7 @@
 """The cache of quantised models is found by content, and a broken or unwritable one never spoils a load."""
 
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,22 @@ def test_a_cache_that_cannot_be_written_costs_one_line_and_no_more(model, tmp_pa
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "file" / "cache"))
     assert_same_weights(load(model), load(model, use_cache=False))
     assert "the quantised model is not cached: cannot write" in caplog.text
+
+
+def test_what_a_killed_process_left_of_an_entry_is_gone_a_day_later(model, cache):
+    for name, hours in ((".a.1.partial", 25), (".b.1.partial", 23)):
+        (cache / "models" / name).mkdir(parents=True)
+        long_ago = time.time() - hours * 3600
+        os.utime(cache / "models" / name, (long_ago, long_ago))
+    load(model)
+    assert [name for name in entries(cache) if name.startswith(".")] == [".b.1.partial"]
+
+
+def test_a_folder_inside_an_entry_does_not_count(model, cache, no_quantising):
+    load(model)
+    (cache / "models" / entries(cache)[0] / "of the file manager").mkdir()
+    no_quantising()
+    load(model)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "missing", "one bit", "a bit of the configuration", "no sums"])
