@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Collection, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 from weakref import WeakKeyDictionary, WeakSet
@@ -78,7 +79,10 @@ log = logging.getLogger("qlora_lite")
 MODEL_CONFIG_NAME = "config.json"
 _SHOWN = 3  # names of layers in an error
 
-_SUFFIXES = ".json", ".safetensors", ".jinja", ".model", ".txt"  # of an adapter's files and a tokenizer's
+_PARTS = (  # of an adapter's folder: its own files and a tokenizer's
+    WEIGHTS_NAME, CONFIG_NAME, FIRST_NAME, MODEL_CONFIG_NAME, "tokenizer*.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+)  # fmt: skip
 _TEMPLATES = "additional_chat_templates"  # the folder that a tokenizer with several has for all but the first
 
 
@@ -436,7 +440,7 @@ def write_adapter(
 
 def _is_part(path: Path) -> bool:
     """Check whether something in a folder is what an adapter's folder holds."""
-    return path.suffix in _SUFFIXES if path.is_file() else path.name == _TEMPLATES
+    return any(fnmatch(path.name, part) for part in _PARTS) if path.is_file() else path.name == _TEMPLATES
 
 
 def load_adapter(model: nn.Module, folder: str | Path, merge_aware: str = OFF) -> nn.Module:

@@ -73,7 +73,9 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("name", ["my_notes.md", "checkpoint-500/adapter_model.safetensors"])
+@pytest.mark.parametrize("name", [
+    "my_notes.md", "checkpoint-500/adapter_model.safetensors", "model.safetensors", "train.json", "notes.txt",
+])  # fmt: skip
 def test_an_adapter_among_other_things_is_never_replaced(folder, name):
     model = load_adapter(build_tiny("llama"), folder)
     (folder / name).parent.mkdir(exist_ok=True)
