@@ -60,11 +60,12 @@ def merged_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tenso
     """Return an NF4 weight with other codes: of W + scale * B A, rounded stochastically within the blocks' absmax.
 
     In units of codes, the update is the difference over the step to the next value on its side; from the last one on
-    there is none, and what would go beyond it stays there.
+    there is none, and what would go beyond it stays there, as all does in a block of zeros.
     """
     (out, _), (_, columns) = lora_b.shape, lora_a.shape
     codes, half = packed.codes.view(out, columns // 2), columns // 2
-    inverse = absmax_of(packed).clamp(min=_SMALLEST_ABSMAX).reciprocal_().mul_(merging.scale)
+    sizes = absmax_of(packed)  # below 0 of small blocks whose absmax are in 8 bits
+    inverse = sizes.masked_fill(sizes.abs() < _SMALLEST_ABSMAX, torch.inf).reciprocal_().mul_(merging.scale)
     seed = crc32(merging.name.encode()) - 2**31
     of_rows = _hashes(out, seed, codes.device).bitwise_or_(1).unsqueeze(1)
     of_columns = _hashes(columns, ~seed, codes.device)
@@ -107,7 +108,7 @@ def closest_codes(merging: Merging, packed: Packed, lora_a: Tensor, lora_b: Tens
     table = bnb.get_4bit_type("nf4", device=gram.device)
     borders = (table[1:] + table[:-1]) / 2
     size = absmax_of(packed).repeat_interleave(BLOCK_SIZE)[: out * columns].view(out, columns).t().contiguous()
-    size.clamp_(min=_SMALLEST_ABSMAX)
+    size.masked_fill_(size.abs() < _SMALLEST_ABSMAX, _SMALLEST_ABSMAX)
 
     def values(of: Packed) -> Tensor:  # [in, out]
         numbers = torch.cat([of.codes >> 4, of.codes & 15], 1).view(-1)[: out * columns].view(out, columns)

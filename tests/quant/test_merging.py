@@ -48,6 +48,27 @@ def test_each_weight_moves_by_its_update_over_the_step_beside_it_rounded_up_or_d
         assert getattr(merged, name) is getattr(packed, name)
 
 
+@pytest.mark.parametrize("to_inputs", [False, True])
+def test_blocks_whose_absmax_8_bits_make_negative_move_by_their_update_too(to_inputs):
+    """As double quantisation leaves blocks far below the mean: the weight is the absmax times the code all the same."""
+    shape, chance = (64, 128), torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(shape, generator=chance)
+    packed = quantize(weight, double_quant=False)
+    absmax = packed.absmax.clone()
+    absmax[::2] *= -1
+    absmax[:4] = 0
+    packed = packed._replace(absmax=absmax)
+    a, b = 0.1 * torch.randn(4, 128, generator=chance), 0.05 * torch.randn(64, 4, generator=chance)
+    before = dequantize(packed, shape, torch.float32)
+    own = Merging("nf4", 1.0, "a"), packed, a, b
+    found = closest_codes(*own, 0.01 * torch.eye(128)) if to_inputs else merged_codes(*own)
+    moved, update = dequantize(found, shape, torch.float32) - before, b @ a
+    for sign in (-1, 1):
+        some = (absmax.sign() == sign).repeat_interleave(64).view(shape)
+        assert (moved[some] @ update[some] / update[some].square().sum()).item() == pytest.approx(1, abs=0.2)
+    assert (moved.view(-1, 64)[:4] == 0).all()
+
+
 def test_the_mean_over_many_names_is_the_update_and_a_name_always_gives_the_same():
     shape = (64, 128)
     weight, a, b = of_shape(shape, size=0.02)
