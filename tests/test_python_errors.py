@@ -95,12 +95,23 @@ def test_no_path_at_all_is_python_s_own_error():
     ({"targets": []}, "targets must be 'all-linear', or a list"), ({"targets": None}, "targets must be"),
     ({"targets": [{"pattern": "q_proj"}]}, "targets must be"), ({"rank": 0}, "rank is 0; give a whole number"),
     ({"rank": 4.0}, "rank is 4.0"), ({"rank": "8"}, "rank is '8'"), ({"alpha": 0}, "alpha is 0; give a number above"),
+    ({"alpha": float("inf")}, "alpha is inf"),
     ({"alpha": "x"}, "alpha is 'x'"), ({"dropout": 1}, "dropout is 1"), ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
     ({"dtype": torch.int8}, "dtype is torch.int8"), ({"dtype": torch.float16}, "dtype is torch.float16"),
 ])  # fmt: skip
 def test_weights_that_cannot_be(options, text, base):
     says(lambda: q.add_lora(base, **options), text)
     assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+@pytest.mark.parametrize("own", [{"rank": 0}, {"rank": -3}, {"rank": 2.5}, {"alpha": 0}, {"alpha": float("inf")}])
+def test_a_target_s_own_rank_or_alpha_that_cannot_be(own):
+    says(lambda: Target("q_proj", **own), f"{next(iter(own))} is")
+
+
+def test_one_name_of_layers_to_keep_is_no_list(place):
+    says(lambda: q.load_model(place / "model", keep_16bit="q_proj"), "keep_16bit is 'q_proj'; give a list of names")
+    says(lambda: q.load_model(place / "model", compute_dtype=torch.float64), "compute_dtype is torch.float64; give")
 
 
 def test_one_target_stands_for_a_list_of_one(base):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_lite.adapters.lora.inject import Target, choose_layers, in_blocks, linear_layers, matching
+from qlora_lite.adapters.lora.inject import Target, choose_layers, in_blocks, linear_layers, matching, sharing_layers
 from qlora_lite.adapters.parts import has_vision_tower
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import expert_weights
@@ -19,8 +19,8 @@ from .published import published_formats
 
 
 def kept_layers(model: nn.Module, patterns: Sequence[str], config=None) -> set[str]:
-    """Return the paths of the linear layers and weights of experts that stay in 16 bit: those of patterns, and what is
-    between a vision tower and a language model, which is small.
+    """Return the paths of the linear layers and weights of experts that stay in 16 bit: those of patterns, those that
+    share a weight, and what is between a vision tower and a language model, which is small.
 
     Args:
         model: in 16 bit; a skeleton is enough, and one with fewer blocks than the patterns name.
@@ -30,6 +30,7 @@ def kept_layers(model: nn.Module, patterns: Sequence[str], config=None) -> set[s
     layers, experts = linear_layers(model), expert_weights(model)
     found = matching(layers, experts, [Target(pattern) for pattern in patterns], in_blocks(model))
     kept = {name for name, numbers in found.items() if numbers} | left_out((*layers, *experts), config)
+    kept |= sharing_layers(model)  # which transformers leaves as they are
     return kept | (layers.keys() - in_blocks(model)) if has_vision_tower(model) else kept
 
 

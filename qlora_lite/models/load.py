@@ -195,13 +195,15 @@ def load_model(
             be split.
     """
     require_one_of("quant", quant, QUANTS)
-    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
+    if compute_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ModelError(f"compute_dtype is {compute_dtype!r}; give torch.bfloat16, torch.float16 or torch.float32")
     _check_device(device)
     files = locate(path, revision)
     path = files.name
     stored, asked = stored_quantization(files.config), (quant, double_quant)
     part = with_head(read_language_part(files.folder, path, files.gguf_file, with_vision), head)
+    if isinstance(keep_16bit, str):
+        raise ModelError(f"keep_16bit is {keep_16bit!r}; give a list of names and patterns")
     if keep_16bit and stored is None and quant not in FOUR_BIT:
         raise ModelError(f"keep_16bit is for a model that is quantised here, and quant is {quant}")
     check_kept(part.config, keep_16bit, path)

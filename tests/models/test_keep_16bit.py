@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import build_tiny
-from tiny_files import MERGES, save_tiny, write_recipe
+from tiny_files import MERGES, VOCABULARY, save_tiny, write_recipe
 from tiny_runs import logits, make_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lite.adapters.lora.inject import lora_layers
+from qlora_lite.adapters.lora.start import Start
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
@@ -20,7 +21,7 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
-from qlora_lite.models.skeleton import block_pattern, meta_model
+from qlora_lite.models.skeleton import block_pattern, meta_model, read_config
 from qlora_lite.prepare.build import build_model, build_skeleton, build_to_use
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
@@ -84,6 +85,20 @@ def test_every_way_in_leaves_the_same_layers_with_the_weights_of_the_files(model
     for path in kept:
         name = path if path in theirs else f"{path}.weight"
         assert torch.equal(expected[name], theirs[name])
+
+
+def test_layers_that_share_a_weight_stay_in_16_bit_in_the_plan_too_and_are_not_split(tmp_path):
+    config = AutoConfig.for_model(
+        "zamba", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+        num_key_value_heads=4, num_hidden_layers=6, attn_layer_period=2, attn_layer_offset=1, n_mamba_heads=2,
+        mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model", (), use_cache=False)
+    skeleton = meta_model(read_config(str(tmp_path / "model")), "nf4", True, torch.float32, False)
+    assert modules(loaded) == modules(skeleton) and any(isinstance(m, PackedWeight) for m in loaded.modules())
+    with pytest.raises(ModelError, match=r"lora\.start pissa splits each weight by itself, and .* is another layer's"):
+        load_model(str(tmp_path / "model"), "none", start=Start("pissa", rank=2), use_cache=False)
 
 
 def test_other_layers_in_16_bit_are_another_entry_of_the_cache_and_other_words_for_the_same_are_not(tmp_path, cache):

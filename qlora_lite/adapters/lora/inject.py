@@ -8,6 +8,8 @@ rank and alpha; where several match, the last one wins. A target that matches no
 train less than was asked for.
 """
 
+import math
+from collections import Counter
 from collections.abc import Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from qlora_lite.experts.packing import LORA, expert_weights, use_experts
 from qlora_lite.memory.marks import category, once_a_step
 from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.quant.formats import FOUR_BIT
-from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_linear, of_mamba, untouched
+from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_linear, is_linear_16_bit, of_mamba, untouched
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF
 from qlora_lite.quant.product import merged
 
@@ -37,11 +39,18 @@ ALL_LINEAR, EXPERTS = "all-linear", "experts"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A name or glob pattern of layers or experts to adapt, with its own rank and alpha where they differ."""
+    """A name or glob pattern of layers or experts to adapt, with its own rank and alpha where they differ.
+
+    Raises:
+        ModelError: one of these is invalid.
+    """
 
     pattern: str
     rank: int | None = None
     alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_factors(1 if self.rank is None else self.rank, 1 if self.alpha is None else self.alpha)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,6 +58,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     head, left_out = model.get_output_embeddings(), untouched(model) | head_paths(model)
     return {name: module for name, module in model.named_modules()
             if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
+
+
+def sharing_layers(model: nn.Module) -> set[str]:
+    """Return the paths of the linear layers in 16 bit whose weight is another's too, as Zamba's blocks have them."""
+    weights = {path: id(layer.weight) for path, layer in linear_layers(model).items() if is_linear_16_bit(layer)}
+    counts = Counter(weights.values())
+    return {path for path, weight in weights.items() if counts[weight] > 1}
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -145,7 +161,12 @@ def add_lora(
     """
     require_base(model)
     wanted = _as_targets(targets)
-    _check_factors(rank, alpha, dropout, dtype)
+    _check_factors(rank, alpha)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ModelError(f"dropout is {dropout!r}; give a number of at least 0 and below 1")
+    # gradients of LoRA weights in float16 would be lost where the scale of the loss is taken out of them
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype == torch.float16:
+        raise ModelError(f"dtype is {dtype!r}; give torch.bfloat16 or torch.float32")
     layers, experts, kind = linear_layers(model), expert_weights(model), DoraLinear if dora else LoraLinear
     idle = set(model.idle_layers()) if isinstance(model, OwnBlocks) else set()
     usual = usually_adapted(model) - idle
@@ -255,16 +276,11 @@ def _as_targets(targets: str | Sequence[str | Target]) -> list[Target]:
     return [target if isinstance(target, Target) else Target(target) for target in listed]
 
 
-def _check_factors(rank: object, alpha: object, dropout: object, dtype: object) -> None:
+def _check_factors(rank: object, alpha: object) -> None:
     if not isinstance(rank, int) or rank < 1:
         raise ModelError(f"rank is {rank!r}; give a whole number of at least 1")
-    if not isinstance(alpha, int | float) or not alpha > 0:
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ModelError(f"alpha is {alpha!r}; give a number above 0")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ModelError(f"dropout is {dropout!r}; give a number of at least 0 and below 1")
-    # gradients of LoRA weights in float16 would be lost where the scale of the loss is taken out of them
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype == torch.float16:
-        raise ModelError(f"dtype is {dtype!r}; give torch.bfloat16 or torch.float32")
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraWeights]]:

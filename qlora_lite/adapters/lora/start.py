@@ -41,7 +41,7 @@ from qlora_lite.experts.packing import expert_weights
 from qlora_lite.quant.nf4 import Packed, dequantize, quantize
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
-from .inject import Target, choose_layers, in_blocks, linear_layers, matching, usually_adapted
+from .inject import Target, choose_layers, in_blocks, linear_layers, matching, sharing_layers, usually_adapted
 from .layer import lora_scale
 
 KAIMING, LOFTQ, PISSA, OLORA = "kaiming", "loftq", "pissa", "olora"
@@ -107,9 +107,12 @@ class Start:
         """Return rank and scale by the path of each layer that is split; a skeleton is enough.
 
         Raises:
-            ModelError: see ``chosen_layers``.
+            ModelError: see ``chosen_layers``; or layers share a weight.
         """
         chosen = chosen_layers(model, self.targets, self.rank, self.alpha, self.kind)
+        if shared := chosen.keys() & sharing_layers(model):
+            raise ModelError(f"lora.start {self.kind} splits each weight by itself, and {min(shared)} has one that is "
+                             "another layer's too: set it to kaiming, or leave these layers out")  # fmt: skip
         layers, experts = linear_layers(model), expert_weights(model)
         kept = matching(layers, experts, [Target(pattern) for pattern in self.kept], in_blocks(model))
         return {path: (rank, lora_scale(alpha, rank, self.rslora))
