@@ -54,7 +54,7 @@ from .check import (
 )
 from .gguf_model import KINDS, MODEL_FILE, as_read, in_q4_0, write_gguf
 from .kohya import kohya_tensors
-from .merge import BASES, UNKNOWN_BASE, check_choice, held_out, measure, measuring, open_for_merge
+from .merge import BASES, UNKNOWN_BASE, check_choice, held_out, is_lost, measure, measuring, open_for_merge
 from .ollama import check_template, go_template, modelfile, pieces_of
 from .own_codes import calibration_rows, q4_0_weights
 
@@ -273,6 +273,8 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     onto = check_choice(trained, job.settings.base)
     merged = open_for_merge(trained, job.skeleton, job.adapter, onto)
     into, chooses = "original" if onto == ORIGINAL else trained.quantization[0], kind == "q4_0" != aware
+    if chooses and not in_q4_0(merged):
+        raise ModelError("no layer has rows of whole blocks of 32 weights, as Q4_0 needs them; export with --dtype f16")
     chosen, unread = _chosen(job, merged) if chooses else ({}, [])
     with replacing_folder(job.out) as new:
         notes = unread + write_gguf(
@@ -290,7 +292,11 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)
         error = check_model(logits_of(_streamed_q4_0(merged, config, chosen)), logits, what, LIMITS["f16"])
         cost = _cost(job, merged.has_new_tokens)
-        return {"read_back": error, "dtype": kind, "merged_into": into, **cost, "notes": notes + cost.get("notes", [])}
+        notes += cost.get("notes", [])
+        if is_lost(models := cost.get("models", {}), kind):
+            notes.append(f"4 bits moved the model by KL {models[kind]['kl']:.1e}, and training had by "
+                         f"{models['base']['kl']:.1e}: little of that may be left; --dtype q8_0 keeps it")  # fmt: skip
+        return {"read_back": error, "dtype": kind, "merged_into": into, **cost, "notes": notes}
     if trained.began_as:
         own = logits_of(_streamed_base(merged, config, _in_float32))
         logits = logits_of(_streamed_file(Path(what), config)) if is_large else _gguf_logits(job)

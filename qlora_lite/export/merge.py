@@ -15,6 +15,7 @@ What each way costs is in ``tools/results/merged.json``.
 import gc
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,15 +147,15 @@ def merge_run(
             write_codes(trained, merged.adapter, calibration, new)
         report["notes"] = _notes(trained, merged, settings, report["update_kept"]) + [unread] * bool(unread)
         report |= {"peak_bytes_above_start": meter.peak_bytes() - before_bytes, "seconds": time.monotonic() - started}
+        if settings.quantize and not on_codes:
+            _write_quantized(trained, dense, new, settings.quantize)
         if rows is not None:
             report |= {"measured_on": rows.where, "rows": rows.rows}
             with measuring():
-                report["models"] = _measure(trained, merged, dense, rows, settings, new if on_codes else None)
+                report["models"] = _measure(trained, merged, dense, rows, settings, new if settings.quantize else None)
         if settings.quantize:
-            _check_quantized(report["models"], settings.quantize)
-        if settings.quantize and not on_codes:
-            _write_quantized(trained, dense, new, settings.quantize)
-        if settings.quantize:  # what the dense model says of ends and pictures is true of this one
+            _check_quantized(trained, report["models"], f"merged, then {settings.quantize}", merged.onto)
+            # what the dense model says of ends and pictures is true of this one
             for name in ("generation_config.json", *(PROCESSOR_FILES if trained.recipe.with_vision else ())):
                 if (dense / name).is_file():
                     shutil.copyfile(dense / name, new / name)
@@ -312,13 +313,8 @@ def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
     if not settings.quantize:
         yield out
         return
-    beside = out.absolute().with_name(f"{out.name}.dense")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.absolute().parent) as beside:
+        yield Path(beside)
 
 
 def _write_dense(
@@ -359,19 +355,28 @@ def _keeps_codes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -
     return own and plain and merged.adapter.merge_aware in (OFF, NF4)
 
 
-def _check_quantized(models: dict, quant: str) -> None:
+def is_lost(models: Mapping[str, Mapping[str, float]], name: str) -> bool:
+    """Return whether a model is not much nearer to the trained one than the base is; see ``measure``."""
+    return "base" in models and models[name]["kl"] > KEPT * models["base"]["kl"]
+
+
+def _check_quantized(trained: TrainedRun, models: dict, name: str, onto: str) -> None:
     """Refuse a 4-bit model in which rounding took the adapter away again.
 
     Merged into 4-bit weights, an update smaller than half a step of their grid rounds back to where it came from: seen
     on the quickstart's adapter, whose loss of 0.03 went back to 1.32, the base's being 1.39.
     """
-    found = models[f"merged, then {quant}"]
-    if found["kl"] > KEPT * models["base"]["kl"]:
-        raise ModelError(
-            f"quantised again, the merged model is nearly the base: KL to the trained model {found['kl']:.2e}, the "
-            f"base's is {models['base']['kl']:.2e}. Rounding takes the update away; try --base original, write 16 bit "
-            "(no --quantize), or use the adapter unmerged"
-        )
+    if not is_lost(models, name):
+        return
+    why = "rounding takes the update away"
+    if trained.quantization[0] in FOUR_BIT:
+        why = (f"{why}; try --base original" if onto == TRAINED else
+               f"the original weights are others than those that the run saw, and {why}; leave out --base")  # fmt: skip
+    raise ModelError(
+        f"in 4 bits the merged model is nearly the base: KL to the trained model {models[name]['kl']:.2e}, the base's "
+        f"is {models['base']['kl']:.2e}. {why[0].upper()}{why[1:]}, write 16 bit (no --quantize), or use the adapter "
+        "unmerged"
+    )
 
 
 def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
@@ -383,13 +388,13 @@ def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) ->
 
 
 def _measure(
-    trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings, codes: Path | None
+    trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings, in_4_bit: Path | None
 ) -> dict:  # fmt: skip
     """Compare base, merged and merged-then-quantised models with the one that was trained.
 
     Args:
         dense: folder of the merged model in 16 or 32 bit.
-        codes: folder of the 4-bit one where it is written already; None quantises the dense one.
+        in_4_bit: folder of the 4-bit one, if it is written; None quantises the dense one.
     """
     m, dtype = trained.recipe.model, DTYPES[settings.dtype]
     if dtype == torch.float16 and trained.device.type == "cpu":
@@ -398,14 +403,14 @@ def _measure(
 
     def written(quant: str, dtype: torch.dtype, folder: Path = dense) -> nn.Module:
         here = {"path": str(folder), "revision": None, "quant": quant, "quant_head": False,
-                "keep_16bit": () if quant == "none" or folder == codes else m.keep_16bit,
+                "keep_16bit": () if quant == "none" or folder == in_4_bit else m.keep_16bit,
                 "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
         return build_to_use(recipe, use_cache=False)
 
     return measure(trained, rows, {
         "merged": lambda: written("none", dtype),
-        f"merged, then {again}": lambda: written(again, trained.compute_dtype, codes or dense),
+        f"merged, then {again}": lambda: written(again, trained.compute_dtype, in_4_bit or dense),
     })  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from tiny import build_tiny
 from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_nested, save_tiny
-from tiny_runs import logits, make_run, tiny_run
+from tiny_runs import logits, make_run, replace_adapter, tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lite.artifacts.trained_run import open_trained
@@ -183,6 +183,21 @@ def test_a_q4_0_file_of_other_weights_than_were_chosen_is_an_error(run_of, tmp_p
     with pytest.raises(ModelError, match="loaded back, does not do what the model does"):
         export_run(run_of("llama"), tmp_path / "out", ExportSettings("gguf", dtype="q4_0"))
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_q4_0_file_in_which_the_adapter_may_be_lost_a_note_says_so(run_of, tmp_path, monkeypatch):
+    run = run_of("llama")
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    replace_adapter(run, {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in weights.items()})
+    monkeypatch.setattr(forms, "_chosen", lambda *_: ({}, []))
+    notes = export_run(run, tmp_path / "out", ExportSettings("gguf", dtype="q4_0"))["notes"]
+    assert re.search(r"moved the model by KL \S+, and training had by \S+: little of that may be left", notes[-1])
+
+
+def test_a_model_without_whole_blocks_is_refused_before_anything_is_chosen(run_of, tmp_path):
+    run = run_of("llama", hidden_size=72, intermediate_size=100, num_attention_heads=6, num_key_value_heads=3)
+    with pytest.raises(ModelError, match="no layer has rows of whole blocks of 32"):
+        export_run(run, tmp_path / "out", ExportSettings("gguf", dtype="q4_0"))
 
 
 def test_an_adapter_alone_names_no_rows_and_is_rounded(run_of, tmp_path):

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputErro
 from qlora_lite.export import merge
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.files import sha256
 from qlora_lite.models.load import load_model, use_row_attention
 from qlora_lite.models.merge import Merged, _write_configs
 from qlora_lite.models.save import save_quantized
@@ -103,11 +105,19 @@ def test_a_run_of_a_4_bit_checkpoint_is_merged_into_its_weights_whatever_was_ask
 
 
 @pytest.mark.parametrize("base", [None, "original"])
-def test_quantised_it_is_a_4_bit_checkpoint_like_the_one_measured(base, run, tmp_path):
+def test_quantised_it_is_the_4_bit_checkpoint_that_was_measured(base, run, tmp_path, monkeypatch):
+    measured, build = [], merge.build_to_use
+
+    def building(recipe, *arguments, **options):
+        measured.append(sha256(Path(recipe.model.path) / "model.safetensors"))
+        return build(recipe, *arguments, **options)
+
+    monkeypatch.setattr(merge, "build_to_use", building)
     path = run / "adapter" / "adapter_model.safetensors"
     replace_adapter(run, {name: tensor * (4 if "lora_B" in name else 1) for name, tensor in load_file(path).items()})
     report = merge_run(run, tmp_path / "out", MergeSettings(base, quantize="nf4", rows=4))
     assert any("own codes" in note for note in report["notes"]) == (base is None)
+    assert measured[-1] == sha256(tmp_path / "out" / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert any(type(module).__name__ == "Linear4bit" for module in loaded.modules())
     assert loaded.generation_config.eos_token_id == [2, END_OF_ANSWER], "it stops where an answer was trained to end"
@@ -122,7 +132,10 @@ def test_a_4_bit_model_in_which_rounding_took_the_adapter_away_is_refused_and_ne
     small = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
     replace_adapter(run, small)
     text = refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=4)
-    assert "quantised again, the merged model is nearly the base" in text and "--base original" in text
+    assert "in 4 bits the merged model is nearly the base" in text and "away; try --base original, write 16" in text
+    text = refusal(ModelError, run, tmp_path / "out", base="original", quantize="nf4", rows=4)
+    assert "the original weights are others than those that the run saw, and" in text.lower()
+    assert "leave out --base, write 16 bit" in text
     assert {entry.name for entry in tmp_path.iterdir()} == {"copy"}
     assert "needs --rows 1 or more" in refusal(ModelError, run, tmp_path / "out", quantize="nf4", rows=0)
 
