@@ -130,9 +130,9 @@ def with_one_scaling(adapter: Adapter, rank: int | None = None) -> Adapter:
     values = list(alphas.values())
     alpha = max(values, key=values.count)
     gains = {name: value / alpha for name, value in alphas.items()}
-    dtype = next(iter(adapter.layers.values())).lora_A.dtype
-    if not all(_is_exact(gain) for gain in gains.values()):
-        dtype = torch.float32
+    dtypes = {factors.lora_A.dtype for factors in adapter.layers.values()}
+    is_exact = len(dtypes) == 1 and all(map(_is_exact, gains.values()))
+    dtype = dtypes.pop() if is_exact else torch.float32
     layers = {
         name: _folded(factors, alpha, gains[name], rank or factors.rank, dtype)
         for name, factors in adapter.layers.items()

@@ -71,7 +71,8 @@ def quantize(weight: Tensor, quant_type: str = "nf4", double_quant: bool = True)
         raise ModelError(f"cannot quantise a weight of {weight.dtype} and shape {tuple(weight.shape)}")
     flat = weight.detach().reshape(-1)
     if not torch.stack(torch.aminmax(flat)).isfinite().all():
-        raise ModelError("cannot quantise a weight that holds NaN or infinity: the checkpoint is damaged")
+        wide = "" if flat.dtype != torch.float16 else ", or its numbers are beyond float16: set another compute type"
+        raise ModelError(f"cannot quantise a weight that holds NaN or infinity: the checkpoint is damaged{wide}")
     if flat.device.type == "cpu":
         codes, absmax = _quantize_on_cpu(flat, quant_type)
     else:

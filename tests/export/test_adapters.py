@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -280,6 +281,10 @@ def test_folding_keeps_every_update_and_the_bits_where_it_can():
     folded = with_one_scaling(same)
     assert folded.layers["a"].lora_B.dtype == torch.bfloat16, "a factor of two moves the exponent only"
     assert torch.equal(folded.layers["a"].lora_A, same.layers["a"].lora_A)
+    one, other = factors(4, 8.0), factors(4, 8.0)
+    exact = replace(other, lora_A=other.lora_A.float() * 1.001, lora_B=other.lora_B.float() * 1.001)
+    kept = with_one_scaling(Adapter({"a": one, "b": exact}, 0.0)).layers["b"]
+    assert torch.equal(kept.lora_A, exact.lora_A) and torch.equal(kept.lora_B, exact.lora_B)
 
 
 def llama_cpp_reads(path, model, names):
