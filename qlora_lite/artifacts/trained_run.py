@@ -531,7 +531,8 @@ def _check_base(summary: dict, found: str, files: ModelFiles, folder: Path, wher
     if found != recorded:
         raise ModelError(
             f"{folder} was trained on {summary.get('model')} with fingerprint {recorded}; {files.name} has fingerprint "
-            f"{found} and is another model: give the right one with {where}"
+            f"{found} and is another model: give the right one with {where} (what config.json and "
+            "generation_config.json say is part of it)"
         )
 
 

@@ -1,6 +1,7 @@
 """Export a run: write the form that was asked for, read it back, and compare what it does with the run's adapter."""
 
 import copy
+import gc
 import json
 import re
 import shlex
@@ -252,8 +253,16 @@ FORMS: dict[str, Callable[[_Job], dict]] = {
 
 
 def _base(job: _Job) -> nn.Module:
-    """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does."""
-    recipe, adapter = job.trained.recipe, job.trained.adapter
+    """Load the base as the run saw it, in float32, where rounding does not hide what an adapter does.
+
+    A large one in 16 bit, which would take twice its bytes, is read block by block.
+    """
+    gc.collect()  # the model before this one
+    recipe, adapter, config = job.trained.recipe, job.trained.adapter, job.skeleton.config
+    is_large = 4 * sum(parameter.numel() for parameter in job.skeleton.parameters()) > WHOLE_BYTES
+    if is_large and recipe.model.quant == "none" and not recipe.with_vision and not config.problem_type:
+        read = open_weights(job.trained.files, job.skeleton, torch.float32).reader()
+        return streamed_model(copy.deepcopy(config), lambda name: read(name).float())
     model = recipe.model.model_copy(update={"compute_dtype": "float32"})
     return build_to_use(recipe.model_copy(update={"model": model}), [adapter] if adapter else [])
 

@@ -83,6 +83,26 @@ def test_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (run / "template.jinja").read_text()
 
 
+@pytest.mark.parametrize(("model_type", "lora", "overrides"), [
+    ("llama", MIXED, []), ("gpt2", None, ["adapter.train_also=[norms, biases]"]), ("phi3", None, ["lora.start=pissa"]),
+    ("qwen2", None, ["adapter.method=dora"]), ("llama", None, ["adapter.train_also=[embeddings, head]"]),
+    ("qwen3_moe", {"targets": ["all-linear", "experts"], "rank": 2, "alpha": 4}, []),
+    ("llama", None, ["adapter.train_tokens=[e]"]),
+])  # fmt: skip
+def test_a_large_base_in_16_bit_is_read_block_by_block_for_the_check(
+    model_type, lora, overrides, tmp_path, monkeypatch
+):
+    run = tiny_run(tmp_path, model_type, lora, [*PLAIN_WEIGHTS, *overrides])
+    whole = export_run(run, tmp_path / "whole", ExportSettings("peft"))
+    monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded as a whole"))
+    streamed = export_run(run, tmp_path / "streamed", ExportSettings("peft"))
+    assert streamed["error"] < 1e-5 and streamed["notes"] == whole["notes"]
+    weights = "adapter_model.safetensors"
+    same = load_file(tmp_path / "whole" / weights), load_file(tmp_path / "streamed" / weights)
+    assert same[0].keys() == same[1].keys() and all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_tokens_are_exported_to_peft(tied, tmp_path):
     run = tiny_run(tmp_path, tie_word_embeddings=tied, overrides=["adapter.train_tokens=[e]", *PLAIN_WEIGHTS])
