@@ -85,7 +85,7 @@ def test_a_divided_run_is_that_of_whole_models_to_the_byte(recipe, tmp_path):
     whole, divided = tmp_path / "whole", tmp_path / "divided"
     train(2, recipe, f"output.dir={whole}")
     said = train(2, recipe, f"output.dir={divided}", *DIVIDED)
-    assert "weights sharded over 2 ranks except for 1 layers" in said and "this rank's part of a block" in said
+    assert "weights sharded over 2 ranks except for 1 layer" in said and "this rank's part of a block" in said
     assert all(tensor.equal(adapter(divided)[name]) for name, tensor in adapter(whole).items())
     for name in ("eval_loss_before", "eval_loss_after", "exact_match_after", "samples"):
         one, other = (json.loads((folder / "summary.json").read_text()).get(name) for folder in (whole, divided))
