@@ -38,7 +38,7 @@ from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
-from qlora_lite.units import format_bytes
+from qlora_lite.units import counted, format_bytes
 
 from .cache import base_fingerprint, cache_entry, check_sums
 from .gguf_codes import kept_formats, read_codes
@@ -508,7 +508,9 @@ def _from_pretrained(
     broken = [*misshaped, *map(str, info.get("conversion_errors") or ())]
     if missing or broken:
         shown = ", ".join([*missing, *broken][:4])
-        raise ModelError(f"{files.name}: {len(missing) + len(broken)} weights are missing or do not fit: {shown}")
+        raise ModelError(
+            f"{files.name}: {counted(len(missing) + len(broken), 'weight')} missing or of another shape: {shown}"
+        )
     if (unused := sorted(info["unexpected_keys"])) and not ("key_mapping" in extra or is_headed):
         log.warning("%s: %d weights of its files have no place in the model that its config.json describes, and are "
                     "left out, first %s", files.name, len(unused), unused[0])  # fmt: skip

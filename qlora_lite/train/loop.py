@@ -30,6 +30,7 @@ from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.memory_options import settle, stream_of, trained_on_host
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
+from qlora_lite.units import counted
 
 from .causal_lm import CausalLM, answer_losses
 from .divided_weights import names_of_norms, parts_of, trained_here
@@ -444,7 +445,7 @@ class Trainer:
         if self.settings.on_not_finite == "stop":
             raise error
         if self.skipped >= self.settings.max_skipped_steps:
-            raise TrainingError(f"{error}; {self.skipped} steps were skipped before, train.max_skipped_steps")
+            raise TrainingError(f"{error}; {counted(self.skipped, 'step')} skipped before, train.max_skipped_steps")
         self.skipped += 1
         log.warning("%s; this step is skipped", error)
 

@@ -119,7 +119,7 @@ def test_weights_that_are_missing_or_misshaped_are_named(one):
     tensors = load_file(one / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
-    assert "1 weights are missing or do not fit: model.layers.1.mlp.up_proj" in refusal(one)
+    assert "1 weight missing or of another shape: model.layers.1.mlp.up_proj" in refusal(one)
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(95, 64)
     save_file(tensors, one / "model.safetensors", metadata={"format": "pt"})
     said = "model.layers.1.mlp.up_proj.weight: has the shape (95, 64), and (96, 64) is needed"

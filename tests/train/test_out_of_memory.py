@@ -232,7 +232,7 @@ def test_a_step_that_is_not_finite_is_skipped_said_and_counted(caplog):
 def test_more_skipped_steps_than_allowed_end_the_run():
     training = trainer(on_not_finite="skip", max_skipped_steps=1, max_steps=5)
     nan_at(training, 2, 3)
-    with pytest.raises(TrainingError, match=r"step 3: .*; 1 steps were skipped before, train\.max_skipped_steps"):
+    with pytest.raises(TrainingError, match=r"step 3: .*; 1 step skipped before, train\.max_skipped_steps"):
         list(training)
 
 
@@ -240,7 +240,7 @@ def test_a_limit_below_the_steps_that_were_skipped_before_a_run_was_resumed_ends
     training = trainer(on_not_finite="skip", max_skipped_steps=1, max_steps=5)
     training.skipped = 3
     nan_at(training, 2)
-    with pytest.raises(TrainingError, match=r"step 2: .*; 3 steps were skipped before, train\.max_skipped_steps"):
+    with pytest.raises(TrainingError, match=r"step 2: .*; 3 steps skipped before, train\.max_skipped_steps"):
         list(training)
 
 
