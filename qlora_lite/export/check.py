@@ -80,12 +80,13 @@ def check_merged(
 
     Args:
         rounded: logits of the base with its weights rounded as the file's are.
-        limit: of the distance, from what rounding the weights does.
+        limit: of the distance, or twice what rounding does to the base's logits where that is more.
 
     Raises:
         ModelError: one of them is out of bounds.
     """
     exported = exported[:, : change.base.shape[1]]
+    limit = max(limit, 2 * distance_of(rounded, change.base))
     share, distance = share_of(change, exported, rounded), distance_of(exported, change.adapted)
     if not (abs(share - 1) <= SHARE and distance <= limit):
         raise _wrong(what, share, f"distance of the logits {distance:.1e}, at most {limit:.0e} is allowed")

@@ -53,6 +53,7 @@ from .check import (
     distance_of,
     logits_of,
 )
+from .gguf_config import check_config
 from .gguf_model import KINDS, MODEL_FILE, as_read, in_q4_0, write_gguf
 from .kohya import kohya_tensors
 from .merge import BASES, UNKNOWN_BASE, check_choice, held_out, is_lost, measure, measuring, open_for_merge
@@ -280,6 +281,7 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
     trained, aware = job.trained, job.adapter.merge_aware
     kind = job.settings.dtype or (aware if aware in KINDS else "f16")
     onto = check_choice(trained, job.settings.base)
+    check_config(job.skeleton.config, gguf_names(job.skeleton.config).architecture)  # before anything takes time
     merged = open_for_merge(trained, job.skeleton, job.adapter, onto)
     into, chooses = "original" if onto == ORIGINAL else trained.quantization[0], kind == "q4_0" != aware
     if chooses and not in_q4_0(merged):

@@ -21,9 +21,9 @@ def write_config(writer, config, architecture: str) -> list[str]:
         config: the model's transformers configuration.
 
     Raises:
-        ModelError: llama.cpp does not compute one of the settings.
+        ModelError: see ``check_config``.
     """
-    _check(config, architecture)
+    check_config(config, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -49,7 +49,12 @@ def write_config(writer, config, architecture: str) -> list[str]:
     return []
 
 
-def _check(config, architecture: str) -> None:
+def check_config(config, architecture: str) -> None:
+    """Refuse settings that llama.cpp does not compute.
+
+    Raises:
+        ModelError: naming them.
+    """
     wrong = []
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if architecture not in ACTIVATIONS.get(activation, ()):

@@ -375,6 +375,8 @@ def test_a_merged_file_is_judged_by_its_share_of_the_change_where_rounding_is_la
     change, rounded = Change(base, base + step), base + rounding
     share, distance = check_merged(change, base + step + rounding, rounded, "it", 0.5)
     assert share == pytest.approx(1, abs=0.01) and distance == pytest.approx(0.3, rel=0.1)
+    same = check_merged(change, base + step + rounding, rounded, "it", 0.01)  # rounding moves the base as far
+    assert same == (share, distance)
     for exported, text in (
         (rounded, r"\(it changes nothing\): it makes -?0% of its change"),
         (rounded + 0.5 * step, "makes 50% of its change"),

@@ -487,9 +487,11 @@ def test_settings_that_llama_cpp_does_not_compute_are_refused_by_name(family, op
     assert not (tmp_path / "out").exists()
 
 
-def test_families_without_a_place_in_gguf_here_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="models of the family gpt_neox are not exported to GGUF"):
-        export_run(tiny_run(tmp_path, "gpt_neox"), tmp_path / "out", ExportSettings("gguf"))
+@pytest.mark.parametrize("dtype", ["f16", "q4_0"])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3_moe"])
+def test_families_without_a_place_in_gguf_here_are_refused(family, dtype, tmp_path):
+    with pytest.raises(ModelError, match=f"models of the family {family} are not exported to GGUF"):
+        export_run(tiny_run(tmp_path, family), tmp_path / "out", ExportSettings("gguf", dtype=dtype))
 
 
 def test_an_attention_window_that_llama_cpp_has_not_is_a_note_or_an_error_where_it_shows(run_of, tmp_path):
