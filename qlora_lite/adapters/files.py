@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Collection, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 from weakref import WeakKeyDictionary, WeakSet
@@ -25,6 +24,7 @@ from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors
 
 from .checkpoint_names import outside
+from .diffusers_files import WEIGHTS_NAME as OF_DIFFUSERS
 from .fused_names import taken_for_experts, why_no_dora
 from .lora.dora import DoraLinear
 from .lora.inject import (
@@ -79,10 +79,8 @@ log = logging.getLogger("qlora_lite")
 MODEL_CONFIG_NAME = "config.json"
 _SHOWN = 3  # names of layers in an error
 
-_PARTS = (  # of an adapter's folder: its own files and a tokenizer's
-    WEIGHTS_NAME, CONFIG_NAME, FIRST_NAME, MODEL_CONFIG_NAME, "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-)  # fmt: skip
+_SUFFIXES = ".json", ".jinja", ".model", ".txt"  # of an adapter's files, a tokenizer's and an image processor's
+_WEIGHTS = WEIGHTS_NAME, FIRST_NAME, OF_DIFFUSERS  # all others are a model's
 _TEMPLATES = "additional_chat_templates"  # the folder that a tokenizer with several has for all but the first
 
 
@@ -440,7 +438,8 @@ def write_adapter(
 
 def _is_part(path: Path) -> bool:
     """Check whether something in a folder is what an adapter's folder holds."""
-    return any(fnmatch(path.name, part) for part in _PARTS) if path.is_file() else path.name == _TEMPLATES
+    is_own = path.suffix in _SUFFIXES or path.name in _WEIGHTS
+    return is_own if path.is_file() else path.name == _TEMPLATES
 
 
 def load_adapter(model: nn.Module, folder: str | Path, merge_aware: str = OFF) -> nn.Module:

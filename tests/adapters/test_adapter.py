@@ -74,7 +74,7 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(folder):
 
 
 @pytest.mark.parametrize("name", [
-    "my_notes.md", "checkpoint-500/adapter_model.safetensors", "model.safetensors", "train.json", "notes.txt",
+    "my_notes.md", "checkpoint-500/adapter_model.safetensors", "model.safetensors",
 ])  # fmt: skip
 def test_an_adapter_among_other_things_is_never_replaced(folder, name):
     model = load_adapter(build_tiny("llama"), folder)
