@@ -148,7 +148,7 @@ def test_what_gains_most_for_a_byte_is_chosen_first_and_overlaps_are_counted_onc
 
 def test_a_set_is_measured_and_a_dearer_one_is_tried_until_one_closes_what_was_asked_for(tmp_path, monkeypatch):
     recipe, asked = recipe_of(tmp_path), []
-    gains = {"v_proj": 0.03, "up_proj": 0.05, "down_proj": 0.07}
+    gains = {"v_proj": 0.03, "up_proj": 0.05, "down_proj": 0.058}  # none closes 60 % alone
 
     def measured(self, given, what):
         asked.append([name for name in given if name not in (SIXTEEN, "nf4", "fp4")])
@@ -169,6 +169,22 @@ def test_a_set_is_measured_and_a_dearer_one_is_tried_until_one_closes_what_was_a
     monkeypatch.setattr(StreamedBase, "measure", lambda self, given, what: {
         name: {"loss": 1.0, "kl": 0.0} for name in (SIXTEEN, *given)})  # fmt: skip
     assert measure_damage(recipe)["sets"] == []
+
+
+@pytest.mark.parametrize("wish", [{"close": 0.5}, {"most_bytes": 10**6}])
+def test_no_recommended_set_is_beaten_by_a_single_kind_or_block(wish, tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path)
+    block = "model.layers.0"  # closes most alone, but less for a byte than v_proj, which does not add up with it
+
+    def measured(self, given, what):
+        kl = {SIXTEEN: 0.0, "v_proj": 0.08, block: 0.03}
+        return {name: {"loss": 1.0, "kl": kl.get(name, 0.1 if name in ("nf4", "fp4") or "_proj" in name else 0.04)}
+                for name in (SIXTEEN, *given)}  # fmt: skip
+
+    monkeypatch.setattr(StreamedBase, "measure", measured)
+    (found,) = measure_damage(recipe, **wish)["sets"]
+    assert (found["keep_16bit"], found["kl"]) == ([f"{block}.*"], 0.03)
+    assert found["closed"] == pytest.approx(0.7) == found["guessed"]
 
 
 @pytest.mark.parametrize(("error", "overrides", "options", "text"), [
