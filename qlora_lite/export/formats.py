@@ -23,6 +23,7 @@ from qlora_lite.data.template import begin_of_text
 from qlora_lite.errors import DataError, ModelError, require_one_of
 from qlora_lite.files import explain_write_errors, replacing_folder, require_empty, write_text
 from qlora_lite.models.gguf_names import gguf_names
+from qlora_lite.models.gguf_settings import check_config
 from qlora_lite.models.load import KEEP, load_model
 from qlora_lite.models.locate import locate, read_json
 from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged
@@ -53,7 +54,6 @@ from .check import (
     distance_of,
     logits_of,
 )
-from .gguf_config import check_config
 from .gguf_model import KINDS, MODEL_FILE, as_read, in_q4_0, write_gguf
 from .kohya import kohya_tensors
 from .merge import BASES, UNKNOWN_BASE, check_choice, held_out, is_lost, measure, measuring, open_for_merge

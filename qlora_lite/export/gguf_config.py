@@ -1,16 +1,19 @@
 """What a GGUF file says about a model: shapes, rotary positions, attention windows; ``models.gguf_settings`` reads it.
 
 A setting that llama.cpp computes otherwise, or not at all, would give a file that loads and answers wrongly; every such
-setting is refused here by name, except where it only shows in texts longer than a window: that is a note.
+setting is refused by name, except where it only shows in texts longer than a window: that is a note.
 """
 
-from qlora_lite.errors import ModelError
-from qlora_lite.models.gguf_settings import CAPS, SCALING, SCALING_TYPE, SCALINGS, attention_scalar, head_size, rope_of
-
-ACTIVATIONS = {"silu": ("llama", "qwen2", "qwen3", "phi3"), "gelu_pytorch_tanh": ("gemma2", "gemma3")}
-# Every how many blocks one attends to everything; llama.cpp has these numbers in its code.
-FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3": 6}
-LOCAL_ROPE_THETA = 10_000.0  # of Gemma 3's windowed blocks
+from qlora_lite.models.gguf_settings import (
+    CAPS,
+    FULL_ATTENTION_EVERY,
+    SCALING,
+    SCALING_TYPE,
+    SCALINGS,
+    check_config,
+    head_size,
+    rope_of,
+)
 
 
 def write_config(writer, config, architecture: str) -> list[str]:
@@ -47,39 +50,6 @@ def write_config(writer, config, architecture: str) -> list[str]:
     if window and window < config.max_position_embeddings and getattr(config, "use_sliding_window", True):
         return [f"llama.cpp has no attention window for this model: texts over {window} tokens are attended whole"]
     return []
-
-
-def check_config(config, architecture: str) -> None:
-    """Refuse settings that llama.cpp does not compute.
-
-    Raises:
-        ModelError: naming them.
-    """
-    wrong = []
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if architecture not in ACTIVATIONS.get(activation, ()):
-        wrong.append(f"activation {activation}")
-    every = FULL_ATTENTION_EVERY.get(architecture)
-    layers = getattr(config, "layer_types", None)
-    if every and layers:
-        expected = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(layers))]
-        if layers != expected:
-            wrong.append(f"layer_types {layers}")
-    if architecture == "gemma3" and rope_of(config, "sliding_attention")["rope_theta"] != LOCAL_ROPE_THETA:
-        wrong.append(f"a rope_theta of windowed blocks other than {LOCAL_ROPE_THETA:g}")
-    if (scale := getattr(config, "query_pre_attn_scalar", None)) and scale != attention_scalar(config):
-        wrong.append(f"query_pre_attn_scalar {scale}")
-    if getattr(config, "use_bidirectional_attention", None):
-        wrong.append("use_bidirectional_attention")
-    rope = rope_of(config)
-    if rope["rope_type"] not in ("default", "llama3", *SCALINGS):
-        wrong.append(f"rope_type {rope['rope_type']}")
-    if (share := rope.get("partial_rotary_factor") or 1) != 1:
-        wrong.append(f"partial_rotary_factor {share}")
-    if rope.get("attention_factor"):
-        wrong.append(f"attention_factor {rope['attention_factor']}")
-    if wrong:
-        raise ModelError(f"llama.cpp does not compute this model's {', '.join(wrong)}; no GGUF file is written")
 
 
 def _write_rope(writer, config, architecture: str) -> None:

@@ -37,6 +37,10 @@ REFUSED = {
     "logit_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0),
 }  # fmt: skip
 KNOWN = {SCALING_TYPE, f"{SCALING}finetuned", *REFUSED, *(SCALING + key for key in SCALINGS["yarn"].values())}
+ACTIVATIONS = {"silu": ("llama", "qwen2", "qwen3", "phi3"), "gelu_pytorch_tanh": ("gemma2", "gemma3")}
+# Every how many blocks one attends to everything; llama.cpp has these numbers in its code.
+FULL_ATTENTION_EVERY = {"gemma2": 2, "gemma3": 6}
+LOCAL_ROPE_THETA = 10_000.0  # of Gemma 3's windowed blocks
 _FIRST_CONTEXT = 8192  # Llama 3's, where no factor tells it
 _FLOAT32 = 0  # as GGUF numbers it
 
@@ -75,6 +79,39 @@ def attention_scalar(config) -> float:
     """Return the number whose root llama.cpp divides a Gemma's scores by; it knows the 27B models by their depth."""
     is_27b = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
     return config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+
+
+def check_config(config, architecture: str) -> None:
+    """Refuse settings that llama.cpp does not compute.
+
+    Raises:
+        ModelError: naming them.
+    """
+    wrong = []
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if architecture not in ACTIVATIONS.get(activation, ()):
+        wrong.append(f"activation {activation}")
+    every = FULL_ATTENTION_EVERY.get(architecture)
+    layers = getattr(config, "layer_types", None)
+    if every and layers:
+        expected = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(layers))]
+        if layers != expected:
+            wrong.append(f"layer_types {layers}")
+    if architecture == "gemma3" and rope_of(config, "sliding_attention")["rope_theta"] != LOCAL_ROPE_THETA:
+        wrong.append(f"a rope_theta of windowed blocks other than {LOCAL_ROPE_THETA:g}")
+    if (scale := getattr(config, "query_pre_attn_scalar", None)) and scale != attention_scalar(config):
+        wrong.append(f"query_pre_attn_scalar {scale}")
+    if getattr(config, "use_bidirectional_attention", None):
+        wrong.append("use_bidirectional_attention")
+    rope = rope_of(config)
+    if rope["rope_type"] not in ("default", "llama3", *SCALINGS):
+        wrong.append(f"rope_type {rope['rope_type']}")
+    if (share := rope.get("partial_rotary_factor") or 1) != 1:
+        wrong.append(f"partial_rotary_factor {share}")
+    if rope.get("attention_factor"):
+        wrong.append(f"attention_factor {rope['attention_factor']}")
+    if wrong:
+        raise ModelError(f"llama.cpp does not compute this model's {', '.join(wrong)}; no GGUF file is written")
 
 
 def as_the_file_says(config, path: Path):

@@ -40,6 +40,8 @@ from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.denoisers import load_denoiser, meta_denoiser
 from qlora_lite.models.gguf_codes import Formats, kept_formats
+from qlora_lite.models.gguf_names import gguf_names
+from qlora_lite.models.gguf_settings import check_config
 from qlora_lite.models.kept import check_kept
 from qlora_lite.models.load import (
     KEEP,
@@ -57,12 +59,14 @@ from qlora_lite.models.locate import ModelFiles, locate
 from qlora_lite.models.memory_options import MemoryOptions, memory_options_of, place, set_memory_options
 from qlora_lite.models.nested import of_blocks, without_weights
 from qlora_lite.models.published import published_formats
+from qlora_lite.models.save import bnb_config
 from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.ops.stream import Ranks
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
+from qlora_lite.quant.merging import GGUF, NF4
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, GRPO, WITH_VIRTUAL_TOKENS, Recipe
 from qlora_lite.train.causal_lm import CausalLM
@@ -410,12 +414,28 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     check_kept(config, m.keep_16bit, m.path)
+    _check_merged(t.merge_aware, config, quant, dtype)
     if recipe.lora.start in (EVA, QERA):
         x = recipe.lora
         chosen_layers(without_weights(config), targets_of(recipe), x.rank, x.alpha, x.start)
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
     return job(workload_of(recipe, spec))
+
+
+def _check_merged(to: str, config, quant: str, dtype: torch.dtype) -> None:
+    """Check that merging can write what ``train.merge_aware`` trains: a 4-bit checkpoint, or a GGUF file.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    try:
+        if to == NF4 == quant:
+            bnb_config(meta_model(config, quant, True, dtype))
+        elif to in GGUF:
+            check_config(config, gguf_names(config).architecture)
+    except ModelError as error:
+        raise ModelError(f"train.merge_aware {to}: {error}; set it to off") from error
 
 
 def workload_of(recipe: Recipe, spec: ModelSpec | None = None) -> Workload:

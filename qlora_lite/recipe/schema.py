@@ -464,7 +464,7 @@ class Train(_Section):
     """Train with the weights that the merged model will have once it is quantised: what merge --quantize nf4, or export
     --to gguf --dtype q4_0 or q8_0, then writes is the model that was trained (in a GGUF file but for embeddings and
     head, which are q8_0 there). A step takes a little longer; without that, quantising costs a part of what was learned
-    (qlora-lite explain export). For adapter.method lora beside linear layers; nf4 needs model.quant nf4."""
+    (qlora-lite explain export). For adapter.method lora and models without experts; nf4 needs model.quant nf4."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Not with dropout (lora.dropout or the model's own) or memory.checkpointing selective; needs

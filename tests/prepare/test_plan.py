@@ -382,6 +382,18 @@ def test_merged_weights_are_kept_for_a_step_where_there_is_room_for_their_codes(
     assert "memory.cache_merged" not in plain.chosen.settings and not plain.chosen.options.cache_merged
 
 
+@pytest.mark.parametrize(("model_type", "to", "text"), [
+    ("qwen3_moe", "nf4", "transformers does not load experts in 4 bit"),
+    ("falcon", "nf4", "does not load 4-bit weights into layers of class FalconLinear"),
+    ("gpt2", "q4_0", "family gpt2 are not exported to GGUF"),
+])  # fmt: skip
+def test_no_run_trains_merged_weights_that_merging_cannot_write(model_type, to, text, tmp_path):
+    save_tiny(tmp_path / "model", model_type)
+    settings = load_recipe(write_recipe(tmp_path, tmp_path / "model"), [f"train.merge_aware={to}"])
+    with pytest.raises(ModelError, match=f"train.merge_aware {to}: .*{text}.*set it to off"):
+        planner.plan_recipe(settings, CARD, 8 * GIB)
+
+
 def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_memory_is_left(recipe, few_blocks):
     recipe, long = partial(recipe, few_blocks(), *SETTLED[1:]), "data.max_tokens=32768"
     on_device = "memory.offload_checkpoints=false"
