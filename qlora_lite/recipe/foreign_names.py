@@ -430,6 +430,8 @@ def cure(key: str, known: Sequence[str]) -> tuple[str, str | None]:
     """
     section, _, leaf = key[:80].rpartition(".")
     name = leaf.lower().replace("-", "_")
+    if key in known:
+        return f"here it is {key}: write {leaf} in a line of its own, indented below {section}", key
     if section == "data" and name in Source.model_fields:
         item = "path: FILE" if name == "path" else f"path: FILE, {name}: ..."
         return f"it belongs to a source of rows, as in data.train: [{{{item}}}]", "data.train"
