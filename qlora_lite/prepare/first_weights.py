@@ -7,6 +7,7 @@ which eva finds. What is found is cached by the content of model, settings and t
 import gc
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
@@ -151,15 +152,17 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
         weight = weight.t() if layer.replaces == "Conv1D" else weight
         error = materialize(spec, tensors, torch.float32)
         torch.sub(weight, error, out=error)
+        if not error.any():  # weights that four bits hold: new LoRA weights begin as any do
+            continue
         sums = seen[path].sums.to(error.device)
         lora_a, lora_b, share = correction(error, sums, rank, scales[path], getattr(torch, recipe.lora.dtype))
         first[path] = lora_a.cpu(), lora_b.cpu()
-        shares.append(share)
+        shares += [] if math.isnan(share) else [share]  # of inputs that are all zeros
     if not first:
-        raise ModelError("lora.start qera: every layer that lora.targets name stays in 16 bit (model.keep_16bit), and "
-                         "has no error of 4 bits to make up for: set it to kaiming")  # fmt: skip
+        raise ModelError("lora.start qera: no layer that lora.targets name has an error of 4 bits to make up for "
+                         "(those of model.keep_16bit stay in 16 bit): set it to kaiming")  # fmt: skip
     log.info("lora.start qera: makes up for %.0f %% of what 4 bits change in the outputs of a layer on these rows (of "
-             "its squares, mean of %d layers)", 100 * fmean(shares), len(shares))  # fmt: skip
+             "its squares, mean of %d layers)", 100 * fmean(shares or [0]), len(shares))  # fmt: skip
     return first
 
 

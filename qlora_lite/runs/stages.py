@@ -22,9 +22,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.adapters.lora.eva import EVA
-from qlora_lite.adapters.lora.start import First
+from qlora_lite.adapters.lora.start import FIRST_NAME, First, load_first
 from qlora_lite.artifacts.run_files import HELD_OUT_DIGEST
-from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions
+from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions, trained_folders
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.captions import Fit
 from qlora_lite.data.latents import Stored
@@ -224,7 +224,9 @@ def prepare(
     if recipe.lora.start == EVA and continuation:
         ranks = continuation.ranks
     elif recipe.lora.start in FROM_ROWS:  # of qera also where training goes on: the adapter's folder will have them
-        first = first_of(recipe, found.data.examples)
+        written = [run.path / name for name in trained_folders(recipe) if (run.path / name / FIRST_NAME).is_file()]
+        is_known = continuation and written  # another version or machine may find others
+        first = load_first(written[0]) if is_known else first_of(recipe, found.data.examples)
         ranks = ranks_of(recipe, first) if recipe.lora.start == EVA else None
     return Prepared(
         recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,

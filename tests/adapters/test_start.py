@@ -74,6 +74,16 @@ def best_of_rank(matrix, rank):
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_there_is_nothing_to_begin_with_lora_weights_are_new_ones(kind):
+    weight = torch.zeros(24, 32)
+    if kind == "loftq":  # which 4 bits hold
+        weight = dequantize(quantize(torch.randn(24, 32), "nf4", False), weight.shape, torch.float32, "nf4")
+    lora_a, lora_b, left = start(kind).split(weight, RANK, SCALE, "nf4", False)
+    assert lora_a.any(dim=1).all() and not lora_b.any(), "of two zeros neither has a gradient"
+    assert torch.equal(dequantize(left, weight.shape, torch.float32, "nf4"), weight)
+
+
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_left_and_the_lora_weights_make_the_whole_weight(kind, dtype):

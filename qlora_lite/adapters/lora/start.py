@@ -25,6 +25,7 @@ arXiv 0909.4061, algorithm 4.4.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,6 +151,8 @@ class Start:
         share = 1.0 if self.kind == OLORA else scale**0.5  # an orthonormal B stays so
         lora_a = padded(lora_a * (share / scale), rank, 0).to(self.dtype)
         lora_b = padded(lora_b / share, rank, 1).to(self.dtype)
+        if not (lora_a.any() and lora_b.any()):  # nothing to begin with: from two zeros no gradient would come
+            lora_a, lora_b = _new_factors(lora_a, lora_b)
         if packed is not None:
             return Started(lora_a, lora_b, packed)
         left = without_update(weight, lora_a, lora_b, scale)
@@ -237,6 +240,13 @@ def load_first(folder: Path) -> First:
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelError(f"{folder / FIRST_NAME} cannot be read, and what is not for the model in 4 bit needs it: "
                          f"{error}; use the folder `adapter` of a run that has ended") from None  # fmt: skip
+
+
+def _new_factors(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random A and zero B, as new LoRA weights are, in place of those given; A is always the same."""
+    drawn = torch.empty(lora_a.shape)
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch.Generator().manual_seed(0))
+    return drawn.to(lora_a), torch.zeros_like(lora_b)
 
 
 def _random(weight: torch.Tensor, rank: int) -> torch.Tensor:
