@@ -82,17 +82,17 @@ class _Wish:
     def asked(self) -> str:
         """What is asked for, in words."""
         if self.most_bytes is None:
-            return f"{self.close:.0%} of the divergence closed"
+            return f"{100 * self.close:g}% of the divergence closed"
         return f"at most {format_bytes(self.most_bytes)} more"
 
     def best_of(self, measured: Mapping[frozenset[str], tuple[int, float]], whole: float) -> frozenset[str]:
         """Return the paths to keep, of those whose bytes and divergence were measured: the cheapest that close enough
-        of the whole divergence (those chosen last, if none do), or those with the least divergence for the bytes."""
-        if self.most_bytes is None:
-            enough = {kept: each for kept, each in measured.items() if each[1] <= (1 - self.close) * whole}
-            return min(enough, key=lambda kept: enough[kept], default=self.kept)
-        small = {kept: each for kept, each in measured.items() if each[0] <= self.most_bytes}
-        return min(small, key=lambda kept: small[kept][::-1])
+        of the whole divergence, or else those with the least divergence, for the bytes if these are limited."""
+        enough = [kept for kept, (_, kl) in measured.items() if self.close and kl <= (1 - self.close) * whole]
+        if enough:
+            return min(enough, key=lambda kept: measured[kept])
+        small = [kept for kept, (more, _) in measured.items() if self.most_bytes is None or more <= self.most_bytes]
+        return min(small, key=lambda kept: measured[kept][::-1])
 
 
 def choose(
@@ -197,10 +197,13 @@ def measure_damage(
         for wish in pending:
             wish.beyond = wish.guessed - wish.close * four["kl"] + short[wish.asked]
     for wish in wishes:
-        kept = wish.best_of({kept: (base.more_bytes(kept), each["kl"]) for kept, each in measured.items()}, four["kl"])
+        of_some = {kept: each for kept, each in measured.items() if len(kept) < len(base.weights)}  # else: quant none
+        kept = wish.best_of({kept: (base.more_bytes(kept), each["kl"]) for kept, each in of_some.items()}, four["kl"])
         names, guessed = guesses[kept]
+        missed = wish.close and measured[kept]["kl"] > (1 - wish.close) * four["kl"]
+        asked = f"{wish.asked}, not reached" if missed else wish.asked
         patterns = [pattern for name in names for pattern in candidates[name].patterns]
-        said = {"asked": wish.asked, "keep_16bit": patterns, "guessed": guessed / four["kl"]}
+        said = {"asked": asked, "keep_16bit": patterns, "guessed": guessed / four["kl"]}
         result["sets"].append(said | figures(measured[kept], kept))
     return result
 

@@ -383,8 +383,8 @@ def measure_recipe(
     if stream_of(model) is None:
         put_merged_in_place(model)
     work = work_to_measure(recipe, count_virtual(model)).with_options(settings.options)
-    work.check_forward(model, settings.max_tokens)
     work.check_examples(model, data.examples)
+    work.check_forward(model, settings.max_tokens)
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)

@@ -10,6 +10,7 @@ bit in block j is computed from block j on.
 Legend: T tokens, N target tokens, D hidden size.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,7 @@ from qlora_lite.models.kept import check_kept, kept_layers
 from qlora_lite.models.load import adopt, resolve_device, stored_quantization
 from qlora_lite.models.locate import locate
 from qlora_lite.models.nested import without_weights
-from qlora_lite.models.packing import run_unpacked, runs_unpacked, why_unpacked
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.models.streamed import Read, streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
@@ -45,6 +46,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.loop import eval_batches
+from qlora_lite.train.text_guards import check_forward, check_shared_keys, logits_error
 
 from .evaluate import Watch
 
@@ -121,6 +123,10 @@ class _Pass:
         """Take every variant through a block; a forward hook of it, while its 16-bit weights are there."""
         here = self.weights[number]
         first = args[0] if args else kwargs["hidden_states"]
+        before = self.begun.get(SIXTEEN)
+        if before is not None and not _near(first.cpu(), before):  # Zamba's shared transformer
+            raise ModelError(f"what is computed before {type(block).__name__} {number} is not known: the model cannot "
+                             "be measured block by block")  # fmt: skip
         for quant in {variant.quant: None for variant in self.variants.values()}:
             packed = {path: weight.in_4_bit(quant, self.double_quant) for path, weight in here.items()}
             plain = {path: weight.parameter.data for path, weight in here.items()}
@@ -154,8 +160,19 @@ def _computed(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict)
     return _first(block.forward(**kwargs | {"hidden_states": hidden}))
 
 
+def _near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def _first(output) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _finite(name: str, weight: torch.Tensor) -> torch.Tensor:
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ModelError(f"{name} holds NaN or infinity in {dtype}: the checkpoint is damaged, or too large for it")
+    return weight
 
 
 class _Behind:
@@ -236,16 +253,16 @@ class StreamedBase:
         self.recipe, self.watch, self.name = recipe, watch, files.name
         self.device, dtype = resolve_device(m.device), compute_dtype_of(recipe, resolve_device(m.device))
         self.skeleton = without_weights(part.config, dtype=dtype)
-        self.weights = weights_of(self.skeleton)
+        check_shared_keys(self.skeleton)
+        self.weights, work = weights_of(self.skeleton), CausalLM()
         examples = build_data(recipe, load_tokenizer(m.path, m.revision), "eval").examples[:rows]
+        work.check_examples(self.skeleton, examples)
         self.examples, self.dtype = examples, dtype
         stored = open_weights(files, self.skeleton, dtype).reader()
-        self._read: Read = lambda name: stored(name).to(self.device, dtype)
+        self._read: Read = lambda name: _finite(name, stored(name).to(self.device, dtype))
         self.model = streamed_model(part.config, self._read, dtype)
         self._fill_buffers(stored)
-        if why_unpacked(self.model, max(CausalLM().lengths(examples))):
-            run_unpacked(self.model)
-        work = CausalLM()
+        check_forward(self.model, max(work.lengths(examples)), partial(logits_error, own=self._head()))
         self.batches: list[Batch] = [work.collate([one]) for one in examples]
         if not runs_unpacked(self.model):
             lengths, plan = work.lengths(examples), adopt(without_weights(part.config, dtype=dtype))
@@ -327,7 +344,7 @@ class StreamedBase:
             tokens = sum(inputs.row_lengths)
             for name, state in here.ends():
                 last = behind(state.to(self.device))[0, :tokens]
-                if name == SIXTEEN and not torch.allclose(last, expected, rtol=1e-3, atol=1e-3):
+                if name == SIXTEEN and not _near(last, expected):
                     raise ModelError(f"what {type(self.model).__name__} does behind its blocks is not known: it cannot "
                                      "be measured block by block")  # fmt: skip
                 hidden.setdefault(name, []).append(last[inputs.learned].cpu())
@@ -365,6 +382,9 @@ class StreamedBase:
                 sums[name][0] += nn.functional.nll_loss(found, wanted, reduction="sum").item()
                 if found is not expected:
                     sums[name][1] += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
+        if wrong := next((name for name, each in sums.items() if not math.isfinite(sum(each))), None):
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ModelError(f"{wrong}: logits in {dtype} are not finite; set model.compute_dtype to float32")
         count = len(targets)
         return {name: {"loss": loss / count, "kl": max(0.0, kl / count)} for name, (loss, kl) in sums.items()}
 

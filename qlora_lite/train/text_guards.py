@@ -24,7 +24,7 @@ from qlora_lite.models.anatomy import blocks, device_of, head, position_limit, t
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, trained_on_host
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked
-from qlora_lite.ops.loss import head_logits
+from qlora_lite.ops.loss import Head, head_logits
 
 from .divided_weights import parts_of
 from .forward import hidden_states, prepare
@@ -128,8 +128,12 @@ def check_causal(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def logits_error(model: nn.Module, seed: int = 0) -> float:
-    """Return the relative L2 error of the logits of packed rows of random tokens; see ``relative_error``."""
+def logits_error(model: nn.Module, seed: int = 0, own: Head | None = None) -> float:
+    """Return the relative L2 error of the logits of packed rows of random tokens; see ``relative_error``.
+
+    Args:
+        own: the model's head, of one that has its weights only while it runs.
+    """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     lengths = (7, 12, 5)
@@ -137,12 +141,13 @@ def logits_error(model: nn.Module, seed: int = 0) -> float:
     positions = [torch.arange(length)[None] for length in lengths]
     ids, position_ids = torch.cat(rows, dim=1), torch.cat(positions, dim=1)
     batch = Batch(ids, position_ids, torch.full((ids.shape[1],), IGNORED_LABEL), lengths, ("",) * len(lengths))
-    was_training = model.training
+    was_training, its_head = model.training, own or head(model)
+    device = its_head.weight.device if own else device_of(model)
     model.eval()
-    packed = head_logits(hidden_states(model, prepare(batch, device_of(model))), head(model))
+    packed = head_logits(hidden_states(model, prepare(batch, device)), its_head)
 
     def alone() -> torch.Tensor:
-        return torch.cat([model(input_ids=row.to(device_of(model)), use_cache=False).logits[0] for row in rows])
+        return torch.cat([model(input_ids=row.to(device), use_cache=False).logits[0] for row in rows])
 
     error = relative_error(packed, alone, model)
     model.train(was_training)
@@ -173,7 +178,9 @@ def relative_error(packed: torch.Tensor, alone: Callable[[], torch.Tensor], mode
 
 def _bad_weight(model: nn.Module) -> str:
     """Name a weight that is not finite, or else the one with the largest number."""
-    sizes = {name: _largest(tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    there = {name: each for name, each in model.state_dict().items() if each.is_floating_point() and not each.is_meta}
+    if not (sizes := {name: _largest(each) for name, each in there.items()}):
+        return "weights are too large"
     name = next((name for name, size in sizes.items() if not math.isfinite(size)), None)
     if name:
         return f"{name} holds NaN or infinity"
@@ -198,7 +205,7 @@ def _check_embeddings_finite(model: nn.Module) -> None:
         ModelError: naming the first token.
     """
     weight = model.get_input_embeddings().weight.detach()
-    if math.isfinite(_largest(weight)):
+    if weight.is_meta or math.isfinite(_largest(weight)):  # of a model that is read while it runs
         return
     token = next(token for token, row in enumerate(weight) if not row.isfinite().all())
     raise ModelError(f"{type(model).__name__}: the embedding of token {token} is not finite; {_cure(model)}")

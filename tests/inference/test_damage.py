@@ -13,7 +13,7 @@ from tiny_files import save_tiny, write_recipe
 from tiny_runs import make_run
 
 from qlora_lite.cli.main import cli
-from qlora_lite.errors import DoesNotFitError, ModelError, OutputError, RecipeError
+from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError, RecipeError
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.inference import damage, variants
 from qlora_lite.inference.damage import Candidate, candidates_of, choose, measure_damage, pages_of
@@ -24,6 +24,7 @@ from qlora_lite.models.skeleton import meta_model
 from qlora_lite.planning.answering import prompt_bytes
 from qlora_lite.prepare.build import build_to_use
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.train import text_guards
 
 
 @pytest.fixture(autouse=True)
@@ -88,21 +89,22 @@ def test_bytes_are_those_of_the_models_loaded(tmp_path):
 
 
 def test_each_weight_is_read_once_for_all_variants_and_none_stays(tmp_path, monkeypatch):
-    recipe, read, there = recipe_of(tmp_path, num_hidden_layers=4), [], []
+    recipe, read, there, bases = recipe_of(tmp_path, num_hidden_layers=4), [], [], []
     own = variants.open_weights
 
     def noting(*arguments):
         reader = own(*arguments).reader()
 
         def noted(name):
-            read.append(name)
-            there.append(sum(not block.mlp.up_proj.weight.is_meta for block in base.model.model.layers))
+            if bases:  # its checks before have read some too
+                read.append(name)
+                there.append(sum(not block.mlp.up_proj.weight.is_meta for block in bases[0].model.model.layers))
             return reader(name)
 
         return SimpleNamespace(reader=lambda: noted)
 
     monkeypatch.setattr(variants, "open_weights", noting)
-    base = StreamedBase(recipe, rows=99)
+    bases.append(base := StreamedBase(recipe, rows=99))
     base.measure({"nf4": Variant("nf4")} | {n: Variant("nf4", c.kept) for n, c in candidates_of(base).items()}, "")
     of_blocks = [name for name, _ in base.model.named_parameters() if "layers" in name]
     assert sorted(name for name in read if "layers" in name) == sorted(of_blocks) and max(there) <= 1
@@ -185,6 +187,64 @@ def test_no_recommended_set_is_beaten_by_a_single_kind_or_block(wish, tmp_path, 
     (found,) = measure_damage(recipe, **wish)["sets"]
     assert (found["keep_16bit"], found["kl"]) == ([f"{block}.*"], 0.03)
     assert found["closed"] == pytest.approx(0.7) == found["guessed"]
+
+
+def test_a_set_that_falls_short_says_so_and_never_is_all_layers(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path)
+
+    def measured(self, given, what):  # whatever is kept closes a little more
+        kept = {name: len(getattr(given.get(name), "kept", ())) for name in (SIXTEEN, *given)}
+        return {name: {"loss": 1.0, "kl": 0.0 if name == SIXTEEN else 0.1 - 0.005 * n} for name, n in kept.items()}
+
+    monkeypatch.setattr(StreamedBase, "measure", measured)
+    (found,) = measure_damage(recipe, close=0.999)["sets"]
+    assert found["asked"] == "99.9% of the divergence closed, not reached" and 0 < found["closed"] < 0.999
+    (found,) = measure_damage(recipe, most_bytes=2**30)["sets"]
+    changed = recipe.model.model_copy(update={"keep_16bit": tuple(found["keep_16bit"])})
+    assert build_to_use(recipe.model_copy(update={"model": changed}), use_cache=False), "not all layers"
+
+
+def test_rows_that_would_see_each_other_go_through_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_guards, "why_unpacked", lambda *_: "")  # so that only a comparison shows it
+    recipe = recipe_of(tmp_path, "bloom")
+    assert len(StreamedBase(recipe, rows=5).batches) == 5
+    assert len(StreamedBase(recipe_of(tmp_path / "llama"), rows=5).batches) == 1
+
+
+@pytest.mark.parametrize(("model_type", "options", "text"), [
+    ("gemma4_unified_text",
+     {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+     "read the keys and values of earlier ones"),
+    ("gpt2", {"n_positions": 16}, r"the row takes \d+ positions, and the model has embeddings of 16"),
+])  # fmt: skip
+def test_a_model_that_these_rows_cannot_go_through_block_by_block_is_one_error(model_type, options, text, tmp_path):
+    with pytest.raises((ModelError, DataError), match=text):
+        measure_damage(recipe_of(tmp_path, model_type, **options))
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "embed_tokens.weight", "layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named(name, tmp_path):
+    recipe = recipe_of(tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.{name}"].view(-1)[3] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"model.{name} holds NaN or infinity in \w+: the checkpoint is damaged"):
+        measure_damage(recipe)
+
+
+def test_what_is_computed_between_blocks_is_an_error(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path)
+    own = variants.streamed_model
+
+    def with_more(*arguments):
+        model = own(*arguments)
+        model.model.layers[1].register_forward_pre_hook(lambda block, given: (given[0] * 2, *given[1:]))
+        return model
+
+    monkeypatch.setattr(variants, "streamed_model", with_more)
+    with pytest.raises(ModelError, match=r"what is computed before LlamaDecoderLayer 1 is not known: .* by block"):
+        measure_damage(recipe)
 
 
 @pytest.mark.parametrize(("error", "overrides", "options", "text"), [
