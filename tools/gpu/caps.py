@@ -6,6 +6,7 @@ GPU there is no allocator to hold: a dry run compares the ledger and the plan's 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -160,7 +161,7 @@ def lengths_within(capped: CappedDevice, plan: Plan) -> tuple[MemoryOptions, lis
             first = longest(job_of, plan.limit_bytes, None, start, MAX_TOKENS)
         except DoesNotFitError:
             continue
-        found = [max(first, round(share * first / LENGTH_STEP) * LENGTH_STEP) for share in STEPS_ABOVE]
+        found = [math.ceil(share * first / LENGTH_STEP) * LENGTH_STEP for share in STEPS_ABOVE]  # one more at least
         short = capped.machine.seconds(predict(job_of(first)).simulation.work) <= MAX_STEP_SECONDS
         if short and predict(job_of(found[-1])).fits_host(capped.machine.host_bytes):
             return options, list(dict.fromkeys(found))
