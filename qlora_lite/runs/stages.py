@@ -224,9 +224,9 @@ def prepare(
     if recipe.lora.start == EVA and continuation:
         ranks = continuation.ranks
     elif recipe.lora.start in FROM_ROWS:  # of qera also where training goes on: the adapter's folder will have them
-        written = [run.path / name for name in trained_folders(recipe) if (run.path / name / FIRST_NAME).is_file()]
-        is_known = continuation and written  # another version or machine may find others
-        first = load_first(written[0]) if is_known else first_of(recipe, found.data.examples)
+        folders = trained_folders(recipe) if continuation else ()  # another version or machine may find others
+        written = [run.path / name for name in folders if (run.path / name / FIRST_NAME).is_file()]
+        first = load_first(written[0]) if written else first_of(recipe, found.data.examples)
         ranks = ranks_of(recipe, first) if recipe.lora.start == EVA else None
     return Prepared(
         recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,
