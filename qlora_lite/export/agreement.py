@@ -76,7 +76,7 @@ def compare(reference: Outputs, other: Outputs) -> Likeness:
         loss += functional.nll_loss(found, other.targets[rows], reduction="sum").item()
         kl += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
         agree += int((expected.argmax(-1) == found.argmax(-1)).sum())
-    return Likeness(loss / total, max(kl / total, 0.0), agree / total)
+    return Likeness(loss / total, max(kl / total, 0.0), agree / total)  # in this order NaN stays
 
 
 def _log_probabilities(model: Outputs, rows: slice) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 Each block's 16-bit weights are read from the model's files and quantised, and the hidden states of every variant go
 through the block with the weights that it has there. In memory are one block in 16 bit and once more dequantised, the
-largest table, and the hidden states of all variants on the host, so that the 16-bit model may be larger than the
-machine. Rows that the device has no room for at once go through in several passes, each of which reads the files. A
-variant that has had no other weights so far shares the hidden states of the 4-bit model: one that has its 16
-bit in block j is computed from block j on.
+largest table (twice while the forward is checked), and the hidden states of all variants on the host, so that the
+16-bit model may be larger than the machine. A model that computes something between its blocks is refused. Rows that
+the device has no room for at once go through in several passes, each of which reads the files. A variant that has had
+no other weights so far shares the hidden states of the 4-bit model: one that has its 16 bit in block j is computed from
+block j on.
 
 Legend: T tokens, N target tokens, D hidden size.
 """
@@ -161,7 +162,7 @@ def _computed(block: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict)
 
 
 def _near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)  # of which the logits tell
 
 
 def _first(output) -> torch.Tensor:
@@ -171,7 +172,7 @@ def _first(output) -> torch.Tensor:
 def _finite(name: str, weight: torch.Tensor) -> torch.Tensor:
     if not torch.stack(torch.aminmax(weight)).isfinite().all():
         dtype = str(weight.dtype).removeprefix("torch.")
-        raise ModelError(f"{name} holds NaN or infinity in {dtype}: the checkpoint is damaged, or too large for it")
+        raise ModelError(f"{name} holds NaN or infinity in {dtype}: the checkpoint is damaged, or has larger numbers")
     return weight
 
 

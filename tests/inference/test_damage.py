@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputErro
 from qlora_lite.export.agreement import compare, outputs
 from qlora_lite.inference import damage, variants
 from qlora_lite.inference.damage import Candidate, candidates_of, choose, measure_damage, pages_of
+from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.variants import SIXTEEN, StreamedBase, Variant, tokens_at_once
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
@@ -231,6 +233,21 @@ def test_a_weight_that_is_not_finite_is_named(name, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"model.{name} holds NaN or infinity in \w+: the checkpoint is damaged"):
         measure_damage(recipe)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_divergence_of_zero(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path)
+    own = variants.Weight.in_4_bit
+    monkeypatch.setattr(variants.Weight, "in_4_bit", lambda self, quant, *how: own(self, quant, *how) * torch.nan)
+    with pytest.raises(ModelError, match=r"nf4: logits in \w+ are not finite; set model.compute_dtype to float32"):
+        measure_damage(recipe)
+    said = outputs(build_to_use(recipe, use_cache=False), StreamedBase(recipe, rows=2).batches)
+    assert math.isnan(compare(said, said._replace(hidden=said.hidden * torch.nan)).kl)
+
+
+def test_rows_beyond_the_model_s_positions_are_named_by_an_evaluation_too(tmp_path):
+    with pytest.raises(DataError, match=r"the row takes \d+ positions, and the model has embeddings of 16"):
+        evaluate_recipe(recipe_of(tmp_path, "gpt2", n_positions=16), None, 0)
 
 
 def test_what_is_computed_between_blocks_is_an_error(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("early_stopping_patience: 3", "train.early_stopping_patience"),
         ("sample_packing: true", "data.packing"), ("packing: true", "data.packing"),
         ("report_to: x", "train.trackers"), ("optimizer: x", "train.optimizer"),
-        ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "lora.rank"),
+        ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "indented below lora"),
         ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
         ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
         ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "no 8-bit base"),
