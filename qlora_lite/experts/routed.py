@@ -181,7 +181,8 @@ def _groups(numbers: torch.Tensor, most_rows: int, experts: Experts, dtype: torc
     pairs = numbers.numel()
     others = min(count, pairs) - 1
     share = min(pairs - most_rows, max(1, -(-(pairs - most_rows) // max(1, others))))
-    kinds = min(others, TILE_ROWS // CPU_MULTIPLE) if device_type(numbers.device) == "cpu" else 1
+    # how many counts of rows there are, since the other blocks' experts have others
+    kinds = -(-min(most_rows, TILE_ROWS) // CPU_MULTIPLE) if device_type(numbers.device) == "cpu" else 1
     here = min(at_once - 1, others)
     yield _Group([_Share(0, most_rows), *_alike(share, here, kinds)])
     for times, size in (((others - here) // at_once, at_once), (1, (others - here) % at_once)):

@@ -37,7 +37,7 @@ FIXED_SEGMENT_BYTES, FIXED_HOLES_SHARE = 576 * MIB, 0.07
 CUDA_COMPILER_BYTES = 128 * MIB
 HOST_PROCESS_BYTES = 1536 * MIB  # Python, torch with its CUDA libraries, pinned buffers; not yet checked beside a GPU
 CPU_BUFFERS_BYTES = 56 * MIB  # modules that loading a model imports (37 MiB), thread stacks, buffers of the step
-CPU_KERNEL_BYTES = 3 * MIB // 4  # for each large product's shape: what the two caches below keep of it
+CPU_KERNEL_BYTES = 3 * MIB // 4  # for each compiled product's shape: what the two caches below keep of it
 # Of kernels that oneDNN compiled, and of descriptions that torch keeps beside them (ideep, 0.25 MiB each): each cache
 # holds 1,024 of its own accord. Ragged batches fill them, and a run outgrows its plan.
 KERNEL_CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
@@ -97,7 +97,7 @@ def overheads(
         device_type: "cpu" or "cuda".
         moments: the high points of a step.
         resident: what is alive between two steps.
-        products: how many large matrix products differ in their shapes.
+        products: how many compiled matrix products differ in their shapes.
         compiling: blocks run through torch.compile.
     """
     if device_type == "cuda":
@@ -117,6 +117,7 @@ def overheads(
                 else []
             ),
         )
+    products = min(products, KERNELS_KEPT)
     kernels = products * CPU_KERNEL_BYTES
     holes = int(CPU_HOLES_SHARE * sum(resident.breakdown.get(name, 0) for name in (*TRAINED, "optimizer")))
     compiler = Overhead("torch.compile", CPU_COMPILER_BYTES, "its graphs, and what it caches")

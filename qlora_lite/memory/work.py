@@ -3,7 +3,7 @@
 Four totals are mostly enough for a ranking of plans: floating-point operations of products and attention (most by
 torch's own formulas), bytes that all other operations read and write (dequantising a weight reads half a byte and
 writes two), bytes that travel between device and host, and the operations themselves, which the host has to start one
-by one. Beside them, how many large products differ (a CPU compiles a kernel for each), and bytes that a disk gives.
+by one. Beside them, how many compiled products differ (a CPU compiles a kernel for each), and bytes that a disk gives.
 """
 
 import math
@@ -17,6 +17,9 @@ from torch.utils.flop_counter import flop_registry
 from .marks import marks
 
 LARGE_BYTES = 1 << 17  # of a product's operands and result
+# From so many multiplications on, a CPU compiles a kernel for a 16-bit product, however small its operands are
+# (mkldnn_gemm_min_size in aten/src/ATen/native/mkldnn/Matmul.cpp): 0.4 to 0.6 MiB each, and none in float32.
+COMPILED_16_BIT = 16 * 16 * 16
 _aten = torch.ops.aten
 _COPY = _aten.copy_.default
 
@@ -98,12 +101,11 @@ FUSED_ATTENTION = of_this_torch({
     "cudnn_attention": (6, 14),
     "flash_attention_for_cpu": (4, 7),
 })  # fmt: skip
+_PRODUCTS = [(_aten.mm, _aten.bmm, _aten._grouped_mm), (_aten.addmm, _aten.addmm_, _aten.baddbmm, _aten.baddbmm_)]
 # FLOPs of an operator's call. torch's table lacks the operators that add to a tensor in place and a CPU's flash
 # attention, counts what causal attention leaves out, and fails on grouped heads (torch 2.11).
 FLOP_FORMULAS = flop_registry | {
-    packet: _product(first)
-    for first, packets in enumerate([(_aten.mm, _aten.bmm), (_aten.addmm, _aten.addmm_, _aten.baddbmm, _aten.baddbmm_)])
-    for packet in packets
+    packet: _product(first) for first, packets in enumerate(_PRODUCTS) for packet in packets
 }
 for _name, (_forward, _backward) in FUSED_ATTENTION.items():
     # forward: scores, values; backward: the scores again, and the gradients of scores, value, query and key
@@ -147,11 +149,19 @@ def _sizes(values: Sequence) -> Iterator[int]:
             yield from (item.nbytes for item in value if isinstance(item, torch.Tensor))
 
 
+def is_compiled(func, tensors: Sequence[torch.Tensor], flops: int) -> bool:
+    """Return whether a CPU keeps a kernel that it compiled for a product of these shapes, or its attention."""
+    if sum(tensor.nbytes for tensor in tensors) >= LARGE_BYTES:
+        return True
+    is_product = any(func._overloadpacket in packets for packets in _PRODUCTS)
+    return is_product and tensors[0].dtype.itemsize == 2 and flops > 2 * COMPILED_16_BIT
+
+
 class Work(NamedTuple):
     """FLOPs of products, bytes moved by everything else and over the bus, and operations, in training.
 
-    ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``large_products`` is how many
-    products of ``LARGE_BYTES`` or more differ in their operator or their shapes. ``disk_bytes`` are those of streamed
+    ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``compiled_products`` is how
+    many products that a CPU compiles a kernel for differ in their operator or their shapes. ``disk_bytes`` are those of streamed
     weights, before they take the bus. ``link_bytes`` are those of sharded weights that come from other ranks.
     ``update_bytes`` are what moves once a step however many its micro-batches are: for the optimizer's update, and
     where weights are merged once (``memory.cache_merged``).
@@ -161,7 +171,7 @@ class Work(NamedTuple):
     moved_bytes: int = 0
     bus_bytes: int = 0
     operations: int = 0
-    large_products: int = 0
+    compiled_products: int = 0
     disk_bytes: int = 0
     link_bytes: int = 0
     update_bytes: int = 0
@@ -199,10 +209,12 @@ class WorkCounter:
         if func is _COPY and marks.category == "offloaded":
             totals[2] += marks.repeats * args[0].nbytes
         elif formula is not None and not marks.is_once_a_step:
-            totals[0] += marks.repeats * formula(*args, **kwargs, out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
+            totals[0] += marks.repeats * flops
             tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
-            if sum(t.nbytes for t in tensors) >= LARGE_BYTES:
+            if is_compiled(func, tensors, flops):
                 product = (func, *(t.shape for t in tensors))
-                self._products[product] = max(marks.kinds, self._products.get(product, 0))
+                kinds = tensors[0].shape[0] if func._overloadpacket is _aten._grouped_mm else marks.kinds
+                self._products[product] = max(kinds, self._products.get(product, 0))
         else:
             totals[4 if is_once else 1] += marks.repeats * moved_bytes(func, args, result)

@@ -80,7 +80,7 @@ def prompt_bytes(model: nn.Module, tokens: int, prompts: int = 1, device_type: s
         before = ledger.now()
         decoder(model)(input_ids=ids, position_ids=torch.arange(tokens, device="meta")[None], use_cache=True, **no_mask)
     beside = sum(
-        each.bytes for each in overheads(device_type, ledger.peaks.values(), before, counter.work.large_products)
+        each.bytes for each in overheads(device_type, ledger.peaks.values(), before, counter.work.compiled_products)
     )
     return ledger.peak.total - before.total + beside - (CUDA_CONTEXT_BYTES if device_type == "cuda" else 0)
 

@@ -76,7 +76,7 @@ def predict(job: Job) -> Prediction:
 
 def with_constants(job: Job, simulation: Simulation) -> Prediction:
     """Add to a job's simulation the constants of its kind of device."""
-    moments, products = simulation.moments.values(), simulation.work.large_products
+    moments, products = simulation.moments.values(), simulation.work.compiled_products
     found = overheads(job.device_type, moments, simulation.resident, products, job.options.compile)
     if job.saved_adapters and job.device_type == "cpu":
         copy = Overhead(CHECKPOINT, copied_bytes(job, simulation), "its copy, until it is written")

@@ -18,7 +18,7 @@ from qlora_lite.planning.simulate import simulate
 from qlora_lite.train.workload import BatchShape
 
 
-def test_large_products_of_one_operator_and_shape_count_once():
+def test_compiled_products_of_one_operator_and_shape_count_once():
     large, other, small = torch.ones(256, 128), torch.ones(512, 128), torch.ones(16, 16)
     with counted() as counter, phase("forward"):
         for _ in range(3):
@@ -27,7 +27,22 @@ def test_large_products_of_one_operator_and_shape_count_once():
         large.addmm(large, torch.ones(128, 128))
         small @ small
         large + large
-    assert counter.work.large_products == 3
+    assert counter.work.compiled_products == 3
+
+
+def test_a_small_product_counts_as_compiled_in_16_bit_only():
+    for dtype, compiled in ((torch.float32, 0), (torch.bfloat16, 2)):
+        with counted() as counter, phase("forward"):
+            for rows in (24, 32, 4):  # that of four rows is below oneDNN's minimum
+                torch.ones(rows, 16, dtype=dtype) @ torch.ones(16, 16, dtype=dtype)
+        assert counter.work.compiled_products == compiled
+
+
+def test_grouped_products_count_their_flops_and_a_kernel_for_each_count_of_rows():
+    rows, weights = torch.ones(24, 16, dtype=torch.bfloat16), torch.ones(3, 16, 32, dtype=torch.bfloat16)
+    with counted() as counter, phase("forward"):
+        torch._grouped_mm(rows, weights, torch.tensor([8, 16, 24], dtype=torch.int32))
+    assert counter.work.flops == 2 * 24 * 16 * 32 and counter.work.compiled_products == 24
 
 
 @pytest.mark.parametrize(("operator", "shapes"), [
@@ -45,7 +60,7 @@ def test_formulas_of_products_are_torch_s(operator, shapes):
 def test_a_product_of_weights_that_are_loaded_does_not_count():
     with counted() as counter:
         torch.ones(256, 128) @ torch.ones(128, 256)
-    assert counter.work.large_products == 0
+    assert counter.work.compiled_products == 0
 
 
 def test_operations_of_forward_and_backward_are_counted_but_no_views_and_memory_alone():
@@ -111,9 +126,9 @@ def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():
             held = prediction.simulation.resident.breakdown
             holes = int(CPU_HOLES_SHARE * (held["adapter"] + held["optimizer"]))
             assert [overhead.bytes for overhead in prediction.overheads] == [
-                CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES * prediction.simulation.work.large_products, holes
+                CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES * prediction.simulation.work.compiled_products, holes
             ]  # fmt: skip
-            constants[tokens, layers] = prediction.simulation.work.large_products
+            constants[tokens, layers] = prediction.simulation.work.compiled_products
     assert constants[512, 4] == constants[512, 12] < constants[1024, 4] == constants[1024, 12]
 
 

@@ -209,7 +209,7 @@ def test_a_plan_counts_the_work_and_the_kernels_of_many_blocks_by_their_average(
     assert works[1].flops == pytest.approx(works[0].flops, rel=1e-3)
     assert peaks[1] == peaks[0]
     if device == "cpu":  # a few of the first blocks' products are too small to count
-        assert works[0].large_products <= works[1].large_products <= 1.06 * works[0].large_products + 8
+        assert works[0].compiled_products <= works[1].compiled_products <= 1.06 * works[0].compiled_products + 8
     assert 5 * min(calls[2:]) < min(calls[:2]), "a plan's time does not grow with the length"
 
 
@@ -218,7 +218,7 @@ def test_a_plan_s_kernels_do_not_depend_on_the_order_of_rows():
     for rows in ((65 * BLOCK_QUERIES, 40 * BLOCK_QUERIES), (40 * BLOCK_QUERIES, 65 * BLOCK_QUERIES)):
         with planning_for("cpu"), counted() as counter, phase("forward"):
             block_attention(*inputs, rows, 0.3)
-        counts.append(counter.work.large_products)
+        counts.append(counter.work.compiled_products)
     assert counts[0] == counts[1] >= 2 * 63
 
 
@@ -228,7 +228,7 @@ def test_a_plan_of_short_rows_for_a_cpu_runs_each_block_since_rows_share_kernels
     for rows in ((10 * BLOCK_QUERIES,) * 2, (10 * BLOCK_QUERIES, 8 * BLOCK_QUERIES)):
         with planning_for("cpu"), counted() as counter, phase("forward"):
             block_attention(*inputs, rows, 0.3)
-        counts.append(counter.work.large_products)
+        counts.append(counter.work.compiled_products)
     assert counts[0] == counts[1] > 0
 
 
