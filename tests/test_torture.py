@@ -21,8 +21,9 @@ KILLS, ALL, RANKS = 5, 18, 3  # kinds of faults
         (["--only", "kills"], KILLS),
         pytest.param([], ALL, marks=pytest.mark.slow),
         pytest.param(["--ranks", "2"], RANKS, marks=pytest.mark.slow),
+        pytest.param(["--kinds", "DPO", "masks"], 2, marks=pytest.mark.slow),
     ],
-    ids=["kills", "all", "ranks"],
+    ids=["kills", "all", "ranks", "kinds"],
 )
 @pytest.mark.slow
 def test_killed_stopped_hindered_and_damaged_runs_come_to_the_same_end(part, faults):

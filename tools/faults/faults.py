@@ -286,3 +286,8 @@ def points_of_a_save(lab: Lab, step: int) -> list[int]:
 def disk_error(chance: random.Random) -> int:
     """Return ENOSPC or EIO."""
     return chance.choice((errno.ENOSPC, errno.EIO))
+
+
+def disk_operations(lab: Lab) -> int:
+    """Return how many operations of an undisturbed run ``disk_error`` may come at."""
+    return sum(name in ("fsync", "rename", "replace", "mkdir") for name, _ in lab.operations) + lab.calls["save"]

@@ -83,13 +83,7 @@ class Lab:
     def __init__(self, folder: Path, overrides: tuple[str, ...] = ()):
         self.folder, self.overrides = folder, overrides
         folder.mkdir(exist_ok=True)
-        save_tiny(folder / "model")
-        train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2,
-                 "optimizer": "paged_adamw_8bit", "gradient_accumulation_steps": 2, "learning_rate": 0.003,
-                 "warmup_ratio": 0.3, "metrics_examples": 1}  # fmt: skip
-        self.recipe = write_recipe(
-            folder, folder / "model", train=train, lora={"rank": 64, "dropout": 0.1}, data={"max_tokens": 96}
-        )
+        self.recipe = self.write(folder)
         self.whole = folder / "whole"
         self._warm_up()
         self.operations: list[tuple[str, str]] = []
@@ -101,6 +95,16 @@ class Lab:
         self.seconds = time.monotonic() - started
         counted = json.loads(counts.read_text())
         self.operations, self.calls = [tuple(pair) for pair in counted["file"]], counted["calls"]
+
+    def write(self, folder: Path) -> Path:
+        """Write the model, the examples and the recipe; return its path."""
+        save_tiny(folder / "model")
+        train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2,
+                 "optimizer": "paged_adamw_8bit", "gradient_accumulation_steps": 2, "learning_rate": 0.003,
+                 "warmup_ratio": 0.3, "metrics_examples": 1}  # fmt: skip
+        return write_recipe(
+            folder, folder / "model", train=train, lora={"rank": 64, "dropout": 0.1}, data={"max_tokens": 96}
+        )
 
     def counting(self, path: Path) -> Install:
         """Return what counts an undisturbed run's calls and file operations."""
@@ -217,11 +221,15 @@ def lines_of(out: Path, strict: bool = True) -> list[dict]:
     return found
 
 
+def weights_of(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of weights that a run left, its checkpoints apart."""
+    files = (path for path in out.rglob("*.safetensors") if "checkpoints" not in path.parts)
+    return {str(path.relative_to(out)): sha256(path) for path in files}
+
+
 def same(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool:
-    """Return whether a run gave the very same lines and adapters."""
-    files = [f"{name}/adapter_model.safetensors" for name in ("adapter", "adapter-last")]
-    there = all((out / file).is_file() for file in files)
-    return there and lines == wanted and all(sha256(out / file) == sha256(whole / file) for file in files)
+    """Return whether a run gave the very same lines and weights."""
+    return lines == wanted and weights_of(out) == weights_of(whole)
 
 
 def alike(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool:
