@@ -5,14 +5,15 @@ What ``faults.lab`` does to one fine-tune of a language model, at few points of 
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from pathlib import Path
 
 from faults.faults import at_call, disk_error, disk_operations, hindered, kill, killed_at, signalled, signalled_twice
-from faults.lab import Lab, Row
-from faults.random_recipes import with_settings
-from faults.subjects import Subject, subjects
+from faults.lab import SAVE_EVERY, STEPS, Lab, Row
+from faults.ranks import RanksLab, signalled_rank, signalled_rank_at
+from faults.subjects import subjects, with_settings
 
 FULL = {"adapter.method": "full", "model.quant": "none", "lora": None}
 # name -> name of a subject, and settings of its recipe
@@ -61,30 +62,47 @@ PAIRS = (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signa
 
 
 class KindLab(Lab):
-    """The undisturbed run of a kind."""
+    """The undisturbed run of a kind, by its name in ``KINDS``."""
 
-    def __init__(self, folder: Path, subject: Subject, settings: dict[str, object]):
-        self.subject, self.settings = subject, settings
+    def __init__(self, folder: Path, name: str):
+        self.name = name
         super().__init__(folder)
 
     def write(self, folder: Path) -> Path:
-        """See ``Lab``; planned micro-batches, which a resumed run has to take again."""
-        self.subject.save(folder / "model")
-        path = self.subject.write(folder, folder / "model")
-        train = {"max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 2}
-        planned = {f"train.{name}": value for name, value in train.items()} | {"memory.micro_batches": "auto"}
-        with_settings(path, planned | self.settings)
-        return path
+        """See ``Lab``."""
+        return _recipe(self.name, folder)
+
+
+class RanksKindLab(RanksLab):
+    """The undisturbed run of a kind by several processes."""
+
+    def __init__(self, folder: Path, name: str, ranks: int):
+        self.name = name
+        super().__init__(folder, ranks)
+
+    def write(self, folder: Path) -> Path:
+        """See ``Lab``."""
+        return _recipe(self.name, folder)
+
+
+def _recipe(name: str, folder: Path) -> Path:
+    """Write the files of a kind; with planned micro-batches, which a resumed run has to take again."""
+    wanted, settings = KINDS[name]
+    subject = next(each for found in subjects().values() for each in found if each.name == wanted)
+    subject.save(folder / "model")
+    path = subject.write(folder, folder / "model")
+    train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2}
+    planned = {f"train.{key}": value for key, value in train.items()} | {"memory.micro_batches": "auto"}
+    with_settings(path, planned | settings)
+    return path
 
 
 def interrupted(name: str, folder: Path, chance: random.Random, times: int) -> Row:
-    """Interrupt a kind of run so many times, each resumed once, and let its disk fail once."""
-    wanted, settings = KINDS[name]
-    subject = next(each for found in subjects().values() for each in found if each.name == wanted)
-    lab, row = KindLab(folder, subject, settings), Row(name)
+    """Interrupt a kind of run so many times, let its disk fail once, and begin it twice with one cache."""
+    lab, row = KindLab(folder, name), Row(name)
     places = [place for place in ("step", "evaluation", "save") if lab.calls[place]]
     for number in range(times):
-        place = places[number % len(places)]
+        place = chance.choice(places)
         call = place, chance.randrange(lab.calls[place])
         if number % 3 == 0:
             killed_at(lab, row, f"SIGKILL in {place} {call[1]}", at_call(*call, kill))
@@ -93,4 +111,33 @@ def interrupted(name: str, folder: Path, chance: random.Random, times: int) -> R
         else:
             signalled_twice(lab, row, chance.choice(PAIRS), chance.uniform(0.02, 0.12), call)
     hindered(lab, row, chance.randrange(disk_operations(lab)), disk_error(chance), False)
+    _with_one_cache(lab, row)
+    return row
+
+
+def _with_one_cache(lab: Lab, row: Row) -> None:
+    """Begin the run twice at one time, with one empty cache."""
+    outs = [lab.folder / f"at-once-{number}" for number in range(2)]
+    cache = str(lab.folder / "one-cache")
+
+    def install() -> None:
+        os.environ["QLORA_LITE_CACHE"] = cache
+
+    children = [lab.start(out, install=install) for out in outs]
+    for out, child in zip(outs, children, strict=True):
+        lab.judge(row, out, "two processes with one cache", (0, lab.wait(child)), {0})
+
+
+def interrupted_ranks(name: str, folder: Path, chance: random.Random, times: int, ranks: int) -> Row:
+    """Kill one rank of a kind of run so many times, in a step or at a random moment, and stop the launcher once."""
+    lab, row = RanksKindLab(folder, name, ranks), Row(name)
+    for number in range(times):
+        rank = number % ranks
+        words = f"rank {rank} was killed by SIGKILL"
+        if number % 2:
+            signalled_rank(lab, row, rank, signal.SIGKILL, chance.uniform(0.0, lab.seconds), words)
+        else:
+            call = "step", chance.randrange(lab.calls["step"])
+            signalled_rank_at(lab, row, rank, signal.SIGKILL, call, words)
+    signalled_rank(lab, row, None, signal.SIGTERM, chance.uniform(0.0, lab.seconds), "")
     return row

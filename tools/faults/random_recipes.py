@@ -26,7 +26,7 @@ from faults.lab import TRACE_CODE, lines_of, weights_of  # first: it sets how ma
 import yaml
 
 from faults.faults import at_call, kill
-from faults.subjects import Subject, subjects
+from faults.subjects import Subject, subjects, with_settings
 from qlora_lite.cli.main import main
 from qlora_lite.errors import DataError, RecipeError
 from qlora_lite.recipe.load import load_recipe
@@ -141,18 +141,6 @@ def _legal(key: str) -> list | None:
     if items := choices_of_items(found):
         return [[item] for item in items]
     return [True, False] if found.annotation is bool else None
-
-
-def with_settings(path: Path, settings: dict[str, object]) -> None:
-    """Merge dotted settings into a recipe file; a section that is None is left out."""
-    recipe = yaml.safe_load(path.read_text())
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        if name:
-            recipe.setdefault(section, {})[name] = value
-        else:
-            recipe.pop(section, None)
-    path.write_text(yaml.safe_dump(recipe))
 
 
 def checked(base: str, path: Path, settings: dict[str, object]) -> dict[str, object] | None:

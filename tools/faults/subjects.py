@@ -16,6 +16,7 @@ import tiny_heads
 import tiny_pictures
 import tiny_published
 import tiny_vision_language
+import yaml
 from tiny_files import save_nested, save_tiny, write_recipe
 from tiny_gguf import write_tiny_gguf
 
@@ -29,6 +30,18 @@ class Subject:
     name: str
     save: Callable[[Path], object]
     write: Callable[[Path, Path], Path]
+
+
+def with_settings(path: Path, settings: dict[str, object]) -> None:
+    """Merge dotted settings into a recipe file; a section that is None is left out."""
+    recipe = yaml.safe_load(path.read_text())
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if name:
+            recipe.setdefault(section, {})[name] = value
+        else:
+            recipe.pop(section, None)
+    path.write_text(yaml.safe_dump(recipe))
 
 
 def _preferences(objective: str, folder: Path, model: Path) -> Path:
@@ -81,7 +94,9 @@ def _published(name: str, folder: Path) -> None:
 
 
 def _from_gguf(folder: Path, model: Path) -> Path:
-    return write_recipe(folder, model / "model.gguf", model={"quant": "keep"})
+    path = write_recipe(folder, model / "model.gguf")
+    with_settings(path, {"model.quant": "keep"})
+    return path
 
 
 def _of_classes(folder: Path, model: Path) -> Path:
