@@ -8,6 +8,7 @@ Shapes: latents [C, H, W], already shifted and scaled as the denoiser wants them
 [T]; sizes [6]; number of a class [].
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,11 +17,11 @@ from typing import NamedTuple, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from qlora_lite.errors import DataError
 
+_CHECKSUM = "checksum"  # in the metadata of a file
 Stored = Path | Mapping[str, torch.Tensor]  # tensors by name, in a safetensors file or here
 
 
@@ -126,8 +127,31 @@ def arrays_in(stored: Stored) -> dict[str, np.ndarray]:
     """
     if isinstance(stored, Path):
         try:
-            stored = load_file(stored)
+            stored = read_checked(stored)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read {stored}, which this run has written ({error}); resume it, and it is "
                             "computed anew") from error  # fmt: skip
     return {name: (each.float() if each.is_floating_point() else each).numpy() for name, each in stored.items()}
+
+
+def checksum_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the metadata that ``read_checked`` looks for in a safetensors file of these tensors."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        result.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        result.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return {_CHECKSUM: result.hexdigest()}
+
+
+def read_checked(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file and compare its tensors with its checksum.
+
+    Raises:
+        OSError: it cannot be read.
+        SafetensorError: it is no such file, or not as it was written.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        if not checksum_of(tensors).items() <= (file.metadata() or {}).items():
+            raise SafetensorError("it is not as it was written")
+    return tensors

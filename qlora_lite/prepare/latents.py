@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from qlora_lite.data.captions import Fit
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.labels import ONE_LABEL, label_names
-from qlora_lite.data.latents import LatentSet, LatentShapes, Stored
+from qlora_lite.data.latents import LatentSet, LatentShapes, Stored, checksum_of, read_checked
 from qlora_lite.data.picture_files import decode
 from qlora_lite.data.storage import Example
 from qlora_lite.errors import DataError, ModelError, OutputError
@@ -41,7 +41,7 @@ from qlora_lite.models.pipelines import (
 )
 from qlora_lite.quant.tensor_file import write_tensors
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.units import format_bytes
+from qlora_lite.units import counted, format_bytes
 
 from .recipe_denoiser import pipeline_of, shapes_of_recipe, with_classes
 
@@ -131,7 +131,8 @@ def encode_texts(recipe: Recipe, texts: Iterable[str], watch: Watch | None = Non
     device = _where(recipe, pipeline, parts := encoder_parts(pipeline))
     settings = part_digest(pipeline, *parts), pipeline.kind, pipeline.text_tokens, device.type
     names = {text: _path("texts", text, *settings) for text in distinct}
-    found: dict[str, Stored] = {text: path for text, path in names.items() if _is_whole(path)}
+    intact = _intact(names.values())
+    found: dict[str, Stored] = {text: path for text, path in names.items() if path in intact}
     missing = [text for text in distinct if text not in found]
     if missing:
         started, encoders = time.monotonic(), TextEncoders(pipeline, device)
@@ -181,27 +182,23 @@ def _pictures(
         return [_pixels(each, fit, is_told_sizes) for each in examples]
     device = _where(recipe, pipeline, [AUTOENCODER])
     settings = part_digest(pipeline, AUTOENCODER), is_told_sizes, fit.digest, device.type
-    found: dict[str, Stored] = {}
-    encoder, started, count, result = None, time.monotonic(), 0, []
-    for number, example in enumerate(examples, 1):
-        path = _path("pictures", _digest(example), *settings)
-        if str(path) not in found:
-            if not _is_whole(path):
-                encoder, count = encoder or Autoencoder(pipeline, device), count + 1
-                tensors = dict(_pixels(example, fit, is_told_sizes))
-                tensors["latents"] = encoder.encode(tensors["latents"][None])[0].contiguous()
-                found[str(path)] = _kept(path, tensors)
-                if watch:
-                    watch("pictures", number, len(examples))
-            else:
-                found[str(path)] = path
-        result.append(found[str(path)])
+    paths = [_path("pictures", _digest(example), *settings) for example in examples]
+    found: dict[Path, Stored] = {path: path for path in _intact(paths)}
+    encoder, started, count = None, time.monotonic(), 0
+    for number, (path, example) in enumerate(zip(paths, examples, strict=True), 1):
+        if path not in found:
+            encoder, count = encoder or Autoencoder(pipeline, device), count + 1
+            tensors = dict(_pixels(example, fit, is_told_sizes))
+            tensors["latents"] = encoder.encode(tensors["latents"][None])[0].contiguous()
+            found[path] = _kept(path, tensors)
+            if watch:
+                watch("pictures", number, len(examples))
     if encoder:
         del encoder
         freed(device)
         log.info("pictures: %d of %d encoded in %.0f s, others from the cache", count, len(examples),
                  time.monotonic() - started)  # fmt: skip
-    return result
+    return [found[path] for path in paths]
 
 
 def _digest(example: Example) -> str:
@@ -239,12 +236,22 @@ def _path(kind: str, *content: object) -> Path:
     return cache_root() / "latents" / kind / name[:2] / f"{name}.safetensors"
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):  # which compares its size with what its header says
-            return True
-    except (OSError, SafetensorError):
-        return False
+def _intact(paths: Iterable[Path]) -> set[Path]:
+    """Return the files that are in the cache as they were written, with one line where others are there."""
+    intact, damaged = set(), set()
+    for path in dict.fromkeys(paths):
+        try:
+            read_checked(path)
+        except FileNotFoundError:
+            continue
+        except (OSError, SafetensorError):  # an earlier version wrote no checksum
+            damaged.add(path)
+        else:
+            intact.add(path)
+    if damaged:
+        what = counted(len(damaged), "cached file")
+        log.warning("%s damaged, or of an earlier version: encoded anew, first %s", what, min(damaged))
+    return intact
 
 
 def _kept(path: Path, tensors: dict[str, torch.Tensor]) -> Stored:
@@ -253,7 +260,7 @@ def _kept(path: Path, tensors: dict[str, torch.Tensor]) -> Stored:
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            write_tensors(partial, tensors)
+            write_tensors(partial, tensors, checksum_of(tensors))
             partial.replace(path)
     except OutputError as error:
         log.warning("what was encoded is kept in memory: %s", error)

@@ -33,8 +33,11 @@ HASHED_WORDS = 1 << 18  # at once: 2 MiB
 ODD_NUMBER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write contiguous host tensors to a safetensors file, with the rights that any new file of the user's gets.
+
+    Args:
+        metadata: more for its header.
 
     Raises:
         OSError: it cannot be written.
@@ -42,7 +45,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.touch()
     rights = path.stat().st_mode  # safetensors 0.8 lets nobody else read its files
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
         path.chmod(rights)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))

@@ -176,6 +176,31 @@ def test_what_was_encoded_is_found_again_and_no_encoder_is_loaded(run, tmp_path,
     run_recipe(settings)
 
 
+def test_a_damaged_latent_or_text_in_the_cache_is_encoded_anew(bases, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases["sd"], **SMALL))
+    fit = reader_of(recipe)
+    data = read_data(recipe, fit, ("train",))["train"]
+
+    def arrays():
+        examples = encode(recipe, fit, [data]).parts[0].examples
+        return [(example.latents.copy(), example.text.copy()) for example in examples]  # of mapped files
+
+    first = arrays()
+    for kind in ("pictures", "texts"):
+        caplog.clear()
+        path, *_ = sorted((tmp_path / "cache" / "latents" / kind).glob("*/*.safetensors"))
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        path.write_bytes(content)
+        for one, other in zip(first, arrays(), strict=True):
+            assert all(map(np.array_equal, one, other))
+        assert f"1 cached file damaged, or of an earlier version: encoded anew, first {path}" in caplog.text
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"not as it was written.*; resume it"):
+        arrays_in(path)
+
+
 # What encode_prompt gives beside the text, by place, and what it is asked for beside the prompt.
 ALONE = {"do_classifier_free_guidance": False}
 TEXTS = {
