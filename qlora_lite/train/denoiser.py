@@ -298,11 +298,11 @@ class Denoiser(Workload):
             generator = _generator(seed, step, example.number)
             draws.append(self.objective.draw(generator))
             noise.append(torch.randn(example.latents.shape, generator=generator))
-            told.append(neutral if neutral and float(torch.rand((), generator=generator)) < dropout else example)
-        latents, sizes = (stacked(examples, name) for name in ("latents", "sizes"))
+            is_left_out = neutral and float(torch.rand((), generator=generator)) < dropout
+            told.append(replace(neutral, sizes=example.sizes) if neutral and is_left_out else example)
+        latents = stacked(examples, "latents")
         numbers = Draw(*(torch.tensor(column, dtype=torch.float32) for column in zip(*draws, strict=True)))
-        conditions = conditions_of(told, self.compute_dtype)._replace(sizes=sizes)
-        return Noised(latents.float(), torch.stack(noise), numbers, conditions)
+        return Noised(latents.float(), torch.stack(noise), numbers, conditions_of(told, self.compute_dtype))
 
     def shape(self, batch: Noised) -> BatchShape:
         """Return how many pictures there are."""

@@ -434,6 +434,19 @@ def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
     assert torch.equal(without.noise, work.training_batch(list(rows), 0, 1).noise)
 
 
+def test_pictures_keep_their_sizes_where_a_caption_is_left_out(bases, tmp_path):
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases["sdxl"], **SMALL, diffusion={"caption_dropout": 0.5}))
+    fit = reader_of(recipe)
+    rows = encode(recipe, fit, [read_data(recipe, fit, ("train",))["train"]]).parts[0].examples
+    work, alike = with_neutral(workload_of(recipe), rows), list(rows)[::3]
+    neutral, are_left_out = torch.from_numpy(rows.neutral_example().text), set()
+    for step in range(1, 9):
+        conditions = work.training_batch(alike, 0, step).conditions
+        assert torch.equal(conditions.sizes, torch.stack([torch.from_numpy(row.sizes) for row in alike]))
+        are_left_out.add(sum(torch.equal(text, neutral) for text in conditions.text))
+    assert are_left_out & {1, 2, 3}
+
+
 def test_pictures_of_other_shapes_in_a_batch_have_the_losses_that_they_have_alone(bases, tmp_path):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases["sd"], **SMALL))
     fit = reader_of(recipe)
