@@ -92,6 +92,12 @@ def lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in changing} for line in read_run(folder / "out").metrics]
 
 
+def evaluations(run: Path) -> list[dict]:
+    """Return what each evaluation of a run measured."""
+    found = [{k: v for k, v in line.items() if k.startswith("eval_")} for line in read_run(run).metrics]
+    return [line for line in found if "eval_loss" in line]
+
+
 def stop_at(step: int) -> Callable:
     """Return what ``run_recipe`` is to call after each step so that a signal ends the run after this one."""
     return lambda metrics, _total: os.kill(os.getpid(), signal.SIGTERM) if metrics.step == step else None

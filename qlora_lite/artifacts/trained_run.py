@@ -512,7 +512,7 @@ def _as_it_ran(opened: OpenedRun) -> Recipe:
     if recipe.generates_pictures and (names := opened.summary.get("classes")):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(names)})})
     try:
-        return with_plan(recipe, opened.summary["plan"]["chosen"])
+        return with_plan(recipe, opened.summary["plan"]["chosen"], micro_batches=False)
     except (KeyError, TypeError, CheckpointError):
         return recipe
 

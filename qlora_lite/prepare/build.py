@@ -100,6 +100,7 @@ from .recipe_denoiser import (
 )
 from .recipe_head import config_of, head_of, part_of, picture_processor, picture_reader
 
+MICRO_BATCHES = "micro_batch_size", "gradient_accumulation_steps"
 log = logging.getLogger(__name__)
 
 
@@ -503,11 +504,12 @@ def formats_of(recipe: Recipe, config) -> Formats:
     return published_formats(config) or kept_formats(locate(m.path, m.revision, with_weights=False), config)
 
 
-def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:
+def with_plan(recipe: Recipe, options: Mapping[str, object], micro_batches: bool = True) -> Recipe:
     """Return a recipe with an earlier plan's memory options in place of those it leaves open.
 
     Args:
         options: settings by dotted key, as ``planning.candidate.Candidate.settings`` gives them.
+        micro_batches: take those of the plan, too. Pictures are evaluated in batches of the recipe's own size.
 
     Raises:
         CheckpointError: a memory option is unknown or invalid.
@@ -516,7 +518,8 @@ def with_plan(recipe: Recipe, options: Mapping[str, object]) -> Recipe:
     try:
         for key, value in options.items():
             section, _, name = FORMER_NAMES.get(key, key).partition(".")
-            sections[section][name] = value
+            if micro_batches or name not in MICRO_BATCHES:
+                sections[section][name] = value
         changed = {
             name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
             for name, values in sections.items()

@@ -10,7 +10,7 @@ to budgets are the obvious other way; what every rank needs for itself then leav
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import gcd
@@ -48,7 +48,7 @@ MIB = 2**20
 
 def plan_run(
     recipe: Recipe, examples, eval_examples, headroom: int = 0, processes: Processes = ALONE,
-    of_ranks: Sequence[dict] | None = None,
+    of_ranks: Sequence[dict] | None = None, kept: Mapping[str, object] | None = None,
 ) -> tuple[Plan, TrainSettings]:  # fmt: skip
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
@@ -60,6 +60,7 @@ def plan_run(
         headroom: bytes of the budget that the plan may not use.
         processes: that train together; those on one machine share its memory.
         of_ranks: ``Plan.of_ranks`` of a run that resumes; None finds out whether they are alike.
+        kept: settings of a plan that all ranks keep (``with_plan``), likewise.
 
     Raises:
         DoesNotFitError: with the breakdown and the smallest change that fits.
@@ -73,7 +74,7 @@ def plan_run(
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    work = workload_of(recipe)
+    work, recipe = workload_of(recipe), recipe if kept is None else with_plan(recipe, kept)
     counts = work.lengths(examples), work.target_counts(examples)
     epochs = Epochs(*counts, one_by_one, pictures=work.picture_counts(examples))
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)

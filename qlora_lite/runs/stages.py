@@ -41,13 +41,13 @@ from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.prepare.build import (
+    MICRO_BATCHES,
     add_adapter,
     base_files,
     build_model,
     build_skeleton,
     fingerprint_of,
     learning_rate_of,
-    with_plan,
     workload_of,
 )
 from qlora_lite.prepare.datasets import build_stream, held_out_digest, rows_to_plan
@@ -135,8 +135,7 @@ class Planned(Prepared):
     @property
     def chosen(self) -> dict[str, object]:
         """The plan's settings by the recipe's keys, as a step of all ranks has them."""
-        names = "micro_batch_size", "gradient_accumulation_steps"
-        return self.plan.chosen.settings | {f"train.{name}": getattr(self.settings, name) for name in names}
+        return self.plan.chosen.settings | {f"train.{name}": getattr(self.settings, name) for name in MICRO_BATCHES}
 
 
 @dataclass(frozen=True)
@@ -278,12 +277,12 @@ def _of_all(outcome: Proven | Overrun, processes: Processes) -> Proven | Overrun
 
 def plan(prepared: Prepared, headroom: int = 0) -> Planned:
     """Choose how to run the step before anything large is loaded, and leave so many bytes of the budget as headroom."""
-    recipe, earlier, of_ranks = prepared.with_ranks, prepared.continuation, None
+    earlier, kept, of_ranks = prepared.continuation, None, None
     if earlier and earlier.keeps_plan:
         of_ranks = earlier.plan_of_ranks(prepared.processes.world_size)
-        recipe = recipe if of_ranks else with_plan(recipe, earlier.plan_of(prepared.processes.world_size))
+        kept = None if of_ranks else earlier.plan_of(prepared.processes.world_size)
     rows = prepared.rows, prepared.eval_examples
-    found, settings = plan_run(recipe, *rows, headroom, prepared.processes, of_ranks)
+    found, settings = plan_run(prepared.with_ranks, *rows, headroom, prepared.processes, of_ranks, kept)
     log.info("plan: %s", reason(found))
     return Planned(**vars(prepared), plan=found, settings=settings, budget_bytes=found.budget_bytes + headroom)
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from runs.test_launch import ended, start
 from safetensors.torch import load_file
-from tiny_runs import stop_at, summary_of
+from tiny_runs import evaluations, run_whole_and_stopped, stop_at, summary_of
 
 pytest.importorskip("diffusers")
 import diffusers
@@ -152,6 +152,15 @@ def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
               for path in (folder, tmp_path / "out")]  # fmt: skip
     assert losses[0] == losses[1]
     assert (tmp_path / "out" / "samples" / "before-01.png").is_file()
+
+
+def test_evaluations_do_not_follow_the_planned_micro_batches(bases, tmp_path):
+    train = {"micro_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 4, "eval_every_steps": 1}
+    sections = {"train": train, "memory": {"micro_batches": "auto"}, "diffusion": {"sample_prompts": []}}
+    recipe = load_recipe(diffusion_recipe(tmp_path, bases["dit"], **sections))
+    whole = run_whole_and_stopped(recipe, tmp_path)
+    assert summary_of(whole)["plan"]["chosen"]["train.micro_batch_size"] > 1
+    assert evaluations(run_recipe(recipe, resume=tmp_path / "out")) == evaluations(whole)
 
 
 def test_another_caption_or_picture_is_another_run(bases, tmp_path):

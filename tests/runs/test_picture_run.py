@@ -27,7 +27,7 @@ from tiny_pictures import (
     write_parquet,
     write_pictures,
 )
-from tiny_runs import stop_at, summary_of
+from tiny_runs import evaluations, run_whole_and_stopped, stop_at, summary_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from qlora_lite.artifacts.trained_run import open_trained
@@ -99,6 +99,16 @@ def test_a_stopped_run_with_augmentations_is_resumed_to_the_bit(run, tmp_path):
     losses = [[line["loss"] for line in lines(path / "metrics.jsonl") if "loss" in line]
               for path in (folder, tmp_path / "out")]  # fmt: skip
     assert losses[0] == losses[1]
+
+
+def test_evaluations_do_not_follow_the_planned_micro_batches(bases, tmp_path):
+    train = {"micro_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 4, "eval_every_steps": 1}
+    recipe = load_recipe(picture_recipe(tmp_path, bases["dinov2"], train=train, memory={"micro_batches": "auto"}))
+    whole = run_whole_and_stopped(recipe, tmp_path)
+    assert summary_of(whole)["plan"]["chosen"]["train.micro_batch_size"] > 1
+    resumed, trained = run_recipe(recipe, resume=tmp_path / "out"), open_trained(whole, has_head=True)
+    assert evaluations(resumed) == evaluations(whole)
+    assert evaluate_recipe(trained.recipe, trained.adapter, 0)["eval_loss"] == summary_of(whole)["eval_loss_after"]
 
 
 def test_another_picture_or_processor_is_another_run(bases, tmp_path):
