@@ -35,7 +35,7 @@ SUMS = "sums.json"
 log = logging.getLogger("qlora_lite")
 
 _Part = TypeVar("_Part")
-FORMAT_VERSION = 3  # raise it when what entries hold changes: bytes that quantisation produces, files beside them
+FORMAT_VERSION = 4  # raise it when what entries hold changes: bytes that quantisation produces, files beside them
 
 
 def cache_entry(files: ModelFiles, **settings) -> Path:

@@ -100,9 +100,11 @@ class WeightRows:
 
 
 def untouched(model: nn.Module) -> set[str]:
-    """Return the paths of linear layers that are neither packed nor adapted: routers, and ``dt_proj`` of Mamba layers,
-    whose weight the architecture multiplies by itself."""
-    return _routers(model) | of_mamba(model, "dt_proj")
+    """Return the paths of linear layers that are neither packed nor adapted: routers, and those whose weight the module
+    around them multiplies by itself, ``dt_proj`` of Mamba layers and ``out_proj`` of torch's attention."""
+    attention = {f"{path}.out_proj" for path, module in model.named_modules()
+                 if isinstance(module, nn.MultiheadAttention)}  # fmt: skip
+    return _routers(model) | of_mamba(model, "dt_proj") | attention
 
 
 def of_mamba(model: nn.Module, *names: str) -> set[str]:

@@ -19,6 +19,7 @@ from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_part
+from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.head_workload import HeadLoss
 from qlora_lite.train.picture_embedding import PictureEmbedding
@@ -128,7 +129,8 @@ def case(folder, rows, **how):
 
 @pytest.mark.parametrize(("name", "quant", "kind"), [
     ("dinov2", "none", PictureHead), ("dinov2", "nf4", PictureHead), ("vit", "none", PictureHead),
-    ("clip", "nf4", PictureHead), ("dinov2", "none", PictureEmbedding), ("clip", "none", PictureEmbedding),
+    ("clip", "nf4", PictureHead), ("siglip", "nf4", PictureHead), ("dinov2", "none", PictureEmbedding),
+    ("clip", "none", PictureEmbedding),
 ])  # fmt: skip
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name, quant, kind):
     one = case(folders[name], rows, quant=quant, kind=kind)
@@ -225,6 +227,15 @@ def test_a_real_encoder_s_table_of_positions_stays_in_16_bit_beside_nf4(tmp_path
     positions = model.dinov2.embeddings.position_embeddings
     assert positions.numel() > 2**16 and positions.is_floating_point()
     assert type(model.dinov2.encoder.layer[0].mlp.fc1).__name__ == "QuantLinear"
+
+
+def test_a_layer_whose_weight_is_read_past_its_forward_stays_in_16_bit(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
+    plain, name = loaded(folders["siglip"]), "vision_model.head.attention.out_proj"
+    for _ in range(2):  # the second is the cache's
+        model = load_model(folders["siglip"], "nf4", compute_dtype=torch.float32, head=HEAD)
+        assert torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
+        assert isinstance(model.get_submodule("vision_model.encoder.layers.0.self_attn.out_proj"), QuantLinear)
 
 
 def test_shapes_count_pictures(folders, rows):
