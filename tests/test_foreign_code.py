@@ -111,7 +111,7 @@ def test_transformers_loads_nothing_but_by_the_one_door():
     found = {path.relative_to(PACKAGE).as_posix(): loaders_in(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert {name: said for name, said in found.items() if said} == {
         "models/pretrained.py": found["models/pretrained.py"],
-        "models/pipelines.py": ["from_pretrained", "trust_remote_code", "from_pretrained"],  # of diffusers
+        "models/pipelines.py": ["trust_remote_code", *2 * ["from_pretrained"]],  # of diffusers
         "inference/draw.py": ["from_config"],  # of a scheduler of diffusers
         "recipe/foreign_names.py": ["trust_remote_code"],  # a name of other trainers
         "recipe/foreign_files.py": ["from_pretrained"],  # in their scripts, which are read and not run
@@ -119,7 +119,7 @@ def test_transformers_loads_nothing_but_by_the_one_door():
     calls = [node for node in ast.walk(ast.parse(DOOR.read_text())) if isinstance(node, ast.Call)]
     calls = [call for call in calls if getattr(call.func, "attr", "") in LOADERS]
     given = [[ast.unparse(keyword) for keyword in call.keywords] for call in calls]
-    assert len(calls) == 7 and all({"**_NO_CODE", "trust_remote_code=False"} & set(each) for each in given)
+    assert len(calls) == 9 and all({"**_NO_CODE", "trust_remote_code=False"} & set(each) for each in given)
     assert pretrained._NO_CODE["trust_remote_code"] is False
 
 

@@ -13,18 +13,22 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import CLIPTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.files import cache_root, content_digest, replacing_folder
+from qlora_lite.units import counted
 
 from .denoisers import (
     CONFIG,
@@ -39,6 +43,7 @@ from .denoisers import (
 )
 from .families import known_pipelines
 from .locate import ModelFiles, download, read_json
+from .pretrained import BUILD_ERRORS, text_encoder_of, tokenizer_of
 
 INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler_config.json"
 PARTS = "transformer", "unet"  # folders of denoisers
@@ -140,9 +145,13 @@ class Pipeline:
         length, _ = _TEXT[self.kind]
         if not self.kind.startswith("StableDiffusion"):
             return length
-        said = self.folder / "tokenizer" / "tokenizer_config.json"
+        return length + min(self.length_in("tokenizer") or _CLIP, _CLIP)
+
+    def length_in(self, tokenizer: str) -> int | None:
+        """Return the most tokens that a tokenizer's folder sets."""
+        said = self.folder / tokenizer / "tokenizer_config.json"
         found = read_json(said).get("model_max_length") if said.is_file() else None
-        return length + (min(found, _CLIP) if isinstance(found, int) else _CLIP)
+        return found if isinstance(found, int) and found > 0 else None
 
     def files(self, name: str) -> ModelFiles:
         """Return the denoiser's files.
@@ -261,31 +270,51 @@ class Autoencoder:
         kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
         if kind is None:
             raise ModelError(f"{pipeline.folder / AUTOENCODER} is {name}, which diffusers does not have")
-        folder = pipeline.folder / AUTOENCODER
-        self._model = _loaded(lambda: kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True),
-                              folder).to(device).eval()  # fmt: skip
-        self._device, self._packs = device, pipeline._packs_latents
+        self._folder, self._device, self._packs = pipeline.folder / AUTOENCODER, device, pipeline._packs_latents
+        how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True,
+               "ignore_mismatched_sizes": True}  # fmt: skip
+        model = _complete(self._folder, lambda: kind.from_pretrained(self._folder, **how))
+        weights = model.state_dict().items()
+        if broken := next((name for name, each in weights if not each.isfinite().all()), None):
+            raise ModelError(f"{self._folder}: the weight {broken} holds NaN or infinity; fetch it again")
+        scaling = [getattr(model.config, f"{name}_factor", None) or 0 for name in ("scaling", "shift")]
+        if not self._packs and (not all(isinstance(each, int | float) for each in scaling) or not scaling[0] > 0):
+            raise ModelError(f"{self._folder / CONFIG}: the scaling_factor {scaling[0]!r} is no number above 0, or the "
+                             f"shift_factor {scaling[1]!r} no number; fetch it again")  # fmt: skip
+        self._scale, self._shift = scaling
+        self._model = model.to(device).eval()
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return the latents of pictures: the mean of their distribution, so that they are always the same."""
-        latents = self._model.encode(pictures.to(self._device)).latent_dist.mode()
-        if self._packs:
-            mean, std = self._statistics(latents)
-            return ((_packed(latents) - mean) / std).cpu()
-        config = self._model.config
-        return ((latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor).cpu()
+        """Return the latents of pictures: the mean of their distribution, so that they are always the same.
+
+        Raises:
+            ModelError: there are none, or they are not finite.
+        """
+        with _explaining(self._folder, "encode a picture"):
+            latents = self._model.encode(pictures.to(self._device)).latent_dist.mode()
+            if self._packs:
+                mean, std = self._statistics(latents)
+                latents = (_packed(latents) - mean) / std
+            else:
+                latents = (latents - self._shift) * self._scale
+        return _finite(self._folder, latents.cpu(), "a picture")
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the pictures of latents."""
-        latents, config = latents.to(self._device, torch.float32), self._model.config
-        if self._packs:
-            mean, std = self._statistics(latents)
-            latents = _unpacked(latents * std + mean)
-        else:
-            latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return self._model.decode(latents, return_dict=False)[0].cpu()
+        """Return the pictures of latents.
+
+        Raises:
+            ModelError: there are none.
+        """
+        latents = latents.to(self._device, torch.float32)
+        with _explaining(self._folder, "decode latents"):
+            if self._packs:
+                mean, std = self._statistics(latents)
+                latents = _unpacked(latents * std + mean)
+            else:
+                latents = latents / self._scale + self._shift
+            return self._model.decode(latents, return_dict=False)[0].cpu()
 
     def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation of FLUX.2's latents by channel, [1, C, 1, 1]."""
@@ -311,23 +340,38 @@ class TextEncoders:
     def __init__(self, pipeline: Pipeline, device: torch.device):
         kind = getattr(library(), pipeline.kind)
         library().utils.logging.disable_progress_bar()  # beside a run's own
-        self._device, self._kind = device, pipeline.kind
+        self._folder, self._device, self._kind = pipeline.folder, device, pipeline.kind
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         wanted = encoder_parts(pipeline)
         without: dict[str, Any] = {name: None for name, each in inspect.signature(kind).parameters.items()
                    if name not in (SCHEDULER, *wanted) and each.default in (None, each.empty)}  # fmt: skip
         # some read its configuration; without memory it costs none
         without[pipeline.part] = meta_denoiser(spec_in(pipeline)).denoiser
-        self._pipeline = _loaded(
-            lambda: kind.from_pretrained(
-                pipeline.folder, dtype=self._dtype, use_safetensors=True, trust_remote_code=False, **without
-            ),
-            pipeline.folder,
-        )
-        for name in wanted:
-            if isinstance(part := getattr(self._pipeline, name), nn.Module):
-                part.to(device)
-        self._tokens = pipeline.text_tokens
+        parts = {name: part for name in wanted if (part := self._part(pipeline, kind, name)) is not None}
+        how = {"dtype": self._dtype, "use_safetensors": True, "trust_remote_code": False}
+        with _explaining(pipeline.folder, "load this folder"):
+            self._pipeline = kind.from_pretrained(pipeline.folder, **how, **parts, **without)
+
+    def _part(self, pipeline: Pipeline, kind: type, name: str) -> Any:
+        """Return an encoder with all its weights, or a tokenizer that its folder sets no length for; None leaves a part
+        to diffusers.
+
+        Raises:
+            ModelError: it is of another class than the pipeline's code is for, or weights are missing.
+        """
+        folder, named = pipeline.folder / name, pipeline.index[name][1]
+        wanted = get_type_hints(kind.__init__).get(name)
+        if not name.startswith("text_encoder"):
+            has_length = (pipeline.length_in(name) or VERY_LARGE_INTEGER) < VERY_LARGE_INTEGER
+            if wanted is not CLIPTokenizer or has_length:
+                return None
+            return tokenizer_of(folder, CLIPTokenizer, model_max_length=_CLIP)
+        if wanted is None or named != wanted.__name__:
+            takes = getattr(wanted, "__name__", "none")
+            raise ModelError(f"{pipeline.folder / INDEX}: {name} is {named}, and {pipeline.kind} takes {takes} there; "
+                             "fetch it again")  # fmt: skip
+        how = {"dtype": self._dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
+        return _complete(folder, lambda: text_encoder_of(wanted, folder, **how)).to(self._device)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
@@ -338,9 +382,12 @@ class TextEncoders:
             given |= {"prompt_2": texts, "prompt_3": texts}
         if self._kind in _GUIDED:
             given["do_classifier_free_guidance"] = False
-        found = self._pipeline.encode_prompt(**given, **said)
+        with _explaining(self._folder, "encode a caption"):
+            found = self._pipeline.encode_prompt(**given, **said)
         _, names = _TEXT[self._kind]
         named = {name: each for name, each in zip(names, found, strict=False) if name}
+        for each in named.values():
+            _finite(self._folder, each, "a caption")
         return [{name: each[row].cpu().contiguous() for name, each in named.items()} for row in range(len(texts))]
 
 
@@ -358,11 +405,39 @@ def encoder_parts(pipeline: Pipeline) -> list[str]:
     return found
 
 
-def _loaded(load: Callable[[], Any], folder: Path) -> Any:
+def _complete(folder: Path, load: Callable[[], tuple[nn.Module, Mapping[str, Any]]]) -> nn.Module:
+    """Return a model that was loaded; what is missing in its files the libraries would leave untrained.
+
+    Args:
+        load: returns it with ``from_pretrained``'s loading info.
+
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing or of other shapes.
+    """
+    with _explaining(folder, "load this folder"):
+        model, info = load()
+    if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        what = counted(len(missing), "weight")
+        raise ModelError(f"the files of {folder} lack {what} that its {CONFIG} asks for, or have them in other shapes, "
+                         f"first {missing[0]}; fetch it again")  # fmt: skip
+    return model
+
+
+def _finite(folder: Path, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    if not tensor.isfinite().all():
+        raise ModelError(f"{folder} encodes {what} to NaN or infinity: its weights are damaged; fetch it again")
+    return tensor
+
+
+@contextmanager
+def _explaining(folder: Path, action: str) -> Iterator[None]:
+    """Report in one line what diffusers raises over a folder that contradicts itself; memory may still run out."""
     try:
-        return load()
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise ModelError(f"{folder} cannot be loaded by diffusers ({first_line(error)}); fetch it again, with its "
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, IndexError, *BUILD_ERRORS) as error:
+        raise ModelError(f"{folder}: diffusers cannot {action} ({first_line(error)}); fetch it again, with its "
                          "safetensors files") from error  # fmt: skip
 
 

@@ -143,6 +143,23 @@ def model_of(folder: Path, config=None, **options):
     return auto_of(config).from_pretrained(folder, config=config, **_NO_CODE, **options)
 
 
+def text_encoder_of(kind: Any, folder: Path, **options):
+    """Return what a class of transformers loads of a text encoder's folder in a diffusion pipeline, and what
+    ``from_pretrained`` says of that: which weights are missing.
+
+    Args:
+        kind: the class.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ModelError: it has sizes of no model; beside what transformers raises.
+    """
+    config = kind.config_class.from_pretrained(folder, **_NO_CODE)
+    config._attn_implementation = config._experts_implementation = None
+    _refuse_sizes(folder, config.to_dict())
+    return kind.from_pretrained(folder, config=config, output_loading_info=True, **_NO_CODE, **options)
+
+
 def model_with(config, state: dict[str, torch.Tensor], **options):
     """Return transformers' model of a configuration with tensors by the names of its parameters, see ``auto_of``.
 

@@ -1,6 +1,7 @@
 """Runs of denoisers as a user has them: trained, resumed, drawn with, loaded by diffusers, and refused."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from runs.test_launch import ended, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import evaluations, run_whole_and_stopped, stop_at, summary_of
 
 pytest.importorskip("diffusers")
@@ -23,7 +24,7 @@ from qlora_lite.cli.main import cli
 from qlora_lite.data.latents import LatentExample, LatentSet, arrays_in
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.inference.draw import Drawing, denoise, draw_prompts, scheduler_of
-from qlora_lite.models.pipelines import open_pipeline
+from qlora_lite.models.pipelines import Autoencoder, TextEncoders, open_pipeline
 from qlora_lite.prepare.build import build_model, workload_of
 from qlora_lite.prepare.datasets import read_data
 from qlora_lite.prepare.latents import encode, encode_texts, named_classes
@@ -34,6 +35,7 @@ from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.denoiser import conditions_of
 from qlora_lite.train.step import accumulate_gradients
 
+CPU = torch.device("cpu")
 SMALL = {"data": {"resolution": 16}}
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in a scheduler of diffusers
 
@@ -571,6 +573,66 @@ def test_resolutions_and_folders_that_are_wrong_are_one_clean_error(bases, tmp_p
     bare = shutil.copytree(bases["sd"] / "unet", tmp_path / "bare")
     with pytest.raises(ModelError, match=r"latents of 4 channels and has no autoencoder"):
         run_recipe(load_recipe(diffusion_recipe(tmp_path / "b", bare)))
+
+
+def rewrite_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: each.clone() for name, each in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def named(tensors, end):
+    (name,) = (name for name in tensors if name.endswith(end))
+    return name
+
+
+LAST = "final_layer_norm.bias"
+VAE, ENCODER = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+
+
+@pytest.mark.parametrize(("damage", "fault"), [
+    (lambda base: rewrite_tensors(base / ENCODER, lambda each: each.pop(named(each, LAST))),
+     r"text_encoder lack 1 weight that .*, first .*final_layer_norm\.bias; fetch it again"),
+    (lambda base: rewrite_tensors(base / ENCODER, lambda each: each[named(each, LAST)].fill_(math.nan)),
+     "encodes a caption to NaN or infinity"),
+    (lambda base: rewrite_json(base / "model_index.json", text_encoder=["transformers", "BertModel"]),
+     "text_encoder is BertModel, and StableDiffusionPipeline takes CLIPTextModel"),
+    (lambda base: rewrite_json(base / "text_encoder" / "config.json", num_hidden_layers=3), "lack 16 weights"),
+    (lambda base: rewrite_json(base / "text_encoder" / "config.json", hidden_size=2**30), "hidden_size 1,073,741,824"),
+    (lambda base: rewrite_tensors(base / VAE, lambda each: each.pop("decoder.conv_in.weight")),
+     r"vae lack 1 weight that .*, first decoder\.conv_in\.weight"),
+    (lambda base: rewrite_tensors(base / VAE, lambda each: each["decoder.conv_in.weight"].fill_(math.nan)),
+     r"the weight decoder\.conv_in\.weight holds NaN"),
+    (lambda base: rewrite_json(base / "vae" / "config.json", scaling_factor=0), "scaling_factor 0 is no number above"),
+    (lambda base: rewrite_json(base / "vae" / "config.json", shift_factor="x"), "shift_factor 'x' no number"),
+])  # fmt: skip
+def test_damaged_encoders_are_one_clean_error(bases, tmp_path, damage, fault):
+    base = shutil.copytree(bases["sd"], tmp_path / "base")
+    damage(base)
+    with pytest.raises(ModelError, match=fault):
+        TextEncoders(open_pipeline(base), CPU).encode(["hot"])
+        Autoencoder(open_pipeline(base), CPU)
+
+
+def test_a_tokenizer_that_sets_no_length_takes_as_many_tokens_as_clip(bases, tmp_path):
+    base = shutil.copytree(bases["sd"], tmp_path / "base")
+    path, positions = base / "text_encoder" / "config.json", "embeddings.position_embedding.weight"
+    rewrite_json(path, max_position_embeddings=77)
+    with pytest.raises(ModelError, match=rf"or have them in other shapes, first .*{positions}"):
+        TextEncoders(open_pipeline(base), CPU)
+    rewrite_tensors(base / ENCODER, lambda each: each.update({named(each, positions): torch.randn(77, 32)}))
+    for length in (77, int(1e30), None):
+        rewrite_json(base / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+        found = TextEncoders(open_pipeline(base), CPU).encode(["hot"])[0]["text"]
+        assert found.shape == (open_pipeline(base).text_tokens, 32) == (77, 32)
+    rewrite_json(path, max_position_embeddings=8)
+    rewrite_tensors(base / ENCODER, lambda each: each.update({named(each, positions): torch.randn(8, 32)}))
+    with pytest.raises(ModelError, match="cannot encode a caption"):
+        TextEncoders(open_pipeline(base), CPU).encode(["hot"])
 
 
 @pytest.mark.slow
