@@ -14,6 +14,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.models.denoisers import Conditions, DenoiserModel, Flux, Flux2, library, load_denoiser
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
-from qlora_lite.models.pipelines import Autoencoder, Pipeline
+from qlora_lite.models.pipelines import Autoencoder, Pipeline, explaining
 from qlora_lite.prepare.build import fixed_options, workload_of
 from qlora_lite.prepare.latents import NEUTRAL, encode_texts
 from qlora_lite.prepare.recipe_denoiser import pipeline_of
@@ -66,10 +67,12 @@ def scheduler_of(pipeline: Pipeline) -> Any:
     kind = getattr(library(), name, None) if name.endswith("Scheduler") else None
     if kind is None:
         raise ModelError(f"{pipeline.folder}: diffusers has no scheduler {name}")
-    try:
+    with _working(kind):
         return kind.from_config(dict(pipeline.scheduler))
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ModelError(f"{pipeline.folder}: diffusers cannot make the scheduler {name} ({error})") from error
+
+
+def _working(kind: type) -> AbstractContextManager[None]:
+    return explaining(kind.__name__, "follow its scheduler_config.json")
 
 
 def draw(
@@ -120,7 +123,8 @@ def denoise(
     is_told_guidance = bool(getattr(model.config, "guidance_embeds", False))
     if is_told_guidance:
         told = told._replace(guidance=torch.full((len(noise),), how.guidance, device=device))
-    _set_steps(scheduler, how.steps, model, noise.shape, device)
+    with _working(type(scheduler)):
+        _set_steps(scheduler, how.steps, model, noise.shape, device)
     latents = noise.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     chance = {"generator": _generator(how.seed)} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for time in scheduler.timesteps:
@@ -130,7 +134,8 @@ def denoise(
         if how.guidance != 1 and not is_told_guidance:
             base = model(scaled.to(dtype), times, neutral).float()
             predicted = base + how.guidance * (predicted - base)
-        latents = scheduler.step(predicted, time, latents, return_dict=False, **chance)[0]
+        with _working(type(scheduler)):
+            latents = scheduler.step(predicted, time, latents, return_dict=False, **chance)[0]
     return latents
 
 

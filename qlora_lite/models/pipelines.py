@@ -291,7 +291,7 @@ class Autoencoder:
         Raises:
             ModelError: there are none, or they are not finite.
         """
-        with _explaining(self._folder, "encode a picture"):
+        with explaining(self._folder, "encode a picture"):
             latents = self._model.encode(pictures.to(self._device)).latent_dist.mode()
             if self._packs:
                 mean, std = self._statistics(latents)
@@ -308,7 +308,7 @@ class Autoencoder:
             ModelError: there are none.
         """
         latents = latents.to(self._device, torch.float32)
-        with _explaining(self._folder, "decode latents"):
+        with explaining(self._folder, "decode latents"):
             if self._packs:
                 mean, std = self._statistics(latents)
                 latents = _unpacked(latents * std + mean)
@@ -349,7 +349,7 @@ class TextEncoders:
         without[pipeline.part] = meta_denoiser(spec_in(pipeline)).denoiser
         parts = {name: part for name in wanted if (part := self._part(pipeline, kind, name)) is not None}
         how = {"dtype": self._dtype, "use_safetensors": True, "trust_remote_code": False}
-        with _explaining(pipeline.folder, "load this folder"):
+        with explaining(pipeline.folder, "load this folder"):
             self._pipeline = kind.from_pretrained(pipeline.folder, **how, **parts, **without)
 
     def _part(self, pipeline: Pipeline, kind: type, name: str) -> Any:
@@ -382,7 +382,7 @@ class TextEncoders:
             given |= {"prompt_2": texts, "prompt_3": texts}
         if self._kind in _GUIDED:
             given["do_classifier_free_guidance"] = False
-        with _explaining(self._folder, "encode a caption"):
+        with explaining(self._folder, "encode a caption"):
             found = self._pipeline.encode_prompt(**given, **said)
         _, names = _TEXT[self._kind]
         named = {name: each for name, each in zip(names, found, strict=False) if name}
@@ -414,7 +414,7 @@ def _complete(folder: Path, load: Callable[[], tuple[nn.Module, Mapping[str, Any
     Raises:
         ModelError: it cannot be loaded, or weights are missing or of other shapes.
     """
-    with _explaining(folder, "load this folder"):
+    with explaining(folder, "load this folder"):
         model, info = load()
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         what = counted(len(missing), "weight")
@@ -430,14 +430,18 @@ def _finite(folder: Path, tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 
 @contextmanager
-def _explaining(folder: Path, action: str) -> Iterator[None]:
-    """Report in one line what diffusers raises over a folder that contradicts itself; memory may still run out."""
+def explaining(what: object, action: str) -> Iterator[None]:
+    """Report in one line what diffusers raises over a folder, or a part of one, that contradicts itself.
+
+    Raises:
+        ModelError: it cannot do what it is to do. Memory may run out as anywhere.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (OSError, IndexError, *BUILD_ERRORS) as error:
-        raise ModelError(f"{folder}: diffusers cannot {action} ({first_line(error)}); fetch it again, with its "
+        raise ModelError(f"{what}: diffusers cannot {action} ({first_line(error)}); fetch the pipeline again, with its "
                          "safetensors files") from error  # fmt: skip
 
 

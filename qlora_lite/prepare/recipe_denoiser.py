@@ -1,5 +1,6 @@
 """The denoiser that a recipe's task section asks for: its pipeline, what it learns, and the shapes of its examples."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +103,7 @@ def loss_of(recipe: Recipe) -> DenoisingLoss:
         raise ModelError(f"diffusion.weighting {d.weighting} is not for prediction {prediction}, which the model's "
                          f"scheduler says; write {' or '.join(fitting)}")  # fmt: skip
     if prediction == FLOW:
-        own = 1.0 if said.get("use_dynamic_shifting") else float(said.get("shift", 1.0))
+        own = 1.0 if said.get("use_dynamic_shifting") else _number(said, "shift", 1.0)
         return DenoisingLoss(prediction, **how, shift=own if d.shift == "auto" else d.shift)
     if d.shift not in ("auto", 1):
         raise ModelError(f"diffusion.shift is for prediction flow, and the model's is {prediction}; remove it")
@@ -111,8 +112,15 @@ def loss_of(recipe: Recipe) -> DenoisingLoss:
         raise ModelError(f"the scheduler's betas ({schedule}"
                          f"{', rescaled to zero SNR' if said.get('rescale_betas_zero_snr') else ''}) are not known "
                          f"here; {' and '.join(_SCHEDULES)} are")  # fmt: skip
-    betas = {"beta_start": said.get("beta_start", 1e-4), "beta_end": said.get("beta_end", 0.02)}
-    return DenoisingLoss(prediction, **how, schedule=schedule, **betas)
+    start, end = _number(said, "beta_start", 1e-4), _number(said, "beta_end", 0.02)
+    return DenoisingLoss(prediction, **how, schedule=schedule, beta_start=start, beta_end=end)
+
+
+def _number(said: Mapping[str, Any], name: str, unset: float) -> float:
+    value = said.get(name, unset)
+    if not isinstance(value, int | float):
+        raise ModelError(f"the scheduler's {name} is {value!r}, which is no number; fetch the pipeline again")
+    return float(value)
 
 
 def denoiser_of(recipe: Recipe, method: AdapterMethod, dtype: torch.dtype) -> Denoiser:

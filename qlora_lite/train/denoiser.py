@@ -129,8 +129,11 @@ class DenoisingLoss(Objective):
         fitting = (PLAIN, SIGMA_SQRT, COSMAP) if self.prediction == FLOW else (PLAIN, MIN_SNR)
         require_one_of("weighting", self.weighting, fitting)
         require_one_of("schedule", self.schedule, ("linear", "scaled_linear"))
-        if not (self.shift > 0 and self.logit_std > 0 and self.min_snr_gamma > 0):
+        if not (0 < self.shift < math.inf and self.logit_std > 0 and self.min_snr_gamma > 0):
             raise ModelError("shift, logit_std and min_snr_gamma are above 0")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ModelError(f"a scheduler's betas rise between 0 and 1, and these are from {self.beta_start} to "
+                             f"{self.beta_end}; fetch the pipeline again")  # fmt: skip
         if self.shift != 1 and self.prediction != FLOW:
             raise ModelError(f"shift is for the prediction {FLOW}: set it to 1")
 

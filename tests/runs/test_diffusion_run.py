@@ -24,7 +24,9 @@ from qlora_lite.cli.main import cli
 from qlora_lite.data.latents import LatentExample, LatentSet, arrays_in
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.inference.draw import Drawing, denoise, draw_prompts, scheduler_of
-from qlora_lite.models.pipelines import Autoencoder, TextEncoders, open_pipeline
+from qlora_lite.models.denoisers import Conditions, meta_denoiser
+from qlora_lite.models.pipelines import Autoencoder, TextEncoders, open_pipeline, spec_in
+from qlora_lite.models.skeleton import give_storage
 from qlora_lite.prepare.build import build_model, workload_of
 from qlora_lite.prepare.datasets import read_data
 from qlora_lite.prepare.latents import encode, encode_texts, named_classes
@@ -491,6 +493,8 @@ def test_the_objective_is_what_the_scheduler_says(bases, tmp_path):
         {"rescale_betas_zero_snr": True}, "rescaled to zero SNR"),
         ({"prediction_type": "sample"}, "prediction_type is"),
         ({"num_train_timesteps": 500}, "the scheduler has 500 timesteps"),
+        ({"beta_start": -1}, r"betas rise .*from -1\.0 to"), ({"beta_end": 1e9}, "rise between 0"),
+        ({"beta_start": "x"}, "the scheduler's beta_start is 'x', which is no number"),
     ):  # fmt: skip
         path.write_text(json.dumps(said | change))
         with pytest.raises(ModelError, match=fault):
@@ -633,6 +637,23 @@ def test_a_tokenizer_that_sets_no_length_takes_as_many_tokens_as_clip(bases, tmp
     rewrite_tensors(base / ENCODER, lambda each: each.update({named(each, positions): torch.randn(8, 32)}))
     with pytest.raises(ModelError, match="cannot encode a caption"):
         TextEncoders(open_pipeline(base), CPU).encode(["hot"])
+
+
+@pytest.mark.parametrize(("family", "changes", "fault"), [
+    ("sd", {"timestep_spacing": "none"}, "DDIMScheduler: diffusers cannot follow its scheduler_config.* .none is not"),
+    ("sd", {"beta_start": "x"}, "DDIMScheduler: diffusers cannot"),
+    ("sd", {"prediction_type": "none"}, "prediction_type"),
+    ("sdxl", {"final_sigmas_type": "none"}, "EulerDiscreteScheduler: diffusers cannot .*final_sigmas_type"),
+    ("sd3", {"shift": "x"}, "FlowMatchEulerDiscreteScheduler: diffusers cannot"),
+])  # fmt: skip
+def test_schedulers_that_cannot_draw_are_one_clean_error(bases, tmp_path, family, changes, fault):
+    base = shutil.copytree(bases[family], tmp_path / "base")
+    rewrite_json(base / "scheduler" / "scheduler_config.json", **changes)
+    pipeline, empty = open_pipeline(base), Conditions()
+    model = give_storage(meta_denoiser(spec_in(pipeline)))
+    model.forward = lambda latents, *_: torch.zeros_like(latents)
+    with pytest.raises(ModelError, match=fault):
+        denoise(model, scheduler_of(pipeline), torch.zeros(1, 4, 8, 8), empty, empty, Drawing(2, 1.0), torch.float32)
 
 
 @pytest.mark.slow
