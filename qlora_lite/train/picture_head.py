@@ -31,7 +31,7 @@ from qlora_lite.models.skeleton import give_storage, meta_copy
 
 from .head_workload import HeadWorkload
 from .settings import TrainSettings
-from .text_guards import check_updates_in_backward
+from .text_guards import check_updates_in_backward, check_weights
 from .transformer import TRAINED_WEIGHTS
 from .workload import ONLY_BLOCKS, BatchShape, LossSum
 
@@ -184,6 +184,11 @@ class PictureHead(HeadWorkload):
             raise DataError(f"examples is {type(examples).__name__}; give those of data.examples.read_examples")
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
-        """Set the memory options; the model computes as transformers wrote it, so that there is nothing to compare."""
+        """Set the memory options; the model computes as transformers wrote it, so that there is nothing to compare.
+
+        Raises:
+            ModelError: a weight is not finite.
+        """
+        check_weights(model)
         set_memory_options(model, replace(settings.options, kernels="plain"))
         check_updates_in_backward(model, settings)

@@ -176,6 +176,17 @@ def relative_error(packed: torch.Tensor, alone: Callable[[], torch.Tensor], mode
     return tolerance if median <= MOST_ROUNDINGS * rounding else error
 
 
+def check_weights(model: nn.Module) -> None:
+    """Check that no weight holds NaN or infinity, where there are no logits to find that out by.
+
+    Raises:
+        ModelError: one does.
+    """
+    for name, each in model.state_dict().items():
+        if each.is_floating_point() and not each.is_meta and not math.isfinite(_largest(each)):
+            raise ModelError(f"{name} holds NaN or infinity; {BAD_FILES}")
+
+
 def _bad_weight(model: nn.Module) -> str:
     """Name a weight that is not finite, or else the one with the largest number."""
     there = {name: each for name, each in model.state_dict().items() if each.is_floating_point() and not each.is_meta}

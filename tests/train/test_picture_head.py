@@ -7,6 +7,7 @@ import pytest
 import torch
 from methods import Case, assert_as_planned, assert_gradients_of_peft, gradients, ledger_of, plan, with_factors
 from tiny_pictures import ENCODERS, STILL, picture_rows, save_encoder, write_pictures
+from tiny_trainer import SETTINGS
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageClassification, DINOv3ViTConfig, SwinConfig
 
@@ -24,6 +25,7 @@ from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_chec
 from qlora_lite.train.head_workload import HeadLoss
 from qlora_lite.train.picture_embedding import PictureEmbedding
 from qlora_lite.train.picture_head import PictureHead, Pictures
+from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.transformer import ModelSpec
@@ -219,6 +221,13 @@ def test_models_that_cannot_be_trained_so_are_refused_with_a_reason(folders):
     spec = ModelSpec(with_head(replace(part, config=swin), HEAD).config, "none", compute_dtype=torch.float32)
     with pytest.raises(ModelError, match="no plain vision transformer"):
         replace(workload(folders["vit"]), spec=spec).planned_model(META, MemoryOptions(), BatchShape((1,), 1))
+
+
+def test_a_weight_that_is_not_finite_is_named_before_training(folders):
+    model = loaded(folders["dinov2"])
+    model.get_parameter("dinov2.encoder.layer.1.norm1.weight").data[3] = torch.nan
+    with pytest.raises(ModelError, match=r"layer\.1\.norm1\.weight holds NaN or infinity; the model's files are"):
+        workload(folders["dinov2"]).check_model(model, TrainSettings(**SETTINGS))
 
 
 def test_a_real_encoder_s_table_of_positions_stays_in_16_bit_beside_nf4(tmp_path):
