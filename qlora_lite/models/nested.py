@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -105,7 +105,8 @@ def read_language_part(
         with_vision: see ``language_part``.
 
     Raises:
-        ModelError: it cannot be read; see ``as_the_file_says`` and ``language_part``.
+        ModelError: it cannot be read, or says that 16-bit weights are in 4 bit; see ``as_the_file_says`` and
+            ``language_part``.
     """
     try:
         if gguf_file:
@@ -113,10 +114,26 @@ def read_language_part(
             config = as_the_file_says(from_gguf_header(path, "config", config_of, config_of), path)
         else:
             config = config_of(folder)
+            _refuse_unpacked(folder, config)
         config.problem_type = None  # what is built of it is for others to say (``heads.with_head``)
     except (OSError, *BUILD_ERRORS) as error:
         raise ModelError(f"cannot read the configuration of {name}: {first_line(error)}") from error
     return language_part(config, with_vision)
+
+
+def _refuse_unpacked(folder: Path, config) -> None:
+    """Raise if a configuration says that bitsandbytes packed the weights, and those that are there are in 16 bit."""
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != "bitsandbytes":
+        return
+    weights = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "adapter_model.safetensors"]
+    try:
+        is_packed = any(".quant_state." in name for path in weights for name in _names_in(path))
+    except (OSError, SafetensorError):  # which loading them reports
+        return
+    if weights and stored.get("load_in_4bit", stored.get("_load_in_4bit")) and not is_packed:
+        raise ModelError(f"{folder / 'config.json'} says that its weights are in 4 bit (quantization_config), and its "
+                         "files hold them in 16 bit: remove quantization_config from it")  # fmt: skip
 
 
 def language_part(config, with_vision: bool = False) -> LanguagePart:
@@ -203,11 +220,12 @@ def _path_of(module: nn.Module, model: nn.Module) -> str:
 
 def stored_names(files: ModelFiles) -> list[str]:
     """Return the names of all tensors in safetensors files."""
-    names = []
-    for path in files.weights:
-        with safe_open(path, framework="pt") as file:
-            names += file.keys()
-    return names
+    return [name for path in files.weights for name in _names_in(path)]
+
+
+def _names_in(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def names_in_model(

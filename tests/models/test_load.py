@@ -24,7 +24,7 @@ from qlora_lite.models import unused_gpu
 from qlora_lite.models.load import _warn_once, adopt, load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeOnArrival, quantize_head, quantize_in_place
 from qlora_lite.models.save import save_quantized
-from qlora_lite.models.skeleton import meta_model
+from qlora_lite.models.skeleton import meta_model, read_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
@@ -197,6 +197,17 @@ def test_a_bitsandbytes_checkpoint_in_blocks_of_another_size_is_refused(block_si
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
     with pytest.raises(ModelError, match=rf"has block sizes \({block_size}, 256\)"):
         load(tmp_path)
+
+
+def test_16_bit_weights_that_config_json_says_are_in_4_bit_are_refused_in_plan_and_load(tmp_path):
+    save_tiny(tmp_path)
+    path, stored = tmp_path / "config.json", {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    for read in (load, lambda folder: read_config(str(folder))):
+        with pytest.raises(ModelError, match=r"files hold them in 16 bit: remove quantization_config from it"):
+            read(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert read_config(str(tmp_path)).quantization_config["load_in_4bit"]  # nothing is known of weights elsewhere
 
 
 def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):
