@@ -30,6 +30,7 @@ HOST_UPDATES_PER_SECOND = 50e6
 DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is seen as memory; not measured here
 # Large enough for a fast GPU: far longer than a launch, more than its second-level cache holds.
 _PRODUCT = {"cpu": (512, 2048, 2048), "cuda": (2048, 4096, 4096)}
+_FLOAT16_ROWS = 8  # on a CPU, most of which multiply float16 a hundred times more slowly than float32
 _COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # less than any step needs, and malloc gives it back at once
 _BUS_BYTES, _TRIES = 64 * 2**20, 3
 _WARM_UP_SECONDS = 0.05  # an idle GPU's clock takes as long to rise
@@ -175,6 +176,8 @@ def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, flo
     The factors are random numbers: with zeros a GPU takes less power and keeps a higher clock.
     """
     (rows, inner, columns), copied = _PRODUCT[device.type], _COPY_BYTES[device.type]
+    if device.type == "cpu" and dtype == torch.float16:
+        rows = _FLOAT16_ROWS
     generator = torch.Generator(device).manual_seed(0)
     shapes = (rows, inner), (inner, columns)
     a, b = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for shape in shapes)

@@ -474,7 +474,8 @@ class Train(_Section):
     """Seed of the LoRA weights, the order of examples and dropout."""
     deterministic: bool = False
     """On a GPU, use only operations that give the same bits each time, so that a resumed run equals an uninterrupted
-    one bit for bit; slower. On a CPU this always holds."""
+    one bit for bit; slower. On a CPU they always do. A run that is not resumed but begun again may divide its steps
+    otherwise, by the measured speed: memory.micro_batches as-given keeps it from that."""
     eval_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only before and after training."""
     early_stopping_patience: Count = 0

@@ -1,5 +1,6 @@
 """The machine at hand: what is measured of it, and what that leaves behind."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,12 @@ def test_buffers_of_the_measurement_are_not_part_of_what_the_process_holds():
         base = this_machine(CPU).base_bytes
     assert abs(base - before) < 16 * 2**20  # what malloc keeps of a product
     assert meter.peak_bytes() - before < CPU_BUFFERS_BYTES + 32 * 2**20  # less than any step adds
+
+
+def test_float16_is_measured_in_a_moment_on_a_cpu_that_is_slow_in_it():
+    started = time.perf_counter()
+    machine._speeds(CPU, torch.float16)
+    assert time.perf_counter() - started < 10  # a product of the size that float32 takes would be 4 times 20 s
 
 
 @pytest.mark.parametrize(
