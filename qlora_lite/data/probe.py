@@ -207,13 +207,15 @@ def _serve() -> None:
         resource = None
     else:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        most_bytes, hard_bytes = resource.getrlimit(resource.RLIMIT_AS)  # of ulimit -v
+        most_bytes = sys.maxsize if most_bytes == resource.RLIM_INFINITY else most_bytes
     used_bytes = _address_space() if resource else 0
     for head in sys.stdin:
         source, special_tokens, count = json.loads(head)
         lines = [sys.stdin.readline() for _ in range(count)]
         if used_bytes:
             limit_bytes = used_bytes + MEMORY_BYTES + 20 * (len(head) + sum(map(len, lines)))
-            resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (min(limit_bytes, most_bytes), hard_bytes))
         ended = None  # by one that took too much: the others of the message are not tried
         for line in lines:
             messages, common, wanted = json.loads(line)

@@ -1,5 +1,6 @@
 """A template that computes for ever, takes all memory or writes without end is an error, and never hangs a run."""
 
+import os
 import subprocess
 import sys
 import time
@@ -193,3 +194,11 @@ def test_a_forked_process_ends_and_leaves_the_process_that_renders_to_its_parent
     code = f"import os, sys\nfrom qlora_lite.data import probe\n{render}\n"
     code += f"if os.fork() == 0: sys.exit()\nos.wait()\n{render}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, start_new_session=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no limits of address space")
+def test_a_limit_of_address_space_is_kept_and_templates_are_tried_out_under_it():
+    code = "from qlora_lite.data.probe import probe\nfor source in 'a', \"{{ 'a' * 10**10 }}\": probe('t', source, {})"
+    shell = 'ulimit -v 20000000 && exec "$0" -c "$1"'
+    ended = subprocess.run(["bash", "-c", shell, sys.executable, code], capture_output=True, text=True)
+    assert "more than 512 MiB of memory" in ended.stderr  # of the second, so that the first was rendered
