@@ -666,3 +666,43 @@ def test_a_gpu_that_computes_shows_every_wait_that_is_missing_and_no_other(tmp_p
     late, early = "late, computing first", "late, copies first"
     for line, orders in zip(found[::2], (late, early, late), strict=True):
         assert line.partition(" False ")[2].startswith(orders)  # and, it may be, at random
+
+
+SECOND_GPU = """
+import sys
+import torch
+from torch import nn
+from simulated_gpu.computing import ComputingCard
+from tiny_files import save_tiny
+from tiny_trainer import trainer
+
+from qlora_lite.models.load import load_model
+from qlora_lite.ops.checkpoint import Checkpoint
+from qlora_lite.train.step import _begin_reading
+
+SECOND = torch.device("cuda:1")
+with ComputingCard("late"):
+    block = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).to(SECOND)
+    out = Checkpoint()(block, torch.ones(64, 8, device=SECOND, requires_grad=True))
+    out.sum().backward()
+    assert torch.equal(block[0].bias.grad, 2 * (out != 0).sum(0)), "another mask in the recomputation"
+    assert _begin_reading(torch.full((2,), 3.0, device=SECOND))() == [3.0, 3.0]
+    assert torch.cuda.current_device() == 0
+    training = trainer(device=SECOND)
+    steps = []
+    for metrics in training:
+        steps.append((torch.cuda.current_device(), metrics.loss > 0))
+        torch.cuda.set_device(0)
+    assert steps == [(1, True)] * 4, steps
+save_tiny(sys.argv[1])
+assert load_model(sys.argv[1], "none", device="cuda:1").device == SECOND and torch.cuda.current_device() == 1
+"""
+
+
+@OVER_A_CARD
+def test_on_a_second_gpu_masks_are_drawn_again_numbers_are_waited_for_and_kernels_start_there(tmp_path):
+    paths = TOOLS, TOOLS.parent, TOOLS.parent / "tests"
+    environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": ":".join(map(str, paths))}
+    done = subprocess.run([sys.executable, "-c", SECOND_GPU, tmp_path / "model"], capture_output=True, text=True,
+                          env=environment | {"CARD_COUNT": "2"})  # fmt: skip
+    assert done.returncode == 0, done.stderr

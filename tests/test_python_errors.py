@@ -82,6 +82,9 @@ def test_what_a_model_is_loaded_as(options, text, place):
 def test_a_gpu_that_is_not_there(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     says(lambda: q.load_model(place / "model", device="cuda"), "torch finds no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    says(lambda: q.load_model(place / "model", device="cuda:2"), "torch finds 2 CUDA devices, numbered from 0")
 
 
 def test_no_path_at_all_is_python_s_own_error():

@@ -34,6 +34,7 @@ from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import virtual_ids
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, tokenizer_faults
+from qlora_lite.memory.meter import use_device
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.vision_language import arguments_of, sees_whole
 from qlora_lite.train.out_of_memory import free_cached_memory, is_out_of_memory
@@ -168,6 +169,7 @@ def answers(
     config = _generation_config(max_new_tokens, list(stop))
     found: list[Answer | None] = [None] * len(prompts)
     was_training, device = model.training, device_of(model)
+    use_device(device)
     model.eval()
     # transformers takes from it what a call's own config leaves open
     stated, model.generation_config = model.generation_config, GenerationConfig()

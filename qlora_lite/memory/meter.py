@@ -57,6 +57,12 @@ def _left_in_groups() -> Iterator[int]:
                 yield int(text) - int((group / used).read_text()) + int(found.get(droppable, 0))
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one, on which Triton, bitsandbytes and a CUDA graph start their kernels."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def grow_segments(device: torch.device) -> None:
     """Have the allocator of a GPU take memory in segments that grow, so that fewer holes are left between tensors.
 

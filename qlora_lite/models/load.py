@@ -31,7 +31,7 @@ from qlora_lite.errors import ModelError, OutputError, first_line, require_one_o
 from qlora_lite.experts.packing import projections, use_experts
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.gpus import fastest_type
-from qlora_lite.memory.meter import free_bytes, grow_segments, keep_few_kernels
+from qlora_lite.memory.meter import free_bytes, grow_segments, keep_few_kernels, use_device
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.gated import use_lean_mlps
 from qlora_lite.ops.norm import use_lean_norms
@@ -176,6 +176,7 @@ def load_model(
             is packed already, its own counts.
         double_quant: quantise the absmax values too: 4.127 instead of 4.5 bits per weight.
         compute_dtype: of activations, head, embeddings and norms.
+        device: cpu or cuda; a GPU becomes the current one.
         use_cache: keep and reuse the quantised model on disk.
         quant_head: keep a 4-bit copy of the head.
         in_files: where the device is the host and weights are quantised, or split, from 16-bit safetensors, never have
@@ -198,6 +199,7 @@ def load_model(
     if compute_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ModelError(f"compute_dtype is {compute_dtype!r}; give torch.bfloat16, torch.float16 or torch.float32")
     _check_device(device)
+    use_device(torch.device(device))
     files = locate(path, revision)
     path = files.name
     stored, asked = stored_quantization(files.config), (quant, double_quant)
@@ -303,6 +305,8 @@ def _check_device(device: torch.device | str) -> None:
                          "CUDA allocator; give cpu")  # fmt: skip
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
+    if kind == "cuda" and (torch.device(device).index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelError(f"device is {device}, but torch finds {counted(count, 'CUDA device')}, numbered from 0")
 
 
 def _refuse_stored_experts(path: str, part: LanguagePart) -> None:

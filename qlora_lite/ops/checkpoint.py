@@ -375,7 +375,7 @@ class RandomState(NamedTuple):
 
 def random_state(*tensors: torch.Tensor) -> RandomState:
     """Return the random state that computing on these tensors would use."""
-    device = torch.cuda.current_device() if any(tensor.is_cuda for tensor in tensors) else None
+    device = next((tensor.get_device() for tensor in tensors if tensor.is_cuda), None)
     return RandomState(torch.get_rng_state(), device, None if device is None else torch.cuda.get_rng_state(device))
 
 

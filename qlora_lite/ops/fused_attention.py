@@ -191,7 +191,8 @@ def runs_flash(query, key, value, dropout: float) -> bool:
     """Return whether a GPU, this machine's if it has one, runs flash attention for heads of this kind without a
     mask."""
     sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    chosen = _chosen(query.dtype, *sizes, False, dropout) if is_for_flash(query, value, dropout) else _MATH
+    kind = _asked_gpu(query), query.dtype, *sizes
+    chosen = _chosen(*kind, False, dropout) if is_for_flash(query, value, dropout) else _MATH
     return chosen in (None, SDPBackend.FLASH_ATTENTION.value)
 
 
@@ -201,12 +202,13 @@ def has_kernel(query, key, value, masked: bool) -> bool:
     if not masked and runs_flash(query, key, value, 0.0):
         return True
     heads = query.shape[1]  # key heads are expanded to as many
-    return _chosen(query.dtype, heads, heads, query.shape[3], value.shape[3], masked, 0.0) != _MATH
+    return _chosen(_asked_gpu(query), query.dtype, heads, heads, query.shape[3], value.shape[3], masked, 0.0) != _MATH
 
 
 def kernel_of_gpu(dtype: torch.dtype) -> str | None:
     """Name what attends on this machine's GPU in a model like Llama-3.1-8B; None without a GPU."""
-    grouped, alone = (_chosen(dtype, 32, key_heads, 128, 128, False, 0.0) for key_heads in (8, 32))
+    gpu = torch.device("cuda")
+    grouped, alone = (_chosen(gpu, dtype, 32, key_heads, 128, 128, False, 0.0) for key_heads in (8, 32))
     if grouped is None:
         return None
     if grouped == SDPBackend.FLASH_ATTENTION.value:
@@ -214,18 +216,30 @@ def kernel_of_gpu(dtype: torch.dtype) -> str | None:
     return "blocks of queries: torch has no fused kernel here" if alone == _MATH else "memory-efficient attention"
 
 
+def _asked_gpu(tensor: torch.Tensor) -> torch.device:
+    """Return the GPU that a tensor is on; for a plan's, the current one."""
+    return tensor.device if tensor.is_cuda else torch.device("cuda")
+
+
 @lru_cache
 def _chosen(
-    dtype: torch.dtype, heads: int, key_heads: int, size: int, value_size: int, masked: bool, dropout: float
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    size: int,
+    value_size: int,
+    masked: bool,
+    dropout: float,
 ) -> int | None:
-    """Return which of KERNELS torch takes on this machine's GPU for calls of a kind; None where there is no GPU."""
+    """Return which of KERNELS torch takes on a GPU of this machine for calls of a kind; None where there is none."""
     if not torch.cuda.is_available():
         return None
     shapes = (heads, size), (key_heads, size), (key_heads, value_size)
-    options = {"dtype": dtype, "device": "cuda", "requires_grad": True}
+    options = {"dtype": dtype, "device": device, "requires_grad": True}
     # views of one row each: a plan may be counting what is allocated
     tensors = [torch.empty(1, 1, 1, size, **options).expand(1, heads, _ASKED_TOKENS, size) for heads, size in shapes]
-    mask = torch.zeros(_ASKED_TOKENS, _ASKED_TOKENS, dtype=dtype, device="cuda") if masked else None
+    mask = torch.zeros(_ASKED_TOKENS, _ASKED_TOKENS, dtype=dtype, device=device) if masked else None
     with sdpa_kernel(_kernels(dtype)):
         return torch._fused_sdp_choice(*tensors, mask, dropout, not masked, enable_gqa=heads != key_heads)
 

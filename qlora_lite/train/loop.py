@@ -26,7 +26,7 @@ from torch import nn
 from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
 from qlora_lite.errors import ModelError, TrainingError, first_line
-from qlora_lite.memory.meter import PeakMeter
+from qlora_lite.memory.meter import PeakMeter, use_device
 from qlora_lite.models.memory_options import settle, stream_of, trained_on_host
 from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
@@ -161,10 +161,13 @@ class Trainer:
     def check(self) -> None:
         """Set the memory options, and check that training computes what the model computes; all else does it first.
 
+        Its GPU is the current one from then on.
+
         Raises:
             ModelError: packed sequences would not give the model's own logits.
             TrainingError: the settings are not for this model.
         """
+        use_device(self.device)  # each time: between two steps the caller may have used another GPU
         if not self._is_checked:
             check_choice(self.workload, self.settings.options)
             self.workload.check_model(self.model, self.settings)
@@ -294,6 +297,7 @@ class Trainer:
 
     @float32_partial_sums()
     def _train(self, micro_batches: list[Sequence]) -> StepMetrics:
+        self.check()
         started, s = time.perf_counter(), self.settings
         retries = self.meter.allocation_retries()
         self.step += 1

@@ -189,7 +189,7 @@ def _begin_reading(numbers: torch.Tensor) -> Callable[[], list[float]]:
     if numbers.device.type != "cuda":
         return numbers.tolist
     on_host, there = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
-    there.record()
+    there.record(torch.cuda.current_stream(numbers.device))
 
     def read() -> list[float]:
         there.synchronize()

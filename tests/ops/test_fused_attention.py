@@ -111,7 +111,7 @@ def counted_kernels(monkeypatch):
 def card_with(monkeypatch, grouped, alone, masked):
     """Have a GPU whose torch takes these kernels: for grouped heads, for others, and for others with a mask."""
 
-    def chosen(_dtype, heads, key_heads, _size, _value_size, is_masked, _dropout):
+    def chosen(_device, _dtype, heads, key_heads, _size, _value_size, is_masked, _dropout):
         return (masked if is_masked else alone if heads == key_heads else grouped).value
 
     monkeypatch.setattr(fused_attention, "_chosen", chosen)

@@ -84,7 +84,8 @@ class ComputingCard(TorchDispatchMode):
         return self._queue(operator, args, kwargs)
 
     def _queue(self, operator, args, kwargs):
-        seed = _seed(operator, kwargs)
+        gpu = _gpu_of(args, kwargs)
+        seed = _seed(operator, kwargs, gpu)
         with self._quiet():
             results = operator(*args, **kwargs)
         inputs, more = _seen_by_the_cpu((args, kwargs))
@@ -106,7 +107,8 @@ class ComputingCard(TorchDispatchMode):
 
         number = next(self._numbers)
         self._works[number] = work
-        self._card.card_work(_current_stream(), ctypes.c_long(number))
+        with torch.cuda.device(gpu):  # the stream's, if it is the default one
+            self._card.card_work(_current_stream(gpu), ctypes.c_long(number))
         return results
 
     def _compute(self, number: int) -> None:
@@ -115,13 +117,14 @@ class ComputingCard(TorchDispatchMode):
             self._works.pop(number)()
 
     def _of_values(self, operator, args, kwargs):
-        torch.cuda.current_stream().synchronize()
+        gpu = _gpu_of(args, kwargs)
+        torch.cuda.current_stream(gpu).synchronize()
         found = operator(*_seen_by_the_cpu(args), **_seen_by_the_cpu(kwargs))
         if operator._schema.is_mutable:
             return args[0]
 
         def on_gpu(value):
-            return self._travel(value.new_empty(value.shape, device="cuda"), value)
+            return self._travel(value.new_empty(value.shape, device=gpu), value)
 
         return tree_map_only(torch.Tensor, on_gpu, found)
 
@@ -149,8 +152,16 @@ class ComputingCard(TorchDispatchMode):
             self._card.card_quiet(0)
 
 
-def _current_stream() -> ctypes.c_void_p:
-    return ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
+def _gpu_of(args, kwargs) -> torch.device:
+    """Return the GPU that an operator computes on: that of its tensors, or where it makes one."""
+    made_on = torch.device(kwargs.get("device") or "cuda")
+    if made_on.type != "cuda" or made_on.index is None:
+        made_on = torch.device("cuda", torch.cuda.current_device())
+    return next((tensor.device for tensor in _tensors((args, kwargs)) if tensor.is_cuda), made_on)
+
+
+def _current_stream(gpu: torch.device) -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(gpu.index))
 
 
 def _device(kwargs, default: str) -> str:
@@ -170,12 +181,12 @@ def _indexed_by_bools(operator, args) -> bool:
     return indexed and any(index is not None and index.dtype == torch.bool for index in args[1])
 
 
-def _seed(operator, kwargs) -> int | None:
+def _seed(operator, kwargs, gpu: torch.device) -> int | None:
     """Return what stands for the state of the GPU's random numbers, before an operator that draws some."""
     if torch.Tag.nondeterministic_seeded not in operator.tags:
         return None
     torch.cuda.init()
-    generator = kwargs.get("generator") or torch.cuda.default_generators[torch.cuda.current_device()]
+    generator = kwargs.get("generator") or torch.cuda.default_generators[gpu.index]
     return (generator.initial_seed() * 1_000_003 + generator.get_offset()) % 2**63
 
 

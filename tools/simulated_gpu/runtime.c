@@ -5,7 +5,8 @@
  *
  * Memory of the card is address space of the host that is never written: copies to it are dropped, and what is read
  * from it is zero. Copies and events are over at once. The size of the card comes from the environment; a tool asks
- * for counts with the function at the end. runtime.py builds and preloads it, with a function that returns 0 for
+ * for counts with the function at the end. CARD_COUNT cards, one if it is not set, each have memory of that size and
+ * a default stream. runtime.py builds and preloads it, with a function that returns 0 for
  * every other name that torch and triton need from these libraries.
  *
  * A tool can have it compute: computing.py gives it work in the place of kernels. Then copies are made, and
@@ -24,13 +25,17 @@
 
 static const size_t PAGE = 4096;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static size_t total_bytes, used_bytes, peak_bytes;
-static int major, minor;
+enum { MOST_CARDS = 8 };
+static size_t total_bytes, used_bytes[MOST_CARDS];
+static int major, minor, cards;
+static __thread int current; /* the number of the card that a thread has chosen */
 static long launches, waits, allocations, pinned, managed_bytes;
 
 __attribute__((constructor)) static void begin(void) {
-    const char *memory = getenv("CARD_BYTES"), *capability = getenv("CARD_CAPABILITY");
+    const char *memory = getenv("CARD_BYTES"), *capability = getenv("CARD_CAPABILITY"), *count = getenv("CARD_COUNT");
     total_bytes = memory ? strtoull(memory, NULL, 10) : (size_t)80 << 30;
+    cards = count ? atoi(count) : 1;
+    if (cards > MOST_CARDS) abort();
     major = capability ? atoi(capability) / 10 : 8;
     minor = capability ? atoi(capability) % 10 : 6; /* one that torch is built for: else a few of its kernels fail */
 }
@@ -41,6 +46,7 @@ struct Range {
     char *start;
     size_t size;
     enum cudaMemoryType type;
+    int card;
     struct Range *next;
 };
 static struct Range *ranges[4096];
@@ -52,22 +58,21 @@ static void *reserve(size_t size) {
     return start == MAP_FAILED ? NULL : start;
 }
 
-/* Counts bytes of the card as used; 0 where there are not as many. */
-static int use(size_t size) {
+/* Counts bytes of a card as used; 0 where there are not as many. */
+static int use(size_t size, int card) {
     pthread_mutex_lock(&lock);
-    int fits = used_bytes + size <= total_bytes;
+    int fits = used_bytes[card] + size <= total_bytes;
     if (fits) {
-        used_bytes += size;
+        used_bytes[card] += size;
         allocations++;
-        if (used_bytes > peak_bytes) peak_bytes = used_bytes;
     }
     pthread_mutex_unlock(&lock);
     return fits;
 }
 
-static void unuse(size_t size) {
+static void unuse(size_t size, int card) {
     pthread_mutex_lock(&lock);
-    used_bytes -= size;
+    used_bytes[card] -= size;
     pthread_mutex_unlock(&lock);
 }
 
@@ -80,11 +85,11 @@ static cudaError_t failed(cudaError_t error) {
 
 static cudaError_t hand_out(void **start, size_t size, enum cudaMemoryType type) {
     size = (size + PAGE - 1) / PAGE * PAGE + (size ? 0 : PAGE);
-    if (type == cudaMemoryTypeDevice && !use(size)) return failed(cudaErrorMemoryAllocation);
+    if (type == cudaMemoryTypeDevice && !use(size, current)) return failed(cudaErrorMemoryAllocation);
     *start = reserve(size);
     struct Range *range = malloc(sizeof *range);
     pthread_mutex_lock(&lock);
-    *range = (struct Range){*start, size, type, *bucket(*start)};
+    *range = (struct Range){*start, size, type, current, *bucket(*start)};
     *bucket(*start) = range;
     pinned += type == cudaMemoryTypeHost;
     managed_bytes += type == cudaMemoryTypeManaged ? size : 0;
@@ -103,20 +108,25 @@ static cudaError_t take_back(void *start) {
     if ((range = *link)) *link = range->next;
     pthread_mutex_unlock(&lock);
     if (!range) return failed(cudaErrorInvalidValue);
-    if (range->type == cudaMemoryTypeDevice) unuse(range->size);
+    if (range->type == cudaMemoryTypeDevice) unuse(range->size, range->card);
     munmap(range->start, range->size);
     free(range);
     return cudaSuccess;
 }
 
-static enum cudaMemoryType type_of(const void *place) {
+static enum cudaMemoryType find(const void *place, int *card) {
     enum cudaMemoryType found = cudaMemoryTypeUnregistered;
     pthread_mutex_lock(&lock);
     for (int number = 0; number < 4096; number++)
         for (struct Range *range = ranges[number]; range; range = range->next)
-            if ((char *)place >= range->start && (char *)place < range->start + range->size) found = range->type;
+            if ((char *)place >= range->start && (char *)place < range->start + range->size)
+                found = range->type, *card = range->card;
     pthread_mutex_unlock(&lock);
     return found;
+}
+static enum cudaMemoryType type_of(const void *place) {
+    int card;
+    return find(place, &card);
 }
 
 cudaError_t cudaMalloc(void **start, size_t size) { return hand_out(start, size, cudaMemoryTypeDevice); }
@@ -129,13 +139,13 @@ cudaError_t cudaMallocManaged(void **start, size_t size, unsigned flags) {
     return hand_out(start, size, cudaMemoryTypeManaged);
 }
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *all_bytes) {
-    *free_bytes = total_bytes - used_bytes;
+    *free_bytes = total_bytes - used_bytes[current];
     *all_bytes = total_bytes;
     return cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *place) {
     memset(attributes, 0, sizeof *attributes);
-    attributes->type = type_of(place);
+    attributes->type = find(place, &attributes->device);
     attributes->devicePointer = attributes->type == cudaMemoryTypeUnregistered ? NULL : (void *)place;
     attributes->hostPointer = attributes->type == cudaMemoryTypeDevice ? NULL : (void *)place;
     return cudaSuccess;
@@ -154,12 +164,13 @@ CUresult cuMemAddressFree(CUdeviceptr start, size_t size) {
 CUresult cuMemCreate(
     CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties, unsigned long long flags
 ) {
-    if (!use(size)) return CUDA_ERROR_OUT_OF_MEMORY;
-    *handle = size;
+    int card = properties->location.id;
+    if (!use(size, card)) return CUDA_ERROR_OUT_OF_MEMORY;
+    *handle = size + card; /* sizes are whole granules */
     return CUDA_SUCCESS;
 }
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-    unuse(handle);
+    unuse(handle - handle % MOST_CARDS, handle % MOST_CARDS);
     return CUDA_SUCCESS;
 }
 CUresult cuMemMap(
@@ -216,6 +227,7 @@ static __thread int quiet; /* copies and fills of this thread are part of a work
 static void run_event(struct Event *event, struct Stream *stream, long number);
 
 static struct Stream *stream_of(void *name) {
+    if (!name) name = (void *)(size_t)current; /* the default stream of the card: others' names are multiples of 16 */
     pthread_mutex_lock(&lock);
     int number = 0;
     while (number < stream_count && streams[number].name != name) number++;
@@ -274,7 +286,7 @@ static void enqueue(void *name, struct Item item) {
     stream->last = kept;
     pthread_mutex_unlock(&lock);
     if (pthread_mutex_trylock(&working)) return; /* another thread is at it, which may need what this one holds */
-    if (order == (name ? OTHERS_FIRST : DEFAULT_FIRST)) run_stream(stream);
+    if (order == (stream->name < (void *)MOST_CARDS ? DEFAULT_FIRST : OTHERS_FIRST)) run_stream(stream);
     if (order == BY_CHANCE) {
         static int favoured, left;
         if (--left < 0) favoured = rand_r(&chance) % (stream_count + 1), left = rand_r(&chance) % 100;
@@ -388,8 +400,12 @@ cudaError_t cudaMemset(void *start, int value, size_t size) {
 
 /* ---- The device. ---- */
 
-cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *count) { return *count = cards, cudaSuccess; }
+cudaError_t cudaGetDevice(int *device) { return *device = current, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= cards) return failed(cudaErrorInvalidDevice);
+    return current = device, cudaSuccess;
+}
 cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
@@ -435,7 +451,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return *least = 0, *greatest = -5, cudaSuccess;
 }
 cudaError_t cudaDeviceGetPCIBusId(char *name, int size, int device) {
-    return snprintf(name, size, "0000:01:00.0"), cudaSuccess;
+    return snprintf(name, size, "0000:%02d:00.0", device + 1), cudaSuccess;
 }
 cudaError_t cudaGetLastError(void) {
     cudaError_t error = last_error;
