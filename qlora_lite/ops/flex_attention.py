@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 
 BLOCK = 128  # queries, and keys, of a block that is computed or left out; a multiple of the kernel's tiles
 SIZES = range(16, 257)  # of a head: tl.dot's least, and what a GPU's shared memory has room for
+# Tiles of the gradients' kernel: torch's own take 112 KiB of shared memory for heads over 128, which GeForce GPUs and
+# their siblings (8.6, 8.9, 12.0: 99 KiB) have not; these take 48 KiB of it for heads of 256.
+SMALL_TILES = {"bwd_BLOCK_M1": 16, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 16, "bwd_num_stages": 1}
+TORCHS_TILES_BYTES = 112 << 10
 KINDS = 2  # of layers, with a window and without, whose tables are kept
 
 
@@ -116,9 +120,18 @@ def _attend(tensors, sinks, row_lengths, scaling: float, window: int | None, sof
     """Call the compiled function, of one graph for all numbers of tokens."""
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 2)
+    device, shared_bytes = tensors[0].device, TORCHS_TILES_BYTES
+    if device.type == "cuda":
+        shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    tables, options = _tables(tuple(row_lengths), window, device), kernel_options(tensors[0].shape[3], shared_bytes)
     # a float that differs from the last one's would become a variable of the graph, which the kernel does not take
     with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MAX_GRAPHS):
-        return _compiled()(*tensors, sinks, *_tables(tuple(row_lengths), window, tensors[0].device), scaling, softcap)
+        return _compiled()(*tensors, sinks, *tables, scaling, softcap, options)
+
+
+def kernel_options(size: int, shared_bytes: int) -> dict[str, int]:
+    """Return what to tell torch of the kernels for heads of a size on a GPU with so much shared memory a block."""
+    return SMALL_TILES if size > 128 and shared_bytes < TORCHS_TILES_BYTES else {}
 
 
 @cache
@@ -127,7 +140,7 @@ def _compiled() -> Callable[..., torch.Tensor]:
     return torch.compile(_flex, fullgraph=True)
 
 
-def _flex(query, key, value, sinks, first_keys, tables: Sequence[torch.Tensor], scaling, softcap) -> torch.Tensor:
+def _flex(query, key, value, sinks, first_keys, tables: Sequence[torch.Tensor], scaling, softcap, options):
     def sees(batch, head, query_at, key_at):
         return (key_at <= query_at) & (key_at >= first_keys[query_at])
 
@@ -136,7 +149,8 @@ def _flex(query, key, value, sinks, first_keys, tables: Sequence[torch.Tensor], 
 
     tokens = query.shape[2]
     mask = torchs.BlockMask((tokens, tokens), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
-    how = {"score_mod": capped if softcap else None, "block_mask": mask, "scale": scaling, "enable_gqa": True}
+    how = {"score_mod": capped if softcap else None, "block_mask": mask, "scale": scaling, "enable_gqa": True,
+           "kernel_options": options}  # fmt: skip
     if sinks is None:
         return torchs.flex_attention(query, key, value, **how)
     out, beside = torchs.flex_attention(query, key, value, return_aux=torchs.AuxRequest(lse=True), **how)

@@ -123,6 +123,13 @@ def test_the_kernel_is_for_heads_that_fit_and_more_than_a_block_of_tokens_of_seq
         assert kernel_takes(query, query, value, said["lengths"]) == (not change or change.get("values") == 80)
 
 
+@pytest.mark.parametrize(("size", "shared_kib", "is_small"), [
+    (128, 99, False), (192, 99, True), (256, 99, True), (256, 163, False), (256, 227, False),
+])  # fmt: skip
+def test_wide_heads_have_small_tiles_on_gpus_with_little_shared_memory(size, shared_kib, is_small):
+    assert bool(flex.kernel_options(size, shared_kib << 10)) == is_small
+
+
 def planned_work(lengths, window=None):
     inputs = inputs_of(lengths, dtype=torch.bfloat16, device="meta")
     with planning_for("cuda"), counted() as counter, phase("forward"):
