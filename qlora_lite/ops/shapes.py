@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import pad
@@ -23,12 +23,22 @@ from qlora_lite.memory.marks import repeated
 CPU_MULTIPLE = 32
 _MANY = {"cuda": 4, "cpu": 64}  # parts, from which on a plan takes their average
 T = TypeVar("T")
-_planned_for: ContextVar[str | None] = ContextVar("device type that a plan is made for", default=None)
+# Least compute capability: for Turing, Triton 3.7 multiplies without tensor cores, and its kernels spill registers.
+TRITON_CAPABILITY = 8, 0
+
+
+class _Target(NamedTuple):
+    device_type: str
+    capability: tuple[int, int] | None
+
+
+_planned_for: ContextVar[_Target | None] = ContextVar("what a plan is made for", default=None)
 
 
 def device_type(device: torch.device) -> str:
     """Return whose kernels will work on a tensor: its device's, or those of the GPU that a plan is made for."""
-    return _planned_for.get() or device.type
+    planned = _planned_for.get()
+    return planned.device_type if planned else device.type
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -36,9 +46,17 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or (tensor.is_meta and device_type(tensor.device) == "cuda")
 
 
-@cache
 def has_triton() -> bool:
-    """Return whether the GPU at hand, or one that a plan is made for elsewhere, can have kernels written in Triton."""
+    """Return whether the GPU at hand, or the one that a plan is made for, can have products written in Triton."""
+    capability = planned.capability if (planned := _planned_for.get()) else None
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    return _triton_is_installed() and (capability is None or capability >= TRITON_CAPABILITY)
+
+
+@cache
+def _triton_is_installed() -> bool:
+    """Check for Triton where there is a GPU; elsewhere a plan takes it to be there."""
     return not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None
 
 
@@ -48,12 +66,15 @@ def is_planned() -> bool:
 
 
 @contextmanager
-def planning_for(device_type: str) -> Iterator[None]:
+def planning_for(device_type: str, capability: tuple[int, int] | None = None) -> Iterator[None]:
     """Choose kernels and shapes as if tensors lay on such a device, and cut loops short.
 
     A plan's tensors are on the meta device, which says nothing of the device that it is made for.
+
+    Args:
+        capability: of the GPU; None is that at hand, or a recent one.
     """
-    token = _planned_for.set(device_type)
+    token = _planned_for.set(_Target(device_type, capability))
     try:
         yield
     finally:
@@ -88,7 +109,7 @@ def few_of_many(parts: Sequence[T], average: Callable[[Sequence[T]], T], size: C
         average: makes a part that takes the average work of some.
         size: returns what parts that need the same kernels have in common.
     """
-    if not is_planned() or len(parts) < _MANY[_planned_for.get()]:
+    if not is_planned() or len(parts) < _MANY[_planned_for.get().device_type]:
         yield from parts
         return
     most = parts[:-2]

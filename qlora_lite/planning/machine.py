@@ -46,7 +46,8 @@ class Machine:
     ``model.compute_dtype: auto`` becomes there for most models, which ``flops_per_second`` is of;
     ``float32_flops_per_second`` is of float32, where it is another one and known. ``operation_seconds`` is what the
     host takes to start an operation. It may be one of several ranks that can divide a model (``shards``), over a link
-    of which ``link_bytes_per_second`` is known; None is taken for as fast as the bus.
+    of which ``link_bytes_per_second`` is known; None is taken for as fast as the bus. ``compute_capability`` is a
+    GPU's, where it is known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Machine:
     float32_flops_per_second: float | None = None
     shards: Division = UNDIVIDED
     link_bytes_per_second: float | None = None
+    compute_capability: tuple[int, int] | None = None
 
     def computing_in(self, dtype: torch.dtype) -> "Machine":
         """Return the machine with its rate in a type that a step computes in, as far as that is known."""
@@ -136,6 +138,7 @@ def machine_of_gpu(gpu: Gpu) -> Machine:
         gpu.name, "cuda", gpu.memory_bytes, 0, products_reached(gpu) * gpu.flops_per_second,
         BANDWIDTH_REACHED * gpu.bandwidth_bytes_per_second, gpu.pcie_bytes_per_second,
         dtype=getattr(torch, gpu.trains_in), float32_flops_per_second=float32 and products_reached(gpu) * float32,
+        compute_capability=gpu.compute_capability,
     )  # fmt: skip
 
 
@@ -167,7 +170,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     host_bytes = free_bytes(cpu) + held_bytes(cpu)
     name = torch.cuda.get_device_name(device) + (" (ROCm, not verified)" if torch.version.hip else "")
     start = WSL_OPERATION_SECONDS if on_wsl() else OPERATION_SECONDS
-    return Machine(name, "cuda", memory_bytes, 0, *speeds, host_bytes, auto, start)
+    capability = torch.cuda.get_device_capability(device)
+    return Machine(name, "cuda", memory_bytes, 0, *speeds, host_bytes, auto, start, compute_capability=capability)
 
 
 def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

@@ -56,10 +56,10 @@ remembered, with_values = MetaResults(), MetaResults(with_values=True)
 class Job:
     """A training step to be planned: what is trained, and everything that changes its memory.
 
-    ``device_type`` is that of the machine planned for, "cpu" or "cuda"; the other fields have the recipe's names and
-    meanings. ``shape`` is that of the largest micro-batch and ``eval_shape`` that of the largest evaluation batch, None
-    without one. ``saved_adapters``: how many adapters a checkpoint holds that is written beside the step (2 with that
-    which was best by evaluation), 0 where none is.
+    ``device_type`` is that of the machine planned for, "cpu" or "cuda", and ``capability`` its GPU's, if that is known;
+    the other fields have the recipe's names and meanings. ``shape`` is that of the largest micro-batch and
+    ``eval_shape`` that of the largest evaluation batch, None without one. ``saved_adapters``: how many adapters a
+    checkpoint holds that is written beside the step (2 with that which was best by evaluation), 0 where none is.
     """
 
     workload: Workload
@@ -74,6 +74,7 @@ class Job:
     deterministic: bool = False
     saved_adapters: int = 0
     options: MemoryOptions = field(default_factory=MemoryOptions)
+    capability: tuple[int, int] | None = None
 
 
 class Trained(NamedTuple):
@@ -299,7 +300,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
-    with planning_for(job.device_type), deterministic(job.deterministic), ledger:
+    with planning_for(job.device_type, job.capability), deterministic(job.deterministic), ledger:
         for tensor, name, _ in categorised(workload, model):
             ledger.claim([tensor], name)
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves

@@ -391,7 +391,7 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         return Job(
             work, BatchShape((1,), 1), eval_shape, machine.device_type,
             t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
-            saved_adapters=1 if eval_shape is None else 2,
+            saved_adapters=1 if eval_shape is None else 2, capability=machine.compute_capability,
         )  # fmt: skip
 
     if recipe.generates_pictures:

@@ -22,6 +22,7 @@ from qlora_lite.ops.flex_attention import VALUES, flex_attention
 from qlora_lite.ops.gated import GatedMLP, gated
 from qlora_lite.ops.norm import LeanNorm, exact_norm
 from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
+from qlora_lite.ops.shapes import has_triton
 from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
 
 from .forward import Inputs, hidden_states
@@ -56,7 +57,7 @@ def choose_kernels(model: nn.Module, inputs: Inputs) -> None:
         with _gated_products(model) as products, _Calls() as calls:
             for each in _micro_batches(inputs):
                 norms, experts = _seen(model, each)
-        if EXPERTS in kept and not (experts and _experts_are_better(*experts[0])):
+        if EXPERTS in kept and not (experts and has_triton() and _experts_are_better(*experts[0])):
             kept.discard(EXPERTS)
         if not norms or not all([_norm_is_better(*seen) for seen in norms]):  # each of them says how it is
             kept.discard("norms")
@@ -96,6 +97,8 @@ def check_kernels(model: nn.Module, names: Collection[str], inputs: Inputs) -> N
         TrainingError: they do not run here any more.
     """
     reason = "liger-kernel is not installed" if {*names} - kernels_of(model) else ""
+    if {EXPERTS, FLEX} & {*names} and not has_triton():
+        reason = "they need Triton, and a GPU of compute capability 8.0 or later"
     try:
         for each in _micro_batches(inputs):
             _seen(model, each)

@@ -127,6 +127,16 @@ def planned_of_all_blocks(config, tokens):
     return depth * work.operations, peak - sum(t.nbytes for t in (*tensors, hidden)) - 5 * weights.nbytes
 
 
+@pytest.mark.parametrize(("capability", "is_grouped"), [((7, 5), False), ((8, 0), True)])
+def test_experts_are_planned_in_groups_for_gpus_where_triton_has_tensor_cores(capability, is_grouped, monkeypatch):
+    seen = []
+    monkeypatch.setattr(packing, "routed", lambda *given: seen.append(given[3].grouped))
+    experts = first_experts(quantized_pair("qwen3_moe")[0])
+    with planning_for("cuda", capability):
+        packing.compute_experts(experts, torch.empty(2, 8), None, None, grouped=True)
+    assert seen == [is_grouped]
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "unsloth/gpt-oss-20b-BF16"])
 def test_large_mixtures_take_few_launches_and_memory_that_is_bounded(name):
     known = known_config(name)

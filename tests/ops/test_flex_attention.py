@@ -111,15 +111,15 @@ def test_a_block_of_a_model_is_recomputed_with_the_same_kernel(keeps_attention, 
 
 @pytest.mark.parametrize("change", [
     {"tokens": BLOCK, "lengths": (BLOCK,)}, {"tokens": sum(LENGTHS) + 1}, {"size": 8}, {"size": 288}, {"batch": 2},
-    {"values": 32}, {"card": "cpu"}, {"triton": False}, {"size": 80, "values": 80}, {},
+    {"values": 32}, {"card": "cpu"}, {"triton": False}, {"size": 80, "values": 80}, {}, {"capability": (7, 5)},
 ])  # fmt: skip
 def test_the_kernel_is_for_heads_that_fit_and_more_than_a_block_of_tokens_of_sequences(change, monkeypatch):
     said = {"tokens": sum(LENGTHS), "lengths": LENGTHS, "size": SIZE, "values": SIZE, "batch": 1, "card": "cuda"}
-    said |= {"triton": True} | change
+    said |= {"triton": True, "capability": (8, 0)} | change
     query = torch.empty(said["batch"], HEADS, said["tokens"], said["size"], device="meta")
     value = query.new_empty(*query.shape[:3], said["values"])
-    monkeypatch.setattr(flex, "has_triton", lambda: said["triton"])
-    with planning_for(said["card"]):
+    monkeypatch.setattr(shapes, "_triton_is_installed", lambda: said["triton"])
+    with planning_for(said["card"], said["capability"]):
         assert kernel_takes(query, query, value, said["lengths"]) == (not change or change.get("values") == 80)
 
 

@@ -45,6 +45,7 @@ def test_a_gpu_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, mo
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**34))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     found = this_machine(torch.device("cuda", 0))
     assert found.starting_seconds(Work(0, 0, 0, 1000)) == pytest.approx(1000 * seconds)
     assert found.renamed("half of it", 2**32).operation_seconds == seconds
