@@ -1,11 +1,12 @@
 """What settings of other trainers, and their values, are called here: for messages, and for `convert`.
 
-Covers axolotl, LLaMA-Factory, trl and transformers, unsloth, litgpt and torchtune. A name that is the last
+Covers axolotl, LlamaFactory, trl and transformers, unsloth, litgpt and torchtune. A name that is the last
 part of one of our own keys is found by that (`learning_rate` outside of `train`) and does not stand here.
 
-A name has one answer, in one of four tables: what it is called here; what to know where nothing is lost by leaving it
-out; what is not offered although the trained weights depend on it; what makes the file train something else
-altogether. When a feature comes, its names move up to the first table. A name with a * stands for a family.
+A name has one answer, in one of five tables: what it is called here; what to know where nothing is lost by leaving it
+out; what is done another way here, which changes little; what is not offered although the trained weights depend on
+it; what makes the file train something else altogether. When a feature comes, its names move up to the first table. A
+name with a * stands for a family.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _RENAMED = {
         "base_model model_name_or_path model_name model_id model_id_or_path "
         "pretrained_model_name_or_path checkpoint_dir",
     "model.quant":
-        "load_in_4bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
+        "load_in_4bit load_in_8bit load_in_16bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
         "quant_type quantization_method quantization_type",
     "model.double_quant":
         "double_quantization bnb_4bit_use_double_quant use_double_quant use_bnb_nested_quant",
@@ -39,7 +40,8 @@ _RENAMED = {
     "model.revision":
         "model_revision revision_of_model",
     "adapter.method":
-        "dora use_dora peft_use_dora lora_use_dora",
+        "dora use_dora peft_use_dora lora_use_dora adapter finetuning_type training_type full_finetuning peft_type "
+        "use_peft",
     "adapter.switch_every":
         "badam_switch_interval badam_switch_interval_every switch_block_every",
     "adapter.train_also":
@@ -56,6 +58,10 @@ _RENAMED = {
         "dpo_label_smoothing",
     "objective.max_completion_tokens":
         "max_completion_length",
+    "objective.group_size":
+        "num_generations",
+    "objective.rewards":
+        "reward_funcs",
     "objective.desirable_weight":
         "kto_desirable_weight kto_chosen_weight",
     "objective.undesirable_weight":
@@ -167,7 +173,9 @@ _NOT_NEEDED = {
         "eager_attention flash_optimum use_flash_attention_2 flash_attn_*",
     "remove it; nothing is ever padded":
         "pad_to_sequence_len pad_token padding_side pad_to_multiple_of ignore_pad_token_for_loss data_collator "
-        "dataset_kwargs collate_fn padding_free",
+        "dataset_kwargs collate_fn padding_free pad_to_max_length",
+    "remove it; the model that is trained answers by itself, with the memory that the plan gives it":
+        "use_vllm vllm vllm_* steps_per_generation generation_batch_size cache_implementation",
     "remove it; qlora-lite has its own kernels":
         "fused foreach use_unsloth use_unsloth_gc unsloth unsloth_* lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
         "plugins torch_empty_cache_steps use_triton custom_sharded_layers fast_inference max_lora_rank "
@@ -175,7 +183,8 @@ _NOT_NEEDED = {
     "remove it; evaluation examples are batched like training examples": "eval_sample_packing",
     "remove it; `qlora-lite train RECIPE --gpus N` trains on several GPUs, with the whole model on each":
         "local_rank num_gpus gpus n_gpus n_gpu num_gpu world_size num_processes nproc_per_node num_nodes num_machines "
-        "ddp ddp_* dp_* tensor_parallel* sequence_parallel_degree ring_attn_func heads_k_stride accelerator_config "
+        "config_file accelerate_config ddp ddp_* "
+        "dp_* tensor_parallel* sequence_parallel_degree ring_attn_func heads_k_stride accelerator_config "
         "deepspeed fsdp fsdp_* deepspeed_* gpu_ids use_ray ray_* distributed_backend "
         "average_tokens_across_devices",
     "remove it; model.path says where the model is, and adapters are written in PEFT format":
@@ -185,7 +194,8 @@ _NOT_NEEDED = {
         "logging_steps logging_first_step logging_dir logging_strategy log_every_n_steps log_dir tensorboard_dir "
         "include_tokens_per_second include_num_input_tokens_seen log_peak_memory_stats metric_logger log_level "
         "include_tkps skip_memory_metrics "
-        "logging_nan_inf_filter total_num_tokens wandb_* mlflow_* comet_* swanlab_* trackio_* disable_tqdm",
+        "logging_nan_inf_filter total_num_tokens wandb_* mlflow_* comet_* swanlab_* trackio_* disable_tqdm "
+        "log_completions num_completions_to_print",
     "remove it; report.html has the loss curves": "plot_loss",
     "remove it; `qlora-lite profile RECIPE` measures": "profiler profiler_* profiling gc_steps profile",
     "remove it; the summary and the report show answers and losses": "eval_table_size eval_max_new_tokens",
@@ -237,11 +247,27 @@ _NOT_NEEDED = {
     "remove it; weights are always written as safetensors": "save_safetensors",
     "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token hf_use_auth_token",
 }  # fmt: skip
+_OTHERWISE = {
+    "remove it; all rows are used, or the share that a weight below 1 at their source in data.train says":
+        "max_samples max_train_samples max_eval_samples max_steps_per_epoch",
+    "remove it; prompts are not cut by themselves: data.max_tokens is for prompt and answer": "max_prompt_length",
+    "remove it; the model's tokenizer and chat template say what ends an answer: see `qlora-lite data`":
+        "special_tokens eos_token eot_tokens embeddings_skip_upcast",
+    "remove it; optimizers have their usual betas and epsilon":
+        "adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 optim_args betas eps lion_beta1 lion_beta2",
+    "remove it; the cosine ends at zero": "cosine_min_lr_ratio min_lr min_lr_rate",
+    "remove it; the base stays frozen, and lora.targets says which layers get LoRA weights":
+        "unfrozen_parameters freeze_vision_tower freeze_multi_modal_projector",
+    "write data.resolution, the edge of the square with as many pixels (qlora-lite explain pictures)":
+        "image_max_pixels image_size",
+    "remove it; small pictures keep their size, and video is not supported": "image_min_pixels video_max_pixels",
+    "remove it; a step has one update, with fresh answers, so that no ratio is ever clipped":
+        "epsilon epsilon_high delta num_iterations importance_sampling_level",
+    "remove it; roles are recognised by their usual names": "roles",
+}  # fmt: skip
 _NOT_OFFERED = {
     "write train.warmup_ratio, the warm-up's share of all steps, instead":
         "warmup_steps lr_warmup_steps num_warmup_steps",
-    "rows are never dropped silently; give their source in data.train a weight below 1, or set train.max_steps":
-        "max_samples max_train_samples max_steps_per_epoch",
     "give data.train a file of those examples": "select filter",
     "name the column text, or write {path: FILE, prompt: ..., completion: ...} in data.train":
         "dataset_text_field text_column field_instruction field_output column_map",
@@ -258,14 +284,13 @@ _NOT_OFFERED = {
         "tokens add_tokens new_tokens new_special_tokens add_special_tokens additional_special_tokens "
         "trainable_token_indices",
     "remove it; adapter.train_tokens adds tokens, and makes embeddings longer where it has to":
-        "special_tokens added_tokens_overrides resize_vocab resize_token_embeddings "
-        "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens eot_tokens "
-        "embeddings_skip_upcast eos_token",
+        "added_tokens_overrides resize_vocab resize_token_embeddings "
+        "resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens",
     "remove it; train.loraplus_lr_ratio gives B another rate, and adapter.train_also_lr_ratio embeddings and other "
     "whole weights":
         "loraplus_lr_embedding embedding_learning_rate embedding_lr embedding_lr_scale lr_groups lr_scale_b",
     "remove it; there is no 8-bit base here but a file's own (model.quant keep): it is nf4 or fp4 (4 bit), or none":
-        "load_in_8bit load_in_fp8 load_in_16bit",
+        "load_in_fp8",
     "remove it; models are quantised to NF4 or FP4 here, and those that are published packed keep their codes":
         "gptq awq hqq eetq aqlm qat qat_scheme quantizer",
     "remove it; LoRA weights have no bias": "lora_bias",
@@ -277,12 +302,9 @@ _NOT_OFFERED = {
         "mixture_of_depths llama4_linearized_experts s2_attention",
     "write data.streaming: true, with data.order: as-is and train.max_steps":
         "pretraining_dataset iterable_dataset dataset_streaming",
-    "remove it; optimizers have their usual betas and epsilon":
-        "adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 optim_args betas eps optim_target_modules "
-        "lion_beta1 lion_beta2",
-    "remove it; the cosine ends at zero":
-        "cosine_min_lr_ratio cosine_constant_lr_ratio lr_scheduler_kwargs min_lr min_lr_rate num_cycles "
-        "lr_quadratic_warmup lr_div_factor",
+    "remove it; weights of every kind are updated by one optimizer": "optim_target_modules",
+    "remove it; the rate is constant, or falls to zero linearly or along half a cosine":
+        "cosine_constant_lr_ratio lr_scheduler_kwargs num_cycles lr_quadratic_warmup lr_div_factor",
     "remove it; no noise is added to embeddings": "neftune neftune_alpha neftune_noise_alpha noisy_embedding_alpha",
     "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
     "remove it; the loss is plain cross-entropy":
@@ -296,38 +318,38 @@ _NOT_OFFERED = {
         "mix_strategy interleave_probs data_mixture min_sample_len dataset_exact_deduplication",
     "write the system turn into the data, or into a .jinja file of your own (data.template)":
         "default_system_message default_system system_prompt",
-    "write data.resolution, the edge of the square with as many pixels (qlora-lite explain pictures)":
-        "image_max_pixels image_size",
-    "remove it; pictures in chats are for task.kind image-text-to-text (qlora-lite explain pictures), and video and "
-    "audio are not supported":
-        "image_min_pixels video_max_pixels freeze_vision_tower freeze_multi_modal_projector "
-        "image_resize_algorithm media_dir finetune_vision_layers vision_all_linear",
-    "remove it; lora.targets names the layers":
-        "finetune_language_layers finetune_attention_modules finetune_mlp_modules",
+    "remove it; pictures in chats are for task.kind image-text-to-text (qlora-lite explain pictures), and their paths "
+    "begin where the rows lie":
+        "image_resize_algorithm media_dir vision_all_linear",
+    "remove it; lora.targets names the layers, those of a vision tower as *vis*":
+        "finetune_vision_layers finetune_language_layers finetune_attention_modules finetune_mlp_modules",
     "remove it; roles are recognised, and the assistant's turns are target tokens, or all tokens (data.train_on: all)":
-        "train_on_eos roles message_field_training message_field_training_detail",
-    "remove it; conversations are in the column messages or conversations, as role and content or from and value":
+        "train_on_eos message_field_training message_field_training_detail",
+    "rename the columns in data.train: the prompt is messages, conversations or prompt, and the answers of a pair are "
+    "chosen and rejected":
+        "field_chosen field_rejected field_prompt",
+    "rename the columns in data.train: chats are in messages or conversations, as role and content or from and value":
         "field_messages conversation_column conversation_style message_field_role message_field_content "
         "message_property_mappings field_tools field_human field_model",
     "remove it; all of the newest data on the hub is read": "shards shards_idx preprocess_shards",
+    "write a function of yours in objective.rewards (qlora-lite explain rewards)":
+        "reward_model reward_model_* reward_weights grpo_* mask_truncated_completions top_entropy_quantile trl",
 }  # fmt: skip
 OTHER_TRAINING = (
-    "fine-tuning and preferences are offered (train.objective), reward models (task.kind), but no PPO or distillation; "
-    "GRPO is a recipe of one's own (qlora-lite explain rewards), and continued pre-training one of text files"
+    "fine-tuning, preferences and GRPO are offered (train.objective), and reward models (task.kind), but no PPO and no "
+    "distillation; continued pre-training is fine-tuning on text files (qlora-lite explain data)"
 )
 _OTHER_TRAINING = {
     OTHER_TRAINING:
-        "ppo_* grpo_* reward_model reward_model_* process_reward_model ref_model ref_model_* reward_funcs "
-        "num_generations trl vllm kd_* kd_ratio teacher_* training_mode",
-    "only LoRA weights are converted, and DoRA's norms; full fine-tuning is adapter.method full with model.quant none "
-    "in a recipe of one's own, and no other kind of adapter is offered":
-        "adapter finetuning_type training_type full_finetuning freeze_trainable_layers freeze_trainable_modules "
-        "freeze_extra_modules unfrozen_parameters use_llama_pro oft_* peft_type "
-        "use_peft",
+        "ppo_* process_reward_model ref_model ref_model_* kd_* kd_ratio teacher_* training_mode",
+    "adapter.method is lora, dora or full, of what is converted; parts of the base that are trained whole are "
+    "adapter.train_also, and blocks in turn adapter.switch_every":
+        "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro oft_*",
 }  # fmt: skip
-Effect = Literal["renamed", "not needed", "not offered", "other training"]
+Effect = Literal["renamed", "not needed", "otherwise", "not offered", "other training"]
 _TABLES: dict[Effect, dict[str, str]] = {
-    "renamed": _RENAMED, "not needed": _NOT_NEEDED, "not offered": _NOT_OFFERED, "other training": _OTHER_TRAINING,
+    "renamed": _RENAMED, "not needed": _NOT_NEEDED, "otherwise": _OTHERWISE, "not offered": _NOT_OFFERED,
+    "other training": _OTHER_TRAINING,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ trainer nests its settings. What is not taken over as it is becomes a note, of o
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,18 +22,17 @@ from typing import Any, Literal
 from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
-from .foreign_files import Code, Setting
-from .schema import GRPO
+from .foreign_files import ALPACA, CHAT_TEMPLATE, Code, Setting
 from .strict_yaml import NOT_TEXT, scalar_value, shown
 
 Kind = Literal["lost", "changed", "unused"]
+_KINDS: dict[str, Kind] = {"not needed": "unused", "otherwise": "changed", "not offered": "lost"}
 _MAX_INFO_BYTES = 2**22
 _LOADERS = {"json", "csv", "text", "parquet", "arrow"}
-_LOCAL_KEY = re.compile(r"\b(model|lora|data|train)\.[a-z_]+")
-_SECRET = re.compile(r"(token|key|secret|password)$")
+_LOCAL_KEY = re.compile(r"\b(model|lora|data|train|objective)\.[a-z_]+")
+_SECRET = re.compile(r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(token|key|secret|password)$")
 _SAME = {  # values that ask for no more than what is done here anyway
-    "stage": ("sft",), "adapter": ("qlora", "lora"), "finetuning_type": ("lora",), "training_type": ("lora",),
-    "peft_type": ("LORA",), "use_peft": (True,), "init_lora_weights": (True,), "adam_beta1": (0.9,),
+    "init_lora_weights": (True,), "adam_beta1": (0.9,),
     "adam_beta2": (0.999,), "betas": ([0.9, 0.999],), "adam_epsilon": (1e-8,), "eps": (1e-8,), "num_cycles": (0.5,),
     "mix_strategy": ("concat",), "dataset_text_field": ("text",), "loraplus_lr_embedding": (1e-6,),
     "finetune_vision_layers": (True,), "finetune_language_layers": (True,), "finetune_attention_modules": (True,),
@@ -40,16 +40,35 @@ _SAME = {  # values that ask for no more than what is done here anyway
     "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]), "field_messages": ("messages", "conversations"),
     "conversation_column": ("messages", "conversations"), "conversation_style": ("sharegpt", "openai"),
     "role": ("role", "from"), "content": ("content", "value"), "message_field_role": ("role", "from"),
-    "message_field_content": ("content", "value"), "field": ("text",),
+    "message_field_content": ("content", "value"), "field": ("text",), "field_prompt": ("prompt",),
+    "field_chosen": ("chosen",), "field_rejected": ("rejected",), "freeze_vision_tower": (True,),
+    "freeze_multi_modal_projector": (True,), "epsilon": (0.2,), "num_iterations": (1,),
+    "importance_sampling_level": ("token",),
 }  # fmt: skip
 _FORMATS = {
     "alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "pretrain": "text", "raw": "text",
     "chat_template": None, "auto": None, "chatml": None, "conversational": None, "openai": None,
     "chat_dataset": None, "instruct_dataset": None, "text_completion_dataset": "text",
-    "alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca",
+    "alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca", "slimorca_dataset": "sharegpt",
+    "preference_dataset": None, "stack_exchange_paired_dataset": None, "llama3": None, "gemma": None,
 }  # fmt: skip
-_ALPACAS = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
-_COMPONENT_LOSSES = {"CEWithChunkedOutputLoss", "LinearCrossEntropyLoss", "CrossEntropyLoss"}
+_DATASETS = {  # of torchtune's builders of one data set
+    "alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
+    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
+}  # fmt: skip
+_COLUMNS = {  # of data sets, and of axolotl's kinds of preferences
+    "stack_exchange_paired_dataset": ("question", "response_j", "response_k"),
+    "intel": ("question", "chosen", "rejected"), "icr": ("input", "chosen", "rejected"),
+    "argilla": ("instruction", "chosen_response", "rejected_response"),
+}  # fmt: skip
+_LOSSES = {  # of torchtune
+    "CEWithChunkedOutputLoss": "sft", "LinearCrossEntropyLoss": "sft", "CrossEntropyLoss": "sft", "DPOLoss": "dpo",
+    "IPOLoss": "ipo", "RSOLoss": "hinge", "SimPOLoss": "simpo",
+}  # fmt: skip
+_SWITCHES = {"full_finetuning": "full", "use_peft": "lora"}
+_METHODS = {"adapter", "finetuning_type", "training_type", "peft_type", *_SWITCHES}
+_STYLES = {"default", "ultra", "argilla_chat", "prompt_pairs", "load_role", *_COLUMNS}
+_ROLES = {"system", "user", "human", "assistant", "gpt", "model", "tool", "observation", "function_call"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +119,27 @@ class Draft:
         if self.values.setdefault(key, value) != value:
             self.note("changed", setting, f"{key} is {shown(self.values[key])} already, by a setting above", key)
 
+    def add(self, kind: Kind, text: str, key: str = "") -> None:
+        """Add a note about the file as a whole."""
+        self.notes.append(Note(kind, str(self.path), text, key))
+
+    @property
+    def is_code(self) -> bool:
+        """Whether the file is a script or a notebook."""
+        return self.path.suffix in (".py", ".ipynb")
+
+    def number(self, key: str, otherwise: Any) -> Any:
+        """Return the whole number above 0 that a local key has, or another value where it has none."""
+        value = self.values.get(key)
+        return value if type(value) is int and value > 0 else otherwise
+
+    def source_of(self, key: str) -> Setting:
+        """Return the setting that a local key has its value of; the file, where there is none."""
+        value = self.values.get(key)
+        found = [s for s in self.given.values() if (answer := _answer(s.name)) and answer.text == key and s.value]
+        found.sort(key=lambda s: _loose(s.value) != value)
+        return next(iter(found), Setting(key, value, str(self.path)))
+
     def is_settled(self, key: str) -> bool:
         """Return whether the file says something about a local key."""
         return key in self.values or any(note.key == key for note in self.notes)
@@ -130,14 +170,14 @@ def take(draft: Draft, setting: Setting) -> None:
         draft.note("lost", setting, "not known here; remove it there if training does not need it")
     elif found.effect == "renamed":
         _rename(draft, setting, found.text)
-    elif name in ("warmup_steps", "lr_warmup_steps", "num_warmup_steps"):
+    elif found == foreign_names.answer("warmup_steps"):
         draft.given["warmup_steps"] = setting  # with the number of steps, in `warmup`
-    elif value in (False, 0, "none", "no", "off") or value in _SAME.get(name, ()):
+    elif value in (usual := _SAME.get(name, ())) or (value in (False, 0, "none", "no", "off") and True not in usual):
         return
     elif found.effect == "other training":
         raise RecipeError(Problem(f"{shown(setting.name)} = {shown(as_text(value))}: {found.text}", setting.where))
     else:
-        kind: Kind = "lost" if found.effect == "not offered" else "unused"
+        kind = _KINDS[found.effect]
         text = found.text.removeprefix("remove it; ")
         section = setting.name.partition(".")[0]
         if section == setting.name or foreign_names.answer(section) is not found:
@@ -196,17 +236,17 @@ def _machine(draft: Draft, setting: Setting, key: str) -> None:
     """Leave what depends on the machine to it: types and memory options are auto."""
     words = [word for word in re.split(r"\W", as_text(setting.value).lower()) if word]
     named = words[-1] if words else ""
-    is_on = _loose(setting.value) is True and setting.name in ("fp16", "float16")
-    if key == "model.compute_dtype" and (is_on or named in ("float16", "fp16", "half")):
-        draft.note("unused", setting, f"{key} is auto: float16 on GPUs that have no fast bfloat16")
-    elif key == "model.compute_dtype" and named in ("float32", "fp32"):
+    if key == "model.compute_dtype" and named in ("float32", "fp32"):
         draft.put(key, "float32", setting)
     elif key == "model.device" and named == "cpu":
         draft.put(key, "cpu", setting)
-    elif key == "model.device" and (advice := foreign_names.value_advice(key, named)):
+    elif key == "memory.optimizer_in_backward" and isinstance(setting.value, bool):
+        draft.put(key, setting.value, setting)
+    elif setting.value is not False:
+        how = {"model.compute_dtype": "bfloat16, or float16 on GPUs that have no fast bfloat16",
+               "model.device": "a CUDA GPU, if there is one"}  # fmt: skip
+        advice = foreign_names.value_advice(key, named) or f"{key} is auto: {how.get(key, 'planned for the machine')}"
         draft.note("unused", setting, advice)
-    elif key.startswith("memory.") and setting.value is not False:
-        draft.note("unused", setting, f"{key} is auto: planned for the machine")
 
 
 def _every(draft: Draft, setting: Setting, key: str) -> None:
@@ -238,7 +278,21 @@ FOUR_BIT = "nf4", "fp4"
 
 
 def _quant(draft: Draft, setting: Setting, key: str) -> None:
-    value = _loose(setting.value)
+    name, value = setting.name.rpartition(".")[2], _loose(setting.value)
+    eight_bit = draft.given.get("load_in_8bit")
+    if name == "load_in_8bit":
+        if value is True:
+            draft.put(key, "nf4", setting)
+            four_bit_too = "load_in_4bit" in draft.given and _loose(draft.given["load_in_4bit"].value) is True
+            text = "of 4 and 8 bits the base has 4 here" if four_bit_too else (
+                "the base is in NF4 here, which needs less memory; model.quant none keeps it in 16 bit"
+            )  # fmt: skip
+            draft.note("changed", setting, text, key)
+        return
+    if value is False and (name == "load_in_16bit" or (eight_bit and _loose(eight_bit.value) is True)):
+        return
+    if name == "load_in_16bit":
+        value = False
     four_bit = {True: "nf4", 4: "nf4", False: "none", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4",
                 "gguf": "keep"}  # fmt: skip
     if value in ("bnb", "bitsandbytes"):
@@ -254,14 +308,27 @@ def _quant(draft: Draft, setting: Setting, key: str) -> None:
 
 
 def _method(draft: Draft, setting: Setting, key: str) -> None:
+    """Convert what is trained: a word, or a switch."""
+    name, said = setting.name.rpartition(".")[2], as_text(setting.value).lower()
     if _loose(setting.value) is True:
-        draft.put(key, "dora", setting)
+        said = _SWITCHES.get(name, "dora")
+    if said in ("dora", "full"):
+        draft.put(key, said, setting)
+    elif name not in _METHODS and said != "false":
+        draft.note("lost", setting, "write adapter.method: dora, or remove it", key)
+    elif said not in ("lora", "qlora", "false", "no", "none"):
+        text = foreign_names.value_advice(key, said) or "what is converted is trained with lora, dora or full"
+        raise RecipeError(Problem(f"{shown(setting.name)} = {shown(said)}: {text}", setting.where))
 
 
 def _objective(draft: Draft, setting: Setting, key: str) -> None:
     """Convert what is learned: a stage, a loss within it, or a trainer's class."""
     said = re.sub("trainer$|config$", "", as_text(setting.value).lower())
-    choices = {*reference.choices_of(reference.setting(key))} - {GRPO}  # whose functions no configuration names
+    choices = reference.choices_of(reference.setting(key))
+    policy_losses = reference.choices_of(reference.setting("objective.policy_loss"))
+    if setting.name.endswith("loss_type") and said in (*policy_losses, "bnpo"):
+        draft.put("objective.policy_loss", "dapo" if said == "bnpo" else said, setting)
+        return
     found = {"sigmoid": draft.values.get(key, "dpo"), **{name: name for name in choices}}.get(said)
     if said in ("rm", "reward"):
         draft.put("task.kind", "reward", setting)
@@ -274,6 +341,25 @@ def _objective(draft: Draft, setting: Setting, key: str) -> None:
         draft.note("lost", setting, f"{key} is {', '.join(reference.choices_of(reference.setting(key)))}", key)
     elif found != "dpo" or key not in draft.values:  # a loss says more than the stage or the class that it is of
         draft.values[key] = found
+
+
+def _rewards(draft: Draft, setting: Setting, key: str) -> None:
+    """Convert names of functions: those of a module, and those of a script, which have to move out of it."""
+    names = setting.value if isinstance(setting.value, list) else [setting.value]
+    found = []
+    for module, _, function in (str(name).rpartition(".") for name in names):
+        file = f"{module.replace('.', '/')}.py" if module else "rewards.py"
+        found.append(f"{file if not module or os.path.isfile(file) else module}:{function}")
+    draft.put(key, found, setting)
+    text = f"functions get lists of texts (qlora-lite explain rewards); write such ones: {shown(', '.join(found))}"
+    draft.note("changed", setting, text, key)
+
+
+def _scale(draft: Draft, setting: Setting, key: str) -> None:
+    if setting.value == "batch":
+        draft.note("changed", setting, "rewards are divided by the standard deviation of their group", key)
+    else:
+        draft.put(key, setting.value not in (False, "none"), setting)
 
 
 def _parts(draft: Draft, setting: Setting, key: str) -> None:
@@ -396,11 +482,19 @@ def _data(draft: Draft, setting: Setting, key: str) -> None:
         return
     names = value if isinstance(value, list) else as_text(value).split(",")
     for name in (str(name).strip() for name in names):
-        if draft.trainer == "LLaMA-Factory":
+        if draft.trainer == "LlamaFactory":
             _from_info(draft, setting, part, name)
         else:
-            config, split = (draft.given.get(f"dataset_{what}") for what in ("config", "train_split"))
-            _add(draft, setting, part, {"path": _location(name, config and config.value, split and split.value)})
+            config, split = (_given(draft, f"dataset_{what}") for what in ("config", "train_split"))
+            _add(draft, setting, part, {"path": _location(name, config, split)})
+            held_out = _location(name, config, _given(draft, "dataset_test_split") or "test")
+            evaluates = draft.trainer == "trl" and _given(draft, "eval_strategy") not in (None, "no")
+            if evaluates and held_out.startswith("hub:"):
+                _add(draft, setting, "eval", {"path": held_out})
+
+
+def _given(draft: Draft, name: str) -> object:
+    return draft.given[name].value if name in draft.given else None
 
 
 def _add(draft: Draft, setting: Setting, part: str, source: Mapping[str, object]) -> None:
@@ -421,7 +515,7 @@ def _location(path: str, config: object = None, split: object = None) -> str:
 
 
 def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
-    """Convert a name that LLaMA-Factory looks up in the dataset_info.json of its data folder."""
+    """Convert a name that LlamaFactory looks up in the dataset_info.json of its data folder."""
     folder = draft.given.get("dataset_dir", Setting("", "data", "")).value
     places = [os.path.join(base, str(folder)) for base in (draft.path.parent, os.curdir)]
     found = next((place for place in places if os.path.isfile(os.path.join(place, "dataset_info.json"))), None)
@@ -442,8 +536,8 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     if entry.get("ranking") or "kto_tag" in columns:
         draft.given["ranking"] = setting
     if count := entry.get("num_samples"):
-        text = f"{shown(name)} has num_samples {count}; give data.train a file of those examples"
-        draft.note("lost", setting, text, f"data.{part}")
+        text = f"{shown(name)} has num_samples {count}; without a weight below 1 there all rows are used"
+        draft.note("changed", setting, text, f"data.{part}")
     hub = entry.get("hf_hub_url")
     if not (hub or entry.get("file_name")):
         text = f"{info_path} names no file and no data set of the hub for {shown(name)}"
@@ -475,9 +569,13 @@ def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
         draft.note("lost", setting, text, f"data.{part}")
     elif tags.get("role_tag", "from") != "from":
         source["format"] = None
-    if lost := {"images", "videos", "audios"} & columns.keys():
-        text = "pictures are for task.kind image-text-to-text, and video and audio are not supported"
-        draft.note("lost", setting, f"{', '.join(sorted(lost))}: {text}", f"data.{part}")
+    if columns.get("images") in ("images", "image"):
+        draft.values["task.kind"] = "image-text-to-text"
+    elif "images" in columns:
+        text = f"its pictures are in the column {shown(columns['images'])}; here it is images"
+        draft.note("lost", setting, text, f"data.{part}")
+    if lost := {"videos", "audios"} & columns.keys():
+        draft.note("lost", setting, f"{', '.join(sorted(lost))}: video and audio are not supported", f"data.{part}")
     _add(draft, setting, part, source)
 
 
@@ -492,14 +590,22 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
     rest = {name: s for name, s in item.items() if s.value not in (None, "", [], {})}
     value = {name: s.value for name, s in rest.items()}
     first = next(iter(item.values()))
-    kind = value.get("type", value.get("_component_", "auto"))
-    kind = str(kind).rpartition(".")[2] if "_component_" in value else re.split(r"[.:]", str(kind))[0]
-    path = value.get("path", value.get("source", _ALPACAS.get(kind)))
+    named = str(value.get("type", value.get("_component_", "auto")))
+    kind, *style = [named.rpartition(".")[2]] if "_component_" in value else re.split(r"[.:]", named)
+    path = value.get("path", value.get("source", _DATASETS.get(kind)))
     files = value.get("data_files") if path is None or (isinstance(path, str) and path in _LOADERS) else None
     source: dict[str, object] = {"format": _FORMATS.get(kind)}
     if kind not in _FORMATS:
         at = rest.get("type", rest.get("_component_", first))
         draft.note("lost", at, "a format, or a data set, that is not known here", f"data.{part}")
+    if "rl" in draft.given and kind in paths.TEMPLATES:
+        draft.put("data.template", kind, rest["type"])
+    if style and not _STYLES.issuperset(style):
+        draft.note("changed", rest["type"], "how it writes prompts is not known here; see `qlora-lite data`")
+    if of_kind := _COLUMNS.get(kind, _COLUMNS.get("".join(style))):
+        prompt, chosen, rejected = (f"{{{column}}}" for column in of_kind)
+        pair: dict[str, object] = {"prompt": prompt, "completion": chosen, "rejected": rejected}
+        source |= {"prompt": prompt, "completion": "{completion}"} if _given(draft, "rl") == "kto" else pair
     if kind == "alpaca_dataset" or kind == "alpaca_cleaned_dataset":
         draft.note("changed", rest["_component_"], "here the prompt is the chat template's, without Alpaca's sentences")
         if "train_on_input" not in value:
@@ -511,7 +617,8 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
         draft.note("lost", rest["split"], "a part of a split; give data.train a file of those examples", f"data.{part}")
         value["split"] = "train"
     for name, setting in rest.items():
-        if name not in handled and not name.startswith("roles."):
+        is_usual = name.startswith("roles.") and isinstance(setting.value, list) and _ROLES.issuperset(setting.value)
+        if name not in handled and not is_usual:
             take(draft, Setting(name, setting.value, setting.where))
     if isinstance(files, Mapping):
         files = files.get(str(value.get("split", "train")))
@@ -519,7 +626,10 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
         for file in files if isinstance(files, list) else [files]:
             _add(draft, first, part, {"path": str(file), **source})
     elif isinstance(path, str) and isinstance(config := value.get("name", value.get("subset")), str | None):
-        _add(draft, first, part, {"path": _location(path, config, value.get("split")), **source})
+        found = _location(path, config, value.get("split"))
+        if not found.startswith("hub:") and (config or value.get("split", "train") != "train"):
+            draft.note("lost", rest.get("split", first), "a part of a folder; give the files of it", f"data.{part}")
+        _add(draft, first, part, {"path": found, **source})
     else:
         draft.note("lost", first, "which data this is cannot be determined", f"data.{part}")
 
@@ -574,18 +684,19 @@ def warmup(draft: Draft) -> None:
 
 def _torchtune_model(draft: Draft, setting: Setting) -> None:
     name = as_text(setting.value).rpartition(".")[2]
-    if not name.startswith(("lora_", "qlora_")):
-        text = f"{setting.name} = {name}: trains all weights; write a recipe with adapter.method full for that"
-        raise RecipeError(Problem(text, setting.where))
     draft.put("model.quant", "nf4" if name.startswith("qlora_") else "none", setting)
+    if not name.startswith(("lora_", "qlora_")):
+        draft.put("adapter.method", "full", setting)
+    draft.note("unused", setting, "a model's files say what it is")
 
 
 def _torchtune_loss(draft: Draft, setting: Setting) -> None:
-    if as_text(setting.value).rpartition(".")[2] not in _COMPONENT_LOSSES:
-        message = (
-            f"{setting.name} = {as_text(setting.value)}: only supervised fine-tuning with cross-entropy is supported"
-        )
+    found = _LOSSES.get(as_text(setting.value).rpartition(".")[2])
+    if found is None:
+        message = f"{setting.name} = {as_text(setting.value)}: not among {', '.join(_LOSSES)}"
         raise RecipeError(Problem(message, setting.where))
+    if found != "sft":
+        draft.put("train.objective", found, setting)
 
 
 def _torchtune_logger(draft: Draft, setting: Setting) -> None:
@@ -602,6 +713,37 @@ def _model_path(draft: Draft, setting: Setting) -> None:
     _rename(draft, setting, "model.path")
 
 
+def _formatting(draft: Draft, setting: Setting) -> None:
+    """Convert a function that makes texts of rows, where what it applies to them is known."""
+    if setting.value == ALPACA:
+        draft.put("data.template", "alpaca", setting)
+        draft.note("changed", setting, "data.template alpaca has Stanford's words and leaves out an empty input; see "
+                   "`qlora-lite data`", "data.template")  # fmt: skip
+    elif setting.value == CHAT_TEMPLATE:
+        draft.note("changed", setting, "the rows' turns are rendered with data.template, or the model's own")
+    else:
+        draft.note("lost", setting, "rows are rebuilt by code; give data.train a file of its results, or columns as in "
+                   '[{path: FILE, prompt: "{question}", completion: "{answer}"}]', "data.train")  # fmt: skip
+
+
+def _pixels(draft: Draft, setting: Setting) -> None:
+    """Convert the most pixels of a picture: into an edge that is a multiple of what a token of Qwen-VL stands for."""
+    model = str(draft.values.get("model.path")).lower()
+    if "qwen" in model and type(setting.value) is int and setting.value > 0:
+        step = 28 if "qwen2" in model else 32
+        draft.put("data.resolution", max(step, math.isqrt(setting.value) // step * step), setting)
+    else:
+        draft.note("changed", setting, "pictures have the size that the model's files say, or data.resolution")
+
+
+def _unsloth_length(draft: Draft, setting: Setting) -> None:
+    draft.values["data.max_tokens"] = setting.value  # where rows are cut; before comes what the model is loaded for
+
+
+def _temperature(draft: Draft, setting: Setting) -> None:
+    _rename(draft, setting, "objective.sampling_temperature")
+
+
 def _studio_format(draft: Draft, setting: Setting) -> None:
     for source in draft.values.get("data.train", []):
         if found := _FORMATS.get(as_text(setting.value)):
@@ -614,7 +756,9 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "torchtune:checkpointer.checkpoint_dir": _model_path, "unsloth-studio:model": _model_path,
     "torchtune:tokenizer.max_seq_len": lambda draft, setting: _rename(draft, setting, "data.max_tokens"),
     "torchtune:tokenizer.prompt_template": lambda draft, setting: _rename(draft, setting, "data.template"),
-    "unsloth-studio:data.format_type": _studio_format,
+    "unsloth-studio:data.format_type": _studio_format, "unsloth:formatting_func": _formatting,
+    "trl:formatting_func": _formatting, "LlamaFactory:image_max_pixels": _pixels, "unsloth:max_length": _unsloth_length,
+    "unsloth:temperature": _temperature, "trl:temperature": _temperature, "axolotl:trl.temperature": _temperature,
     "trl:dataset_config": _read_elsewhere, "trl:dataset_train_split": _read_elsewhere,
     "trl:config_class": _read_elsewhere, "unsloth:config_class": _read_elsewhere,
 }  # fmt: skip
@@ -624,7 +768,7 @@ _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
     "data.eval_share": _eval_share, "data.template": _template, "data.train_on": _train_on, "data.packing": _packing,
     "data.order": _order, "data.overflow": _overflow, "train.micro_batch_size": _batch, "train.max_steps": _max_steps,
     "train.gradient_accumulation_steps": _batch, "train.eval_every_steps": _every, "train.save_every_steps": _every,
-    "train.trackers": _trackers,
+    "train.trackers": _trackers, "objective.rewards": _rewards, "objective.scale_rewards": _scale,
 }  # fmt: skip
 _AROUND = {  # settings on which nothing that is learned depends
     "train.trackers", "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints", "train.compile",

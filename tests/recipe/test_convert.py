@@ -1,10 +1,14 @@
 """Files of other trainers become recipes that train the same; what cannot is named, and nothing in them runs."""
 
 import json
+import re
 
 import pytest
+from recipe.foreign_shapes import SHAPES, Code, write_files
 
 from qlora_lite.errors import RecipeError
+from qlora_lite.prepare.preflight import preflight
+from qlora_lite.prepare.readers import reader_of
 from qlora_lite.recipe import convert as convert_module
 from qlora_lite.recipe import reference
 from qlora_lite.recipe.convert import convert
@@ -202,7 +206,7 @@ def test_an_axolotl_file_becomes_a_recipe_that_trains_the_same(made):
 def test_float16_is_left_to_the_gpu(made):
     conversion, r = made(AXOLOTL.replace("bf16: auto", "fp16: true"))
     assert r.model.compute_dtype == "auto"
-    assert any("model.compute_dtype is auto: float16 on GPUs" in note for note in notes(conversion, "unused"))
+    assert any("model.compute_dtype is auto: bfloat16, or float16 on" in note for note in notes(conversion, "unused"))
 
 
 def test_axolotl_s_own_columns_chats_and_files_are_places_that_examples_come_from(made):
@@ -299,7 +303,7 @@ def test_what_is_computed_in_a_script_is_not_guessed(made, refused):
     r = made(text, *given, name="train.py")[1]
     assert (r.data.max_tokens, r.lora.rank, r.train.learning_rate) == (512, 4, 1e-3)
     mapped = SCRIPT.replace('split="train")', 'split="train")\ndataset = dataset.map(to_text)')
-    assert "train.py:13: formatting_func = to_text: write prompt and completion" in refused(mapped, name="train.py")[0]
+    assert "train.py:13: formatting_func = to_text: rows are rebuilt by code" in refused(mapped, name="train.py")[0]
     assert made(mapped, "data.train=rows.jsonl", name="train.py")[1].data.train[0].path.endswith("rows.jsonl")
 
 
@@ -331,16 +335,14 @@ def test_a_file_of_unsloth_s_studio_is_read(made):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (AXOLOTL + "rl: grpo\n", "theirs.yml:33: rl = grpo: fine-tuning and preferences are offered"),
-        (AXOLOTL + "reward_model: true\n", "reward_model = true: fine-tuning and preferences"),
-        (AXOLOTL + "trl: {num_generations: 4}\n", "trl.num_generations = 4: fine-tuning and preferences"),
-        (AXOLOTL.replace("adapter: qlora", "adapter:"), "no adapter: all weights are trained"),
-        (LLAMA_FACTORY.replace("stage: sft", "stage: ppo"), "theirs.yml:3: stage = ppo: fine-tuning and preferences"),
-        (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training one of text files"),
-        (LLAMA_FACTORY.replace("type: lora", "type: full"), "finetuning_type = full: only LoRA weights are"),
-        (TORCHTUNE.replace("qlora_llama3_1_8b", "llama3_1_8b"), "model._component_ = llama3_1_8b: trains all weights"),
-        (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss"), "with cross-entropy"),
-        (STUDIO.replace("training_type: lora", "training_type: full"), "training_type = full: only LoRA weights"),
+        (AXOLOTL + "rl: gkd\n", "theirs.yml:33: rl = gkd: fine-tuning, preferences and GRPO are offered"),
+        (AXOLOTL + "teacher_model: x/y\n", "teacher_model = x/y: fine-tuning, preferences and GRPO"),
+        (AXOLOTL.replace("adapter: qlora", "adapter: llama-adapter"), "is trained with lora, dora or full"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: ppo"), "theirs.yml:3: stage = ppo: fine-tuning, preferences"),
+        (LLAMA_FACTORY.replace("stage: sft", "stage: pt"), "continued pre-training is fine-tuning on text files"),
+        (LLAMA_FACTORY.replace("type: lora", "type: freeze"), "finetuning_type = freeze: what is converted is"),
+        (TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.PPOLoss"), "PPOLoss: not among"),
+        (STUDIO.replace("training_type: lora", "training_type: oft"), "training_type = oft: `qlora-lite explain meth"),
     ],
 )
 def test_a_file_that_trains_another_thing_is_refused(refused, tmp_path, text, why):
@@ -350,7 +352,7 @@ def test_a_file_that_trains_another_thing_is_refused(refused, tmp_path, text, wh
     assert why in problem
 
 
-@pytest.mark.parametrize("call", ["PPOTrainer(args=1)", "trl.GRPOConfig(num_generations=2)", "RLOOTrainer()"])
+@pytest.mark.parametrize("call", ["PPOTrainer(args=1)", "trl.GKDConfig(temperature=2)", "RLOOTrainer()"])
 def test_a_script_of_another_trainer_class_is_refused(refused, call):
     (problem,) = refused(f"{SCRIPT}{call}\n", name="train.py", partial=True)
     assert problem.startswith(f"train.py:20: stage = {call.partition('(')[0].removeprefix('trl.')}: fine-tuning")
@@ -379,7 +381,7 @@ def test_preferences_are_converted(made, text, objective, settings, tmp_path):
     assert {name: getattr(recipe.objective, name) for name in settings} == settings
     doubled = 1 if objective == "kto" else 2
     assert recipe.data.max_tokens == doubled * (2048 if "axolotl" in conversion.text else 4096)
-    if "LLaMA" in conversion.text:
+    if "LlamaFactory" in conversion.text:
         source = recipe.data.train[0]
         assert (source.prompt, source.completion, source.rejected) == ("{question}", "{good}", "{bad}")
 
@@ -425,9 +427,11 @@ def test_four_bits_are_those_that_bitsandbytes_would_take(made, bits, quant, dou
     assert (recipe.model.quant, recipe.model.double_quant) == (quant, double)
 
 
-def test_layers_that_peft_would_choose_by_the_family_are_asked_for(refused):
-    fault, way = refused(PEFT_SCRIPT.format(bits="", targets=""), name="train.py")
-    assert "no layers are named, and peft takes those of its list for the family" in fault and "lora.targets=..." in way
+def test_layers_that_peft_would_choose_by_the_family_are_named(made):
+    conversion, recipe = made(PEFT_SCRIPT.format(bits="", targets=""), name="train.py")
+    assert [target.pattern for target in recipe.lora.targets] == ["q_proj", "v_proj"]
+    said = "no layers are named, and peft takes those of its list for the family"
+    assert any(said in note for note in notes(conversion, "changed"))
 
 
 def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(made, refused):
@@ -481,7 +485,7 @@ def test_alpaca_prompts_beside_chats_are_named_since_all_data_have_one_template(
         ("other.py", "print('SFTTrainer')\n", "calls none of FastLanguageModel.from_pretrained"),
         ("book.ipynb", "[" * 99999, "is not a notebook"),
         ("list.ipynb", '{"cells": [3]}', "is not a notebook"),
-        ("ours.yml", "model: {path: a/b}\ndata: {train: x.jsonl}\n", "is not a YAML file of axolotl, LLaMA-Factory"),
+        ("ours.yml", "model: {path: a/b}\ndata: {train: x.jsonl}\n", "is not a YAML file of axolotl, LlamaFactory"),
         ("latin.py", "x = '\udcff'\n", "is not UTF-8"),
         ("nothing.yml", None, "cannot be read: No such file"),
     ],
@@ -499,6 +503,7 @@ def test_a_hostile_or_foreign_file_is_one_clean_error(tmp_path, name, content, w
 @pytest.mark.parametrize("value", ["-1", "x", "[[a], b]", "{a: {b: [1]}}", "'1e-4'", "${x}", '"\\x9b\\u202e: x"'])
 def test_whatever_the_values_are_the_outcome_is_a_recipe_or_an_error(made, value):
     known = {line.partition(":")[0] for line in AXOLOTL.splitlines()} | {"rl", "stage"}  # which can be another training
+    known |= {"adapter", "finetuning_type", "training_type", "peft_type", "full_finetuning", "use_peft"}
     names = [name for name, answer in _ANSWERS.items() if answer.effect != "other training" and name not in known]
     text = AXOLOTL + "".join(f"{name.replace('*', 'x')}: {value}\n" for name in names)
     conversion, _ = made(text, "data.train=rows.jsonl", partial=True)
@@ -506,7 +511,7 @@ def test_whatever_the_values_are_the_outcome_is_a_recipe_or_an_error(made, value
 
 
 def test_a_pasted_file_of_another_trainer_is_told_of_the_command(tmp_path):
-    for text, trainer in ((AXOLOTL, "axolotl"), (LLAMA_FACTORY, "LLaMA-Factory"), (TORCHTUNE, "torchtune")):
+    for text, trainer in ((AXOLOTL, "axolotl"), (LLAMA_FACTORY, "LlamaFactory"), (TORCHTUNE, "torchtune")):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(RecipeError) as caught:
             load_recipe(tmp_path / "r.yaml")
@@ -616,8 +621,8 @@ def test_what_a_list_of_data_sets_says_of_rows_is_not_lost(refused, tmp_path):
         "replies": {"ms_hub_url": "acme/replies"},
     }
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
-    many, system, nowhere, way = refused(LLAMA_FACTORY)
-    assert "tickets has num_samples 9" in many and "system: rows with other columns" in system
+    system, nowhere, way = refused(LLAMA_FACTORY)
+    assert "system: rows with other columns" in system
     assert "names no file and no data set of the hub for replies" in nowhere and "data.train=..." in way
 
 
@@ -626,3 +631,172 @@ def test_a_folder_of_axolotl_s_that_is_there_is_no_data_set_of_the_hub(made, tmp
     assert made(text)[1].data.train[0].path == "hub:rows/alpaca"
     (tmp_path / "rows" / "alpaca").mkdir(parents=True)
     assert made(text)[1].data.train[0].path == str(tmp_path / "rows" / "alpaca")
+
+
+def test_names_that_are_assigned_one_literal_are_followed(made, refused):
+    text = SCRIPT.replace("max_seq_length = 2048", "max_seq_length: int = 512\nmax_seq_length = 512\nrank, ways = 4, 2")
+    text = text.replace("r=8", "r=rank * ways").replace("load_in_4bit=True, token", "**options, token")
+    r = made(f"options = dict(load_in_4bit=False, revision='v2')\n{text}", name="train.py")[1]
+    assert (r.data.max_tokens, r.lora.rank, r.model.quant, r.model.revision) == (512, 8, "none", "v2")
+    loop = text.replace("rank, ways", "rank = ways\nways = rank\nrank, ways")
+    assert "r = rank * ways: an expression" in refused(loop.replace("**options, ", ""), name="train.py")[0]
+    assert "** = options: " in refused(text, name="train.py")[0], "what it is given stands nowhere"
+
+
+@pytest.mark.parametrize(
+    ("form", "template"),
+    [
+        ("Do it.\n### Instruction:\n{}\n### Input:\n{}\n### Response:\n{}", "alpaca"),
+        ("### Instruction:\nYou know SQL.\n### Query:\n{}\n### Response:\n{}", None),
+        ("### Instruction:\n{}\n### Thoughts:\n{}\n### Response:\n{}", None),
+    ],
+)
+def test_alpaca_s_prompt_is_told_from_others_with_headings(made, form, template):
+    code = f"form = {form!r}\ndef render(row):\n    return {{'text': form.format(*row.values())}}\n"
+    mapped = SCRIPT.replace('split="train")', 'split="train").map(render)')
+    assert made(code + mapped, name="train.py", partial=True)[1].data.template == template
+
+
+def test_the_warm_up_of_a_profiler_is_not_the_learning_rate_s(made):
+    text = TORCHTUNE.replace("  enabled: False", "  enabled: False\n  warmup_steps: 3")
+    (note,) = [note for note in notes(made(text)[0], "changed") if "warm" in note]
+    assert "lr_scheduler.num_warmup_steps = 20: " in note
+
+
+def test_a_length_that_cuts_nothing_there_is_named(made):
+    conversion, recipe = made(TORCHTUNE.replace("max_seq_len: 2048", "max_seq_len: null"))
+    assert recipe.data.max_tokens == 1024
+    (note,) = [note for note in notes(conversion, "changed") if "data.max_tokens" in note]
+    assert "an example may have any length there" in note
+
+
+def test_all_weights_are_trained_where_no_adapter_is_named(made, refused):
+    full = "\n".join(line for line in AXOLOTL.splitlines() if not line.startswith(("adapter", "load_in_4bit")))
+    conversion, recipe = made(full)
+    assert (recipe.adapter.method, recipe.model.quant) == ("full", "none")
+    assert any("lora_r = 32: all weights are trained" in note for note in notes(conversion, "unused"))
+    problem, _ = refused(f"{full}\nunfrozen_parameters: [^lm_head]\n")
+    assert "unfrozen_parameters" in problem and "adapter.train_also, with lora.targets []" in problem
+    r = made(LLAMA_FACTORY.replace("type: lora", "type: full"), "data.train=x.jsonl")[1]
+    assert (r.adapter.method, r.model.quant) == ("full", "none")
+    assert made(STUDIO.replace("training_type: lora", "training_type: full"))[1].adapter.method == "full"
+
+
+def test_a_switch_that_is_on_by_default_is_not_lost_when_it_is_off(refused):
+    text = SCRIPT.replace("r=8,", "r=8, finetune_mlp_modules=False,")
+    assert "finetune_mlp_modules = false: lora.targets names the layers" in refused(text, name="train.py")[0]
+
+
+def test_a_command_is_read_with_the_file_and_the_script_that_it_names(of_commands, tmp_path):
+    (tmp_path / "mine.yaml").write_text("dataset_name: them/rows\nlearning_rate: 1.0e-5\n")
+    (tmp_path / "judge.py").write_text("KTOTrainer(args=parsed)\n")
+    command = (
+        "accelerate launch --config_file a.yaml judge.py \\\n --config mine.yaml --learning_rate=2e-6 --no_packing"
+    )
+    recipe = of_commands(f"{command} --model_name_or_path a/b --eval_strategy epoch")
+    assert (recipe.model.path, recipe.adapter.method, recipe.train.objective) == ("a/b", "full", "kto")
+    assert (recipe.train.learning_rate, recipe.data.packing) == (2e-6, False)
+    assert [recipe.data.train[0].path, recipe.data.eval[0].path] == ["hub:them/rows", "hub:them/rows:test"]
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("trl sft --run_name 'x", "is not a command: No closing quotation"),
+        ("tune run lora --config x.yaml", "names no script of trl; write the whole command"),
+        ("trl env --x", "names no script of trl"),
+        ("trl sft --config none.yaml", "none.yaml: cannot be read: No such file"),
+        ("trl sft --learning_rate 1e-5 --dataset_name a/b", "model.path is not in it"),
+        ("trl sft --use_peft --learning_rate x --model_name_or_path a/b --dataset_name a/b", "learning_rate = x: must"),
+    ],
+)
+def test_a_command_that_says_too_little_is_one_clean_error(of_commands, command, why):
+    with pytest.raises(RecipeError, match=re.escape(why)) as caught:
+        of_commands(command)
+    assert all("\n" not in str(problem) and len(str(problem)) < 500 for problem in caught.value.problems)
+
+
+def test_a_script_whose_settings_are_on_the_command_line_asks_for_it(refused):
+    script = "args = TrlParser(C).parse()\nmodel = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)\n"
+    (problem,) = refused(f"{script}SFTTrainer(model=model, args=args)\n", name="sft.py", partial=True)
+    assert "`qlora-lite" not in problem and "qlora-lite recipes convert 'python sft.py --model_name_or_path" in problem
+
+
+@pytest.fixture
+def of_commands(tmp_path, monkeypatch):
+    """Return a function that gives the recipe of a command."""
+    monkeypatch.chdir(tmp_path)
+
+    def recipe_of_command(command):
+        (tmp_path / "ours.yaml").write_text(convert(command).text)
+        return load_recipe(tmp_path / "ours.yaml", check_files=False)
+
+    return recipe_of_command
+
+
+@pytest.fixture(scope="module")
+def named_files(tmp_path_factory):
+    """The models and rows that the shapes name."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_files(folder)
+    return folder
+
+
+@pytest.fixture
+def of_shape(named_files, monkeypatch):
+    """Return a function that converts a shape, where its files are."""
+    monkeypatch.chdir(named_files)
+
+    def convert_shape(shape, settings=None):
+        source = shape.source(settings)
+        if not shape.is_command:
+            (named_files / shape.file).write_text(source)
+        return convert(source if shape.is_command else shape.file, shape.given)
+
+    return convert_shape
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_public_configurations_become_recipes_that_data_accepts(name, of_shape, named_files):
+    conversion = of_shape(SHAPES[name])
+    (named_files / "recipe.yaml").write_text(conversion.text)
+    recipe = load_recipe("recipe.yaml")
+    assert conversion.trainer == name.partition(",")[0] and not notes(conversion, "lost")
+    got = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in SHAPES[name].wanted}
+    assert got == SHAPES[name].wanted
+    preflight(recipe, reader_of(recipe), 0).raise_if_unusable()
+
+
+def another(value):
+    """Return a value of the same kind that is another one."""
+    if isinstance(value, list):
+        return [*value[:-1], another(value[-1])]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return Code(f"other({value})") if isinstance(value, Code) else f"{value}x"
+    return 2 * value + 3
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_setting_of_a_public_configuration_is_lost_without_a_line(name, of_shape):
+    shape = SHAPES[name]
+    before = of_shape(shape)
+    named = {re.split(" = |: ", note.text)[0] for note in before.notes}
+
+    def outcome(path):
+        settings = json.loads(json.dumps(shape.settings)) if not shape.code else {**shape.settings}
+        at = settings
+        for key in path[:-1]:
+            at[key] = at[key].copy()
+            at = at[key]
+        at[path[-1]] = another(at[path[-1]])
+        try:
+            return of_shape(shape, settings).text
+        except RecipeError as error:
+            return str(error)
+
+    def is_named(path):
+        return any(".".join(map(str, path[first:last])) in named for first in range(len(path)) for last in (None, -1))
+
+    assert not [path for path, _ in shape.leaves() if not is_named(path) and outcome(path) == before.text]

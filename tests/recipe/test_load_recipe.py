@@ -158,7 +158,7 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "indented below lora"),
         ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
         ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
-        ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "no 8-bit base"),
+        ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "model.quant"),
         ("lora: {use_dora: true}", "adapter.method"), ("lora: {dora: true}", "adapter.method"),
         ("lora: {rank_pattern: {}}", "items of lora.targets"),
         ("use_liger_kernel: true", "memory.fused_loss"), ("auto_find_batch_size: true", "memory.micro_batches"),
@@ -189,8 +189,8 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
         ("formatting_func: f", "prompt and completion templates"), ("loss_watchdog_threshold: 5", "on_not_finite"),
         ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
         ("push_to_hub: true", "`qlora-lite push RUN OWNER/NAME`"),
-        ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"), ("full_finetuning: true", "LoRA weig"),
-        ("per_device_eval_batch_size: 1", "train.micro_batch_size"),
+        ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"),
+        ("full_finetuning: true", "adapter.method"), ("per_device_eval_batch_size: 1", "train.micro_batch_size"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
