@@ -19,7 +19,7 @@ results: see ``tools``; in sharegpt a call is a turn of its own, {"from": "funct
 result {"from": "observation", "value": text}. An answer with "weight" (or "loss_weight") 0 or "train" false is not
 learned, nor (unless all tokens are) is one in a prompt that is a list of turns; a turn of another role is not,
 whatever it says.
-In a preference row, the prompt stands in "prompt", "messages" or "conversations", in "instruction" and "input", or at
+In a preference row, the prompt stands in "prompt", "messages" or "conversation(s)", in "instruction" and "input", or at
 the beginning of "chosen"; an answer is text, a turn or a list of turns; a text may also be a whole transcript that
 begins with "Human:", as Anthropic's are. What "chosen" does not share with "rejected" is learned. No preference row is
 taken for another format, since the answer would be lost: see ``is_preference``. Where answers are compared (PAIRS), a
@@ -97,7 +97,7 @@ _PROMPT_COLUMNS = {
 }  # fmt: skip
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
 _QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
-_PROMPTS = "messages", "conversations", "prompt"  # of preference rows
+_PROMPTS = "messages", "conversations", "conversation", "prompt"  # of preference rows
 _AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
 
 

@@ -618,6 +618,7 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
         value["split"] = "train"
     for name, setting in rest.items():
         is_usual = name.startswith("roles.") and isinstance(setting.value, list) and _ROLES.issuperset(setting.value)
+        is_usual |= name == "field_messages" and value[name] == "conversation" and "field_chosen" in rest
         if name not in handled and not is_usual:
             take(draft, Setting(name, setting.value, setting.where))
     if isinstance(files, Mapping):

@@ -95,6 +95,8 @@ def write_files(folder: Path) -> None:
         "turns": [{"messages": [turn(user, q), turn(assistant, a)]} for q, a in _ROWS],
         "pairs": [{"conversations": [turn(human, q)], "chosen": turn(model, a), "rejected": turn(model, "no idea")}
                   for q, a in _ROWS],
+        "compared": [{"conversation": [turn(user, q)], "chosen": turn(assistant, a), "rejected": turn(assistant, "?")}
+                     for q, a in _ROWS],
         "chosen": [{"chosen": [turn(user, q), turn(assistant, a)], "rejected": [turn(user, q), turn(assistant, "?")]}
                    for q, a in _ROWS],
         "judged": [{"messages": [turn(user, q), turn(assistant, a)], "label": len(a) > 3} for q, a in _ROWS],
@@ -321,10 +323,10 @@ SHAPES = {
         "adapter": "lora", "load_in_8bit": True, "load_in_4bit": False, "chat_template": "chatml", "rl": "dpo",
         "special_tokens": {"pad_token": "<pad>", "eos_token": "<|im_end|>"}, "val_set_size": 0.25,
         "sample_packing": False, "pad_to_sequence_len": True, "warmup_ratio": None, "warmup_steps": 11,
-        "datasets": [{"path": "data/pairs", "type": "chat_template.default", "field_messages": "conversations",
+        "datasets": [{"path": "data/compared", "type": "chat_template.default", "field_messages": "conversation",
                       "field_chosen": "chosen", "field_rejected": "rejected",
-                      "message_property_mappings": {"role": "from", "content": "value"},
-                      "roles": {"system": ["system"], "user": ["human", "user"], "assistant": ["gpt"]}}],
+                      "message_property_mappings": {"role": "role", "content": "content"},
+                      "roles": {"system": ["system"], "user": ["human", "user"], "assistant": ["assistant"]}}],
     }, wanted={"train.objective": "dpo", "model.quant": "nf4", "data.max_tokens": 6144, "data.eval_share": 0.25}),
     "axolotl, KTO": Shape("kto.yml", _AXOLOTL | {
         "adapter": "qlora", "rl": "kto", "rl_beta": 0.4, "kto_desirable_weight": 0.3, "remove_unused_columns": False,
