@@ -184,7 +184,7 @@ def _defaults(draft: Draft) -> dict[str, object]:
 def _trained(draft: Draft, defaults: dict[str, object]) -> None:
     """Convert which weights are trained: LoRA's, of which layers, or all."""
     switch = {"axolotl": "adapter", "trl": "use_peft"}.get(draft.trainer, "")
-    if switch and not draft.is_code and not (switch in draft.given and draft.given[switch].value):
+    if switch and not (switch in draft.given and draft.given[switch].value):
         draft.values["adapter.method"] = "full"
     if draft.values.get("adapter.method") == "full":
         for key in [key for key in (*draft.values, *defaults) if key.startswith("lora.")]:

@@ -39,7 +39,7 @@ _CALLS = {
     "UnslothTrainer", "Trainer", "get_chat_template", *_TRL_CONFIGS, *(f"{name}Trainer" for name in _TRL),
 }  # fmt: skip
 _PARSERS = {"TrlParser", "HfArgumentParser"}
-_OF_CLASSES = {"stage", "kind", "config_class"}  # what the name of a class says
+_OF_CLASSES = {"stage", "kind", "config_class", "use_peft"}  # what the names of classes and arguments say
 _STAGE = re.compile(r"(sft|dpo|kto|orpo|cpo|grpo|reward)(?![a-z])")
 _OTHER_TRAINERS = re.compile(r"(?!SFT|Unsloth|Patch)[A-Z]\w+Trainer|(DPO|KTO|ORPO|CPO|PPO|GRPO|RLOO|Reward|GKD)Config")
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -375,6 +375,8 @@ def _arguments(call: ast.Call, assigned: _Names, functions: _Functions) -> Itera
         return
     if name in _TRL_CONFIGS:
         yield "config_class", name, call.lineno
+    elif name in ("LoraConfig", "get_peft_model"):
+        yield "use_peft", True, call.lineno
     if prefix or is_model or name in _CALLS:
         for word, value in [*zip(positional, call.args, strict=False), *_keywords(call, assigned)]:
             yield from _argument(prefix + word, value, assigned, functions)
@@ -383,7 +385,9 @@ def _arguments(call: ast.Call, assigned: _Names, functions: _Functions) -> Itera
 def _argument(word: str, value: ast.expr, assigned: _Names, functions: _Functions) -> Iterator[tuple[str, object, int]]:
     """Yield what one argument says, if it is a setting."""
     made = assigned.get(value.id) if isinstance(value, ast.Name) else None
-    if word == "reward_funcs" and isinstance(value, ast.List):
+    if word == "peft_config" and not (isinstance(value, ast.Constant) and value.value is None):
+        yield "use_peft", True, value.lineno
+    elif word == "reward_funcs" and isinstance(value, ast.List):
         yield word, [_source(part) for part in value.elts], value.lineno
     elif word == "formatting_func":
         yield word, _made_by(value, assigned, functions), value.lineno

@@ -517,10 +517,10 @@ def _location(path: str, config: object = None, split: object = None) -> str:
 def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     """Convert a name that LlamaFactory looks up in the dataset_info.json of its data folder."""
     folder = draft.given.get("dataset_dir", Setting("", "data", "")).value
-    places = [os.path.join(base, str(folder)) for base in (draft.path.parent, os.curdir)]
+    places = [os.path.join(base, str(folder)) for base in (*draft.path.parents, os.curdir)]
     found = next((place for place in places if os.path.isfile(os.path.join(place, "dataset_info.json"))), None)
     if found is None:
-        text = f"{shown(name)} is a name in {shown(str(folder))}/dataset_info.json, which is not here"
+        text = f"{shown(name)} is a name in {shown(str(folder))}/dataset_info.json, which no folder above the file has"
         draft.note("lost", setting, text, f"data.{part}")
         return
     info_path = os.path.join(found, "dataset_info.json")

@@ -254,9 +254,19 @@ def test_a_llama_factory_file_is_read_with_its_list_of_data_sets(made, tmp_path)
     assert any("template = qwen: the model's own chat template" in note for note in notes(conversion, "changed"))
 
 
+def test_the_list_of_data_sets_may_lie_above_the_file(made, tmp_path):
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
+    (tmp_path / "mine" / "examples" / "lora").mkdir(parents=True)
+    (source, _) = made(LLAMA_FACTORY, name="mine/examples/lora/sft.yml")[1].data.train
+    assert source.path == str(tmp_path / "mine" / "data" / "tickets.json")
+
+
 def test_names_of_data_sets_that_cannot_be_looked_up_are_given_by_an_override(made, refused):
     problems = refused(LLAMA_FACTORY)
-    assert "theirs.yml:6: dataset = tickets,replies: tickets is a name in data/dataset_info.json" in problems[0]
+    assert (
+        "theirs.yml:6: dataset = tickets,replies: tickets is a name in data/dataset_info.json, which no" in problems[0]
+    )
     assert problems[-1].endswith("2 settings not converted; give data.train=... after the file")
     assert refused(LLAMA_FACTORY, partial=True) == problems, "a recipe without data is none"
     assert made(LLAMA_FACTORY, "data.train=rows.jsonl")[1].data.train[0].path.endswith("rows.jsonl")
@@ -680,6 +690,15 @@ def test_all_weights_are_trained_where_no_adapter_is_named(made, refused):
     r = made(LLAMA_FACTORY.replace("type: lora", "type: full"), "data.train=x.jsonl")[1]
     assert (r.adapter.method, r.model.quant) == ("full", "none")
     assert made(STUDIO.replace("training_type: lora", "training_type: full"))[1].adapter.method == "full"
+
+
+def test_a_script_without_adapters_trains_all_weights(made):
+    code = PEFT_SCRIPT.format(bits="", targets="").replace("load_in_4bit=True", "")
+    assert made(code, name="train.py")[1].adapter.method == "lora"
+    code = "\n".join(line for line in code.splitlines() if "LoraConfig" not in line)
+    assert made(code.replace(", peft_config=peft_config", ""), name="train.py")[1].adapter.method == "full"
+    lora = code.replace("=peft_config", "=lora_of_mine"), "lora.rank=8", "lora.alpha=8"
+    assert made(*lora, name="train.py")[1].adapter.method == "lora"
 
 
 def test_a_switch_that_is_on_by_default_is_not_lost_when_it_is_off(refused):
