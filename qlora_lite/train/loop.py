@@ -49,6 +49,7 @@ from .workload import Workload
 
 log = logging.getLogger("qlora_lite")
 T = TypeVar("T")
+MAX_STEPS_WITHOUT_GRADIENT = 10  # of a run that has not learned anything yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class Trainer:
         self.optimizer_bytes = 0  # of its states, known after a memory probe
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
-        self._is_still = False  # its gradients are zero, which has been said
+        self._steps_without_gradient = 0
         self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
@@ -316,10 +317,8 @@ class Trainer:
                 norms = dict(zip(self._names_of_norms, result.norms.tolist(), strict=True))
                 self.workload.method.check_reached(self.model, norms)
                 self.took_part = True
-        elif result.grad_norm == 0 and self.workload.always_learns and not self._is_still:
-            self._is_still = True
-            log.warning("step %d: every gradient is zero, so that nothing is learned any more; a lower "
-                        "train.learning_rate may have kept the model from breaking", self.step)  # fmt: skip
+        elif result.grad_norm == 0:
+            self._note_no_gradient(self.workload.why_no_gradient(result.metrics))
         self.optimizer.zero_grad(set_to_none=True)
         self._tell_of_retries(self.meter.allocation_retries() - retries)
         seconds = time.perf_counter() - started
@@ -327,6 +326,18 @@ class Trainer:
             self.step, result.loss, rate, result.grad_norm, result.tokens, result.labelled_tokens,
             result.tokens / seconds, self.meter.peak_bytes(), seconds, result.metrics,
         )  # fmt: skip
+
+    def _note_no_gradient(self, why: str) -> None:
+        """Warn of the first step that learned nothing; end a run of which none has learned.
+
+        Raises:
+            TrainingError: the first ``MAX_STEPS_WITHOUT_GRADIENT`` steps learned nothing.
+        """
+        self._steps_without_gradient += 1
+        if not self.took_part and self._steps_without_gradient >= MAX_STEPS_WITHOUT_GRADIENT:
+            raise TrainingError(f"none of {self._steps_without_gradient} steps learned anything: {why}")
+        if self._steps_without_gradient == 1:
+            log.warning("step %d learned nothing: %s", self.step, why)
 
     def _tell_of_retries(self, count: int) -> None:
         """Log that the allocator was at its limit in a step, as a warning the first time."""

@@ -51,6 +51,7 @@ from .settings import TrainSettings
 from .workload import BatchShape, LossSum, Objective
 
 LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl
+MANY_CUT = 0.5  # share of answers that are cut which is named as the cause where no answer is better than another
 _ANSWERS_OF_A_ROW = 1 << 20  # apart in the numbers that random tokens are drawn by
 
 
@@ -122,11 +123,11 @@ class GroupPolicy(Objective):
 
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Return what answers are worth, float32 [R], of their rewards [R]."""
-        groups = rewards.view(-1, self.group_size)
+        groups = rewards.view(-1, self.group_size).double()  # in which the mean of equal rewards is their value
         found = groups - groups.mean(1, keepdim=True)
         if self.scale_rewards:
             found = found / (groups.std(1, keepdim=True) + LEAST_DEVIATION)
-        return found.flatten()
+        return found.flatten().float()
 
     def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: PolicyInputs) -> LossSum:
         """Return the loss of hidden states [N, D] of the tokens before the answers' tokens."""
@@ -261,7 +262,7 @@ class PolicyLM(CausalLM):
         scores |= {f"rewards/{name}": each for name, each in judged.items()} if len(judged) > 1 else {}
         factors = torch.zeros(len(flat))
         if learns:
-            spread = rewards.view(-1, o.group_size).std(1).repeat_interleave(o.group_size)
+            spread = rewards.view(-1, o.group_size).double().std(1).float().repeat_interleave(o.group_size)
             scores |= {"reward_std": spread, "frac_reward_zero_std": (spread == 0).float()}
             own = sum(map(len, rows[:counted]))
             tokens, answers = processes.exchange(lengths[:own].sum().item(), own)
@@ -274,6 +275,19 @@ class PolicyLM(CausalLM):
             own_scores = {name: each[these] for name, each in scores.items()}
             found.append(PolicyBatch(packed, batch.examples, factors[these], own_scores))
         return found
+
+    def why_no_gradient(self, metrics: Mapping[str, float]) -> str:
+        """Say that no group has answers of different rewards, and what to do about it."""
+        if metrics.get("frac_reward_zero_std") != 1:
+            return super().why_no_gradient(metrics)
+        o, cut = self.objective, metrics["completions/clipped_ratio"]
+        cure = (
+            "if these answers are wrong, fine-tune the model first or reward parts of an answer; if they are right, "
+            "take harder prompts; if they are neither, correct the functions of objective.rewards"
+        )
+        if cut >= MANY_CUT:
+            cure = f"{cut:.0%} of them were cut at objective.max_completion_tokens {o.max_completion_tokens}: raise it"
+        return f"all {o.group_size} answers to a prompt got one reward (mean {metrics['reward']:.3g}); {cure}"
 
     def loss(self, model: nn.Module, inputs: PolicyInputs) -> LossSum:
         """Return the loss over a micro-batch's answers; in an evaluation minus their rewards."""

@@ -227,6 +227,14 @@ class Workload:
         """Return the sum of the losses of a micro-batch."""
         raise NotImplementedError
 
+    def why_no_gradient(self, metrics: Mapping[str, float]) -> str:
+        """Return why every gradient of a step may be zero, and the cure.
+
+        Args:
+            metrics: the objective's own, of the step.
+        """
+        return "every gradient is zero; a lower train.learning_rate may have kept the model from breaking"
+
     def with_options(self, options: MemoryOptions) -> Self:
         """Return the workload as it computes with memory options."""
         return self

@@ -320,6 +320,38 @@ def test_a_step_without_any_difference_of_rewards_is_no_fault():
     assert numbers["step"] == 2
 
 
+def constant(value, cut=False, **changes):
+    """A trainer whose answers all get one reward, and are all cut, or none is."""
+
+    def ended(*given):
+        return [each._replace(is_cut=cut) for each in said(*given)]
+
+    work = replace(workload(), answer=ended, judge=lambda examples, texts: {"same": torch.full((len(texts),), value)})
+    return Case(work, of_text().build, rows(8), {"max_tokens": 60} | changes).trainer()
+
+
+@pytest.mark.parametrize(
+    ("value", "cut", "cause"),
+    [
+        (0.0, True, "(mean 0); 100% of them were cut at objective.max_completion_tokens 6: raise it"),
+        (0.9, False, "(mean 0.9); if these answers are wrong, fine-tune the model first or reward parts of an answer"),
+    ],
+)
+def test_steps_that_learn_nothing_name_the_cause_once_and_end_a_run_that_has_learned_nothing(value, cut, cause, caplog):
+    trainer = constant(value, cut, max_steps=12)
+    with pytest.raises(TrainingError, match="none of 10 steps learned anything: all 3 answers to a prompt got one"):
+        list(trainer)
+    (warned,) = [message for message in caplog.messages if "learned nothing" in message]
+    assert warned.startswith("step 1 learned nothing: all 3 answers to a prompt got one reward") and cause in warned
+    assert trainer.step == 10
+
+
+def test_a_run_that_has_learned_something_may_end_in_steps_that_learn_nothing():
+    trainer = constant(1.0, max_steps=12)
+    trainer.took_part = True  # as after a step that learned
+    assert len(list(trainer)) == 12
+
+
 def test_an_evaluation_draws_no_numbers_so_that_one_that_is_cut_off_is_done_again():
     work = replace(workload(), judge=lambda examples, texts: {"same": torch.ones(len(texts))})
     model, before = adapted(work).eval(), torch.get_rng_state()
