@@ -289,7 +289,9 @@ def _fitted(
         yield example
     elif overflow in ("error", "drop"):
         statistics.drop(TOO_LONG, row.where)
-        if overflow == "error":
+        if overflow == "drop":
+            statistics.dropped_long.update([*row.kinds, row.where.rpartition(":")[0]])
+        else:
             statistics.longest = heapq.nlargest(SHOWN_ROWS, [*statistics.longest, (len(example.token_ids), row.where)])
     elif overflow == "split":
         statistics.split += 1

@@ -166,7 +166,9 @@ def _fitted(
             continue
         if len(ids) > most and settings.overflow != "truncate":
             statistics.drop(TOO_LONG, row.where)
-            if settings.overflow == "error":
+            if settings.overflow == "drop":
+                statistics.dropped_long[file] += 1
+            else:
                 statistics.longest = sorted([*statistics.longest, (len(ids), row.where)], reverse=True)[:SHOWN_ROWS]
             continue
         if len(ids) > most:

@@ -37,12 +37,14 @@ class Problems:
         counts: rule -> problems in all.
         files: file -> problems of its rows.
         fatal: whether one of them is more than a bad row among good ones.
+        warnings: what was asked for, and is still to be known; not counted.
     """
 
     found: list[RowProblem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     fatal: bool = False
     files: Counter[str] = field(default_factory=Counter)
+    warnings: list[RowProblem] = field(default_factory=list)
     _last: RowProblem | None = None
 
     @property

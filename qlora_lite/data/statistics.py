@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .captions import Fit
 from .fast_render import Form
 from .picture_reader import PictureReader
-from .problems import Problems
+from .problems import Problems, RowProblem
 from .row_formats import ROLES, WITH_TURNS
 from .template import Template
 
@@ -66,6 +66,7 @@ class Statistics:
         kept_kinds: examples of each kind.
         seen_files: rows of each file that became tokens.
         kept_files: files with at least one example.
+        dropped_long: rows of each kind, and of each file, that data.overflow drop leaves out.
         shapes: sequence of roles -> the form that its rows fill in (None: each is rendered).
     """
 
@@ -84,6 +85,7 @@ class Statistics:
     kept_kinds: Counter[str] = field(default_factory=Counter)
     seen_files: Counter[str] = field(default_factory=Counter)
     kept_files: set[str] = field(default_factory=set)
+    dropped_long: Counter[str] = field(default_factory=Counter)
     shapes: dict[tuple, Form | None] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
@@ -103,14 +105,16 @@ def note_too_long(statistics: Statistics, settings: Settings) -> None:
     if not statistics.longest:
         return
     places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(statistics.longest, reverse=True))
-    cure, reader = "or set data.overflow to drop, truncate or split", settings.pictures
-    if reader is not None:
-        smaller = "set data.resolution to show less of large pictures, " if reader.keeps_shape else ""
-        cure = f"{smaller}or set data.overflow to drop"
+    reader = settings.pictures
+    if reader is not None or settings.preference or settings.train_on == "last":  # whose end is what is learned
+        choices = "drop"
+    else:
+        choices = "drop or truncate" if settings.problem else "drop, truncate or split"
+    smaller = "set data.resolution to show less of large pictures, " if reader and reader.keeps_shape else ""
     count = f"{statistics.dropped[TOO_LONG]} of {statistics.rows_read} rows"
     fault = (
         f"{count} are longer than data.max_tokens {settings.max_tokens}; the longest: {places}; raise data.max_tokens, "
-        f"{cure}"
+        f"{smaller}or set data.overflow to {choices}"
     )
     statistics.problems.add("", fault, TOO_LONG, fatal=True)
 
@@ -118,23 +122,30 @@ def note_too_long(statistics: Statistics, settings: Settings) -> None:
 def note_lost_kinds(statistics: Statistics) -> None:
     """Add a problem for each kind of row, and each file, of which no row is kept while others are.
 
-    Such a set trains something else than was meant, and the counts of its rows do not show it.
+    Such a set trains something else than was meant, and the counts of its rows do not show it. Where data.overflow drop
+    left them out for their length, that was asked for, and is a warning.
     """
     if statistics.problems.fatal or not statistics.kept_files:
         return
+    files, long = statistics.problems.files + statistics.seen_files, statistics.dropped_long
     lost = [
-        f"none of the {count:,} rows {kind} is kept"
+        (f"none of the {count:,} rows {kind} is kept", count, long[kind])
         for kind, count in statistics.seen_kinds.items()
-        if count >= _KIND_ROWS and not statistics.kept_kinds[kind]
+        if not statistics.kept_kinds[kind]
     ]
     lost += [
-        f"none of the rows of {file} is kept"
-        for file, count in (statistics.problems.files + statistics.seen_files).items()
-        if count >= _KIND_ROWS and file not in statistics.kept_files
+        (f"none of the rows of {file} is kept", count, long[file])
+        for file, count in files.items()
+        if file not in statistics.kept_files
     ]
-    for fault in lost:
+    for fault, count, too_long in lost:
         cure = "correct them (or data.template, or data.max_tokens), or take them out of the files on purpose"
-        statistics.problems.add("", f"{fault}, so a whole kind of row would be missing; {cure}", KIND_LOST, fatal=True)
+        if count - too_long >= _KIND_ROWS:
+            fault = f"{fault}, so a whole kind of row would be missing; {cure}"
+            statistics.problems.add("", fault, KIND_LOST, fatal=True)
+        elif count >= _KIND_ROWS:
+            fault = f"{fault}: data.overflow drop leaves out {too_long:,} for their length"
+            statistics.problems.warnings.append(RowProblem("", KIND_LOST, fault))
 
 
 def no_counts() -> dict[str, Counter[str]]:

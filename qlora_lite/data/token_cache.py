@@ -112,6 +112,7 @@ def save_set(folder: Path, examples: Examples, statistics: Statistics) -> None:
         "has_template": statistics.template is not None,
         "problems": [asdict(problem) for problem in statistics.problems.found],
         "problem_counts": statistics.problems.counts, "fatal": statistics.problems.fatal,
+        "warnings": [asdict(problem) for problem in statistics.problems.warnings],
     }  # fmt: skip
     text = json.dumps(content)
     write_text(folder / _SET, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
@@ -138,8 +139,8 @@ def load_set(
             return None
         order = np.load(folder / _ORDER, mmap_mode="r", allow_pickle=False)
         examples = load_arrays(folder, content["files"], np.asarray(order))
-        found = [RowProblem(**problem) for problem in content["problems"]]
-        problems = Problems(found, Counter(content["problem_counts"]), content["fatal"])
+        found, warnings = ([RowProblem(**each) for each in content[name]] for name in ("problems", "warnings"))
+        problems = Problems(found, Counter(content["problem_counts"]), content["fatal"], warnings=warnings)
         statistics = Statistics(
             problems, content["rows_read"], Counter(content["dropped"]), content["dropped_at"],
             content["truncated"], content["split"], content["examples_of"],

@@ -184,6 +184,7 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
         known = [problem for problem in new if problem in listed]  # what is wrong with the template, twice
         listed += [problem for problem in new if problem not in known]
         error_count += part.problems.count - len(known) if is_error else 0
+        listed += [problem_entry(problem, False) for problem in part.problems.warnings]
     if recipe.preference == LABELS and (alike := check_labels(data.examples)):
         listed.append(problem_entry(alike, True))
         error_count += 1

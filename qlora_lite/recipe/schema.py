@@ -366,8 +366,8 @@ class Data(_Section):
     """Train on the token that ends an answer too; with false the model does not learn to stop."""
     max_bad_rows: Count = 0
     """Malformed rows that may be left out, counted by reason; more of them are an error. So is leaving out every row of
-    a file or of a kind (with tools, tool calls, a system turn, several user turns), here or by data.overflow, while
-    other rows remain."""
+    a file or of a kind (with tools, tool calls, a system turn, several user turns), while other rows remain; where
+    data.overflow drop leaves them out for their length, it is a warning."""
     max_tokens: Annotated[int, Field(ge=SHORTEST_ROW, le=LONGEST_ROW)] = 1024
     """Maximum length of an example, and the length of a packed sequence, in tokens. Where train.objective compares
     answers, an example is the prompt with the one and the prompt with the other."""

@@ -481,7 +481,10 @@ LOST = {
     "tools": ([{"messages": turns("q", "a"), "tools": [{"name": "f"}]}] * 3, "3 rows with definitions of tools"),
     "system": ([{"messages": turns("q", ""), "system": "s"}] * 2, "2 rows with a system turn"),
     "several turns": ([{"messages": turns("q", "a", "", "a")}] * 2, "2 rows with several user turns"),
-    "too long": ([{"messages": turns(LONG, "a", "q", "a")}] * 2, "2 rows with several user turns"),
+    "too long and empty": (
+        [{"messages": turns(*texts)} for texts in ((LONG, "a", "q", "a"), *[("q", "a", "", "a")] * 2)],
+        "3 rows with several user turns",
+    ),
 }
 
 
@@ -493,6 +496,28 @@ def test_a_kind_of_row_that_is_left_out_whole_is_an_error_however_many_bad_rows_
         build([*good, *bad], **settings)
     for kept in (good, [*good, bad[0]]):  # one such row is an odd one and no kind
         assert build(kept, **settings).rows_kept == 9
+
+
+def test_a_kind_of_row_whose_rows_are_all_dropped_for_their_length_is_a_warning(write, tokenizer, tmp_path):
+    rows = [{"messages": turns(f"question {i}", "a")} for i in range(9)]
+    source = Source(write("a.jsonl", [*rows, *[{"messages": turns(LONG, "a", "q", "a")}] * 2]))
+    for _ in range(2):  # the second time from the cache
+        data = read_examples([source], tokenizer, max_tokens=200, overflow="drop", cache=tmp_path / "cache")
+        assert data.rows_kept == 9 and not data.problems.too_many(0)
+        assert [each.message for each in data.problems.warnings] == [
+            "none of the 2 rows with several user turns is kept: data.overflow drop leaves out 2 for their length"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "choices"),
+    [({}, "drop, truncate or split"), ({"train_on": "last"}, "drop"), ({"preference": "pairs"}, "drop")],
+)
+def test_what_is_offered_for_rows_that_are_too_long_is_what_the_objective_takes(write, tokenizer, settings, choices):
+    rows = [{"prompt": LONG, "completion": "a"}, {"prompt": LONG, "chosen": "a", "rejected": "b"}]
+    source = Source(write("a.jsonl", rows[1:] if settings.get("preference") else rows[:1]))
+    (problem,) = read_examples([source], tokenizer, max_tokens=200, **settings).problems.shown
+    assert problem.endswith(f"set data.overflow to {choices}")
 
 
 def test_a_kind_of_row_of_which_one_is_kept_may_lose_others(build):
@@ -509,8 +534,8 @@ def test_a_file_that_is_left_out_whole_is_an_error_however_many_bad_rows_are_all
     with pytest.raises(DataError, match=rf"none of the rows of {bad} is kept"):
         build_examples([Source(folder)], tokenizer, max_bad_rows=100)
     write("b.jsonl", f'{{"prompt": "{LONG}", "completion": "a"}}\n' * 2)
-    with pytest.raises(DataError, match=rf"none of the rows of {bad} is kept"):
-        build_examples([Source(folder)], tokenizer, max_tokens=200, overflow="drop")
+    data = read_examples([Source(folder)], tokenizer, max_tokens=200, overflow="drop")
+    assert data.rows_kept == 4 and f"none of the rows of {bad} is kept" in data.problems.warnings[0].message
     write("b.jsonl", '{\n{"prompt": "q", "completion": "a"}\n{\n')
     assert build_examples([Source(folder)], tokenizer, max_bad_rows=100).rows_kept == 5
 
