@@ -5,14 +5,15 @@ log-probabilities never change, two numbers an example. So they are computed onc
 that training has, and found again by all that they depend on: the checksum of the weights, the model's configuration,
 weights and settings of the adapter, what it is trained to be merged into, the tokens, the compute type, fused kernels,
 and the versions of this package and its libraries. (How rows are packed changes no more than rounding, and is not
-among them.) A run that is stopped meanwhile keeps what is in the file; one that resumes finds them
-whole, and so does another run that begins alike. (Keeping a second model, the other known way, takes its memory in
-every step.)
+among them.) Only examples that the run's steps will see are computed. A run that is stopped meanwhile keeps what is in
+the file; one that resumes finds them whole, and so does another run that begins alike. (Keeping a second model, the
+other known way, takes its memory in every step.)
 """
 
 import hashlib
 import json
 import logging
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,40 +37,46 @@ EXAMPLES_AT_ONCE = 256  # between looks at the clock
 SECONDS_BETWEEN_SAVES = 20.0
 
 
-def with_references(examples: Examples, trainer: Trainer, checksum: str, watch: Watch | None = None) -> Examples:
+def with_references(
+    examples: Examples, trainer: Trainer, checksum: str, watch: Watch | None = None, used: np.ndarray | None = None
+) -> Examples:
     """Return examples with what the trainer's model gives them now.
 
     Args:
         examples: each of two sequences.
         checksum: of the frozen weights.
         watch: told how far this is.
+        used: int64 [U], which examples are asked for; the others get NaN. None is all.
     """
     rows = np.unique(examples.order)
     distinct = replace(examples, order=rows, references=None)
+    asked = examples.order if used is None else examples.order[used]
+    wanted = np.flatnonzero(np.isin(rows, asked))
     path = cache_root() / "references" / f"{_key(distinct, trainer, checksum)}.json"
     processes, device = trainer.processes, trainer.device
-    found = _read(path, len(rows)) if processes.is_first else np.zeros((0, 2), np.float32)
-    known = int(processes.tell(str(len(found))))
+    found = _read(path, len(rows)) if processes.is_first else np.zeros((len(rows), 2), np.float32)
+    missing = wanted[np.isnan(found[wanted, 0])]
+    missing = np.array(json.loads(processes.tell(json.dumps(missing.tolist()))), np.int64)
     started = saved = time.monotonic()
-    done = watching(watch, "reference model", len(rows))
-    for first in range(known, len(rows), EXAMPLES_AT_ONCE):
-        part = trainer.reference_log_probabilities(distinct[first : first + EXAMPLES_AT_ONCE])
-        found = np.concatenate([found, part])
-        is_last = first + EXAMPLES_AT_ONCE >= len(rows)
+    done = watching(watch, "reference model", len(wanted))
+    for first in range(0, len(missing), EXAMPLES_AT_ONCE):
+        part = missing[first : first + EXAMPLES_AT_ONCE]
+        found[part] = trainer.reference_log_probabilities(replace(distinct, order=rows[part]))
+        is_last = first + EXAMPLES_AT_ONCE >= len(missing)
         if processes.is_first and (is_last or time.monotonic() - saved > SECONDS_BETWEEN_SAVES):
             _write(path, found)
             saved = time.monotonic()
         if done:
-            done(min(first + EXAMPLES_AT_ONCE, len(rows)))
+            done(len(wanted) - len(missing) + first + len(part))
     if processes.world_size > 1:  # the others have what the first one did not find in its file
         whole = torch.zeros(len(rows), 2, device=device)
         if processes.is_first:
             whole += torch.from_numpy(found).to(device)
         processes.add_up([whole])
         found = whole.cpu().numpy()
-    how = "from the cache" if known == len(rows) else f"in {time.monotonic() - started:.0f} s"
-    log.info("preferences: the reference model's log-probabilities of %d examples, %s", len(rows), how)
-    references: np.ndarray = np.zeros((len(examples.rows) - 1, 2), np.float32)
+    how = f"in {time.monotonic() - started:.0f} s" if len(missing) else "from the cache"
+    log.info("preferences: the reference model's log-probabilities of %d examples, %s", len(wanted), how)
+    references: np.ndarray = np.full((len(examples.rows) - 1, 2), np.nan, np.float32)
     references[rows] = found
     return replace(examples, references=references)
 
@@ -97,20 +104,24 @@ def _placeless(config: dict) -> dict:
 
 
 def _read(path: Path, count: int) -> np.ndarray:
-    """Return the log-probabilities of the first examples that a file holds, float32 [up to count, 2]."""
-    nothing: np.ndarray = np.zeros((0, 2), np.float32)
+    """Return the log-probabilities of examples that a file holds, float32 [count, 2]; NaN for the others."""
+    found: np.ndarray = np.full((count, 2), np.nan, np.float32)
     try:
-        found = np.array(json.loads(path.read_text(encoding="utf-8")), np.float32)
+        known = json.loads(path.read_text(encoding="utf-8"))
+        read = np.array([(math.nan, math.nan) if each is None else each for each in known], np.float32)
     except (OSError, ValueError, TypeError, RecursionError):
-        return nothing
-    return found if found.shape[1:] == (2,) and len(found) <= count and np.isfinite(found).all() else nothing
+        return found
+    if read.shape[1:] == (2,) and len(read) <= count and not np.isinf(read).any():
+        found[: len(read)] = read
+    return found
 
 
 def _write(path: Path, found: np.ndarray) -> None:
     """Write log-probabilities for the next run; where that is not possible, this one still has them."""
+    known = [None if math.isnan(first) else [first, second] for first, second in found.tolist()]
     try:
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(found.tolist()))
+        write_text(path, json.dumps(known))
     except OutputError as error:
         log.warning("the reference model's log-probabilities are not cached: %s", error)

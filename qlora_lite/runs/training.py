@@ -105,7 +105,7 @@ class Training:
         self.progress, self.watch, self.processes = proven.progress, proven.watch, proven.processes
         self.best_loss, self.best_step = math.inf, 0
         self.best_factors: Tensors | None = None
-        self.reference: list[float] | None = None  # means of what the reference model gives the training rows
+        self.reference: list[float] | None = None  # means of what the reference model gives the first step's rows
         self.eval_metrics: dict[str, float] = {}  # of the objective, of the newest evaluation
         self.best_metrics: dict[str, float] = {}  # of that with the best loss
         self.evaluated_step = self.measured_step = 0
@@ -158,15 +158,18 @@ class Training:
         """
         restore(self.trainer, continuation.checkpoint)
         try:
-            self._restore_progress(continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}))
+            self._restore_progress(
+                continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}), continuation.forced
+            )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's {RUN} is not what this version writes: {error!r}") from None
 
-    def _restore_progress(self, saved: dict, best: Tensors) -> None:
+    def _restore_progress(self, saved: dict, best: Tensors, forced: Sequence[str]) -> None:
         self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
         self.measured_step = int(saved.get("measured_step", 0))
         self.evaluations_without_better = int(saved["evaluations_without_better"])
-        if not _are_alike(saved.get("reference"), self.reference):
+        before = saved.get("reference_of_step_1", self.reference)
+        if not forced and not _are_alike(before, self.reference):  # other rows have other means
             raise CheckpointError("the reference model is not the one that the run began with: give lora.init_from the "
                                   "adapter that it had then")  # fmt: skip
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
@@ -187,7 +190,7 @@ class Training:
             "peak_bytes": self.peak_bytes, "evaluations_without_better": self.evaluations_without_better,
             "before": self.before and {"answers": self.before.answers, "matches": self.before.matches},
             "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
-            "best_metrics": self.best_metrics, "reference": self.reference,
+            "best_metrics": self.best_metrics, "reference_of_step_1": self.reference,
         }  # fmt: skip
 
     def go(self) -> Trained:
@@ -234,9 +237,11 @@ class Training:
     def _add_references(self) -> None:
         """Let the examples hold what the model gives them now, before the first step."""
         with_them = partial(with_references, trainer=self.trainer, checksum=self.proven.checksum, watch=self.watch)
-        self.trainer.examples = examples = with_them(self.proven.data.data.examples)
+        epochs, total = self.trainer.epochs, self.trainer.total_steps
+        self.trainer.examples = examples = with_them(self.proven.data.data.examples, used=epochs.rows_of(total))
         found = examples.references
-        self.reference = None if found is None else found[examples.order].mean(axis=0).tolist()
+        if found is not None:
+            self.reference = found[examples.order[epochs.rows_of(1)]].mean(axis=0).tolist()
         if self.eval_data is not None:
             self.eval_data = replace(self.eval_data, examples=with_them(self.eval_data.examples))
 

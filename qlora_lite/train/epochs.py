@@ -48,6 +48,13 @@ class Epochs:
         plan = plan_epoch(self.lengths, s.max_tokens, s.packing, s.micro_batch_size, s.order, s.seed, epoch, group)
         return [plan[start : start + group] for start in range(0, len(plan), group)]
 
+    def rows_of(self, steps: int) -> np.ndarray:
+        """Return the rows of the first steps of the run, rising: int64 [N]."""
+        first = self.steps(0)
+        if steps >= len(first):
+            return np.arange(len(self.lengths))
+        return np.unique([row for step in first[:steps] for rows in step for row in rows])
+
     def total_steps(self) -> int:
         """Return how many optimizer steps the run has, at least 1."""
         return self.settings.max_steps or self._course[0]

@@ -56,7 +56,7 @@ def recipe(folder, model, objective="dpo", **sections):
     folder.mkdir(exist_ok=True)
     labels = objective == "kto"
     train, evaluation = (write_pairs(folder / f"{mark}.jsonl", mark, labels) for mark in "?!")
-    data = {"train": train, "eval": evaluation, "max_tokens": 192}
+    data = {"train": train, "eval": evaluation, "max_tokens": 192} | sections.pop("data", {})
     train = TRAIN | {"objective": objective} | sections.pop("train", {})
     lora = sections.pop("lora", {"rank": 8, "alpha": 16})
     return load_recipe(write_recipe(folder, model, data=data, train=train, lora=lora, **sections))
@@ -100,7 +100,7 @@ def test_what_the_reference_gives_is_computed_once_and_what_is_there_is_gone_on_
     model_folder, tmp_path, caplog, monkeypatch
 ):
     caplog.set_level("INFO", "qlora_lite")
-    computed = []
+    computed, all_examples = [], {"max_steps": 5}
     whole = references.Trainer.reference_log_probabilities
 
     def counted(self, examples):
@@ -109,20 +109,49 @@ def test_what_the_reference_gives_is_computed_once_and_what_is_there_is_gone_on_
 
     monkeypatch.setattr(references.Trainer, "reference_log_probabilities", counted)
     monkeypatch.setattr(references, "EXAMPLES_AT_ONCE", 4)
-    run_recipe(recipe(tmp_path / "first", model_folder))
+    run_recipe(recipe(tmp_path / "first", model_folder, train=all_examples))
     assert computed == [4, 4, 2, 4, 4, 2]
-    run_recipe(recipe(tmp_path / "second", model_folder))
+    run_recipe(recipe(tmp_path / "second", model_folder, train=all_examples))
     assert len(computed) == 6 and sum("from the cache" in message for message in caplog.messages) == 2
     assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "second")
     for path in cache_root().glob("references/*"):  # as a run that was killed meanwhile leaves them
         path.write_text(json.dumps(json.loads(path.read_text())[:4]))
-    run_recipe(recipe(tmp_path / "third", model_folder))
+    run_recipe(recipe(tmp_path / "third", model_folder, train=all_examples))
     assert computed[6:] == [4, 2, 4, 2]
     assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "third")
     for path in cache_root().glob("references/*"):
         path.write_text("[[1.0], [2.0]]")
-    run_recipe(recipe(tmp_path / "fourth", model_folder))
+    run_recipe(recipe(tmp_path / "fourth", model_folder, train=all_examples))
     assert adapter_bytes(tmp_path / "first") == adapter_bytes(tmp_path / "fourth")
+
+
+def test_only_examples_of_the_steps_to_come_are_computed_and_more_steps_compute_the_others(
+    model_folder, tmp_path, monkeypatch
+):
+    computed = []
+    whole = references.Trainer.reference_log_probabilities
+
+    def counted(self, examples):
+        computed.append([example.where for example in examples if "?" in example.where])
+        return whole(self, examples)
+
+    monkeypatch.setattr(references.Trainer, "reference_log_probabilities", counted)
+    train = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "lr_scheduler": "constant", "warmup_ratio": 0}
+    sections = {"data": {"packing": False}, "train": train}
+
+    def of_steps(name, count):
+        return recipe(tmp_path / name, model_folder, **sections | {"train": train | {"max_steps": count}})
+
+    run_recipe(of_steps("short", 3))
+    assert [len(each) for each in computed] == [3, 0]
+    run_recipe(of_steps("short", 5), resume=tmp_path / "short" / "out", force=True)
+    assert [len(each) for each in computed[2:]] == [2]
+    assert not {*computed[0]} & {*computed[2]}
+    for path in cache_root().glob("references/*"):
+        path.unlink()
+    run_recipe(of_steps("alone", 5))
+    assert [len(each) for each in computed[3:]] == [5, 0]
+    assert adapter_bytes(tmp_path / "short") == adapter_bytes(tmp_path / "alone")
 
 
 def rotate_otherwise(folder):
