@@ -121,10 +121,11 @@ def _echo_result(shown: dict[str, Any], asked: int) -> None:
     rows = shown["rows"]
     for former in ("exact_match", "exact_match_rows"):  # which are among the metrics
         shown.pop(former, None)
-    confusion = shown.pop("confusion", None)
+    confusion, prompts = shown.pop("confusion", None), shown.pop("metrics_prompts", None)
     for name, score in shown.pop("metrics", {}).items():
         signature = f"; {score['signature']}" if "signature" in score else ""
-        on = f"{score['examples']:,} of {rows:,} examples"
+        of = "prompts, each with all its references" if score["examples"] == prompts else f"of {rows:,} examples"
+        on = f"{score['examples']:,} {of}"
         shown[name] = f"{format_score(name, score)} on {on}{signature}"
     shown |= {f"preference {name}" if name == "loss" else name: value
               for name, value in shown.pop("eval_metrics", {}).items()}  # fmt: skip

@@ -1,10 +1,12 @@
 """Score answers against their references, each score with its standard error.
 
 All scores of a measurement are over the same examples and the same greedy answers, so that they can be read side by
-side: an example that one of them cannot compare is left out of all.
+side: an example that one of them cannot compare is left out of all. Examples with equal prompts have one answer, and
+all their references count for it: BLEU takes them together, the other scores the best one. Accuracy and likelihoods are
+of each example by itself.
 
-A mean over n examples has the sample standard error, s / sqrt(n), as lm-evaluation-harness gives it. BLEU and chrF of a
-corpus are no means: their standard error is the deviation over 1,000 resamples of the examples, with a fixed seed.
+A mean over n prompts has the sample standard error, s / sqrt(n), as lm-evaluation-harness gives it. BLEU and chrF of a
+corpus are no means: their standard error is the deviation over 1,000 resamples of the prompts, with a fixed seed.
 sacrebleu and rouge-score are imported where they are used: few runs need them.
 
 Units: shares and ROUGE from 0 to 1, BLEU and chrF from 0 to 100, losses in nats per token.
@@ -15,9 +17,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib.util import find_spec
+from itertools import zip_longest
 from math import fsum, sqrt
 from statistics import stdev
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,10 +38,12 @@ _MARK = "####"  # before the result in GSM8K
 _CURRENCY = "[$€£¥]\\s?"
 _SEPARATOR = re.compile(r"(?<=\d),(?=(?:\d\d,)*(?:\d{3},)*\d{3}(?!\d))")  # 1,200,000 and 12,00,000
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?<!\w)(?<!\d\.)\d+(?:\.\d+)?|(?<![\w.])\.\d+)")
+T = TypeVar("T")
 
 
 class Score(NamedTuple):
-    """A score, its standard error (None of a single example), how many examples it is over, sacrebleu's signature."""
+    """A score, its standard error (None of a single example), how many examples (of equal prompts: one) it is over, and
+    sacrebleu's signature."""
 
     value: float
     standard_error: float | None
@@ -156,27 +161,50 @@ def mean(values: Sequence[float]) -> Score:
     return Score(fsum(values) / count, stdev(values) / sqrt(count) if count > 1 else None, count)
 
 
-def score_texts(name: str, references: Sequence[str], answers: Sequence[str]) -> dict[str, Score]:
+def numbers_of_prompts(examples: Sequence[Example]) -> list[int]:
+    """Return the number of each example's prompt, of different prompts in order from 0."""
+    numbers: dict[tuple, int] = {}
+    keys = ((example.prompt, *(each.digest for each in example.pictures)) for example in examples)
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def by_prompt(values: Sequence[T], prompts: Sequence[int]) -> list[list[T]]:
+    """Return the values of each prompt's examples, see ``numbers_of_prompts``."""
+    found: dict[int, list[T]] = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        found.setdefault(prompt, []).append(value)
+    return list(found.values())
+
+
+def score_texts(
+    name: str, references: Sequence[str], answers: Sequence[str], prompts: Sequence[int] | None = None
+) -> dict[str, Score]:  # fmt: skip
     """Return what a metric of texts gives, by name; nothing for another metric.
 
     Args:
         name: of the metric, as in train.metrics.
         references: at least one.
-        answers: as many.
+        answers: as many; those of one prompt are equal.
+        prompts: of the examples, see ``numbers_of_prompts``; None where all differ.
     """
-    known = {"number_match": _number_match, "accuracy": _accuracy, "bleu": _bleu, "chrf": _chrf, "rouge": _rouge}
-    return known[name](references, answers) if name in known else {}
+    if name == "accuracy":
+        return _accuracy(references, answers)
+    known = {"number_match": _number_match, "bleu": _bleu, "chrf": _chrf, "rouge": _rouge}
+    if name not in known:
+        return {}
+    prompts = range(len(answers)) if prompts is None else prompts
+    several = [list(dict.fromkeys(each)) for each in by_prompt(references, prompts)]
+    return known[name](several, [first for first, *_ in by_prompt(answers, prompts)])
 
 
-def _number_match(references: Sequence[str], answers: Sequence[str]) -> dict[str, Score]:
+def _number_match(references: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[str, Score]:
     """Compare numbers by their value: strictly the one behind the mark, flexibly the last one of the answer.
 
     Source: lm-evaluation-harness, tasks/gsm8k (strict-match, flexible-extract), which compares their letters.
     """
-    pairs = list(zip(map(number_of, references), answers, strict=True))
+    pairs = [({*map(number_of, each)} - {None}, answer) for each, answer in zip(references, answers, strict=True)]
     ways = {"number_match_strict": marked_number, "number_match_flexible": last_number}
-    return {name: mean([right is not None and find(answer) == right for right, answer in pairs])
-            for name, find in ways.items()}  # fmt: skip
+    return {name: mean([find(answer) in right for right, answer in pairs]) for name, find in ways.items()}
 
 
 def number_of(reference: str) -> Decimal | None:
@@ -217,19 +245,19 @@ def _accuracy(references: Sequence[str], answers: Sequence[str]) -> dict[str, Sc
     return {"accuracy_generated": mean(right)}
 
 
-def _bleu(references: Sequence[str], answers: Sequence[str]) -> dict[str, Score]:
+def _bleu(references: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[str, Score]:
     from sacrebleu.metrics import BLEU
 
     return {"bleu": _of_corpus(BLEU(), references, answers)}
 
 
-def _chrf(references: Sequence[str], answers: Sequence[str]) -> dict[str, Score]:
+def _chrf(references: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[str, Score]:
     from sacrebleu.metrics import CHRF
 
     return {"chrf": _of_corpus(CHRF(), references, answers)}
 
 
-def _of_corpus(metric, references: Sequence[str], answers: Sequence[str]) -> Score:
+def _of_corpus(metric, references: Sequence[Sequence[str]], answers: Sequence[str]) -> Score:
     """Score a corpus, and resample its examples with replacement for the standard error.
 
     sacrebleu 2.6's own resampling ends with a TypeError where one of the resamples has no match at all, and gives half
@@ -238,20 +266,21 @@ def _of_corpus(metric, references: Sequence[str], answers: Sequence[str]) -> Sco
     Args:
         metric: sacrebleu's.
     """
-    found, error, count = metric.corpus_score(answers, [references]), None, len(answers)
+    columns = list(zip_longest(*references))  # the first reference of each answer, then the second, None where it ends
+    found, error, count = metric.corpus_score(answers, columns), None, len(answers)
     if count > 1:
-        counts = np.array(metric._extract_corpus_statistics(answers, [references]))
+        counts = np.array(metric._extract_corpus_statistics(answers, columns))
         draw = np.random.default_rng(_SEED).integers
         sums = (counts[draw(count, size=count)].sum(axis=0).tolist() for _ in range(_RESAMPLES))
         error = stdev(float(metric._compute_score_from_stats(each).score) for each in sums)
     return Score(float(found.score), error, count, str(metric.get_signature()))
 
 
-def _rouge(references: Sequence[str], answers: Sequence[str]) -> dict[str, Score]:
-    """Return the means of ROUGE's F-measures, words unstemmed."""
+def _rouge(references: Sequence[Sequence[str]], answers: Sequence[str]) -> dict[str, Score]:
+    """Return the means of ROUGE's F-measures with the best reference for each, words unstemmed."""
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names)
-    found = [scorer.score(reference, answer) for reference, answer in zip(references, answers, strict=True)]
+    found = [scorer.score_multi(each, answer) for each, answer in zip(references, answers, strict=True)]
     return {name: mean([each[name].fmeasure for each in found]) for name in names}

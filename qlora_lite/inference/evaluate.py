@@ -22,10 +22,12 @@ from qlora_lite.data.example_checks import WHOLE, Matching
 from qlora_lite.data.metrics import (
     Measures,
     Score,
+    by_prompt,
     check_packages,
     check_references,
     choice_of,
     mean,
+    numbers_of_prompts,
     score_texts,
 )
 from qlora_lite.data.picture_grids import grids_of
@@ -80,21 +82,30 @@ class Measured(NamedTuple):
         scores: by name, in the order of the metrics.
         answers: in the order of the examples; "" for one left out, and CUT behind one that had to be cut. None are
             there where no metric is of answers.
-        matches: whether each answer is its reference, in their order; None where a checkpoint of an earlier version did
-            not say.
+        matches: whether each answer is its own reference, in their order; None where a checkpoint of an earlier version
+            did not say.
         records: of each compared example, see ``_record``, with answer_loss and, of accuracy, the likeliest choice.
+        prompts: how many different ones the compared examples have.
     """
 
     scores: dict[str, Score]
     answers: tuple[str, ...] = ()
     matches: tuple[bool | None, ...] = ()
     records: tuple[dict, ...] = ()
+    prompts: int = 0
+
+    @property
+    def compared(self) -> str:
+        """Say how many examples were compared."""
+        count = f"{len(self.records):,} examples"
+        return count if self.prompts == len(self.records) else f"{self.prompts:,} prompts with {count}"
 
     def figures(self) -> dict[str, Any]:
         """Return what JSON says: exact match under the keys that it had before there were other metrics, and all."""
         exact = self.scores.get("exact_match")
         known = {"exact_match": exact.value, "exact_match_rows": exact.examples} if exact else {}
-        return known | {"metrics": {name: score.as_dict() for name, score in self.scores.items()}}
+        prompts = {"metrics_prompts": self.prompts} if self.prompts < len(self.records) else {}
+        return known | {"metrics": {name: score.as_dict() for name, score in self.scores.items()}} | prompts
 
 
 def measure(
@@ -103,7 +114,7 @@ def measure(
     measures: Measures = EXACT_MATCH, new_tokens: int | None = None, watch: Watch | None = None,
     processes: Processes = ALONE, reader: PictureReader | None = None,
 ) -> Measured:  # fmt: skip
-    """Answer every example's prompt greedily, once for all metrics, and score the answers.
+    """Answer every prompt greedily, once for all metrics and all examples that have it, and score the answers.
 
     A reference is compared as it comes back from the tokenizer, which may write some letters otherwise.
 
@@ -128,6 +139,7 @@ def measure(
         raise DataError(str(problems[-1]))
     is_asked = [measures.can_compare(example) for example in examples]
     asked, ends = list(compress(examples, is_asked)), frozenset(end_token_ids)
+    prompts = numbers_of_prompts(asked)
     scores: dict[str, dict[str, Score]] = {}
     records: list[dict] = [{"where": example.where, "prompt": example.prompt} for example in asked]
     shown: tuple = ()
@@ -136,9 +148,9 @@ def measure(
         references, said = _answered(model, tokenizer, asked, ends, at_once, new_tokens, watch, processes, reader)
         compared = zip(asked, references, said, strict=True)
         records = [_record(*each, measures.matching) for each in compared]
-        texts = references, [answer.text for answer in said]
+        texts = references, [answer.text for answer in said], prompts
         scores = {name: score_texts(name, *texts) for name in measures.names}
-        scores["exact_match"] = {"exact_match": mean([record["match"] for record in records])}
+        scores["exact_match"] = {"exact_match": mean(list(map(any, by_prompt([r["match"] for r in records], prompts))))}
         in_order = ((shown_answer(record), record["match"]) for record in records)
         shown, matches = zip(*(next(in_order) if each else ("", False) for each in is_asked), strict=True)
     if "answer_loss" in measures.names:
@@ -152,26 +164,28 @@ def measure(
         right = [choice == choice_of(example.answer) for choice, example in zip(likeliest, asked, strict=True)]
         scores["accuracy"] = {"accuracy_likelihood": mean(right), **scores["accuracy"]}
     named = {key: score for name in measures.names for key, score in scores[name].items()}
-    return Measured(named, shown, matches, tuple(records))
+    return Measured(named, shown, matches, tuple(records), len({*prompts}))
 
 
 def _answered(
     model: nn.Module, tokenizer, asked: Sequence[Example], ends: Collection[int], at_once: Callable[[int], int],
     new_tokens: int | None, watch: Watch | None, processes: Processes, reader: PictureReader | None,
 ) -> tuple[list[str], list[Answer]]:  # fmt: skip
-    """Return the references as the tokenizer gives them back, and the greedy answers."""
+    """Return the references as the tokenizer gives them back, and the greedy answers, one for equal prompts."""
+    numbers = numbers_of_prompts(asked)
     prompts = [
         Shown(example.prompt, partial(reader.of_examples, [example]), grids_of(example.pictures))
         if reader and example.pictures else example.prompt
-        for example in asked
+        for example, *_ in by_prompt(asked, numbers)
     ]  # fmt: skip
     prompt, new = _most_tokens(model, tokenizer, asked, new_tokens)
-    done, ranks = watching(watch, "answers", len(asked)), processes.world_size
+    done, ranks = watching(watch, "answers", len(prompts)), processes.world_size
     ask = partial(answers, model, tokenizer, max_new_tokens=new, stop=stop_ids(model, tokenizer, ends),
                   batch_size=at_once(prompt + new),
-                  done=done and (lambda count: done(min(ranks * count, len(asked)))))  # fmt: skip
+                  done=done and (lambda count: done(min(ranks * count, len(prompts)))))  # fmt: skip
     with merged_once(model):
-        said = _shared_answers(ask, prompts, processes)
+        answered = _shared_answers(ask, prompts, processes)
+    said = [answered[number] for number in numbers]
     written = tokenizer([example.answer for example in asked], add_special_tokens=False).input_ids
     return tokenizer.batch_decode(written, skip_special_tokens=True), said
 

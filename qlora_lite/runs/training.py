@@ -59,7 +59,7 @@ from qlora_lite.train.picture_head import PictureHead
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.state import STATE, capture, collection_of, compare_tensors, restore
 from qlora_lite.train.whole_tensors import Collection, Whole, layout_of, parts_here
-from qlora_lite.units import format_score
+from qlora_lite.units import counted, format_score
 
 from .async_checkpoint import Saver
 from .references import with_references
@@ -387,7 +387,7 @@ class Training:
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
-        self._log_scores(result, when, len(result.records))
+        self._log_scores(result, when, result.compared)
         return result
 
     def _label_metrics(self, work: HeadWorkload, eval_data: Dataset, when: str) -> Measured:
@@ -400,7 +400,7 @@ class Training:
         if matrix is not None and not when.startswith("after step"):
             known = self.run.summary.get("confusion", {"labels": list(work.labels)})
             self.run.update(confusion=known | {when.partition(" ")[0]: matrix})
-        self._log_scores(result, when, len(eval_data.examples))
+        self._log_scores(result, when, counted(len(eval_data.examples), "example"))
         return result
 
     def _with_pictures(
@@ -427,7 +427,7 @@ class Training:
             log.warning("the report shows no pictures %s training: %s", when, error)
             return result
         more = Measured({"accuracy_nearest_neighbour": score})
-        self._log_scores(more, f"{when} training", len(held))
+        self._log_scores(more, f"{when} training", counted(len(held), "example"))
         return result._replace(scores=result.scores | more.scores) if result else more
 
     def _draw(self, when: str) -> None:
@@ -451,10 +451,10 @@ class Training:
         except (DataError, ModelError, OutputError, DoesNotFitError) as error:
             log.warning("the report shows no pictures %s training: %s", when, error)
 
-    def _log_scores(self, result: Measured, when: str, count: int) -> None:
+    def _log_scores(self, result: Measured, when: str, compared: str) -> None:
         shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}
         said = ", ".join(f"{name} {score}" for name, score in shown.items())
-        log.info("metrics %s, %d examples: %s", when, count, said)
+        log.info("metrics %s, %s: %s", when, compared, said)
 
     def _prompts_at_once(self, tokens: int) -> int:
         """Return how many prompts all ranks have room for, given the tokens of the longest with its answer."""

@@ -121,6 +121,34 @@ def test_scores_of_a_corpus_are_sacrebleu_s_with_its_signature(name, of, monkeyp
     assert score_texts(name, references, answers)[name].standard_error == pytest.approx(np.std(many, ddof=1))
 
 
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_all_references_of_a_prompt_count_as_sacrebleu_counts_them(name):
+    import sacrebleu
+
+    (first, answers), (second, _), (third, _) = (texts(6, seed) for seed in range(3))
+    one_prompt = [(first[i], answers[i], i) for i in range(6)] + [(second[i], answers[i], i) for i in range(3, 6)]
+    one_prompt += [(third[5], answers[5], 5), (third[5], answers[5], 5)]  # the same reference twice is one
+    random.Random(0).shuffle(one_prompt)
+    order = list(dict.fromkeys(prompt for _, _, prompt in one_prompt))
+    columns = [
+        [each[i] if i >= known else None for i in order] for known, each in ((0, first), (3, second), (5, third))
+    ]
+    expected = getattr(sacrebleu, f"corpus_{name}")([answers[i] for i in order], columns)
+    found = score_texts(name, *zip(*one_prompt, strict=True))[name]
+    assert found.value == pytest.approx(expected.score) and found.examples == 6
+    assert found.signature.startswith("nrefs:var|")
+    assert found.value > score_texts(name, first, answers)[name].value
+
+
+def test_the_best_reference_of_a_prompt_counts_for_rouge_and_numbers_and_each_for_accuracy():
+    given = (["a cat sat", "the dog ran", "a bird"], ["the dog ran", "the dog ran", "a bird"], [0, 0, 1])
+    assert {score.value for score in score_texts("rouge", *given).values()} == {1.0}
+    assert {score.examples for score in score_texts("rouge", *given).values()} == {2}
+    numbers = score_texts("number_match", ["#### 1", "#### 2"], ["#### 2", "#### 2"], [0, 0])
+    assert numbers["number_match_strict"][::2] == (1.0, 1)
+    assert score_texts("accuracy", ["yes", "no"], ["no", "no"], [0, 0])["accuracy_generated"].value == 0.5
+
+
 @pytest.mark.parametrize("name", ["bleu", "chrf", "rouge"])
 def test_equal_texts_have_the_best_score_foreign_ones_none_and_a_single_one_no_error(name):
     same = score_texts(name, ["the cat sat on the mat"] * 2, ["the cat sat on the mat"] * 2)

@@ -16,6 +16,7 @@ from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import DataError
 from qlora_lite.inference.evaluate import losses_by, measure
 from qlora_lite.inference.few_shot import with_shots
+from qlora_lite.inference.generate import Answer
 from qlora_lite.models.load import use_row_attention
 from qlora_lite.prepare.build import train_settings
 from qlora_lite.prepare.datasets import build_data
@@ -132,6 +133,23 @@ def test_a_choice_stands_where_the_answer_stood_behind_reasoning(model):
     answers = [text.partition("assistant\n")[2] for text in asked]
     assert answers == ["<think>\n\n</think>\n\nno<|im_end|>", "<think>\n\n</think>\n\nyes<|im_end|>",
                        "<think>\nwell\n</think>\nno<|im_end|>", "<think>\nwell\n</think>\nyes<|im_end|>"]  # fmt: skip
+
+
+def test_equal_prompts_are_answered_once_and_scored_against_all_their_references(model, monkeypatch):
+    asked = []
+
+    def answers(_model, _tokenizer, prompts, *_, **_options):
+        asked.append(prompts)
+        return [Answer("not", "stop", (1,))] * len(prompts)
+
+    monkeypatch.setattr("qlora_lite.inference.evaluate.answers", answers)
+    tokenizer = byte_tokenizer()
+    data = examples_of(tokenizer, [("is it?", "yes"), ("hm", "may"), ("is it?", "not")])
+    found = measure(model, tokenizer, data.examples, data.end_token_ids, measures=Measures(("exact_match", "bleu")))
+    assert asked == [[data.examples[0].prompt, data.examples[1].prompt]]
+    assert found.answers == ("not",) * 3 and found.matches == (False, False, True)
+    assert found.scores["exact_match"][::2] == (0.5, 2) and found.scores["bleu"].examples == 2
+    assert found.figures()["metrics_prompts"] == 2 and found.compared == "2 prompts with 3 examples"
 
 
 def test_metrics_of_likelihood_alone_generate_nothing(model, losses, monkeypatch):

@@ -22,7 +22,7 @@ def sharing(number, count, folder):
 
     def counted(model, tokenizer, prompts, **settings):
         made.append(len(prompts))
-        if prompts == ["fails?"]:
+        if len(prompts) == 1 and prompts[0].startswith("fails"):
             raise (ModelError, DoesNotFitError)[number]("no answer")
         return plain(model, tokenizer, prompts, **settings)
 
@@ -35,13 +35,13 @@ def sharing(number, count, folder):
         assert shared == alone and progress[-1][1] == len(some)
         assert made[-1] == len(group.share(some))
         assert sum(group.gather(made[-1])) == len(some) == made[-2]
-    failing = [Example(np.zeros(9, np.int32), np.ones(9, bool), "fails?", "x", "f:1")]
+    failing = [Example(np.zeros(9, np.int32), np.ones(9, bool), f"fails{end}", "x", "f:1") for end in "?!"]
     error = (ModelError, DoesNotFitError)[number]
-    for bad in ([*failing, *examples[:1]], [*examples[:1], *failing]):  # on one rank alone
+    for bad in ([*failing[:1], *examples[:1]], [*examples[:1], *failing[:1]]):  # on one rank alone
         with pytest.raises((ModelError, DoesNotFitError), match=r"no answer|another rank could not make its answers"):
             evaluate.measure(model, tokenizer, bad, [2], processes=group)
     with pytest.raises(error, match="no answer"):
-        evaluate.measure(model, tokenizer, failing * 2, [2], processes=group)
+        evaluate.measure(model, tokenizer, failing, [2], processes=group)
 
 
 def test_answers_are_shared_and_an_error_of_one_rank_is_that_of_all(tmp_path):
