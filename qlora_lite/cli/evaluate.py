@@ -12,6 +12,7 @@ import click
 from qlora_lite.errors import RecipeError
 from qlora_lite.files import explain_write_errors, require_writable, write_text
 from qlora_lite.recipe.load import load_recipe, recipe_of
+from qlora_lite.recipe.schema import METRICS_EXAMPLES
 from qlora_lite.units import format_score
 
 from .compare import echo_models
@@ -224,6 +225,8 @@ def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unf
     elif overrides:
         from qlora_lite.prepare.datasets import with_known_columns
 
+        if not train.metrics_examples and any(each.startswith("train.metrics=") for each in overrides):
+            overrides = f"train.metrics_examples={METRICS_EXAMPLES}", *overrides  # which may say another number
         names_rows = any(each.startswith(_ROWS) for each in overrides)
         held_out = ("data.eval_share=0",) if names_rows else ()
         named = load_recipe(Path(folder) / RECIPE, (*overrides, *held_out), check_files=False)

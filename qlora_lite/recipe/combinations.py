@@ -39,6 +39,7 @@ from .schema import (
 from .strict_yaml import shown
 
 Location = tuple[str | int, ...]
+OF_ANSWERS = "language-model", "image-text-to-text"  # kinds of tasks whose models write answers
 RATES_TO_BEGIN_WITH = {"prompt": "2e-2", "prefix": "5e-2"}  # of methods whose rate no rule is known for
 _Found = Iterator[tuple[Location, str]]
 _Value = Callable[..., object]
@@ -64,6 +65,9 @@ def without_evaluation(value: _Value) -> _Found:
                     ("train", name),
                     f"train.{name} = {given}: needs evaluation data; write data.eval or data.eval_share, or 0 here",
                 )
+        if value("train", "metrics_examples") is None and value("train", "metrics") is not None:
+            message = "train.metrics: needs evaluation data; write data.eval or data.eval_share, or remove this"
+            yield ("train", "metrics"), message
 
 
 def table_columns(source: dict) -> str | None:
@@ -106,7 +110,7 @@ def _with_head(value: _Value) -> _Found:
         yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
     if kind in ("classification", *CLASSIFYING_PICTURES) and isinstance(labels, list) and len(labels) == 1:
         yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
-    if kind in ("language-model", "image-text-to-text"):
+    if kind in OF_ANSWERS:
         return
     method = value("adapter", "method") or "lora"
     is_denoiser = kind == GENERATING_PICTURES
@@ -199,12 +203,15 @@ def _patience(value: _Value) -> _Found:
 
 def _measured(value: _Value) -> _Found:
     metrics, choices = value("train", "metrics"), value("train", "metrics_choices")
-    if not value("train", "metrics_examples"):
+    kind, examples = value("task", "kind") or "language-model", value("train", "metrics_examples")
+    if examples == 0:
         is_meant = {"metrics": metrics not in (None, "exact_match", ["exact_match"]),
                     "metrics_every_steps": value("train", "metrics_every_steps")}  # fmt: skip
         for name in filter(is_meant.get, is_meant):
             message = f"train.{name}: nothing is measured; write train.metrics_examples (with evaluate, --rows), or "
             yield ("train", name), f"{message}remove this"
+    elif metrics is not None and kind not in OF_ANSWERS:
+        yield ("train", "metrics"), f"train.metrics: for a language model, not with task.kind {kind}; remove it"
     if choices and "accuracy" not in (metrics if isinstance(metrics, list | str) else ()):
         yield ("train", "metrics_choices"), "train.metrics_choices: write accuracy in train.metrics, or remove this"
 

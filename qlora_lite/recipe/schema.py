@@ -35,6 +35,7 @@ OF_PICTURES = *CLASSIFYING_PICTURES, GENERATING_PICTURES
 REWARD_LABEL = "reward"  # of the one output of a reward model
 WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
+METRICS_EXAMPLES = 100  # where metrics are named, and not how many examples they are of
 LONGEST_ROW = 2**24  # tokens: beyond the context of any model
 # Settings by the names that they had before; recipes, overrides and runs with those still load.
 FORMER_NAMES = {
@@ -503,7 +504,7 @@ class Train(_Section):
     inference defines each. bleu, chrf and rouge need pip install 'qlora-lite[metrics]'."""
     metrics_examples: Count = 0
     """The first evaluation examples, so many, for which train.metrics are measured before and after training; 0
-    measures none."""
+    measures none. Left out, it is 100 where train.metrics or train.metrics_every_steps is set."""
     metrics_every_steps: Count = 0
     """Steps between measurements of train.metrics; 0 measures only before and after training."""
     exact_match_pattern: _Pattern | None = None
@@ -736,6 +737,15 @@ class Recipe(_Section):
         if not isinstance(task, dict) or task.get("kind") not in CLASSIFYING_PICTURES:
             return settings
         return {**settings, "model": {"quant": "none", **model}} if isinstance(model, dict) else settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _examples_to_measure(cls, settings: object) -> object:
+        """Take so many examples for metrics where these are set and nothing is said of how many."""
+        if not isinstance(settings, dict) or not isinstance(train := settings.get("train"), dict):
+            return settings
+        is_meant = "metrics" in train or train.get("metrics_every_steps")
+        return {**settings, "train": {"metrics_examples": METRICS_EXAMPLES, **train}} if is_meant else settings
 
     @property
     def virtual_tokens(self) -> int:

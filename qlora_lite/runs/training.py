@@ -387,7 +387,8 @@ class Training:
                                   "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
-        self._log_scores(result, when, result.compared)
+        of = f" of {len(eval_data.examples):,} (train.metrics_examples)" if len(rows) < len(eval_data.examples) else ""
+        self._log_scores(result, when, result.compared + of)
         return result
 
     def _label_metrics(self, work: HeadWorkload, eval_data: Dataset, when: str) -> Measured:

@@ -61,8 +61,11 @@ def test_the_report_and_the_command_show_metrics(measured):
         assert f"{name.replace('_', ' ')} of 3" in printed
     assert printed.count("  nrefs:1|case:") == 2
     log = (measured / "log.txt").read_text()
-    assert "metrics before training, 3 examples: exact match " in log and ", answer loss " in log
-    assert "metrics after step 4, 3 examples: " in log
+    assert (
+        "metrics before training, 3 examples of 6 (train.metrics_examples): exact match " in log
+        and ", answer loss " in log
+    )
+    assert "metrics after step 4, 3 examples of 6 (train.metrics_examples): " in log
 
 
 def test_what_is_measured_in_training_changes_nothing_of_the_training(run):
@@ -131,6 +134,29 @@ def test_settings_that_are_wrong_or_measure_nothing_are_named(tmp_path, train, s
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, check_files=False)
     assert said in str(caught.value)
+
+
+def test_metrics_alone_are_measured_on_a_hundred_examples(tmp_path):
+    def examples(**train):
+        path = write_recipe(tmp_path, tmp_path, train={"metrics_examples": None} | train)
+        text = path.read_text().replace("  metrics_examples: null\n", "")
+        path.write_text(text)
+        return load_recipe(path, check_files=False).train.metrics_examples
+
+    assert examples() == 0
+    assert examples(metrics="bleu") == examples(metrics=["exact_match"]) == examples(metrics_every_steps=5) == 100
+    assert examples(metrics="bleu", metrics_examples=7) == 7
+
+
+def test_metrics_alone_need_evaluation_rows_and_a_model_that_answers(tmp_path):
+    for other, said in (
+        ({"data": {"eval": None}}, "train.metrics: needs evaluation data; write data.eval or data.eval_share"),
+        ({"task": {"kind": "classification"}}, "train.metrics: for a language model, not with task.kind class"),
+    ):
+        path = write_recipe(tmp_path, tmp_path, train={"metrics": ["bleu"], "metrics_examples": None}, **other)
+        path.write_text(path.read_text().replace("  metrics_examples: null\n", ""))
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(path, check_files=False)
 
 
 def test_a_recipe_with_every_default_written_out_loads(tmp_path):
