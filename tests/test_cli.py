@@ -247,6 +247,19 @@ def test_evaluate_prints_one_json_object_equal_to_the_run_s_own_measure(finished
         assert (result["adapter"] is None) == (when == "before")
 
 
+def test_evaluate_writes_the_answers_of_a_run_and_its_base_side_by_side(finished, command, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    code, shown, _ = command(
+        "evaluate", finished[0], "--side-by-side", "--shots", 2, "--out", out, "train.metrics=bleu"
+    )
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0 and len(written) == 2 and "bleu" in shown
+    assert list(written[0]["answers"]) == ["base", "base, 2-shot", "out"] == list(written[0]["matches"])
+    assert written[0]["reference"] == "zero"
+    code, _, err = command("evaluate", finished[0], "--side-by-side", "--rows", 0, "--out", out)
+    assert code == 2 and "--out needs examples to answer" in err
+
+
 def test_evaluate_takes_a_recipe_and_measures_its_base_model(finished, command):
     code, out, _ = command("evaluate", finished[1], "--rows", 0)
     summary = json.loads((finished[0] / "summary.json").read_text())

@@ -35,8 +35,8 @@ _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.templat
 @click.option("--rows", type=click.IntRange(min=0), help="Examples for train.metrics; default as in the recipe.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="JSONL file for the answers: prompt, reference, answer and match of each compared example. With --tasks, a "
-    "JSON file for the scores.",
+    help="JSONL file for the answers: prompt, reference, answer and match of each compared example, of all models with "
+    "--side-by-side or --shots. With --tasks, a JSON file for the scores.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -74,8 +74,11 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     if Path(run_or_recipe).is_dir():
         from qlora_lite.artifacts.run_folder import is_adapter_alone
 
-        if (side_by_side or shots) and (base or out or is_adapter_alone(Path(run_or_recipe))):
-            raise click.UsageError("--side-by-side and --shots are for a run folder, without --base and --out")
+        if (side_by_side or shots) and base:
+            raise click.UsageError("--side-by-side and --shots measure the base model beside the run: leave out --base")
+        if (side_by_side or shots) and is_adapter_alone(Path(run_or_recipe)):
+            raise click.UsageError(f"--side-by-side and --shots are for a run folder; {run_or_recipe} is an adapter "
+                                   f"alone: qlora-lite compare RUN {run_or_recipe}")  # fmt: skip
         prepare(verbose=False)
         trained, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
         if side_by_side or shots:
@@ -87,7 +90,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
             replace(trained, adapter=adapter).require_base()
         without = "none: all weights were trained" if trained.began_as else without
         if side_by_side or shots:
-            _compare(trained, shots, rows, as_json)
+            _compare(trained, shots, rows, out, as_json)
             return
         recipe = trained.recipe
     else:
@@ -103,9 +106,7 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     if out and recipe.problem is not None:
         raise click.UsageError(f"--out is for answers; what {run_or_recipe} gives to each row is written by "
                                "`qlora-lite predict`")  # fmt: skip
-    asked = 0 if rows == 0 else recipe.train.metrics_examples
-    if out and not asked:
-        raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")
+    asked = _asked(recipe, rows, out)
     with step_progress("loading") as progress:
         result, answers = measure_recipe(recipe, adapter, asked, tokenizer, out, progress.watch, held_out)
     with ExitStack() as when_printed:  # a full disk must not take the figures with it
@@ -196,16 +197,31 @@ def _echo_scores(result: dict) -> None:
         echo(f"{label:{left}}" + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
-def _compare(trained, shots: int, rows: int | None, as_json: bool) -> None:
+def _asked(recipe, rows: int | None, out: Path | None) -> int:
+    """Return how many examples are answered."""
+    asked = 0 if rows == 0 else recipe.train.metrics_examples
+    if out and not asked:
+        raise click.UsageError("--out needs examples to answer: --rows N, or train.metrics_examples=N")
+    return asked
+
+
+def _compare(trained, shots: int, rows: int | None, out: Path | None, as_json: bool) -> None:
     """Measure a run beside its base model, and beside that with examples in its prompt."""
     from qlora_lite.inference.compare import compare_runs
+    from qlora_lite.inference.evaluate import check_out, write_answers
 
+    _asked(trained.recipe, rows, out)
+    if out:
+        check_out(out, trained.recipe)
     with step_progress("loading") as progress:
         result = compare_runs([trained], True, rows, watch=progress.watch, shots=shots)
-    if as_json:
-        echo_exactly(json.dumps(result))
-    else:
-        echo_models(result)
+    with ExitStack() as when_printed:
+        if out:
+            when_printed.callback(write_answers, out, result["answers"])
+        if as_json:
+            echo_exactly(json.dumps(result))
+        else:
+            echo_models(result)
 
 
 def _opened(folder: str, overrides: tuple[str, ...], model_path: str | None, unfinished: bool) -> tuple:

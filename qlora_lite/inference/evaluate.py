@@ -347,6 +347,19 @@ def evaluate_recipe(
     return measured
 
 
+def check_out(out: Path, recipe: Recipe) -> None:
+    """Check, before anything is answered, that answers can be written and that no rows would be overwritten.
+
+    Raises:
+        OutputError: the file cannot be written, or is one of the recipe's data.
+    """
+    with explain_write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(out)
+    sources = *recipe.data.train, *(recipe.data.eval or ())
+    require_another(out, *local_files(source.path for source in sources))
+
+
 def write_answers(out: str | Path, records: Iterable[dict]) -> None:
     """Write the answers that ``measure_recipe`` found, one JSON object a line.
 
@@ -377,11 +390,7 @@ def measure_recipe(
         check_packages(recipe.train.metrics)
     adapter = adapter and Path(adapter)
     if out:
-        with explain_write_errors(Path(out)):  # now, and not when all is answered
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-        require_writable(Path(out))
-        sources = *recipe.data.train, *(recipe.data.eval or ())
-        require_another(Path(out), *local_files(source.path for source in sources))
+        check_out(Path(out), recipe)
     tokenizer = tokenizer or reader_of(recipe)
     if recipe.problem is not None:
         return _evaluate_labels(recipe, adapter, tokenizer, watch, held_out), ()
