@@ -24,6 +24,16 @@ for name, _ in list_recipes():
     print(name, len(recipe.data.train))
 assert qlora_lite.__file__.startswith(sys.argv[1]) and "torch" not in sys.modules
 """
+LOAD_A_COPY_OF_EACH_RECIPE = """
+import qlora_lite
+from qlora_lite.errors import RecipeError
+from qlora_lite.recipe.catalog import copy_recipe, list_recipes
+for name, _ in list_recipes():
+    try:
+        qlora_lite.load_recipe(copy_recipe(name, name), ["model.path=gpt2"])
+    except RecipeError as error:
+        print(name, error)
+"""
 
 
 def run(*arguments, cwd, **environment):
@@ -82,6 +92,14 @@ def test_the_installed_commands_and_recipes_work_outside_the_repository(installe
     assert files_of(tmp_path).keys() == {"quickstart.yaml", "data/orders-train.jsonl", "data/orders-eval.jsonl"}
     loaded = run("-c", LOAD_EACH_RECIPE, str(installed), **here)
     assert [line.split()[0] for line in loaded.splitlines()] == names
+
+
+def test_a_copied_recipe_lacks_only_the_user_s_examples_and_what_its_script_makes(installed, tmp_path):
+    here = {"cwd": tmp_path, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
+    for problem in run("-c", LOAD_A_COPY_OF_EACH_RECIPE, **here).splitlines():
+        brought = "data.train = train.jsonl: no such file" in problem
+        made = "data/digits/" in problem and (tmp_path / "digits" / "data" / "make_digits.py").is_file()
+        assert brought or made, problem
 
 
 def test_a_container_is_built_from_what_the_wheel_is_built_from():

@@ -43,7 +43,7 @@ def copy(name: str, dest: str | None) -> None:
 
     DEST is a folder or a file; without it, the current folder.
     """
-    echo(f"wrote {copy_recipe(name, dest)}")
+    echo(f"wrote {copy_recipe(name, dest)}; its first lines say what it needs and how to start")
 
 
 @recipes.command()

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from qlora_lite.errors import OutputError, Problem, RecipeError
 
-from .strict_yaml import parse, plain
-
 
 def recipes_folder() -> Path:
     """Return the folder of the built-in recipes."""
@@ -40,7 +38,7 @@ def show_recipe(name: str) -> str:
 
 
 def copy_recipe(name: str, destination: str | Path | None = None) -> Path:
-    """Copy a built-in recipe, with the data files of ours that it uses, so that the copy runs.
+    """Copy a built-in recipe, with the files of ours that it names: data, rewards, the script that makes its data.
 
     Args:
         name: as `list_recipes` gives it.
@@ -110,17 +108,9 @@ def _summary(path: Path) -> str:
 
 
 def _data_files(recipe: Path) -> list[str]:
-    """Return the files below `data/` that a built-in recipe reads, as the recipe names them."""
-    root = parse(recipe.read_bytes(), recipe.name).root
-    values = plain(root) if root is not None else {}
-    data = values.get("data") if isinstance(values, dict) else None
-    sources = [source for part in ("train", "eval") for source in _as_list((data or {}).get(part))]
-    paths = [source["path"] if isinstance(source, dict) else source for source in sources]
-    return [path for path in paths if path.startswith("data/") and (recipe.parent / path).is_file()]
-
-
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value] if value else []
+    """Return the files below `data/` that a built-in recipe names, its comment too: rows, rewards, scripts."""
+    named = re.findall(r"\bdata/[\w./-]+", recipe.read_text(encoding="utf-8"))
+    return [path for path in dict.fromkeys(named) if (recipe.parent / path).is_file()]
 
 
 def _same(original: Path, path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Write what the recipes digits and digits-three learn from: 1,797 handwritten digits, and models that know nothing.
 
-    pip install scikit-learn 'qlora-lite[diffusion,vision]'
-    python recipes/data/make_digits.py [FOLDER]    # writes the folder digits beside it, or FOLDER
+    pip install scikit-learn 'diffusers>=0.42,<1' 'pillow>=10'
+    python data/make_digits.py [FOLDER]    # writes the folder digits beside it, or FOLDER
 
 The digits are scikit-learn's own, 8 x 8 grey values from the UCI archive, each a PNG file of about 100 bytes:
 

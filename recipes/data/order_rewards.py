@@ -1,4 +1,4 @@
-"""Judge answers to the orders of make_orders.py: the functions that recipes/rewards.yaml names."""
+"""Judge answers to the orders of make_orders.py: the functions that the recipe rewards names."""
 
 import json
 

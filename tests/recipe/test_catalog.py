@@ -7,6 +7,7 @@ from qlora_lite.errors import OutputError, RecipeError
 from qlora_lite.models.families import known_config
 from qlora_lite.recipe import catalog
 from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.strict_yaml import parse, plain
 
 NAMES = [name for name, _ in catalog.list_recipes()]
 OF_MODELS = [name for name in NAMES if "\n  train: train.jsonl\n" in catalog.show_recipe(name)]
@@ -58,7 +59,7 @@ def test_a_recipe_of_a_model_is_of_one_that_is_planned_without_a_network_and_lac
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(name):
-    written = catalog.plain(catalog.parse((catalog.recipes_folder() / f"{name}.yaml").read_bytes(), name).root)
+    written = plain(parse((catalog.recipes_folder() / f"{name}.yaml").read_bytes(), name).root)
     bare = load_recipe(catalog.recipes_folder() / f"{name}.yaml", check_files=False)
     for section, settings in written.items():
         model = getattr(bare, section)
@@ -77,6 +78,15 @@ def test_a_copy_brings_its_data_and_refuses_to_overwrite(tmp_path):
         catalog.copy_recipe("gemma3-270m", tmp_path / "new")
     with pytest.raises(OutputError, match="exists already"):
         catalog.copy_recipe("gemma3-270m", copy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_brings_every_file_of_ours_that_its_text_names(name, tmp_path):
+    text = catalog.copy_recipe(name, tmp_path).read_text(encoding="utf-8")
+    for path in re.findall(r"data/[\w-]+\.(?:jsonl|parquet|py)", text):
+        original = catalog.recipes_folder() / path
+        assert (tmp_path / path).read_bytes() == original.read_bytes()
+    assert "recipes/" not in text, "a folder that only a clone has"
 
 
 def test_a_copy_never_replaces_a_data_file_of_the_user(tmp_path):

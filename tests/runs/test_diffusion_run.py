@@ -1,10 +1,12 @@
 """Runs of denoisers as a user has them: trained, resumed, drawn with, loaded by diffusers, and refused."""
 
+import importlib.util
 import json
 import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from qlora_lite.prepare.datasets import read_data
 from qlora_lite.prepare.latents import encode, encode_texts, named_classes
 from qlora_lite.prepare.readers import reader_of
 from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, with_neutral
+from qlora_lite.recipe.catalog import copy_recipe
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train.denoiser import conditions_of
@@ -673,3 +676,19 @@ def test_a_plan_needs_the_pipeline_s_configurations_alone(bases, tmp_path):
         CliRunner().invoke(cli, one_size, catch_exceptions=False, standalone_mode=False)
     with pytest.raises(ModelError, match=r"has no diffusion_pytorch_model\.safetensors"):
         run_recipe(load_recipe(diffusion_recipe(tmp_path / "r", base, **SMALL)))
+
+
+def test_the_digits_of_a_copied_recipe_are_made_where_the_copy_reads_them(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    copy_recipe("digits", tmp_path)
+    copy_recipe("digits-three", tmp_path)
+    spec = importlib.util.spec_from_file_location("make_digits", tmp_path / "data" / "make_digits.py")
+    make_digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_digits)
+    monkeypatch.setattr("sys.argv", ["make_digits.py"])
+    make_digits.main()
+    recipe = load_recipe(tmp_path / "digits.yaml")
+    assert Path(recipe.model.path) == tmp_path / "data" / "digits" / "model"
+    load_recipe(tmp_path / "digits.yaml", ["model.path=data/digits/unet"])
+    shutil.copytree(recipe.model.path, tmp_path / "runs" / "digits" / "model")  # where training leaves it
+    load_recipe(tmp_path / "digits-three.yaml")
