@@ -5,6 +5,7 @@ The names in ``__all__`` are the Python API; they are imported on first use, so 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -33,16 +34,67 @@ _API = {
     "compare_runs": "qlora_lite.inference.compare",
     "predict_file": "qlora_lite.inference.predict",
     "PredictSettings": "qlora_lite.inference.predict",
+    "TrainSettings": "qlora_lite.train.settings",
+    "MemoryOptions": "qlora_lite.models.memory_options",
+    "AdapterMethod": "qlora_lite.adapters.method",
+    "Lora": "qlora_lite.adapters.files",
+    "Full": "qlora_lite.adapters.full",
+    "Objective": "qlora_lite.train.workload",
+    "LossSum": "qlora_lite.train.workload",
+    "CrossEntropy": "qlora_lite.train.causal_lm",
+    "Workload": "qlora_lite.train.workload",
+    "BatchShape": "qlora_lite.train.workload",
+    "CausalLM": "qlora_lite.train.causal_lm",
+    "QloraLiteError": "qlora_lite.errors",
 }
 
 __all__ = [*_API, "__version__"]
 
 
-def __getattr__(name: str):
-    if name in _API:
-        return getattr(import_module(_API[name]), name)
-    raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
+if TYPE_CHECKING:  # what editors and type checkers read; a test compares it with the table
+    from .adapters.files import Lora as Lora
+    from .adapters.files import load_adapter as load_adapter
+    from .adapters.files import save_adapter as save_adapter
+    from .adapters.full import Full as Full
+    from .adapters.lora.inject import add_lora as add_lora
+    from .adapters.method import AdapterMethod as AdapterMethod
+    from .data.examples import build_examples as build_examples
+    from .data.row_formats import Turn as Turn
+    from .data.sources import Source as Source
+    from .errors import QloraLiteError as QloraLiteError
+    from .export.formats import ExportSettings as ExportSettings
+    from .export.formats import export_run as export_run
+    from .export.merge import MergeSettings as MergeSettings
+    from .export.merge import merge_run as merge_run
+    from .inference.compare import compare_runs as compare_runs
+    from .inference.evaluate import evaluate_recipe as evaluate_recipe
+    from .inference.multi_adapter import open_tasks as open_tasks
+    from .inference.predict import PredictSettings as PredictSettings
+    from .inference.predict import predict_file as predict_file
+    from .memory.gpus import find_gpu as find_gpu
+    from .models.load import load_model as load_model
+    from .models.memory_options import MemoryOptions as MemoryOptions
+    from .models.tokenizer import load_tokenizer as load_tokenizer
+    from .planning.machine import machine_of_gpu as machine_of_gpu
+    from .prepare.build import train_settings as train_settings
+    from .prepare.plan import plan_recipe as plan_recipe
+    from .recipe.load import load_recipe as load_recipe
+    from .runs.run import run_recipe as run_recipe
+    from .train.causal_lm import CausalLM as CausalLM
+    from .train.causal_lm import CrossEntropy as CrossEntropy
+    from .train.loop import Trainer as Trainer
+    from .train.settings import TrainSettings as TrainSettings
+    from .train.workload import BatchShape as BatchShape
+    from .train.workload import LossSum as LossSum
+    from .train.workload import Objective as Objective
+    from .train.workload import Workload as Workload
+else:
+
+    def __getattr__(name: str):
+        if name in _API:
+            return getattr(import_module(_API[name]), name)
+        raise AttributeError(f"module 'qlora_lite' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -43,6 +43,14 @@ def says(call, text):
         call()
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("r", "has no argument r; here it is rank"), ("lora_alpha", "here it is alpha"), ("rnak", "here it is rank"),
+    ("target_modules", "here it is targets"), ("use_gradient_checkpointing", "it has model, targets, rank, alpha"),
+])  # fmt: skip
+def test_an_argument_that_lora_has_under_another_name(name, text):
+    says(lambda: q.add_lora(None, **{name: 8}), text)
+
+
 @pytest.mark.parametrize(("arguments", "text"), [
     (({"model": {}},), "path of a YAML file, not as dict"), ((None,), "path of a YAML file, not as NoneType"),
     (("recipe.yaml", "lora.rank=8"), r'such as \["lora\.rank=32"\], not \'lora\.rank=8\''),

@@ -80,7 +80,11 @@ class AdapterMethod:
         return {name: parameter.detach() for name, parameter in self.parameters(model)}
 
     def files(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Return the tensors of a saved adapter, where using it takes others than resuming its training does."""
+        """Return the tensors of a saved adapter, where using it takes others than resuming its training does.
+
+        peft skips names that it does not know, with no more than a warning: a method that peft has too returns peft's
+        names here, such as ``base_model.model.PATH.lora_A.weight``, and ``tensors`` the same ones for `fill`.
+        """
         return self.tensors(model)
 
     def layers_not_reached(self, model: nn.Module, norms: Mapping[str, float]) -> list[str]:

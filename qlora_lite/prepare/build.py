@@ -115,7 +115,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     said["options"] = MemoryOptions(**fixed_options(recipe))
     said["learning_rate"] = learning_rate_of(recipe)
     said["max_tokens"], said["packing"] = recipe.sequence_tokens, recipe.packs
-    return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings) if field.name in said})
+    return TrainSettings(**{field.name: said[field.name] for field in fields(TrainSettings) if field.name != "shares"})
 
 
 def learning_rate_of(recipe: Recipe) -> float:

@@ -105,7 +105,10 @@ class Trainer:
         processes: Processes = ALONE,
     ):
         if not isinstance(settings, TrainSettings):
-            raise TrainingError(f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE)")
+            raise TrainingError(
+                f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE), or "
+                "qlora_lite.TrainSettings(learning_rate=...)"
+            )
         workload = workload or CausalLM()
         workload.check_examples(model, examples)
         self.workload = workload.with_options(settings.options)

@@ -9,32 +9,32 @@ from qlora_lite.models.memory_options import MemoryOptions
 from .shares import Share
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """What the loop needs to know; the names and meanings are those of the recipe, which has the defaults.
+    """Settings of the training loop; names, meanings and defaults are those of a recipe.
 
     ``max_steps`` None trains for ``epochs``. ``shares`` are the ranks' parts of a step, none where all are equal.
     """
 
-    max_steps: int | None
-    epochs: float
     learning_rate: float
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    optimizer: str
-    lr_scheduler: str
-    warmup_ratio: float
-    max_grad_norm: float
-    weight_decay: float
-    loraplus_lr_ratio: float
-    seed: int
-    max_tokens: int
-    packing: bool
-    order: str
-    on_not_finite: str
-    max_skipped_steps: int
-    stochastic_rounding: bool
-    fused_loss: str
+    max_steps: int | None = None
+    epochs: float = 1.0
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    optimizer: str = "adamw_8bit"
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    loraplus_lr_ratio: float = 1.0
+    seed: int = 0
+    max_tokens: int = 1024
+    packing: bool = True
+    order: str = "shuffle"
+    on_not_finite: str = "stop"
+    max_skipped_steps: int = 10
+    stochastic_rounding: bool = True
+    fused_loss: str = "auto"
     options: MemoryOptions = field(default_factory=MemoryOptions)
     shares: tuple[Share, ...] = ()
 

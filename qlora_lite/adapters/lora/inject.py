@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import signature
+from typing import Never
 
 import torch
 from torch import nn
@@ -35,6 +37,8 @@ from .layer import LoraExperts, LoraLinear, LoraWeights, merging_of
 from .shared import share_inputs
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
+               "use_rslora": "rslora", "use_dora": "dora"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ def choose_layers(
 def add_lora(
     model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
     dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, dora: bool = False,
-    merge_aware: str = OFF,
+    merge_aware: str = OFF, **unknown: Never,
 ) -> nn.Module:  # fmt: skip
     """Freeze the model, wrap the chosen linear layers in place and adapt the chosen experts; return the model.
 
@@ -154,11 +158,14 @@ def add_lora(
         dora: learn the norms of the adapted weights' rows too; see ``dora``.
         merge_aware: "off", or "nf4", "q4_0" or "q8_0" to compute with the weights that merging into that format will
             leave; see ``quant.merging``. Layers in 16 bit beside NF4 ones have their updates beside them.
+        unknown: other names of these, such as peft's, for an error that names the one here.
 
     Raises:
         ModelError: a target matches no layer, there are LoRA layers already, or an argument is invalid, such as
             dropout or dora for experts.
     """
+    if unknown:
+        raise ModelError(_why_unknown(min(unknown)))
     require_base(model)
     wanted = _as_targets(targets)
     _check_factors(rank, alpha)
@@ -196,6 +203,12 @@ def add_lora(
     if adapted:
         use_experts(model)
     return model
+
+
+def _why_unknown(name: str) -> str:
+    known = [argument for argument in signature(add_lora).parameters if argument != "unknown"]
+    meant = _PEFT_NAMES.get(name) or next(iter(get_close_matches(name, known, 1)), None)
+    return f"add_lora has no argument {name}; " + (f"here it is {meant}" if meant else f"it has {', '.join(known)}")
 
 
 def _check_merging(to: str, layers: Sequence[nn.Module], not_plain: object) -> None:
