@@ -54,6 +54,12 @@ def test_another_name_is_answered_with_the_nearest_one(name, meant, command):
     assert (code, out) == (2, "") and meant in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["custom", "plugin", "callbacks", "python"])
+def test_who_wants_to_add_something_finds_the_page_about_it(name, command):
+    code, out, _ = command("explain", name)
+    assert code == 0 and out.strip() == texts.explain("extending") and "Objective" in out
+
+
 def test_a_command_that_is_no_topic_is_answered_with_its_help(command):
     code, out, err = command("explain", "merge")
     assert (code, out) == (2, "") and "merge is a command: qlora-lite merge --help explains it" in err

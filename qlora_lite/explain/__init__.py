@@ -10,6 +10,7 @@ from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 
 _FOLDER = Path(__file__).parent
 SETTINGS = "settings"  # the topic without a file: it is made from the schema
+_ALSO_EXTENDING = "api", "callback", "callbacks", "custom", "extend", "library", "plugin", "plugins", "python"
 
 
 def topics() -> dict[str, str]:
@@ -24,7 +25,7 @@ def explain(name: str) -> str:
     Raises:
         RecipeError: the name is none of these; the message names the nearest one.
     """
-    name = FORMER_NAMES.get(name, name)
+    name = "extending" if name.lower() in _ALSO_EXTENDING else FORMER_NAMES.get(name, name)
     if name == SETTINGS:
         return "\n\n".join(map(section_markdown, Recipe.model_fields))
     parts = [_read(name)] if name in topics() else []
