@@ -79,6 +79,18 @@ def test_data_keeps_its_own_colours_on_a_terminal(recipe, command, monkeypatch):
     assert "\x1b[32m" in shown and SHOWN in shown and "\x1b]" not in shown and "\x1b[31m" not in shown
 
 
+def test_data_leaves_out_the_middle_of_a_long_row_on_a_terminal_alone(recipe, command, monkeypatch):
+    talk = [{"role": "user", "content": "begin " + "x" * 5_000}, {"role": "assistant", "content": "y" * 5_000 + " end"}]
+    arguments = "data", recipe([{"messages": talk}, GOOD]), "data.max_tokens=20000"
+    code, out, _ = command(*arguments)
+    assert code == 0 and "x" * 5_000 in out and "y" * 5_000 in out
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    command(*arguments)
+    shown = terminal.getvalue()
+    assert "begin x" in shown and " end" in shown and "letters, shown in a pipe" in shown
+    assert 800 < shown.count("x") + shown.count("y") < 1_200
+
+
 def test_data_shows_what_a_template_raises_and_how_a_special_token_is_called(recipe, run, tmp_path, command):
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('" + TITLE + "') }}")
     code, out, err = command("data", recipe([GOOD]), f"data.template={tmp_path / 'bad.jinja'}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from qlora_lite.recipe.load import load_recipe
 from .output import echo_exactly, echo_styled, prepare, shown
 
 _SHOWN_LABELS = 20
+_SHOWN_LETTERS = 1_000  # of an example, in a terminal
 _BAR_CELLS = 40
 _LEARNED, _SEEN = {"fg": "green", "bold": True}, {"dim": True}
 
@@ -60,7 +62,7 @@ def _report_of(error: QloraLiteError) -> dict:
 
 
 def _text(report: dict) -> str:
-    from qlora_lite.prepare.preflight import line_of_problem, what_was_read
+    from qlora_lite.prepare.preflight import facts_of_row, line_of_problem, what_was_read
 
     lines = _source_lines("source", report["sources"])
     if sample := what_was_read(report):
@@ -76,8 +78,7 @@ def _text(report: dict) -> str:
         lines += ["", *_source_lines("evaluation", report["eval"]["sources"]), *_count_lines(report["eval"])]
     lines += ["", *_label_lines(report), *_template_lines(report), "", *_histogram(report)]
     for row in report["rows"]:
-        head = f"{row['where']}: {row['tokens']} tokens, {row['learned_tokens']} of them targets"
-        lines += ["", click.style(head, bold=True), *_row(row)]
+        lines += ["", click.style(f"{row['where']}: {facts_of_row(row)}", bold=True), *_row(row)]
     warnings = [problem for problem in report["problems"] if problem["severity"] == "warning"]
     if warnings:
         lines += ["", *(click.style(f"warning: {line_of_problem(problem)}", fg="yellow") for problem in warnings)]
@@ -158,9 +159,26 @@ def _histogram(report: dict) -> list[str]:
 def _row(row: dict) -> list[str]:
     """Colour a row's text; where colours are taken away (a pipe), «...» still encloses target tokens."""
     text, was_target = "", False
-    for piece in [*row["pieces"], {"text": "", "learned": False, "special": False}]:
+    pieces = _clipped(row["pieces"]) if sys.stdout.isatty() else row["pieces"]
+    for piece in [*pieces, {"text": "", "learned": False, "special": False}]:
         mark = "" if piece["learned"] == was_target else "«" if piece["learned"] else "»"
         style = _LEARNED if piece["learned"] else _SEEN
         text += mark + click.style(piece["text"], **style, reverse=piece["special"])
         was_target = piece["learned"]
     return ["  " + line for line in text.split("\n")]
+
+
+def _clipped(pieces: list[dict]) -> list[dict]:
+    """Return an example's pieces without the middle of a long text."""
+    over = sum(len(piece["text"]) for piece in pieces) - _SHOWN_LETTERS
+    if over <= 0:
+        return pieces
+    gap = f" [... {over:,} letters, shown in a pipe and with --html FILE ...] "
+    found, cut, end = [], _SHOWN_LETTERS // 2, 0
+    for piece in pieces:
+        text, begin = piece["text"], end
+        end += len(text)
+        middle = [{"text": gap, "learned": False, "special": False}] if begin <= cut < end else []
+        kept = text[: max(0, cut - begin)], text[max(0, cut + over - begin) :]
+        found += [piece | {"text": kept[0]}, *middle, piece | {"text": kept[1]}]
+    return [piece for piece in found if piece["text"]]

@@ -28,7 +28,7 @@ from qlora_lite.data.examples import Dataset
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.labelled_rows import FORMAT as LABELLED
 from qlora_lite.data.labelled_rows import columns_for
-from qlora_lite.data.labels import MASKS
+from qlora_lite.data.labels import MASKS, NUMBER, names_of
 from qlora_lite.data.metrics import check_references
 from qlora_lite.data.pictures import FORMAT as PICTURES
 from qlora_lite.data.pictures import classes_without_pictures, is_folder_of_pictures, not_read, picture_columns
@@ -130,6 +130,12 @@ def line_of_template(template: dict) -> str:
     return f"{name}; {begin}; answers end with {' or '.join(template['end_tokens'])}{day}"
 
 
+def facts_of_row(row: dict) -> str:
+    """Write how long an example of the report is, and what it is to teach."""
+    target = f" -> {row['label']}" if "label" in row else f", {row['learned_tokens']:,} of them targets"
+    return f"{row['tokens']:,} tokens{target}"
+
+
 def line_of_problem(problem: dict) -> str:
     """Write a problem of the report as "file:line: message"."""
     file, line = problem["file"], problem["line"]
@@ -169,7 +175,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
             **_counts(recipe, eval_data),
             "sources": _sources(recipe, eval_data, "eval"),
         },
-        "rows": [] if recipe.of_pictures else _rows(data, tokenizer, rows_to_show),
+        "rows": [] if recipe.of_pictures else _rows(data, tokenizer, recipe.label_problem, rows_to_show),
         **({"labels": balance} if (balance := balance_of(recipe, data, eval_data)) else {}),
     }  # fmt: skip
     return Preflight(data, eval_data, report)
@@ -481,7 +487,7 @@ def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
             for name, token in zip(names, found, strict=True)]  # fmt: skip
 
 
-def _rows(data: Dataset, tokenizer, count: int) -> list[dict]:
+def _rows(data: Dataset, tokenizer, problem: str | None, count: int) -> list[dict]:
     """Return the text of rows of each source in turn, the first ones first, as the collator hands them to the model."""
     in_turn = chain.from_iterable(zip_longest(*map(_distinct, _parts(data))))
     kept = islice((row for row in in_turn if row is not None and row.learned.any()), count)
@@ -490,7 +496,15 @@ def _rows(data: Dataset, tokenizer, count: int) -> list[dict]:
         return []
     shown = pieces_of(collate(examples), tokenizer, special_ids_of(tokenizer))
     return [
-        {"where": example.where, "tokens": len(example.token_ids), "learned_tokens": int(example.learned.sum()),
-         "pieces": [asdict(piece) for piece in pieces]}
+        {"where": example.where, "tokens": len(example.token_ids), **_target_of(example, problem),
+         "pieces": [asdict(piece) | ({"learned": False} if problem else {}) for piece in pieces]}
         for example, pieces in zip(examples, shown, strict=True)
     ]  # fmt: skip
+
+
+def _target_of(example: Example, problem: str | None) -> dict:
+    """Return what an example is to teach: its number of target tokens, or what a head is to give for it."""
+    if problem is None:
+        return {"learned_tokens": int(example.learned.sum())}
+    names = [example.answer] if problem == NUMBER else names_of(example, problem)
+    return {"learned_tokens": 0, "label": ", ".join(names) or "no label"}

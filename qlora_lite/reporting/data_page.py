@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_lite.files import write_text
-from qlora_lite.prepare.preflight import first_places, line_of_problem, line_of_template, what_was_read
+from qlora_lite.prepare.preflight import facts_of_row, first_places, line_of_problem, line_of_template, what_was_read
 
 from .page import figure, page, section, table, text
 
@@ -122,9 +122,9 @@ def _rows(report: dict) -> str:
 
 
 def _row(row: dict) -> str:
-    facts = f"{row['tokens']:,} tokens, {row['learned_tokens']:,} of them targets"
     pieces = "".join(_piece(piece) for piece in row["pieces"])
-    return f'<div class="card row"><p class="facts">{text(row["where"])} · {facts}</p><pre>{pieces}</pre></div>'
+    facts = text(f"{row['where']} · {facts_of_row(row)}")
+    return f'<div class="card row"><p class="facts">{facts}</p><pre>{pieces}</pre></div>'
 
 
 def _piece(piece: dict) -> str:

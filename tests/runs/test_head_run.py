@@ -271,6 +271,7 @@ def test_data_shows_how_labels_are_spread_and_the_baseline(run):
     assert result.exit_code == 0, result.output
     assert "counts: bad 24, good 24" in result.output and "baseline accuracy: 50.0%" in result.output
     assert "(labelled)" in result.output and "text: sentence; label: label" in result.output
+    assert re.search(r"jsonl:1: \d+ tokens -> (bad|good)\n", result.output) and "«" not in result.output
 
 
 @pytest.mark.parametrize(
