@@ -216,6 +216,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _title(settings, machine) -> str:
+    """Name what is planned, with the settings by which plans of one model differ most: step and adapter."""
     sizes = {
         "full": "one block at a time trained" if settings.adapter.switch_every else "all weights trained",
         "bottleneck": f"width {settings.bottleneck.width}",
@@ -223,8 +224,9 @@ def _title(settings, machine) -> str:
     }
     alone = f"{', '.join(settings.adapter.train_also) or 'rows of tokens'} alone"
     size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}" if settings.lora.targets else alone)
-    rows = f"{_length(settings)}, {size}"
-    return f"Memory plan of {settings.output.name}: {settings.model.path}, {rows}, on {machine.name}"
+    steps = f"train.gradient_accumulation_steps {settings.train.gradient_accumulation_steps}"
+    return (f"Memory plan of {settings.output.name}: {settings.model.path}, {_length(settings)}, {steps}, {size}, on "
+            f"{machine.name}")  # fmt: skip
 
 
 def _length(settings) -> str:
@@ -232,7 +234,8 @@ def _length(settings) -> str:
     from qlora_lite.prepare.recipe_head import picture_processor
 
     if not settings.of_pictures:
-        return f"{settings.data.max_tokens:,} tokens"
+        batch = settings.train.micro_batch_size
+        return f"data.max_tokens {settings.data.max_tokens}" + (f", train.micro_batch_size {batch}" * (batch > 1))
     if settings.generates_pictures:
         height, width = fit_of(settings).largest
     else:

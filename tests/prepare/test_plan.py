@@ -908,7 +908,8 @@ class TestCommand:
         assert code == 0 or code is None
         assert "RTX 4060" in out and "fits" in out and "saved activations" in out and "largest micro-batch" in out
         assert "<svg" in page.read_text()
-        assert "Memory plan of recipe: meta-llama/Llama-3.2-1B, 256 tokens, rank 16, on RTX 4060" in page.read_text()
+        steps = "data.max_tokens 256, train.gradient_accumulation_steps 1, rank 16"
+        assert f"Memory plan of recipe: meta-llama/Llama-3.2-1B, {steps}, on RTX 4060" in page.read_text()
 
     def test_a_page_that_cannot_be_written_is_refused_before_anything_is_planned(self, capsys, file, monkeypatch):
         monkeypatch.setattr("qlora_lite.prepare.plan.plan_recipe", lambda *_: pytest.fail("it was planned"))
@@ -985,7 +986,7 @@ class TestCommand:
     def test_a_recipe_comes_before_a_model_of_its_name(self, capsys, file, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         file.rename(tmp_path / "Llama-3.1-8B")
-        assert "meta-llama/Llama-3.2-1B, 256 tokens" in self.call(capsys, "Llama-3.1-8B", "--gpu", "rtx-4060")[2]
+        assert "meta-llama/Llama-3.2-1B, data.max_tokens 256" in self.call(capsys, "Llama-3.1-8B", "--gpu", "rtx-4060")[2]
 
     @pytest.mark.parametrize(
         ("named", "said"),
