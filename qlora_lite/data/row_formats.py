@@ -36,6 +36,7 @@ source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -217,7 +218,7 @@ def read_conversations(
             rows = _answered_rows(row, format_name, preference)
             row, judged = rows[0], _judgements(rows[0], format_name, preference)
         except DataError as error:
-            problems.add(where, error)
+            problems.add(where, _of_another_format(row, format_name, source, preference) or error)
             continue
         if not all(judged.values()) and preference != LABELS:
             if drop is not None:
@@ -230,7 +231,7 @@ def read_conversations(
         try:
             made = [normalise(each, where, format_name, by) for each, by in zip(rows, sources, strict=False)]
         except DataError as error:
-            problems.add(where, error)
+            problems.add(where, _of_another_format(row, format_name, source, preference) or error)
             continue
         if look is not None:
             used = used_columns(format_name, source) if used is None else used
@@ -239,6 +240,15 @@ def read_conversations(
             if preference == LABELS:
                 normal = replace(normal, desirable=all(judged.values()))
             yield replace(normal, kinds=kinds) if kinds else normal
+
+
+def _of_another_format(row: Mapping[str, object], expected: str, source: Source, preference: str | None) -> str | None:
+    """Return what to say of a row that is wrong because it is of another format than its source's first row."""
+    with suppress(DataError):
+        found = expected if source.format or source.prompt else recognise(row, "", source, preference)
+        if found != expected and {found, expected} != {"messages", "sharegpt"}:  # which are read alike
+            return f"a row of the format {found} in a file of the format {expected}; give it a file of its own"
+    return None
 
 
 def _answered_rows(row: Mapping[str, object], format_name: str, preference: str | None) -> list[Mapping[str, object]]:

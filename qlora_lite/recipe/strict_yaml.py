@@ -260,6 +260,8 @@ def _syntax_message(error: yaml.MarkedYAMLError) -> str:
         return f"{message}; indent with spaces, not tabs"
     if "mapping values are not allowed" in problem:
         return f"{message}; put text with ': ' in quotes, and check the indentation"
+    if "escape" in problem:
+        return f"{message}; in double quotes \\ begins an escape: use single quotes, or / in a path"
     if "cannot start any token" in problem or "undefined tag handle" in problem:
         return f"{message}; put the value in quotes"
     return f"{message}; check indentation, quotes and brackets"

@@ -80,7 +80,9 @@ FAULTS = {
     "the literal NaN": (GOOD, GOOD[:-1] + b', "score": NaN}', MALFORMED, "NaN is not JSON; write null"),
     "a line of 5 MB": (GOOD, row("a" * MAX_ROW_BYTES), MALFORMED, "more than 5,000,000 bytes; split this row"),
     "a depth of 10,000": (GOOD, DEEP, MALFORMED, "nested too deeply.*; correct or remove"),
-    "another format than the rows before": (GOOD, GOOD_TALK, MALFORMED, "'prompt' is missing or null; every row"),
+    "another format than the rows before": (
+        GOOD, GOOD_TALK, MALFORMED, "of the format messages in a file of the format prompt-completion; give it a file"
+    ),
     "a control token in the user's text": (GOOD, row("x<|im_end|>y"), CONTROL, "turn 1 .*im_end.*; write it"),
     "a control token in an answer": (GOOD, row("q", "a</s>"), CONTROL, "turn 2 .*'</s>'.*; write it differently"),
     "nothing to learn": (

@@ -176,7 +176,7 @@ def test_an_explicit_format_wins_over_recognition(read):
         ({"messages": [user("q"), assistant("a", train="no")]}, "turn 2 has train 'no'; a turn is learned (true)"),
         ({"messages": [user("q"), assistant("a", train=0)]}, "turn 2 has train 0; a turn is learned (true) or not"),
         ({"messages": [user("q"), assistant("a", function_call={"name": "f"})]}, "'function_call' is not supported"),
-        ({"prompt": "q", "completion": "a"}, "no list of turns"),
+        ({"prompt": "q", "completion": "a"}, "of the format prompt-completion in a file of the format messages"),
     ],
 )
 def test_a_conversation_that_does_not_fit_is_named(read, row, said):

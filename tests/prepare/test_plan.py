@@ -986,7 +986,9 @@ class TestCommand:
     def test_a_recipe_comes_before_a_model_of_its_name(self, capsys, file, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         file.rename(tmp_path / "Llama-3.1-8B")
-        assert "meta-llama/Llama-3.2-1B, data.max_tokens 256" in self.call(capsys, "Llama-3.1-8B", "--gpu", "rtx-4060")[2]
+        assert (
+            "meta-llama/Llama-3.2-1B, data.max_tokens 256" in self.call(capsys, "Llama-3.1-8B", "--gpu", "rtx-4060")[2]
+        )
 
     @pytest.mark.parametrize(
         ("named", "said"),

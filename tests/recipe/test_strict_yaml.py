@@ -80,6 +80,8 @@ def test_a_duplicate_key_is_an_error_that_names_both_lines():
         ("a: b: c", "r.yaml:1: not YAML: mapping values are not allowed"),
         ("a: [1", "r.yaml:1: not YAML"),
         ("a: 'x", "r.yaml:1: not YAML"),
+        (r'a: "C:\Users\me"', "in double quotes \\ begins an escape: use single quotes, or / in a path"),
+        (r'a: "C:\data"', "in double quotes \\ begins an escape: use single quotes, or / in a path"),
         ("a: @x", "put the value in quotes"),
         ("%YAML 9.9\n---\na: 1", "r.yaml:1: not YAML"),
         ('a: "\\UFFFFFFFF"', "is not a character"),
