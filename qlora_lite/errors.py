@@ -9,9 +9,11 @@ Exit codes: 2 the recipe, the data, the model, the disk or the arguments are wro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 
 
 class QloraLiteError(Exception):
@@ -81,6 +83,18 @@ def first_line(error: BaseException) -> str:
     colon."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}"[:300] if others and first.endswith(":") else first[:300]
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that installs the packages of an extra, wherever this package itself was installed from."""
+    try:
+        declared = metadata.requires("qlora-lite") or []
+    except metadata.PackageNotFoundError:  # run from a clone
+        declared = []
+    in_clone = f"'.[{extra}]'"
+    parts = [line.partition(";") for line in declared]
+    packages = [f"'{package.strip()}'" for package, _, when in parts if re.search(rf"extra == ['\"]{extra}['\"]", when)]
+    return f"pip install {' '.join(packages or [in_clone])}"
 
 
 @contextmanager

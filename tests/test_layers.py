@@ -120,7 +120,8 @@ def test_the_package_never_imports_its_oracles():
 
 def test_whatever_is_imported_comes_with_the_installation_or_an_extra():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    optional = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("all", "dev")}
+    extras = [line for lines in optional.values() for line in lines]
     declared = project["dependencies"] + extras  # of an extra, where it is used
     names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared}
     names |= {"yaml", "numpy", "jinja2", "annotated_types", "pyarrow"}  # pyyaml's; torch's, pydantic's and datasets'

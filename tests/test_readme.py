@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -42,6 +43,16 @@ def test_the_generated_blocks_and_pages_are_what_render_results_writes():
     module = render_results()
     assert module.render(README) == README
     assert module.pages() == {path.stem: TEXTS[path] for path in RESULTS.glob("*.md")}
+
+
+def test_a_package_to_install_has_the_bounds_of_its_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    known = {line for name, lines in extras.items() if name not in ("all", "dev") for line in lines}
+    recipes = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    named = {line for text in (WRITTEN, *recipes) for line in re.findall(r"'([\w-]+[<>=]=[^']+)'", text)}
+    assert named >= {"pillow>=10", "diffusers>=0.42,<1", "lm-eval>=0.4.13,<0.5"} and named <= known
+    assert extras["all"] == [f"qlora-lite[{','.join(name for name in extras if name not in ('all', 'dev'))}]"]
+    assert "qlora-lite[" not in WRITTEN, "an index has no such package yet"
 
 
 def test_the_readme_is_short():

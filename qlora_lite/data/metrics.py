@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from qlora_lite.errors import RecipeError
+from qlora_lite.errors import RecipeError, how_to_install
 
 from .example_checks import NO_ANSWER, WHOLE, Matching, can_match, check_answers
 from .problems import RowProblem
@@ -104,7 +104,7 @@ def check_packages(names: Collection[str]) -> None:
     if missing:
         packages = " and ".join(sorted({package.replace("_", "-") for package in missing.values()}))
         raise RecipeError(f"train.metrics: {', '.join(missing)} needs {packages}, which is not installed; "
-                          "pip install 'qlora-lite[metrics]'")  # fmt: skip
+                          f"{how_to_install('metrics')}")  # fmt: skip
 
 
 def check_references(examples: Sequence[Example], measures: Measures) -> tuple[list[RowProblem], bool]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.errors import DataError, first_line
+from qlora_lite.errors import DataError, first_line, how_to_install
 from qlora_lite.files import cache_root, explain_write_errors
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def pillow():
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise DataError("pictures need Pillow: pip install 'qlora-lite[vision]'") from None
+        raise DataError(f"pictures need Pillow: {how_to_install('vision')}") from None
     return Image, ImageOps
 
 

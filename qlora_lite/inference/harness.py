@@ -35,7 +35,7 @@ from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.batch import IGNORED_LABEL, Batch, plan_epoch
 from qlora_lite.data.hub import hub_errors
 from qlora_lite.data.storage import virtual_ids
-from qlora_lite.errors import DataError, ModelError, RecipeError
+from qlora_lite.errors import DataError, ModelError, RecipeError, how_to_install
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.ops.loss import likeliest_tokens, token_losses
@@ -63,7 +63,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise RecipeError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'qlora-lite[eval]'") from None
+    raise RecipeError(f"--tasks needs lm-evaluation-harness ({error}): {how_to_install('eval')}") from None
 
 log = logging.getLogger("qlora_lite")
 MAX_NEW_TOKENS = 256  # of an answer, where a task does not say; HFLM's

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
-from qlora_lite.errors import ModelError, first_line
+from qlora_lite.errors import ModelError, first_line, how_to_install
 from qlora_lite.ops.own_blocks import BlockCalls, OwnBlocks
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import quantize
@@ -55,7 +55,7 @@ def library():
     try:
         import diffusers
     except ImportError as error:
-        raise ModelError("denoisers need diffusers: pip install 'qlora-lite[diffusion]'") from error
+        raise ModelError(f"denoisers need diffusers: {how_to_install('diffusion')}") from error
     return diffusers
 
 

@@ -501,7 +501,8 @@ class Train(_Section):
     ] = ("exact_match",)  # fmt: skip
     """What is computed from the greedy answers to train.metrics_examples examples (exact_match, number_match, bleu,
     chrf, rouge), from the likelihood of their references (answer_loss), or from both (accuracy); qlora-lite explain
-    inference defines each. bleu, chrf and rouge need pip install 'qlora-lite[metrics]'."""
+    inference defines each. bleu, chrf and rouge need the extra metrics: an error
+    names the command that installs it."""
     metrics_examples: Count = 0
     """The first evaluation examples, so many, for which train.metrics are measured before and after training; 0
     measures none. Left out, it is 100 where train.metrics or train.metrics_every_steps is set."""

@@ -20,7 +20,15 @@ from typing import Any
 from qlora_lite.artifacts.run_files import number
 from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, summary_in
 from qlora_lite.data.data_files import local_files
-from qlora_lite.errors import DoesNotFitError, Interrupted, ModelError, OutputError, Problem, RecipeError
+from qlora_lite.errors import (
+    DoesNotFitError,
+    Interrupted,
+    ModelError,
+    OutputError,
+    Problem,
+    RecipeError,
+    how_to_install,
+)
 from qlora_lite.files import explain_write_errors, locked, write_text
 from qlora_lite.planning.machine import Machine
 from qlora_lite.prepare.plan import Plan, budget_of, plan_recipe
@@ -181,7 +189,7 @@ def _sample(sweep: Sweep, runs: _Runs) -> None:
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
         raise ModelError(
-            "search tpe and random need Optuna: pip install 'qlora-lite[sweep]'; or write search: grid"
+            f"search tpe and random need Optuna: {how_to_install('sweep')}; or write search: grid"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = sweep.storage or optuna.storages.JournalStorage(JournalFileBackend(str(runs.folder / STUDY)))

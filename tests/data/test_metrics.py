@@ -195,7 +195,7 @@ def test_a_metric_whose_package_is_missing_names_what_to_install(monkeypatch):
         check_packages(["bleu", "rouge"])
     assert str(caught.value) == (
         "train.metrics: bleu, rouge needs rouge-score and sacrebleu, which is not installed; "
-        "pip install 'qlora-lite[metrics]'"
+        "pip install 'sacrebleu<3,>=2.4' 'rouge-score<0.2,>=0.1.2'"
     )
 
 

@@ -252,7 +252,7 @@ def test_a_missing_package_is_one_line(runs, tasks, command, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.model", None)
     monkeypatch.delitem(__import__("sys").modules, "qlora_lite.inference.harness")
     code, out, err = command("evaluate", runs["nf4"], "--tasks", tasks)
-    assert (code, out) == (2, "") and "pip install 'qlora-lite[eval]'" in err and len(err.splitlines()) == 1
+    assert (code, out) == (2, "") and "pip install 'lm-eval" in err and len(err.splitlines()) == 1
     with pytest.raises(RecipeError, match="needs lm-evaluation-harness"):
         __import__("qlora_lite.inference.harness")
 

@@ -271,7 +271,7 @@ def test_a_study_of_another_goal_is_one_error(lab, tmp_path, model_folder):
 
 def test_a_sampler_without_optuna_says_what_to_install(lab, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ModelError, match=r"pip install 'qlora-lite\[sweep\]'; or write search: grid"):
+    with pytest.raises(ModelError, match=r"pip install 'optuna>=4.2'; or write search: grid"):
         lab.run(axes={"lora.rank": [1]}, search="random")
 
 
