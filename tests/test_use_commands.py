@@ -35,7 +35,7 @@ def test_merge_prints_the_table_of_its_report(runs, command, tmp_path):
 @pytest.mark.parametrize("form", ["peft", "vllm", "gguf", "gguf-adapter", "ollama"])
 def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, command, tmp_path):
     code, out, _ = command("export", runs[0], "--to", form, "--out", tmp_path / "out")
-    said = r"changes the base model's logits as the adapter does, within \d|makes (100|99)\.\d% of the adapter's change"
+    said = r"changes the base model's logits (as the adapter does, within \d|by (100|99)\.\d% of what the adapter)"
     assert code == 0 and re.search(rf"^loaded back +({said})", out, re.MULTILINE)
     assert re.search(r"^use +\S", out, re.MULTILINE)
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form

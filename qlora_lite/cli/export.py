@@ -38,11 +38,11 @@ def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, 
     if "error" in report:
         echo(f"{'loaded back':24}changes the base model's logits as the adapter does, within {report['error']:.1e}")
     elif "share" in report:
-        said = f"makes {report['share']:.1%} of the adapter's change to the base model's logits"
-        rounding = f"100% is all of it; rounding changes them by {report['distance']:.1e} of their size"
+        said = f"changes the base model's logits by {report['share']:.1%} of what the adapter changes"
+        rounding = f"100% would be exact; relative rounding error of the logits {report['distance']:.1e}"
         echo(f"{'loaded back':24}{said} ({rounding})")
     elif "distance" in report:
-        echo(f"{'loaded back':24}the model's logits; rounding changes them by {report['distance']:.1e} of their size")
+        echo(f"{'loaded back':24}the model's logits, with a relative rounding error of {report['distance']:.1e}")
     elif "read_back" in report:
         echo(f"{'loaded back':24}the logits of the weights that were chosen, within {report['read_back']:.1e}")
     if "conversations_compared" in report:

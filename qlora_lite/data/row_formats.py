@@ -468,7 +468,7 @@ def _cure(row: Mapping[str, object], where: str, source: Source) -> str:
     if asked and sum(isinstance(value, str | int | float) for value in row.values()) < 2:
         return asked
     if len(columns) < 2:
-        return "an answer needs a prompt; for plain text, name the column text"
+        return "an example needs a prompt and an answer; to train on plain text, rename the column to text"
     how = "" if prompt and completion else " in place of the dots"
     which = f"say which ones to use{how}, as in {_as_table(source, prompt, completion)}"
     return f"{asked}; if not, {which}" if asked else which

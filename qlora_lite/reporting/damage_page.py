@@ -74,7 +74,7 @@ def set_lines(result: dict) -> list[str]:
         lines.append(f"# {each['asked']}: KL {each['kl']:.4f}, loss {each['loss']:.4f}, {closed(each)}")
         lines.append(f"# {bytes_of(result, each)}")
         lines.append(f"model.keep_16bit: [{', '.join(map(_quoted, each['keep_16bit']))}]")
-    lines.append("# for no more bytes, LoRA can begin with what makes up for most of it: lora.start: qera")
+    lines.append("# without extra memory: lora.start: qera initializes LoRA so that it makes up for most of the loss")
     return lines
 
 

@@ -26,17 +26,17 @@ def reason(plan: Plan) -> str:
 
 def _why(plan: Plan) -> str:
     if not plan.fits:
-        return f"does not fit; this is the smallest of {len(plan.found)} plans"
+        return f"does not fit; this is the smallest of {len(plan.found)} plans tried"
     if len(plan.found) == 1:
         return "as the recipe says"
     faster = _faster(plan)
     too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
     fastest = "the fastest that fits" if too_large else (
-        f"the fastest of {len(plan.found)} plans" if all(c.fits_host for c in faster)
+        f"the fastest of {len(plan.found)} plans tried" if all(c.fits_host for c in faster)
         else "the fastest that fits in host memory"
     )  # fmt: skip
     if any(c.fits(plan.limit_bytes) for c in faster):
-        fastest = f"within 3 % of {fastest}, and of those the one with the least in host memory, then the smallest"
+        fastest = f"least host memory, then least GPU memory, among plans within 3 % of {fastest}"
     if not too_large:
         return fastest
     return f"{fastest}; a faster plan would need {_peak(plan, min(too_large, key=lambda c: c.peak_bytes))}"

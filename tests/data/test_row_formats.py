@@ -449,7 +449,7 @@ def test_every_bad_prompt_is_named(write):
 
 
 def test_one_column_that_no_format_has_may_be_plain_text(write):
-    with pytest.raises(DataError, match="for plain text, name the column text"):
+    with pytest.raises(DataError, match="to train on plain text, rename the column to text"):
         list(read_conversations(Source(write("a.csv", "q\nx\n")), Problems()))
 
 

@@ -808,7 +808,7 @@ def test_what_does_not_fit_is_told_with_the_parts_and_the_smallest_change(recipe
     keeps_all = recipe("memory.checkpointing=none", "memory.tile_tokens=off", "memory.head=device")
     budget = 5 * GIB // 2
     plan = planner.plan_recipe(keeps_all, CARD, budget)
-    assert not plan.fits and plan_text.reason(plan).endswith(f"the smallest of {len(plan.found)} plans")
+    assert not plan.fits and plan_text.reason(plan).endswith(f"the smallest of {len(plan.found)} plans tried")
     error = planner.does_not_fit(plan, list(planner.alternatives(plan)))
     assert error.exit_code == 3
     assert "saved activations" in str(error) and "data.overflow says what to do with them" in str(error)
