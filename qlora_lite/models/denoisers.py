@@ -36,6 +36,7 @@ from qlora_lite.ops.own_blocks import BlockCalls, OwnBlocks
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import quantize
 
+from .pretrained import BUILD_ERRORS, refuse_sizes
 from .quantizer import replace_weights
 from .skeleton import copied
 
@@ -399,7 +400,7 @@ def spec_of(config: Mapping | str | Path, **how) -> DenoiserSpec:
         how: other fields of ``DenoiserSpec``.
 
     Raises:
-        ModelError: there is none, or it is not of a class in ``DENOISERS``.
+        ModelError: there is none, it is not of a class in ``DENOISERS``, or it has sizes of no model.
     """
     said = dict(config) if isinstance(config, Mapping) else _read_config(Path(config))
     if (kind := said.get("_class_name")) not in DENOISERS:
@@ -409,10 +410,12 @@ def spec_of(config: Mapping | str | Path, **how) -> DenoiserSpec:
 
 def _read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} has no {CONFIG} of a denoiser ({error}); give the folder transformer or unet of a "
                          "pipeline") from error  # fmt: skip
+    refuse_sizes(folder, said)
+    return said
 
 
 def _build(spec: DenoiserSpec) -> DenoiserModel:
@@ -421,7 +424,7 @@ def _build(spec: DenoiserSpec) -> DenoiserModel:
     kind = config["_class_name"]
     try:
         inner = _of_config(getattr(library(), kind), config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except (IndexError, *BUILD_ERRORS) as error:
         raise ModelError(f"no {kind} can be built from this configuration: {first_line(error)}") from error
     model = DENOISERS[kind](inner)
     stored = model.state_dict().keys()

@@ -6,6 +6,7 @@ and any "y" there is an answer. It would also fetch the kernels that a ``config.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from qlora_lite.errors import ModelError
 
 from .locate import read_json
 
-_LARGEST = {r"(^|_)(layers?|blocks|depth)$": 500, r"(^|_)experts$": 10_000,
+_LARGEST = {r"(^|_)(layers?|blocks|depth)(_per_block)?$": 500, r"(^|_)experts$": 10_000,
             r"(^|_)(size|dims?|heads|rank|embd|channels|width|model|ff|inner)$": 2**24}  # fmt: skip
 # What transformers raises over files that contradict themselves, or want a library that is not there.
 BUILD_ERRORS = (
@@ -65,7 +66,7 @@ def config_of(folder: Path, **options):
         _refuse_code(folder)
     config = AutoConfig.from_pretrained(folder, **_NO_CODE, **options)
     config._attn_implementation = config._experts_implementation = None  # of the parts inside it, too
-    _refuse_sizes(folder, config.to_dict())
+    refuse_sizes(folder, config.to_dict())
     return config
 
 
@@ -156,7 +157,7 @@ def text_encoder_of(kind: Any, folder: Path, **options):
     """
     config = kind.config_class.from_pretrained(folder, **_NO_CODE)
     config._attn_implementation = config._experts_implementation = None
-    _refuse_sizes(folder, config.to_dict())
+    refuse_sizes(folder, config.to_dict())
     return kind.from_pretrained(folder, config=config, output_loading_info=True, **_NO_CODE, **options)
 
 
@@ -194,15 +195,22 @@ def _refuse_code(folder: Path) -> None:
                              "itself (a newer transformers may)")  # fmt: skip
 
 
-def _refuse_sizes(folder: Path, said: dict) -> None:
-    """Raise if a number of a configuration, or of a part of it, would take for ever to build without weights."""
+def refuse_sizes(folder: Path, said: Mapping[str, Any]) -> None:
+    """Refuse a configuration of which a number, or that of a part, would take for ever to build without weights.
+
+    Raises:
+        ModelError: one does.
+    """
     for key, value in said.items():
-        if isinstance(value, dict):
-            _refuse_sizes(folder, value)
+        if isinstance(value, Mapping):
+            refuse_sizes(folder, value)
         largest = next((limit for pattern, limit in _LARGEST.items() if re.search(pattern, str(key))), None)
-        if largest and isinstance(value, int) and value > largest:
-            raise ModelError(f"the configuration in {folder} has {key} {value:,}, and no model has more than "
-                             f"{largest:,}; take it from the model's source again")  # fmt: skip
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, list | tuple):
+                refuse_sizes(folder, {key: each})
+            elif largest and isinstance(each, int) and each > largest:
+                raise ModelError(f"the configuration in {folder} has {key} {each:,}, and no model has more than "
+                                 f"{largest:,}; take it from the model's source again")  # fmt: skip
 
 
 def _is_known(model_type: str) -> bool:

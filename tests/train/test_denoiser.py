@@ -1,5 +1,6 @@
 """Denoisers: loss and gradients are those of a diffusers training step; planned, resumed, and loaded by diffusers."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -402,6 +403,22 @@ def test_files_that_are_not_those_of_the_configuration_are_refused(folders, tmp_
         spec_of({"_class_name": "VQModel"})
     with pytest.raises(ModelError, match="give the folder transformer or unet"):
         spec_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("layers_per_block", 10**6), ("layers_per_block", [2, 10**6]), ("transformer_layers_per_block", [[1], [10**6]]),
+    ("block_out_channels", [16, 2**30]), ("cross_attention_dim", 2**30), ("num_layers", 501),
+])  # fmt: skip
+def test_sizes_of_no_model_are_refused_before_anything_is_built(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", key: value}))
+    with pytest.raises(ModelError, match=rf"has {key} [\d,]+, and no model has more than"):
+        spec_of(tmp_path)
+
+
+def test_a_configuration_that_contradicts_itself_is_one_clean_error():
+    for changes in ({"norm_num_groups": 0}, {"block_out_channels": []}):
+        with pytest.raises(ModelError, match="can be built from this configuration"):
+            meta_denoiser(spec_of(CONFIGS["unet"] | changes))
 
 
 def test_wrong_settings_and_examples_are_refused(folders):
