@@ -161,8 +161,8 @@ class Work(NamedTuple):
     """FLOPs of products, bytes moved by everything else and over the bus, and operations, in training.
 
     ``operations`` are those of forward and backward (a micro-batch's) that are no views. ``compiled_products`` is how
-    many products that a CPU compiles a kernel for differ in their operator or their shapes. ``disk_bytes`` are those of streamed
-    weights, before they take the bus. ``link_bytes`` are those of sharded weights that come from other ranks.
+    many products that a CPU compiles a kernel for differ in their operator or their shapes. ``disk_bytes`` are those of
+    streamed weights, before they take the bus. ``link_bytes`` are those of sharded weights that come from other ranks.
     ``update_bytes`` are what moves once a step however many its micro-batches are: for the optimizer's update, and
     where weights are merged once (``memory.cache_merged``).
     """

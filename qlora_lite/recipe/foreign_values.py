@@ -65,6 +65,8 @@ _LOSSES = {  # of torchtune
     "CEWithChunkedOutputLoss": "sft", "LinearCrossEntropyLoss": "sft", "CrossEntropyLoss": "sft", "DPOLoss": "dpo",
     "IPOLoss": "ipo", "RSOLoss": "hinge", "SimPOLoss": "simpo",
 }  # fmt: skip
+FOUR_BIT = "nf4", "fp4"
+_QUANTS = {4: "nf4", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4", "gguf": "keep"}
 _SWITCHES = {"full_finetuning": "full", "use_peft": "lora"}
 _METHODS = {"adapter", "finetuning_type", "training_type", "peft_type", *_SWITCHES}
 _STYLES = {"default", "ultra", "argilla_chat", "prompt_pairs", "load_role", *_COLUMNS}
@@ -274,36 +276,26 @@ def _batch(draft: Draft, setting: Setting, key: str) -> None:
         _copy(draft, setting, key)
 
 
-FOUR_BIT = "nf4", "fp4"
-
-
 def _quant(draft: Draft, setting: Setting, key: str) -> None:
-    name, value = setting.name.rpartition(".")[2], _loose(setting.value)
-    eight_bit = draft.given.get("load_in_8bit")
-    if name == "load_in_8bit":
-        if value is True:
-            draft.put(key, "nf4", setting)
-            four_bit_too = "load_in_4bit" in draft.given and _loose(draft.given["load_in_4bit"].value) is True
-            text = "of 4 and 8 bits the base has 4 here" if four_bit_too else (
-                "the base is in NF4 here, which needs less memory; model.quant none keeps it in 16 bit"
-            )  # fmt: skip
-            draft.note("changed", setting, text, key)
-        return
-    if value is False and (name == "load_in_16bit" or (eight_bit and _loose(eight_bit.value) is True)):
-        return
-    if name == "load_in_16bit":
-        value = False
-    four_bit = {True: "nf4", 4: "nf4", False: "none", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4",
-                "gguf": "keep"}  # fmt: skip
-    if value in ("bnb", "bitsandbytes"):
-        return
-    if isinstance(value, bool | int | str) and value in four_bit:
-        kind, known = four_bit[value], draft.values.get(key)
-        if value is False or (value in FOUR_BIT and known in FOUR_BIT):  # one says whether, the other which
+    """Convert how the base is stored: of two settings one may say whether it has 4 bits, the other which."""
+    value, known = _loose(setting.value), draft.values.get(key)
+    bits = {"load_in_8bit": 8, "load_in_16bit": 16}.get(setting.name.rpartition(".")[2], 4)
+    is_on = {name for name in ("load_in_4bit", "load_in_8bit") if _loose(_given(draft, name)) is True}
+    if value is False:
+        if bits == 4 and "load_in_8bit" not in is_on:
+            draft.values[key] = "none"
+    elif value is True and bits == 16:
+        draft.put(key, "none", setting)
+    elif value == 8 or (value is True and bits == 8):
+        draft.put(key, "nf4", setting)
+        text = "the base is in NF4 here, which needs less memory; model.quant none keeps it in 16 bit"
+        draft.note("changed", setting, "4 bits are taken of the two" if "load_in_4bit" in is_on else text, key)
+    elif isinstance(value, int | str) and (kind := _QUANTS.get(4 if value is True else value)):
+        if value in FOUR_BIT and known in FOUR_BIT:
             draft.values[key] = kind
         elif not (value in (True, 4) and known in FOUR_BIT):
             draft.put(key, kind, setting)
-    else:
+    elif value not in ("bnb", "bitsandbytes"):
         draft.note("lost", setting, "a base is in NF4 or FP4 (4 bit) here, or in 16 bit with none", key)
 
 
@@ -517,7 +509,7 @@ def _location(path: str, config: object = None, split: object = None) -> str:
 def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     """Convert a name that LlamaFactory looks up in the dataset_info.json of its data folder."""
     folder = draft.given.get("dataset_dir", Setting("", "data", "")).value
-    places = [os.path.join(base, str(folder)) for base in (*draft.path.parents, os.curdir)]
+    places = [os.path.join(str(base), str(folder)) for base in (*draft.path.parents, os.curdir)]
     found = next((place for place in places if os.path.isfile(os.path.join(place, "dataset_info.json"))), None)
     if found is None:
         text = f"{shown(name)} is a name in {shown(str(folder))}/dataset_info.json, which no folder above the file has"

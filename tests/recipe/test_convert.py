@@ -458,6 +458,13 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
     assert len(notes(conversion, "lost")) == 3
 
 
+@pytest.mark.parametrize("line", ["load_in_8bit: true", "quantization_bit: 8"])
+def test_a_base_of_8_bits_is_one_of_4_and_named(made, line):
+    conversion, recipe = made(AXOLOTL.replace("load_in_4bit: true", line).replace("load_in_8bit: false\n", ""))
+    assert recipe.model.quant == "nf4"
+    assert any("model.quant none keeps it in 16 bit" in note for note in notes(conversion, "changed"))
+
+
 def test_modules_to_save_are_converted(made):
     _, recipe = made(AXOLOTL + "lora_modules_to_save: [embed_tokens, lm_head, input_layernorm, model.norm]\n")
     assert recipe.adapter.train_also == ("embeddings", "head", "norms")
