@@ -322,9 +322,9 @@ def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None, draws:
             return
         raise RecipeError(f"{name} draws pictures (task.kind {recipe.task.kind}): use `qlora-lite generate`")
     if has_head is False and recipe.problem is not None:
-        what = f"labels {'pictures' if recipe.of_pictures else 'texts'} (task.kind {recipe.task.kind})"
-        raise RecipeError(f"{name} {what}, and writes no answers: use `qlora-lite predict` or `evaluate`, or its "
-                          "adapter folder with peft")  # fmt: skip
+        what = f"has a head that labels {'pictures' if recipe.of_pictures else 'texts'} (task.kind {recipe.task.kind})"
+        raise RecipeError(f"{name} {what}, and this is for models that write text: use `qlora-lite predict` or "
+                          "`evaluate`, or its adapter folder with peft")  # fmt: skip
     if has_head and recipe.problem is None:
         raise RecipeError(f"{name} is a language model without a head for labels: use `qlora-lite generate`")
 
@@ -428,7 +428,7 @@ def open_model(
         with_pictures: a model by its name is one that is asked about pictures.
 
     Raises:
-        RecipeError: it is none of these, or a run is given a template.
+        RecipeError: it is none of these, a run is given a template, or a model another base model.
         ModelError: the base model is not there, or is another one.
         DataError: there is no such template.
     """
@@ -444,7 +444,8 @@ def open_model(
         task = Task(kind="image-text-to-text") if with_pictures else Task()
         recipe = Recipe(model=Model(path=str(name)), task=task, data=Data.model_construct(train=()))
     require_kind(recipe, name, has_head=False)
-    recipe = _where_it_lies_now(recipe, model_path)
+    if is_recipe:
+        recipe = _where_it_lies_now(recipe, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
     except ModelError as error:
@@ -452,6 +453,10 @@ def open_model(
             raise
         kinds = "a run folder, an adapter folder or a recipe (.yaml)"
         raise RecipeError(f"{name} is not {kinds}, nor a model: {error}") from None
+    if model_path and not is_recipe:
+        raise RecipeError(
+            f"--model {model_path} is the base model of a run, and {name} is a model itself: leave one out"
+        )
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision, recipe.adapter.train_tokens)
     if not is_recipe and not template and not tokenizer.chat_template:
         template = "plain"

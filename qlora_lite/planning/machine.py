@@ -7,6 +7,7 @@ reach. Step times that follow from either are for ranking plans; ``tools/check/p
 
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -153,13 +154,13 @@ def products_reached(gpu: Gpu) -> float:
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Measure the device at hand, its speed in a type that a step would compute in.
+    """Measure the device at hand, its speed in a type that a step would compute in once a process.
 
     Its memory is what is free now, on a GPU with the context that is there already.
     """
     set_memory_limit(device, None)  # what came before in this process may have had a smaller budget
     on_gpu, auto = device.type == "cuda", fast_dtype(device)
-    speeds = _speeds(device, dtype)
+    speeds = _speeds(device, dtype, torch.get_num_threads())
     base = held_bytes(device)
     if not on_gpu:
         name = f"this CPU, {counted(torch.get_num_threads(), 'thread')}"
@@ -174,7 +175,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> M
     return Machine(name, "cuda", memory_bytes, 0, *speeds, host_bytes, auto, start, compute_capability=capability)
 
 
-def _speeds(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+@cache  # so that plans of one process are of one machine, whatever else runs on it meanwhile
+def _speeds(device: torch.device, dtype: torch.dtype, _threads: int) -> tuple[float, float, float]:
     """Return FLOPs a second, and bytes a second of the device's memory and of its bus.
 
     The factors are random numbers: with zeros a GPU takes less power and keeps a higher clock.

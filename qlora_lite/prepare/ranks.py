@@ -183,7 +183,7 @@ class Ranks:
     def are_alike(self) -> bool:
         """Whether one plan serves all: their speeds are equal, and their budgets nearly."""
         left = [budget - machine.base_bytes for machine, budget in zip(self.machines, self.budgets, strict=True)]
-        return len({*self.speeds}) == 1 and min(left) >= ALIKE * max(left)
+        return len({*self.speeds}) == 1 and (min(left) == max(left) or min(left) >= ALIKE * max(left))
 
     def plan(self, recipes: Sequence[Recipe], weights: Sequence[int] = ()) -> list[Plan]:
         """Return each rank's plan; ranks that differ in nothing have the same.
@@ -349,14 +349,15 @@ def require_fit(plans: Sequence[Plan]) -> None:
     Raises:
         DoesNotFitError: naming those that have not, and what helps the one that lacks most.
     """
-    lacking = {plan.peak_bytes - plan.budget_bytes: plan for plan in plans if not plan.fits}
+    lacking = [plan for plan in plans if not plan.fits]
     if lacking:
-        worst = lacking[max(lacking)]
-        named = ", ".join(
-            f"rank {rank} needs {format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}"
-            for rank, plan in enumerate(plans) if not plan.fits
+        worst = max(lacking, key=lambda plan: plan.peak_bytes - plan.budget_bytes)
+        others = ", ".join(
+            f"rank {rank} ({format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)})"
+            for rank, plan in enumerate(plans) if not plan.fits and plan is not worst
         )  # fmt: skip
-        raise DoesNotFitError(f"{named}. {does_not_fit(worst, list(alternatives(worst)))}")
+        error = does_not_fit(worst, list(alternatives(worst)))
+        raise DoesNotFitError(f"{error}; nor does {others}") if others else error
 
 
 def describe_share(rank: int, plan: Plan) -> str:

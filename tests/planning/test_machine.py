@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 def test_buffers_of_the_measurement_are_not_part_of_what_the_process_holds():
     this_machine(CPU)  # the first product starts threads and compiles a kernel
     before = held_bytes(CPU)
+    machine._speeds.cache_clear()
     with PeakMeter(CPU) as meter:
         base = this_machine(CPU).base_bytes
     assert abs(base - before) < 16 * 2**20  # what malloc keeps of a product
@@ -28,8 +29,15 @@ def test_buffers_of_the_measurement_are_not_part_of_what_the_process_holds():
 
 def test_float16_is_measured_in_a_moment_on_a_cpu_that_is_slow_in_it():
     started = time.perf_counter()
-    machine._speeds(CPU, torch.float16)
+    machine._speeds.__wrapped__(CPU, torch.float16, torch.get_num_threads())
     assert time.perf_counter() - started < 10  # a product of the size that float32 takes would be 4 times 20 s
+
+
+def test_a_process_measures_its_speed_once_so_that_its_plans_agree(monkeypatch):
+    first = this_machine(CPU)
+    monkeypatch.setattr(machine, "_fastest", None)  # which a second measurement would call
+    again = this_machine(CPU)
+    assert (first.flops_per_second, first.bytes_per_second) == (again.flops_per_second, again.bytes_per_second)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,7 @@ def test_float16_is_measured_in_a_moment_on_a_cpu_that_is_slow_in_it():
 )
 def test_a_gpu_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, monkeypatch):
     monkeypatch.setattr(process.platform, "release", lambda: release)
-    monkeypatch.setattr(machine, "_speeds", lambda device, dtype: (1e12, 1e12, 1e10))
+    monkeypatch.setattr(machine, "_speeds", lambda device, dtype, threads: (1e12, 1e12, 1e10))
     monkeypatch.setattr(machine, "set_memory_limit", lambda device, budget: None)
     monkeypatch.setattr(machine, "fast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(machine, "held_bytes", lambda device: 0)

@@ -1,6 +1,7 @@
 """GPUs that are not equal: each has a plan of its own, of a step's packs by speed and of the base by its budget."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -96,9 +97,15 @@ def test_gpus_without_room_for_their_shares_are_named(planned):
     plans = planned([1.3, 0.7], "memory.stream_from=ranks", "memory.micro_batches=as-given")
     assert not any(plan.fits for plan in plans)
     with pytest.raises(
-        DoesNotFitError, match=r"^rank 0 needs .* of 1.3 GiB, rank 1 needs .* of 716.8 MiB. does not fit"
+        DoesNotFitError,
+        match=r"^does not fit: .* of 1.3 GiB on .*, .* too much .*; nor does rank 1 \(.* of 716.8 MiB\)$",
     ):
         require_fit(plans)
+
+
+def test_ranks_without_room_for_the_process_itself_are_alike_if_they_lack_the_same():
+    ranks = [Ranks((replace(SLOW, base_bytes=400 * 2**20),) * count, (200 * 2**20,) * count) for count in (1, 2)]
+    assert all(each.are_alike for each in ranks)
 
 
 @pytest.mark.slow

@@ -131,8 +131,8 @@ def test_what_is_read_is_never_written(run, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    (("--side-by-side",), "writes no answers: use `qlora-lite predict` or `evaluate`"),
-    (("--shots", "2"), "writes no answers"), (("--out", "a.jsonl"), "is written by `qlora-lite predict`"),
+    (("--side-by-side",), "models that write text: use `qlora-lite predict` or `evaluate`"),
+    (("--shots", "2"), "models that write text"), (("--out", "a.jsonl"), "is written by `qlora-lite predict`"),
 ])  # fmt: skip
 def test_evaluate_says_what_a_run_with_a_head_cannot(run, options, said):
     with pytest.raises((RecipeError, click.UsageError), match=said):
