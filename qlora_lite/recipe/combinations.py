@@ -5,6 +5,7 @@ place of what it complains about, with the cure.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from qlora_lite.constraints import (
     OF_CHATS,
@@ -52,7 +53,14 @@ def conflicts(value: _Value) -> _Found:
         _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
         _no_layers, _merge_aware, _preferences, _with_head, _pictures, _denoisers,
     ):  # fmt: skip
-        yield from check(value)
+        yield from check(partial(_as_loaded, value))
+
+
+def _as_loaded(value: _Value, *location: str | int) -> object:
+    """Return a value as written, and model.quant also where it follows from task.kind."""
+    given = value(*location)
+    follows = given is None and location == ("model", "quant") and value("task", "kind") in CLASSIFYING_PICTURES
+    return "none" if follows else given
 
 
 def without_evaluation(value: _Value) -> _Found:
@@ -187,11 +195,11 @@ def _no_layers(value: _Value) -> _Found:
 
 
 def _kept_16_bit(value: _Value) -> _Found:
-    packs = {"none": "all layers are in 16 bit", "keep": "the model's files say what is packed"}
-    why = packs.get(str(value("model", "quant")))
+    packs = {"none": "all layers are in 16 bit; remove it, or write model.quant: nf4",
+             "keep": "the model's files say what is packed; remove one of the two"}  # fmt: skip
+    why = packs.get(str(quant := value("model", "quant")))
     if why and value("model", "keep_16bit") not in (None, []):
-        message = f"model.keep_16bit: with model.quant {value('model', 'quant')} {why}"
-        yield ("model", "keep_16bit"), f"{message}; remove one of the two"
+        yield ("model", "keep_16bit"), f"model.keep_16bit: with model.quant {quant} {why}"
 
 
 def _patience(value: _Value) -> _Found:
@@ -467,7 +475,7 @@ def _full(value: _Value) -> _Found:
         message = "adapter.switch_every: not possible with train.compile, which would compile every block once a turn"
         yield ("adapter", "switch_every"), f"{message}; remove one of the two"
     quant = value("model", "quant")
-    if quant != "none" and not (quant is None and value("task", "kind") in CLASSIFYING_PICTURES):
+    if quant != "none":
         said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
         yield (
             ("model", "quant") if quant else ("adapter", "method"),

@@ -366,6 +366,10 @@ def test_resolution_and_model_are_checked_before_anything_is_read(bases, tmp_pat
         ({"data": {"order": "by-length"}}, "data.order = by-length: not possible"),
         ({"memory": {"tile_tokens": 8}}, "memory.tile_tokens = 8: not possible"),
         ({"model": {"quant": "keep"}}, "model.quant = keep: not possible"),
+        (
+            {"model": {"keep_16bit": ["key"]}},
+            "with model.quant none all layers are in 16 bit; remove it, or write model",
+        ),
         ({"data": {"template": "plain"}}, "data.template = plain: for a language model"),
         ({"adapter": {"method": "full"}, "model": {"quant": "nf4"}}, "full fine-tuning trains 16-bit weights"),
         ({"task": {"labels": ["a"]}}, "one label is nothing to choose from"),
