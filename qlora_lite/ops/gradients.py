@@ -7,6 +7,7 @@ a backward pass. What is on its way then travels beside that block's computation
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,9 @@ class Gradients(Protocol):
         Args:
             before: the block that begins; None at the end of a backward pass, when all are given.
         """
+
+    def forget(self) -> None:
+        """Drop the gradients of a backward pass that broke off."""
 
 
 class _Leaving(NamedTuple):
@@ -85,6 +89,12 @@ class ToHost:
             for weight, _, there, copied in self._leaving.pop(number):
                 self._side.wait_on_host(copied)
                 weight.backward(there)
+
+    def forget(self) -> None:
+        """See ``Gradients``."""
+        for leaving in chain(*self._leaving.values()):
+            self._side.wait(leaving.copied)
+        self._leaving.clear()
 
 
 class OwnPart(NamedTuple):
@@ -157,6 +167,11 @@ class ToOwners:
             self._send(self._number)
         if before is None:
             self._receive()
+
+    def forget(self) -> None:
+        """See ``Gradients``."""
+        self._side.wait(self._sent)
+        self._number = self._arriving = None
 
     def _send(self, number: int) -> None:
         for place in self._blocks[number].places:

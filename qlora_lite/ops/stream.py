@@ -379,6 +379,11 @@ class BlockStream:
         if self.trained:
             self.settle()
 
+    def forget(self) -> None:
+        """Drop what a backward pass that broke off has left: gradients on their way, and parts of some on copies."""
+        self._gradients.forget()
+        self.settle()
+
     def settle(self) -> None:
         """Let modules hold the weights that are trained, in place of copies on the device.
 

@@ -441,6 +441,8 @@ class Trainer:
                 ran_out, reason = True, first_line(error)
             self.optimizer.zero_grad(set_to_none=True)
             self.workload.method.forget_pass(self.model)
+            if stream := stream_of(self.model):
+                stream.forget()
             free_cached_memory(self.device)
             restore_generators(random_states, self.device)
             limit: float = self.most_tokens or math.inf

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 import torch
 
+from qlora_lite.ops.checkpoint import Checkpoint
 from qlora_lite.ops.offload import pinned_bytes
 from qlora_lite.ops.stream import MAX_AT_ONCE_BYTES, BlockStream, in_files, shared_allocations, spare_bytes
 
@@ -106,3 +107,30 @@ def test_blocks_come_from_wherever_a_placement_has_them():
     for _ in range(2):
         assert torch.equal(torch.nn.Sequential(*blocks)(x), expected)
     assert {2, 3} <= {*stream.placement.begun}
+
+
+def test_gradients_of_a_backward_pass_that_broke_off_are_forgotten():
+    blocks = [torch.nn.Sequential(torch.nn.Linear(3, 3)) for _ in range(5)]
+    weights = [parameter for block in blocks for parameter in block.parameters()]
+    stream = BlockStream(blocks, torch.device("cpu"), trains=True)
+
+    def step(breaks=False):
+        for weight in weights:
+            weight.grad = None
+        x = torch.ones(2, 3)
+        for number, block in enumerate(blocks):
+            x = Checkpoint()(block, x)
+            if breaks and number == 1:
+                x.register_hook(run_out)
+        x.sum().backward()
+        stream.end_backward()
+        return [weight.grad for weight in weights]
+
+    def run_out(_):
+        raise MemoryError
+
+    expected = step()
+    with pytest.raises(MemoryError):
+        step(breaks=True)
+    stream.forget()
+    assert all(map(torch.equal, step(), expected))

@@ -9,7 +9,8 @@ from tiny_trainer import examples, trainer
 
 from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
-from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.models.memory_options import MemoryOptions, stream_of
+from qlora_lite.ops.stream import BlockStream
 from qlora_lite.train import loop
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.out_of_memory import (
@@ -129,6 +130,14 @@ def test_memory_that_runs_out_in_backward_leaves_no_gradient_of_the_attempt(micr
     run_out_in_backward(training, micro_batch)
     assert_same_steps(list(training), expected)
     assert training.most_tokens is not None
+
+
+def test_a_step_done_again_begins_without_gradients_of_streamed_weights(monkeypatch):
+    training, forgotten = trainer(**OPTIONS, options=MemoryOptions(resident_layers=0)), []
+    monkeypatch.setattr(BlockStream, "forget", lambda stream: forgotten.append(stream))
+    run_out_in_backward(training, 1)
+    next(iter(training))
+    assert forgotten == [stream_of(training.model)]
 
 
 def test_a_step_done_again_draws_the_dropout_that_it_would_have_drawn():
