@@ -5,6 +5,7 @@ data, and of data sets only those that the hub has.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_lite.recipe.schema import Recipe
+from qlora_lite.terminal import printable
 from qlora_lite.units import format_score, format_seconds
 
 PROJECT = "qlora-lite"
@@ -170,19 +172,19 @@ def _as_in_training(facts: CardFacts) -> str:
 
 
 def _results(summary: Mapping[str, Any]) -> str:
-    compared, metrics = summary.get("exact_match_rows"), summary.get("metrics")
+    compared, metrics = _count(summary.get("exact_match_rows")), summary.get("metrics")
     rows = [
         (label, *(_figure(summary.get(f"{key}_{when}"), form) for when in ("before", "after")))
         for key, label, form in (
             ("eval_loss", "evaluation loss (nats per target token)", ".4f"),
-            ("exact_match", f"exact match of {compared} answers" if compared else "exact match", ".1%"),
+            ("exact_match", f"exact match of {compared} answers" if compared != "-" else "exact match", ".1%"),
         )
         if any(_figure(summary.get(f"{key}_{when}"), form) != "-" for when in ("before", "after"))
     ]
     scores = [metrics.get(when) for when in ("before", "after")] if isinstance(metrics, dict) else [{}, {}]
     before, after = (found if isinstance(found, dict) else {} for found in scores)
     rows += [
-        (f"{name.replace('_', ' ')} of {score['examples']} answers {score.get('signature', '')}".rstrip(),
+        (_text(f"{name.replace('_', ' ')} of {score['examples']} answers {score.get('signature', '')}"),
          *(_score(name, found.get(name)) for found in (before, after)))
         for name, score in after.items() if name != "exact_match" and _score(name, score) != "-"
     ]  # fmt: skip
@@ -205,7 +207,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     counted = data if isinstance(data, dict) else {}
     rate = summary.get("learning_rate", r.train.learning_rate)  # earlier runs have it in the recipe alone
     also = ", ".join(r.adapter.train_also)
-    targets = ", ".join(f"`{target.pattern}`" for target in r.lora.targets)
+    targets = ", ".join(_code(target.pattern) for target in r.lora.targets)
     how = "-"
     if targets and r.adapter.method != "full":
         how = (f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
@@ -216,14 +218,14 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         ("target tokens", _count(counted.get("learned_tokens"))),
         ("base weights", facts.packed_as or "16 bit" * (r.model.quant == "none") or
          f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"
-         f"{', but for ' + ', '.join(f'`{each}`' for each in kept) if (kept := r.model.keep_16bit) else ''}"),
+         f"{', but for ' + ', '.join(map(_code, kept)) if (kept := r.model.keep_16bit) else ''}"),
         (_name_of_method(r), how),
         ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
-        ("tokens with rows of their own", ", ".join(f"`{token}`" for token in r.adapter.train_tokens) or "-"),
+        ("tokens with rows of their own", ", ".join(map(_code, r.adapter.train_tokens)) or "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
         ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}"
          f"{f', gradient norm up to {most:g}' if (most := r.train.max_grad_norm) else ''}"),
-        ("learning rate", f"{rate}, {r.train.lr_scheduler}, warm-up {100 * r.train.warmup_ratio:g}%"
+        ("learning rate", f"{_text(rate)}, {r.train.lr_scheduler}, warm-up {100 * r.train.warmup_ratio:g}%"
          f"{f', {r.train.loraplus_lr_ratio:g} times that for B' if r.train.loraplus_lr_ratio != 1 else ''}"),
         ("steps", _count(summary.get("steps"))),
         ("sequences per step", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "
@@ -233,9 +235,19 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         ("objective", r.train.objective if r.train.objective != "sft" else "-"),
         ("seed", str(r.train.seed)),
         ("time", format_seconds(summary["seconds"]) if _figure(summary.get("seconds"), "g") != "-" else "-"),
-        ("device", str(summary.get("device") or "-")),
+        ("device", _text(summary.get("device") or "-")),
     ]  # fmt: skip
     return [row for row in rows if row[1] != "-"]
+
+
+def _text(value: object) -> str:
+    """Write what the run recorded in one line that is not Markdown."""
+    return re.sub(r"([\\`*<>\[\]])", r"\\\1", " ".join(printable(str(value)).split()))
+
+
+def _code(text: str) -> str:
+    text = " ".join(printable(text).split())
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _count(value: object) -> str:
@@ -251,7 +263,7 @@ def _versions(summary: Mapping[str, Any]) -> str:
     versions = summary.get("versions")
     if not isinstance(versions, dict) or not versions:
         return ""
-    return f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    return f"Versions: {', '.join(_text(f'{name} {version}') for name, version in versions.items())}."
 
 
 def _licence(facts: CardFacts) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,20 @@ def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
     ):  # fmt: skip
         assert line in card.splitlines(), line
     assert str(tmp_path) not in card and "rows.jsonl" not in card and "secret" not in card
+
+
+def test_what_a_run_recorded_is_text_in_its_card(tmp_path):
+    evil = "\x1b[2J\u202e<script>a</script>\n\n# b | `c` [d](javascript:e)"
+    summary = {
+        "status": "complete", "device": evil, "versions": {evil: evil}, "learning_rate": evil, "exact_match_rows": evil,
+        "exact_match_after": 0.5, "eval_loss_after": evil, "data": {"rows_kept": evil},
+        "metrics": {"after": {evil: {"value": 1.0, "examples": 2, "signature": evil}}},
+    }  # fmt: skip
+    plain = facts(tmp_path, summary)
+    adapter = plain.recipe.adapter.model_copy(update={"train_tokens": ("a`b\nc", "<d>")})
+    card = model_card(replace(plain, recipe=plain.recipe.model_copy(update={"adapter": adapter})))
+    assert not {"\x1b", "\u202e"} & {*card} and not re.search(r"(?<!\\)(<script|\[d\]|`c)|^# b", card, re.MULTILINE)
+    assert "| `` a`b c ``, `<d>` |" in card and "| exact match | - | 50.0% |" in card
 
 
 @pytest.mark.parametrize(("quant", "tags"), [("nf4", ["lora", "dora", "qlora", "qdora"]), ("none", ["lora", "dora"])])
