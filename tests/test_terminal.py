@@ -6,12 +6,14 @@ import json
 import logging
 import shutil
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
+from tiny_heads import head_recipe, save_headless
 from tiny_runs import make_run
 
 from qlora_lite.cli import output
@@ -149,6 +151,84 @@ def test_compare_and_train_show_rows_answers_and_columns_and_log_them(recipe, ru
     assert "columns not used: " + SHOWN in logged and is_harmless(logged)
     code, out, err = command("compare", tmp_path / "out", "--rows", 1)
     assert code == 0 and out.count(r"\x1b]0;pwn") >= 2 and is_harmless(out + err)
+
+
+EVIL = TITLE + "\x1b[2J<script>alert(1)</script>\"'&"  # in rows, columns, labels, tokens and answers
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Write models, rows and recipes of a language model and of a head, hostile in all that they may hold."""
+    folder = tmp_path / "<img src=x onerror=alert(1)>"  # a recipe's text may hold no control characters
+    folder.mkdir()
+    save_tiny(folder / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [EVIL + "token"]})
+    tokenizer.save_pretrained(folder / "model")
+    recipe = write_recipe(folder, folder / "model", data={"max_tokens": 600}, train={"max_steps": 1})
+    for name in ("train", "eval"):
+        talks = [[{"role": "user", "content": f"{n}{name}{EVIL}"}, {"role": "assistant", "content": f"{EVIL}{n}"}]
+                 for n in range(6)]  # fmt: skip
+        rows = ({"messages": talk, EVIL: 1} for talk in talks)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled = [[{"sentence": f"{n}{part}{EVIL}", "label": f"{EVIL}{n % 2}"} for n in range(8)] for part in ("t", "e")]
+    data = {"max_tokens": 300}
+    head_recipe(folder / "head", save_headless(folder / "bert", "bert"), "classification", *labelled, data=data,
+                train={"max_steps": 1})  # fmt: skip
+    (folder / "sweep.yaml").write_text(json.dumps({"recipe": str(recipe), "axes": {"lora.rank": [2, 4]}}))
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n")
+    return folder
+
+
+COMMANDS = """
+data recipe.yaml --html data.html | data head/recipe.yaml --html data2.html | plan recipe.yaml --html plan.html
+plan model | train recipe.yaml | train recipe.yaml --resume | train head/recipe.yaml | evaluate out
+evaluate out --side-by-side | evaluate head/out | generate out --prompts prompts.jsonl --out answers.jsonl
+compare out --base --out compare | report out | report head/out | merge out --out merged
+export out --to peft --out peft | push out a/b --dry-run --base-model c/d | quantize model --out quantized
+predict head/out --rows head/eval.jsonl --out labels.jsonl | damage recipe.yaml --rows 2 --out damage.html
+profile recipe.yaml --steps 1 --out profile | sweep sweep.yaml --plan | sweep sweep.yaml --out sweep
+recipes check recipe.yaml | recipes check recipe.yaml --full
+"""
+REFUSED = """
+explain EVIL | recipes copy EVIL | recipes convert recipe.yaml | chat head/out | serve head/out | plan EVIL
+generate head/out --prompt x | merge head/out --out no | train recipe.yaml data.train=EVIL | train EVIL | EVIL
+train recipe.yaml EVIL=1 | train recipe.yaml model.path=EVIL | train recipe.yaml lora.targets=EVIL | sweep EVIL
+train recipe.yaml data.template=EVIL | plan recipe.yaml --gpu EVIL | compare EVIL | push out EVIL --dry-run
+train recipe.yaml --EVIL | chat EVIL | evaluate out --tasks EVIL | evaluate out data.eval=EVIL | report EVIL
+"""
+
+
+class _Tags(HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+@pytest.mark.slow
+def test_no_command_prints_or_writes_to_a_page_what_a_terminal_or_a_browser_obeys(
+    hostile, command, monkeypatch, capsys
+):
+    monkeypatch.chdir(hostile)
+    capsys.readouterr()  # of the libraries that wrote the models
+    for text, is_refused in ((COMMANDS, False), (REFUSED, True)):
+        for line in text.strip().replace(" | ", "\n").splitlines():
+            code, out, err = command(*(part.replace("EVIL", EVIL) for part in line.split()))
+            assert is_harmless(out + err) and "Traceback" not in err, line
+            assert (code != 0) == is_refused, (line, err)
+    pages = [*hostile.rglob("*.html")]
+    assert {page.name for page in pages} >= {"data.html", "report.html", "compare.html", "memory.html", "sweep.html"}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        tags = _Tags(text).found
+        assert is_harmless(text) and "<script>alert" not in text, page
+        assert not any(name.startswith("on") for _, names in tags for name in names), page
+        assert not any(tag in ("img", "a", "link", "iframe") for tag, _ in tags), page
+    assert all(is_harmless(log.read_text(encoding="utf-8")) for log in hostile.rglob("log.txt"))
 
 
 def test_arguments_and_traces_are_shown_too(tmp_path, command):

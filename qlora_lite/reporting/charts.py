@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+from .page import text
+
 Point = tuple[float, float]  # step, value; the value may be NaN or infinite
 LEFT, RIGHT, TOP, BOTTOM = 60, 14, 10, 26  # margins around the plot, pixels
 MAX_POINTS = 600  # drawn per series
@@ -146,7 +148,7 @@ def line_chart(
     hover = escape(json.dumps(_hover(frame, series, across, names or {})), quote=True)
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{escape(title, quote=True)}" data-points="{hover}">{"".join(parts)}</svg>'
+        f'aria-label="{text(title)}" data-points="{hover}">{"".join(parts)}</svg>'
     )
 
 
@@ -188,7 +190,7 @@ def _axes(frame: _Frame, ticks: list[float], names: Mapping[float, str] | None) 
     shown = names or {s: f"{s:,.0f}" for s in steps if frame.first <= s <= frame.last}
     for step, label in sorted((shown or {frame.first: f"{frame.first:,.0f}"}).items()):
         x = min(frame.x(step), frame.width - 3.5 * len(label))  # a long last number stays inside
-        parts.append(f'<text class="tick" x="{x}" y="{frame.height - 8}" text-anchor="middle">{escape(label)}</text>')
+        parts.append(f'<text class="tick" x="{x}" y="{frame.height - 8}" text-anchor="middle">{text(label)}</text>')
     return "".join(parts)
 
 

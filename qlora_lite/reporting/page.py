@@ -4,16 +4,21 @@ Plain string functions and not a template engine: the page has six kinds of elem
 from a run passes through `text()`. The page's own policy (`default-src 'none'`) forbids the browser to load
 anything, so even a text that slipped through could not fetch or send.
 
-Layer L0: the standard library only.
+Layer L0: the standard library and `terminal` only.
 """
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from qlora_lite.terminal import printable
+
 
 def text(value: object) -> str:
-    """Write a value as HTML text; None as nothing."""
-    return "" if value is None else escape(str(value), quote=True)
+    """Write a value as HTML text; None as nothing.
+
+    Control characters, which HTML does not allow, and marks that turn the letters behind them are shown as escapes.
+    """
+    return "" if value is None else escape(printable(str(value)), quote=True)
 
 
 def section(title: str, body: str, note: str = "") -> str:

@@ -13,7 +13,7 @@ from qlora_lite.reporting.charts import Series, line_chart, log_ticks, nice_tick
 from qlora_lite.reporting.page import text as html_text
 from qlora_lite.reporting.report import write_report
 
-HOSTILE = """</script><script>alert(1)</script><img src=x onerror="a()">&'\"""" + "\u2028"
+HOSTILE = """</script><script>alert(1)</script><img src=x onerror="a()">&'\"""" + "\x1b[2J\u202e\u2028"
 SUMMARY = {
     "status": "complete", "name": "orders", "model": "tiny.gguf", "device": "cpu", "steps": 3,
     "seconds": 125.0, "started": "2026-11-25T09:14:22+00:00", "tokens": 53077, "labelled_tokens": 20152,
@@ -175,6 +175,7 @@ def test_hostile_text_anywhere_stays_text(report):
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count("alert(1)") > 15
+    assert page.text.count(r"\x1b[2J\u202e") > 15 and not {"\x1b", "\u202e", "\u2028"} & {*page.text}
 
 
 def test_text_is_also_safe_inside_an_attribute():
