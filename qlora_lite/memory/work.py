@@ -153,8 +153,15 @@ def is_compiled(func, tensors: Sequence[torch.Tensor], flops: int) -> bool:
     """Return whether a CPU keeps a kernel that it compiled for a product of these shapes, or its attention."""
     if sum(tensor.nbytes for tensor in tensors) >= LARGE_BYTES:
         return True
-    is_product = any(func._overloadpacket in packets for packets in _PRODUCTS)
-    return is_product and tensors[0].dtype.itemsize == 2 and flops > 2 * COMPILED_16_BIT
+    is_16_bit = tensors[0].dtype.itemsize == 2
+    return is_16_bit and flops > 2 * COMPILED_16_BIT and any(func._overloadpacket in each for each in _PRODUCTS)
+
+
+def _kinds(func, tensors: Sequence[torch.Tensor]) -> int:
+    """Return of how many shapes a product's kernels may be: an expert may have any part of the rows."""
+    if func._overloadpacket is not _aten._grouped_mm:
+        return marks.kinds
+    return tensors[0].shape[0 if tensors[1].dim() == 3 else 1]
 
 
 class Work(NamedTuple):
@@ -214,7 +221,6 @@ class WorkCounter:
             tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
             if is_compiled(func, tensors, flops):
                 product = (func, *(t.shape for t in tensors))
-                kinds = tensors[0].shape[0] if func._overloadpacket is _aten._grouped_mm else marks.kinds
-                self._products[product] = max(kinds, self._products.get(product, 0))
+                self._products[product] = max(_kinds(func, tensors), self._products.get(product, 0))
         else:
             totals[4 if is_once else 1] += marks.repeats * moved_bytes(func, args, result)

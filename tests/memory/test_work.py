@@ -42,7 +42,9 @@ def test_grouped_products_count_their_flops_and_a_kernel_for_each_count_of_rows(
     rows, weights = torch.ones(24, 16, dtype=torch.bfloat16), torch.ones(3, 16, 32, dtype=torch.bfloat16)
     with counted() as counter, phase("forward"):
         torch._grouped_mm(rows, weights, torch.tensor([8, 16, 24], dtype=torch.int32))
-    assert counter.work.flops == 2 * 24 * 16 * 32 and counter.work.compiled_products == 24
+        assert counter.work.flops == 2 * 24 * 16 * 32 and counter.work.compiled_products == 24
+        torch._grouped_mm(rows.t(), torch.ones(24, 32, dtype=torch.bfloat16), torch.tensor([8, 24], dtype=torch.int32))
+    assert counter.work.flops == 4 * 24 * 16 * 32 and counter.work.compiled_products == 48  # of the weights' gradient
 
 
 @pytest.mark.parametrize(("operator", "shapes"), [
