@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -273,6 +273,28 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+def write_sealed(path: Path, text: str) -> None:
+    """Write a text behind its SHA-256, for ``read_sealed``.
+
+    Raises:
+        OutputError: see ``write_text``.
+    """
+    write_text(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def read_sealed(path: Path) -> str:
+    """Return the text that ``write_sealed`` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what was written.
+    """
+    digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        raise ValueError(f"{path} is not what was written")
+    return text
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with path.open("rb") as file:
@@ -292,12 +314,12 @@ def content_digest(path: Path) -> str:
     stat = path.stat()
     identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
     note = cache_root() / "digests" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if note.is_file():
-        return note.read_text(encoding="utf-8")
+    with suppress(OSError, ValueError):  # there is none yet, or it is damaged
+        return read_sealed(note)
     digest = sha256(path)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, digest)
+        write_sealed(note, digest)
     except (
         OSError,
         OutputError,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_lite.errors import DataError, first_line, how_to_install
-from qlora_lite.files import cache_root, explain_write_errors
+from qlora_lite.files import cache_root, explain_write_errors, sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,7 +115,7 @@ def _stored(content: bytes) -> Path:
     """Write a picture into the cache, under a name made of its content."""
     name = hashlib.sha256(content).hexdigest()
     path = cache_root() / "pictures" / name[:2] / name
-    if not path.exists():
+    if not path.exists() or sha256(path) != name:
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{name}.{os.getpid()}.partial")

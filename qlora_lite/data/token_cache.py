@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_lite.errors import DataError
-from qlora_lite.files import content_digest, sha256, write_text
+from qlora_lite.files import content_digest, read_sealed, sha256, write_sealed
 from qlora_lite.units import format_bytes
 
 from .data_files import find_files
@@ -114,8 +114,7 @@ def save_set(folder: Path, examples: Examples, statistics: Statistics) -> None:
         "problem_counts": statistics.problems.counts, "fatal": statistics.problems.fatal,
         "warnings": [asdict(problem) for problem in statistics.problems.warnings],
     }  # fmt: skip
-    text = json.dumps(content)
-    write_text(folder / _SET, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    write_sealed(folder / _SET, json.dumps(content))
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -133,9 +132,8 @@ def load_set(
         template: as for ``cache_key``.
     """
     try:
-        digest, _, text = (folder / _SET).read_text(encoding="utf-8").partition("\n")
-        content = json.loads(text)
-        if hashlib.sha256(text.encode()).hexdigest() != digest or _digests(folder) != content["sha256"]:
+        content = json.loads(read_sealed(folder / _SET))
+        if _digests(folder) != content["sha256"]:
             return None
         order = np.load(folder / _ORDER, mmap_mode="r", allow_pickle=False)
         examples = load_arrays(folder, content["files"], np.asarray(order))

@@ -24,7 +24,7 @@ import torch
 from qlora_lite.artifacts.run_folder import package_versions
 from qlora_lite.data.storage import Examples
 from qlora_lite.errors import OutputError
-from qlora_lite.files import cache_root, explain_write_errors, write_text
+from qlora_lite.files import cache_root, explain_write_errors, read_sealed, write_sealed
 from qlora_lite.inference.evaluate import Watch, watching
 from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.memory_options import divided_weights
@@ -107,7 +107,7 @@ def _read(path: Path, count: int) -> np.ndarray:
     """Return the log-probabilities of examples that a file holds, float32 [count, 2]; NaN for the others."""
     found: np.ndarray = np.full((count, 2), np.nan, np.float32)
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(read_sealed(path))
         read = np.array([(math.nan, math.nan) if each is None else each for each in known], np.float32)
     except (OSError, ValueError, TypeError, RecursionError):
         return found
@@ -122,6 +122,6 @@ def _write(path: Path, found: np.ndarray) -> None:
     try:
         with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(known))
+        write_sealed(path, json.dumps(known))
     except OutputError as error:
         log.warning("the reference model's log-probabilities are not cached: %s", error)

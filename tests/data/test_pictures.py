@@ -12,13 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from tiny_pictures import COLOURS, STILL, drawn, write_pictures
+from tiny_pictures import COLOURS, STILL, drawn, encoded, write_pictures
 from transformers import AutoImageProcessor
 
 from qlora_lite.data.captions import CAPTIONS, Fit, captions_in
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.labels import MASKS, ONE_LABEL
-from qlora_lite.data.picture_files import BROKEN, decode
+from qlora_lite.data.picture_files import BROKEN, decode, file_of
 from qlora_lite.data.picture_processor import AUGMENTS, Processor, processor_of
 from qlora_lite.data.pictures import NO_CLASS
 from qlora_lite.data.problems import Problems
@@ -309,3 +309,11 @@ def test_problems_allow_as_many_as_said(tmp_path):
     problems.raise_if_any(1)
     with pytest.raises(DataError, match="not a whole picture"):
         problems.raise_if_any(0)
+
+
+def test_a_picture_that_is_damaged_in_the_cache_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path))
+    content = encoded(drawn("hot", 0))["bytes"]
+    stored = file_of(content, "rows.jsonl:1")
+    stored.write_bytes(content[:-9] + b"x" + content[-8:])
+    assert file_of(content, "rows.jsonl:1") == stored and stored.read_bytes() == content

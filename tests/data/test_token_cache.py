@@ -191,7 +191,7 @@ examples.read_examples([Source(sys.argv[3])], make_tokenizer(), cache=Path(sys.a
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [("storage", "finish"), ("examples", "save_set"), ("token_cache", "write_text"), ("files", "flush_to_disk")],
+    [("storage", "finish"), ("examples", "save_set"), ("token_cache", "write_sealed"), ("files", "flush_to_disk")],
 )
 def test_a_process_killed_half_way_leaves_nothing_that_looks_whole(
     module, function, write, tokenizer, tmp_path, no_reading
