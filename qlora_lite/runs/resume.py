@@ -50,6 +50,7 @@ log = logging.getLogger("qlora_lite")
 BASE_MODEL = "base model"  # what names it by its content in a checkpoint's identity
 FROZEN_WEIGHTS = "frozen weights"  # their checksum in a checkpoint's environment
 RANKS = "ranks"  # how many there are, likewise
+INSTRUCTIONS = "instructions"  # of the CPU that torch uses, likewise: AVX2, AVX512, ...
 OF_RANKS = "plan of ranks"  # each one's settings, where they differ
 RUN = "run.json"  # what a checkpoint holds of the run, beside the trainer's state
 # Of weights, which change no number; merged ones are kept only where none are streamed.
@@ -325,6 +326,7 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
         run["identity"][BASE_MODEL] = run["summary"].get("base_fingerprint")
     run["environment"].setdefault("kernels", [])  # earlier versions had none
     run["environment"].setdefault(RANKS, 1)  # and did not say it
+    run["environment"].setdefault(INSTRUCTIONS, torch.backends.cpu.get_cpu_capability())
     return checkpoint
 
 
@@ -389,6 +391,12 @@ def environment(
         ranks: that share each step.
     """
     return {
-        **package_versions(), "device": device_name, "threads": torch.get_num_threads(), "loss": loss,
-        "kernels": [*kernels], FROZEN_WEIGHTS: frozen_weights, RANKS: ranks,
-    }  # fmt: skip
+        **package_versions(),
+        "device": device_name,
+        "threads": torch.get_num_threads(),
+        INSTRUCTIONS: torch.backends.cpu.get_cpu_capability(),
+        "loss": loss,
+        "kernels": [*kernels],
+        FROZEN_WEIGHTS: frozen_weights,
+        RANKS: ranks,
+    }

@@ -337,6 +337,16 @@ def test_a_run_that_is_gone_on_with_to_count_matches_that_it_did_not_count_befor
     assert "evaluation loss" in _result(lab.out, lab.summary) and "evaluation loss" not in _result(lab.out, earlier)
 
 
+def test_another_instruction_set_is_reported(tmp_path, model_folder, monkeypatch, caplog):
+    lab = Lab(tmp_path, model_folder)
+    lab.stop(2)
+    here = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    with caplog.at_level("WARNING", "qlora_lite"):
+        lab.run(resume="")
+    assert f"resume: instructions {here} -> OTHER; the last digits may differ" in caplog.text
+
+
 def test_whose_loss_is_computed_is_compared_with_what_the_checkpoint_knows_of_it():
     for before, now, said in (
         ("liger", "chunked", ["loss liger -> chunked"]), ("chunked", "liger", ["loss chunked -> liger"]),
