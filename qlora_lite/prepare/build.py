@@ -414,6 +414,8 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
         raise ModelError(f"adapter.method full trains 16-bit or 32-bit weights, and the model {what}")
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
+    if machine.device_type == "cuda" and t.deterministic and recipe.of_pictures:
+        _check_deterministic(recipe, config)
     check_kept(config, m.keep_16bit, m.path)
     _check_merged(t.merge_aware, config, quant, dtype)
     if recipe.lora.start in (EVA, QERA):
@@ -422,6 +424,21 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
                      formats_of(recipe, config))  # fmt: skip
     return job(workload_of(recipe, spec))
+
+
+def _check_deterministic(recipe: Recipe, config) -> None:
+    """Check that torch has deterministic operators on a GPU for pictures and their labels.
+
+    source: torch.use_deterministic_algorithms, which names the loss of two dimensions and bicubic interpolation.
+
+    Raises:
+        ModelError: it has not.
+    """
+    pixels, tower = picture_processor(recipe), of_blocks(config)
+    is_resized = (pixels.height, pixels.width) != (tower.image_size, tower.image_size)
+    if recipe.has_masks or (is_resized and recipe.adapter.method == "full"):
+        what = "the loss of masks" if recipe.has_masks else "position embeddings of another size that are trained"
+        raise ModelError(f"train.deterministic: torch has no deterministic gradients for {what} on a GPU; remove it")
 
 
 def _check_merged(to: str, config, quant: str, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import peft
@@ -36,7 +37,10 @@ from qlora_lite.data.picture_files import decode
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.label_texts import predict_labels
+from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.models.load import load_model
+from qlora_lite.planning.machine import machine_of_gpu
+from qlora_lite.prepare.plan import plan_recipe
 from qlora_lite.prepare.preflight import preflight
 from qlora_lite.prepare.readers import reader_of
 from qlora_lite.prepare.recipe_head import picture_processor
@@ -403,3 +407,25 @@ def test_a_run_of_a_hub_data_set_has_the_classes_of_a_folder(bases, tmp_path, mo
     recipe = picture_recipe(tmp_path / "run", bases["vit"], data=data, train={"max_steps": 16})
     summary = summary_of(run_recipe(load_recipe(recipe)))
     assert summary["labels"] == ["cool", "hot"] and summary["metrics"]["after"]["accuracy"]["value"] == 1.0
+
+
+WHOLE = {"adapter": {"method": "full"}, "lora": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "refused"),
+    [
+        ("image-segmentation", {}, "the loss of masks"),
+        ("image-classification", {"data": {"resolution": 56}} | WHOLE, "position embeddings"),
+        ("image-classification", WHOLE, ""),
+    ],
+)
+def test_what_has_no_deterministic_gradients_on_a_gpu_is_refused_in_its_plan(kind, settings, refused, tmp_path):
+    save_encoder(tmp_path / "model", "dinov2")
+    write = mask_recipe if kind == "image-segmentation" else picture_recipe
+    model = {"device": "auto", "compute_dtype": "auto"}
+    path = write(tmp_path, tmp_path / "model", train={"deterministic": True}, model=model, **settings)
+    recipe = load_recipe(path)
+    gpu = find_gpu("rtx-4060")
+    with pytest.raises(ModelError, match=refused) if refused else nullcontext():
+        plan_recipe(recipe, machine_of_gpu(gpu), gpu.memory_bytes)
