@@ -232,7 +232,7 @@ def test_a_model_that_there_is_no_room_to_build_in_is_a_finding_and_no_end(monke
         raise torch.OutOfMemoryError("CUDA out of memory. More words")
 
     monkeypatch.setattr(caps, "model_of", model_of)
-    row = caps.chosen_row(caps.CappedDevice(), "tiny", 256, 80 * MIB)
+    row = caps.chosen_row(caps.CappedDevice(), "tiny", 256, 96 * MIB)
     assert row["error"] == "CUDA out of memory" and not row["fits"] and "build" in row["problem"]
 
 

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import build_nested, build_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -78,3 +80,12 @@ def write_recipe(folder: Path, model: Path | str, rows: int = 24, **sections) ->
         "output": {"dir": str(folder / "out")},
     }  # fmt: skip
     return save_recipe(folder, recipe, sections)
+
+
+def as_if_packed(folder: Path) -> None:
+    """Let a model folder look like a 4-bit checkpoint of bitsandbytes, by its configuration and its tensors' names."""
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
+    state = {"layer.weight.quant_state.bitsandbytes__nf4": torch.zeros(1, dtype=torch.uint8)}
+    save_file(load_file(weights) | state, weights, {"format": "pt"})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_files import byte_tokenizer, save_tiny, write_recipe
+from tiny_files import as_if_packed, byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import logits, run_whole_and_stopped, stop_at
 from transformers import AutoModelForCausalLM
 
@@ -162,9 +162,7 @@ def test_experts_and_files_in_4_bit_are_refused(tmp_path):
     (other := tmp_path / "other").mkdir()
     recipe = recipe_of(other)
     examples = examples_of(recipe)
-    config = json.loads((other / "model" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (other / "model" / "config.json").write_text(json.dumps(config))
+    as_if_packed(other / "model")
     said = r"lora.start qera needs the 16-bit weights, and the model's files have them"
     for use in (partial(plan_run, recipe, examples, ()), partial(first_of, recipe, examples)):
         with pytest.raises(ModelError, match=said):

@@ -1,6 +1,5 @@
 """Experts whose weights are in 4 bits compute what transformers' own would with the dequantised weights."""
 
-import json
 import logging
 import weakref
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from jobs import new_job
 from tiny import UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
+from tiny_files import as_if_packed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -164,9 +164,7 @@ def test_experts_in_four_bits_are_not_written_for_transformers(tmp_path):
 
 def test_a_four_bit_checkpoint_with_experts_is_refused_before_it_is_read(tmp_path, monkeypatch):
     build_tiny("qwen3_moe").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    as_if_packed(tmp_path)
     monkeypatch.setattr("qlora_lite.models.load._from_pretrained", None)
     with pytest.raises(ModelError, match=r"4-bit checkpoint of a mixture of experts.*use the 16-bit model"):
         load_model(str(tmp_path))
