@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 # One thread in the parent: a forked child has only the thread that forked, and would wait for the others' locks.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -126,24 +127,9 @@ class Lab:
         arguments = ["train", str(self.recipe), *self.overrides, *self.options, f"output.dir={out}"]
         arguments += ["--resume", str(out)] if resume else []
         child = os.fork()
-        if child:
-            return child
-        with open(self.log_path(out), "a", encoding="utf-8") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        os.environ["QLORA_LITE_CACHE"] = str(out) + ".cache"
-        code = TRACE_CODE
-        try:
-            if install:
-                install()
-            main(arguments)
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        if not child:
+            become_command(arguments, self.log_path(out), Path(f"{out}.cache"), install)
+        return child
 
     @staticmethod
     def wait(child: int) -> int:
@@ -206,6 +192,38 @@ class Lab:
         """Write down how many steps a run has finished before it is resumed."""
         steps = [line["step"] for line in lines_of(out, strict=False) if "loss" in line]
         out.with_name(f"{out.name}.steps").write_text(str(max(steps, default=0)))
+
+
+def become_command(
+    arguments: list[str], log: Path, cache: Path, install: Install | None = None,
+    ended: Callable[[BaseException | None], object] = lambda _: None,
+) -> NoReturn:  # fmt: skip
+    """Run the command line in this process, a forked child, and end the process with its exit code.
+
+    Args:
+        log: what it prints is added to this file.
+        cache: folder of its cache.
+        install: puts in a fault.
+        ended: gets the error that ended the command, None if none did.
+    """
+    with open(log, "a", encoding="utf-8") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ["QLORA_LITE_CACHE"] = str(cache)
+    code = TRACE_CODE
+    try:
+        if install:
+            install()
+        main(arguments)
+    except SystemExit as end:
+        code = end.code or 0
+        ended(end.__context__ if code else None)
+    except BaseException as error:
+        traceback.print_exc()
+        ended(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lines_of(out: Path, strict: bool = True) -> list[dict]:

@@ -13,21 +13,23 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.lab import TRACE_CODE, lines_of, weights_of  # first: it sets how many threads torch may have
+from faults.lab import (
+    TRACE_CODE,
+    become_command,
+    lines_of,
+    weights_of,
+)  # first: it sets how many threads torch may have
 
 # isort: split
 import yaml
 
 from faults.faults import at_call, kill
 from faults.subjects import Subject, subjects, with_settings
-from qlora_lite.cli.main import main
 from qlora_lite.errors import DataError, RecipeError
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.reference import choices_of, choices_of_items, known_keys, setting
@@ -178,10 +180,15 @@ class End:
 def command(arguments: list[str], folder: Path, install: Callable[[], None] | None = None) -> End:
     """Run a command in a forked child, at most ``LIMIT_SECONDS``."""
     log, kind = folder / "output.txt", folder / "error.txt"
-    kind.unlink(missing_ok=True)
+    for path in (log, kind):
+        path.unlink(missing_ok=True)
     child = os.fork()
     if not child:
-        _in_child(arguments, log, kind, folder, install)
+
+        def ended(error: BaseException | None) -> None:
+            kind.write_text("DataError" if isinstance(error, DataError) else type(error).__name__ if error else "")
+
+        become_command(arguments, log, folder / "cache", install, ended)
     deadline = time.monotonic() + LIMIT_SECONDS
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -194,29 +201,6 @@ def command(arguments: list[str], folder: Path, install: Callable[[], None] | No
         time.sleep(0.02)
     error = kind.read_text() if kind.exists() else ""
     return End(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), error)
-
-
-def _in_child(arguments: list[str], log: Path, kind: Path, folder: Path, install: Callable[[], None] | None) -> None:
-    with open(log, "w", encoding="utf-8") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    os.environ["QLORA_LITE_CACHE"] = str(folder / "cache")
-    code = TRACE_CODE
-    try:
-        if install:
-            install()
-        main(arguments)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        cause = end.__context__
-        if code and cause is not None:
-            kind.write_text("DataError" if isinstance(cause, DataError) else type(cause).__name__)
-    except BaseException as error:
-        traceback.print_exc()
-        kind.write_text(type(error).__name__)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def difference(run: Path, other: Path) -> str:
