@@ -11,6 +11,7 @@ import io
 import os
 import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -45,9 +46,10 @@ def pillow():
     return Image, ImageOps
 
 
-def threads() -> int:
-    """Return how many threads decode pictures."""
-    return min(8, os.cpu_count() or 1)
+@cache
+def decoding_threads() -> ThreadPoolExecutor:
+    """Return this process's threads that read and decode pictures."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "pictures")
 
 
 def file_of(value: object, where: str) -> Path:

@@ -9,9 +9,9 @@ Shapes: pixels float32 [N, 3, H, W], of one picture or more; of those that keep 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,7 @@ import numpy as np
 
 from qlora_lite.errors import DataError
 
-from .picture_files import decode, pillow, threads
+from .picture_files import decode, decoding_threads, pillow
 from .storage import Example, PictureFile
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class PictureReader:
         Args:
             rows: the files of each row.
         """
-        waiting = [[_pool().submit(self._looked_at, path) for path in paths] for paths in rows]
+        waiting = [[decoding_threads().submit(self._looked_at, path) for path in paths] for paths in rows]
         found: list[list[tuple[PictureFile, str]] | DataError] = []
         for futures in waiting:
             try:
@@ -132,7 +132,7 @@ class PictureReader:
         before = dict(_begun)
         _begun.clear()
         for picture in {picture for example in examples for picture in example.pictures}:
-            _begun[self, picture] = before.get((self, picture)) or _pool().submit(self._pixels_of, picture)
+            _begun[self, picture] = before.get((self, picture)) or decoding_threads().submit(self._pixels_of, picture)
 
     def of_examples(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Return the pixels of the examples' pictures in order; None where there are none.
@@ -140,7 +140,7 @@ class PictureReader:
         Raises:
             DataError: a picture is broken by now, gone, or was replaced by another.
         """
-        waiting = [(example, _begun.get((self, picture)) or _pool().submit(self._pixels_of, picture))
+        waiting = [(example, _begun.get((self, picture)) or decoding_threads().submit(self._pixels_of, picture))
                    for example in examples for picture in example.pictures]  # fmt: skip
         found: list[np.ndarray] = []
         for example, future in waiting:
@@ -169,11 +169,6 @@ class PictureReader:
 def _text_of(reader: PictureReader, width: int, height: int) -> str:
     library, _ = pillow()
     return reader._processed(library.new("RGB", (width, height)))[1]
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads(), "pictures")
 
 
 def look(path: str, known: str | None = None) -> str:

@@ -21,7 +21,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
@@ -39,7 +39,7 @@ from .hub import PREFIX
 from .labelled_rows import LABEL_COLUMNS
 from .labels import MASKS, ONE_LABEL, label_if_any, label_text
 from .masks import classes_of, label_of_mask
-from .picture_files import BROKEN, decode, file_of, pillow, relative_file, threads
+from .picture_files import BROKEN, decode, decoding_threads, file_of, pillow, relative_file
 from .picture_processor import Processor
 from .sources import Source, read_rows
 from .statistics import Settings, Statistics, count_unused, no_counts
@@ -111,22 +111,21 @@ def read_pictures(
     source = with_metadata(source) if problem == CAPTIONS else source
     rows = _of_folder if is_folder_of_pictures(source.path) and source.rows is None else _of_table
     found = islice(rows(source, statistics, problem, needs_label, fit), max_rows)
-    with ThreadPoolExecutor(threads()) as pool:
-        while True:
-            bad_before = statistics.problems.count
-            chunk = list(islice(found, _AT_ONCE))
-            looked_at = list(zip(chunk, pool.map(partial(_looked_at, fit=fit), chunk), strict=True))
-            for picture, result in looked_at:
-                statistics.seen_kinds[_kind(picture, problem)] += 1
-                if isinstance(result, DataError):
-                    statistics.problems.add(picture.where, result)
-            good = [result for _, result in looked_at if not isinstance(result, DataError)]
-            statistics.kept_kinds.update(_kind(picture, problem) for picture, _ in good)
-            statistics.kept_files.update(picture.where.rpartition(":")[0] for picture, _ in good)
-            statistics.rows_read += len(good) + statistics.problems.count - bad_before
-            if not chunk:
-                return
-            yield from good
+    while True:
+        bad_before = statistics.problems.count
+        chunk = list(islice(found, _AT_ONCE))
+        looked_at = list(zip(chunk, decoding_threads().map(partial(_looked_at, fit=fit), chunk), strict=True))
+        for picture, result in looked_at:
+            statistics.seen_kinds[_kind(picture, problem)] += 1
+            if isinstance(result, DataError):
+                statistics.problems.add(picture.where, result)
+        good = [result for _, result in looked_at if not isinstance(result, DataError)]
+        statistics.kept_kinds.update(_kind(picture, problem) for picture, _ in good)
+        statistics.kept_files.update(picture.where.rpartition(":")[0] for picture, _ in good)
+        statistics.rows_read += len(good) + statistics.problems.count - bad_before
+        if not chunk:
+            return
+        yield from good
 
 
 def with_metadata(source: Source) -> Source:
@@ -322,7 +321,6 @@ class Decoder:
     """Make pixels of pictures in threads, and of those that will be asked for next ahead of time."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(threads(), "pictures")
         self._begun: dict[tuple, Future] = {}
 
     def expect(
@@ -330,7 +328,7 @@ class Decoder:
     ) -> None:
         """Begin with pictures that ``made`` will be asked for next; what was begun before is forgotten."""
         keys = [(_key(each, processor, draw), each) for each in examples]
-        self._begun = {key: self._begun.get(key) or self._pool.submit(_made, each, processor, draw, problem)
+        self._begun = {key: self._begun.get(key) or decoding_threads().submit(_made, each, processor, draw, problem)
                        for key, each in keys}  # fmt: skip
 
     def made(
@@ -345,8 +343,11 @@ class Decoder:
         Raises:
             DataError: a picture is broken by now, or gone.
         """
-        waiting = [self._begun.get(_key(each, processor, draw))
-                   or self._pool.submit(_made, each, processor, draw, problem) for each in examples]  # fmt: skip
+        pool = decoding_threads()
+        waiting = [
+            self._begun.get(_key(each, processor, draw)) or pool.submit(_made, each, processor, draw, problem)
+            for each in examples
+        ]
         return [each.result() for each in waiting]
 
 
@@ -368,5 +369,5 @@ def _made(
 
 @cache
 def decoder() -> Decoder:
-    """Return the process's decoder, whose threads are started when they are first needed."""
+    """Return the process's decoder."""
     return Decoder()

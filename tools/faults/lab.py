@@ -35,6 +35,7 @@ from tqdm import tqdm
 import qlora_lite.runs.run  # noqa: F401 - imported before the first fork, as are the next
 from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.cli.main import main
+from qlora_lite.data.picture_files import decoding_threads
 from qlora_lite.files import sha256
 from qlora_lite.models import quantizer
 from qlora_lite.quant import tensor_file
@@ -120,6 +121,8 @@ class Lab:
                 main(["train", str(self.recipe), *self.overrides, f"output.dir={self.folder / 'warm-up'}"])
         except SystemExit as end:
             assert not end.code, end.code
+        decoding_threads().shutdown()  # a child would take the parent's threads for its own
+        decoding_threads.cache_clear()
         assert threading.active_count() == 1, threading.enumerate()
 
     def start(self, out: Path, resume: bool = False, install: Install | None = None) -> int:
