@@ -8,17 +8,24 @@ command asks how many there are.
 
 import logging
 import os
+import select
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import NamedTuple
 
 from qlora_lite.errors import LaunchError
+
+log = logging.getLogger("qlora_lite")
 
 _SIZES = {"WORLD_SIZE": "RANK", "PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
           "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK"}  # fmt: skip
 _MEETING = "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 HEARD_SECONDS = 1  # torchrun ends all ranks as soon as one has ended
+WATCH_SECONDS = 0.5  # between two looks at other processes
 SAVING_SECONDS = 600  # from a signal until torchrun kills a rank, which ends its step and saves
 
 
@@ -93,6 +100,69 @@ def _say(rank: int, words: str) -> None:
     raise LaunchError("" if rank else words)
 
 
+@contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """End this process by SIGTERM, as a signal to the launcher would, when the launcher is gone: it can end none."""
+    launcher = os.getppid()
+
+    def watch(is_over: Event) -> None:
+        while not is_over.wait(WATCH_SECONDS):
+            if os.getppid() != launcher:
+                log.warning("the launcher of these processes has ended, and they end too")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    with _watching(watch):
+        yield
+
+
+@contextmanager
+def _continuing_stopped_ranks() -> Iterator[None]:
+    """Continue ranks that SIGSTOP has stopped as soon as a signal has come or a rank has ended: these end all others.
+
+    A stopped rank acts on no signal, so torchrun's agent would wait for it, after its own signal 10 minutes.
+    """
+    import psutil
+
+    if not hasattr(signal, "SIGCONT"):  # Windows
+        yield
+        return
+    launcher = psutil.Process()
+
+    def watch(is_over: Event) -> None:
+        most = 0
+        while not is_over.wait(WATCH_SECONDS):
+            ranks = [child for child in launcher.children() if child.status() != psutil.STATUS_ZOMBIE]
+            most = max(most, len(ranks))
+            if len(ranks) < most or select.select([signalled], [], [], 0)[0]:
+                for rank in ranks:
+                    rank.send_signal(signal.SIGCONT)
+
+    signalled, waking = os.pipe()
+    os.set_blocking(waking, False)
+    before = signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
+    try:
+        with _watching(watch):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(signalled)
+        os.close(waking)
+
+
+@contextmanager
+def _watching(watch: Callable[[Event], None]) -> Iterator[None]:
+    """Run a function in a thread that ends when it is told so by an event."""
+    is_over = Event()
+    thread = Thread(target=watch, args=(is_over,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def start(count: int, arguments: Sequence[str], device: str) -> int:
     """Run the command line in so many processes on this machine, by torchrun's agent; return the exit code.
 
@@ -120,7 +190,8 @@ def start(count: int, arguments: Sequence[str], device: str) -> int:
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2, shutdown_timeout=SAVING_SECONDS,
     )  # fmt: skip
     try:
-        elastic_launch(config, sys.executable)("-m", "qlora_lite", *arguments)
+        with _continuing_stopped_ranks():
+            elastic_launch(config, sys.executable)("-m", "qlora_lite", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -41,7 +41,7 @@ from qlora_lite.train.rendezvous import joined
 from qlora_lite.train.shared_cores import sharing_cores
 from qlora_lite.units import format_bytes, format_seconds
 
-from .launch import HEARD_SECONDS, launched
+from .launch import HEARD_SECONDS, ending_with_launcher, launched
 from .resume import Continuation, follow, path_to_continue, reopen
 from .signals import Stop, stop_signals
 from .stages import Progress, Trained, prepare, prove
@@ -76,7 +76,7 @@ def run_recipe(
     require_recipe(recipe)
     if (found := launched()) is None:
         return _run(recipe, progress, resume, force, watch)
-    with joined(*found, recipe.model.device) as processes, _speaking(processes):
+    with ending_with_launcher(), joined(*found, recipe.model.device) as processes, _speaking(processes):
         check_packs(recipe, speeds_of(recipe, processes))
         try:
             if processes.is_first:

@@ -20,7 +20,7 @@ from qlora_lite.errors import first_line
 from .processes import FirstRankLostError, OtherRankError, Processes, RankLostError, Shards
 
 BUCKET_NUMBERS = 2**23  # of gradients that are added up at a time; 32 MiB in float32
-ANSWER_SECONDS = 45.0  # of a rank that is waited for in a step,
+ANSWER_SECONDS = 40.0  # of a rank that is waited for in a step,
 ANSWER_TIMES = 5  # or so many times as long as this one has ever taken
 FIRST_ANSWER = timedelta(minutes=10)  # before that is known
 VERDICT_SECONDS = 10.0  # that each next rank waits longer than the one before it, whose word and end it may be told
@@ -147,10 +147,14 @@ class ProcessGroup(Processes):
         """
         if tensor.device.type != "cpu":
             dist.all_reduce(tensor)
-        elif not _ends(dist.all_reduce(tensor, async_op=True), time.monotonic() + self._patience_seconds):
+            return
+        seconds = self._patience_seconds
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=seconds)  # after the group's, for which this process could not end
+        if not _ends(dist.group.WORLD.allreduce([tensor], options), time.monotonic() + seconds):
             silent = f"rank {1 - self.rank}" if self.world_size == 2 else "another rank"
             error = RankLostError if self.is_first else FirstRankLostError  # who has the first rank's word ends before
-            raise error(_silent(silent, self._patience_seconds))
+            raise error(_silent(silent, seconds))
 
     def _meet(self) -> None:
         """Return when all ranks have come here; a rank that does not in time is named.

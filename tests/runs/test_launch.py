@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from tiny_diffusion import diffusion_recipe, save_sd_pipeline
@@ -284,7 +285,37 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(rank, model_folder, tmp_pat
     began = time.monotonic()
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 2 and err.count("error: ") == 1, err
-    assert f"error: rank {rank} has not answered for" in err and time.monotonic() - began < 110, err
+    assert f"error: rank {rank} has not answered for" in err and time.monotonic() - began < 90, err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_interrupt_ends_and_saves_a_run_one_of_whose_ranks_is_stopped(rank, model_folder, tmp_path):
+    process = start(write_recipe(tmp_path, model_folder, train=LONG))
+    stop_when(process, "checkpoint written", lambda: os.kill(rank_of(rank, process), signal.SIGSTOP))
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130 and time.monotonic() - began < 15, err
+    assert "all of it is saved" in err and "error: " not in err, err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_ranks_end_and_save_when_their_launcher_is_killed(model_folder, tmp_path):
+    process = start(write_recipe(tmp_path, model_folder, train=LONG | {"max_steps": 2000}))
+    ranks = []
+
+    def kill():
+        ranks.extend(rank_of(rank, process) for rank in (0, 1))
+        process.kill()
+
+    stop_when(process, "checkpoint written", kill)
+    _, err = process.communicate(timeout=30)  # their standard error is this process's pipe until the last has ended
+    assert not any(psutil.pid_exists(rank) and psutil.Process(rank).status() != "zombie" for rank in ranks)
+    log_text = (tmp_path / "out" / "log.txt").read_text()
+    assert log_text.count("the launcher of these processes has ended") == 1 and "all of it is saved" in err, err
 
 
 @pytest.mark.slow
