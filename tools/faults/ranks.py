@@ -22,7 +22,7 @@ from faults.faults import at_call, failing_disk
 from faults.lab import Install, Lab, Row, count_calls
 
 FAULT, HAPPENED = "TORTURE_FAULT", "TORTURE_HAPPENED"  # variables: what is put in; a file that says when it came
-END_SECONDS = 90  # in which all have ended: 40 or 50 of silence, 3 for others' words, at most 30 until torchrun sends SIGKILL
+END_SECONDS = 90  # in which all have ended: 50 of silence, 3 for others' words, 30 until torchrun sends SIGKILL
 RUN_SECONDS = 240  # of a whole run
 TOOLS = Path(__file__).resolve().parents[1]
 
