@@ -5,6 +5,7 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -333,7 +334,8 @@ def largest_resolution(recipe: Recipe, machine: Machine, budget_bytes: int) -> i
         data = recipe.data.model_copy(update={"resolution": steps * step})
         return not plan_recipe(recipe.model_copy(update={"data": data}), machine, budget_bytes).fits
 
-    return step * most(missing, 0, MAX_RESOLUTION // step)
+    limit = recipe_denoiser.largest_edge(recipe) if recipe.generates_pictures else math.inf
+    return step * most(missing, 0, int(min(MAX_RESOLUTION, limit)) // step)
 
 
 def does_not_fit(plan: Plan, others: Sequence[Alternative]) -> DoesNotFitError:

@@ -1,5 +1,6 @@
 """The denoiser that a recipe's task section asks for: its pipeline, what it learns, and the shapes of its examples."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,13 @@ def resolution_multiple(recipe: Recipe) -> int:
     return pipeline.pixels_per_latent * model.multiple if model.takes_rectangles else 0
 
 
+def largest_edge(recipe: Recipe) -> float:
+    """Return how many pixels high and wide a picture may be: as far as the model's position embeddings reach."""
+    pipeline = pipeline_of(recipe)
+    model = skeleton_of(spec_in(pipeline))
+    return pipeline.pixels_per_latent * model.multiple * getattr(model.config, "pos_embed_max_size", math.inf)
+
+
 def fit_of(recipe: Recipe) -> Fit:
     """Return how a recipe's pictures become pixels.
 
@@ -63,7 +71,11 @@ def fit_of(recipe: Recipe) -> Fit:
     if not model.takes_rectangles and resolution != (size or 0) * scale:
         raise ModelError(f"data.resolution {resolution}: {type(model).__name__} takes pictures of its own size alone; "
                          f"write {(size or 0) * scale}, or remove it")  # fmt: skip
+    if resolution > (edge := largest_edge(recipe)):
+        raise ModelError(f"data.resolution {resolution}: the model's position embeddings reach {edge} pixels; write at "
+                         f"most {edge}")  # fmt: skip
     sizes = rectangles(resolution, multiple, recipe.data.buckets and model.takes_rectangles)
+    sizes = tuple(size for size in sizes if max(size) <= edge)
     channels = model.latent_channels if pipeline.autoencoder is None else pipeline.picture_channels
     if channels not in (1, 3):
         raise ModelError(f"{recipe.model.path} takes latents of {channels} channels and has no autoencoder (vae) that "

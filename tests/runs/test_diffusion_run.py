@@ -565,6 +565,9 @@ def test_resolutions_and_folders_that_are_wrong_are_one_clean_error(bases, tmp_p
     with pytest.raises(ModelError, match="takes pictures of its own size alone; write 8"):
         fit(bases["dit"], resolution=16)
     assert fit(bases["sd"], resolution=16, buckets=False).sizes == ((16, 16),)
+    with pytest.raises(ModelError, match=r"data\.resolution 36: the model's position embeddings reach 32 pixels"):
+        fit(bases["sd3"], resolution=36)
+    assert max(max(size) for size in fit(bases["sd3"], resolution=28).sizes) == 32
     with pytest.raises(ModelError, match=r"task\.labels are names of classes, and the denoiser .* knows none"):
         run_recipe(load_recipe(diffusion_recipe(tmp_path / "l", bases["sd"], **SMALL, task={"labels": ["hot"]})))
     base = shutil.copytree(bases["sd"], tmp_path / "cut")
@@ -669,6 +672,7 @@ def test_a_plan_needs_the_pipeline_s_configurations_alone(bases, tmp_path):
     assert planned(base, "data.resolution=16", "--vram", "8GiB")["fits"]
     asked = base, "memory.checkpointing=block", "memory.resident_layers=all", "--vram", "700MiB"
     largest = planned(*asked, "--max-resolution")["max_resolution"]
+    assert planned(bases["sd3"], "--vram", "8GiB", "--max-resolution")["max_resolution"] == 0  # its positions reach 32
     fits = [planned(*asked, f"data.resolution={n}")["fits"] for n in (largest, largest + 64)]
     assert largest % 64 == 0 and fits == [True, False]
     one_size = ["plan", str(bases["dit"]), "--vram", "8GiB", "--max-resolution"]
