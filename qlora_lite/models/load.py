@@ -12,6 +12,7 @@ language model alone is loaded (``nested``).
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -124,9 +125,19 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """Return the type whose matrices the device multiplies in hardware: bfloat16, a GPU's float16, or float32."""
     if device.type == "cuda":
         return getattr(torch, fastest_type(torch.cuda.get_device_capability(device)))
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = _cpu_capabilities()
     has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if has_bf16 and not _hides_avx512() else torch.float32
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    """Return torch's names of the instructions that this CPU has, as far as it says."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def _hides_avx512() -> bool:
+    """Return whether the environment keeps torch from the CPU's AVX-512."""
+    return os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
 
 
 def auto_dtype(fast: torch.dtype, model_type: str) -> torch.dtype:
@@ -139,7 +150,13 @@ def resolve_compute_dtype(name: str, device: torch.device, model_type: str = "")
 
     Args:
         model_type: transformers' name of the architecture; some exceed float16.
+
+    Raises:
+        ModelError: it is bfloat16 on a CPU whose AMX torch's attention would use, and may not.
     """
+    if name == "bfloat16" and device.type == "cpu" and _hides_avx512() and _cpu_capabilities().get("amx_bf16"):
+        raise ModelError("model.compute_dtype bfloat16: ATEN_CPU_CAPABILITY keeps torch from AVX-512, which its "
+                         "attention in bfloat16 needs on this CPU; unset it, or write float32")  # fmt: skip
     if name != "auto":
         return getattr(torch, name)
     fast = fast_dtype(device)

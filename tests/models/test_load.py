@@ -379,6 +379,15 @@ def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(m
     assert resolve_compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
+def test_bfloat16_is_not_computed_where_avx512_is_hidden_from_torch(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    assert resolve_compute_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert resolve_compute_dtype("auto", torch.device("cpu")) == torch.float32
+    with pytest.raises(ModelError, match="ATEN_CPU_CAPABILITY keeps torch from AVX-512"):
+        resolve_compute_dtype("bfloat16", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("card", "model_type", "dtype"), [
     ((6, 1), "llama", torch.float32), ((7, 0), "llama", torch.float16), ((7, 5), "qwen2", torch.float16),
     ((7, 5), "gemma3_text", torch.float32), ((7, 5), "gemma", torch.float16), ((8, 0), "gemma3_text", torch.bfloat16),
