@@ -706,3 +706,31 @@ def test_on_a_second_gpu_masks_are_drawn_again_numbers_are_waited_for_and_kernel
     done = subprocess.run([sys.executable, "-c", SECOND_GPU, tmp_path / "model"], capture_output=True, text=True,
                           env=environment | {"CARD_COUNT": "2"})  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+NOT_PINNED = """
+import torch
+from qlora_lite.ops.offload import host_memory
+
+def next_kernel_runs():
+    try:
+        return torch.zeros(8, device=gpu) is not None
+    except RuntimeError:
+        return False
+
+gpu = torch.device("cuda")
+assert host_memory(1 << 16, gpu).is_pinned() and not host_memory(1 << 20, gpu).is_pinned()
+assert next_kernel_runs()
+try:
+    torch.empty(1 << 20, pin_memory=True)
+except RuntimeError:
+    assert not next_kernel_runs() and next_kernel_runs()
+"""
+
+
+@OVER_A_CARD
+def test_after_memory_that_cannot_be_pinned_the_next_kernel_runs(tmp_path):
+    environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": str(TOOLS.parent)}
+    done = subprocess.run([sys.executable, "-c", NOT_PINNED], capture_output=True, text=True,
+                          env=environment | {"CARD_PINNED_BYTES": "100000"})  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -29,6 +29,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ from .shapes import device_type
 
 log = logging.getLogger("qlora_lite")
 MAX_PARTS = 4  # of the memory for a block's tensors; the last one is rounded up: at most a fifteenth too much
+REFUSALS = "out of memory", "OS call failed"  # of cudaHostAlloc; the second of some kernels of Linux (cupy issue 8733)
 
 
 def host_memory(size: int, device: torch.device) -> torch.Tensor:
@@ -49,7 +51,8 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
 
     Beside a GPU it is pinned, and a whole power of two is asked for, which torch's pool of pinned memory gives anyway.
     Where no more can be pinned (in WSL after 0.5 to 1 GiB: microsoft/WSL issue 14078, nvidia-docker issue 1725), it is
-    ordinary memory: the same copies, slower.
+    ordinary memory: the same copies, slower. On Windows the refusal stays behind as CUDA's last error, which the next
+    kernel raises as its own (MakazhanAlpamys/Soup issue 901), so a kernel without a purpose is run first.
     """
     taken = pinned_bytes(size) if device_type(device) == "cuda" else size
     host = device if device.type == "meta" else torch.device("cpu")  # a plan's tensors have no memory at all
@@ -58,8 +61,10 @@ def host_memory(size: int, device: torch.device) -> torch.Tensor:
             try:
                 return torch.empty(taken, dtype=torch.uint8, pin_memory=True)[:size]
             except RuntimeError as error:
-                if "out of memory" not in str(error):  # an earlier fault of the GPU, which shows here
+                if not any(words in str(error) for words in REFUSALS):  # an earlier fault of the GPU, which shows here
                     raise
+                with suppress(RuntimeError):  # of the refusal, which the next kernel raises again (torch on Windows)
+                    torch.ones(1, device=device)
                 _say_not_pinned(str(error).partition("\n")[0])
         return torch.empty(taken, dtype=torch.uint8, device=host)[:size]
 

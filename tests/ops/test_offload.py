@@ -19,18 +19,28 @@ KIB = 1024
 
 def test_where_no_more_can_be_pinned_ordinary_memory_is_taken_and_said_once(monkeypatch, caplog):
     make, message = torch.empty, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+    left_behind = []
 
     def refused(*size, pin_memory=False, **options):
         if pin_memory:
-            raise RuntimeError(message)
+            left_behind.append(RuntimeError(message))
+            raise left_behind[-1]
         return make(*size, **options)
 
+    def kernel(*size, device):  # raises what a refusal has left behind
+        assert device.type == "cuda"
+        if left_behind:
+            raise left_behind.pop()
+
     monkeypatch.setattr(torch, "empty", refused)
+    monkeypatch.setattr(torch, "ones", kernel)
     for _ in range(2):
         memory = host_memory(100, torch.device("cuda"))
-        assert memory.shape == (100,) and memory.device == CPU and not memory.is_pinned()
+        assert memory.shape == (100,) and memory.device == CPU and not memory.is_pinned() and not left_behind
     (said,) = caplog.messages
     assert "cannot be pinned any more (CUDA error: out of memory)" in said
+    message = "CUDA error: OS call failed or operation not supported on this OS"
+    assert not host_memory(100, torch.device("cuda")).is_pinned()
     message = "CUDA error: an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match="illegal memory access"):
         host_memory(100, torch.device("cuda"))

@@ -6,8 +6,9 @@
  * Memory of the card is address space of the host that is never written: copies to it are dropped, and what is read
  * from it is zero. Copies and events are over at once. The size of the card comes from the environment; a tool asks
  * for counts with the function at the end. CARD_COUNT cards, one if it is not set, each have memory of that size and
- * a default stream. runtime.py builds and preloads it, with a function that returns 0 for
- * every other name that torch and triton need from these libraries.
+ * a default stream. No more host memory can be pinned in one piece than CARD_PINNED_BYTES, where it is set. runtime.py
+ * builds and preloads it, with a function that returns 0 for every other name that torch and triton need from these
+ * libraries.
  *
  * A tool can have it compute: computing.py gives it work in the place of kernels. Then copies are made, and
  * both wait in the queues of their streams.
@@ -26,13 +27,15 @@
 static const size_t PAGE = 4096;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 enum { MOST_CARDS = 8 };
-static size_t total_bytes, used_bytes[MOST_CARDS];
+static size_t total_bytes, used_bytes[MOST_CARDS], largest_pinned_bytes;
 static int major, minor, cards;
 static __thread int current; /* the number of the card that a thread has chosen */
 static long launches, waits, allocations, pinned, managed_bytes;
 
 __attribute__((constructor)) static void begin(void) {
     const char *memory = getenv("CARD_BYTES"), *capability = getenv("CARD_CAPABILITY"), *count = getenv("CARD_COUNT");
+    const char *pinned_bytes = getenv("CARD_PINNED_BYTES");
+    largest_pinned_bytes = pinned_bytes ? strtoull(pinned_bytes, NULL, 10) : (size_t)-1;
     total_bytes = memory ? strtoull(memory, NULL, 10) : (size_t)80 << 30;
     cards = count ? atoi(count) : 1;
     if (cards > MOST_CARDS) abort();
@@ -83,9 +86,18 @@ static cudaError_t failed(cudaError_t error) {
     return error;
 }
 
+/* As seen with torch on Windows, the error stays for the next kernel although torch has asked for it once. */
+static __thread int stays;
+
+static cudaError_t not_pinned(void) {
+    stays = 1;
+    return failed(cudaErrorMemoryAllocation);
+}
+
 static cudaError_t hand_out(void **start, size_t size, enum cudaMemoryType type) {
     size = (size + PAGE - 1) / PAGE * PAGE + (size ? 0 : PAGE);
     if (type == cudaMemoryTypeDevice && !use(size, current)) return failed(cudaErrorMemoryAllocation);
+    if (type == cudaMemoryTypeHost && size > largest_pinned_bytes) return not_pinned();
     *start = reserve(size);
     struct Range *range = malloc(sizeof *range);
     pthread_mutex_lock(&lock);
@@ -455,7 +467,8 @@ cudaError_t cudaDeviceGetPCIBusId(char *name, int size, int device) {
 }
 cudaError_t cudaGetLastError(void) {
     cudaError_t error = last_error;
-    last_error = cudaSuccess;
+    if (!stays) last_error = cudaSuccess;
+    stays = 0;
     return error;
 }
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
