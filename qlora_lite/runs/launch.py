@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from qlora_lite.errors import LaunchError
 
+from .signals import describe_kill
+
 log = logging.getLogger("qlora_lite")
 
 _SIZES = {"WORLD_SIZE": "RANK", "PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
@@ -195,7 +197,7 @@ def start(count: int, arguments: Sequence[str], device: str) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            words = (f"rank {rank} was killed by {failure.signal_name()}, perhaps for the memory that it took; "
+            words = (f"rank {rank} was killed by {describe_kill(-failure.exitcode)}; "
                      "`qlora-lite train RECIPE --resume` resumes the newest checkpoint")  # fmt: skip
             raise LaunchError(words) from None
         return failure.exitcode

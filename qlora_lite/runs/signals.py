@@ -19,6 +19,17 @@ from typing import Any
 ACTING: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 HANG_UP: signal.Signals = next(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))
 ACTING[HANG_UP] = signal.SIG_DFL
+CAUSES = {
+    "SIGKILL": ", perhaps for the memory that it took",
+    "SIGABRT": ": a library ended it for a fault, or NCCL because another rank came too late to an exchange; its last "
+               "lines say which",
+}  # fmt: skip
+
+
+def describe_kill(number: int) -> str:
+    """Return the name of a signal that has ended a process, and why it may have come."""
+    name = signal.Signals(number).name if number in [*signal.Signals] else f"signal {number}"
+    return name + CAUSES.get(name, "")
 
 
 class StopNow(KeyboardInterrupt):

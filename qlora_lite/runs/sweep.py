@@ -37,6 +37,8 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, is_whole, overrides, recipe_of_point
 from qlora_lite.reporting.sweep_page import render_sweep
 
+from .signals import describe_kill
+
 log = logging.getLogger("qlora_lite")
 HASH_LETTERS = 12  # of a recipe's hash, in the name of a run's folder
 RUNS, RESULT, PAGE, STUDY = "runs", "sweep.json", "sweep.html", "optuna.log"
@@ -288,7 +290,7 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
         if exit_code:
             lines = [line for line in said.splitlines() if line.startswith("error: ")] or ["error: no reason"]
             if exit_code < 0:
-                lines = [f"the run was killed by signal {-exit_code}, perhaps for the memory that it took"]
+                lines = [f"the run was killed by {describe_kill(-exit_code)}"]
             status = DOES_NOT_FIT if exit_code == DoesNotFitError.exit_code else FAILED
             why = lines[0].removeprefix("error: ").removeprefix(f"{DOES_NOT_FIT}: ").partition(" (")[0]
             log.warning("sweep: %s: %s", status, why)

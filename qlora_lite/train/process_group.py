@@ -99,14 +99,16 @@ class ProcessGroup(Processes):
         super().__init__(rank, world_size, local_world_size)
         self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")
+        # NCCL counts from the host's call, which is ahead of the GPU or of a rank that compiles, and ends the process
+        patience = FIRST_ANSWER if "nccl" in dist.get_backend_config() else BLOCK_ANSWER
         if 1 < local_world_size < world_size and world_size % local_world_size == 0:
-            group, _ = dist.new_subgroups(local_world_size, timeout=BLOCK_ANSWER)
+            group, _ = dist.new_subgroups(local_world_size, timeout=patience)
             self._shards = GroupShards(rank % local_world_size, local_world_size, group)
             same = [[*range(first, world_size, local_world_size)] for first in range(local_world_size)]
-            self._machines, _ = dist.new_subgroups_by_enumeration(same, timeout=BLOCK_ANSWER)
+            self._machines, _ = dist.new_subgroups_by_enumeration(same, timeout=patience)
         else:
             self._machines = None
-            self._shards = GroupShards(rank, world_size, dist.new_group(timeout=BLOCK_ANSWER))
+            self._shards = GroupShards(rank, world_size, dist.new_group(timeout=patience))
         self._exchanged: float | None = None  # when last
         self._longest_seconds = 0.0  # between two of them
         self._answer_seconds = FIRST_ANSWER.total_seconds()  # of the present step

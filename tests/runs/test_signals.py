@@ -1,11 +1,12 @@
 """A signal is noted once, also where two senders send it; a later one acts at once."""
 
+import re
 import signal
 
 import pytest
 
 from qlora_lite.runs import signals
-from qlora_lite.runs.signals import StopNow, stop_signals
+from qlora_lite.runs.signals import StopNow, describe_kill, stop_signals
 
 
 @pytest.fixture
@@ -37,3 +38,12 @@ def test_of_one_process_the_second_signal_acts_at_once(clock):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     assert raised.value.stop is outer is not stop
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(9, "SIGKILL, perhaps for the memory"), (6, "SIGABRT: a library ended it for a fault, or NCCL"), (11, "SIGSEGV$"),
+     (255, "signal 255$")],
+)  # fmt: skip
+def test_only_a_signal_that_may_be_for_memory_is_explained_by_it(number, says):
+    assert re.match(says, describe_kill(number)) and ("memory" in describe_kill(number)) is (number == 9)

@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_says_so(lab):
     lab.exit_code = -9
     point = lab.run(axes={"lora.rank": [1]})["points"][0]
     assert (point["status"], point["runs"][0]["error"]) == (
-        FAILED, "the run was killed by signal 9, perhaps for the memory that it took",
+        FAILED, "the run was killed by SIGKILL, perhaps for the memory that it took",
     )  # fmt: skip
 
 

@@ -176,3 +176,22 @@ def waiting_for(number, count, folder, hanging, sums):
 )
 def test_a_rank_that_hangs_is_named_by_another(hanging, sums, tmp_path):
     together(2, "train.test_processes", "waiting_for", tmp_path, hanging, sums)
+
+
+@pytest.mark.parametrize(
+    ("backends", "minutes"), [("cpu:gloo,cuda:gloo", 1), ("cpu:gloo,cuda:nccl", 10)], ids=["gloo", "nccl"]
+)
+def test_nccl_which_ends_the_process_waits_longer_than_gloo_for_a_rank_in_a_step(backends, minutes, monkeypatch):
+    groups = []
+
+    def new(*_ranks, timeout, backend=None):
+        groups.append((backend, timeout.total_seconds() / 60))
+        return None, []
+
+    for name in ("new_group", "new_subgroups", "new_subgroups_by_enumeration"):
+        monkeypatch.setattr(process_group.dist, name, new)
+    monkeypatch.setattr(process_group.dist, "get_backend_config", lambda: backends)
+    ProcessGroup(0, 2)
+    assert groups == [("gloo", 120), (None, minutes)]
+    ProcessGroup(0, 4, 2)
+    assert groups[2:] == [("gloo", 120), (None, minutes), (None, minutes)]
