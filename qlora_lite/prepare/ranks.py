@@ -68,7 +68,8 @@ def plan_run(
         ModelError: see ``plan_recipe``.
     """
     device = resolve_device(recipe.model.device)
-    link = processes.shards.bytes_per_second(device)  # first: what NCCL takes of a GPU is not free for the run
+    processes.connect(device, recipe.adapter.method == "full")  # first: what NCCL takes is not free for the run
+    link = processes.shards.bytes_per_second(device)
     machine = this_machine(device, compute_dtype_of(recipe, device)).shared_by(processes.local_world_size)
     machine = replace(machine, link_bytes_per_second=link)
     settings = train_settings(recipe)

@@ -191,6 +191,17 @@ class ProcessGroup(Processes):
             dist.all_reduce(numbers, group=self._patient)
         return numbers.tolist()
 
+    def connect(self, device: torch.device, trains_parts: bool) -> None:
+        """See ``Processes``."""
+        count = self._shards.count
+        sizes = [2, *[1] * (count - 1)]
+        whole, rows = torch.zeros(sum(sizes), device=device), torch.zeros(count, 1, device=device)
+        self._shards.gather(whole, sizes, whole.split(sizes)[self._shards.rank])
+        if trains_parts:
+            self._shards.exchange(torch.empty_like(rows), rows)
+            if self._machines is not None:
+                dist.all_reduce(rows, group=self._machines)
+
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """See ``Processes``."""
         self._add_up(tensors, self._sum)

@@ -115,6 +115,13 @@ class Processes:
         """Return the largest of the ranks' numbers."""
         return max(self.gather(number))
 
+    def connect(self, device: torch.device, trains_parts: bool) -> None:
+        """Exchange something in each way in which ranks that divide weights do: NCCL takes memory at the first of each.
+
+        Args:
+            trains_parts: whether they train them.
+        """
+
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put the sum over all ranks, added in float32, in the place of each tensor."""
 

@@ -36,6 +36,7 @@ from qlora_lite.prepare.build import job_of
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting import plan_text
 from qlora_lite.runs.run import run_recipe
+from qlora_lite.train.processes import Processes
 from qlora_lite.units import format_bytes, format_seconds
 
 GIB = 2**30
@@ -693,6 +694,25 @@ def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, m
     with pytest.raises(Seen) as caught:
         ranks.plan_run(load_recipe(written), rows, ())
     assert caught.value.args[0].lengths == (max(row_lengths(rows)),)
+
+
+@pytest.mark.parametrize(("method", "trains_parts"), [("full", True), ("lora", False)])
+def test_ranks_are_connected_before_free_memory_is_read(method, trains_parts, recipe, monkeypatch):
+    class Read(Exception):
+        pass
+
+    class Connected(Processes):
+        def connect(self, device, trains_parts):
+            done.append(trains_parts)
+
+    def read(*_arguments):
+        raise Read
+
+    done = []
+    monkeypatch.setattr(ranks, "this_machine", read)
+    with pytest.raises(Read):
+        ranks.plan_run(recipe(f"adapter.method={method}", "model.quant=none"), (), (), processes=Connected())
+    assert done == [trains_parts]
 
 
 def test_on_a_cpu_the_host_s_memory_is_the_device_s(recipe):

@@ -133,6 +133,21 @@ def test_ranks_agree(tmp_path):
     together(3, "train.test_processes", "agreeing", tmp_path)
 
 
+def connecting(number, count, folder):
+    group, called = ProcessGroup(number, count, 2), []
+    for name in ("broadcast", "all_to_all_single", "all_reduce"):
+        plain = getattr(process_group.dist, name)
+        setattr(process_group.dist, name, lambda *a, name=name, plain=plain, **b: called.append(name) or plain(*a, **b))
+    group.connect(torch.device("cpu"), trains_parts=False)
+    assert called == ["broadcast"] * 2
+    group.connect(torch.device("cpu"), trains_parts=True)
+    assert called[2:] == ["broadcast", "broadcast", "all_to_all_single", "all_reduce"]
+
+
+def test_each_way_to_exchange_parts_of_a_model_is_used_once_to_connect(tmp_path):
+    together(4, "train.test_processes", "connecting", tmp_path)
+
+
 def left_alone(number, count, folder):
     group = ProcessGroup(number, count)
     if number == 1:
