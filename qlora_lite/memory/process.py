@@ -68,6 +68,8 @@ def segments_grow() -> bool:
     if settings:
         return any(GROWING in text for text in settings)
     is_share = any("MIG-" in os.environ.get(name, "") for name in DEVICE_VARIABLES)
+    if torch.cuda.is_initialized():  # in a container that is given a share, no variable may say so
+        is_share |= " MIG " in torch.cuda.get_device_name()
     return not is_share and not on_wsl() and "tegra" not in platform.release().lower()
 
 

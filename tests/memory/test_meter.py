@@ -161,6 +161,16 @@ def test_on_a_share_of_a_gpu_segments_stay_as_they_are(settings_of_the_allocator
     assert process.segments_grow()
 
 
+@pytest.mark.parametrize(
+    ("name", "grow"), [("NVIDIA A100-SXM4-40GB MIG 1g.5gb", False), ("NVIDIA A100-SXM4-40GB", True)]
+)
+def test_a_share_of_a_gpu_is_known_by_its_name_too(settings_of_the_allocator, name, grow, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    meter.grow_segments(torch.device("cuda"))
+    assert len(settings_of_the_allocator) == grow and process.segments_grow() is grow
+
+
 def test_a_process_is_held_to_its_budget_and_to_what_is_free(monkeypatch):
     card, total, shares = SimpleNamespace(type="cuda"), 16 * GIB, []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=total))
