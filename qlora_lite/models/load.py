@@ -36,6 +36,7 @@ from qlora_lite.memory.meter import free_bytes, grow_segments, keep_few_kernels,
 from qlora_lite.ops.attention import row_attention
 from qlora_lite.ops.gated import use_lean_mlps
 from qlora_lite.ops.norm import use_lean_norms
+from qlora_lite.quant.bnb import architectures
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import from_bnb_state
@@ -96,29 +97,28 @@ def _warn_once(text: str) -> None:
 
 
 def missing_kernels(device: torch.device) -> str:
-    """Say why this build of torch cannot compute on a GPU, and the cure; "" where it can.
+    """Say why this build of torch or of bitsandbytes cannot compute on a GPU, and the cure; "" where both can.
 
     A build has machine code for some generations, and may have one form that newer GPUs translate.
     """
     if torch.version.cuda is None:
         return ""
     capability = torch.cuda.get_device_capability(device)
-    names = torch.cuda.get_arch_list()
-    if not names:
-        return ""
-    newest = 0, 0
-    for kind, major, minor, only in (found.groups() for name in names if (found := _ARCHITECTURE.fullmatch(name))):
-        built = int(major), int(minor)
-        newest = max(newest, built)
-        if built == capability or (
-            built <= capability and only != "a" and (kind == "compute" or built[0] == capability[0])
+    for library, names, cure in (
+        (f"torch {torch.__version__}", torch.cuda.get_arch_list(),
+         "install a build for it from pytorch.org, such as one for {} CUDA"),
+        ("bitsandbytes", architectures(), "build it from source (huggingface.co/docs/bitsandbytes/installation)"),
+    ):  # fmt: skip
+        parts = [found.groups() for name in names if (found := _ARCHITECTURE.fullmatch(name))]
+        built = [((int(major), int(minor)), kind, only) for kind, major, minor, only in parts]
+        if built and not any(
+            own == capability or (own < capability and only != "a" and (kind == "compute" or own[0] == capability[0]))
+            for own, kind, only in built
         ):
-            return ""
-    name, other = torch.cuda.get_device_name(device), "a later" if capability > newest else "an earlier"
-    return (
-        f"torch {torch.__version__} has no kernels for {name}, compute capability {capability[0]}.{capability[1]} "
-        f"(it has {', '.join(names)}): install a build for it from pytorch.org, such as one for {other} CUDA"
-    )
+            other = "a later" if capability > max(built)[0] else "an earlier"
+            return (f"{library} has no kernels for {torch.cuda.get_device_name(device)}, compute capability "
+                    f"{capability[0]}.{capability[1]} (it has {', '.join(names)}): {cure.format(other)}")  # fmt: skip
+    return ""
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -11,9 +11,13 @@ bitsandbytes 0.50.2 (backends/cpu/ops.py, backends/default/ops.py) and torch 2.1
 """
 
 import logging
+import re
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 _ASKING = "bitsandbytes.backends.cpu.ops"  # the logger that says that there is no package ``kernels``
 _HIDDEN = "kernels", "torch._inductor.compiler_bisector"  # the second is the first that torch.compile imports
@@ -40,9 +44,36 @@ with _plain():
     from bitsandbytes import functional, optim
     from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
 
-__all__ = ["functional", "has_native_library", "optim"]
+__all__ = ["architectures", "functional", "has_native_library", "optim"]
+
+# What a container of CUDA code begins with: magic, version and size of this header, and the size of what follows
+_FATBIN = re.escape(struct.pack("<IHH", 0xBA55ED50, 1, 16)) + b"(.{8})"
 
 
 def has_native_library() -> bool:
     """Return whether bitsandbytes found its compiled library, without which it computes in plain torch."""
     return not isinstance(lib, ErrorHandlerMockBNBNativeLibrary)
+
+
+@cache
+def architectures(library: str = "") -> tuple[str, ...]:
+    """Return what GPUs a library has kernels for, as ``torch.cuda.get_arch_list`` does; on others they end the process.
+
+    Read are the containers of CUDA code in the file, with entries of PTX (1) or machine code (2): sizes at 4 and 8, the
+    architecture at 28. PTX beside a section for nvcc's linker is not in the linked code.
+
+    Args:
+        library: its path; "" is bitsandbytes' own.
+    """
+    path = Path(library or (lib._lib._name if has_native_library() else ""))
+    data = path.read_bytes() if path.is_file() else b""
+    kinds, found = {2: "sm"} if b"__nv_rel" in data else {1: "compute", 2: "sm"}, set()
+    for container in re.finditer(_FATBIN, data, re.DOTALL):
+        place, (size,) = container.end(), struct.unpack("<Q", container[1])
+        end = min(place + size, len(data) - 32)
+        while place < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
+            if kind in kinds:
+                found.add((*struct.unpack_from("<I", data, place + 28), kinds[kind]))
+            place += max(1, header + size)
+    return tuple(f"{kind}_{number}" for number, kind in sorted(found))

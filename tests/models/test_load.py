@@ -21,7 +21,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.models import unused_gpu
-from qlora_lite.models.load import _warn_once, adopt, load_model, resolve_compute_dtype, resolve_device
+from qlora_lite.models.load import _warn_once, adopt, load_model, missing_kernels, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeOnArrival, quantize_head, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model, read_config
@@ -362,6 +362,7 @@ def test_a_gpu_for_which_this_torch_has_no_kernels_is_refused_by_name(card, buil
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("qlora_lite.models.load.grow_segments", lambda _device: None)
+    monkeypatch.setattr("qlora_lite.models.load.architectures", lambda: [])
     if not cure:
         assert resolve_device("auto").type == "cuda"
     else:
@@ -369,6 +370,20 @@ def test_a_gpu_for_which_this_torch_has_no_kernels_is_refused_by_name(card, buil
         with pytest.raises(ModelError, match=said):
             resolve_device("auto")
     assert resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(("card", "built", "missing"), [
+    ((8, 7), ["sm_80", "sm_90"], False), ((12, 1), ["sm_120"], False), ((11, 0), ["sm_100", "sm_120"], True),
+    ((5, 2), ["sm_60", "compute_90"], True), ((11, 0), [], False),
+])  # fmt: skip
+def test_a_gpu_for_which_bitsandbytes_has_no_kernels_is_refused_by_name(card, built, missing, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", "compute_50"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Thor")
+    monkeypatch.setattr("qlora_lite.models.load.architectures", lambda: built)
+    said = missing_kernels(torch.device("cuda"))
+    assert said.startswith("bitsandbytes has no kernels for Thor, compute capability") is missing is bool(said)
 
 
 def test_without_fast_bf16_the_compute_type_is_float32_with_one_line_saying_so(monkeypatch, caplog):
