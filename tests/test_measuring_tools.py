@@ -734,3 +734,31 @@ def test_after_memory_that_cannot_be_pinned_the_next_kernel_runs(tmp_path):
     done = subprocess.run([sys.executable, "-c", NOT_PINNED], capture_output=True, text=True,
                           env=environment | {"CARD_PINNED_BYTES": "100000"})  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+WAITS = """
+import torch
+from simulated_gpu.runtime import counts
+from torch import nn
+
+from qlora_lite.ops import encoder_attention, flex_attention
+from qlora_lite.ops.token_rows import HeadWithRows, RowsOver
+
+gpu = torch.device("cuda")
+query, table = torch.zeros(2, 1, 8, 4, device=gpu), torch.zeros(9, 4, device=gpu)
+ids = torch.zeros(6, dtype=torch.long, device=gpu)
+head = HeadWithRows(nn.Linear(4, 9, device=gpu), (2, 7, 8), nn.Parameter(torch.zeros(3, 4, device=gpu)))
+before = counts()
+flex_attention._tables((300, 60), None, gpu)
+encoder_attention._mask((8, 5), 8, None, query)
+rows = RowsOver(table, head.tokens, head.token_rows, head.token_ids)
+rows[0:8], rows[8:9], rows.places(ids)
+print(counts().waits - before.waits, counts().launches > before.launches)
+"""
+
+
+@OVER_A_CARD
+def test_tables_of_attention_and_rows_of_tokens_reach_the_gpu_without_a_wait(tmp_path):
+    environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+    done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, env=environment)
+    assert done.stdout == "0 True\n", done.stdout + done.stderr

@@ -87,7 +87,8 @@ def head(model: nn.Module) -> Head:
         weight = WeightRows(layer, model.dtype)
     else:
         weight = layer.rows if isinstance(layer, HostHead) else layer.weight
-    weight = weight if with_rows is None else RowsOver(weight, with_rows.tokens, with_rows.token_rows)
+    if with_rows is not None:
+        weight = RowsOver(weight, with_rows.tokens, with_rows.token_rows, with_rows.token_ids)
     return Head(weight, getattr(layer, "bias", None), scale, softcap)
 
 

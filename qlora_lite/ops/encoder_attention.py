@@ -19,6 +19,7 @@ import torch
 
 from .fused_attention import fused_attention
 from .shapes import kernel_rows
+from .transfer import sent
 
 
 def encoder_attention(
@@ -78,7 +79,7 @@ def _mask(lengths: Sequence[int], size: int, window: int | None, like: torch.Ten
         places = torch.arange(size, device=like.device)
         seen = ((places[:, None] - places).abs() < window)[None, None]
     if any(length < size for length in lengths):
-        ends = torch.tensor(lengths, device=like.device)[:, None, None, None]
+        ends = sent(torch.tensor(lengths), like.device)[:, None, None, None]
         inside = torch.arange(size, device=like.device) < ends
         seen = inside if seen is None else seen & inside
     if seen is None:

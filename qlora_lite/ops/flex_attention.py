@@ -35,6 +35,7 @@ from qlora_lite.memory.work import FLOP_FORMULAS
 
 from .compiled import MAX_GRAPHS, as_outside
 from .shapes import device_type, has_triton
+from .transfer import sent
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def _tables(row_lengths: tuple[int, ...], window: int | None, device: torch.devi
         mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
         mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices,
     )  # fmt: skip
-    first_keys, *tables = (tensor.to(device) for tensor in (_first_keys(row_lengths, window), *tables))
+    first_keys, *tables = (sent(tensor, device) for tensor in (_first_keys(row_lengths, window), *tables))
     for tensor, begin in ((first_keys, 0), *((table, 2) for table in tables)):
         for dimension in range(begin, tensor.ndim):
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)

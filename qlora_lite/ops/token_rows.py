@@ -9,6 +9,7 @@ Legend: V rows of the table, n tokens, D hidden size.
 Source: peft's ``trainable_token_indices`` does the same by a copy of the table with the rows in it, one a forward.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +27,14 @@ class RowsOver:
         table: [V, D], a tensor or anything that gives rows of one for a slice or for numbers.
         tokens: numbers of rows, rising.
         rows: [n, D], theirs.
+        token_ids: the tokens int64 [n] where the rows are, for which a GPU need not be waited for; None makes them.
     """
 
-    def __init__(self, table: Any, tokens: Sequence[int], rows: torch.Tensor):
+    def __init__(
+        self, table: Any, tokens: Sequence[int], rows: torch.Tensor, token_ids: torch.Tensor | None = None
+    ):  # fmt: skip
         self.table, self.tokens, self.trained = table, tuple(tokens), rows
+        self.token_ids = torch.tensor(self.tokens, device=rows.device) if token_ids is None else token_ids
         self.shape = (max(table.shape[0], tokens[-1] + 1), table.shape[1])
 
     def __getitem__(self, which: slice | torch.Tensor) -> torch.Tensor:
@@ -39,19 +44,18 @@ class RowsOver:
             own = self.trained.detach()[places.clamp(min=0)].to(found.dtype)
             return torch.where((places >= 0)[:, None], own, found)
         start, stop, _ = which.indices(self.shape[0])
-        inside = [(number, token - start) for number, token in enumerate(self.tokens) if start <= token < stop]
+        inside = slice(bisect_left(self.tokens, start), bisect_left(self.tokens, stop))
         found = self.table[min(start, size) : min(stop, size)]
-        if not inside:
+        if inside.start == inside.stop:
             return found
-        numbers, places = (torch.tensor(each, device=found.device) for each in zip(*inside, strict=True))
         longer = found.new_zeros((stop - start, self.shape[1]))
         longer[: len(found)] = found
-        longer[places] = self.trained.detach()[numbers].to(found.dtype)
+        longer[self.token_ids[inside] - start] = self.trained.detach()[inside].to(found.dtype)
         return longer
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Return which of the rows each token has, -1 for the table's own; int64 in the shape of ids."""
-        return places_of(ids, torch.tensor(self.tokens, device=ids.device))
+        return places_of(ids, self.token_ids)
 
 
 def places_of(ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
