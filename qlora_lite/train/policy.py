@@ -45,6 +45,7 @@ from qlora_lite.ops.transfer import sent
 
 from .causal_lm import CausalLM
 from .forward import hidden_states
+from .out_of_memory import free_cached_memory
 from .preference import Sequences, sequences_in
 from .processes import ALONE, Processes
 from .settings import TrainSettings
@@ -252,6 +253,7 @@ class PolicyLM(CausalLM):
         at_once = max(len(batch.factors) for batch in batches)
         drawn = o.temperature if learns else 0.0
         said = self.answer(model, prompts, drawn, seed, numbers, o.max_completion_tokens, at_once)
+        free_cached_memory(self.device(model))  # no tensor of the step gets what a recorded token took until then
         judged = self.judge(flat, [answer.text for answer in said])
         rewards = sum(judged.values(), torch.zeros(len(flat)))
         lengths = torch.tensor([float(len(answer.token_ids)) for answer in said])

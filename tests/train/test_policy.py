@@ -359,6 +359,18 @@ def test_an_evaluation_draws_no_numbers_so_that_one_that_is_cut_off_is_done_agai
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_memory_that_only_the_answers_took_is_free_before_the_step_learns(monkeypatch):
+    done = []
+    monkeypatch.setattr("qlora_lite.train.policy.free_cached_memory", lambda device: done.append(f"free {device}"))
+    work = workload()
+    work = replace(
+        work, answer=lambda *given: done.append("answer") or said(*given),
+        judge=lambda *given: done.append("judge") or judged(*given),
+    )  # fmt: skip
+    work.prepare_step(adapted(work), [work.collate(rows())])
+    assert done == ["answer", "free cpu", "judge"]
+
+
 def test_a_policy_without_answers_or_of_a_capped_head_is_refused():
     work = replace(workload(), answer=None)
     with pytest.raises(TrainingError, match="what answers"):
