@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -173,6 +174,52 @@ def test_the_kernel_computes_the_same_over_triton_s_interpreter():
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert "compared" in done.stdout, done.stderr
+
+
+def compiled(capability, across):
+    """Compile the kernel for bfloat16 and a generation of GPUs, with weights whose elements lie one by one across."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qlora_lite.ops import grouped_kernel as ours
+
+    names = ours._kernel.arg_names
+    kinds = dict.fromkeys(names, "i32") | dict.fromkeys(("out", "rows", "weights", "bias"), "*bf16")
+    kinds |= {"places": "*i64", "offsets": "*i64", "scale": "*fp32"}
+    tile = {"PAIRS": ours.BLOCK_PAIRS, "OUT": ours.BLOCK_OUT, "IN": ours.BLOCK_IN_BYTES // 2}
+    fixed = {across: 1, "EXPERTS": 128, "IN_FLOAT32": False, "ADD": True} | tile
+    whole = {"in_features", "out_features", "expert_stride", "in_stride", "out_stride"} - {across}
+    constants = {(names.index(name),): value for name, value in fixed.items()}
+    aligned = [number for number, name in enumerate(names) if name in whole or "*" in kinds[name]]
+    source = ASTSource(
+        ours._kernel, kinds | dict.fromkeys(fixed, "constexpr"), constants,
+        {(number,): [["tt.divisibility", 16]] for number in aligned},
+    )  # fmt: skip
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    return compile(source, target=target, options=ours.launch_options(capability, torch.bfloat16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("across", ["in_stride", "out_stride"])
+@pytest.mark.parametrize(
+    ("capability", "product", "warps", "shared_kib"),
+    [((8, 9), "mma.sync", 8, 100), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ((8, 0), "mma.sync", 8, 164), ((8, 6), "mma.sync", 8, 100), ((12, 0), "mma.sync", 8, 100),
+        ((9, 0), "wgmma", 4, 228), ((10, 0), "tcgen05.mma", 4, 228),
+    ))],
+)  # fmt: skip
+def test_a_multiprocessor_holds_two_programs_whose_sums_stay_in_registers(
+    capability, product, warps, shared_kib, across, tmp_path
+):
+    from triton import knobs
+
+    found, file = compiled(capability, across), tmp_path / "kernel.cubin"
+    file.write_bytes(found.asm["cubin"])
+    used = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-res-usage", file], text=True)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
+    assert product in found.asm["ptx"] and found.metadata.num_warps == warps and stack <= 24  # bytes
+    assert 2 * registers * 32 * warps <= 2**16 and 2 * (found.metadata.shared + 1024) <= shared_kib * 1024
 
 
 @pytest.mark.gpu
