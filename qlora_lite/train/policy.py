@@ -32,6 +32,7 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from qlora_lite.data.batch import Batch, Extent
 from qlora_lite.data.storage import Example, prompt_tokens
@@ -312,14 +313,15 @@ class PolicyLM(CausalLM):
         no_mask = {"attention_mask": ids.new_empty((count, 1, 0, 0))} if uses_row_attention(model) else {}
         positions = torch.arange(prompt + new, device=device)[None]
         base = anatomy.decoder(model)
-        kept = base(input_ids=ids, position_ids=positions[:, :prompt], use_cache=True, **no_mask).past_key_values
+        # the argument's name in transformers from 5.2x on, and before; its result need not name what was kept
+        name = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
+        kept = DynamicCache(config=base.config)
+        base(input_ids=ids, position_ids=positions[:, :prompt], use_cache=True, **{name: kept}, **no_mask)
         for layer in kept.layers:
             for name in ("keys", "values"):
                 if isinstance(tensor := getattr(layer, name, None), torch.Tensor):  # other layers keep a state
                     longer = torch.cat([tensor, tensor[:, :, -1:].expand(-1, -1, new - 1, -1)], dim=2)
                     setattr(layer, name, longer)
-        # the argument's name in transformers from 5.2x on, and before
-        name = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         base(input_ids=ids[:, :1], position_ids=positions[:, -1:], use_cache=True, **{name: kept}, **no_mask)
 
     def choose_kernels(

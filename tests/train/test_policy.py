@@ -264,7 +264,7 @@ def test_a_memory_probe_keeps_a_group_s_keys_and_values_before_its_step(monkeypa
     assert measured == 1 < len(seen) and all(count % GROUP == 0 for count in seen)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["qwen3_next", "mistral", "gpt2", "recurrent_gemma", "mamba"])
 def test_a_group_s_memory_is_probed_of_models_that_keep_other_things_than_keys(name):
     model = quantized_pair(name)[0]
     work = workload()
