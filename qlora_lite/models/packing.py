@@ -5,6 +5,7 @@ nobody has looked at may show it only when logits are compared (``train.text_gua
 """
 
 import inspect
+from collections.abc import Sequence
 from weakref import WeakSet
 
 from torch import nn
@@ -34,6 +35,11 @@ def use_own_attention(model: nn.Module) -> None:
 def runs_unpacked(model: nn.Module) -> bool:
     """Return whether the rows of a batch must be run one by one."""
     return model in _run_alone
+
+
+def passes(model: nn.Module, lengths: Sequence[int]) -> int:
+    """Return how often the blocks run for sequences of these lengths: once for all, or for each that runs alone."""
+    return len(lengths) if runs_unpacked(model) else 1
 
 
 def longest_possible(config) -> int | None:

@@ -309,7 +309,7 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         with _explaining_forward(workload.name, workload.is_quantized):
             probe_step(
                 workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
-                job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward,
+                job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward, job.shape.lengths,
             )  # fmt: skip
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)

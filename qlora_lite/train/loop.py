@@ -204,6 +204,7 @@ class Trainer:
                 evaluation and work.inputs(evaluation, device), s.max_grad_norm,
                 self._accumulates,
                 s.options.optimizer_in_backward,
+                work.shape(largest).lengths,
             )  # fmt: skip
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)

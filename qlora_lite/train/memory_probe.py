@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.memory.marks import category, phase
+from qlora_lite.models.packing import passes
 
 from .divided_weights import parts_of
 from .optim import UpdatesInBackward, clip_scale, fill_gradients, gradient_norms, is_updated_on_host, updating
@@ -21,6 +22,7 @@ from .workload import Workload
 def probe_step(
     workload: Workload, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer,
     inputs, eval_inputs, max_grad_norm: float, accumulating: bool, updates_in_backward: bool = False,
+    lengths: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Go through forward, backward, optimizer and evaluation as any later step would, and forget the results.
 
@@ -32,7 +34,8 @@ def probe_step(
         inputs: those of the largest micro-batch.
         eval_inputs: those of the largest evaluation batch; None if there is none.
         accumulating: the micro-batch is not the first of its step, so that gradients are there already.
-        updates_in_backward: see ``optim.UpdatesInBackward``.
+        updates_in_backward: see ``optim.UpdatesInBackward``; it needs the next.
+        lengths: of the sequences of ``inputs``.
     """
     for together in [[parameter] for parameter in parameters] if updates_in_backward else [parameters]:
         with category("offloaded" if is_updated_on_host(optimizer, together) else "gradients"):
@@ -45,9 +48,9 @@ def probe_step(
     with torch.no_grad(), phase("forward"):
         workload.probe_preparation(model, inputs)
     if updates_in_backward:
-        with UpdatesInBackward(optimizer, True, parts_of(model)) as updates:
+        with UpdatesInBackward(optimizer, True, parts_of(model), passes(model, lengths)) as updates:
             accumulate_gradients(workload, model.train(), [inputs])
-        updates.update_whole()
+        updates.update_rest()
     else:
         accumulate_gradients(workload, model.train(), [inputs])
         probe_update(parameters, optimizer, max_grad_norm)

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -197,33 +198,40 @@ class UpdatesInBackward:
     backward passes a step, leaving a step out. It costs a call of the optimizer a factor, each of which looks at all
     factors for the one with a gradient.
 
+    A checkpointed block brings its part of a gradient each time that it is recomputed. Where sequences run one by one,
+    that is once for each: parts are added up until the last one has come, and what comes in fewer (of an uncheckpointed
+    block, or of an expert that not every sequence reaches) is updated by ``update_rest``.
+
     Where ranks have divided weights, those that are whole have gradients that are still to be added up: these are kept
-    until ``update_whole``.
+    until then too.
 
     Args:
         optimizer: any that leaves parameters without a gradient alone, as all of ``build_optimizer``'s do.
         probing: let the optimizer see gradients of zero.
         parts: see ``build_optimizer``.
+        passes: how often blocks run in a step: ``models.packing.passes``.
 
     Source: the idea of LOMO, arXiv 2306.09782, section 3.1.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, probing: bool = False, parts: Parts | None = None
+        self, optimizer: torch.optim.Optimizer, probing: bool = False, parts: Parts | None = None, passes: int = 1
     ):  # fmt: skip
-        self.optimizer, self.probing = optimizer, probing
+        self.optimizer, self.probing, self.passes = optimizer, probing, passes
         self.parameters = parameters_of(optimizer)
         is_divided = parts is not None and parts.count > 1
         self._whole = [p for p in self.parameters if p not in parts.values] if is_divided else []
-        self._kept: dict[torch.nn.Parameter, torch.Tensor] = {}  # gradients of these
+        self._kept: dict[torch.nn.Parameter, torch.Tensor] = {}  # gradients of these, and parts of others'
+        self._come: Counter[torch.nn.Parameter] = Counter()  # parts of each gradient
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._handles: list = []
 
     def __enter__(self):
         self._norms.clear()
+        self._come.clear()
         whole = {*self._whole}
         self._handles = [
-            p.register_post_accumulate_grad_hook(self._keep if p in whole else self._update) for p in self.parameters
+            p.register_post_accumulate_grad_hook(self._keep if p in whole else self._take) for p in self.parameters
         ]
         return self
 
@@ -231,10 +239,18 @@ class UpdatesInBackward:
         for handle in self._handles:
             handle.remove()
 
-    def _update(self, parameter: torch.nn.Parameter) -> None:
-        if parameter in self._norms:
+    def _take(self, parameter: torch.nn.Parameter) -> None:
+        self._come[parameter] += 1
+        if self._come[parameter] > self.passes:
             raise TrainingError("memory.optimizer_in_backward: a weight got its gradient in two parts, as one that "
                                 "blocks share does; set it to false")  # fmt: skip
+        if self.passes > 1:
+            self._keep(parameter)
+        if self._come[parameter] == self.passes:
+            parameter.grad = self._kept.pop(parameter, parameter.grad)
+            self._update(parameter)
+
+    def _update(self, parameter: torch.nn.Parameter) -> None:
         if self.probing:
             parameter.grad.zero_()
         self._norms[parameter] = gradient_norms([parameter])
@@ -246,11 +262,13 @@ class UpdatesInBackward:
         gradient, parameter.grad = parameter.grad, None
         self._kept[parameter] = self._kept[parameter].add_(gradient) if parameter in self._kept else gradient
 
-    def update_whole(self, processes: Processes = ALONE) -> None:
-        """Update the whole weights with the sums of all ranks' gradients, and what got no gradient with zeros."""
+    def update_rest(self, processes: Processes = ALONE) -> None:
+        """Update the whole weights with the sums of all ranks' gradients, and others that have not been updated with
+        the parts of their gradients that came, with zeros where none did."""
         whole = {*self._whole}
         for parameter in self.parameters:
             if parameter not in whole and parameter not in self._norms:
+                parameter.grad = self._kept.pop(parameter, None)
                 fill_gradients([parameter])
                 self._update(parameter)
         for parameter, gradient in self._kept.items():

@@ -16,6 +16,7 @@ from torch import nn
 from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.memory_options import stream_of
+from qlora_lite.models.packing import passes
 from qlora_lite.ops.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
@@ -170,9 +171,9 @@ def train_step_in_backward(
         about = int(tokens), int(targets), dict(zip(metrics, values, strict=True))
         if not math.isfinite(value):
             return StepResult(value, value, sums[0][None], *about)
-        with phase("backward"), UpdatesInBackward(optimizer, parts=parts) as updates:
+        with phase("backward"), UpdatesInBackward(optimizer, False, parts, passes(model, shape.lengths)) as updates:
             _backward(model, loss)
-    updates.update_whole(processes)
+    updates.update_rest(processes)
     norms = norms_of_all(model, updates.parameters, updates.norms(), processes)
     return StepResult(value, torch.linalg.vector_norm(norms).item(), norms, *about)
 

@@ -284,8 +284,6 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
         given["gradient_accumulation_steps"] = 1
     found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()
              if given[name] != only]  # fmt: skip
-    if runs_unpacked(model):
-        found.append("this model, whose rows run one by one (set memory.optimizer_in_backward to false)")
     if model.dtype == torch.float16:
         found.append(f"a model in float16 ({UPDATES_IN_FLOAT16})")
     if found:

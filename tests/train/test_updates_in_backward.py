@@ -13,14 +13,13 @@ from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.models.packing import run_unpacked
+from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.planning import simulate
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import UpdatesInBackward, build_optimizer
 from qlora_lite.train.state import STATE, capture, restore
-from qlora_lite.train.text_guards import check_updates_in_backward
 from qlora_lite.train.workload import BatchShape, LossSum
 
 IN_BACKWARD = MemoryOptions(optimizer_in_backward=True)
@@ -115,13 +114,28 @@ def test_what_needs_all_gradients_is_refused(changes, reason):
         trainer(**(WHOLE | changes), options=IN_BACKWARD)
 
 
-def test_a_model_whose_rows_run_one_by_one_is_refused():
-    training = trainer(**WHOLE, options=IN_BACKWARD)
-    run_unpacked(training.model)
-    with pytest.raises(
-        TrainingError, match=r"this model, whose rows run one by one \(set memory\.optimizer_in_backward to false\)"
-    ):
-        check_updates_in_backward(training.model, training.settings)
+@pytest.mark.parametrize(("name", "options"), [
+    ("mamba", MemoryOptions()), ("lfm2", MemoryOptions(layers_per_checkpoint=2)),
+    ("lfm2", MemoryOptions(resident_layers=0, offload_checkpoints=True)), ("lfm2", MemoryOptions("none")),
+    ("recurrent_gemma", MemoryOptions(uncheckpointed_layers=1)),
+])  # fmt: skip
+def test_sequences_that_run_one_by_one_add_up_their_parts_of_a_gradient_before_its_update(name, options):
+    plain, steps = run(options, model_type=name, max_steps=2)
+    training, in_backward = run(replace(options, optimizer_in_backward=True), model_type=name, max_steps=2)
+    assert runs_unpacked(training.model)
+    for one, other in zip(in_backward, steps, strict=True):
+        assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
+
+
+def test_a_part_that_does_not_come_leaves_the_update_to_the_end():
+    used, unused = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    with UpdatesInBackward(build_optimizer([used, unused], "adamw_torch", 0.1, 0.0), passes=3) as updates:
+        for _ in range(2):
+            used.sum().backward()
+        assert used.eq(1).all() and used.grad is None
+    updates.update_rest()
+    assert torch.allclose(used, torch.tensor(0.9)) and updates.norms().tolist() == [4.0, 0.0]
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
