@@ -40,6 +40,7 @@ from .progress import Progress
 METHOD = "qlora_lite"
 PART_BYTES = 1 << 28  # of a file: a process may have few open at one time
 ALIGNMENT = 64  # bytes, of a tensor in a file: what any type, and a processor's vectors, are content with
+CAST_TO_HEAD = ("mamba", "mamba2", "falcon_mamba", "xlstm", "hy_v4", "hy_v4_vl")  # their forward, in transformers 5.24
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -399,8 +400,11 @@ def quantize_head(model: nn.Module, quant: str, double_quant: bool) -> None:
         quant: how the blocks are stored; beside what is no format to quantise to ("none", "keep") the head is NF4.
 
     Raises:
-        ModelError: a row of the head is not made of whole blocks.
+        ModelError: a row of the head is not made of whole blocks, or the model cannot use a packed head.
     """
+    if model.config.model_type in CAST_TO_HEAD:
+        raise ModelError(f"a {model.config.model_type} model rounds what its head reads to the type of the stored "
+                         "weight, which 4-bit codes are not: set model.quant_head to false")  # fmt: skip
     head, quant_type = model.get_output_embeddings(), quant if quant in FOUR_BIT else "nf4"
     if head.weight.shape[1] % BLOCK_SIZE:
         raise ModelError(f"a head with rows of {head.weight.shape[1]} weights cannot be read row by row in 4 bit: set "

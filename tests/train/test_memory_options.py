@@ -25,7 +25,7 @@ from memory_option_cases import (
     gradients_of_steps,
     losses_without_gradients,
 )
-from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_batch, random_factors
+from tiny import ARCHITECTURES, UNUSUAL, build_tiny, config_of, quantized_pair, random_batch, random_factors
 from tiny_trainer import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +38,7 @@ from qlora_lite.models.load import use_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, on_host, place, set_memory_options, stream_of
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_head
+from qlora_lite.models.skeleton import meta_model
 from qlora_lite.ops.kept_attention import FUSED
 from qlora_lite.ops.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear
@@ -425,6 +426,12 @@ def test_a_head_in_four_bits_stays_on_the_device():
     quantize_head(model, "nf4", True)
     with pytest.raises(ModelError, match=r"memory\.head host is for a 16-bit head, and this one is a QuantLinear"):
         place(model, CPU, MemoryOptions(host_head=True))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_packed_head_is_refused_where_the_model_reads_its_type(name):
+    with pytest.raises(ModelError, match=r"4-bit codes are not: set model\.quant_head to false"):
+        meta_model(config_of(name), "nf4", True, torch.float32, quant_head=True)
 
 
 def test_a_model_without_a_tokenwise_part_cannot_be_tiled():
