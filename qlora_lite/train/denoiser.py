@@ -33,6 +33,7 @@ from torch import nn
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import blocks_of, in_blocks, linear_layers
 from qlora_lite.adapters.method import AdapterMethod
+from qlora_lite.constraints import STREAMED_TRAINED
 from qlora_lite.data.batch import Extent
 from qlora_lite.data.latents import LatentExample, LatentSet, LatentShapes, check_shapes, stacked
 from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
@@ -47,7 +48,7 @@ from qlora_lite.models.denoisers import (
     skeleton_of,
     with_depth,
 )
-from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, trained_on_host
 from qlora_lite.models.skeleton import give_storage
 from qlora_lite.ops.checkpoint import sequence_alone
 from qlora_lite.ops.fused_attention import PlannedKernels
@@ -393,10 +394,14 @@ class Denoiser(Workload):
         """Set the memory options; the model computes as diffusers wrote it, so that there is nothing to compare.
 
         Raises:
-            TrainingError: it computes in float16, whose gradients would underflow.
+            TrainingError: it computes in float16, whose gradients would underflow, or streams weights that are trained.
         """
         if self.compute_dtype == torch.float16:
             raise TrainingError("denoisers are trained in bfloat16 or float32: set model.compute_dtype to one of them")
+        if trained_on_host(model):
+            raise TrainingError(
+                f"{STREAMED_TRAINED}, and a denoiser's are updated together; set memory.resident_layers to all"
+            )
         set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
 
 

@@ -18,6 +18,7 @@ from tiny_denoisers import CONFIGS, OF_CLASSES, latent_examples, save_denoiser
 
 from qlora_lite.adapters.diffusers_files import save_for_diffusers
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
+from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
 from qlora_lite.data.latents import LatentExample, shapes_of
 from qlora_lite.errors import DataError, ModelError, TrainingError
@@ -432,6 +433,12 @@ def test_wrong_settings_and_examples_are_refused(folders):
     with pytest.raises(TrainingError, match="layers_per_checkpoint"):
         case(folders, "pixart").trainer(MemoryOptions(layers_per_checkpoint=2))
     assert work.places([odd]) == ["a.png"]
+    whole = replace(work, method=Full())
+    model = load_denoiser(folders["pixart"], work.spec)
+    whole.method.apply(model)
+    place(model, CPU, MemoryOptions(resident_layers=0), work.blocks(model), trains_base=True)
+    with pytest.raises(TrainingError, match=r"updated together; set memory\.resident_layers to all"):
+        whole.check_model(model, case(folders, "pixart").trainer().settings)
 
 
 def test_gradients_of_grouped_inputs_are_not_lost():
