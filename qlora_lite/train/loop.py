@@ -126,7 +126,7 @@ class Trainer:
         self.optimizer_bytes = 0  # of its states, known after a memory probe
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
-        self._steps_without_gradient = 0
+        self.steps_without_gradient = 0
         self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
@@ -337,10 +337,10 @@ class Trainer:
         Raises:
             TrainingError: the first ``MAX_STEPS_WITHOUT_GRADIENT`` steps learned nothing.
         """
-        self._steps_without_gradient += 1
-        if not self.took_part and self._steps_without_gradient >= MAX_STEPS_WITHOUT_GRADIENT:
-            raise TrainingError(f"none of {self._steps_without_gradient} steps learned anything: {why}")
-        if self._steps_without_gradient == 1:
+        self.steps_without_gradient += 1
+        if not self.took_part and self.steps_without_gradient >= MAX_STEPS_WITHOUT_GRADIENT:
+            raise TrainingError(f"none of {self.steps_without_gradient} steps learned anything: {why}")
+        if self.steps_without_gradient == 1:
             log.warning("step %d learned nothing: %s", self.step, why)
 
     def _tell_of_retries(self, count: int) -> None:

@@ -33,7 +33,7 @@ from .loss_scale import LossScale
 from .whole_tensors import Collection, layout_of, parts_here
 
 OPTIMIZER, GENERATORS, STATE = "optimizer.safetensors", "generators.safetensors", "state.json"
-_COUNTS = ("step", "epoch", "epoch_step", "skipped", "most_tokens")  # the last may be None
+_COUNTS = ("step", "epoch", "epoch_step", "skipped", "steps_without_gradient", "most_tokens")  # the last may be None
 _TABLES = ("qmap1", "qmap2")  # bitsandbytes' code tables: constants that all states share
 
 
@@ -58,7 +58,8 @@ def capture(
         tensors = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return tensors, {
         "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
-        "most_tokens": trainer.most_tokens, "total_steps": trainer.total_steps, "took_part": trainer.took_part,
+        "steps_without_gradient": trainer.steps_without_gradient, "most_tokens": trainer.most_tokens,
+        "total_steps": trainer.total_steps, "took_part": trainer.took_part,
         "loss_scale": trainer.loss_scale and asdict(trainer.loss_scale), "optimizer": numbers,
     }  # fmt: skip
 
@@ -163,6 +164,7 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
         CheckpointError: it lacks a part of a trainer's state.
     """
     state = checkpoint.documents.get(STATE, {})
+    state.setdefault("steps_without_gradient", 0)  # earlier versions did not keep it
     missing = [name for name in (WEIGHTS_NAME, OPTIMIZER, GENERATORS) if name not in checkpoint.tensors]
     counts = [state.get(name) for name in (*_COUNTS, "total_steps")]
     if "most_tokens" in state and state["most_tokens"] is None:

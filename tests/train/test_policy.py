@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import islice
 from zlib import crc32
 
 import numpy as np
@@ -20,11 +21,12 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.runs.rewards import with_answers
+from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.policy import Answered, GroupPolicy, PolicyLM
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
-from qlora_lite.train.state import capture
+from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss
 
 CPU = torch.device("cpu")
@@ -344,6 +346,17 @@ def test_steps_that_learn_nothing_name_the_cause_once_and_end_a_run_that_has_lea
     (warned,) = [message for message in caplog.messages if "learned nothing" in message]
     assert warned.startswith("step 1 learned nothing: all 3 answers to a prompt got one reward") and cause in warned
     assert trainer.step == 10
+
+
+def test_a_resumed_run_goes_on_counting_the_steps_that_learned_nothing(caplog):
+    first, second = (constant(1.0, max_steps=12) for _ in range(2))
+    for _ in islice(first, 6):
+        pass
+    tensors, numbers = capture(first)
+    restore(second, Checkpoint(first.step, tensors, {STATE: numbers}))
+    with pytest.raises(TrainingError, match="none of 10 steps learned anything"):
+        list(second)
+    assert second.step == 10 and sum("learned nothing" in message for message in caplog.messages) == 1
 
 
 def test_a_run_that_has_learned_something_may_end_in_steps_that_learn_nothing():
