@@ -157,7 +157,7 @@ class Continuation:
         if recipe.train.objective in WITH_REFERENCE:  # which is the model that the run began with
             harmless.discard("lora.init_from")
         self.accepted += [words[key] for key in changed if key in harmless - PLACE]
-        self._refuse([words[key] for key in changed if key not in harmless])
+        self.refuse([words[key] for key in changed if key not in harmless])
 
     def compare_identity(self, now: Mapping[str, str | None]) -> None:
         """Compare what rows, tokenizer, model or device are with what they were, as far as the checkpoint says.
@@ -169,7 +169,7 @@ class Continuation:
             CheckpointError: naming each that is another.
         """
         before = self.run["identity"]
-        self._refuse([f"other {name} than before" for name, value in now.items() if before.get(name, value) != value])
+        self.refuse([f"other {name} than before" for name, value in now.items() if before.get(name, value) != value])
 
     def compare_schedule(self, total_steps: int, settings: TrainSettings | Train) -> None:
         """Compare the number of steps, and with it the learning rates of the steps that are done.
@@ -190,8 +190,8 @@ class Continuation:
         if rates[0] == rates[1]:
             self.accepted.append(change)
         else:
-            self._refuse([f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
-                          "are done other learning rates"])  # fmt: skip
+            self.refuse([f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
+                         "are done other learning rates"])  # fmt: skip
 
     def say_changes(self, now: Mapping[str, object]) -> None:
         """Say what is different and accepted, once everything has been compared.
@@ -207,7 +207,12 @@ class Continuation:
             log.warning("resume: %s; the last digits may differ from an uninterrupted run's", ", ".join(changed))
             self.accepted += changed
 
-    def _refuse(self, changes: list[str]) -> None:
+    def refuse(self, changes: list[str]) -> None:
+        """Refuse changes that make another run of it, or log them with ``force``.
+
+        Raises:
+            CheckpointError: naming them.
+        """
         if changes and not self.force:
             raise CheckpointError(
                 "\n".join(["this would not be the run that was begun:", *changes,

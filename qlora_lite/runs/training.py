@@ -158,20 +158,20 @@ class Training:
         """
         restore(self.trainer, continuation.checkpoint)
         try:
-            self._restore_progress(
-                continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {}), continuation.forced
-            )
+            self._restore_progress(continuation)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's {RUN} is not what this version writes: {error!r}") from None
 
-    def _restore_progress(self, saved: dict, best: Tensors, forced: Sequence[str]) -> None:
+    def _restore_progress(self, continuation: Continuation) -> None:
+        saved, best = continuation.run["progress"], continuation.checkpoint.tensors.get(BEST, {})
         self.evaluated_step, self.earlier_peak_bytes = int(saved["evaluated_step"]), int(saved["peak_bytes"])
         self.measured_step = int(saved.get("measured_step", 0))
         self.evaluations_without_better = int(saved["evaluations_without_better"])
-        before = saved.get("reference_of_step_1", self.reference)
-        if not forced and not _are_alike(before, self.reference):  # other rows have other means
-            raise CheckpointError("the reference model is not the one that the run began with: give lora.init_from the "
-                                  "adapter that it had then")  # fmt: skip
+        if not _are_alike(saved.get("reference_of_step_1", self.reference), self.reference):
+            change = "other values of the reference model than before"
+            if not continuation.forced:  # other rows have other values too
+                change = f"{change}: lora.init_from is not the adapter that the run began with"
+            continuation.refuse([change])
         self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
         if (before := saved["before"]) is not None:
             answers = tuple(map(str, before["answers"]))

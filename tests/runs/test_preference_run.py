@@ -207,8 +207,12 @@ def test_an_adapter_to_begin_with_is_the_reference_also_when_the_run_resumes(mod
         run_recipe(recipe(folder, model_folder), resume="")
     tensors = load_file(tmp_path / "sft" / "out" / "adapter" / "adapter_model.safetensors")
     replace_adapter(tmp_path / "sft" / "out", {name: tensor * 1.5 for name, tensor in tensors.items()})
-    with pytest.raises(CheckpointError, match="the reference model is not the one that the run began with"):
+    copied = shutil.copytree(folder / "out", folder / "copied")
+    with pytest.raises(CheckpointError, match=r"lora\.init_from is not the adapter that the run began with"):
         run_recipe(again(), resume="")
+    run_recipe(again(), resume=copied, force=True)
+    (forced,) = summary_of(copied)["resumed"][0]["forced_changes"]
+    assert "other values of the reference model" in forced
     replace_adapter(tmp_path / "sft" / "out", tensors)
     run_recipe(again(), resume="")
     margins = [line["eval_rewards/margins"] for line in lines(folder) if "eval_rewards/margins" in line]
