@@ -10,14 +10,17 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -30,6 +33,8 @@ from qlora_lite.inference.generate import Sampling, answers, stop_ids
 from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.train.policy import Answered, PolicyLM
 
+log = logging.getLogger("qlora_lite")
+LARGEST_REWARD = 1e30  # whose sums over functions, groups and steps are finite in float32
 GIVEN = "completions", "references", "prompts"  # texts that a function may take, by name
 
 
@@ -47,7 +52,7 @@ class Judges:
         """Return what each function gives for answers, float32 [R], by its own name.
 
         Raises:
-            TrainingError: one raises an exception, or gives not a finite number for each.
+            TrainingError: one raises an exception, or does not give a number for each that can be added up.
             RuntimeError, MemoryError: memory ran out.
         """
         texts_of = list(texts), [each.answer for each in examples], [each.prompt for each in examples]
@@ -61,7 +66,8 @@ def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in wanted)
     taken = given if takes_all else {each.name: given[each.name] for each in wanted if each.name in given}
     try:
-        found = function(**taken)
+        with _keeping_grad_mode():
+            found = function(**taken)
     except SystemExit as error:
         raise TrainingError(f"{name} ended Python ({error}); let it return numbers") from error
     except Exception as error:  # the user's own code, which may raise anything
@@ -77,10 +83,16 @@ def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping
         raise TrainingError(f"{name} returned {what} for {count} completions; let it return a list of {count} numbers")
     numbers = [_number(each) for each in found]
     for place, number in enumerate(numbers):
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST_REWARD:
             of = f"the completion {given['completions'][place]!r}"[:300]
-            raise TrainingError(f"{name} returned {found[place]!r} for {of}; a reward is a finite number")
+            raise TrainingError(f"{name} returned {found[place]!r} for {of}; a reward is a finite number, of at most "
+                                f"{LARGEST_REWARD:g}")  # fmt: skip
     return numbers
+
+
+def _keeping_grad_mode() -> AbstractContextManager:
+    """Return a context at whose end gradients are recorded as before, whatever the user's code set globally."""
+    return torch.set_grad_enabled(torch.is_grad_enabled())
 
 
 def _number(found: object) -> float:
@@ -116,8 +128,8 @@ def _function(name: str) -> Callable[..., Sequence[float]]:
     """Import a function, FILE.py:FUNCTION or MODULE:FUNCTION; a file once in a process as long as it is the same."""
     path, _, attribute = name.rpartition(":")
     try:
-        is_file = path.endswith(".py")
-        module = _module_of(Path(path), sha256(Path(path))) if is_file else importlib.import_module(path)
+        with _keeping_grad_mode():
+            module = _file_module(Path(path), sha256(Path(path))) if path.endswith(".py") else _module(path)
     except (Exception, SystemExit) as error:  # the user's own code, which may raise anything
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RecipeError(f"objective.rewards: {name} cannot be imported: {what}") from error
@@ -138,8 +150,16 @@ def _function(name: str) -> Callable[..., Sequence[float]]:
 
 
 @cache
-def _module_of(path: Path, digest: str):
-    """Import a file with a digest of its content."""
+def _module(name: str) -> ModuleType:
+    """Import a module."""
+    log.info("objective.rewards runs the code of the module %s", name)
+    return importlib.import_module(name)
+
+
+@cache
+def _file_module(path: Path, digest: str) -> ModuleType:
+    """Import a file with a SHA-256 of its content."""
+    log.info("objective.rewards runs the code of %s (SHA-256 %s...)", path, digest[:12])
     name = f"rewards_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -151,14 +171,23 @@ def _module_of(path: Path, digest: str):
 
 
 def digest_of(names: Sequence[str]) -> dict[str, str]:
-    """Return what a resumed run compares: the content of the files that functions stand in."""
+    """Return what a resumed run compares: the content of the files that functions stand in, which are not run."""
     found = hashlib.sha256()
     for name in names:
         path, _, function = name.rpartition(":")
         found.update(f"{function}\n".encode())
-        file = path if path.endswith(".py") else getattr(importlib.import_module(path), "__file__", None)
+        file = path if path.endswith(".py") else _origin(path)
         found.update(Path(file).read_bytes() if file else path.encode())
     return {"rewards": found.hexdigest()} if names else {}
+
+
+def _origin(module: str) -> str | None:
+    """Return the file of a module, None where it has none or is not there."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # the latter of a module that was made at run time
+        return None
+    return spec.origin if spec and spec.has_location else None
 
 
 def with_answers(

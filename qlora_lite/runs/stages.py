@@ -182,6 +182,9 @@ def prepare(
     if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip
+    rewards = digest_of(recipe.objective.rewards)
+    if continuation:  # before other code than the run's is executed
+        continuation.compare_identity(rewards)
     judges_of(recipe.objective.rewards)  # stops at once where a function is not there
     if recipe.generates_pictures:
         base_files(recipe)  # stops at once where they are not there
@@ -208,7 +211,7 @@ def prepare(
     if template and template.name != "model":  # for other tools
         tokenizer.chat_template = portable_source(template)
     _log_data(found.report)
-    identity = data_identity(recipe, tokenizer, found.data, found.eval_data) | digest_of(recipe.objective.rewards)
+    identity = data_identity(recipe, tokenizer, found.data, found.eval_data)
     if continuation:
         continuation.compare_identity(identity)
     prompts: Mapping[str, Stored] = {}
@@ -229,7 +232,7 @@ def prepare(
         ranks = ranks_of(recipe, first) if recipe.lora.start == EVA else None
     return Prepared(
         recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,
-        first, ranks, identity, prompts,
+        first, ranks, identity | rewards, prompts,
     )  # fmt: skip
 
 

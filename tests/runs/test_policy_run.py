@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import lines, stop_at, summary_of
@@ -13,6 +14,7 @@ from tiny_runs import lines, stop_at, summary_of
 from qlora_lite.cli.main import cli
 from qlora_lite.data.storage import prompt_tokens
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
+from qlora_lite.files import sha256
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster
@@ -89,6 +91,15 @@ def ended(completions):
     sys.exit("usage")
 
 
+def ungraded(completions):
+    torch.set_grad_enabled(False)
+    return [float(len({*text})) for text in completions]
+
+
+def vast(completions):
+    return [3e38 for _ in completions]
+
+
 taken = max
 
 
@@ -144,8 +155,9 @@ def test_a_changed_function_is_another_run(tmp_path, model_folder):
     settings = recipe(tmp_path / "run", model_folder)
     with pytest.raises(Interrupted):
         run_recipe(settings, stop_at(3))
-    (tmp_path / "run" / "judge.py").write_text(JUDGE.replace("len({*text})", "len(text)"))
-    with pytest.raises(CheckpointError, match="rewards"):
+    changed = JUDGE.replace("len({*text})", "len(text)") + "\nraise RuntimeError('executed')\n"
+    (tmp_path / "run" / "judge.py").write_text(changed)
+    with pytest.raises(CheckpointError, match="other rewards than before"):
         run_recipe(settings, resume=tmp_path / "run" / "out")
 
 
@@ -201,6 +213,7 @@ def test_what_is_no_function_is_said_before_anything_loads(tmp_path, model_folde
         ("pairs", r"returned tensor\(\[0., 0.\]\) for the completion"),
         ("huge", r"returned 1e\+39 for the completion"),
         ("whole", "returned 1000.* a reward is a finite number"),
+        ("vast", r"returned 3e\+38 for the completion 'a'; a reward is a finite number, of at most 1e\+30"),
         ("ended", r"ended Python \(usage\); let it return numbers"),
     ],
 )
@@ -232,6 +245,22 @@ def test_memory_that_runs_out_in_a_function_is_for_the_step_to_see(tmp_path):
     (tmp_path / "judge.py").write_text(JUDGE)
     with pytest.raises(MemoryError):
         judges_of([f"{tmp_path / 'judge.py'}:full"])([_Row()], ["a"])
+
+
+def test_code_that_is_run_is_named_with_its_sum_before(tmp_path, caplog):
+    caplog.set_level("INFO", "qlora_lite")
+    path = tmp_path / "broken.py"
+    path.write_text("raise ValueError('run')\n")
+    with pytest.raises(RecipeError, match="ValueError: run"):
+        judges_of([f"{path}:good"])
+    assert caplog.messages == [f"objective.rewards runs the code of {path} (SHA-256 {sha256(path)[:12]}...)"]
+
+
+def test_gradients_are_recorded_after_a_function_or_its_file_has_switched_them_off(tmp_path):
+    path = tmp_path / "judge.py"
+    path.write_text(f"{JUDGE}\ntorch.set_grad_enabled(False)\n")
+    judges_of([f"{path}:ungraded"])([_Row()], ["a"])
+    assert torch.is_grad_enabled()
 
 
 def test_an_edited_file_is_read_again_in_one_process_and_one_that_is_not_is_kept(tmp_path):
