@@ -306,6 +306,19 @@ def test_a_damaged_adapter_is_one_error_wherever_it_is_read(arguments, runs, com
     assert line.endswith("restore it from a copy, or train again")
 
 
+@pytest.mark.parametrize(("place", "said"), [
+    ("run/adapter", "is damaged: its SHA-256 is not the one in"),
+    ("model", "is not the tokenizer that RUN was trained with: give the model with that one with --model PATH"),
+])  # fmt: skip
+def test_another_tokenizer_than_the_run_s_is_one_error(place, said, runs, command, tmp_path):
+    shutil.copytree(runs[0].parent / "model", tmp_path / "model")
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    path = tmp_path / place / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a"', '"?"').replace('"b"', '"a"').replace('"?"', '"b"'))
+    code, out, err = command("generate", run, "--model", tmp_path / "model", "--prompt", "hi")
+    assert (code, out) == (2, "") and f"error: {path} {said.replace('RUN', str(run))}" in err
+
+
 def test_an_adapter_whose_sum_nobody_knows_is_used(runs, command, tmp_path):
     run = shutil.copytree(runs[0], tmp_path / "run")
     flip_a_bit(run / "adapter" / "adapter_model.safetensors")

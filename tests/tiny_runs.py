@@ -14,6 +14,7 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.artifacts.run_files import read_run
+from qlora_lite.artifacts.run_folder import digests_of, tokenizer_sha256
 from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import Interrupted
 from qlora_lite.files import sha256
@@ -40,10 +41,12 @@ def make_run(
         (run / "template.jinja").write_text(NAMED_TEMPLATES[template])
     adapted = build_model(recipe)
     random_factors(adapted, seed)
-    digest = save_adapter(adapted, run / "adapter", str(base), byte_tokenizer(template))
+    save_adapter(adapted, run / "adapter", str(base), byte_tokenizer(template))
+    files = locate(str(base))
     summary = {
         "status": status, "name": "run", "model": str(base), "data": {"end_token_ids": [END_OF_ANSWER]},
-        "adapter_sha256": digest, "base_fingerprint": fingerprint_of(recipe, locate(str(base))),
+        **digests_of(run / "adapter"), "base_fingerprint": fingerprint_of(recipe, files),
+        "tokenizer_sha256": None if files.gguf_file else tokenizer_sha256(files.folder),
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary))
     return run

@@ -46,6 +46,8 @@ DIGESTS = {  # what a summary calls them
     ADAPTER: "adapter_sha256", ADAPTER_LAST: "adapter_last_sha256",
     MODEL: "model_sha256", MODEL_LAST: "model_last_sha256",
 }  # fmt: skip
+TOKENIZER = "tokenizer.json"
+TOKENIZER_DIGEST = "tokenizer_sha256"  # in a summary, of the base model's; see ``digests_of`` for those beside weights
 TEMPLATE = "template.jinja"
 LOG = "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
@@ -296,7 +298,7 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
         return False
     adapter = path / trained_folders(recipe)[0]
     is_there = _holds_weights(adapter) and weights_sha256(adapter) is not None
-    is_whole = is_same and is_there and _is_as_written(adapter)
+    is_whole = is_same and is_there and _changed(adapter) is None
     if not is_whole and newest_whole(path / CHECKPOINTS)[0] is None:
         raise CheckpointError(f"{path} is complete and has no checkpoint to continue from; choose another output.dir")
     if is_same and not is_whole:
@@ -439,7 +441,7 @@ def open_run(path: str | Path) -> OpenedRun:
 
 
 def check_adapter(folder: Path) -> None:
-    """Compare an adapter's weights with the SHA-256 that its run's summary has of them.
+    """Compare an adapter's weights and tokenizer with the SHA-256 that its run's summary has of them.
 
     Nothing is compared where none is known: of an adapter without a run, as peft writes it, and of a run that was
     killed or is still going on.
@@ -447,7 +449,7 @@ def check_adapter(folder: Path) -> None:
     Raises:
         ModelError: they are not what was written; the cure names what the run has instead.
     """
-    if _is_as_written(folder):
+    if (what := _changed(folder)) is None:
         return
     run = folder.parent
     checkpoint, _ = newest_whole(run / CHECKPOINTS)
@@ -458,14 +460,31 @@ def check_adapter(folder: Path) -> None:
     if last != folder and _holds_weights(last):
         cures.append(f"remove {folder} to use {last}, that of the last step")
     cure = ", or ".join(cures) or "restore it from a copy, or train again"
-    what = folder / ADAPTER_WEIGHTS if folder.name in (ADAPTER, ADAPTER_LAST) else folder
     raise ModelError(f"{what} is damaged: its SHA-256 is not the one in {run / SUMMARY}; {cure}")
 
 
-def _is_as_written(adapter: Path) -> bool:
-    """Check whether an adapter's weights have the SHA-256 that its run recorded, if any."""
-    recorded = summary_in(adapter.parent).get(DIGESTS.get(adapter.name))
-    return not isinstance(recorded, str) or weights_sha256(adapter) in (None, recorded)
+def digests_of(folder: Path) -> dict[str, str | None]:
+    """Return the SHA-256 of the weights and of the tokenizer in the folder of what a run trained, as its summary names
+    them; none of other folders."""
+    if (name := DIGESTS.get(folder.name)) is None:
+        return {}
+    return {name: weights_sha256(folder), f"{name}_of_tokenizer": tokenizer_sha256(folder)}
+
+
+def tokenizer_sha256(folder: Path) -> str | None:
+    """Return the SHA-256 of a folder's ``tokenizer.json``; None without one."""
+    return sha256(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+
+
+def _changed(folder: Path) -> Path | None:
+    """Return the weights or the tokenizer of a run's folder that have not the SHA-256 that the run recorded, if any."""
+    summary, weights = summary_in(folder.parent), folder
+    if folder.name in (ADAPTER, ADAPTER_LAST):
+        weights = folder / ADAPTER_WEIGHTS
+    for (name, digest), what in zip(digests_of(folder).items(), (weights, folder / TOKENIZER), strict=False):
+        if isinstance(recorded := summary.get(name), str) and digest not in (None, recorded):
+            return what
+    return None
 
 
 def is_adapter_alone(folder: Path) -> bool:

@@ -51,8 +51,18 @@ from qlora_lite.prepare.recipe_head import picture_processor, picture_reader
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import OF_PICTURES, PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
-from .run_files import HELD_OUT_DIGEST
-from .run_folder import ADAPTER_CONFIG, OpenedRun, check_adapter, how_to_go_on, is_adapter_alone, open_run
+from .run_files import HELD_OUT_DIGEST, SUMMARY
+from .run_folder import (
+    ADAPTER_CONFIG,
+    TOKENIZER,
+    TOKENIZER_DIGEST,
+    OpenedRun,
+    check_adapter,
+    how_to_go_on,
+    is_adapter_alone,
+    open_run,
+    tokenizer_sha256,
+)
 
 log = logging.getLogger("qlora_lite")
 SYSTEM_ROWS = 200  # of each source, looked at for a system message that all share
@@ -363,6 +373,21 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
         raise DataError(f"the chat template of the adapter {folder}: {error}") from error
 
 
+def _labels_in(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of the outputs that ``config.json`` beside weights says; None without one.
+
+    Raises:
+        ModelError: they have no numbers.
+    """
+    path = folder / MODEL_CONFIG_NAME
+    labels = read_json(path).get("id2label") if path.is_file() else None
+    try:
+        return tuple(str(labels[key]) for key in sorted(labels, key=int)) if isinstance(labels, dict) else None
+    except ValueError as error:
+        raise ModelError(f"{path}: id2label must name each output by its number, 0 and so on: "
+                         f"{short(str(labels))}") from error  # fmt: skip
+
+
 def _task_of(folder: Path) -> Task:
     """Return what an adapter alone is for: of peft's SEQ_CLS its head's labels, which ``config.json`` beside it says.
 
@@ -376,15 +401,14 @@ def _task_of(folder: Path) -> Task:
     kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
     if of_pictures:
         kind = next((kind for kind, mark in MARKS.items() if said.get(mark)), "image-classification")
-    labels = said.get("id2label")
-    if kind == "regression" and labels == {"0": REWARD_LABEL}:
+    labels = _labels_in(folder)
+    if kind == "regression" and labels == (REWARD_LABEL,):
         kind = "reward"
-    if kind is None or not isinstance(labels, dict):
+    if kind is None or labels is None:
         raise ModelError(f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
                          "and problem_type: add them, or use the run that trained it")  # fmt: skip
     try:
-        names = tuple(str(labels[key]) for key in sorted(labels, key=int))
-        return Task.model_validate({"kind": kind, "labels": None if kind in ("regression", "reward") else names})
+        return Task.model_validate({"kind": kind, "labels": None if kind in ("regression", "reward") else labels})
     except ValueError as error:  # pydantic's are such too
         raise ModelError(f"{folder / MODEL_CONFIG_NAME}: id2label must name each output by its number, 0 and so "
                          f"on: {short(str(labels))}") from error  # fmt: skip
@@ -513,6 +537,11 @@ def _as_it_ran(opened: OpenedRun) -> Recipe:
     """Return a run's recipe with the labels and the plan that it recorded; an earlier version's may say nothing now."""
     recipe = opened.recipe
     if recipe.problem not in (None, PROBLEMS["regression"]) and (labels := opened.summary.get("labels")):
+        if (said := _labels_in(opened.adapter)) not in (None, tuple(labels)):
+            own, theirs = (short([*each]) for each in (labels, said))
+            raise ModelError(f"{opened.adapter.parent / SUMMARY} names the labels {own}, and "
+                             f"{opened.adapter / MODEL_CONFIG_NAME} {theirs}: one of them was changed; restore it from "
+                             "a copy")  # fmt: skip
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(labels)})})
     if recipe.generates_pictures and (names := opened.summary.get("classes")):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(names)})})
@@ -539,6 +568,11 @@ def _check_base(summary: dict, found: str, files: ModelFiles, folder: Path, wher
             f"{found} and is another model: give the right one with {where} (what config.json and "
             "generation_config.json say is part of it)"
         )
+    known = summary.get(TOKENIZER_DIGEST)
+    if known and not files.gguf_file and tokenizer_sha256(files.folder) not in (None, known):
+        raise ModelError(f"{files.folder / TOKENIZER} is not the tokenizer that {folder} was trained with: give the "
+                         f"model with that one with {where}, or remove {TOKENIZER_DIGEST} from {folder / SUMMARY} to "
+                         "use this one")  # fmt: skip
 
 
 def _first_beside(folder: Path, adapter: ReadAdapter) -> First:

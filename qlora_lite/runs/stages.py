@@ -24,7 +24,14 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.start import FIRST_NAME, First, load_first
 from qlora_lite.artifacts.run_files import HELD_OUT_DIGEST
-from qlora_lite.artifacts.run_folder import TEMPLATE, RunFolder, package_versions, trained_folders
+from qlora_lite.artifacts.run_folder import (
+    TEMPLATE,
+    TOKENIZER_DIGEST,
+    RunFolder,
+    package_versions,
+    tokenizer_sha256,
+    trained_folders,
+)
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.captions import Fit
 from qlora_lite.data.latents import Stored
@@ -38,6 +45,7 @@ from qlora_lite.inference.evaluate import Measured, Watch
 from qlora_lite.memory.meter import PeakMeter, mapped_bytes, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
+from qlora_lite.models.locate import ModelFiles
 from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.prepare.build import (
@@ -309,7 +317,8 @@ def load(planned: Planned) -> Loaded:
                     "that it cannot have them: the next step measures what it takes")  # fmt: skip
     if continuation:
         trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
-    fingerprint = fingerprint_of(recipe, base_files(recipe))
+    files = base_files(recipe)
+    fingerprint = fingerprint_of(recipe, files)
     identity = {
         BASE_MODEL: fingerprint, "type of device": device_of(model).type,
         "compute type": str(model.dtype).removeprefix("torch."),
@@ -319,7 +328,7 @@ def load(planned: Planned) -> Loaded:
     alike = known["identity"] | {"weights": checksum, "versions": package_versions(), "lora ranks": planned.ranks}
     planned.processes.require_equal("data, base weights or versions", json.dumps(alike, sort_keys=True, default=str))
     loaded = Loaded(**known, model=model, trainer=trainer, checksum=checksum)
-    _describe_model(loaded, fingerprint)
+    _describe_model(loaded, fingerprint, files)
     if continuation:
         continuation.compare_identity(identity)
         if recipe.train.max_steps is None:  # what only the rows tell
@@ -447,7 +456,7 @@ def write_data(run: RunFolder, found: Preflight) -> None:
     run.update(data=counted)
 
 
-def _describe_model(loaded: Loaded, fingerprint: str) -> None:
+def _describe_model(loaded: Loaded, fingerprint: str, files: ModelFiles) -> None:
     table = inventory(loaded.trainer.workload, loaded.model)
     method = loaded.trainer.workload.method
     at_a_time = sum(parameter.numel() for _, parameter in method.parameters(loaded.model))
@@ -466,6 +475,7 @@ def _describe_model(loaded: Loaded, fingerprint: str) -> None:
     loaded.run.update(
         device=_device_name(device_of(loaded.model)), trainable_parameters=trainable,
         memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
+        **{TOKENIZER_DIGEST: None if files.gguf_file else tokenizer_sha256(files.folder)},
         other_results=[what for what, is_set in changing.items() if is_set],
         learning_rate=loaded.settings.learning_rate,
         **({"labels": [*head.labels]} if (head := head_of(loaded.recipe)) else {}),

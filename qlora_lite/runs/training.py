@@ -21,13 +21,12 @@ from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME
 from qlora_lite.artifacts.run_files import METRICS_DIGEST, PICTURES, SAMPLES
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
-    DIGESTS,
+    digests_of,
     how_to_go_on,
     newest_checkpoint,
     package_versions,
     rewind_run,
     trained_folders,
-    weights_sha256,
 )
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.preferences import answered
@@ -530,14 +529,14 @@ class Training:
             with self._collected() as collection:
                 if self.processes.is_first:
                     self._save_model(folder, collection)
-                    self.digests[DIGESTS[name]] = weights_sha256(folder)
+                    self.digests |= digests_of(folder)
             return
         if not self.processes.is_first:
             return
         save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
         if self.recipe.generates_pictures:
             save_for_diffusers(self.model, folder)
-        self.digests[DIGESTS[name]] = weights_sha256(folder)
+        self.digests |= digests_of(folder)
 
     def _save_model(self, folder: Path, collection: Collection | None) -> None:
         if isinstance(self.model, DenoiserModel):

@@ -3,6 +3,7 @@ sense."""
 
 import json
 import re
+import shutil
 
 import click
 import peft
@@ -88,6 +89,14 @@ def test_real_peft_loads_it_and_gives_the_probabilities_that_predict_wrote(bert,
             shares = model(**tokenizer(row["sentence"], return_tensors="pt")).logits.softmax(-1)[0]
         assert list(found["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
         assert found["label"] == str(int(shares.argmax())) and found["reference"] == str(row["label"])
+
+
+def test_labels_that_summary_and_adapter_name_otherwise_are_refused(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"labels": ["good", "bad"]}))
+    with pytest.raises(ModelError, match=r"names the labels \['good', 'bad'\], and .*config\.json \['bad', 'good'\]"):
+        predict_labels(folder, run[1].parent / "eval.jsonl", tmp_path / "out.jsonl")
 
 
 def test_predict_takes_rows_without_labels_and_an_adapter_alone(run, bert, tmp_path):
