@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import DataError, first_line
+from qlora_lite.units import format_bytes
 
 from .data_files import MAX_BLANK_BYTES, MAX_ROW_BYTES, all_lines, find_files, numbered_lines, open_bytes, reader_of
 from .fields import kind_of, without_absent
@@ -38,6 +39,8 @@ _SIGNS = {
 }  # fmt: skip
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # is no text, in files neither (``json_rows``)
 _ROWS_PER_BATCH = 1000
+_BATCH_BYTES = 1 << 26
+MAX_STORED_ROW_BYTES = 1 << 28  # of a Parquet or Arrow file, which may hold pictures
 _PLAIN_KINDS = {"Value", "List", "LargeList", "Sequence", "ClassLabel", "Json"}
 
 
@@ -98,7 +101,7 @@ def read_rows(source: Source, problems: Problems | None = None) -> Iterator[tupl
                 rows_before += 1
                 yield where, row
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise DataError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
         if rows_before == 0 and found.count == problems_before:
             raise DataError(f"{path}: the file has no rows")
     if problems is None:
@@ -322,7 +325,7 @@ def _read_columns(path: Path, kind: str, class_names: bool) -> Iterator[tuple[st
         An iterator of ("file.parquet:12", row), rows counted from 1.
 
     Raises:
-        DataError: the file is not whole.
+        DataError: the file is not whole, or a row is too large.
     """
     import pyarrow
 
@@ -331,9 +334,10 @@ def _read_columns(path: Path, kind: str, class_names: bool) -> Iterator[tuple[st
         for batch in _record_batches(path, kind):
             batch.validate(full=True)  # Arrow trusts a file's offsets: a damaged one would end this process
             decode = _decoder(batch.schema, class_names)
-            for values in map(decode, batch.to_pylist()):
-                row += 1
-                yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
+            for piece in _pieces(batch, row):
+                for values in map(decode, piece.to_pylist()):
+                    row += 1
+                    yield f"{path}:{row}", {column: without_absent(value) for column, value in values.items()}
     except (pyarrow.ArrowException, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
         raise DataError(f"{path}: not a whole {kind} file ({first_line(error)})") from error
     except DataError as error:
@@ -389,13 +393,39 @@ def _kinds(described: object) -> Iterator[str]:
         yield from _kinds(part)
 
 
+def _pieces(batch, before: int) -> Iterator:
+    """Cut a record batch into pieces of which Python's copies take little memory.
+
+    Args:
+        before: rows of the file before it.
+
+    Raises:
+        DataError: a row is too large.
+    """
+    count = max(1, min(_ROWS_PER_BATCH, len(batch) * _BATCH_BYTES // max(1, batch.nbytes)))
+    for start in range(0, len(batch), count):
+        piece = batch.slice(start, count)
+        for number in range(len(piece)) if piece.nbytes > MAX_STORED_ROW_BYTES else ():
+            _check_size(piece.slice(number, 1).nbytes, f"row {before + start + number + 1} has")
+        yield piece
+
+
+def _check_size(row_bytes: int, which: str) -> None:
+    if row_bytes > MAX_STORED_ROW_BYTES:
+        most = format_bytes(MAX_STORED_ROW_BYTES)
+        raise DataError(f"{which} {format_bytes(row_bytes)}, and at most {most} are read; split it, or leave it out")
+
+
 def _record_batches(path: Path, kind: str) -> Iterator:
     import pyarrow
     import pyarrow.parquet
 
     if kind == "parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_ROWS_PER_BATCH)
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+            _check_size(row_bytes, "a row, on average, has")  # before anything of it is unpacked
+            yield from file.iter_batches(batch_size=max(1, min(_ROWS_PER_BATCH, _BATCH_BYTES // max(1, row_bytes))))
         return
     with path.open("rb") as file:
         is_file_format = file.read(6) == b"ARROW1"

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qlora_lite.data import sources
 from qlora_lite.data.data_files import MAX_ROW_BYTES, left_out
 from qlora_lite.data.problems import Problems, read_place, write_place
 from qlora_lite.data.sources import Source, read_rows, text_files
@@ -403,6 +404,29 @@ def test_a_parquet_file_cut_short_is_an_error(tmp_path, write):
     whole = (tmp_path / "a.parquet").read_bytes()
     assert "not a whole parquet file" in failure(write("a.parquet", whole[:-20]))
     assert "not a whole arrow file" in failure(write("a.arrow", b"ARROW1rubbish"))
+
+
+def test_a_damaged_footer_of_a_parquet_file_is_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 100}), path)
+    content = bytearray(path.read_bytes())
+    content[-int.from_bytes(content[-8:-4], "little") - 8] ^= 0x41
+    path.write_bytes(content)
+    assert re.fullmatch(r".*a\.parquet: cannot be read \(Couldn't deserialize thrift: .*\)", failure(path))
+
+
+def test_a_row_too_large_to_hold_is_refused_before_python_copies_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_STORED_ROW_BYTES", 1000)
+    monkeypatch.setattr(sources, "_BATCH_BYTES", 100)
+    for texts, said in ((["a" * 3000, "b"], "a row, on average, has"), (["b"] * 9 + ["a" * 3000], "row 10 has")):
+        table = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="none")
+        assert f"a.parquet: {said}" in failure(tmp_path / "a.parquet")
+        with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        assert f"row {len(texts) if len(texts) > 2 else 1} has" in failure(tmp_path / "a.arrow")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 90] * 20}), tmp_path / "a.parquet")
+    assert [place for place, _ in rows_of(tmp_path / "a.parquet")][-1].endswith("a.parquet:20")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
