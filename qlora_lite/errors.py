@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import metadata
 
 
@@ -76,6 +77,14 @@ class ModelError(QloraLiteError):
     """Report a model, tokenizer or adapter that cannot be found, read or used."""
 
     exit_code = 2
+
+
+def matches_nothing(patterns: Sequence[str], known: Iterable[str], what: str = "linear layer") -> str:
+    """Return that patterns match none of a model's layers, with those that were perhaps meant."""
+    names = sorted(known)
+    near = {near for pattern in patterns for near in get_close_matches(pattern, names)}
+    hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(names)}"
+    return f"{', '.join(map(repr, patterns))} matches no {what} of this model; {hint}"
 
 
 def first_line(error: BaseException) -> str:

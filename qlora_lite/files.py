@@ -164,7 +164,7 @@ def require_writable(path: Path) -> None:
     Raises:
         OutputError: the folder that it would lie in, or the nearest that is there, takes no file.
     """
-    parent = next(p for p in path.absolute().parents if p.exists())
+    parent = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     with explain_write_errors(path), tempfile.TemporaryFile(dir=parent):
         pass
 

@@ -103,6 +103,9 @@ def plan(
     _check_searches(settings, max_tokens, max_resolution)
     if html is not None:
         require_writable(html)
+    from qlora_lite.prepare.early import check_layers
+
+    check_layers(settings)
     prepare(verbose=not as_json)
     if settings.model.device == "cpu" and (vram or wanted):
         log.warning("model.device cpu: this is the plan of a GPU all the same, which a run would leave alone")
@@ -112,6 +115,7 @@ def plan(
         from qlora_lite.planning.shared_step import Cluster
         from qlora_lite.prepare import plan as planner
         from qlora_lite.prepare import ranks
+        from qlora_lite.prepare.share import share_of
         from qlora_lite.reporting import plan_text
 
     machines = [machine_for(settings, vram, name) for name in wanted] or [machine_for(settings, vram)]
@@ -125,7 +129,7 @@ def plan(
         _plan_unequal(settings, machines, cluster, as_json)
         return
     machine = ranks.dividing(settings, cluster.part(one), world_size)
-    share = ranks.share_of(settings, world_size)
+    share = share_of(settings, world_size)
     made = planner.plan_recipe(share, machine, planner.budget_of(settings, machine))
     log.info(_title(settings, machine))
     others = list(planner.alternatives(made))

@@ -56,8 +56,11 @@ def check(recipe: str, overrides: tuple[str, ...], full: bool, as_json: bool) ->
 
     Reads the first row of each of its data files too.
     """
+    from qlora_lite.prepare.early import check_run
+
     try:
         settings = load_recipe(recipe, overrides)
+        check_run(settings)
         checked = _first_rows(settings)
     except RecipeError as error:
         if not as_json:

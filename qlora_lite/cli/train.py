@@ -50,10 +50,14 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
         raise click.UsageError(
             f"--gpus starts processes, and {launched_as.world_size} were started already: leave it out"
         )
+    if launched_as is None:  # else the ranks check it together
+        from qlora_lite.prepare.early import check_run
+
+        check_run(settings)
     if gpus is not None and gpus > 1:
         again = [recipe, *overrides, *([] if resume is None else ["--resume", *filter(None, [resume])])]
         again += ["--force"] if force else []
-        raise click.exceptions.Exit(start(gpus, ["train", *again], settings.model.device))
+        raise click.exceptions.Exit(start(gpus, ["train", *again], settings))
     prepare()
     with importing():
         from qlora_lite.prepare.build import method_of

@@ -14,11 +14,16 @@ from pathlib import Path
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.files import PACKAGE_PREFIX, package_file
 
-from .gguf_header import SplitFile, end_of_tensors
+from .gguf_header import SplitFile, end_of_tensors, read_header
 
 WHOLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES, HUB_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"], ["*.safetensors"]
 HUB_DOUBLES = ["consolidated*", "original/*"]  # the same weights again, in other layouts
+_LLAMA_LAYERS = {  # by their names in a GGUF file
+    "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
+    "ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj",
+}  # fmt: skip
+_OTHER_PARTS = {"token_embd", "output", "rope_freqs", "embed_tokens", "lm_head"}  # beside layers and norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,43 @@ def locate(path: str | Path, revision: str | None = None, with_weights: bool = T
     folder = download(path, revision, with_weights)
     read_json(folder / "config.json")
     return ModelFiles(path, folder, _downloaded_weights(folder) if with_weights else ())
+
+
+def folder_of(path: str, revision: str | None = None) -> Path | None:
+    """Return where a model's small files lie, on this disk or in the hub's cache; None where they do not."""
+    if os.path.isdir(local := Path(os.path.expanduser(path))):
+        return local
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:  # it is no hub id
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def layer_names(path: str, revision: str | None = None) -> tuple[str, ...]:
+    """Return what the linear layers of a model's blocks are called, as far as that is certain before it is built:
+    where its files on this disk have the layers of Llama and no others, which transformers gives no other names."""
+    local = Path(os.path.expanduser(path))
+    try:
+        if path.startswith(PACKAGE_PREFIX) or local.suffix == ".gguf":
+            tensors = list(read_header(locate(path).weights[0]).tensors)
+        elif (folder := folder_of(path, revision)) is None:
+            return ()
+        else:
+            tensors = [name for file in _check_weights(folder) for name in _read_header(file)]
+    except (ModelError, OSError, ValueError):  # for whoever loads it to report
+        return ()
+    found = set()
+    for name in tensors:
+        parts = name.split(".")
+        layers = {_LLAMA_LAYERS.get(part, part) for part in parts} & {*_LLAMA_LAYERS.values()}
+        if not layers and not any("norm" in part or part in _OTHER_PARTS for part in parts):
+            return ()
+        found |= layers
+    return tuple(_LLAMA_LAYERS.values()) if len(found) == len(_LLAMA_LAYERS) else ()
 
 
 def _package_file(path: str) -> Path:
@@ -161,6 +203,16 @@ def _check_weights(folder: Path) -> tuple[Path, ...]:
 
 def _check_safetensors(path: Path) -> Path:
     """Compare the file's size with what its header announces."""
+    _read_header(path)
+    return path
+
+
+def _read_header(path: Path) -> dict:
+    """Return what a safetensors file's header says of its tensors, by name.
+
+    Raises:
+        ModelError: the file's size is not what its header announces.
+    """
     cut = ModelError(f"{path} is cut short or not a safetensors file; download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -169,13 +221,13 @@ def _check_safetensors(path: Path) -> Path:
             raise cut
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            end = max(ends, default=0)
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise cut from None
     if size != 8 + length + end:
         raise cut
-    return path
+    return tensors
 
 
 def check_gguf(path: Path) -> Path:

@@ -12,8 +12,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig
 
@@ -27,7 +25,7 @@ from .families import CONFIG_IS_ENOUGH, known_config, namesake, nearest
 from .gguf_codes import Formats
 from .kept import kept_layers
 from .load import KEEP, adopt
-from .locate import locate
+from .locate import folder_of, locate
 from .nested import LanguagePart, language_part, of_blocks, read_language_part, without_weights
 from .quantizer import quantize_head, replace_weights
 
@@ -59,7 +57,7 @@ def read_part(path: str, revision: str | None = None, with_vision: bool = False)
     if path.startswith("package:") or local.suffix == ".gguf":
         files = locate(path)
         return read_language_part(files.folder, path, files.gguf_file, with_vision)
-    if (folder := _folder_in_cache(path, revision)) is not None:
+    if (folder := folder_of(path, revision)) is not None:
         return read_language_part(folder, path, with_vision=with_vision)
     known = known_config(path)
     if known is None and (named := namesake(path)):
@@ -73,21 +71,6 @@ def read_part(path: str, revision: str | None = None, with_vision: bool = False)
             f"ship for planning; {hint}. {CONFIG_IS_ENOUGH}"
         )
     return language_part(AutoConfig.for_model(**known), with_vision)
-
-
-def folder_of(path: str, revision: str | None = None) -> Path | None:
-    """Return where a model's small files lie, on this disk or in the hub's cache; None where they do not."""
-    local = Path(os.path.expanduser(path))
-    return local if os.path.isdir(local) else _folder_in_cache(path, revision)
-
-
-def _folder_in_cache(path: str, revision: str | None) -> Path | None:
-    """Return where the hub's cache has a model's configuration."""
-    try:
-        cached = try_to_load_from_cache(path, "config.json", revision=revision)
-    except HFValidationError:  # it is no hub id
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def shallow_config(config, layers: int):

@@ -10,10 +10,10 @@ from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.models.heads import MARKS, Head, with_head
-from qlora_lite.models.locate import locate, read_json
+from qlora_lite.models.locate import folder_of, locate, read_json
 from qlora_lite.models.nested import LanguagePart, of_blocks
 from qlora_lite.models.pretrained import BUILD_ERRORS, processor_of
-from qlora_lite.models.skeleton import folder_of, read_config, read_part
+from qlora_lite.models.skeleton import read_config, read_part
 from qlora_lite.models.vision_language import FAMILIES, token_pixels
 from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
 

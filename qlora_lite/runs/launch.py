@@ -15,11 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_lite.errors import LaunchError
+from qlora_lite.errors import LaunchError, RecipeError
 
 from .signals import describe_kill
+
+if TYPE_CHECKING:  # its library takes a while, and every command asks how many processes there are
+    from qlora_lite.recipe.schema import Recipe
 
 log = logging.getLogger("qlora_lite")
 
@@ -165,26 +168,33 @@ def _watching(watch: Callable[[Event], None]) -> Iterator[None]:
         thread.join()
 
 
-def start(count: int, arguments: Sequence[str], device: str) -> int:
+def start(count: int, arguments: Sequence[str], recipe: "Recipe") -> int:
     """Run the command line in so many processes on this machine, by torchrun's agent; return the exit code.
 
     Args:
         arguments: of ``qlora-lite``.
-        device: auto, cpu or cuda.
+        recipe: that they train.
 
     Raises:
-        LaunchError: there are not so many GPUs, or one of the processes was killed.
+        LaunchError: there are not so many GPUs, processes without one cannot share its steps, or one was killed.
     """
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    from qlora_lite.prepare.share import share_of
+
+    gpus = torch.cuda.device_count() if recipe.model.device != "cpu" and torch.cuda.is_available() else 0
     if gpus and count > gpus:
         raise LaunchError(f"--gpus {count}: this machine has {gpus}")
     if not gpus:  # each has its part of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        try:
+            share_of(recipe, count)
+        except RecipeError as error:
+            raise LaunchError(f"--gpus {count}, without a GPU in use: {error}") from None
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     logging.disable()  # the agent's words for what a rank says itself
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # likewise
     config = LaunchConfig(

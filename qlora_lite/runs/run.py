@@ -29,7 +29,8 @@ from qlora_lite.files import locked
 from qlora_lite.inference.evaluate import Watch
 from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.load import resolve_device
-from qlora_lite.prepare.ranks import check_packs, speeds_of
+from qlora_lite.prepare.ranks import speeds_of
+from qlora_lite.prepare.share import check_packs
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.report import write_report

@@ -35,7 +35,6 @@ from qlora_lite.artifacts.run_folder import (
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.data.captions import Fit
 from qlora_lite.data.latents import Stored
-from qlora_lite.data.metrics import check_packages
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
 from qlora_lite.errors import DoesNotFitError, OutputError, first_line
@@ -59,6 +58,7 @@ from qlora_lite.prepare.build import (
     workload_of,
 )
 from qlora_lite.prepare.datasets import build_stream, held_out_digest, rows_to_plan
+from qlora_lite.prepare.early import check_run
 from qlora_lite.prepare.first_weights import FROM_ROWS, Ranks, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.label_checks import with_labels
 from qlora_lite.prepare.latents import encode, named_classes
@@ -92,7 +92,6 @@ from .async_checkpoint import check_space
 from .resume import BASE_MODEL, Continuation, data_identity, environment
 from .rewards import digest_of, judges_of, with_answers
 from .signals import Stop
-from .tracking import check_trackers
 
 log = logging.getLogger("qlora_lite")
 HEADROOM = (0.02, 0.05, 0.1)  # shares of the budget: beside what a memory probe took too much, one plan after the other
@@ -184,9 +183,7 @@ def prepare(
     progress: Progress | None, watch: Watch | None, processes: Processes = ALONE,
 ) -> Prepared:  # fmt: skip
     """Read tokenizer and data, and stop where training on them would be a mistake, or another run than before."""
-    check_trackers(recipe.train.trackers)
-    if recipe.train.metrics_examples:
-        check_packages(recipe.train.metrics)
+    check_run(recipe)
     if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
         log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
                     "on its base with lora.init_from, or with model.quant none")  # fmt: skip

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_lite.errors import RecipeError
 from qlora_lite.files import refuse_link
 
 log = logging.getLogger("qlora_lite")
@@ -20,21 +19,6 @@ def failures() -> tuple[type[Exception], ...]:
     """Return what a network, a disk and the trackers that are loaded raise."""
     own = [getattr(sys.modules[module], name) for module, name in _OWN if module in sys.modules]
     return (OSError, RuntimeError, ValueError, *own)
-
-
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Check that the packages of trackers are there: accelerate leaves out those that are not, without a word.
-
-    Raises:
-        RecipeError: one is not installed.
-    """
-    if not trackers:
-        return
-    from accelerate.tracking import get_available_trackers
-
-    missing = sorted(set(trackers) - set(map(str, get_available_trackers())))
-    if missing:
-        raise RecipeError(f"train.trackers: {', '.join(missing)} is not installed; pip install it, or leave it out")
 
 
 @contextmanager

@@ -301,7 +301,7 @@ def test_other_layouts_of_the_weights_beside_them_are_left_alone(one):
 
 def test_a_hub_id_without_an_owner_is_looked_for_in_the_cache_too(one, monkeypatch):
     cached = {"gpt2": str(one / "config.json")}
-    monkeypatch.setattr(skeleton, "try_to_load_from_cache", lambda path, *_, **__: cached.get(path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda path, *_, **__: cached.get(path))
     assert skeleton.read_config("gpt2").model_type == "llama"
     monkeypatch.undo()
     for path in ("gpt2-absent", "no such model", "a/b/c"):

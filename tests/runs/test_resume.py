@@ -937,7 +937,7 @@ def test_a_run_that_was_killed_when_it_had_written_its_recipe_alone_begins_afres
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_loaded(lab, monkeypatch, caplog):
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("qlora_lite.prepare.early.find_spec", lambda name: name == "tensorboard" or None)
     with pytest.raises(RecipeError, match=r"train\.trackers: aim, wandb is not installed"):
         lab.run(train={"trackers": ["wandb", "tensorboard", "aim"]})
     assert "plan:" not in caplog.text
@@ -1097,7 +1097,7 @@ def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, k
     module, name = {"mlflow": ("mlflow.exceptions", "MlflowException"), "wandb": ("wandb.errors", "Error")}[package]
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: TrackersOwn}))
     monkeypatch.setattr("accelerate.Accelerator", Failing)
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["mlflow"])
+    monkeypatch.setattr("qlora_lite.prepare.early.find_spec", lambda name: name)
     lab.run(train={"trackers": ["mlflow"]})
     assert_same_run(lab, whole)
     assert max(sent) == 3 and lab.summary["status"] == "complete"
@@ -1116,7 +1116,7 @@ def test_a_tracker_that_cannot_begin_ends_no_training(lab, whole, monkeypatch, c
 
     monkeypatch.setitem(sys.modules, "wandb.errors", SimpleNamespace(Error=TrackersOwn))
     monkeypatch.setattr("accelerate.Accelerator", Unknown)
-    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr("qlora_lite.prepare.early.find_spec", lambda name: name)
     lab.run(train={"trackers": ["wandb"]})
     assert_same_run(lab, whole)
     assert [m for m in caplog.messages if "wandb" in m] == ["wandb cannot begin (no API key); no metrics are sent"]

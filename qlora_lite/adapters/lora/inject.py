@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lite.errors import ModelError, require_one_of
+from qlora_lite.errors import ModelError, matches_nothing, require_one_of
 from qlora_lite.experts.packing import LORA, expert_weights, use_experts
 from qlora_lite.memory.marks import category, once_a_step
 from qlora_lite.ops.own_blocks import OwnBlocks
@@ -136,12 +136,9 @@ def choose_layers(
     found, names = matching(linear, experts, targets, inside), (*linear, *experts)
     used = {number for numbers in found.values() for number in numbers}
     if unmatched := [target.pattern for number, target in enumerate(targets) if number not in used]:
-        known = sorted({name.rpartition(".")[2] for name in names} | ({EXPERTS} if experts else set()))
-        near = {near for pattern in unmatched for near in get_close_matches(pattern, known)}
-        listed = ", ".join(repr(pattern) for pattern in unmatched)
-        hint = f"did you mean {', '.join(sorted(near))}?" if near else f"this model has {', '.join(known)}"
+        known = {name.rpartition(".")[2] for name in names} | ({EXPERTS} if experts else set())
         what = "linear layer or weight of experts" if experts else "linear layer"
-        raise ModelError(f"{setting}: {listed} matches no {what} of this model; {hint}")
+        raise ModelError(f"{setting}: {matches_nothing(unmatched, known, what)}")
     return {name: targets[numbers[-1]] for name, numbers in found.items() if numbers}
 
 
