@@ -680,6 +680,41 @@ def test_log_lines_stand_above_the_bar_which_says_no_step_before_the_first(redir
     assert bars[0].startswith("before the first step") and bars[-1].startswith("step 3/4  loss 0.500")
 
 
+def test_a_bar_shows_what_is_between_steps_below_them(monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    step = SimpleNamespace(step=3, loss=0.5, metrics={}, tokens_per_second=100.0, peak_bytes=2**20)
+    with step_progress() as show:
+        show.watch("evaluation", 5, 6)
+        show(step, 4)
+        show.watch("micro-batches of step 4", 1, 8)
+    *_, steps, within = [line for line in re.split(r"[\r\n]+", terminal.getvalue()) if "━" in line]
+    assert "step 3/4  loss 0.500" in steps and "micro-batches of step 4: 1 of 8" in within
+
+
+def test_lines_where_there_is_no_terminal_name_each_step_of_a_short_run_and_what_takes_long(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("qlora_lite.cli.output.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def step(number):
+        return SimpleNamespace(step=number, loss=1.0, metrics={}, tokens_per_second=1.0, peak_bytes=1, seconds=1.0)
+
+    def lines(total):
+        with step_progress() as show:
+            show(step(1), total)
+            for done in range(1, 8):
+                now[0] += 12
+                show.watch("micro-batches of step 2", done, 8)
+            for number in (2, 3, 4):
+                show(step(number), total)
+        return [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()]
+
+    slow = ["micro-batches of step 2: 3 of 8", "micro-batches of step 2: 6 of 8"]
+    assert lines(50) == ["step 1/50", *slow, "step 2/50", "step 3/50", "step 4/50"]
+    assert lines(51) == ["step 1/51", *slow, "step 2/51"]
+
+
 def test_a_handler_of_the_log_without_a_stream_does_not_mind_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     log, own = logging.getLogger("qlora_lite"), logging.NullHandler()

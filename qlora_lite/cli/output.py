@@ -20,6 +20,7 @@ from qlora_lite.units import format_bytes, format_seconds
 
 LINE_LETTERS = 120  # of an answer
 PLAIN_LINE_SECONDS = 10  # between progress lines where there is no terminal
+SHORT_RUN_STEPS = 50  # of a run that has a line for every step there
 WATCH_LINE_SECONDS = 30  # between those of what has no steps
 
 
@@ -73,7 +74,7 @@ def step_progress(first: str = "before the first step", of_pictures: bool = Fals
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        shown = _Bar(bar, bar.add_task(first, total=None), of_pictures)
+        shown = _Bar(bar, first, of_pictures)
         with _log_to(sys.stderr):  # which is the bar's now, and writes above it
             yield shown
 
@@ -92,16 +93,20 @@ def _log_to(stream) -> Iterator[None]:
 
 
 class _Bar:
-    def __init__(self, bar, task, of_pictures):
-        self.bar, self.task, self.of_pictures = bar, task, of_pictures
+    def __init__(self, bar, first, of_pictures):
+        self.bar, self.of_pictures = bar, of_pictures
+        self.steps = self.watched = bar.add_task(first, total=None)
 
     def __call__(self, metrics, total: int) -> None:
         description = _describe(metrics, total, self.of_pictures)
-        self.bar.update(self.task, completed=metrics.step, total=total, description=description)
+        if self.watched == self.steps:  # from now on what is between steps has a line of its own
+            self.watched = self.bar.add_task("", visible=False)
+        self.bar.update(self.watched, visible=False)
+        self.bar.update(self.steps, completed=metrics.step, total=total, description=description)
 
     def watch(self, what: str, done: int, total: int) -> None:
         description = printable(f"{what}: {done:,} of {total:,}")  # a run's name may be in it
-        self.bar.update(self.task, completed=done, total=total, description=description)
+        self.bar.update(self.watched, completed=done, total=total, description=description, visible=True)
 
 
 class _PlainLines:
@@ -121,9 +126,10 @@ class _PlainLines:
     def __call__(self, metrics, total: int) -> None:
         now = time.monotonic()
         self.spent, self.count = self.spent + metrics.seconds, self.count + 1
-        if self.count > 1 and metrics.step < total and now - self.shown < PLAIN_LINE_SECONDS:
+        is_due = total <= SHORT_RUN_STEPS or now - self.shown >= PLAIN_LINE_SECONDS
+        if self.count > 1 and metrics.step < total and not is_due:
             return
-        self.shown = now
+        self.shown = self.watched = now
         left = self.spent / self.count * (total - metrics.step)
         left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
         echo(_describe(metrics, total, self.of_pictures) + left_text, err=True)

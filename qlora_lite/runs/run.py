@@ -68,8 +68,8 @@ def run_recipe(
         resume: run folder to resume, from its newest whole checkpoint; "" takes the recipe's newest run, None
             begins a new one. A run without a checkpoint begins afresh.
         force: go on although the recipe or the data make another run of it.
-        watch: called with what is being done ("evaluation" or "answers"), how many examples are done, and of how
-            many.
+        watch: called with what is being done ("evaluation", "answers", or "micro-batches of step 7" where a step is
+            slow), how many are done, and of how many.
 
     Raises:
         QloraLiteError: see its subclasses; the summary then says "failed" or "interrupted", if the folder is kept.
@@ -140,7 +140,8 @@ def _follow(recipe: Recipe, force: bool, processes: Processes) -> Path:
 
 def _signals(recipe: Recipe, processes: Processes) -> AbstractContextManager[Stop]:
     """Note signals; one that both a batch system and torchrun's agent send to a rank is one."""
-    return stop_signals(recipe.train.max_hours, TWICE_SECONDS if processes.world_size > 1 else 0.0)
+    twice_seconds = TWICE_SECONDS if processes.world_size > 1 else 0.0
+    return stop_signals(recipe.train.max_hours, twice_seconds, speaks=processes.is_first)
 
 
 @contextmanager

@@ -9,16 +9,18 @@ set.
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # What a second signal does where signals were ignored before, as shells set it for a command in the background.
 ACTING: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 HANG_UP: signal.Signals = next(getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name))
 ACTING[HANG_UP] = signal.SIG_DFL
+STANDARD_ERROR = 2  # its descriptor
 CAUSES = {
     "SIGKILL": ", perhaps for the memory that it took",
     "SIGABRT": ": a library ended it for a fault, or NCCL because another rank came too late to an exchange; its last "
@@ -103,8 +105,15 @@ class Stop:
             self._raise()
 
 
+def _acknowledge(name: str) -> None:
+    """Write that a run is about to stop, past any stream: a handler may have come in the middle of its writing."""
+    with suppress(OSError):
+        clear = "\r\x1b[K" if os.isatty(STANDARD_ERROR) else ""  # of a bar
+        os.write(STANDARD_ERROR, f"{clear}{name}: stopping after this step; a second signal stops at once\n".encode())
+
+
 @contextmanager
-def stop_signals(max_hours: float | None, twice_seconds: float = 0.0) -> Iterator[Stop]:
+def stop_signals(max_hours: float | None, twice_seconds: float = 0.0, speaks: bool = False) -> Iterator[Stop]:
     """Give a ``Stop`` that signals are noted in; the handlers from before come back at the end.
 
     A SIGHUP that is ignored, as nohup has it, stays so.
@@ -112,6 +121,7 @@ def stop_signals(max_hours: float | None, twice_seconds: float = 0.0) -> Iterato
     Args:
         max_hours: see ``Stop``.
         twice_seconds: after a signal in which others are taken for the same one, sent by two senders.
+        speaks: say on standard error that a signal has come, where it waits for the end of a step.
     """
     stop = Stop(max_hours)
     earlier: dict[signal.Signals, Any] = {}
@@ -134,6 +144,8 @@ def stop_signals(max_hours: float | None, twice_seconds: float = 0.0) -> Iterato
             if not twice_seconds:
                 give_back()
             stop.note(signal.Signals(number).name)
+            if speaks:
+                _acknowledge(signal.Signals(number).name)
         elif now - first >= twice_seconds:
             give_back()
             signal.raise_signal(number)

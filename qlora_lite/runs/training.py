@@ -69,6 +69,7 @@ from .tracking import tracking
 
 log = logging.getLogger("qlora_lite")
 BEST = "best.safetensors"
+SLOW_SECONDS = 2.0  # of a step, from which on its micro-batches are shown
 
 
 def train(proven: Proven) -> Trained:
@@ -84,6 +85,7 @@ def train(proven: Proven) -> Trained:
         return training.go()
     finally:
         proven.run.summary.update(training.figures())
+        proven.trainer.watch = None
 
 
 def _are_alike(before: list[float] | None, now: list[float] | None) -> bool:
@@ -102,6 +104,7 @@ class Training:
         self.best, self.last = trained_folders(self.recipe)  # names of the folders of what is trained
         self.eval_data, self.stop = proven.data.eval_data, proven.stop
         self.progress, self.watch, self.processes = proven.progress, proven.watch, proven.processes
+        self.trainer.watch, self.step_began = self._watch_step, 0.0
         self.best_loss, self.best_step = math.inf, 0
         self.best_factors: Tensors | None = None
         self.reference: list[float] | None = None  # means of what the reference model gives the first step's rows
@@ -258,6 +261,7 @@ class Training:
         self._measure_if_due()
         steps = iter(self.trainer)
         before = self.processes.waited_seconds
+        self.step_began = time.monotonic()
         while not self.ends_early and (metrics := next(steps, None)):
             self.own_steps, self.own_seconds = self.own_steps + 1, self.own_seconds + metrics.seconds
             self.waited_seconds += self.processes.waited_seconds - before
@@ -268,7 +272,7 @@ class Training:
             if self.processes.any(self.saver.due(metrics.step)):
                 self._save_checkpoint()
             self.stop.check(self.processes.any)
-            before = self.processes.waited_seconds
+            before, self.step_began = self.processes.waited_seconds, time.monotonic()
         if self.ends_early:
             log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
                      "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
@@ -294,6 +298,11 @@ class Training:
                 self.watch(what, done, total)
             except OSError:  # as in ``_note``, which says it
                 self.watch = None
+
+    def _watch_step(self, done: int, total: int) -> None:
+        """Show how far a slow step is."""
+        if done < total and time.monotonic() - self.step_began >= SLOW_SECONDS:
+            self._watch(f"micro-batches of step {self.trainer.step}", done, total)
 
     def _log(self, values: dict) -> None:
         self.run.log_metrics(values)

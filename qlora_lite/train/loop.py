@@ -129,6 +129,7 @@ class Trainer:
         self.steps_without_gradient = 0
         self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
         self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
+        self.watch: Callable[[int, int], None] | None = None  # of the step's micro-batches, see ``train_step``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for _, parameter in self.workload.method.parameters(model)))
         check_shareable(processes, settings.options, parts_of(model).count > 1)
@@ -362,8 +363,9 @@ class Trainer:
         def attempt(scale: float) -> StepResult:
             self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
             return train_step(
-                self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale, self.processes, counted
-            )
+                self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale, self.processes, counted,
+                self.watch,
+            )  # fmt: skip
 
         if self.loss_scale is None:
             return attempt(1.0)

@@ -61,7 +61,7 @@ class Means(NamedTuple):
 
 def accumulate_gradients(
     workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0, total: float | None = None,
-    counted: int | None = None,
+    counted: int | None = None, watch: Callable[[int, int], None] | None = None,
 ) -> Means:  # fmt: skip
     """Add the gradients of the mean loss over all targets of the batches, times a scale; return the means.
 
@@ -69,6 +69,7 @@ def accumulate_gradients(
         batches: inputs of the workload.
         total: the weight that losses are divided by, where the step has other batches too.
         counted: how many of the batches, the first ones, count; the others are run for nothing. None counts all.
+        watch: called after each batch with how many are done (of a GPU: given to it), and of how many.
     """
     if total is None:
         total = sum(workload.weight(batch) for batch in batches)
@@ -82,6 +83,8 @@ def accumulate_gradients(
                 _backward(model, loss, scale)
             mean += loss.detach()
             _add(metrics, found.metrics, weight)
+            if watch:
+                watch(number + 1, len(batches))
     return Means(mean, metrics)
 
 
@@ -93,6 +96,7 @@ def _add(metrics: dict[str, torch.Tensor], found: Mapping[str, torch.Tensor], to
 def train_step(
     workload: Workload, model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, max_grad_norm: float,
     scale: float = 1.0, processes: Processes = ALONE, counted: int | None = None,
+    watch: Callable[[int, int], None] | None = None,
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
@@ -104,6 +108,7 @@ def train_step(
         scale: power of two that the backward pass is run at; see ``loss_scale``.
         processes: those that the step is shared with.
         counted: see ``accumulate_gradients``; 0 for a rank that there is no micro-batch left for.
+        watch: see ``accumulate_gradients``.
 
     Returns:
         The step's numbers; ``loss`` or ``grad_norm`` is not finite if the update was skipped.
@@ -119,7 +124,7 @@ def train_step(
     shapes = [workload.shape(batch) for batch in batches[:counted]]
     own = sum(map(workload.weight, inputs[:counted])), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)
     total, tokens, targets = processes.exchange(*own)
-    mean, metrics = accumulate_gradients(workload, model, inputs, scale, total, counted)
+    mean, metrics = accumulate_gradients(workload, model, inputs, scale, total, counted, watch)
     processes.wait()  # until it is known that no rank's memory ran out
     with phase("optimizer"):
         with no_retry("while the ranks added up their gradients"):

@@ -468,11 +468,17 @@ def test_prompts_that_cannot_be_answered_end_the_run_before_training_and_not_aft
     assert "exact match" not in _result(folder, summary) and (folder / "report.html").exists()
 
 
-def test_a_run_tells_how_far_its_evaluations_and_exact_matches_are(model_folder, tmp_path):
-    told, recipe = [], load_recipe(write_recipe(tmp_path, model_folder, train={"max_steps": 1}))
+@pytest.mark.parametrize("slow_seconds", [0.0, 1e9])
+def test_a_run_tells_how_far_evaluations_exact_matches_and_slow_steps_are(
+    model_folder, tmp_path, monkeypatch, slow_seconds
+):
+    monkeypatch.setattr("qlora_lite.runs.training.SLOW_SECONDS", slow_seconds)
+    train = {"max_steps": 1, "gradient_accumulation_steps": 3, "micro_batch_size": 1}
+    told, recipe = [], load_recipe(write_recipe(tmp_path, model_folder, train=train))
     qlora_lite.run_recipe(recipe, watch=lambda *step: told.append(step))
     once = [("evaluation", done, 6) for done in (0, 4, 6)] + [("answers", done, 2) for done in (0, 2)]
-    assert told == once * 2
+    step = [("micro-batches of step 1", done, 3) for done in (1, 2)]
+    assert told == [*once, *(step if slow_seconds == 0 else []), *once]
 
 
 def test_plain_text_rows_have_no_answers_to_match_and_say_so(run, tmp_path):

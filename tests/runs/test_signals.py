@@ -47,3 +47,16 @@ def test_of_one_process_the_second_signal_acts_at_once(clock):
 )  # fmt: skip
 def test_only_a_signal_that_may_be_for_memory_is_explained_by_it(number, says):
     assert re.match(says, describe_kill(number)) and ("memory" in describe_kill(number)) is (number == 9)
+
+
+def test_a_signal_that_waits_for_the_end_of_a_step_is_acknowledged_at_once(capfd):
+    with stop_signals(None) as outer, outer.at_once():
+        with stop_signals(None, speaks=True) as stop:
+            with pytest.raises(StopNow), stop.at_once():
+                signal.raise_signal(signal.SIGINT)  # which is its own answer
+            assert capfd.readouterr().err == ""
+        for speaks in (False, True):
+            with stop_signals(None, speaks=speaks) as stop:
+                signal.raise_signal(signal.SIGTERM)
+                said = "SIGTERM: stopping after this step; a second signal stops at once\n" if speaks else ""
+                assert capfd.readouterr().err == said and stop.has_come
