@@ -275,9 +275,10 @@ def _checked(draft: Draft, overrides: Sequence[str]) -> dict[str, dict[str, obje
             if not ours:
                 raise  # of an override
             for key, problem in ours.items():
+                draft.note(
+                    "unused" if key.startswith("memory.") else "lost", draft.source_of(key), problem.message, key
+                )
                 del draft.values[key]
-                kind: Kind = "unused" if key.startswith("memory.") else "lost"
-                draft.notes.append(Note(kind, str(draft.path), problem.message, key))
         else:
             return whole
 

@@ -52,9 +52,10 @@ _FORMATS = {
     "alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca", "slimorca_dataset": "sharegpt",
     "preference_dataset": None, "stack_exchange_paired_dataset": None, "llama3": None, "gemma": None,
 }  # fmt: skip
+_STACK_EXCHANGE = "lvwerra/stack-exchange-paired"  # of which torchtune reads one folder
 _DATASETS = {  # of torchtune's builders of one data set
     "alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
-    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "stack_exchange_paired_dataset": "lvwerra/stack-exchange-paired",
+    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "stack_exchange_paired_dataset": _STACK_EXCHANGE,
 }  # fmt: skip
 _COLUMNS = {  # of data sets, and of axolotl's kinds of preferences
     "stack_exchange_paired_dataset": ("question", "response_j", "response_k"),
@@ -65,6 +66,7 @@ _LOSSES = {  # of torchtune
     "CEWithChunkedOutputLoss": "sft", "LinearCrossEntropyLoss": "sft", "CrossEntropyLoss": "sft", "DPOLoss": "dpo",
     "IPOLoss": "ipo", "RSOLoss": "hinge", "SimPOLoss": "simpo",
 }  # fmt: skip
+_OFF = (False, 0, "none", "no", "off")
 FOUR_BIT = "nf4", "fp4"
 _QUANTS = {4: "nf4", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4", "gguf": "keep"}
 _SWITCHES = {"full_finetuning": "full", "use_peft": "lora"}
@@ -110,16 +112,27 @@ class Draft:
     values: dict[str, Any] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     given: dict[str, Setting] = field(default_factory=dict)
+    is_answered: bool = False  # whether something has become of the present setting
 
     def note(self, kind: Kind, setting: Setting, text: str, key: str = "") -> None:
         """Add a note about a setting."""
+        self.is_answered = True
         value = "" if _SECRET.search(setting.name) else f" = {shown(as_text(setting.value))}"
         self.notes.append(Note(kind, setting.where, f"{shown(setting.name)}{value}: {text}", key))
 
     def put(self, key: str, value: object, setting: Setting) -> None:
         """Set a local key; of several settings for it the first counts."""
+        self.is_answered = True
         if self.values.setdefault(key, value) != value:
             self.note("changed", setting, f"{key} is {shown(self.values[key])} already, by a setting above", key)
+
+    def replace(self, key: str, value: object) -> None:
+        """Set a local key, whatever it was."""
+        self.values[key], self.is_answered = value, True
+
+    def agree(self) -> None:
+        """Take the present setting for what is done here anyway."""
+        self.is_answered = True
 
     def add(self, kind: Kind, text: str, key: str = "") -> None:
         """Add a note about the file as a whole."""
@@ -138,7 +151,9 @@ class Draft:
     def source_of(self, key: str) -> Setting:
         """Return the setting that a local key has its value of; the file, where there is none."""
         value = self.values.get(key)
-        found = [s for s in self.given.values() if (answer := _answer(s.name)) and answer.text == key and s.value]
+        found = [
+            s for s in self.given.values() if (answer := _answer(s.name)) and answer.text == key and s.value is not None
+        ]
         found.sort(key=lambda s: _loose(s.value) != value)
         return next(iter(found), Setting(key, value, str(self.path)))
 
@@ -174,7 +189,7 @@ def take(draft: Draft, setting: Setting) -> None:
         _rename(draft, setting, found.text)
     elif found == foreign_names.answer("warmup_steps"):
         draft.given["warmup_steps"] = setting  # with the number of steps, in `warmup`
-    elif value in (usual := _SAME.get(name, ())) or (value in (False, 0, "none", "no", "off") and True not in usual):
+    elif value in (usual := _SAME.get(name, ())) or (value in _OFF and True not in usual):
         return
     elif found.effect == "other training":
         raise RecipeError(Problem(f"{shown(setting.name)} = {shown(as_text(value))}: {found.text}", setting.where))
@@ -212,7 +227,11 @@ def _rename(draft: Draft, setting: Setting, key: str) -> None:
         text = f"an expression, which is not evaluated; here it is {key}"
         draft.note("unused" if key in _AROUND else "lost", setting, text, key)
     else:
+        draft.is_answered = False
         _BY_KEY.get(key, _copy)(draft, setting, key)
+        if not draft.is_answered and _loose(setting.value) not in _OFF:
+            text = f"not known here; {key} is {reference.rule_of(reference.setting(key))}"
+            draft.note("unused" if key in _AROUND else "lost", setting, text, key)
 
 
 def _copy(draft: Draft, setting: Setting, key: str) -> None:
@@ -256,12 +275,16 @@ def _every(draft: Draft, setting: Setting, key: str) -> None:
     if type(steps) is int and ("_steps" in name or "interval" in name or "every" in name or "per_eval" in name):
         if steps > 0:
             draft.put(key, steps, setting)
-    elif steps not in (False, "steps"):
+    elif steps == "steps":
+        draft.agree()
+    elif steps is not False:
         draft.note("unused", setting, f"here it is {key}, a number of steps")
 
 
 def _max_steps(draft: Draft, setting: Setting, key: str) -> None:
-    if (steps := _loose(setting.value)) not in (0, -1):
+    if (steps := _loose(setting.value)) == -1:
+        draft.agree()
+    elif steps != 0:
         draft.put(key, steps, setting)
 
 
@@ -283,7 +306,7 @@ def _quant(draft: Draft, setting: Setting, key: str) -> None:
     is_on = {name for name in ("load_in_4bit", "load_in_8bit") if _loose(_given(draft, name)) is True}
     if value is False:
         if bits == 4 and "load_in_8bit" not in is_on:
-            draft.values[key] = "none"
+            draft.replace(key, "none")
     elif value is True and bits == 16:
         draft.put(key, "none", setting)
     elif value == 8 or (value is True and bits == 8):
@@ -291,11 +314,15 @@ def _quant(draft: Draft, setting: Setting, key: str) -> None:
         text = "the base is in NF4 here, which needs less memory; model.quant none keeps it in 16 bit"
         draft.note("changed", setting, "4 bits are taken of the two" if "load_in_4bit" in is_on else text, key)
     elif isinstance(value, int | str) and (kind := _QUANTS.get(4 if value is True else value)):
-        if value in FOUR_BIT and known in FOUR_BIT:
-            draft.values[key] = kind
-        elif not (value in (True, 4) and known in FOUR_BIT):
+        if value in (True, 4) and known in FOUR_BIT:
+            draft.agree()
+        elif value in FOUR_BIT and known in FOUR_BIT:
+            draft.replace(key, kind)
+        else:
             draft.put(key, kind, setting)
-    elif value not in ("bnb", "bitsandbytes"):
+    elif value in ("bnb", "bitsandbytes"):
+        draft.agree()
+    else:
         draft.note("lost", setting, "a base is in NF4 or FP4 (4 bit) here, or in 16 bit with none", key)
 
 
@@ -308,7 +335,9 @@ def _method(draft: Draft, setting: Setting, key: str) -> None:
         draft.put(key, said, setting)
     elif name not in _METHODS and said != "false":
         draft.note("lost", setting, "write adapter.method: dora, or remove it", key)
-    elif said not in ("lora", "qlora", "false", "no", "none"):
+    elif said in ("lora", "qlora", "false", "no", "none"):
+        draft.agree()
+    else:
         text = foreign_names.value_advice(key, said) or "what is converted is trained with lora, dora or full"
         raise RecipeError(Problem(f"{shown(setting.name)} = {shown(said)}: {text}", setting.where))
 
@@ -318,21 +347,20 @@ def _objective(draft: Draft, setting: Setting, key: str) -> None:
     said = re.sub("trainer$|config$", "", as_text(setting.value).lower())
     choices = reference.choices_of(reference.setting(key))
     policy_losses = reference.choices_of(reference.setting("objective.policy_loss"))
+    found = {"sigmoid": draft.values.get(key, "dpo"), **{name: name for name in choices}}.get(said)
     if setting.name.endswith("loss_type") and said in (*policy_losses, "bnpo"):
         draft.put("objective.policy_loss", "dapo" if said == "bnpo" else said, setting)
-        return
-    found = {"sigmoid": draft.values.get(key, "dpo"), **{name: name for name in choices}}.get(said)
-    if said in ("rm", "reward"):
+    elif said in ("rm", "reward"):
         draft.put("task.kind", "reward", setting)
-    elif found == "sft" or said == "nll":
-        return
+    elif found == "sft" or said == "nll" or (found == "dpo" and key in draft.values):
+        draft.agree()  # a loss says more than the stage or the class that it is of
     elif found is None and setting.name.rpartition(".")[2] in ("stage", "rl"):
         problem = f"{setting.name} = {as_text(setting.value)}: {foreign_names.OTHER_TRAINING}"
         raise RecipeError(Problem(problem, setting.where))
     elif found is None:
-        draft.note("lost", setting, f"{key} is {', '.join(reference.choices_of(reference.setting(key)))}", key)
-    elif found != "dpo" or key not in draft.values:  # a loss says more than the stage or the class that it is of
-        draft.values[key] = found
+        draft.note("lost", setting, f"{key} is {', '.join(choices)}", key)
+    else:
+        draft.replace(key, found)
 
 
 def _rewards(draft: Draft, setting: Setting, key: str) -> None:
@@ -391,20 +419,25 @@ def _targets(draft: Draft, setting: Setting, key: str) -> None:
         found = [layer for layer in found if layer not in ("lm_head", "embed_tokens")]
         if isinstance(earlier := draft.values.get(key), list):
             found = list(dict.fromkeys([*earlier, *found]))
-    if found and draft.values.get(key) != "all-linear":
-        draft.values[key] = found
+    if found and draft.values.get(key) == "all-linear" != found:
+        draft.note("unused", setting, f"{key} is all-linear already")
+    elif found:
+        draft.replace(key, found)
 
 
 def _train_on(draft: Draft, setting: Setting, key: str) -> None:
     name, value = setting.name.rpartition(".")[2], _loose(setting.value)
-    if name in ("train_on_inputs", "train_on_input", "train_on_prompt"):
-        draft.put(key, "all" if value else "assistant", setting)
-    elif name == "mask_history" and value:
-        draft.put(key, "last", setting)
-    elif name == "roles_to_train" and value not in _SAME[name]:
+    if name == "roles_to_train" and value not in _SAME[name]:
         draft.note("lost", setting, "the assistant's turns are target tokens, or all tokens (data.train_on: all)", key)
-    elif name not in ("mask_history", "roles_to_train") and value:
+    elif name == "roles_to_train":
+        draft.agree()
+    elif name in ("train_on_inputs", "train_on_input", "train_on_prompt") and isinstance(value, bool):
+        draft.put(key, "all" if value else "assistant", setting)
+    elif value is True:
+        draft.put(key, "last" if name == "mask_history" else "assistant", setting)
+    elif isinstance(value, str) and name.endswith(("_template", "_part")):
         draft.put(key, "assistant", setting)
+        draft.note("unused", setting, "where answers begin is known from the chat template")
 
 
 def _eval_share(draft: Draft, setting: Setting, key: str) -> None:
@@ -421,16 +454,17 @@ def _packing(draft: Draft, setting: Setting, key: str) -> None:
 
 
 def _order(draft: Draft, setting: Setting, key: str) -> None:
-    is_shuffled = _loose(setting.value) is not (
-        setting.name in ("disable_shuffling", "curriculum", "curriculum_sampling")
-    )
-    if not is_shuffled:
+    value, is_switched_off = _loose(setting.value), setting.name.startswith(("disable_", "curriculum"))
+    if value is is_switched_off:
         draft.put(key, "as-is", setting)
+    elif value is (not is_switched_off):
+        draft.agree()
 
 
 def _overflow(draft: Draft, setting: Setting, key: str) -> None:
-    value = {"raise": "error", "truncate": "truncate", "drop": "drop"}.get(as_text(setting.value))
-    if value:
+    switches = {"truncation": "truncate", "drop_long_rows": "drop"}
+    said = switches.get(setting.name, "") if _loose(setting.value) is True else as_text(setting.value)
+    if value := {"raise": "error", "truncate": "truncate", "drop": "drop"}.get(said):
         draft.put(key, value, setting)
 
 
@@ -442,22 +476,28 @@ def _template(draft: Draft, setting: Setting, key: str) -> None:
         draft.note("lost", setting, "save it in a file and name that, as in data.template=mine.jinja", key)
     elif value in ("default", "empty", "vanilla", "original", "fewshot"):
         draft.note("lost", setting, f"data.template is {', '.join(paths.TEMPLATES)} or a .jinja file", key)
-    elif not value.startswith("tokenizer_default") and value != "jinja":
+    elif value.startswith("tokenizer_default") or value == "jinja":
+        draft.agree()
+    else:
         text = "the model's own chat template is used; see what it writes with `qlora-lite data`"
         draft.note("changed", setting, text, key)
 
 
 def _trackers(draft: Draft, setting: Setting, key: str) -> None:
     name, value = setting.name.rpartition(".")[2], setting.value
-    if isinstance(value, str) and draft.trainer == "unsloth-studio":
-        return  # a project's name, which is set whether it is used or not
     named = [part for part in ("wandb", "mlflow", "tensorboard", "swanlab", "comet") if part in name]
     words = named or (value if isinstance(value, list) else as_text(value).split(","))
+    if named and isinstance(_loose(value), str):
+        draft.note("unused", setting, "a tracker's project has the name output.name here")
     if value is False or words == ["none"] or words == ["all"]:
+        draft.agree()
         return
+    if named and draft.trainer == "unsloth-studio" and isinstance(value, str):
+        return  # which is set whether it is used or not
     known = get_trackers()
     words = [{"comet": "comet_ml"}.get(word.strip(), word.strip()) for word in map(str, words)]
-    draft.values[key] = list(dict.fromkeys([*draft.values.get(key, []), *(word for word in words if word in known)]))
+    if taken := [word for word in words if word in known]:
+        draft.replace(key, list(dict.fromkeys([*draft.values.get(key, []), *taken])))
     if unknown := [word for word in words if word not in known]:
         draft.note("unused", setting, f"{shown(', '.join(unknown))} is not a tracker known here")
 
@@ -470,8 +510,6 @@ def get_trackers() -> tuple[str, ...]:
 def _data(draft: Draft, setting: Setting, key: str) -> None:
     """Convert the names of data sets that stand in one value."""
     value, part = setting.value, key.partition(".")[2]
-    if setting.name == "dataset_dir":
-        return
     names = value if isinstance(value, list) else as_text(value).split(",")
     for name in (str(name).strip() for name in names):
         if draft.trainer == "LlamaFactory":
@@ -495,7 +533,8 @@ def _add(draft: Draft, setting: Setting, part: str, source: Mapping[str, object]
     if is_name or (path.startswith("hub:") and not paths.is_hub_data(path)):
         draft.note("lost", setting, "give the file, or hub:OWNER/NAME", f"data.{part}")
     else:
-        draft.values.setdefault(f"data.{part}", []).append({k: v for k, v in source.items() if v is not None})
+        sources = draft.values.get(f"data.{part}", [])
+        draft.replace(f"data.{part}", [*sources, {k: v for k, v in source.items() if v is not None}])
 
 
 def _location(path: str, config: object = None, split: object = None) -> str:
@@ -584,8 +623,6 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
     first = next(iter(item.values()))
     named = str(value.get("type", value.get("_component_", "auto")))
     kind, *style = [named.rpartition(".")[2]] if "_component_" in value else re.split(r"[.:]", named)
-    path = value.get("path", value.get("source", _DATASETS.get(kind)))
-    files = value.get("data_files") if path is None or (isinstance(path, str) and path in _LOADERS) else None
     source: dict[str, object] = {"format": _FORMATS.get(kind)}
     if kind not in _FORMATS:
         at = rest.get("type", rest.get("_component_", first))
@@ -602,29 +639,57 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
         draft.note("changed", rest["_component_"], "here the prompt is the chat template's, without Alpaca's sentences")
         if "train_on_input" not in value:
             draft.put("data.train_on", "all", first)
-    handled = {"path", "source", "name", "subset", "split", "data_files", "type", "_component_", "ds_type"}
+    handled = {"path", "source", "name", "subset", "split", "data_files", "data_dir", "type", "_component_", "ds_type"}
     if columns := _columns(draft, rest, handled):
         source |= {"format": None, **columns}
-    if "split" in rest and not re.fullmatch(r"\w+", str(value["split"])):
-        draft.note("lost", rest["split"], "a part of a split; give data.train a file of those examples", f"data.{part}")
-        value["split"] = "train"
     for name, setting in rest.items():
         is_usual = name.startswith("roles.") and isinstance(setting.value, list) and _ROLES.issuperset(setting.value)
         is_usual |= name == "field_messages" and value[name] == "conversation" and "field_chosen" in rest
         if name not in handled and not is_usual:
             take(draft, Setting(name, setting.value, setting.where))
-    if isinstance(files, Mapping):
-        files = files.get(str(value.get("split", "train")))
-    if files and not isinstance(files, Code):
-        for file in files if isinstance(files, list) else [files]:
-            _add(draft, first, part, {"path": str(file), **source})
-    elif isinstance(path, str) and isinstance(config := value.get("name", value.get("subset")), str | None):
-        found = _location(path, config, value.get("split"))
-        if not found.startswith("hub:") and (config or value.get("split", "train") != "train"):
-            draft.note("lost", rest.get("split", first), "a part of a folder; give the files of it", f"data.{part}")
-        _add(draft, first, part, {"path": found, **source})
+    for path in _paths(draft, part, rest, first, _DATASETS.get(kind)):
+        _add(draft, first, part, {"path": path, **source})
+
+
+def _paths(
+    draft: Draft, part: str, rest: Mapping[str, Setting], first: Setting, usual: str | None
+) -> list[str]:  # fmt: skip
+    """Return where the rows of a data set are; what no path says becomes a note."""
+    key, value = f"data.{part}", {name: s.value for name, s in rest.items()}
+    path, config, split = value.get("path", value.get("source", usual)), value.get("name", value.get("subset")), "train"
+    folder = path if isinstance(path, str) and os.path.isdir(path) else None
+
+    def lose(name: str, text: str) -> None:
+        draft.note("lost", rest.get(name, first), text, key)
+
+    if re.fullmatch(r"\w+", said := str(value.get("split", split))):
+        split = said
     else:
-        draft.note("lost", first, "which data this is cannot be determined", f"data.{part}")
+        lose("split", "a part of a split; give data.train a file of those examples")
+    inside = value.get("data_dir", "data/rl" if path == _STACK_EXCHANGE else None)
+    if isinstance(inside, str) and folder:
+        path = folder = os.path.join(os.curdir, folder, inside)
+    elif inside:
+        lose("data_dir", f"the folder {shown(as_text(inside))} of it; give data.train the files in that")
+    files = value.get("data_files")
+    if isinstance(files, Mapping):
+        files, split = files.get(split), "train"
+    names = files if isinstance(files, list) else [files] if files and not isinstance(files, Code) else []
+    if names and (folder or path in (None, *_LOADERS)):
+        if config or split != "train":
+            lose(
+                "name" if "name" in rest else "subset" if config else "split", "a part of files; give those of it alone"
+            )
+        return [os.path.join(folder or "", str(name)) for name in names]
+    if not isinstance(path, str) or not isinstance(config, str | None):
+        lose("", "which data this is cannot be determined")
+        return []
+    if "data_files" in rest:
+        lose("data_files", "files of a data set; give data.train copies of them")
+    found = _location(path, config, split)
+    if not found.startswith("hub:") and (config or split != "train"):
+        lose("split", "a part of a folder; give the files of it")
+    return [found]
 
 
 def _columns(draft: Draft, rest: Mapping[str, Setting], handled: set[str]) -> dict[str, str]:
@@ -752,8 +817,8 @@ _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "unsloth-studio:data.format_type": _studio_format, "unsloth:formatting_func": _formatting,
     "trl:formatting_func": _formatting, "LlamaFactory:image_max_pixels": _pixels, "unsloth:max_length": _unsloth_length,
     "unsloth:temperature": _temperature, "trl:temperature": _temperature, "axolotl:trl.temperature": _temperature,
-    "trl:dataset_config": _read_elsewhere, "trl:dataset_train_split": _read_elsewhere,
-    "trl:config_class": _read_elsewhere, "unsloth:config_class": _read_elsewhere,
+    **dict.fromkeys(("LlamaFactory:dataset_dir", "trl:dataset_config", "trl:dataset_train_split", "trl:config_class",
+                     "unsloth:config_class"), _read_elsewhere),
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
     "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,

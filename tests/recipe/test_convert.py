@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 from recipe.foreign_shapes import SHAPES, Code, write_files
 
 from qlora_lite.errors import RecipeError
@@ -826,3 +827,75 @@ def test_no_setting_of_a_public_configuration_is_lost_without_a_line(name, of_sh
         return any(".".join(map(str, path[first:last])) in named for first in range(len(path)) for last in (None, -1))
 
     assert not [path for path, _ in shape.leaves() if not is_named(path) and outcome(path) == before.text]
+
+
+UNUSUAL = {
+    "a word": lambda name, _number: f"odd-{name}", "a number": lambda _name, number: 1_000_003 + number,
+    "a share": lambda _name, number: 0.3 + number / 10_000,
+    "a negative number": lambda _name, number: -1_000_003 - number,
+    "a list": lambda name, _number: [f"odd-{name}"], "a mapping": lambda _name, number: {"odd": 1_000_003 + number},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_value_of_any_known_setting_is_taken_over_or_named(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {"base_model": "a/b", "adapter": "lora", "lora_target_linear": True, "lora_r": 8, "sequence_len": 512,
+            "datasets": [{"path": "./rows.jsonl", "type": "alpaca"}], "val_set_size": 0.1}  # fmt: skip
+
+    def lines(settings):
+        (tmp_path / "theirs.yml").write_text(yaml.safe_dump(base | settings))
+        try:
+            made = convert("theirs.yml", partial=True)
+        except RecipeError as error:
+            return [problem.message for problem in error.problems], ""
+        return [note.text for note in made.notes], re.sub("(?m)^#.*\n", "", made.text)
+
+    _, before = lines({})
+    names = [name.replace("*", "odd") for name, found in _ANSWERS.items() if found.effect != "other training"]
+    settings = {name: UNUSUAL[kind](name, number) for number, name in enumerate(names) if name not in base}
+    silent, texts = dict(settings), []
+    while len(texts) < 2 and settings:  # a value by which the file trains another thing is the only problem
+        texts, _ = lines(settings)
+        for name in {re.split("[ :.]", text)[0] for text in texts}:
+            silent.pop(name, None)
+            settings.pop(name, None)
+    assert len(silent) < 100, "most are named at once"
+
+    def is_silent(name, value):
+        found, recipe = lines({name: value})
+        return not any(re.split("[ :.]", text)[0] == name for text in found) and recipe == before
+
+    assert [name for name, value in silent.items() if is_silent(name, value)] == []
+
+
+@pytest.mark.parametrize(("item", "named", "path"), [
+    ("{path: them/rows, type: alpaca, data_files: a.jsonl}", "data_files", None),
+    ("{path: them/rows, type: alpaca, data_dir: part}", "data_dir", None),
+    ("{path: json, type: alpaca, data_files: a.jsonl, split: test}", "split", None),
+    ("{path: json, type: alpaca, data_files: a.jsonl, name: part}", "name", None),
+    ("{path: here, type: alpaca, data_dir: part}", "", "here/part"),
+    ("{path: here, type: alpaca, data_files: [a.jsonl]}", "", "here/a.jsonl"),
+])  # fmt: skip
+def test_what_of_a_data_set_is_read_is_a_path_or_named(made, refused, tmp_path, item, named, path):
+    (tmp_path / "here").mkdir()
+    text = re.sub("(?s)  - path:.*?split: train", f"  - {item}", AXOLOTL)
+    if named:
+        assert refused(text)[0].partition(" = ")[0] == f"theirs.yml:5: datasets.0.{named}"
+    else:
+        assert made(text)[1].data.train[0].path == str(tmp_path / path)
+
+
+def test_torchtune_s_paired_data_are_one_folder_of_a_data_set(refused):
+    text = TORCHTUNE.replace("modules.loss.LinearCrossEntropyLoss", "rlhf.loss.DPOLoss")
+    text = re.sub("(?s)(torchtune.datasets.)instruct.*?packed: True", r"\1stack_exchange_paired_dataset", text)
+    assert "the folder data/rl of it; give data.train the files in that" in refused(text)[0]
+
+
+def test_a_tracker_s_own_names_are_named(made):
+    conversion, recipe = made(AXOLOTL + "wandb_entity: us\nwandb_name: third\n")
+    assert recipe.train.trackers == ("wandb",)
+    unused = [note for note in notes(conversion, "unused") if "project has the name output.name" in note]
+    assert ["wandb_project = demo" in unused[0], "wandb_entity = us" in unused[1], "wandb_name" in unused[2]] == [
+        True
+    ] * 3
