@@ -134,9 +134,9 @@ def _first_row(settings: Recipe, source) -> str:
 def convert(file: str, overrides: tuple[str, ...], out: str | None, partial: bool) -> None:
     """Convert FILE of another trainer to a recipe.
 
-    FILE is YAML of axolotl, LlamaFactory, torchtune, trl or unsloth, a script or notebook, or in quotes the command
-    that starts a script of trl ('trl sft --lora_r 8 ...'); nothing in it is run. A line is printed for each setting
-    that is not taken over as it is. KEY=VALUE gives what FILE does not say, such as data.train=rows.jsonl.
+    FILE is YAML of axolotl, LlamaFactory, torchtune, trl or unsloth, a script (.py, .sh) or notebook, or in quotes the
+    command that starts a script of trl ('trl sft --lora_r 8 ...'); nothing in it is run. A line is printed for each
+    setting that is not taken over as it is. KEY=VALUE gives what FILE does not say, such as data.train=rows.jsonl.
     """
     made = convert_file(file, overrides, partial=partial)
     if out is not None and Path(out).exists():

@@ -22,7 +22,7 @@ from qlora_lite.errors import Problem, RecipeError
 from qlora_lite.units import counted
 
 from . import reference
-from .foreign_files import is_command, read_command, read_settings
+from .foreign_files import is_command, read_command, read_script, read_settings
 from .foreign_values import FOUR_BIT, Draft, Kind, Note, take, take_dataset, warmup
 from .load import recipe_of
 from .overrides import apply_overrides
@@ -92,13 +92,15 @@ def convert(path: str | Path, overrides: Sequence[str] = (), *, partial: bool = 
     """Make a recipe of an axolotl, LlamaFactory, torchtune, trl or unsloth file; nothing in it is run.
 
     Args:
-        path: a YAML file, a Python script or a notebook, or the command that starts a script of trl.
+        path: a YAML file, a Python or shell script or a notebook, or the command that starts a script of trl.
         overrides: settings of the recipe, such as "data.train=rows.jsonl", for what the file does not say.
         partial: whether to go without settings that what is learned depends on.
 
     Raises:
         RecipeError: the file cannot be read or trains something else, or such settings would be lost.
     """
+    if str(path).endswith(".sh"):
+        path = read_script(Path(path))
     if is_command(str(path)):
         path, settings = read_command(str(path))
         trainer = "trl"

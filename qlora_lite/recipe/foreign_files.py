@@ -4,7 +4,8 @@ YAML of axolotl, LlamaFactory, torchtune, trl and unsloth's studio goes through 
 expanded. A Python script or notebook (unsloth, trl) is parsed with `ast`; of the calls that configure a run the keyword
 arguments are read where they are literals, names that are assigned nothing but one literal, or arithmetic with these.
 Anything else is code, and is listed as such. Importing the script, or its trainer's own configuration class, would be
-exact, and would run it. trl's own scripts hold no values: the command that starts one is read in its place.
+exact, and would run it. trl's own scripts hold no values: the command that starts one is read in its place, as it
+stands or as the one line of a shell script.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ _PLUMBING = {
     "quantization_config", "config", "map_eos_token", "num_labels", "optimizers", "data_collator",
 }  # fmt: skip
 _MAGIC = re.compile(r"^(\s*)[!%].*$", re.MULTILINE)
+_TRAINERS = re.compile(r"\b(llamafactory-cli|axolotl|tune run)\b")
+_STARTS = re.compile(rf"(\btrl +[a-z]+|\.py) +-|{_TRAINERS.pattern}")
+_ASSIGNED = re.compile(r"""^\s*(?:export )?(\w+)=([\w./:@-]+|'[^']*'|"[^"$`]*")\s*$""", re.MULTILINE)
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 _INTERPOLATED = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -98,6 +103,24 @@ def trainer_of(root: Node) -> str | None:
 def is_command(text: str) -> bool:
     """Return whether a text is the command that starts a script, and not a file's name."""
     return " --" in text and not os.path.exists(text)
+
+
+def read_script(path: Path) -> str:
+    """Return the command of a shell script that starts a training, or the one YAML file that it gives to a trainer.
+
+    Raises:
+        RecipeError: there is no such line, or several, or one that a shell would have to evaluate.
+    """
+    text = _decoded(_content(path), path).replace("\\\n", " ")
+    assigned = dict(_ASSIGNED.findall(text))
+    lines = [line for whole in text.splitlines() if _STARTS.search(line := whole.partition("#")[0].strip())]
+    command = _VARIABLE.sub(lambda found: assigned.get(found[1], found[0]).strip("'\""), lines[0]) if lines else ""
+    if len(lines) != 1 or set("$`|;&<>()") & set(command):
+        example = "qlora-lite recipes convert 'trl sft --model_name_or_path ...'"
+        raise RecipeError(Problem(f"has no one plain line that starts a training; paste it: {example}", str(path)))
+    files = [word for word in command.split() if word.endswith((".yaml", ".yml"))]
+    is_whole = len(files) == 1 and (command.endswith(files[0]) and _TRAINERS.search(command))
+    return files[0] if is_whole and "--" not in command.replace("--config", "") else command
 
 
 def read_command(text: str) -> tuple[str, list[Setting]]:

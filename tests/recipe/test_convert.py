@@ -869,6 +869,25 @@ def test_an_unusual_value_of_any_known_setting_is_taken_over_or_named(kind, tmp_
     assert [name for name, value in silent.items() if is_silent(name, value)] == []
 
 
+@pytest.mark.parametrize(("script", "wanted"), [
+    ("#!/bin/bash\n# trl sft --packing\npip install trl\nMODEL=a/b\nexport LR='2e-6'\ntrl sft \\\n"
+     "  --model_name_or_path $MODEL --learning_rate \"${LR}\" \\\n  --dataset_name them/rows\n", 2e-6),
+    ("cd ..\nllamafactory-cli train theirs.yml\n", 1e-4),
+    ("accelerate launch -m axolotl.cli.train theirs.yml  # all of it\n", 1e-4),
+    ("trl sft --model_name_or_path $1 --learning_rate 1e-5\n", None), ("trl sft --x 1\ntrl dpo --x 1\n", None),
+    ("trl sft --x 1 > log.txt\n", None), ("echo hello\n", None),
+])  # fmt: skip
+def test_a_shell_script_is_read_where_one_plain_line_starts_the_training(made, tmp_path, script, wanted):
+    (tmp_path / "theirs.yml").write_text(AXOLOTL)
+    (tmp_path / "train.sh").write_text(script)
+    if wanted is None:
+        with pytest.raises(RecipeError, match=r"^train.sh: has no one plain line .* paste it: qlora-lite recipes con"):
+            convert("train.sh")
+        return
+    (tmp_path / "ours.yaml").write_text(convert("train.sh").text)
+    assert load_recipe(tmp_path / "ours.yaml", check_files=False).train.learning_rate == wanted
+
+
 @pytest.mark.parametrize(("item", "named", "path"), [
     ("{path: them/rows, type: alpaca, data_files: a.jsonl}", "data_files", None),
     ("{path: them/rows, type: alpaca, data_dir: part}", "data_dir", None),
