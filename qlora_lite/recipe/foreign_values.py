@@ -31,19 +31,30 @@ _MAX_INFO_BYTES = 2**22
 _LOADERS = {"json", "csv", "text", "parquet", "arrow"}
 _LOCAL_KEY = re.compile(r"\b(model|lora|data|train|objective)\.[a-z_]+")
 _SECRET = re.compile(r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(token|key|secret|password)$")
-_SAME = {  # values that ask for no more than what is done here anyway
-    "init_lora_weights": (True,), "adam_beta1": (0.9,),
-    "adam_beta2": (0.999,), "betas": ([0.9, 0.999],), "adam_epsilon": (1e-8,), "eps": (1e-8,), "num_cycles": (0.5,),
+_OFF = (False, 0, "none", "no", "off")
+_SAME = {  # values that ask for no more than what is done here anyway, texts in small letters
+    name: values
+    for values, names in (
+        ((True,), "init_lora_weights finetune_vision_layers finetune_language_layers finetune_attention_modules "
+                  "finetune_mlp_modules freeze_vision_tower freeze_multi_modal_projector shuffle "
+                  "shuffle_merged_datasets use_peft"),
+        (("lora", "qlora"), "adapter finetuning_type training_type peft_type"),
+        (("bnb", "bitsandbytes"), "quantization_method quantization_type quant_method"),
+        (("steps",), "eval_strategy evaluation_strategy save_strategy"),
+        (("none", "all", ["none"], ["all"]), "report_to log_with"),
+        (("sft", "nll"), "stage loss_type"),
+        (("messages", "conversations"), "field_messages conversation_column"),
+        (("role", "from"), "role message_field_role"), (("content", "value"), "content message_field_content"),
+        ((1e-8,), "adam_epsilon eps"),
+    )
+    for name in names.split()
+} | {
+    "adam_beta1": (0.9,), "adam_beta2": (0.999,), "betas": ([0.9, 0.999],), "num_cycles": (0.5,), "max_steps": (-1,),
     "mix_strategy": ("concat",), "dataset_text_field": ("text",), "loraplus_lr_embedding": (1e-6,),
-    "finetune_vision_layers": (True,), "finetune_language_layers": (True,), "finetune_attention_modules": (True,),
-    "finetune_mlp_modules": (True,), "train_on_eos": ("turn", "all"),
-    "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]), "field_messages": ("messages", "conversations"),
-    "conversation_column": ("messages", "conversations"), "conversation_style": ("sharegpt", "openai"),
-    "role": ("role", "from"), "content": ("content", "value"), "message_field_role": ("role", "from"),
-    "message_field_content": ("content", "value"), "field": ("text",), "field_prompt": ("prompt",),
-    "field_chosen": ("chosen",), "field_rejected": ("rejected",), "freeze_vision_tower": (True,),
-    "freeze_multi_modal_projector": (True,), "epsilon": (0.2,), "num_iterations": (1,),
-    "importance_sampling_level": ("token",),
+    "train_on_eos": ("turn", "all"), "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]),
+    "conversation_style": ("sharegpt", "openai"), "chat_template": ("jinja", "tokenizer_default"), "field": ("text",),
+    "field_prompt": ("prompt",), "field_chosen": ("chosen",), "field_rejected": ("rejected",), "epsilon": (0.2,),
+    "num_iterations": (1,), "importance_sampling_level": ("token",),
 }  # fmt: skip
 _FORMATS = {
     "alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "pretrain": "text", "raw": "text",
@@ -66,11 +77,9 @@ _LOSSES = {  # of torchtune
     "CEWithChunkedOutputLoss": "sft", "LinearCrossEntropyLoss": "sft", "CrossEntropyLoss": "sft", "DPOLoss": "dpo",
     "IPOLoss": "ipo", "RSOLoss": "hinge", "SimPOLoss": "simpo",
 }  # fmt: skip
-_OFF = (False, 0, "none", "no", "off")
 FOUR_BIT = "nf4", "fp4"
 _QUANTS = {4: "nf4", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4", "gguf": "keep"}
-_SWITCHES = {"full_finetuning": "full", "use_peft": "lora"}
-_METHODS = {"adapter", "finetuning_type", "training_type", "peft_type", *_SWITCHES}
+_METHODS = {"adapter", "finetuning_type", "training_type", "peft_type"}
 _STYLES = {"default", "ultra", "argilla_chat", "prompt_pairs", "load_role", *_COLUMNS}
 _ROLES = {"system", "user", "human", "assistant", "gpt", "model", "tool", "observation", "function_call"}
 
@@ -130,10 +139,6 @@ class Draft:
         """Set a local key, whatever it was."""
         self.values[key], self.is_answered = value, True
 
-    def agree(self) -> None:
-        """Take the present setting for what is done here anyway."""
-        self.is_answered = True
-
     def add(self, kind: Kind, text: str, key: str = "") -> None:
         """Add a note about the file as a whole."""
         self.notes.append(Note(kind, str(self.path), text, key))
@@ -177,19 +182,22 @@ def take(draft: Draft, setting: Setting) -> None:
     """
     draft.given[setting.name] = setting
     name, value = setting.name.rpartition(".")[2].lower().replace("-", "_"), setting.value
-    if value is None or value in ([], {}, ""):
+    usual = _SAME.get(name, ())
+    if value in (None, [], {}, "") or (value.lower() if isinstance(value, str) else value) in usual:
         return
-    if rule := _BY_PLACE.get(f"{draft.trainer}:{setting.name}"):
+    place = f"{draft.trainer}:{setting.name}"
+    if rule := _BY_PLACE.get(place):
         rule(draft, setting)
         return
-    found = _answer(setting.name)
+    key = _KEY_BY_PLACE.get(place)
+    found = foreign_names.Answer("renamed", key) if key else _answer(setting.name)
     if found is None:
         draft.note("lost", setting, "not known here; remove it there if training does not need it")
     elif found.effect == "renamed":
         _rename(draft, setting, found.text)
     elif found == foreign_names.answer("warmup_steps"):
         draft.given["warmup_steps"] = setting  # with the number of steps, in `warmup`
-    elif value in (usual := _SAME.get(name, ())) or (value in _OFF and True not in usual):
+    elif value in _OFF and True not in usual:
         return
     elif found.effect == "other training":
         raise RecipeError(Problem(f"{shown(setting.name)} = {shown(as_text(value))}: {found.text}", setting.where))
@@ -239,12 +247,9 @@ def _copy(draft: Draft, setting: Setting, key: str) -> None:
     value, choices = setting.value, reference.choices_of(reference.setting(key))
     is_text = reference.rule_of(reference.setting(key)).startswith(("text", "at most"))
     if isinstance(value, str) and choices:
-        same = foreign_names.same_value(value.rpartition(".")[2], choices)
-        if same is None:
-            draft.note("lost", setting, f"{key} is {', '.join(choices[:-1])} or {choices[-1]}", key)
-            return
-        value = same
-    draft.put(key, value if is_text else _loose(value), setting)
+        value = foreign_names.same_value(value.rpartition(".")[2], choices)
+    if value is not None:
+        draft.put(key, value if is_text else _loose(value), setting)
 
 
 def _loose(value: object) -> object:
@@ -275,16 +280,12 @@ def _every(draft: Draft, setting: Setting, key: str) -> None:
     if type(steps) is int and ("_steps" in name or "interval" in name or "every" in name or "per_eval" in name):
         if steps > 0:
             draft.put(key, steps, setting)
-    elif steps == "steps":
-        draft.agree()
     elif steps is not False:
         draft.note("unused", setting, f"here it is {key}, a number of steps")
 
 
 def _max_steps(draft: Draft, setting: Setting, key: str) -> None:
-    if (steps := _loose(setting.value)) == -1:
-        draft.agree()
-    elif steps != 0:
+    if (steps := _loose(setting.value)) not in (0, -1):
         draft.put(key, steps, setting)
 
 
@@ -314,30 +315,20 @@ def _quant(draft: Draft, setting: Setting, key: str) -> None:
         text = "the base is in NF4 here, which needs less memory; model.quant none keeps it in 16 bit"
         draft.note("changed", setting, "4 bits are taken of the two" if "load_in_4bit" in is_on else text, key)
     elif isinstance(value, int | str) and (kind := _QUANTS.get(4 if value is True else value)):
-        if value in (True, 4) and known in FOUR_BIT:
-            draft.agree()
-        elif value in FOUR_BIT and known in FOUR_BIT:
+        if value in FOUR_BIT and known in FOUR_BIT:
             draft.replace(key, kind)
         else:
-            draft.put(key, kind, setting)
-    elif value in ("bnb", "bitsandbytes"):
-        draft.agree()
-    else:
-        draft.note("lost", setting, "a base is in NF4 or FP4 (4 bit) here, or in 16 bit with none", key)
+            draft.put(key, known if value in (True, 4) and known in FOUR_BIT else kind, setting)
 
 
 def _method(draft: Draft, setting: Setting, key: str) -> None:
     """Convert what is trained: a word, or a switch."""
     name, said = setting.name.rpartition(".")[2], as_text(setting.value).lower()
     if _loose(setting.value) is True:
-        said = _SWITCHES.get(name, "dora")
+        said = "full" if name == "full_finetuning" else "dora"
     if said in ("dora", "full"):
         draft.put(key, said, setting)
-    elif name not in _METHODS and said != "false":
-        draft.note("lost", setting, "write adapter.method: dora, or remove it", key)
-    elif said in ("lora", "qlora", "false", "no", "none"):
-        draft.agree()
-    else:
+    elif name in _METHODS and said not in ("false", "no", "none"):
         text = foreign_names.value_advice(key, said) or "what is converted is trained with lora, dora or full"
         raise RecipeError(Problem(f"{shown(setting.name)} = {shown(said)}: {text}", setting.where))
 
@@ -352,15 +343,11 @@ def _objective(draft: Draft, setting: Setting, key: str) -> None:
         draft.put("objective.policy_loss", "dapo" if said == "bnpo" else said, setting)
     elif said in ("rm", "reward"):
         draft.put("task.kind", "reward", setting)
-    elif found == "sft" or said == "nll" or (found == "dpo" and key in draft.values):
-        draft.agree()  # a loss says more than the stage or the class that it is of
     elif found is None and setting.name.rpartition(".")[2] in ("stage", "rl"):
         problem = f"{setting.name} = {as_text(setting.value)}: {foreign_names.OTHER_TRAINING}"
         raise RecipeError(Problem(problem, setting.where))
-    elif found is None:
-        draft.note("lost", setting, f"{key} is {', '.join(choices)}", key)
-    else:
-        draft.replace(key, found)
+    elif found:  # a loss says more than the stage or the class that it is of
+        draft.replace(key, draft.values.get(key, found) if found == "dpo" else found)
 
 
 def _rewards(draft: Draft, setting: Setting, key: str) -> None:
@@ -412,7 +399,6 @@ def _targets(draft: Draft, setting: Setting, key: str) -> None:
         found = ["o_proj" if layer == "output_proj" else layer for layer in value] if isinstance(value, list) else None
     if isinstance(found, list):
         if not all(isinstance(layer, str) and re.fullmatch(r"[\w.]+", layer) for layer in found):
-            draft.note("lost", setting, "write names or glob patterns of layers", key)
             return
         for layer in {"lm_head", "embed_tokens"} & set(found):
             draft.note("lost", setting, f"{layer} stays frozen", key)
@@ -427,10 +413,8 @@ def _targets(draft: Draft, setting: Setting, key: str) -> None:
 
 def _train_on(draft: Draft, setting: Setting, key: str) -> None:
     name, value = setting.name.rpartition(".")[2], _loose(setting.value)
-    if name == "roles_to_train" and value not in _SAME[name]:
+    if name == "roles_to_train":
         draft.note("lost", setting, "the assistant's turns are target tokens, or all tokens (data.train_on: all)", key)
-    elif name == "roles_to_train":
-        draft.agree()
     elif name in ("train_on_inputs", "train_on_input", "train_on_prompt") and isinstance(value, bool):
         draft.put(key, "all" if value else "assistant", setting)
     elif value is True:
@@ -454,11 +438,8 @@ def _packing(draft: Draft, setting: Setting, key: str) -> None:
 
 
 def _order(draft: Draft, setting: Setting, key: str) -> None:
-    value, is_switched_off = _loose(setting.value), setting.name.startswith(("disable_", "curriculum"))
-    if value is is_switched_off:
+    if _loose(setting.value) is setting.name.startswith(("disable_", "curriculum")):
         draft.put(key, "as-is", setting)
-    elif value is (not is_switched_off):
-        draft.agree()
 
 
 def _overflow(draft: Draft, setting: Setting, key: str) -> None:
@@ -474,11 +455,7 @@ def _template(draft: Draft, setting: Setting, key: str) -> None:
         draft.put(key, value, setting)
     elif "{%" in value or "{{" in value:
         draft.note("lost", setting, "save it in a file and name that, as in data.template=mine.jinja", key)
-    elif value in ("default", "empty", "vanilla", "original", "fewshot"):
-        draft.note("lost", setting, f"data.template is {', '.join(paths.TEMPLATES)} or a .jinja file", key)
-    elif value.startswith("tokenizer_default") or value == "jinja":
-        draft.agree()
-    else:
+    elif value not in ("default", "empty", "vanilla", "original", "fewshot"):
         text = "the model's own chat template is used; see what it writes with `qlora-lite data`"
         draft.note("changed", setting, text, key)
 
@@ -489,10 +466,7 @@ def _trackers(draft: Draft, setting: Setting, key: str) -> None:
     words = named or (value if isinstance(value, list) else as_text(value).split(","))
     if named and isinstance(_loose(value), str):
         draft.note("unused", setting, "a tracker's project has the name output.name here")
-    if value is False or words == ["none"] or words == ["all"]:
-        draft.agree()
-        return
-    if named and draft.trainer == "unsloth-studio" and isinstance(value, str):
+    if value is False or (named and draft.trainer == "unsloth-studio" and isinstance(value, str)):
         return  # which is set whether it is used or not
     known = get_trackers()
     words = [{"comet": "comet_ml"}.get(word.strip(), word.strip()) for word in map(str, words)]
@@ -767,10 +741,6 @@ def _read_elsewhere(_draft: Draft, _setting: Setting) -> None:
     """Convert nothing: what depends on it too reads it, a data set's name or the trainer's defaults."""
 
 
-def _model_path(draft: Draft, setting: Setting) -> None:
-    _rename(draft, setting, "model.path")
-
-
 def _formatting(draft: Draft, setting: Setting) -> None:
     """Convert a function that makes texts of rows, where what it applies to them is known."""
     if setting.value == ALPACA:
@@ -798,10 +768,6 @@ def _unsloth_length(draft: Draft, setting: Setting) -> None:
     draft.values["data.max_tokens"] = setting.value  # where rows are cut; before comes what the model is loaded for
 
 
-def _temperature(draft: Draft, setting: Setting) -> None:
-    _rename(draft, setting, "objective.sampling_temperature")
-
-
 def _studio_format(draft: Draft, setting: Setting) -> None:
     for source in draft.values.get("data.train", []):
         if found := _FORMATS.get(as_text(setting.value)):
@@ -810,15 +776,17 @@ def _studio_format(draft: Draft, setting: Setting) -> None:
 
 _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
     "torchtune:model._component_": _torchtune_model, "torchtune:loss._component_": _torchtune_loss,
-    "torchtune:metric_logger._component_": _torchtune_logger,
-    "torchtune:checkpointer.checkpoint_dir": _model_path, "unsloth-studio:model": _model_path,
-    "torchtune:tokenizer.max_seq_len": lambda draft, setting: _rename(draft, setting, "data.max_tokens"),
-    "torchtune:tokenizer.prompt_template": lambda draft, setting: _rename(draft, setting, "data.template"),
-    "unsloth-studio:data.format_type": _studio_format, "unsloth:formatting_func": _formatting,
-    "trl:formatting_func": _formatting, "LlamaFactory:image_max_pixels": _pixels, "unsloth:max_length": _unsloth_length,
-    "unsloth:temperature": _temperature, "trl:temperature": _temperature, "axolotl:trl.temperature": _temperature,
+    "torchtune:metric_logger._component_": _torchtune_logger, "unsloth-studio:data.format_type": _studio_format,
+    "unsloth:formatting_func": _formatting, "trl:formatting_func": _formatting,
+    "LlamaFactory:image_max_pixels": _pixels, "unsloth:max_length": _unsloth_length,
     **dict.fromkeys(("LlamaFactory:dataset_dir", "trl:dataset_config", "trl:dataset_train_split", "trl:config_class",
                      "unsloth:config_class"), _read_elsewhere),
+}  # fmt: skip
+_KEY_BY_PLACE = {  # of settings whose names mean something else in other places
+    "torchtune:checkpointer.checkpoint_dir": "model.path", "unsloth-studio:model": "model.path",
+    "torchtune:tokenizer.max_seq_len": "data.max_tokens", "torchtune:tokenizer.prompt_template": "data.template",
+    **dict.fromkeys(("unsloth:temperature", "trl:temperature", "axolotl:trl.temperature"),
+                    "objective.sampling_temperature"),
 }  # fmt: skip
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
     "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,
