@@ -277,9 +277,8 @@ def _checked(draft: Draft, overrides: Sequence[str]) -> dict[str, dict[str, obje
             if not ours:
                 raise  # of an override
             for key, problem in ours.items():
-                draft.note(
-                    "unused" if key.startswith("memory.") else "lost", draft.source_of(key), problem.message, key
-                )
+                kind: Kind = "unused" if key.startswith("memory.") else "lost"
+                draft.note(kind, draft.source_of(key), problem.message, key)
                 del draft.values[key]
         else:
             return whole
@@ -318,13 +317,9 @@ def _body(values: dict[str, dict[str, object]], remarks: dict[str, str]) -> str:
             if isinstance(value, list) and all(isinstance(item, str) and _WORD.fullmatch(item) for item in value):
                 lines += f"  {name}: [{', '.join(value)}]\n"
                 continue
-            if (
-                isinstance(value, list)
-                and len(value) == 1
-                and isinstance(value[0], dict)
-                and value[0].keys() == {"path"}
-            ):
-                value = value[0]["path"]
+            match value:
+                case [{"path": path, **others}] if not others:
+                    value = path
             first, *rest = dump({name: value}).splitlines()
             lines += f"  {first}{remarks.get(f'{section}.{name}', '')}\n" + "".join(f"    {line}\n" for line in rest)
         text += f"{section}:\n{lines}" if lines else ""

@@ -28,67 +28,44 @@ _RENAMED = {
     "model.quant":
         "load_in_4bit load_in_8bit load_in_16bit quantization_bit quantization quantize bnb_4bit_quant_type bits "
         "quant_type quantization_method quantization_type",
-    "model.double_quant":
-        "double_quantization bnb_4bit_use_double_quant use_double_quant use_bnb_nested_quant",
-    "model.keep_16bit":
-        "llm_int8_skip_modules modules_to_not_convert bnb_4bit_skip_modules",
+    "model.double_quant": "double_quantization bnb_4bit_use_double_quant use_double_quant use_bnb_nested_quant",
+    "model.keep_16bit": "llm_int8_skip_modules modules_to_not_convert bnb_4bit_skip_modules",
     "model.compute_dtype":
         "bf16 fp16 bf16_true precision torch_dtype bnb_4bit_compute_dtype float16 bfloat16 pure_bf16 float32 "
         "mixed_precision half_precision",
-    "model.device":
-        "device_map use_cpu no_cuda",
-    "model.revision":
-        "model_revision revision_of_model",
+    "model.device": "device_map use_cpu no_cuda",
+    "model.revision": "model_revision revision_of_model",
     "adapter.method":
         "dora use_dora peft_use_dora lora_use_dora adapter finetuning_type training_type full_finetuning peft_type "
         "use_peft",
-    "adapter.switch_every":
-        "badam_switch_interval badam_switch_interval_every switch_block_every",
-    "adapter.train_also":
-        "modules_to_save lora_modules_to_save additional_target",
-    "train.objective":
-        "rl stage pref_loss loss_type",
-    "objective.beta":
-        "dpo_beta rl_beta pref_beta orpo_alpha",
-    "objective.gamma":
-        "simpo_gamma",
-    "objective.sft_weight":
-        "pref_ftx rpo_alpha cpo_alpha",
-    "objective.label_smoothing":
-        "dpo_label_smoothing",
-    "objective.max_completion_tokens":
-        "max_completion_length",
-    "objective.group_size":
-        "num_generations",
-    "objective.rewards":
-        "reward_funcs",
-    "objective.desirable_weight":
-        "kto_desirable_weight kto_chosen_weight",
-    "objective.undesirable_weight":
-        "kto_undesirable_weight kto_rejected_weight",
-    "lora.rank":
-        "lora_r r lora_rank lora_dim network_dim",
-    "lora.alpha":
-        "lora_alpha",
-    "lora.dropout":
-        "lora_dropout",
+    "adapter.switch_every": "badam_switch_interval badam_switch_interval_every switch_block_every",
+    "adapter.train_also": "modules_to_save lora_modules_to_save additional_target",
+    "train.objective": "rl stage pref_loss loss_type",
+    "objective.beta": "dpo_beta rl_beta pref_beta orpo_alpha",
+    "objective.gamma": "simpo_gamma",
+    "objective.sft_weight": "pref_ftx rpo_alpha cpo_alpha",
+    "objective.label_smoothing": "dpo_label_smoothing",
+    "objective.max_completion_tokens": "max_completion_length",
+    "objective.group_size": "num_generations",
+    "objective.rewards": "reward_funcs",
+    "objective.desirable_weight": "kto_desirable_weight kto_chosen_weight",
+    "objective.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
+    "lora.rank": "lora_r r lora_rank lora_dim network_dim",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
     "lora.targets":
         "lora_target_modules target_modules lora_target lora_target_linear lora_modules "
         "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
-    "lora.rslora":
-        "use_rslora peft_use_rslora lora_use_rslora",
-    "lora.init_from":
-        "lora_model_dir adapter_name_or_path adapter_model_id adapter_checkpoint is_trainable",
+    "lora.rslora": "use_rslora peft_use_rslora lora_use_rslora",
+    "lora.init_from": "lora_model_dir adapter_name_or_path adapter_model_id adapter_checkpoint is_trainable",
     "data.train":
         "dataset datasets dataset_name dataset_path train_file train_path train_data train_dataset "
         "data_path train_files dataset_dir training_data local_dataset dataset_name_or_path",
     "data.eval":
         "test_datasets eval_dataset validation_file val_file val_dataset valid_data eval_path "
         "test_file validation_data dataset_val",
-    "data.eval_share":
-        "val_set_size val_size val_split_fraction test_size validation_split_percentage",
-    "data.template":
-        "conversation chat_template prompt_template prompt_style chat_template_jinja",
+    "data.eval_share": "val_set_size val_size val_split_fraction test_size validation_split_percentage",
+    "data.template": "conversation chat_template prompt_template prompt_style chat_template_jinja",
     "data.train_on":
         "train_on_inputs train_on_input train_on_responses_only assistant_only_loss "
         "completion_only_loss train_on_prompt mask_prompt mask_history roles_to_train response_template "
@@ -96,53 +73,34 @@ _RENAMED = {
     "data.max_tokens":
         "sequence_len cutoff_len max_seq_length max_seq_len max_length model_max_length seq_len "
         "sequence_length context_length block_size",
-    "data.overflow":
-        "excess_length_strategy truncation drop_long_rows",
-    "data.packing":
-        "sample_packing pack multipack neat_packing packed",
-    "data.order":
-        "shuffle disable_shuffling shuffle_merged_datasets curriculum curriculum_sampling",
-    "train.max_steps":
-        "max_iters iters num_steps max_train_steps train_steps",
-    "train.epochs":
-        "num_epochs num_train_epochs n_epochs max_epochs",
-    "train.learning_rate":
-        "lr learningrate max_lr peak_lr",
+    "data.overflow": "excess_length_strategy truncation drop_long_rows",
+    "data.packing": "sample_packing pack multipack neat_packing packed",
+    "data.order": "shuffle disable_shuffling shuffle_merged_datasets curriculum curriculum_sampling",
+    "train.max_steps": "max_iters iters num_steps max_train_steps train_steps",
+    "train.epochs": "num_epochs num_train_epochs n_epochs max_epochs",
+    "train.learning_rate": "lr learningrate max_lr peak_lr",
     "train.micro_batch_size":
         "per_device_train_batch_size batch_size train_batch_size device_train_batch_size "
         "per_device_batch_size per_device_eval_batch_size eval_batch_size",
     "train.gradient_accumulation_steps":
         "grad_accumulation_steps gradient_accumulation grad_accum accumulate_grad_batches "
         "global_batch_size gradient_accumulation_iters",
-    "train.optimizer":
-        "optim optimizer_name optimizer_type",
-    "train.lr_scheduler":
-        "lr_scheduler_type scheduler lr_schedule",
-    "train.warmup_ratio":
-        "warmup",
-    "train.max_grad_norm":
-        "gradient_clipping clip_grad clip_grad_norm max_norm gradient_clip_val grad_clip",
-    "train.weight_decay":
-        "wd decay",
-    "train.compile":
-        "torch_compile compile_model use_compile torch_compile_backend",
-    "train.seed":
-        "random_seed random_state data_seed",
-    "train.deterministic":
-        "full_determinism",
+    "train.optimizer": "optim optimizer_name optimizer_type",
+    "train.lr_scheduler": "lr_scheduler_type scheduler lr_schedule",
+    "train.warmup_ratio": "warmup",
+    "train.max_grad_norm": "gradient_clipping clip_grad clip_grad_norm max_norm gradient_clip_val grad_clip",
+    "train.weight_decay": "wd decay",
+    "train.compile": "torch_compile compile_model use_compile torch_compile_backend",
+    "train.seed": "random_seed random_state data_seed",
+    "train.deterministic": "full_determinism",
     "train.eval_every_steps":
         "eval_steps evals_per_epoch eval_strategy evaluation_strategy steps_per_eval do_eval "
         "eval_interval run_val_every_n_steps",
-    "train.early_stopping_patience":
-        "early_stopping early_stop early_stopping_steps early_stopping_rounds patience",
-    "train.save_every_steps":
-        "save_steps saves_per_epoch save_strategy save_every save_interval",
-    "train.keep_checkpoints":
-        "save_total_limit keep_last_n max_checkpoints",
-    "train.max_hours":
-        "max_time max_train_time time_limit",
-    "train.on_not_finite":
-        "skip_nan_steps nan_policy",
+    "train.early_stopping_patience": "early_stopping early_stop early_stopping_steps early_stopping_rounds patience",
+    "train.save_every_steps": "save_steps saves_per_epoch save_strategy save_every save_interval",
+    "train.keep_checkpoints": "save_total_limit keep_last_n max_checkpoints",
+    "train.max_hours": "max_time max_train_time time_limit",
+    "train.on_not_finite": "skip_nan_steps nan_policy",
     "train.trackers":
         "report_to wandb_project wandb_entity use_wandb logger logger_name log_with wandb_name "
         "mlflow_experiment_name use_tensorboard enable_wandb enable_tensorboard use_swanlab use_mlflow use_comet",
@@ -150,21 +108,15 @@ _RENAMED = {
         "gradient_checkpointing use_gradient_checkpointing activation_checkpointing "
         "enable_activation_checkpointing grad_checkpoint gradient_checkpointing_kwargs "
         "disable_gradient_checkpointing use_reentrant",
-    "memory.offload_checkpoints":
-        "enable_activation_offloading activation_offloading",
-    "memory.budget":
-        "gpu_memory_limit max_memory memory_limit vram gpu_memory_utilization",
-    "memory.micro_batches":
-        "auto_find_batch_size",
+    "memory.offload_checkpoints": "enable_activation_offloading activation_offloading",
+    "memory.budget": "gpu_memory_limit max_memory memory_limit vram gpu_memory_utilization",
+    "memory.micro_batches": "auto_find_batch_size",
     "memory.fused_loss":
         "use_liger_kernel liger_kernel use_liger enable_liger_kernel liger_fused_linear_cross_entropy "
         "cut_cross_entropy use_cce chunked_cross_entropy",
-    "memory.optimizer_in_backward":
-        "optimizer_in_bwd fused_backward",
-    "output.dir":
-        "output_dir out_dir save_dir adapter_path",
-    "output.name":
-        "run_name experiment_name exp_name",
+    "memory.optimizer_in_backward": "optimizer_in_bwd fused_backward",
+    "output.dir": "output_dir out_dir save_dir adapter_path",
+    "output.name": "run_name experiment_name exp_name",
 }  # fmt: skip
 _NOT_NEEDED = {
     "remove it; `qlora-lite train` trains": "do_train",
@@ -208,8 +160,7 @@ _NOT_NEEDED = {
         "frequency_penalty eval_num_beams generation_config",
     "give it as data.eval, or measure a finished run with `qlora-lite evaluate RUN data.eval=FILE`":
         "test test_data test_dataset data_test test_path dataset_test_split",
-    "remove it; train.on_not_finite and train.early_stopping_patience end a run that goes wrong":
-        "loss_watchdog_threshold loss_watchdog_patience loss_watchdog_*",
+    "remove it; train.on_not_finite and train.early_stopping_patience end a run that goes wrong": "loss_watchdog_*",
     "remove it; any lower evaluation loss counts as better": "early_stopping_threshold early_stopping_min_delta",
     "remove it; the best LoRA weights by evaluation loss are always kept, in adapter": "load_best_model_at_end",
     "remove it; the best LoRA weights are those with the lowest evaluation loss":
@@ -236,14 +187,13 @@ _NOT_NEEDED = {
     "remove it; the labels are those of the rows, or task.labels": "num_labels",
     "remove it; the layout of the weights is known from the model": "lora_fan_in_fan_out fan_in_fan_out inference_mode",
     "remove it; data is tokenised once and cached":
-        "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers dataloader_pin_memory "
+        "dataset_num_proc dataset_processes preprocessing_num_workers "
         "dataset_prepared_path overwrite_cache preprocessing_batch_size tokenized_path dataset_keep_in_memory "
         "dataset_shard_num dataset_shard_idx skip_prepare_dataset dataloader_* push_dataset_to_hub dataset_batch_size "
         "num_proc data_seed_workers sample_packing_* eval_packing packing_strategy buffer_size",
     "remove it; examples are shuffled anew for each epoch": "shuffle_dataset",
     "remove it; `qlora-lite data` names the columns that are not used": "remove_unused_columns",
-    "remove it; `qlora-lite push RUN OWNER/NAME` uploads the results of a run":
-        "push_to_hub hub_model_id hub_strategy hub_*",
+    "remove it; `qlora-lite push RUN OWNER/NAME` uploads the results of a run": "push_to_hub hub_*",
     "remove it; weights are always written as safetensors": "save_safetensors",
     "log in with `hf auth login`": "token hf_token use_auth_token hub_token hf_hub_token hf_use_auth_token",
 }  # fmt: skip
@@ -306,7 +256,7 @@ _NOT_OFFERED = {
     "remove it; the rate is constant, or falls to zero linearly or along half a cosine":
         "cosine_constant_lr_ratio lr_scheduler_kwargs num_cycles lr_quadratic_warmup lr_div_factor",
     "remove it; no noise is added to embeddings": "neftune neftune_alpha neftune_noise_alpha noisy_embedding_alpha",
-    "remove it; no average of the weights is kept (EMA)": "ema ema_decay use_ema ema_*",
+    "remove it; no average of the weights is kept (EMA)": "ema use_ema ema_*",
     "remove it; the loss is plain cross-entropy":
         "label_smoothing_factor dft use_dft_loss use_eaft_loss z_loss use_asft_loss",
     "write adapter.method: full with adapter.switch_every; blocks learn in an order that is drawn":
@@ -319,15 +269,13 @@ _NOT_OFFERED = {
     "write the system turn into the data, or into a .jinja file of your own (data.template)":
         "default_system_message default_system system_prompt",
     "remove it; pictures in chats are for task.kind image-text-to-text (qlora-lite explain pictures), and their paths "
-    "begin where the rows lie":
-        "image_resize_algorithm media_dir vision_all_linear",
+    "begin where the rows lie": "image_resize_algorithm media_dir vision_all_linear",
     "remove it; lora.targets names the layers, those of a vision tower as *vis*":
         "finetune_vision_layers finetune_language_layers finetune_attention_modules finetune_mlp_modules",
     "remove it; roles are recognised, and the assistant's turns are target tokens, or all tokens (data.train_on: all)":
         "train_on_eos message_field_training message_field_training_detail",
     "rename the columns in data.train: the prompt is messages, conversations or prompt, and the answers of a pair are "
-    "chosen and rejected":
-        "field_chosen field_rejected field_prompt",
+    "chosen and rejected": "field_chosen field_rejected field_prompt",
     "rename the columns in data.train: chats are in messages or conversations, as role and content or from and value":
         "field_messages conversation_column conversation_style message_field_role message_field_content "
         "message_property_mappings field_tools field_human field_model",
@@ -341,7 +289,7 @@ OTHER_TRAINING = (
 )
 _OTHER_TRAINING = {
     OTHER_TRAINING:
-        "ppo_* process_reward_model ref_model ref_model_* kd_* kd_ratio teacher_* training_mode",
+        "ppo_* process_reward_model ref_model ref_model_* kd_* teacher_* training_mode",
     "adapter.method is lora, dora or full, of what is converted; parts of the base that are trained whole are "
     "adapter.train_also, and blocks in turn adapter.switch_every":
         "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro oft_*",

@@ -521,66 +521,56 @@ def _location(path: str, config: object = None, split: object = None) -> str:
 
 def _from_info(draft: Draft, setting: Setting, part: str, name: str) -> None:
     """Convert a name that LlamaFactory looks up in the dataset_info.json of its data folder."""
-    folder = draft.given.get("dataset_dir", Setting("", "data", "")).value
-    places = [os.path.join(str(base), str(folder)) for base in (*draft.path.parents, os.curdir)]
+    folder = str(_given(draft, "dataset_dir") or "data")
+    places = [os.path.join(str(base), folder) for base in (*draft.path.parents, os.curdir)]
     found = next((place for place in places if os.path.isfile(os.path.join(place, "dataset_info.json"))), None)
-    if found is None:
-        text = f"{shown(name)} is a name in {shown(str(folder))}/dataset_info.json, which no folder above the file has"
+
+    def lose(text: str) -> None:
         draft.note("lost", setting, text, f"data.{part}")
+
+    if found is None:
+        lose(f"{shown(name)} is a name in {shown(folder)}/dataset_info.json, which no folder above the file has")
         return
     info_path = os.path.join(found, "dataset_info.json")
     try:
         with open(info_path, encoding="utf-8") as file:
             entry = json.loads(file.read(_MAX_INFO_BYTES))[name]
         columns, tags = dict(entry.get("columns", {})), dict(entry.get("tags", {}))
+        hub = entry.get("hf_hub_url")
+        path = (
+            _location(hub, entry.get("subset"), entry.get("split")) if hub else os.path.join(found, entry["file_name"])
+        )
         if NOT_TEXT.search(json.dumps(entry, ensure_ascii=False)):
             raise ValueError("not text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        draft.note("lost", setting, f"{info_path} has no readable entry for {shown(name)}", f"data.{part}")
+        lose(f"{info_path} has no readable entry for {shown(name)} that names a file or a data set of the hub")
         return
-    if entry.get("ranking") or "kto_tag" in columns:
+    ranking, formatting = entry.get("ranking"), str(entry.get("formatting", "alpaca"))
+    if ranking or "kto_tag" in columns:
         draft.given["ranking"] = setting
     if count := entry.get("num_samples"):
         text = f"{shown(name)} has num_samples {count}; without a weight below 1 there all rows are used"
         draft.note("changed", setting, text, f"data.{part}")
-    hub = entry.get("hf_hub_url")
-    if not (hub or entry.get("file_name")):
-        text = f"{info_path} names no file and no data set of the hub for {shown(name)}"
-        draft.note("lost", setting, text, f"data.{part}")
-        return
-    path = (
-        _location(str(hub), entry.get("subset"), entry.get("split"))
-        if hub
-        else os.path.join(found, str(entry.get("file_name")))
-    )
-    formatting = str(entry.get("formatting", "alpaca"))
-    source: dict[str, object] = {"path": path, "format": _FORMATS.get(formatting)}
     usual = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-    if entry.get("ranking"):
-        usual |= {"chosen": "chosen", "rejected": "rejected"}
-        source["format"] = None
+    usual |= {"chosen": "chosen", "rejected": "rejected"} if ranking else {}
+    source: dict[str, object] = {"path": path, "format": None if ranking else _FORMATS.get(formatting)}
     if formatting == "alpaca" and any(usual.get(role) not in (None, column) for role, column in columns.items()):
-        query = f"\n{{{columns['query']}}}" if columns.get("query") else ""
-        prompt, response = columns.get("prompt", "instruction"), columns.get("response", "output")
-        source |= {"format": None, "prompt": f"{{{prompt}}}{query}", "completion": f"{{{response}}}"}
-        if entry.get("ranking"):
-            chosen, rejected = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
-            source |= {"completion": f"{{{chosen}}}", "rejected": f"{{{rejected}}}"}
+        filled = {role: f"{{{columns.get(role) or column}}}" for role, column in usual.items()}
+        prompt = filled["prompt"] + (f"\n{filled['query']}" if columns.get("query") else "")
+        source |= {"format": None, "prompt": prompt, "completion": filled["response"]}
+        source |= {"completion": filled["chosen"], "rejected": filled["rejected"]} if ranking else {}
         if unread := [role for role in ("system", "history", "tools") if columns.get(role)]:
-            text = f"{', '.join(unread)}: rows with other columns for prompt and answer have these two alone here"
-            draft.note("lost", setting, text, f"data.{part}")
+            lose(f"{', '.join(unread)}: rows with other columns for prompt and answer have these two alone here")
     elif columns.get("messages") not in (None, "messages", "conversations"):
-        text = f"its turns are in the column {shown(columns['messages'])}; here it is messages"
-        draft.note("lost", setting, text, f"data.{part}")
+        lose(f"its turns are in the column {shown(columns['messages'])}; here it is messages")
     elif tags.get("role_tag", "from") != "from":
         source["format"] = None
     if columns.get("images") in ("images", "image"):
         draft.values["task.kind"] = "image-text-to-text"
     elif "images" in columns:
-        text = f"its pictures are in the column {shown(columns['images'])}; here it is images"
-        draft.note("lost", setting, text, f"data.{part}")
-    if lost := {"videos", "audios"} & columns.keys():
-        draft.note("lost", setting, f"{', '.join(sorted(lost))}: video and audio are not supported", f"data.{part}")
+        lose(f"its pictures are in the column {shown(columns['images'])}; here it is images")
+    if unread := sorted({"videos", "audios"} & columns.keys()):
+        lose(f"{', '.join(unread)}: video and audio are not supported")
     _add(draft, setting, part, source)
 
 

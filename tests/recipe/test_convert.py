@@ -641,7 +641,7 @@ def test_what_a_list_of_data_sets_says_of_rows_is_not_lost(refused, tmp_path):
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
     system, nowhere, way = refused(LLAMA_FACTORY)
     assert "system: rows with other columns" in system
-    assert "names no file and no data set of the hub for replies" in nowhere and "data.train=..." in way
+    assert "no readable entry for replies that names a file or a data set" in nowhere and "data.train=..." in way
 
 
 def test_a_folder_of_axolotl_s_that_is_there_is_no_data_set_of_the_hub(made, tmp_path):
