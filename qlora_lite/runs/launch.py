@@ -178,9 +178,10 @@ def start(count: int, arguments: Sequence[str], recipe: "Recipe") -> int:
     Raises:
         LaunchError: there are not so many GPUs, processes without one cannot share its steps, or one was killed.
     """
-    import torch
+    from qlora_lite.prepare.share import check_packs, share_of
 
-    from qlora_lite.prepare.share import share_of
+    check_packs(recipe, range(count))  # as GPUs of which no two are alike would share them, which asks for least
+    import torch
 
     gpus = torch.cuda.device_count() if recipe.model.device != "cpu" and torch.cuda.is_available() else 0
     if gpus and count > gpus:

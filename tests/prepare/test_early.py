@@ -37,6 +37,7 @@ def test_what_this_machine_lacks_is_named_before_torch_is_imported(model_folder,
     asked = [[*command, recipe, wrong] for command in (["train"], ["recipes", "check"], ["plan"]) for wrong in PROBLEMS]
     here = [*zip(asked, [*PROBLEMS.values()] * 3, strict=True)]
     here = [(command, text) for command, text in here if command[0] != "plan" or "matches" in text]  # of any machine
+    here.append((["train", recipe, "--gpus", "2"], "2 processes cannot share the 1 packs of a step: set"))
     script = [sys.executable, "-c", ASKED, json.dumps([command for command, _ in here])]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "False\n", done.stderr
@@ -65,5 +66,6 @@ def test_layers_of_gguf_files_and_of_parts_beside_a_language_model(tmp_path):
 
 def test_processes_without_a_gpu_that_cannot_share_a_step_are_not_started(model_folder, tmp_path, command, monkeypatch):
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", None)
-    code, _, err = command("train", write_recipe(tmp_path, model_folder), "--gpus", "3")
-    assert code == 2 and err.startswith("error: --gpus 3, without a GPU in use: 3 processes cannot share the")
+    recipe = write_recipe(tmp_path, model_folder, train={"gradient_accumulation_steps": 4})
+    code, _, err = command("train", recipe, "--gpus", "3")
+    assert code == 2 and err.startswith("error: --gpus 3, without a GPU in use: 3 processes cannot share the 4 packs")
