@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,11 +137,13 @@ def _continuing_stopped_ranks() -> Iterator[None]:
     def watch(is_over: Event) -> None:
         most = 0
         while not is_over.wait(WATCH_SECONDS):
-            ranks = [child for child in launcher.children() if child.status() != psutil.STATUS_ZOMBIE]
+            ranks = launcher.children()
             most = max(most, len(ranks))
-            if len(ranks) < most or select.select([signalled], [], [], 0)[0]:
-                for rank in ranks:
-                    rank.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                has_ended = len(ranks) < most or any(rank.status() == psutil.STATUS_ZOMBIE for rank in ranks)
+                if has_ended or select.select([signalled], [], [], 0)[0]:
+                    for rank in ranks:
+                        rank.send_signal(signal.SIGCONT)
 
     signalled, waking = os.pipe()
     os.set_blocking(waking, False)
