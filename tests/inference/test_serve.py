@@ -41,9 +41,9 @@ def runs(tmp_path_factory):
             for seed, name in enumerate(("french", "german"))]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server(runs):
-    """A server in a thread; gives its port and the tasks it serves."""
+@contextmanager
+def serving(runs):
+    """A server in a thread; gives its port, the tasks it serves, and itself."""
     tasks = open_tasks(runs)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -52,9 +52,16 @@ def server(runs):
     thread.start()
     while not running.started:
         time.sleep(0.01)
-    yield listener.getsockname()[1], tasks
+    yield listener.getsockname()[1], tasks, running
     running.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    """The port of a server, and the tasks it serves."""
+    with serving(runs) as (port, tasks, _):
+        yield port, tasks
 
 
 @pytest.fixture
@@ -320,6 +327,21 @@ def test_a_client_that_leaves_the_line_frees_its_place(server, client):
         client.models.list()
         go.set()
         assert waiting.result(20).usage.completion_tokens == 1
+
+
+def test_a_server_that_is_stopped_ends_its_answer_and_refuses_those_that_wait(runs):
+    with serving(runs) as (port, tasks, running), held_forward(tasks.model) as (_, held, go):
+        engine = running.config.app.state.engine
+        with post_chat(port) as answered, post_chat(port) as waiting:
+            assert held.wait(20)
+            while engine._inside < 2:
+                time.sleep(0.01)
+            running.should_exit = True
+            while not engine._is_closed:
+                time.sleep(0.01)
+            go.set()
+            assert answered.makefile("rb").read().count(b'"completion_tokens":1,') == 1
+            assert b"503" in waiting.makefile("rb").readline()
 
 
 def test_a_client_that_leaves_amid_its_request_leaves_no_trace_in_the_log(server, client, caplog, monkeypatch):

@@ -74,7 +74,9 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
         ClientDisconnect: _client_left, Exception: _internal_error,
     }  # fmt: skip
     guard = Middleware(_Guard, hosts=hosts)
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=[guard])
+    app = Starlette(routes=routes, exception_handlers=handlers, middleware=[guard])
+    app.state.engine = api.engine
+    return app
 
 
 def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
@@ -104,10 +106,18 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
 
 def http_server(app: Starlette) -> uvicorn.Server:
     """Return a server of the application whose connections are bounded in number and in time without a request."""
-    return uvicorn.Server(uvicorn.Config(
+    return _Server(uvicorn.Config(
         app, log_level="warning", http=_Connection, ws="none", limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=REQUEST_SECONDS,
     ))  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    """A server that ends the answer that it makes when it is stopped: uvicorn alone waits for its last token."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.engine.close()
+        await super().shutdown(sockets)
 
 
 class _Connection(H11Protocol):

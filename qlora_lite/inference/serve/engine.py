@@ -53,6 +53,12 @@ class Engine:
         self.tasks, self.most_waiting = tasks, most_waiting
         self.names = tuple(dict.fromkeys((*tasks.names, *([BASE] if tasks.has_base else []))))
         self._inside, self._turn = 0, asyncio.Lock()
+        self._is_closed, self._stop = False, threading.Event()  # of the answer that is made
+
+    def close(self) -> None:
+        """End the answer that is made with what there is of it, and refuse those that wait."""
+        self._is_closed = True
+        self._stop.set()
 
     async def pieces(self, request: ChatRequest) -> AsyncIterator[Piece]:
         """Yield an answer as it is made.
@@ -70,7 +76,8 @@ class Engine:
         self, request: ChatRequest, prompt: str | Shown, new_tokens: int
     ) -> AsyncGenerator[Piece, None]:  # fmt: skip
         await self._take_turn()
-        loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        stop = self._stop = threading.Event()
 
         def hand_over(item: Piece) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, item)
@@ -100,6 +107,10 @@ class Engine:
         except asyncio.CancelledError:
             self._inside -= 1
             raise
+        if self._is_closed:
+            self._turn.release()
+            self._inside -= 1
+            raise ApiError(503, "the server is stopping", "service_unavailable")
 
     def _prompt(self, request: ChatRequest, folder: Path) -> tuple[str | Shown, int]:
         """Return the rendered conversation, with its pictures as files in a folder, and the most tokens of an answer
