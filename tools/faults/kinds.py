@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 from faults.faults import at_call, disk_error, disk_operations, hindered, kill, killed_at, signalled, signalled_twice
@@ -38,14 +39,21 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "start eva": ("llama", {"lora.start": "eva"}),
     "start loftq": ("llama", {"lora.start": "loftq"}),
     "start pissa": ("llama", {"lora.start": "pissa"}),
+    "start olora": ("llama", {"lora.start": "olora"}),
     "GPTQ": ("gptq codes", {}),
+    "AWQ": ("awq codes", {}),
+    "FP8": ("fp8 codes", {}),
+    "MXFP4": ("mxfp4 codes", {}),
     "GGUF codes": ("llama gguf", {}),
     "mixture of experts": ("qwen3_moe", {"lora.targets": ["all-linear", "experts"]}),
     "state-space layers": ("mamba2", {}),
     "DPO": ("llama dpo", {}),
     "KTO": ("llama kto", {}),
+    "ORPO": ("llama orpo", {}),
     "GRPO": ("llama grpo", {}),
     "classification": ("modernbert classification", {}),
+    "several labels": ("llama multi-label", {}),
+    "regression": ("bert regression", {}),
     "reward model": ("llama reward", {}),
     "picture classes": ("dinov2 image-classification", {}),
     "masks": ("vit image-segmentation", {}),
@@ -57,6 +65,13 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "SDXL": ("sdxl", {}),
     "FLUX": ("flux", {}),
     "DiT, full": ("dit", FULL),
+}
+PLANNED = {
+    "train.max_steps": STEPS,
+    "train.eval_every_steps": 3,
+    "train.save_every_steps": SAVE_EVERY,
+    "train.keep_checkpoints": 2,
+    "memory.micro_batches": "auto",  # which a resumed run has to take again
 }
 PAIRS = (signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)
 
@@ -70,7 +85,7 @@ class KindLab(Lab):
 
     def write(self, folder: Path) -> Path:
         """See ``Lab``."""
-        return _recipe(self.name, folder)
+        return write_kind(self.name, folder, PLANNED)
 
 
 class RanksKindLab(RanksLab):
@@ -82,18 +97,16 @@ class RanksKindLab(RanksLab):
 
     def write(self, folder: Path) -> Path:
         """See ``Lab``."""
-        return _recipe(self.name, folder)
+        return write_kind(self.name, folder, PLANNED)
 
 
-def _recipe(name: str, folder: Path) -> Path:
-    """Write the files of a kind; with planned micro-batches, which a resumed run has to take again."""
-    wanted, settings = KINDS[name]
+def write_kind(name: str, folder: Path, settings: Mapping[str, object]) -> Path:
+    """Write the files of a kind; return the path of its recipe, with further settings."""
+    wanted, own = KINDS[name]
     subject = next(each for found in subjects().values() for each in found if each.name == wanted)
     subject.save(folder / "model")
     path = subject.write(folder, folder / "model")
-    train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2}
-    planned = {f"train.{key}": value for key, value in train.items()} | {"memory.micro_batches": "auto"}
-    with_settings(path, planned | settings)
+    with_settings(path, {**settings, **own})
     return path
 
 
