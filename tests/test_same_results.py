@@ -107,7 +107,7 @@ def test_a_command_that_fails_is_a_failed_case_and_one_that_prints_gives_its_tex
 
 def test_every_case_has_a_name_of_its_own():
     counted = sum(map(len, (same_cases.ARCHITECTURES, same_cases.UNUSUAL, same_cases.NESTED, same_cases.OPTIONS,
-                            same_cases.SETTINGS, same_cases.PLANS)))  # fmt: skip
+                            same_cases.SETTINGS, same_cases.PLANS, same_cases.KINDS, same_cases.OF_RANKS)))  # fmt: skip
     assert len(same_cases.cases()) == counted + 3
 
 

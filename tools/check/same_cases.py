@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,18 +30,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from tiny import ARCHITECTURES, DEMO_MODEL, NESTED, UNUSUAL  # noqa: E402
 from tiny_files import MERGES, save_nested, save_tiny, write_recipe  # noqa: E402
 
 import qlora_lite  # noqa: E402
 from common.results import machine, versions  # noqa: E402
+from faults.kinds import KINDS, write_kind  # noqa: E402
+from faults.random_recipes import checked  # noqa: E402
 
 Found = dict[str, Any]  # what a case gave: text, numbers, bools and None by name
 
 SENTENCES = {"why", "notes", "use", "transfers", "measured_because"}
 MEASURED = {  # of runs and exports; a plan's bytes are the same each time
-    "started", "seconds", "tokens_per_second", "peak_bytes", "measured_peak_bytes", "predicted_peak_bytes",
-    "peak_bytes_above_start", "budget_bytes", "device", "versions", "metrics_sha256", "size_bytes", "base_fingerprint",
+    "started", "seconds", "computing_seconds", "waiting_seconds", "tokens_per_second", "peak_bytes",
+    "measured_peak_bytes", "predicted_peak_bytes", "peak_bytes_above_start", "budget_bytes", "device", "versions",
+    "metrics_sha256", "size_bytes", "base_fingerprint",
 }  # fmt: skip
 MAX_SECONDS = 1800  # that a command may take, on a busy machine too
 STEPS = 10
@@ -59,6 +64,19 @@ FIXED = {
     "micro_batches": "as-given",
 }
 CARD = "rtx-4060"  # that each tiny run is planned for too
+KIND_STEPS = 4
+TWO = ["--gpus", "2", "train.gradient_accumulation_steps=2"]
+OF_RANKS = {"LoRA": TWO, "DPO": TWO, "GRPO": TWO,
+            "full": [*TWO, "memory.stream_from=ranks", "memory.resident_layers=0"]}  # fmt: skip
+USES = {  # of a finished run of any kind; what a kind refuses is recorded as refused
+    "evaluate": ["evaluate", "out", "--json"],
+    "generate": ["generate", "out", "--prompt", "3?", "--max-new-tokens", "6"],
+    "draw": ["generate", "out", "--prompt", "hot", "--steps", "2", "--out", "used.png"],
+    "predict": ["predict", "out", "--rows", "ROWS", "--out", "used.jsonl"],
+    "merge": ["merge", "out", "--out", "used"],
+    "report": ["report", "out"],
+} | {f"to {form}": ["export", "out", "--to", form, "--out", "used"] for form in (
+    "peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya")}  # fmt: skip
 
 OPTIONS = {  # name -> what differs from FIXED, or from the tiny recipe
     "checkpointing none": ["memory.checkpointing=none"],
@@ -190,7 +208,7 @@ def json_file(path: Path, folder: Path) -> Found:
 def exported(out: Path, folder: Path) -> Found:
     """Return what an export's files hold: tensors, values of settings, and digests of all else."""
     found = {}
-    for path in sorted(out.rglob("*")):
+    for path in sorted(out.rglob("*")) if out.is_dir() else [out]:
         if path.suffix == ".safetensors":
             found |= flat(tensors(path), name=path.name)
         elif path.suffix == ".json" and path.name != "tokenizer.json":
@@ -204,10 +222,10 @@ def train(folder: Path, recipe: Path | str, *overrides: str) -> Found:
     """Train; return the adapter's tensors, the metrics of each step and the summary."""
     command(folder, "train", str(recipe), f"output.dir={folder / 'out'}", *overrides)
     run = folder / "out"
-    return (
-        flat(tensors(run / "adapter" / "adapter_model.safetensors"), name="adapter")
-        | json_file(run / "metrics.jsonl", folder) | json_file(run / "summary.json", folder)
-    )  # fmt: skip
+    found = json_file(run / "metrics.jsonl", folder) | json_file(run / "summary.json", folder)
+    for path in sorted({*run.rglob("*.safetensors")} - {*run.glob("checkpoints/**/*")}):
+        found |= flat(tensors(path), name=path.parent.name)
+    return found
 
 
 def plan(folder: Path, named: Path | str, card: str, arguments: Sequence[str] = ()) -> Found:
@@ -265,6 +283,30 @@ def exports(folder: Path) -> Found:
     return found
 
 
+def kind(folder: Path, name: str, ranks: Sequence[str] = ()) -> Found:
+    """Train, plan and use a run of one of ``faults.kinds``."""
+    settings = {"train.max_steps": KIND_STEPS, "train.save_every_steps": 0, "train.eval_every_steps": 2}
+    recipe = write_kind(name, folder, settings)
+    fixed = checked(recipe.read_text(), recipe, {f"memory.{key}": value for key, value in FIXED.items()})
+    changes = [f"{key}={json.dumps(value)}" for key, value in fixed.items()]
+    found = train(folder, recipe, *changes, *ranks) | plan(folder, recipe, CARD, changes)
+    rows = yaml.safe_load(recipe.read_text())["data"]["eval"]
+    for use, arguments in USES.items():
+        try:
+            said = command(folder, *[rows if each == "ROWS" else each for each in arguments])
+        except CommandError:
+            found[use] = "refused"
+            continue
+        if use == "evaluate":
+            found |= flat(json.loads(said.replace(str(folder), "")), SENTENCES | MEASURED, use)
+        elif use == "generate":
+            found[use] = said
+        for path in folder.glob("used*"):
+            found |= flat(exported(path, folder), name=use)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
+
+
 def cases() -> dict[str, Callable[[Path], Found]]:
     """Return what is run, by name: a function of an empty folder."""
     families = {f"family {name}": partial(train_and_plan, changes=OF_FAMILIES.get(name, ()), family=name)
@@ -274,7 +316,9 @@ def cases() -> dict[str, Callable[[Path], Found]]:
     options = {name: partial(train_and_plan, changes=changes, num_hidden_layers=4) for name, changes in changed.items()}
     plans = {f"plan {named} {card}": partial(plan, named=named, card=card, arguments=arguments)
              for (named, card), arguments in PLANS.items()}  # fmt: skip
-    return {"quickstart": quickstart, "report": report, "exports": exports} | families | options | plans
+    kinds = {f"kind {name}": partial(kind, name=name) for name in KINDS}
+    kinds |= {f"ranks {name}": partial(kind, name=name, ranks=ranks) for name, ranks in OF_RANKS.items()}
+    return {"quickstart": quickstart, "report": report, "exports": exports} | families | options | plans | kinds
 
 
 def _cpu_flags() -> list[str]:
