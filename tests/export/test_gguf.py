@@ -15,6 +15,7 @@ from tiny_files import MERGES, VOCABULARY, byte_tokenizer, save_nested, save_tin
 from tiny_runs import logits, make_run, replace_adapter, tiny_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qlora_lite.artifacts.run_folder import digests_of
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
 from qlora_lite.export import formats as forms
@@ -272,6 +273,8 @@ def test_tokens_that_were_added_are_in_the_file_with_their_rows(tied, run_of, tm
     run = run_of("llama", tie_word_embeddings=tied, overrides=['adapter.train_tokens=["<|new|>"]'])
     tokenizer = load_tokenizer(str(tmp_path / "model"), None, ["<|new|>"])
     tokenizer.save_pretrained(run / "adapter")
+    summary = run / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | digests_of(run / "adapter")))
     export_run(run, tmp_path / "gguf", ExportSettings("gguf"))
     merge_run(run, tmp_path / "merged", MergeSettings(dtype="f16", rows=0))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
