@@ -286,6 +286,8 @@ def _with_other_memory(trial: Trial, path: Path, folder: Path, chance: random.Ra
     base = yaml.safe_load(path.read_text())
     base["output"]["dir"] = str(run)
     changes = {key: chance.choice(_legal(key) or []) for key in chance.sample(OTHER_MEMORY, 3)}
+    if base.get("lora", {}).get("dropout"):  # tiles draw other masks: explain memory-options
+        changes.pop("memory.tile_tokens", None)
     changes = checked(yaml.safe_dump(base), other, changes)
     name = "other memory options"
     if _stage(trial, name, ["train", str(other)], folder).code == 0:
