@@ -288,7 +288,8 @@ def kind(folder: Path, name: str, ranks: Sequence[str] = ()) -> Found:
     settings = {"train.max_steps": KIND_STEPS, "train.save_every_steps": 0, "train.eval_every_steps": 2}
     recipe = write_kind(name, folder, settings)
     fixed = checked(recipe.read_text(), recipe, {f"memory.{key}": value for key, value in FIXED.items()})
-    changes = [f"{key}={json.dumps(value)}" for key, value in fixed.items()]
+    others = {each.partition("=")[0] for each in ranks}
+    changes = [f"{key}={json.dumps(value)}" for key, value in fixed.items() if key not in others]
     found = train(folder, recipe, *changes, *ranks) | plan(folder, recipe, CARD, changes)
     rows = yaml.safe_load(recipe.read_text())["data"]["eval"]
     for use, arguments in USES.items():

@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "chats, Gemma 3 with DoRA": ("gemma3 chats", {"adapter.method": "dora"}),
     "SD": ("sd", {}),
     "SDXL": ("sdxl", {}),
-    "FLUX": ("flux", {}),
+    "FLUX": ("flux", {"data.resolution": 16}),  # its configuration names none
     "DiT, full": ("dit", FULL),
 }
 PLANNED = {
