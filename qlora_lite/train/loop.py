@@ -325,6 +325,8 @@ class Trainer:
         elif result.grad_norm == 0:
             self._note_no_gradient(self.workload.why_no_gradient(result.metrics))
         self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cpu":  # or malloc keeps more holes with each step of another length, beyond the plan
+            free_cached_memory(self.device)
         self._tell_of_retries(self.meter.allocation_retries() - retries)
         seconds = time.perf_counter() - started
         return StepMetrics(
