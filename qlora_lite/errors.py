@@ -118,8 +118,10 @@ def tokenizer_faults() -> Iterator[None]:
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"the tokenizer fails ({first_line(error)}): the patterns in its tokenizer.json cannot be "
-                         "used; download that file again, or choose another model") from error  # fmt: skip
+        raise ModelError(
+            f"the tokenizer fails ({first_line(error)}): the patterns in its tokenizer.json cannot be "
+            "used; download that file again, or choose another model"
+        ) from error
 
 
 def require_one_of(name: str, value: object, choices: Iterable[str | None]) -> None:

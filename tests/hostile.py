@@ -41,9 +41,11 @@ def fuzz(kind, strategy, count, check, seconds=5):
     """
 
     @settings(
-        max_examples=count, deadline=timedelta(seconds=seconds), database=None,
+        max_examples=count,
+        deadline=timedelta(seconds=seconds),
+        database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-    )  # fmt: skip
+    )
     @given(strategy)
     def drawn(value):
         COUNTS[kind]["refused" if check(value) else "accepted"] += 1
@@ -89,13 +91,19 @@ WORDS = [
     "BF16",
 ]
 LEAVES = (
-    st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.integers(-5, 5) | st.floats() | st.sampled_from(WORDS)
+    st.none()
+    | st.booleans()
+    | st.sampled_from(NUMBERS)
+    | st.integers(-5, 5)
+    | st.floats()
+    | st.sampled_from(WORDS)
     | st.text(max_size=6)
-)  # fmt: skip
+)
 ANYTHING = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 def places_of(value, here=()):

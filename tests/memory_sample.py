@@ -2,11 +2,23 @@
 
 MIB = 2**20
 BASE = {
-    "base weights": 3441 * MIB, "quantisation constants": 109 * MIB, "embeddings": 1002 * MIB, "head": 1002 * MIB,
-    "adapter": 80 * MIB, "gradients": 80 * MIB, "optimizer": 161 * MIB,
-}  # fmt: skip
-PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-         "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    "base weights": 3441 * MIB,
+    "quantisation constants": 109 * MIB,
+    "embeddings": 1002 * MIB,
+    "head": 1002 * MIB,
+    "adapter": 80 * MIB,
+    "gradients": 80 * MIB,
+    "optimizer": 161 * MIB,
+}
+PARTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 def timeline(blocks=32):
@@ -49,8 +61,12 @@ def sample_record(**changes):
         "title": "Llama-3.1-8B, NF4",
         "subtitle": "rank 16 on all linears · 1 x 2,048 tokens, 16 accumulated · blocks checkpointed · loss chunk 512",
         "budget_bytes": 8 * 2**30,
-        "peak": {"bytes": sum(predicted.values()), "phase": fullest["phase"], "module": fullest["module"],
-                 "breakdown": predicted},
+        "peak": {
+            "bytes": sum(predicted.values()),
+            "phase": fullest["phase"],
+            "module": fullest["module"],
+            "breakdown": predicted,
+        },
         "timeline": points,
         "sentences": ["Loss chunk 256 instead of 512 saves 375.0 MiB and takes 2 % longer."],
         "predicted": predicted,
@@ -65,5 +81,5 @@ def sample_record(**changes):
             {"name": "CUDA context", "bytes": 412 * MIB, "why": "driver, cuBLAS and kernels"},
             {"name": "allocator rounding", "bytes": 96 * MIB, "why": "blocks of 2 MiB, 1.5 % of the peak"},
         ],
-    }  # fmt: skip
+    }
     return record | changes

@@ -100,8 +100,11 @@ def gradients(method, model):
 
 def assert_gradients_of_peft(found, theirs, weight=1):
     """Compare gradients by the names of the files with those of a model of peft, divided by a weight."""
-    expected = {name.replace(".modules_to_save.default", "").replace(".default", ""): parameter.grad / weight
-                for name, parameter in theirs.named_parameters() if parameter.requires_grad}  # fmt: skip
+    expected = {
+        name.replace(".modules_to_save.default", "").replace(".default", ""): parameter.grad / weight
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
     assert found.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values()).item()
     for name, gradient in found.items():

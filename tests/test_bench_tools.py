@@ -165,8 +165,15 @@ def test_what_the_optimizer_calls_is_the_optimizer_s():
     assert list(clock.seconds) == [products.OPTIMIZER] and not clock.products
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(3, 4), torch.ones(5, 3).t(), torch.ones(2, 8, 6)[:, 2:5, ::2],
-                                    torch.ones(4, dtype=torch.bfloat16).expand(3, 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3, 4),
+        torch.ones(5, 3).t(),
+        torch.ones(2, 8, 6)[:, 2:5, ::2],
+        torch.ones(4, dtype=torch.bfloat16).expand(3, 4),
+    ],
+)
 def test_a_product_is_timed_on_tensors_laid_out_as_the_step_s(tensor):
     made = products.layout_of(tensor).tensor(CPU)
     assert (made.shape, made.stride(), made.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
@@ -200,9 +207,15 @@ def test_the_parts_of_a_step_add_up_and_only_recomputed_products_tell_its_kinds_
 
 
 def test_the_distance_to_the_target_is_that_of_the_better_way_to_run_blocks():
-    cases = [{"model": model, "checkpointing": kind, "share": share, "compiled_share": compiled}
-             for model, kind, share, compiled in [("a", "block", 0.5, 0.7), ("a", "none", 0.6, 0.65),
-                                                  ("b", "block", 0.7, 0.9), ("b", "none", 0.8, 0.85)]]  # fmt: skip
+    cases = [
+        {"model": model, "checkpointing": kind, "share": share, "compiled_share": compiled}
+        for model, kind, share, compiled in [
+            ("a", "block", 0.5, 0.7),
+            ("a", "none", 0.6, 0.65),
+            ("b", "block", 0.7, 0.9),
+            ("b", "none", 0.8, 0.85),
+        ]
+    ]
     assert limit_sentence(cases).endswith(
         "a plain 60.0% (kept; 20.0 points short), compiled 70.0% (recomputed; 10.0 points short); "
         "b plain 80.0% (kept; the target is met), compiled 90.0% (recomputed; the target is met)."
@@ -247,8 +260,10 @@ def test_a_side_is_measured_in_a_process_of_its_own_and_one_that_fails_ends_the_
 
 def test_the_study_goes_on_with_the_best_learning_rate_of_each_choice():
     losses = {"LoRA, norms too, 0.1": 2.0, "LoRA, norms too, 0.2": 1.0, "full, 0.1": 0.5, "full, 0.2": 3.0}
-    points = [{"status": "complete", "choice": {"method": name}, "mean": {"eval_loss_after": loss}}
-              for name, loss in losses.items()]  # fmt: skip
+    points = [
+        {"status": "complete", "choice": {"method": name}, "mean": {"eval_loss_after": loss}}
+        for name, loss in losses.items()
+    ]
     points.append({"status": "does not fit", "choice": {"method": "prefix tuning, 0.1"}, "mean": {}})
     assert tool("study").best_rates(points, "method") == {"LoRA, norms too, 0.2", "full, 0.1"}
 
@@ -261,9 +276,12 @@ def test_the_study_goes_on_from_a_result_of_its_shape_alone_and_adds_each_sweep_
         ran.append((part, model, task))
         return {"rows": [row], "processor": "a CPU", "date": "2026-01-02"}
 
-    for name, value in {"study": run, "write_rows": lambda *_: None,
-                        "earlier": partial(study.earlier, folder=tmp_path),
-                        "write_result": partial(study.write_result, folder=tmp_path)}.items():  # fmt: skip
+    for name, value in {
+        "study": run,
+        "write_rows": lambda *_: None,
+        "earlier": partial(study.earlier, folder=tmp_path),
+        "write_result": partial(study.write_result, folder=tmp_path),
+    }.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(sys, "argv", ["study", str(tmp_path), "--runs", str(tmp_path), "--part", "bits"])
     for _ in range(2):
@@ -291,28 +309,49 @@ def test_the_ways_of_bottleneck_adapters_are_measured_with_what_they_add(way, tm
     bench = tool("bottleneck")
     model = build_tiny("llama")
     adapter = bench.adapter_of(model, way, 4, 8)
-    assert len(adapter.layers if "LoRA" in way else adapter.tensors) == {
-        "merged LoRA": 0, "unmerged LoRA": 14, "pfeiffer": 8, "houlsby": 16}[way]  # fmt: skip
+    assert (
+        len(adapter.layers if "LoRA" in way else adapter.tensors)
+        == {"merged LoRA": 0, "unmerged LoRA": 14, "pfeiffer": 8, "houlsby": 16}[way]
+    )
     save_tiny(tmp_path / "model")
-    case = {"model": str(tmp_path / "model"), "quant": "none", "way": way, "rank": 4, "width": 8, "prompts": 2,
-            "prompt_tokens": 9, "new_tokens": 4}  # fmt: skip
+    case = {
+        "model": str(tmp_path / "model"),
+        "quant": "none",
+        "way": way,
+        "rank": 4,
+        "width": 8,
+        "prompts": 2,
+        "prompt_tokens": 9,
+        "new_tokens": 4,
+    }
     found = bench.measure(case)
     assert found.keys() == {"prefill_seconds", "token_seconds"} and found["prefill_seconds"] > 0
 
 
 def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkeypatch, tmp_path):
     starts, asked, written = tool("starts"), [], {}
-    best = {"plain": 1.2e-3, "LoftQ": 6e-4, "PiSSA": 1.5e-4, "OLoRA": 7.5e-5, "16 bit": 2.4e-3, "QERA": 3e-4,
-            "EVA": 6e-4}  # fmt: skip
+    best = {
+        "plain": 1.2e-3,
+        "LoftQ": 6e-4,
+        "PiSSA": 1.5e-4,
+        "OLoRA": 7.5e-5,
+        "16 bit": 2.4e-3,
+        "QERA": 3e-4,
+        "EVA": 6e-4,
+    }
 
     def sweep(_runs, name, model, task, train, axes):
         asked.append((model, train["max_steps"], axes["start"], axes["train.seed"]))
         for choice, settings in axes["start"].items():
             rate = settings["train.learning_rate"]
             loss = 1 + abs(rate - best[choice.partition(", ")[0]])
-            yield {"choice": {"start": choice}, "status": "complete", "runs": [{}] * len(axes["train.seed"]),
-                   "mean": {"eval_loss_before": 1.5, "eval_loss_after": loss},
-                   "standard_deviation": {"eval_loss_after": 0.01}}  # fmt: skip
+            yield {
+                "choice": {"start": choice},
+                "status": "complete",
+                "runs": [{}] * len(axes["train.seed"]),
+                "mean": {"eval_loss_before": 1.5, "eval_loss_after": loss},
+                "standard_deviation": {"eval_loss_after": 0.01},
+            }
 
     monkeypatch.setattr(starts, "sweep", lambda *given: list(sweep(*given)))
     monkeypatch.setattr(starts, "write_rows", lambda *_: None)
@@ -327,9 +366,19 @@ def test_longer_runs_of_a_start_have_its_best_rate_and_the_next_lower_one(monkey
     assert len(first) == 31 and set(at_best) == {f"{name}, {rate:g}" for name, rate in best.items()}
     assert asked[4][2] == longer and longer["LoftQ, 0.0006"]["lora.start"] == "loftq"
     assert set(longer) == {
-        "plain, 0.0006", "plain, 0.0012", "LoftQ, 0.0003", "LoftQ, 0.0006", "PiSSA, 7.5e-05", "PiSSA, 0.00015",
-        "QERA, 0.0003", "EVA, 0.0003", "EVA, 0.0006", "OLoRA, 7.5e-05", "16 bit, 0.0012", "16 bit, 0.0024",
-    }  # fmt: skip
+        "plain, 0.0006",
+        "plain, 0.0012",
+        "LoftQ, 0.0003",
+        "LoftQ, 0.0006",
+        "PiSSA, 7.5e-05",
+        "PiSSA, 0.00015",
+        "QERA, 0.0003",
+        "EVA, 0.0003",
+        "EVA, 0.0006",
+        "OLoRA, 7.5e-05",
+        "16 bit, 0.0012",
+        "16 bit, 0.0024",
+    }
     lines = TABLES["starts"][1](written["starts"])
     assert len(lines) == 2 + 21
     assert "| SmolLM2-135M | 1,000 | LoftQ | 1.5000 | 1.0000 ± 0.0100 | 0.0006 |" in lines
@@ -344,8 +393,11 @@ def test_learning_rates_of_one_model_and_task_are_put_beside_those_of_others(mon
 
     def points(_runs, model, task):
         for rate, loss in (("0.0003", 2.0), ("0.0006", 1.0), (rates.AUTO, 1.25)):
-            yield {"choice": {"train.learning_rate": rate}, "standard_deviation": {},
-                   "mean": {"eval_loss_before": 3.0, "eval_loss_after": loss, "learning_rate": 5.5e-4}}  # fmt: skip
+            yield {
+                "choice": {"train.learning_rate": rate},
+                "standard_deviation": {},
+                "mean": {"eval_loss_before": 3.0, "eval_loss_after": loss, "learning_rate": 5.5e-4},
+            }
 
     monkeypatch.setattr(rates, "points", lambda *given: list(points(*given)))
     monkeypatch.setattr(rates, "write_rows", lambda *_: None)

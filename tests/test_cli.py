@@ -67,9 +67,14 @@ def test_torch_takes_its_own_kernels_where_triton_could_build_none(compiler, mon
     assert os.environ.get(name) == (None if compiler else value)
 
 
-@pytest.mark.parametrize(("hip", "set_by_user", "expected"), [
-    ("'6.4.43482'", None, "1"), ("None", None, None), ("'7.0.1'", "0", "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hip", "set_by_user", "expected"),
+    [
+        ("'6.4.43482'", None, "1"),
+        ("None", None, None),
+        ("'7.0.1'", "0", "0"),
+    ],
+)
 def test_torch_for_rocm_has_fused_attention_on_experimental_gpus_unless_the_user_has_set_it(
     hip, set_by_user, expected, monkeypatch, command, tmp_path
 ):
@@ -306,8 +311,11 @@ def test_a_temperature_that_is_none_is_refused(finished, command, temperature):
 
 def test_a_prompt_that_is_not_text_is_one_line_with_exit_code_2(finished, command):
     code, out, err = command("generate", finished[0], "--prompt", b"a\xffb".decode(errors="surrogateescape"))
-    assert (code, out, err) == (2, "", "error: a turn holds half of a surrogate pair, or a byte that is not UTF-8; "
-                                       "remove it\n")  # fmt: skip
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: a turn holds half of a surrogate pair, or a byte that is not UTF-8; remove it\n",
+    )
 
 
 def test_an_answer_is_shown_in_one_line_without_what_a_terminal_would_obey():
@@ -315,8 +323,10 @@ def test_an_answer_is_shown_in_one_line_without_what_a_terminal_would_obey():
     assert len(one_line("x" * 1000)) == 120 and one_line("x" * 120) == "x" * 120
 
 
-@pytest.mark.parametrize(("line", "is_command"), [("/help", True), ("/system you are", True), ("/ues b", True),
-                                                  ("/think why?", False), ("/etc is where?", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "is_command"),
+    [("/help", True), ("/system you are", True), ("/ues b", True), ("/think why?", False), ("/etc is where?", False)],
+)
 def test_chat_takes_no_misspelt_command_for_talk_and_no_talk_for_a_command(line, is_command):
     session = SimpleNamespace(turns=[])
     assert _is_command(session, line) is is_command and session.turns == []
@@ -335,9 +345,11 @@ def test_chat_answers_until_an_empty_line(finished):
 
 def test_chat_goes_on_after_a_byte_that_is_no_text(finished):
     done = subprocess.run(
-        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"], input=b"3?\nna\xefve\n/use \xef\n4?\n",
-        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
-    )  # fmt: skip
+        [*COMMAND, "chat", finished[0], "--max-new-tokens", "4"],
+        input=b"3?\nna\xefve\n/use \xef\n4?\n",
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
     assert done.stderr.count(b", or a byte that is not UTF-8; remove it\n") == 1
     assert done.stdout.count(b"\n") == 2 and done.stderr.count(b"you> ") == 5
@@ -432,9 +444,13 @@ def test_recipes_check_reads_the_first_row_of_each_file_without_torch_and_says_l
 def test_recipes_check_reads_first_rows_as_the_task_does(command, tmp_path):
     shown = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what"}]
     turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "it"}]
-    rows = {"image-text-to-text": {"messages": turns}, "classification": {"sentence": "a", "label": 1},
-            "image-classification": {"image": "a.png", "label": 1}, "image-generation": {"image": "a.png", "text": "b"},
-            "image-segmentation": {"image": "a.png", "mask": "b.png"}}  # fmt: skip
+    rows = {
+        "image-text-to-text": {"messages": turns},
+        "classification": {"sentence": "a", "label": 1},
+        "image-classification": {"image": "a.png", "label": 1},
+        "image-generation": {"image": "a.png", "text": "b"},
+        "image-segmentation": {"image": "a.png", "mask": "b.png"},
+    }
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").touch()
     (tmp_path / "bad.jsonl").write_text('{"mr": "a", "ref": "b"}\n')
@@ -471,10 +487,15 @@ def test_doctor_prints_one_json_object_or_lines(command):
     assert not {"None", "True", "False"} & set(facts) and found["machine"]["attention"]
 
 
-@pytest.mark.parametrize(("device", "compiler", "header", "missing"), [
-    ("cuda", None, True, "a C compiler (gcc)"), ("cuda", "gcc", False, "Python.h (python3-dev)"),
-    ("cuda", "gcc", True, None), ("cpu", None, False, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "compiler", "header", "missing"),
+    [
+        ("cuda", None, True, "a C compiler (gcc)"),
+        ("cuda", "gcc", False, "Python.h (python3-dev)"),
+        ("cuda", "gcc", True, None),
+        ("cpu", None, False, None),
+    ],
+)
 def test_doctor_notes_what_triton_misses_beside_a_gpu(device, compiler, header, missing, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: compiler)
@@ -483,8 +504,11 @@ def test_doctor_notes_what_triton_misses_beside_a_gpu(device, compiler, header, 
     if header:
         (tmp_path / "Python.h").touch()
     for name, value in (
-        ("fast_dtype", torch.bfloat16), ("segments_grow", True), ("can_page", True), ("_backend", "a native library")
-    ):  # fmt: skip
+        ("fast_dtype", torch.bfloat16),
+        ("segments_grow", True),
+        ("can_page", True),
+        ("_backend", "a native library"),
+    ):
         monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
     notes = [note for note in doctor._notes(torch.device(device)) if "triton needs" in note]
     assert [note.partition(" for train.compile")[0] for note in notes] == [f"triton needs {missing}"] * bool(missing)
@@ -502,8 +526,11 @@ def test_doctor_notes_a_gpu_without_kernels_and_looks_at_the_processor(monkeypat
 @pytest.mark.parametrize("pages", [True, False])
 def test_doctor_notes_a_gpu_that_cannot_page(pages, monkeypatch):
     for name, value in (
-        ("fast_dtype", torch.bfloat16), ("segments_grow", True), ("can_page", pages), ("_backend", "a native library")
-    ):  # fmt: skip
+        ("fast_dtype", torch.bfloat16),
+        ("segments_grow", True),
+        ("can_page", pages),
+        ("_backend", "a native library"),
+    ):
         monkeypatch.setattr(doctor, name, lambda *_, value=value: value)
     noted = any("paged optimizers are ordinary ones" in note for note in doctor._notes(torch.device("cuda")))
     assert noted is not pages
@@ -563,10 +590,23 @@ def test_a_run_folder_that_is_none_is_an_error(command, tmp_path, name):
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "~nobody-here/x", "a\nb/" + "y" * 5000])
-@pytest.mark.parametrize("arguments", [
-    ["train"], ["plan"], ["evaluate"], ["generate", "--prompt", "a"], ["export", "--to", "peft", "--out", "o"],
-    ["merge", "--out", "o"], ["compare"], ["data"], ["quantize", "--out", "o"], ["recipes", "check"], ["profile"],
-], ids=lambda arguments: arguments[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["plan"],
+        ["evaluate"],
+        ["generate", "--prompt", "a"],
+        ["export", "--to", "peft", "--out", "o"],
+        ["merge", "--out", "o"],
+        ["compare"],
+        ["data"],
+        ["quantize", "--out", "o"],
+        ["recipes", "check"],
+        ["profile"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
 def test_a_path_that_cannot_be_is_an_error_without_a_stack_trace(command, arguments, path):
     name, *options = arguments
     first = [name, options.pop(0)] if name == "recipes" else [name]

@@ -18,11 +18,20 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.transformer import ModelSpec
 
 SAME = [
-    (load_model, schema.Model), (ModelSpec, schema.Model), (add_lora, schema.Lora), (Lora, schema.Lora),
-    (build_examples, schema.Data), (read_examples, schema.Data), (plan_epoch, schema.Data), (Job, schema.Train),
-    (MemoryOptions, schema.Train), (MemoryOptions, schema.Memory),
-    (TrainSettings, schema.Train), (TrainSettings, schema.Data), (TrainSettings, schema.Memory),
-]  # fmt: skip
+    (load_model, schema.Model),
+    (ModelSpec, schema.Model),
+    (add_lora, schema.Lora),
+    (Lora, schema.Lora),
+    (build_examples, schema.Data),
+    (read_examples, schema.Data),
+    (plan_epoch, schema.Data),
+    (Job, schema.Train),
+    (MemoryOptions, schema.Train),
+    (MemoryOptions, schema.Memory),
+    (TrainSettings, schema.Train),
+    (TrainSettings, schema.Data),
+    (TrainSettings, schema.Memory),
+]
 
 
 def defaults_of(function):

@@ -44,9 +44,15 @@ def test_a_section_that_is_a_topic_too_has_its_text_and_its_settings():
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("resum", "did you mean resume?"), ("lora.rnak", "did you mean lora.rank?"), ("rank", "here it is lora.rank"),
-     ("lora_r", "here it is lora.rank"), ("../README", "lists the topics"), ("", "lists the topics")],
-)  # fmt: skip
+    [
+        ("resum", "did you mean resume?"),
+        ("lora.rnak", "did you mean lora.rank?"),
+        ("rank", "here it is lora.rank"),
+        ("lora_r", "here it is lora.rank"),
+        ("../README", "lists the topics"),
+        ("", "lists the topics"),
+    ],
+)
 def test_another_name_is_answered_with_the_nearest_one(name, meant, command):
     with pytest.raises(RecipeError, match="is not a topic or a setting"):
         texts.explain(name)

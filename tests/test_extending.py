@@ -177,8 +177,10 @@ def test_the_page_about_it_holds(tmp_path, monkeypatch, capsys):
 
 
 CASES = {
-    "method": of_text(method=OutputScales()), "objective": of_text(objective=WithZLoss()), "workload": pictures(),
-}  # fmt: skip
+    "method": of_text(method=OutputScales()),
+    "objective": of_text(objective=WithZLoss()),
+    "workload": pictures(),
+}
 METRICS = {"method": set(), "objective": {"z"}, "workload": {"accuracy"}}
 
 

@@ -195,8 +195,19 @@ def test_a_pattern_matches_what_glob_says_and_searches_no_whole_disk(tmp_path, m
     hidden.parent.mkdir()
     hidden.touch()
     (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
-    patterns = ("a/**/*.txt", "**/**/x.txt", "**/*/**/x.txt", "*/*.txt", "a/*", "**", "a/[[]z]/*", "none/*", "*/none",
-                "a//*", ".*/x.txt")  # fmt: skip
+    patterns = (
+        "a/**/*.txt",
+        "**/**/x.txt",
+        "**/*/**/x.txt",
+        "*/*.txt",
+        "a/*",
+        "**",
+        "a/[[]z]/*",
+        "none/*",
+        "*/none",
+        "a//*",
+        ".*/x.txt",
+    )
     for pattern in patterns:
         whole = os.path.join(tmp_path, pattern)
         found, expected = files.matches(whole), glob.glob(whole, recursive=True)

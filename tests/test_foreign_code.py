@@ -31,13 +31,20 @@ FOREIGN = {
     "no language model": {"config.json": {"model_type": "siglip", "auto_map": AUTO_MAP}},
 }
 COMMANDS = {
-    "data": ["data", "RECIPE"], "plan": ["plan", "RECIPE"], "train": ["train", "RECIPE"],
-    "profile": ["profile", "RECIPE", "--out", "OUT"], "evaluate a recipe": ["evaluate", "RECIPE"],
-    "evaluate": ["evaluate", "ADAPTER", "data.eval=ROWS"], "generate": ["generate", "ADAPTER", "--prompt", "hi"],
-    "chat": ["chat", "ADAPTER"], "merge": ["merge", "ADAPTER", "--rows", "0", "--out", "OUT"],
-    "export": ["export", "ADAPTER", "--to", "gguf", "--out", "OUT"], "quantize": ["quantize", "MODEL", "--out", "OUT"],
-    "serve": ["serve", "ADAPTER", "--port", "0"], "compare": ["compare", "ADAPTER"],
-}  # fmt: skip
+    "data": ["data", "RECIPE"],
+    "plan": ["plan", "RECIPE"],
+    "train": ["train", "RECIPE"],
+    "profile": ["profile", "RECIPE", "--out", "OUT"],
+    "evaluate a recipe": ["evaluate", "RECIPE"],
+    "evaluate": ["evaluate", "ADAPTER", "data.eval=ROWS"],
+    "generate": ["generate", "ADAPTER", "--prompt", "hi"],
+    "chat": ["chat", "ADAPTER"],
+    "merge": ["merge", "ADAPTER", "--rows", "0", "--out", "OUT"],
+    "export": ["export", "ADAPTER", "--to", "gguf", "--out", "OUT"],
+    "quantize": ["quantize", "MODEL", "--out", "OUT"],
+    "serve": ["serve", "ADAPTER", "--port", "0"],
+    "compare": ["compare", "ADAPTER"],
+}
 
 
 @pytest.fixture
@@ -68,8 +75,13 @@ def test_no_command_runs_code_of_a_model_or_asks(foreign, tmp_path, command, kin
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(model)})
     )
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, adapter / "adapter_model.safetensors")
-    words = {"RECIPE": write_recipe(tmp_path, model), "MODEL": model, "ADAPTER": adapter, "OUT": tmp_path / "new",
-             "ROWS": tmp_path / "eval.jsonl"}  # fmt: skip
+    words = {
+        "RECIPE": write_recipe(tmp_path, model),
+        "MODEL": model,
+        "ADAPTER": adapter,
+        "OUT": tmp_path / "new",
+        "ROWS": tmp_path / "eval.jsonl",
+    }
     for name, arguments in COMMANDS.items():
         code, out, err = command(*(str(words.get(a, a)).replace("ROWS", str(words["ROWS"])) for a in arguments))
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -123,10 +135,17 @@ def test_transformers_loads_nothing_but_by_the_one_door():
     assert pretrained._NO_CODE["trust_remote_code"] is False
 
 
-@pytest.mark.parametrize("line", [
-    "AutoTokenizer.from_pretrained(x)", "load = Auto.from_config", "getattr(auto, 'from_pretrained')(x)",
-    "f(x, trust_remote_code=True)", "f(**{'trust_remote_code': True})", "Model._from_config(c)",
-    "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "AutoTokenizer.from_pretrained(x)",
+        "load = Auto.from_config",
+        "getattr(auto, 'from_pretrained')(x)",
+        "f(x, trust_remote_code=True)",
+        "f(**{'trust_remote_code': True})",
+        "Model._from_config(c)",
+        "from transformers.dynamic_module_utils import get_class_from_dynamic_module",
+    ],
+)
 def test_the_walk_finds_another_way_in(line):
     assert loaders_in(line)

@@ -56,8 +56,9 @@ def good_adapter():
     model = add_lora(Bare(), rank=2, alpha=4, dtype=torch.float32)
     tensors = {
         f"base_model.model.{name}.lora_{side}.weight": getattr(model.get_submodule(name), f"lora_{side}").detach()
-        for name in ("q_proj", "up_proj") for side in "AB"
-    }  # fmt: skip
+        for name in ("q_proj", "up_proj")
+        for side in "AB"
+    }
     content = save(tensors)
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -205,14 +206,21 @@ def trained():
     training = trainer(max_steps=6)
     next(iter(training))
     run = {
-        "recipe": {"train": {"seed": 0, "learning_rate": 2e-4}, "lora": {"rank": 4}}, "identity": {"tokenizer": "x"},
-        "environment": {"torch": "2", "threads": 1}, "summary": {"status": "running", "resumed": []},
+        "recipe": {"train": {"seed": 0, "learning_rate": 2e-4}, "lora": {"rank": 4}},
+        "identity": {"tokenizer": "x"},
+        "environment": {"torch": "2", "threads": 1},
+        "summary": {"status": "running", "resumed": []},
         "plan": {"memory.checkpointing": "block", "memory.loss_chunk_tokens": 64, "train.micro_batch_size": 1},
-        "progress": {"evaluated_step": 0, "evaluations_without_better": 0,
-                     "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
-                     "peak_bytes": 10, "before": {"score": 0.5, "answers": ["a"]}, "best_loss": None},
+        "progress": {
+            "evaluated_step": 0,
+            "evaluations_without_better": 0,
+            "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
+            "peak_bytes": 10,
+            "before": {"score": 0.5, "answers": ["a"]},
+            "best_loss": None,
+        },
         "metrics_bytes": 12,
-    }  # fmt: skip
+    }
     return training, trainer(max_steps=6), run
 
 

@@ -166,8 +166,10 @@ def test_processes_that_train_together_learn_what_one_does_and_notice_one_that_i
 
 
 def test_problems_are_in_the_summary():
-    rows = [{"kind": "with room", "optimizer": "adamw_32bit", "seconds": 0.5},
-            {"kind": "filled GPU", "optimizer": "adamw_32bit", "problem": "wrong"}]  # fmt: skip
+    rows = [
+        {"kind": "with room", "optimizer": "adamw_32bit", "seconds": 0.5},
+        {"kind": "filled GPU", "optimizer": "adamw_32bit", "problem": "wrong"},
+    ]
     text = summary({"paged": {"status": "failed", "seconds": 1.0, "rows": rows, "output": ["last line"]}})
     assert "paged      failed" in text and "PROBLEM: wrong" in text and "0.500 s a step" in text and "last line" in text
 
@@ -282,11 +284,14 @@ def test_gradients_that_are_not_those_of_float64_are_a_problem(monkeypatch):
     unscaled = [row["A_error"] for row in rows if row["dtype"] == "float16" and row["loss_scale"] == 1]
     assert len(rows) == 6 and min(unscaled) > 10 * max(row["A_error"] for row in rows[:4])
     gradients = numbers._gradients
-    monkeypatch.setattr(numbers, "_gradients",
-                        lambda *given: {key: 1.1 * found for key, found in gradients(*given).items()})  # fmt: skip
+    monkeypatch.setattr(
+        numbers, "_gradients", lambda *given: {key: 1.1 * found for key, found in gradients(*given).items()}
+    )
     rows = list(numbers.gradient_rows("tiny", 64, cpu, types))
     assert [row["problem"] for row in rows if "problem" in row] == [
-        "gradients in bfloat16 are off", "gradients in float16 are off"]  # fmt: skip
+        "gradients in bfloat16 are off",
+        "gradients in float16 are off",
+    ]
 
 
 def test_steps_of_random_lengths_that_exceed_their_budget_are_a_problem(monkeypatch):
@@ -331,12 +336,21 @@ def test_a_memory_option_row_that_runs_out_of_memory_is_a_problem_if_it_was_pred
 
 @pytest.mark.parametrize(
     ("tensors", "process", "on_cpu", "on_gpu"),
-    [(104, 100, "tensors", "tensors"), (102, 100, "", ""), (102, 107, "", "allocated memory"),
-     (100, 95, "", "allocated memory"), (104, 95, "tensors", "tensors and allocated memory")],
-)  # fmt: skip
+    [
+        (104, 100, "tensors", "tensors"),
+        (102, 100, "", ""),
+        (102, 107, "", "allocated memory"),
+        (100, 95, "", "allocated memory"),
+        (104, 95, "tensors", "tensors and allocated memory"),
+    ],
+)
 def test_a_memory_option_row_whose_memory_was_predicted_wrong_is_a_problem(tensors, process, on_cpu, on_gpu):
-    row = {"predicted_bytes": tensors, "measured_bytes": 100,
-           "predicted_process_bytes": process, "measured_process_bytes": 100}  # fmt: skip
+    row = {
+        "predicted_bytes": tensors,
+        "measured_bytes": 100,
+        "predicted_process_bytes": process,
+        "measured_process_bytes": 100,
+    }
     for device_type, wrong in (("cpu", on_cpu), ("cuda", on_gpu)):
         problem = option_problem(row, SimpleNamespace(memory_bytes=100, device_type=device_type))
         assert problem == (f"prediction of {wrong} is off" if wrong else "")
@@ -523,14 +537,30 @@ def test_a_memory_option_row_is_its_prediction_wherever_memory_runs_out(place, m
 
 def result():
     rows = [
-        {"option": "none: all kept", "predicted_bytes": 900 * MIB, "predicted_host_bytes": 0,
-         "predicted_breakdown": {"workspace": 900 * MIB}, "failed": "CUDA out of memory"},
-        {"option": "tiles <1>", "predicted_bytes": 300 * MIB, "measured_bytes": 310 * MIB, "tokens_per_second": 100.0,
-         "measured_host_bytes": 0, "measured_breakdown": {"base weights": 200 * MIB, "workspace": 110 * MIB}},
-        {"option": "weights in host memory", "predicted_bytes": 150 * MIB, "measured_bytes": 150 * MIB,
-         "tokens_per_second": 50.0, "measured_host_bytes": 200 * MIB,
-         "measured_breakdown": {"base weights": 100 * MIB, "workspace": 50 * MIB, "offloaded": 200 * MIB}},
-    ]  # fmt: skip
+        {
+            "option": "none: all kept",
+            "predicted_bytes": 900 * MIB,
+            "predicted_host_bytes": 0,
+            "predicted_breakdown": {"workspace": 900 * MIB},
+            "failed": "CUDA out of memory",
+        },
+        {
+            "option": "tiles <1>",
+            "predicted_bytes": 300 * MIB,
+            "measured_bytes": 310 * MIB,
+            "tokens_per_second": 100.0,
+            "measured_host_bytes": 0,
+            "measured_breakdown": {"base weights": 200 * MIB, "workspace": 110 * MIB},
+        },
+        {
+            "option": "weights in host memory",
+            "predicted_bytes": 150 * MIB,
+            "measured_bytes": 150 * MIB,
+            "tokens_per_second": 50.0,
+            "measured_host_bytes": 200 * MIB,
+            "measured_breakdown": {"base weights": 100 * MIB, "workspace": 50 * MIB, "offloaded": 200 * MIB},
+        },
+    ]
     machine = {"gpu": None, "cpu": "a <small> CPU"}
     return {"machine": machine, "tables": [{"model": "tiny", "tokens": 64, "rows": rows}]}
 
@@ -596,9 +626,11 @@ OVER_A_CARD = pytest.mark.skipif(
 
 @OVER_A_CARD
 def test_over_a_gpu_that_computes_nothing_a_plan_runs_in_what_was_planned(tmp_path):
-    code = ("import json, runpy; from gpu.caps import CappedDevice; "
-            f"check = runpy.run_path({str(TOOLS / 'check' / 'card')!r})['check']; "
-            "print(json.dumps(check(CappedDevice(), 'tiny', 256, 4)))")  # fmt: skip
+    code = (
+        "import json, runpy; from gpu.caps import CappedDevice; "
+        f"check = runpy.run_path({str(TOOLS / 'check' / 'card')!r})['check']; "
+        "print(json.dumps(check(CappedDevice(), 'tiny', 256, 4)))"
+    )
     environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -703,8 +735,12 @@ assert load_model(sys.argv[1], "none", device="cuda:1").device == SECOND and tor
 def test_on_a_second_gpu_masks_are_drawn_again_numbers_are_waited_for_and_kernels_start_there(tmp_path):
     paths = TOOLS, TOOLS.parent, TOOLS.parent / "tests"
     environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": ":".join(map(str, paths))}
-    done = subprocess.run([sys.executable, "-c", SECOND_GPU, tmp_path / "model"], capture_output=True, text=True,
-                          env=environment | {"CARD_COUNT": "2"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND_GPU, tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        env=environment | {"CARD_COUNT": "2"},
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -731,8 +767,12 @@ except RuntimeError:
 @OVER_A_CARD
 def test_after_memory_that_cannot_be_pinned_the_next_kernel_runs(tmp_path):
     environment = os.environ | card_environment(tmp_path, gib=8) | {"PYTHONPATH": str(TOOLS.parent)}
-    done = subprocess.run([sys.executable, "-c", NOT_PINNED], capture_output=True, text=True,
-                          env=environment | {"CARD_PINNED_BYTES": "100000"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_PINNED],
+        capture_output=True,
+        text=True,
+        env=environment | {"CARD_PINNED_BYTES": "100000"},
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -43,19 +43,30 @@ def says(call, text):
         call()
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("r", "has no argument r; here it is rank"), ("lora_alpha", "here it is alpha"), ("rnak", "here it is rank"),
-    ("target_modules", "here it is targets"), ("use_gradient_checkpointing", "it has model, targets, rank, alpha"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("r", "has no argument r; here it is rank"),
+        ("lora_alpha", "here it is alpha"),
+        ("rnak", "here it is rank"),
+        ("target_modules", "here it is targets"),
+        ("use_gradient_checkpointing", "it has model, targets, rank, alpha"),
+    ],
+)
 def test_an_argument_that_lora_has_under_another_name(name, text):
     says(lambda: q.add_lora(None, **{name: 8}), text)
 
 
-@pytest.mark.parametrize(("arguments", "text"), [
-    (({"model": {}},), "path of a YAML file, not as dict"), ((None,), "path of a YAML file, not as NoneType"),
-    (("recipe.yaml", "lora.rank=8"), r'such as \["lora\.rank=32"\], not \'lora\.rank=8\''),
-    (("recipe.yaml", [8]), r"overrides must be a list of strings"), (("nowhere.yaml",), "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (({"model": {}},), "path of a YAML file, not as dict"),
+        ((None,), "path of a YAML file, not as NoneType"),
+        (("recipe.yaml", "lora.rank=8"), r'such as \["lora\.rank=32"\], not \'lora\.rank=8\''),
+        (("recipe.yaml", [8]), r"overrides must be a list of strings"),
+        (("nowhere.yaml",), "no such file"),
+    ],
+)
 def test_a_recipe_s_path_and_overrides(arguments, text):
     says(lambda: q.load_recipe(*arguments), text)
 
@@ -65,9 +76,11 @@ def test_the_path_of_a_recipe_in_place_of_the_recipe(given, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     machine = q.machine_of_gpu(q.find_gpu("rtx-4060"))
     for call in (
-        lambda: q.run_recipe(given), lambda: q.train_settings(given), lambda: q.evaluate_recipe(given, None, 0),
+        lambda: q.run_recipe(given),
+        lambda: q.train_settings(given),
+        lambda: q.evaluate_recipe(given, None, 0),
         lambda: q.plan_recipe(given, machine, 2**33),
-    ):  # fmt: skip
+    ):
         says(call, rf"not {type(given).__name__}; qlora_lite\.load_recipe\(PATH\) loads one")
     assert not list(tmp_path.iterdir())
 
@@ -77,12 +90,18 @@ def test_an_evaluation_without_rows(place):
     says(lambda: q.evaluate_recipe(recipe, None, 0), "no evaluation data; name some")
 
 
-@pytest.mark.parametrize(("options", "text"), [
-    ({"quant": "nf5"}, "quant is 'nf5'; choose one of nf4, fp4, keep, none"), ({"quant": None}, "quant is None"),
-    ({"compute_dtype": "float33"}, "compute_dtype is 'float33'"), ({"compute_dtype": torch.int8}, "torch.int8; give"),
-    ({"device": "gpu"}, "device is 'gpu'; give cpu or cuda"), ({"device": None, "path": "/nowhere"}, "device is None"),
-    ({"path": "/nowhere"}, "no folder '/nowhere' here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"quant": "nf5"}, "quant is 'nf5'; choose one of nf4, fp4, keep, none"),
+        ({"quant": None}, "quant is None"),
+        ({"compute_dtype": "float33"}, "compute_dtype is 'float33'"),
+        ({"compute_dtype": torch.int8}, "torch.int8; give"),
+        ({"device": "gpu"}, "device is 'gpu'; give cpu or cuda"),
+        ({"device": None, "path": "/nowhere"}, "device is None"),
+        ({"path": "/nowhere"}, "no folder '/nowhere' here"),
+    ],
+)
 def test_what_a_model_is_loaded_as(options, text, place):
     says(lambda: q.load_model(**({"path": place / "model"} | options)), text)
 
@@ -101,15 +120,25 @@ def test_no_path_at_all_is_python_s_own_error():
             load(None)
 
 
-@pytest.mark.parametrize(("options", "text"), [
-    ({"targets": ["q_porj"]}, "'q_porj' matches no linear layer of this model; did you mean"),
-    ({"targets": []}, "targets must be 'all-linear', or a list"), ({"targets": None}, "targets must be"),
-    ({"targets": [{"pattern": "q_proj"}]}, "targets must be"), ({"rank": 0}, "rank is 0; give a whole number"),
-    ({"rank": 4.0}, "rank is 4.0"), ({"rank": "8"}, "rank is '8'"), ({"alpha": 0}, "alpha is 0; give a number above"),
-    ({"alpha": float("inf")}, "alpha is inf"),
-    ({"alpha": "x"}, "alpha is 'x'"), ({"dropout": 1}, "dropout is 1"), ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
-    ({"dtype": torch.int8}, "dtype is torch.int8"), ({"dtype": torch.float16}, "dtype is torch.float16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"targets": ["q_porj"]}, "'q_porj' matches no linear layer of this model; did you mean"),
+        ({"targets": []}, "targets must be 'all-linear', or a list"),
+        ({"targets": None}, "targets must be"),
+        ({"targets": [{"pattern": "q_proj"}]}, "targets must be"),
+        ({"rank": 0}, "rank is 0; give a whole number"),
+        ({"rank": 4.0}, "rank is 4.0"),
+        ({"rank": "8"}, "rank is '8'"),
+        ({"alpha": 0}, "alpha is 0; give a number above"),
+        ({"alpha": float("inf")}, "alpha is inf"),
+        ({"alpha": "x"}, "alpha is 'x'"),
+        ({"dropout": 1}, "dropout is 1"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"dtype": torch.float16}, "dtype is torch.float16"),
+    ],
+)
 def test_weights_that_cannot_be(options, text, base):
     says(lambda: q.add_lora(base, **options), text)
     assert not any("lora" in name for name, _ in base.named_parameters())
@@ -140,9 +169,11 @@ def test_weights_twice(base, place):
 @pytest.mark.parametrize("given", ["model", torch.nn.Linear(2, 2), None])
 def test_something_else_than_a_model(given, place, examples, tmp_path):
     for call in (
-        lambda: q.add_lora(given), lambda: q.save_adapter(given, tmp_path / "a"),
-        lambda: q.load_adapter(given, tmp_path), lambda: q.Trainer(given, examples, settings_of(place)),
-    ):  # fmt: skip
+        lambda: q.add_lora(given),
+        lambda: q.save_adapter(given, tmp_path / "a"),
+        lambda: q.load_adapter(given, tmp_path),
+        lambda: q.Trainer(given, examples, settings_of(place)),
+    ):
         says(call, rf"not {type(given).__name__}; qlora_lite\.load_model\(PATH\) loads one")
 
 
@@ -151,14 +182,21 @@ def test_an_adapter_that_names_its_base_by_a_path(base, place, tmp_path):
     assert q.open_tasks(tmp_path / "adapter").names == ("adapter",)
 
 
-@pytest.mark.parametrize(("options", "text"), [
-    ({"sources": "rows.jsonl"}, "a source is str"), ({"sources": q.Source("x", rows=ROWS)}, "put it into a list"),
-    ({"sources": ROWS}, "a source is dict"), ({"sources": [q.Source("x", rows="abc")]}, "x: rows is str; give a list"),
-    ({"sources": [q.Source("x", rows={"prompt": ["a"]})]}, "x: rows is dict"),
-    ({"sources": [q.Source("x", rows=5)]}, "x: rows is int"), ({"sources": [q.Source("x", rows=[])]}, "no rows"),
-    ({"tokenizer": "model"}, r"a tokenizer is wanted, not str; qlora_lite\.load_tokenizer"),
-    ({"tokenizer": None}, "a tokenizer is wanted, not NoneType"), ({"max_tokens": "512"}, "max_tokens is '512'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sources": "rows.jsonl"}, "a source is str"),
+        ({"sources": q.Source("x", rows=ROWS)}, "put it into a list"),
+        ({"sources": ROWS}, "a source is dict"),
+        ({"sources": [q.Source("x", rows="abc")]}, "x: rows is str; give a list"),
+        ({"sources": [q.Source("x", rows={"prompt": ["a"]})]}, "x: rows is dict"),
+        ({"sources": [q.Source("x", rows=5)]}, "x: rows is int"),
+        ({"sources": [q.Source("x", rows=[])]}, "no rows"),
+        ({"tokenizer": "model"}, r"a tokenizer is wanted, not str; qlora_lite\.load_tokenizer"),
+        ({"tokenizer": None}, "a tokenizer is wanted, not NoneType"),
+        ({"max_tokens": "512"}, "max_tokens is '512'"),
+    ],
+)
 def test_rows_and_tokenizers_that_are_none(options, text):
     given = {"sources": [q.Source("x", rows=ROWS)], "tokenizer": byte_tokenizer()} | options
     says(lambda: q.build_examples(**given), text)
@@ -183,14 +221,19 @@ def test_gpus_machines_and_budgets(place):
     says(lambda: q.plan_recipe(recipe, q.machine_of_gpu(card), "8GiB"), r"budget_bytes is '8GiB'")
 
 
-@pytest.mark.parametrize(("settings", "options", "text"), [
-    (q.MergeSettings, {"dtype": "f64"}, "dtype is 'f64'; choose one of auto, bf16, f16, f32"),
-    (q.MergeSettings, {"base": "int8"}, "base is 'int8'"), (q.MergeSettings, {"quantize": "q4"}, "quantize is 'q4'"),
-    (q.MergeSettings, {"rows": -1}, "rows is -1"), (q.MergeSettings, {"rows": None}, "rows is None"),
-    (q.ExportSettings, {"to": "onnx"}, "to is 'onnx'; choose one of peft, vllm, gguf"),
-    (q.ExportSettings, {"to": "gguf", "dtype": "f64"}, "dtype is 'f64'; choose one of None, f16"),
-    (q.ExportSettings, {"to": "gguf", "base": "x"}, "base is 'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "options", "text"),
+    [
+        (q.MergeSettings, {"dtype": "f64"}, "dtype is 'f64'; choose one of auto, bf16, f16, f32"),
+        (q.MergeSettings, {"base": "int8"}, "base is 'int8'"),
+        (q.MergeSettings, {"quantize": "q4"}, "quantize is 'q4'"),
+        (q.MergeSettings, {"rows": -1}, "rows is -1"),
+        (q.MergeSettings, {"rows": None}, "rows is None"),
+        (q.ExportSettings, {"to": "onnx"}, "to is 'onnx'; choose one of peft, vllm, gguf"),
+        (q.ExportSettings, {"to": "gguf", "dtype": "f64"}, "dtype is 'f64'; choose one of None, f16"),
+        (q.ExportSettings, {"to": "gguf", "base": "x"}, "base is 'x'"),
+    ],
+)
 def test_choices_that_there_are_not(settings, options, text):
     says(lambda: settings(**options), text)
 

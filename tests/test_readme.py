@@ -26,8 +26,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAX_LINES = 300
 RESULTS = ROOT / "tools" / "results"
 EXPLAIN = ROOT / "qlora_lite" / "explain"
-TEXTS = {path: path.read_text(encoding="utf-8") for path in
-         [ROOT / "README.md", *sorted(EXPLAIN.glob("*.md")), *sorted(RESULTS.glob("*.md"))]}  # fmt: skip
+TEXTS = {
+    path: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted(EXPLAIN.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+}
 WRITTEN = "\n".join(TEXTS.values())
 NO_SETTINGS = {"data.examples", "data.batch", "adapters.lora.inject", "adapters.files", "train.step"}  # modules
 
@@ -86,8 +88,10 @@ def test_the_command_below_the_table_of_memory_options_is_the_one_that_gives_it(
 def check_of_a_card(status):
     rows = [{"kind": "equal", "options": "resident", "different": 0}]
     peers = [{"side": "peers", "rows": 1, "length": 64, "tokens_per_second": 1234.0}]
-    sections = {"streamed": {"status": status, "seconds": 12.5, "rows": rows},
-                "peers": {"status": "passed", "seconds": 3.0, "rows": peers}}  # fmt: skip
+    sections = {
+        "streamed": {"status": status, "seconds": 12.5, "rows": rows},
+        "peers": {"status": "passed", "seconds": 3.0, "rows": peers},
+    }
     machine = {"gpu": "A Made-up GPU", "gpu_memory_bytes": 24 * 2**30, "cpu": "a CPU", "cores": 2}
     versions = {"torch": "2.99", "peft": "0.99"}
     return {"date": "2030-01-02 03:04 UTC", "machine": machine, "versions": versions, "sections": sections}

@@ -20,8 +20,10 @@ HERE = {"machine": {"cpu": "one"}, "versions": {"torch": "2.0"}}
 def results(weight: float, loss: float = 0.1 + 0.2, folder: Path | None = None):
     """Write a run's files, and return what the tool takes from them."""
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
-    save_file({"lora_A": torch.tensor([[weight]], dtype=torch.bfloat16), "lora_B": torch.zeros(2)},
-              folder / "adapter" / "weights.safetensors")  # fmt: skip
+    save_file(
+        {"lora_A": torch.tensor([[weight]], dtype=torch.bfloat16), "lora_B": torch.zeros(2)},
+        folder / "adapter" / "weights.safetensors",
+    )
     (folder / "adapter" / "config.json").write_text(json.dumps({"base": str(folder / "model"), "rank": 1}))
     (folder / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
     lines = [{"step": 1, "loss": loss, "seconds": weight}, {"step": 2, "loss": float("nan"), "why": str(weight)}]
@@ -60,8 +62,10 @@ def test_a_changed_digest_and_the_last_bit_of_a_loss_are_found_with_both_values(
     assert compare({"run": first}, {"run": second}) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if "recorded" in line]
     name = "weights.safetensors/lora_A"
-    assert said == ["  metrics.jsonl/0/loss: recorded 0.30000000000000004, now 0.3",
-                    f"  {name}: recorded {first[name]!r}, now {second[name]!r}"]  # fmt: skip
+    assert said == [
+        "  metrics.jsonl/0/loss: recorded 0.30000000000000004, now 0.3",
+        f"  {name}: recorded {first[name]!r}, now {second[name]!r}",
+    ]
     assert first[name].startswith("BF16 [1, 1] ") and first[name] != second[name]
 
 
@@ -97,17 +101,32 @@ def test_no_file_is_written_when_a_case_failed(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_command_that_fails_is_a_failed_case_and_one_that_prints_gives_its_text(tmp_path):
     """In a process of one thread, since it forks."""
-    code = ("import sys, pathlib; from same_cases import *; folder = pathlib.Path(sys.argv[1])\n"
-            "assert command(folder, '--version').startswith('qlora-lite')\n"
-            "try: command(folder, 'plan', 'no-such-recipe')\n"
-            "except CommandError as error: print(error)")  # fmt: skip
+    code = (
+        "import sys, pathlib; from same_cases import *; folder = pathlib.Path(sys.argv[1])\n"
+        "assert command(folder, '--version').startswith('qlora-lite')\n"
+        "try: command(folder, 'plan', 'no-such-recipe')\n"
+        "except CommandError as error: print(error)"
+    )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=TOOL.parent)
     assert done.stdout.startswith("qlora-lite plan ended with 2: error: no recipe"), done.stderr
 
 
 def test_every_case_has_a_name_of_its_own():
-    counted = sum(map(len, (same_cases.ARCHITECTURES, same_cases.UNUSUAL, same_cases.NESTED, same_cases.OPTIONS,
-                            same_cases.SETTINGS, same_cases.PLANS, same_cases.KINDS, same_cases.OF_RANKS)))  # fmt: skip
+    counted = sum(
+        map(
+            len,
+            (
+                same_cases.ARCHITECTURES,
+                same_cases.UNUSUAL,
+                same_cases.NESTED,
+                same_cases.OPTIONS,
+                same_cases.SETTINGS,
+                same_cases.PLANS,
+                same_cases.KINDS,
+                same_cases.OF_RANKS,
+            ),
+        )
+    )
     assert len(same_cases.cases()) == counted + 3
 
 

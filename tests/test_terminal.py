@@ -167,14 +167,22 @@ def hostile(tmp_path):
     tokenizer.save_pretrained(folder / "model")
     recipe = write_recipe(folder, folder / "model", data={"max_tokens": 600}, train={"max_steps": 1})
     for name in ("train", "eval"):
-        talks = [[{"role": "user", "content": f"{n}{name}{EVIL}"}, {"role": "assistant", "content": f"{EVIL}{n}"}]
-                 for n in range(6)]  # fmt: skip
+        talks = [
+            [{"role": "user", "content": f"{n}{name}{EVIL}"}, {"role": "assistant", "content": f"{EVIL}{n}"}]
+            for n in range(6)
+        ]
         rows = ({"messages": talk, EVIL: 1} for talk in talks)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labelled = [[{"sentence": f"{n}{part}{EVIL}", "label": f"{EVIL}{n % 2}"} for n in range(8)] for part in ("t", "e")]
     data = {"max_tokens": 300}
-    head_recipe(folder / "head", save_headless(folder / "bert", "bert"), "classification", *labelled, data=data,
-                train={"max_steps": 1})  # fmt: skip
+    head_recipe(
+        folder / "head",
+        save_headless(folder / "bert", "bert"),
+        "classification",
+        *labelled,
+        data=data,
+        train={"max_steps": 1},
+    )
     (folder / "sweep.yaml").write_text(json.dumps({"recipe": str(recipe), "axes": {"lora.rank": [2, 4]}}))
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": EVIL}) + "\n")
     return folder

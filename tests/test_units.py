@@ -17,11 +17,19 @@ from qlora_lite.units import counted, format_bytes, format_count, format_seconds
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("8GiB", 8 * 2**30), ("7.5 gib", 7.5 * 2**30), ("1TiB", 2**40), ("3KiB", 3072), ("2MiB", 2**21),
-        ("500MB", 500_000_000), ("24 GB", 24 * 10**9), ("1kb", 1000), ("1TB", 10**12), (" 12B ", 12),
+        ("8GiB", 8 * 2**30),
+        ("7.5 gib", 7.5 * 2**30),
+        ("1TiB", 2**40),
+        ("3KiB", 3072),
+        ("2MiB", 2**21),
+        ("500MB", 500_000_000),
+        ("24 GB", 24 * 10**9),
+        ("1kb", 1000),
+        ("1TB", 10**12),
+        (" 12B ", 12),
         ("0GiB", 0),
     ],
-)  # fmt: skip
+)
 def test_a_size_with_its_unit_is_read_exactly(text, size):
     assert parse_bytes(text) == size
     assert isinstance(parse_bytes(text), int)
@@ -49,10 +57,15 @@ def test_what_is_no_size_is_a_value_error(text):
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (int(7.4 * 2**30), "7.4 GiB"),
-        (2**20 - 1, "1.0 MiB"), (-(2**21), "-2.0 MiB"), (3 * 2**50, "3072.0 TiB"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (int(7.4 * 2**30), "7.4 GiB"),
+        (2**20 - 1, "1.0 MiB"),
+        (-(2**21), "-2.0 MiB"),
+        (3 * 2**50, "3072.0 TiB"),
     ],
-)  # fmt: skip
+)
 def test_bytes_are_shown_in_the_largest_fitting_binary_unit(size, text):
     assert format_bytes(size) == text
 

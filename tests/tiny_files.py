@@ -73,12 +73,15 @@ def write_recipe(folder: Path, model: Path | str, rows: int = 24, **sections) ->
     recipe = {
         "model": {"path": str(model), "compute_dtype": "float32", "device": "cpu"},
         "lora": {"rank": 4, "alpha": 8},
-        "data": {"train": str(write_rows(folder / "train.jsonl", rows)),
-                 "eval": str(write_rows(folder / "eval.jsonl", 6, "!")), "max_tokens": 128},
+        "data": {
+            "train": str(write_rows(folder / "train.jsonl", rows)),
+            "eval": str(write_rows(folder / "eval.jsonl", 6, "!")),
+            "max_tokens": 128,
+        },
         "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch", "metrics_examples": 2},
         "memory": {"checkpointing": "block", "loss_chunk_tokens": 64, "micro_batches": "as-given"},
         "output": {"dir": str(folder / "out")},
-    }  # fmt: skip
+    }
     return save_recipe(folder, recipe, sections)
 
 

@@ -17,22 +17,58 @@ from transformers import (
 
 VOCABULARY = 264
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
-_COMMON = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-               max_position_embeddings=128, pad_token_id=0)  # fmt: skip
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=128,
+    pad_token_id=0,
+)
 _STILL = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 # name -> (model_type, settings, transformers' class whose files a user has)
 ENCODERS = {
     "bert": ("bert", _COMMON | _STILL, AutoModel),
-    "roberta": ("roberta", _COMMON | _STILL | dict(type_vocab_size=1, max_position_embeddings=129),
-                AutoModelForMaskedLM),
-    "modernbert": ("modernbert", _COMMON | dict(num_hidden_layers=4, global_attn_every_n_layers=2, local_attention=8,
-                                                classifier_pooling="mean", bos_token_id=1, eos_token_id=2,
-                                                cls_token_id=1, sep_token_id=2), AutoModelForMaskedLM),
-    "deberta-v2": ("deberta-v2", _COMMON | _STILL | dict(
-        relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16, norm_rel_ebd="layer_norm",
-        share_att_key=True, position_biased_input=False, type_vocab_size=0, pooler_dropout=0.0, pooler_hidden_size=64,
-        max_relative_positions=-1), AutoModel),
-}  # fmt: skip
+    "roberta": (
+        "roberta",
+        _COMMON | _STILL | dict(type_vocab_size=1, max_position_embeddings=129),
+        AutoModelForMaskedLM,
+    ),
+    "modernbert": (
+        "modernbert",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            global_attn_every_n_layers=2,
+            local_attention=8,
+            classifier_pooling="mean",
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+        AutoModelForMaskedLM,
+    ),
+    "deberta-v2": (
+        "deberta-v2",
+        _COMMON
+        | _STILL
+        | dict(
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=16,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            position_biased_input=False,
+            type_vocab_size=0,
+            pooler_dropout=0.0,
+            pooler_hidden_size=64,
+            max_relative_positions=-1,
+        ),
+        AutoModel,
+    ),
+}
 DECODERS = {"llama": ("llama", ARCHITECTURES["llama"] | dict(vocab_size=VOCABULARY), AutoModelForCausalLM)}
 FAMILIES = ENCODERS | DECODERS
 
@@ -69,8 +105,10 @@ def save_headless(folder: Path, name: str, seed: int = 0, **changes) -> Path:
 def labelled_rows(count: int, mark: str = "") -> list[dict]:
     """Rows of a text of one word, some times, and a label that says which."""
     words = "bad ", "GOOD "
-    return [{"sentence": f"{mark}{number} {words[number % 2] * (1 + number % 5)}", "label": number % 2}
-            for number in range(count)]  # fmt: skip
+    return [
+        {"sentence": f"{mark}{number} {words[number % 2] * (1 + number % 5)}", "label": number % 2}
+        for number in range(count)
+    ]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -78,8 +116,9 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def head_recipe(folder: Path, base: Path | str, kind: str = "classification", rows=None, eval_rows=None,
-                **sections) -> Path:  # fmt: skip
+def head_recipe(
+    folder: Path, base: Path | str, kind: str = "classification", rows=None, eval_rows=None, **sections
+) -> Path:
     """Write rows and a recipe of a run of a head that takes a second; ``sections`` are merged over its own."""
     folder.mkdir(parents=True, exist_ok=True)
     train = write_jsonl(folder / "train.jsonl", rows or labelled_rows(24))

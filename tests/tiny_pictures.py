@@ -26,10 +26,18 @@ ENCODERS = {
     "vit": ("vit", _TOWER, AutoModelForImageClassification),
     "siglip": ("siglip", dict(vision_config=_TOWER, text_config=_TEXT), AutoModel),
     "clip": ("clip", dict(vision_config=_TOWER, text_config=_TEXT), AutoModel),
-}  # fmt: skip
-STILL = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"height": 28, "width": 28}, do_resize=True, resample=2,
-             do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-             image_processor_type="ViTImageProcessor")  # fmt: skip
+}
+STILL = dict(
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
+    size={"height": 28, "width": 28},
+    do_resize=True,
+    resample=2,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_processor_type="ViTImageProcessor",
+)
 COLOURS = {"cool": (20, 60, 200), "hot": (220, 70, 30)}
 
 
@@ -100,12 +108,14 @@ def picture_recipe(folder: Path, base: Path | str, **sections) -> Path:
         "model": {"path": str(base), "compute_dtype": "float32", "device": "cpu"},
         "task": {"kind": "image-classification"},
         "lora": {"rank": 4, "alpha": 8, "dtype": "float32"},
-        "data": {"train": str(write_pictures(folder / "train", 12)),
-                 "eval": str(write_pictures(folder / "eval", 4, 100))},
+        "data": {
+            "train": str(write_pictures(folder / "train", 12)),
+            "eval": str(write_pictures(folder / "eval", 4, 100)),
+        },
         "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch", "micro_batch_size": 4},
         "memory": {"checkpointing": "block", "micro_batches": "as-given"},
         "output": {"dir": str(folder / "out")},
-    }  # fmt: skip
+    }
     return save_recipe(folder, recipe, sections)
 
 

@@ -145,8 +145,11 @@ def save_published(folder, case):
     plain.save_pretrained(folder)
     stored = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     packed, values, said = pack(stored, torch.Generator().manual_seed(5))
-    save_file({name: tensor for name, tensor in stored.items() if name not in values} | packed,
-              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    save_file(
+        {name: tensor for name, tensor in stored.items() if name not in values} | packed,
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
     byte_tokenizer().save_pretrained(folder)

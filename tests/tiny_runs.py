@@ -28,9 +28,14 @@ END_OF_ANSWER = 4  # <|im_end|> of the byte tokenizer
 
 
 def make_run(
-    folder: Path, base: Path | str, overrides=(), seed: int = 3, template: str | None = "chatml",
-    status: str = "complete", **sections,
-) -> Path:  # fmt: skip
+    folder: Path,
+    base: Path | str,
+    overrides=(),
+    seed: int = 3,
+    template: str | None = "chatml",
+    status: str = "complete",
+    **sections,
+) -> Path:
     """Write a run of a base model with random factors; ``sections`` and ``overrides`` go into its recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe(write_recipe(folder, base, **sections), overrides)
@@ -44,10 +49,14 @@ def make_run(
     save_adapter(adapted, run / "adapter", str(base), byte_tokenizer(template))
     files = locate(str(base))
     summary = {
-        "status": status, "name": "run", "model": str(base), "data": {"end_token_ids": [END_OF_ANSWER]},
-        **digests_of(run / "adapter"), "base_fingerprint": fingerprint_of(recipe, files),
+        "status": status,
+        "name": "run",
+        "model": str(base),
+        "data": {"end_token_ids": [END_OF_ANSWER]},
+        **digests_of(run / "adapter"),
+        "base_fingerprint": fingerprint_of(recipe, files),
         "tokenizer_sha256": None if files.gguf_file else tokenizer_sha256(files.folder),
-    }  # fmt: skip
+    }
     (run / "summary.json").write_text(json.dumps(summary))
     return run
 
@@ -63,9 +72,13 @@ def prompt_tuned(folder: Path, n_positions: int, virtual_tokens: int) -> Path:
     """Write a tiny GPT-2, which has a table of positions, and train virtual tokens for it, for one step."""
     save_tiny(folder / "model", "gpt2", n_positions=n_positions)
     path = write_recipe(
-        folder, folder / "model", lora=None, adapter={"method": "prompt"}, prompt={"virtual_tokens": virtual_tokens},
+        folder,
+        folder / "model",
+        lora=None,
+        adapter={"method": "prompt"},
+        prompt={"virtual_tokens": virtual_tokens},
         train={"max_steps": 1},
-    )  # fmt: skip
+    )
     return run_recipe(load_recipe(path))
 
 

@@ -31,75 +31,182 @@ from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.storage import Example, PictureFile
 from qlora_lite.models.pretrained import processor_of
 
-_TEXT = dict(model_type="llama", vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, intermediate_size=96, max_position_embeddings=512, pad_token_id=2, bos_token_id=1,
-             eos_token_id=2)  # fmt: skip
-_VISION = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32,
-               patch_size=8)  # fmt: skip
+_TEXT = dict(
+    model_type="llama",
+    vocab_size=400,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=512,
+    pad_token_id=2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_VISION = dict(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+)
 _ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2], mrope_interleaved=True)
 _ROPE_IN_PARTS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
-_ROPE_BY_PLACE = dict(rope_type="default", rope_theta=10000.0, llama_4_scaling_beta=0.5,
-                      original_max_position_embeddings=4)  # fmt: skip
-_TOWER = dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8, out_hidden_size=64,
-              num_position_embeddings=16, deepstack_visual_indexes=[0, 1])  # fmt: skip
+_ROPE_BY_PLACE = dict(
+    rope_type="default", rope_theta=10000.0, llama_4_scaling_beta=0.5, original_max_position_embeddings=4
+)
+_TOWER = dict(
+    depth=2,
+    hidden_size=64,
+    intermediate_size=64,
+    num_heads=2,
+    patch_size=8,
+    out_hidden_size=64,
+    num_position_embeddings=16,
+    deepstack_visual_indexes=[0, 1],
+)
 _WITHOUT_FEATURES = {name: value for name, value in _TOWER.items() if name != "deepstack_visual_indexes"}
 TOKEN = 3  # of the token that stands for pictures
 _QWEN = dict(image_token_id=TOKEN, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
 OF_QWEN = "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"
 WITH_GRIDS = *OF_QWEN, "mistral3", "gemma4"
-_STATES = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-               layer_types=["linear_attention", "full_attention"], head_dim=16,
-               rope_parameters=_ROPE | dict(partial_rotary_factor=0.5, mrope_section=[2, 1, 1]))  # fmt: skip
+_STATES = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=16,
+    rope_parameters=_ROPE | dict(partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
+)
 # model_type -> settings; 16 tokens a picture, or 4
 FAMILIES = {
-    "llava": dict(text_config=_TEXT, vision_config=_VISION | dict(model_type="clip_vision_model"), image_token_id=TOKEN,
-                  vision_feature_layer=-2, vision_feature_select_strategy="default"),
+    "llava": dict(
+        text_config=_TEXT,
+        vision_config=_VISION | dict(model_type="clip_vision_model"),
+        image_token_id=TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    ),
     "idefics3": dict(text_config=_TEXT, vision_config=_VISION, image_token_id=TOKEN, scale_factor=2),
-    "smolvlm": dict(text_config=_TEXT | dict(tie_word_embeddings=True), vision_config=_VISION, image_token_id=TOKEN,
-                    scale_factor=2, tie_word_embeddings=True),
+    "smolvlm": dict(
+        text_config=_TEXT | dict(tie_word_embeddings=True),
+        vision_config=_VISION,
+        image_token_id=TOKEN,
+        scale_factor=2,
+        tie_word_embeddings=True,
+    ),
     # a window that is shorter than a picture
-    "gemma3": dict(text_config=_TEXT | dict(model_type="gemma3_text", head_dim=16, query_pre_attn_scalar=16,
-                                            sliding_window=3, layer_types=["sliding_attention", "full_attention"]),
-                   vision_config=_VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
-                   mm_tokens_per_image=4, image_token_index=TOKEN, boi_token_index=6, eoi_token_index=7),
-    "qwen2_vl": dict(text_config=_TEXT | dict(model_type="qwen2_vl_text", rope_parameters=_ROPE_IN_PARTS),
-                     vision_config=dict(depth=2, embed_dim=64, hidden_size=64, mlp_ratio=1, num_heads=2, patch_size=8),
-                     **_QWEN),
+    "gemma3": dict(
+        text_config=_TEXT
+        | dict(
+            model_type="gemma3_text",
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision_config=_VISION | dict(model_type="siglip_vision_model", vision_use_head=False),
+        mm_tokens_per_image=4,
+        image_token_index=TOKEN,
+        boi_token_index=6,
+        eoi_token_index=7,
+    ),
+    "qwen2_vl": dict(
+        text_config=_TEXT | dict(model_type="qwen2_vl_text", rope_parameters=_ROPE_IN_PARTS),
+        vision_config=dict(depth=2, embed_dim=64, hidden_size=64, mlp_ratio=1, num_heads=2, patch_size=8),
+        **_QWEN,
+    ),
     # windows of two by two tokens in the first of two blocks
-    "qwen2_5_vl": dict(text_config=_TEXT | dict(model_type="qwen2_5_vl_text", rope_parameters=_ROPE_IN_PARTS),
-                       vision_config=dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8,
-                                          out_hidden_size=64, window_size=32, fullatt_block_indexes=[1]),
-                       **_QWEN),
+    "qwen2_5_vl": dict(
+        text_config=_TEXT | dict(model_type="qwen2_5_vl_text", rope_parameters=_ROPE_IN_PARTS),
+        vision_config=dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=64,
+            num_heads=2,
+            patch_size=8,
+            out_hidden_size=64,
+            window_size=32,
+            fullatt_block_indexes=[1],
+        ),
+        **_QWEN,
+    ),
     # features behind two of three blocks
-    "qwen3_vl": dict(text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE,
-                                              num_hidden_layers=3),
-                     vision_config=_TOWER, **_QWEN),
-    "qwen3_vl_moe": dict(text_config=_TEXT | dict(model_type="qwen3_vl_moe_text", head_dim=16, rope_parameters=_ROPE,
-                                                  num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
-                                                  moe_intermediate_size=48),
-                         vision_config=_TOWER, **_QWEN),
+    "qwen3_vl": dict(
+        text_config=_TEXT | dict(model_type="qwen3_vl_text", head_dim=16, rope_parameters=_ROPE, num_hidden_layers=3),
+        vision_config=_TOWER,
+        **_QWEN,
+    ),
+    "qwen3_vl_moe": dict(
+        text_config=_TEXT
+        | dict(
+            model_type="qwen3_vl_moe_text",
+            head_dim=16,
+            rope_parameters=_ROPE,
+            num_hidden_layers=3,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+        ),
+        vision_config=_TOWER,
+        **_QWEN,
+    ),
     # a row of whose picture is longer than the positions that have one scale
-    "mistral3": dict(text_config=_TEXT | dict(model_type="ministral3", head_dim=16, rope_parameters=_ROPE_BY_PLACE),
-                     vision_config=_VISION | dict(model_type="pixtral"), image_token_index=TOKEN,
-                     tie_word_embeddings=False),
+    "mistral3": dict(
+        text_config=_TEXT | dict(model_type="ministral3", head_dim=16, rope_parameters=_ROPE_BY_PLACE),
+        vision_config=_VISION | dict(model_type="pixtral"),
+        image_token_index=TOKEN,
+        tie_word_embeddings=False,
+    ),
     # a window that is shorter than a picture, and embeddings for each block
-    "gemma4": dict(text_config=_TEXT | dict(model_type="gemma4_text", head_dim=16, global_head_dim=32, sliding_window=3,
-                                            attention_k_eq_v=True, num_global_key_value_heads=1,
-                                            layer_types=["full_attention", "sliding_attention", "full_attention"],
-                                            num_hidden_layers=3,
-                                            hidden_size_per_layer_input=8, vocab_size_per_layer_input=400,
-                                            use_bidirectional_attention="vision", final_logit_softcapping=9.0),
-                   vision_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                      num_key_value_heads=2, head_dim=32, patch_size=8, pooling_kernel_size=2,
-                                      position_embedding_size=1024, standardize=True, use_clipped_linears=True),
-                   image_token_id=TOKEN, boi_token_id=6, eoi_token_id=7),
-    "qwen3_5": dict(text_config=_TEXT | _STATES | dict(model_type="qwen3_5_text"), vision_config=_WITHOUT_FEATURES,
-                    **_QWEN),
-    "qwen3_5_moe": dict(text_config=_TEXT | _STATES | dict(model_type="qwen3_5_moe_text", num_experts=4,
-                                                           num_experts_per_tok=2, moe_intermediate_size=48,
-                                                           shared_expert_intermediate_size=32),
-                        vision_config=_WITHOUT_FEATURES, **_QWEN),
-}  # fmt: skip
+    "gemma4": dict(
+        text_config=_TEXT
+        | dict(
+            model_type="gemma4_text",
+            head_dim=16,
+            global_head_dim=32,
+            sliding_window=3,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            num_hidden_layers=3,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=400,
+            use_bidirectional_attention="vision",
+            final_logit_softcapping=9.0,
+        ),
+        vision_config=dict(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            patch_size=8,
+            pooling_kernel_size=2,
+            position_embedding_size=1024,
+            standardize=True,
+            use_clipped_linears=True,
+        ),
+        image_token_id=TOKEN,
+        boi_token_id=6,
+        eoi_token_id=7,
+    ),
+    "qwen3_5": dict(
+        text_config=_TEXT | _STATES | dict(model_type="qwen3_5_text"), vision_config=_WITHOUT_FEATURES, **_QWEN
+    ),
+    "qwen3_5_moe": dict(
+        text_config=_TEXT
+        | _STATES
+        | dict(
+            model_type="qwen3_5_moe_text",
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=32,
+        ),
+        vision_config=_WITHOUT_FEATURES,
+        **_QWEN,
+    ),
+}
 TOKENS = {"llava": 16, "idefics3": 4, "smolvlm": 4, "gemma3": 4, **dict.fromkeys(WITH_GRIDS, 1)}
 UNITS = dict.fromkeys(
     ("mistral3", "gemma4"), (4, 3 * 8 * 8)
@@ -180,8 +287,20 @@ def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> l
 
 
 _PARTS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3))
-SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<global-img>",
-           "<end_of_utterance>", "<begin_of_image>", "<end_of_image>", *_PARTS)  # fmt: skip
+SPECIAL = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<image>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "<begin_of_image>",
+    "<end_of_image>",
+    *_PARTS,
+)
 # as SmolVLM's, which takes turns as lists of parts alone
 OF_PARTS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
@@ -237,9 +356,13 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
     if name in ("gemma3", "gemma4"):
         named = {"image_token": "<image>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-            pad_token="</s>", extra_special_tokens=named,
-        )  # fmt: skip
+            tokenizer_object=tokenizer.backend_tokenizer,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token="</s>",
+            extra_special_tokens=named,
+        )
         tokenizer.chat_template = template
     if name == "gemma4":
         pixels = Gemma4ImageProcessorPil(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70)
@@ -262,8 +385,9 @@ def save_vision_language(folder: Path, name: str, seed: int = 0, parts: bool = T
         pixels.save_pretrained(folder)
         processor = tokenizer
     else:
-        pixels = Idefics3ImageProcessorPil(size={"longest_edge": 64 if parts else 32},
-                                           max_image_size={"longest_edge": 32})  # fmt: skip
+        pixels = Idefics3ImageProcessorPil(
+            size={"longest_edge": 64 if parts else 32}, max_image_size={"longest_edge": 32}
+        )
         processor = Idefics3Processor(pixels, tokenizer, 4, template)
     processor.save_pretrained(folder)
     return folder
@@ -291,9 +415,12 @@ def chat_recipe(folder: Path, base: Path | str, **sections) -> Path:
         "model": {"path": str(base), "compute_dtype": "float32", "device": "cpu"},
         "task": {"kind": "image-text-to-text"},
         "lora": {"rank": 4, "alpha": 8, "dtype": "float32"},
-        "data": {"train": str(write_chats(folder / "rows", 12)), "eval": str(write_chats(folder / "rows", 4, 100)),
-                 "max_tokens": 160},
+        "data": {
+            "train": str(write_chats(folder / "rows", 12)),
+            "eval": str(write_chats(folder / "rows", 4, 100)),
+            "max_tokens": 160,
+        },
         "train": {"max_steps": 6, "learning_rate": 0.01, "optimizer": "adamw_torch"},
         "output": {"dir": str(folder / "out")},
-    }  # fmt: skip
+    }
     return save_recipe(folder, recipe, sections)

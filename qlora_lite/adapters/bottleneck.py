@@ -36,14 +36,20 @@ if TYPE_CHECKING:
 PEFT_TYPE = "BOTTLENECK"  # in adapter_config.json; peft has no such adapters
 # The last linear layer of a part, by its path in a block.
 ATTENTION = (
-    "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attention.dense",
+    "self_attn.o_proj",
+    "self_attn.dense",
+    "self_attn.out_proj",
+    "attn.c_proj",
+    "attention.dense",
     "self_attention.dense",
-)  # fmt: skip
+)
 FEED_FORWARD = "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "fc2"
 PLACEMENTS = {"pfeiffer": (FEED_FORWARD,), "houlsby": (ATTENTION, FEED_FORWARD)}
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu,
-}  # fmt: skip
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
 LEAVES = "down_weight", "down_bias", "up_weight", "up_bias"
 
 
@@ -156,9 +162,11 @@ class Bottleneck(AdapterMethod):
             for names in PLACEMENTS[self.placement]:
                 here = [f"{block}.{name}" for name in names if f"{block}.{name}" in layers]
                 if len(here) != 1:
-                    raise ModelError(f"adapter.method bottleneck with bottleneck.placement {self.placement} has no "
-                                     f"place in {block} of {type(model).__name__}, which has none of "
-                                     f"{', '.join(names)}; take adapter.method lora")  # fmt: skip
+                    raise ModelError(
+                        f"adapter.method bottleneck with bottleneck.placement {self.placement} has no "
+                        f"place in {block} of {type(model).__name__}, which has none of "
+                        f"{', '.join(names)}; take adapter.method lora"
+                    )
                 found += here
         if not found:
             raise ModelError(f"adapter.method bottleneck: {type(model).__name__} does not mark its blocks")
@@ -167,10 +175,15 @@ class Bottleneck(AdapterMethod):
     def config(self, model: nn.Module, base_model: str) -> dict:
         """Return the content of ``adapter_config.json``."""
         return {
-            "peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-            "width": self.width, "placement": self.placement, "activation": self.activation,
-            "dtype": str(self.dtype).removeprefix("torch."), "inference_mode": True,
-        }  # fmt: skip
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "width": self.width,
+            "placement": self.placement,
+            "activation": self.activation,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "inference_mode": True,
+        }
 
     @classmethod
     def described_by(cls, config: Mapping) -> "Bottleneck":
@@ -189,13 +202,19 @@ class Bottleneck(AdapterMethod):
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the weights by the names of their layers in files."""
-        return {f"{outside(model, path)}.{leaf}": layer.get_parameter(leaf).detach()
-                for path, layer in bottleneck_layers(model) for leaf in LEAVES}  # fmt: skip
+        return {
+            f"{outside(model, path)}.{leaf}": layer.get_parameter(leaf).detach()
+            for path, layer in bottleneck_layers(model)
+            for leaf in LEAVES
+        }
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """See ``AdapterMethod``."""
-        return {f"{outside(model, path)}.{leaf}": shape for path in self.places(model)
-                for leaf, shape in shapes_of(model.get_submodule(path), self.width).items()}  # fmt: skip
+        return {
+            f"{outside(model, path)}.{leaf}": shape
+            for path in self.places(model)
+            for leaf, shape in shapes_of(model.get_submodule(path), self.width).items()
+        }
 
     def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""

@@ -32,8 +32,10 @@ def diffusers_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for path, layer in lora_layers(model):
         if not isinstance(layer, LoraLinear) or isinstance(layer, DoraLinear):
-            raise ModelError(f"{path} is adapted by {type(layer).__name__}, and these files are for LoRA beside linear "
-                             "layers: set adapter.method to lora")  # fmt: skip
+            raise ModelError(
+                f"{path} is adapted by {type(layer).__name__}, and these files are for LoRA beside linear "
+                "layers: set adapter.method to lora"
+            )
         found[f"{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         found[f"{path}.lora_B.weight"] = scaled(layer.lora_B.detach(), layer.scale).cpu().contiguous()
     return found

@@ -111,9 +111,11 @@ def trained_paths(model: nn.Module) -> dict[str, nn.Parameter]:
 def _stored_paths(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what files have of ``trained_paths``: of a tied table both, and of rows of tokens in one once."""
     head, tied = model.get_output_embeddings(), is_tied(model)
-    return {path: parameter for path, parameter in trained_paths(model).items()
-            if not (tied and path.endswith(TOKEN_ROWS) and model.get_submodule(path.rpartition(".")[0]) is head)
-            }  # fmt: skip
+    return {
+        path: parameter
+        for path, parameter in trained_paths(model).items()
+        if not (tied and path.endswith(TOKEN_ROWS) and model.get_submodule(path.rpartition(".")[0]) is head)
+    }
 
 
 def adapter_config(model: nn.Module, base_model: str) -> dict:
@@ -122,10 +124,16 @@ def adapter_config(model: nn.Module, base_model: str) -> dict:
     first = next(iter(layers.values()), None)
     if first is None:  # weights of the base alone were trained; the name stands for no layer, to peft too
         return {
-            "peft_type": "LORA", "task_type": _task_type(model), "base_model_name_or_path": base_model,
-            "r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "target_modules": "dummy-target-modules",
-            **_trained_beside(model, ()), "inference_mode": True,
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "task_type": _task_type(model),
+            "base_model_name_or_path": base_model,
+            "r": 1,
+            "lora_alpha": 1,
+            "lora_dropout": 0.0,
+            "target_modules": "dummy-target-modules",
+            **_trained_beside(model, ()),
+            "inference_mode": True,
+        }
     ranks, alphas = [layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()]
     rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLinear)}
@@ -317,8 +325,10 @@ class Lora(AdapterMethod):
         """Return the ratio of LoRA+ for each B, 1 for the head and others beside layers, and that of ``also``."""
         added = {".lora_A": 1.0, ".lora_B": loraplus, ".lora_magnitude_vector": 1.0, TOKEN_ROWS: 1.0}
         others = [1.0 if self.head and is_of_head(name) else self.also_lr_ratio for name in names]
-        return [next((r for end, r in added.items() if name.endswith(end)), other)
-                for name, other in zip(names, others, strict=True)]  # fmt: skip
+        return [
+            next((r for end, r in added.items() if name.endswith(end)), other)
+            for name, other in zip(names, others, strict=True)
+        ]
 
     def does_nothing(self, model: nn.Module) -> bool:
         """Return whether every B is still as it began; False where no layer has one."""
@@ -328,7 +338,7 @@ class Lora(AdapterMethod):
 
     def layer_kinds(
         self, linear: Sequence[str], experts: Sequence[str], in_blocks: Container[str]
-    ) -> Mapping[str, Hashable]:  # fmt: skip
+    ) -> Mapping[str, Hashable]:
         """Return which targets match each layer, and each weight of experts."""
         return matching(linear, experts, self.targets, in_blocks)
 
@@ -366,9 +376,12 @@ def _sums_of_b(model: nn.Module) -> list:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, base_model: str | Path = "", tokenizer=None,
+    model: nn.Module,
+    folder: str | Path,
+    base_model: str | Path = "",
+    tokenizer=None,
     method: AdapterMethod = Lora(),
-) -> str:  # fmt: skip
+) -> str:
     """Write the adapter, and the tokenizer with its chat template if given; return the weights' SHA-256.
 
     One that peft does not load is written with a warning, once for a model: this package reads and merges it.
@@ -403,9 +416,13 @@ def _model_config(model: nn.Module) -> str:
 
 
 def write_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor], config: dict, tokenizer=None, model_config: str | None = None,
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    config: dict,
+    tokenizer=None,
+    model_config: str | None = None,
     began_as: First | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write an adapter folder in one step; one that is there is replaced, if it holds nothing else.
 
     Args:
@@ -473,8 +490,15 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
         dtypes = {tensor.dtype for factors in adapter.layers.values() for tensor in factors.tensors.values()}
         # which holds all values
         dtype = torch.float32 if len(dtypes) > 1 or dtypes == {torch.float16} else first.lora_A.dtype
-        add_lora(model, targets, dropout=adapter.dropout, rslora=first.rslora, dtype=dtype,
-                 dora=adapter.is_dora, merge_aware=adapter.merge_aware)  # fmt: skip
+        add_lora(
+            model,
+            targets,
+            dropout=adapter.dropout,
+            rslora=first.rslora,
+            dtype=dtype,
+            dora=adapter.is_dora,
+            merge_aware=adapter.merge_aware,
+        )
     where: torch.device = model.device
     device = torch.device("cpu") if where.type == "meta" else where
     layers = dict(lora_layers(model))
@@ -487,8 +511,13 @@ def attach_adapter(model: nn.Module, adapter: Adapter | Saved) -> nn.Module:
     _fill(layers, adapter.layers)
     new: dict[int, nn.Parameter] = {}  # rows of a tied table are one parameter
     own = {path: adapter.weights[f"{path}.{TOKEN_ROWS}"] for path in adapter.tokens}
-    put_rows(model, {path: (adapter.tokens[path], new.setdefault(id(rows), nn.Parameter(rows.to(device))))
-                     for path, rows in own.items()})  # fmt: skip
+    put_rows(
+        model,
+        {
+            path: (adapter.tokens[path], new.setdefault(id(rows), nn.Parameter(rows.to(device))))
+            for path, rows in own.items()
+        },
+    )
     if not head_paths(model).isdisjoint(path.rpartition(".")[0] for path in adapter.weights):
         train_head(model)
     _put(model, {_inside(path, layers): weight for path, weight in adapter.weights.items()}, device)

@@ -56,17 +56,21 @@ class Full(AdapterMethod):
             ModelError: the model has weights in 4 bit, or in float16; or its blocks, in turn, are of unequal sizes.
         """
         if any(isinstance(module, PackedWeight) for module in model.modules()):
-            raise ModelError("full fine-tuning trains 16-bit weights, and the model has some in 4 bit: load it with "
-                             "model.quant none, from files that are not quantised")  # fmt: skip
+            raise ModelError(
+                "full fine-tuning trains 16-bit weights, and the model has some in 4 bit: load it with "
+                "model.quant none, from files that are not quantised"
+            )
         if model.dtype == torch.float16:
-            raise ModelError("full fine-tuning has no updates of float16 weights: set model.compute_dtype to bfloat16 "
-                             "or float32")  # fmt: skip
+            raise ModelError(
+                "full fine-tuning has no updates of float16 weights: set model.compute_dtype to bfloat16 or float32"
+            )
         _let_learn(model, not self.switch_every)
         if self.switch_every:
             found = list(blocks_of(model).values())
             if not found or len({sum(p.numel() for p in block.parameters()) for block in found}) > 1:
-                raise ModelError("adapter.switch_every is for models whose blocks all have the same number of weights: "
-                                 "set it to 0")  # fmt: skip
+                raise ModelError(
+                    "adapter.switch_every is for models whose blocks all have the same number of weights: set it to 0"
+                )
             _let_learn(found[0], True)
 
     def turn_begins(self, step: int) -> int:

@@ -34,5 +34,7 @@ def why_no_dora(model: nn.Module, names: Iterable[str]) -> str:
     if not (taken := taken_for_experts(model, names)):
         return ""
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in taken}))
-    return (f"peft takes {leaves} of {model.config.model_type} for experts, and named by their weights it has no DoRA "
-            "for them in 16 bit: leave them out of lora.targets, set adapter.method to lora, or merge")  # fmt: skip
+    return (
+        f"peft takes {leaves} of {model.config.model_type} for experts, and named by their weights it has no DoRA "
+        "for them in 16 bit: leave them out of lora.targets, set adapter.method to lora, or merge"
+    )

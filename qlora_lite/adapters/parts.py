@@ -149,16 +149,29 @@ def train_parts(model: nn.Module, parts: Collection[str]) -> None:
     if not parts:
         return
     if model.dtype == torch.float16:
-        raise ModelError(_said(parts, "is trained in the type that the model computes in, and float16 loses small "
-                               "updates: set model.compute_dtype to float32"))  # fmt: skip
+        raise ModelError(
+            _said(
+                parts,
+                "is trained in the type that the model computes in, and float16 loses small "
+                "updates: set model.compute_dtype to float32",
+            )
+        )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if HEAD in parts and EMBEDDINGS not in parts and is_tied(model):
-        raise ModelError(_said([HEAD], "the head of this model is its embeddings (tie_word_embeddings): write "
-                               "embeddings, which trains the one table"))  # fmt: skip
+        raise ModelError(
+            _said(
+                [HEAD],
+                "the head of this model is its embeddings (tie_word_embeddings): write "
+                "embeddings, which trains the one table",
+            )
+        )
     tied_copy = EMBEDDINGS in parts and model.config.tie_word_embeddings
     if isinstance(head, QuantLinear) and (HEAD in parts or tied_copy):
-        raise ModelError(_said([HEAD if HEAD in parts else EMBEDDINGS], "a 4-bit head cannot be trained: set "
-                               "model.quant_head to false"))  # fmt: skip
+        raise ModelError(
+            _said(
+                [HEAD if HEAD in parts else EMBEDDINGS], "a 4-bit head cannot be trained: set model.quant_head to false"
+            )
+        )
     named = dict(model.named_modules())
     chosen = {
         EMBEDDINGS: [name for name, module in named.items() if module is embedding],
@@ -182,8 +195,15 @@ def train_parts(model: nn.Module, parts: Collection[str]) -> None:
                     f"({min(others)}), which adapter files have no place for: leave it out",
                 )
             )
-        train_weights(model, (f"{path}.{leaf}" for path in chosen[part] for leaf in leaves
-                              if getattr(named[path], leaf, None) is not None))  # fmt: skip
+        train_weights(
+            model,
+            (
+                f"{path}.{leaf}"
+                for path in chosen[part]
+                for leaf in leaves
+                if getattr(named[path], leaf, None) is not None
+            ),
+        )
 
 
 def projector_paths(model: nn.Module) -> list[str]:
@@ -193,8 +213,11 @@ def projector_paths(model: nn.Module) -> list[str]:
         return []
     prefix, inner = model.base_model_prefix, model.base_model
     parts = [name for name, part in inner.named_children() if not isinstance(part, PreTrainedModel)]
-    return [f"{prefix}.{name}" for name, module in inner.named_modules()
-            if name.split(".")[0] in parts and module._parameters]  # fmt: skip
+    return [
+        f"{prefix}.{name}"
+        for name, module in inner.named_modules()
+        if name.split(".")[0] in parts and module._parameters
+    ]
 
 
 def _said(parts: Collection[str], what: str) -> str:
@@ -248,8 +271,9 @@ def train_tokens(model: nn.Module, tokens: Sequence[int], known: int, dtype: tor
         raise ModelError(f"adapter.train_tokens: {fault}")
     paths = {id(module): name for name, module in model.named_modules()}
     rows = {paths[id(embedding)]: _first_rows(embedding.weight, tokens, known, dtype)}
-    rows[paths[id(head)]] = rows[paths[id(embedding)]] if is_tied(model) else _first_rows(
-        head.weight, tokens, known, dtype)  # fmt: skip
+    rows[paths[id(head)]] = (
+        rows[paths[id(embedding)]] if is_tied(model) else _first_rows(head.weight, tokens, known, dtype)
+    )
     put_rows(model, {path: (tokens, each) for path, each in rows.items()})
 
 

@@ -142,11 +142,18 @@ class PrefixTuning(AdapterMethod):
         text = model.config.get_text_config(decoder=True)
         size, heads = _head_size(model), text.num_key_value_heads
         return {
-            "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
-            "num_virtual_tokens": self.virtual_tokens, "token_dim": size * heads, "num_transformer_submodules": 1,
-            "num_attention_heads": heads, "num_layers": text.num_hidden_layers, "encoder_hidden_size": size * heads,
-            "prefix_projection": False, "inference_mode": True,
-        }  # fmt: skip
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "num_virtual_tokens": self.virtual_tokens,
+            "token_dim": size * heads,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": heads,
+            "num_layers": text.num_hidden_layers,
+            "encoder_hidden_size": size * heads,
+            "prefix_projection": False,
+            "inference_mode": True,
+        }
 
     @classmethod
     def described_by(cls, config: Mapping) -> "PrefixTuning":
@@ -160,8 +167,10 @@ class PrefixTuning(AdapterMethod):
     def files(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return all keys, rotated, and values as peft has them, [k, 2 L F]: of one layer behind those of another."""
         with torch.no_grad():
-            parts = [_rotated(model, layer.prefix.detach()) if path.endswith(_KEY) else layer.prefix.detach()
-                     for path, layer in prefix_layers(model)]  # fmt: skip
+            parts = [
+                _rotated(model, layer.prefix.detach()) if path.endswith(_KEY) else layer.prefix.detach()
+                for path, layer in prefix_layers(model)
+            ]
         return {TENSOR: torch.cat([part.cpu() for part in parts], 1)}
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -215,8 +224,10 @@ def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
     normalised = any("norm" in name for attention in attentions for name, _ in attention.named_children())
     count = 2 * model.config.get_text_config(decoder=True).num_hidden_layers
     if normalised or len(layers) != count or not _rotates_whole_heads(model) or not _rotates_halves(model, attentions):
-        raise ModelError("adapter.method prefix is for models with layers k_proj and v_proj whose keys are rotated as "
-                         f"they are, and not for {type(model).__name__}; take adapter.method prompt")  # fmt: skip
+        raise ModelError(
+            "adapter.method prefix is for models with layers k_proj and v_proj whose keys are rotated as "
+            f"they are, and not for {type(model).__name__}; take adapter.method prompt"
+        )
     return layers
 
 

@@ -164,8 +164,10 @@ def add_part(model: nn.Module, part: VirtualPlaces) -> None:
     config = model.config.get_text_config(decoder=True)
     of_ids = getattr(config, "hidden_size_per_layer_input", None)  # Gemma 3n's blocks look them up too
     if of_ids or "inputs_embeds" not in inspect.signature(inner.forward).parameters:
-        raise ModelError(f"{type(model).__name__} computes more than embeddings from token ids, so that it has no "
-                         "place for virtual tokens; choose another adapter.method")  # fmt: skip
+        raise ModelError(
+            f"{type(model).__name__} computes more than embeddings from token ids, so that it has no "
+            "place for virtual tokens; choose another adapter.method"
+        )
     inner.add_module(_NAME, part.train(model.training))
 
     def embed(_decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

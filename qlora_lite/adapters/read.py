@@ -46,9 +46,15 @@ log = logging.getLogger("qlora_lite")
 PREFIX = "base_model.model."
 # Settings of peft that change what an adapter computes, and the starts of values that change the base model.
 REFUSED_KEYS = (
-    "layer_replication", "lora_bias", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
 REFUSED_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What ``lora.start.base_of`` and ``first_sum_of`` say of a base, which peft refuses; earlier versions wrote no sum.
 # Of qera it is the model's own 4-bit weights.
@@ -199,14 +205,19 @@ def _require_base(model: nn.Module, config: dict, folder: Path) -> None:
     if own and is_of_qera(config):
         types = {layer.quant_type for layer in linear_layers(model).values() if isinstance(layer, QuantLinear)}
         if types != {quant := own.removeprefix(f"{QERA}:")} or base:
-            raise ModelError(f"the adapter {folder} began with lora.start qera, for the model in {quant.upper()}, and "
-                             f"this is not it: set model.quant to {quant}, or use `qlora-lite export --to peft`, "
-                             "whose adapter is for the model's 16-bit files")  # fmt: skip
+            raise ModelError(
+                f"the adapter {folder} began with lora.start qera, for the model in {quant.upper()}, and "
+                f"this is not it: set model.quant to {quant}, or use `qlora-lite export --to peft`, "
+                "whose adapter is for the model's 16-bit files"
+            )
     elif own != base:
-        made, here = (f"the base {name} of lora.start" if name else "the model as its files have it"
-                      for name in (own, base))  # fmt: skip
-        raise ModelError(f"the adapter {folder} belongs to {made}, and this is {here}: use the folder of the run that "
-                         "trained it, or `qlora-lite export --to peft`, which fits the model's files")  # fmt: skip
+        made, here = (
+            f"the base {name} of lora.start" if name else "the model as its files have it" for name in (own, base)
+        )
+        raise ModelError(
+            f"the adapter {folder} belongs to {made}, and this is {here}: use the folder of the run that "
+            "trained it, or `qlora-lite export --to peft`, which fits the model's files"
+        )
 
 
 def begins_with_qera(folder: str | Path) -> bool:
@@ -241,9 +252,12 @@ def warn_of_other_split(folder: str | Path, first_sum: str) -> None:
     """
     _, recorded = _own_base(_read_config(Path(folder)))
     if recorded and first_sum and recorded != first_sum:
-        log.warning("the adapter %s was trained on another split of these weights than this machine, type or version "
-                    "of torch makes: the base has a few other codes, and results differ slightly (bring the cache of "
-                    "the machine that trained it for the same base)", folder)  # fmt: skip
+        log.warning(
+            "the adapter %s was trained on another split of these weights than this machine, type or version "
+            "of torch makes: the base has a few other codes, and results differ slightly (bring the cache of "
+            "the machine that trained it for the same base)",
+            folder,
+        )
 
 
 def named_base(folder: str | Path) -> tuple[str | None, str | None]:
@@ -285,8 +299,11 @@ def _target_parameters(model: nn.Module, config: dict, path: Path) -> dict[str, 
     if not names:
         return {}
     # a Conv1D has its weight as [in, out], and peft would adapt that the other way round
-    weights = {f"{outside(model, name)}.weight": name for name, layer in linear_layers(model).items()
-               if not stands_for_conv1d(layer)}  # fmt: skip
+    weights = {
+        f"{outside(model, name)}.weight": name
+        for name, layer in linear_layers(model).items()
+        if not stands_for_conv1d(layer)
+    }
     weights |= {outside(model, name): name for name in expert_weights(model)}
     by_end: dict[str, list[str]] = {}
     for key in weights:
@@ -295,8 +312,10 @@ def _target_parameters(model: nn.Module, config: dict, path: Path) -> dict[str, 
     found: set[str] = set()
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or name not in by_end:
-            raise ModelError(f"{path}: target_parameters names {short(name)}, and only weights of linear layers and of "
-                             "fused experts are supported there; train without it or merge with peft")  # fmt: skip
+            raise ModelError(
+                f"{path}: target_parameters names {short(name)}, and only weights of linear layers and of "
+                "fused experts are supported there; train without it or merge with peft"
+            )
         found.add(name)
     return {weights[key]: key for name in found for key in by_end[name]}
 
@@ -401,13 +420,16 @@ def _read_tensors(path: Path, header_bytes: int) -> dict[str, torch.Tensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if header_bytes < length < path.stat().st_size:  # a longer one is no header
-            raise ModelError(f"{path} names more tensors than an adapter of this model can have (its header takes "
-                             f"{length} bytes)")  # fmt: skip
+            raise ModelError(
+                f"{path} names more tensors than an adapter of this model can have (its header takes {length} bytes)"
+            )
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         # of 8 bits torch has no arithmetic
-        return {name: each.float() if each.is_floating_point() and each.itemsize == 1 else each
-                for name, each in tensors.items()}  # fmt: skip
+        return {
+            name: each.float() if each.is_floating_point() and each.itemsize == 1 else each
+            for name, each in tensors.items()
+        }
     except FileNotFoundError:
         pickled = path.with_suffix(".bin").exists()
         hint = "; pickled weights are not read, load and save the adapter with a peft of today" if pickled else ""
@@ -459,8 +481,9 @@ def _take_weights(tensors: dict, config: dict, model: nn.Module) -> tuple[dict[s
         problems.append("it has no weights of a head for sequence classification (modules_to_save)")
     for path, module in model.named_modules():
         if isinstance(module, PackedWeight) and tensors.pop(f"{PREFIX}{outside(model, path)}.weight", None) is not None:
-            problems.append(f"{outside(model, path)} was trained whole, and is in 4 bit here (a head with "
-                            "model.quant_head)")  # fmt: skip
+            problems.append(
+                f"{outside(model, path)} was trained whole, and is in 4 bit here (a head with model.quant_head)"
+            )
     return weights, problems + _tie(weights, model)
 
 
@@ -495,15 +518,22 @@ def _take_rows(
         if tensor is None and name != first and is_tied(model) and tokens.get(paths[first]) == tuple(sorted(numbers)):
             continue
         if tensor is None or tensor.shape != (len(numbers), width) or not tensor.isfinite().all():
-            problems.append(f"{stored} is not there, not finite, or has not a row of {width} for each of "
-                            f"{len(numbers)} tokens")  # fmt: skip
+            problems.append(
+                f"{stored} is not there, not finite, or has not a row of {width} for each of {len(numbers)} tokens"
+            )
             continue
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
         tokens[paths[name]], rows[f"{paths[name]}.{TOKEN_ROWS}"] = tuple(sorted(numbers)), tensor[order]
     if is_tied(model) and tokens:
         if [*tokens] != [paths[first]]:
-            return tokens, rows, [*problems, "rows of the head were trained apart from those of the embeddings, and "
-                                  "are one table in this model"]  # fmt: skip
+            return (
+                tokens,
+                rows,
+                [
+                    *problems,
+                    "rows of the head were trained apart from those of the embeddings, and are one table in this model",
+                ],
+            )
         tokens = dict.fromkeys(paths.values(), tokens[paths[first]])
         rows = dict.fromkeys((f"{path}.{TOKEN_ROWS}" for path in tokens), next(iter(rows.values())))
     return tokens, rows, problems
@@ -517,14 +547,19 @@ def _tie(weights: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
     """Make the weights of a tied table one tensor; return what is wrong with them."""
     if not is_tied(model):
         return []
-    names = [name for name, parameter in model.named_parameters(remove_duplicate=False)
-             if parameter is model.get_input_embeddings().weight]  # fmt: skip
+    names = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is model.get_input_embeddings().weight
+    ]
     found = [weights[name] for name in names if name in weights]
     if not found or (len(found) == len(names) and all(torch.equal(found[0], each) for each in found)):
         weights |= dict.fromkeys(names, found[0]) if found else {}
         return []
-    return ["embeddings and head were trained apart from each other, and are one table in this model; train with "
-            "ensure_weight_tying, or merge with peft"]  # fmt: skip
+    return [
+        "embeddings and head were trained apart from each other, and are one table in this model; train with "
+        "ensure_weight_tying, or merge with peft"
+    ]
 
 
 def _check(tensors, layers, is_dora: bool) -> tuple[dict[str, int], list[str]]:

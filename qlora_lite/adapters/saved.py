@@ -20,9 +20,11 @@ from .prompt import PromptTuning
 
 # By peft_type of adapter_config.json: what makes the method from the configuration.
 METHODS: dict[str, Callable[[Mapping], AdapterMethod]] = {
-    PEFT_TYPE: Bottleneck.described_by, "PREFIX_TUNING": PrefixTuning.described_by,
-    "PROMPT_TUNING": PromptTuning.described_by, "P_TUNING": PromptTuning.described_by,
-}  # fmt: skip
+    PEFT_TYPE: Bottleneck.described_by,
+    "PREFIX_TUNING": PrefixTuning.described_by,
+    "PROMPT_TUNING": PromptTuning.described_by,
+    "P_TUNING": PromptTuning.described_by,
+}
 LISTED = 50  # problems of one file shown
 
 

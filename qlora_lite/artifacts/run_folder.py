@@ -43,18 +43,30 @@ MODEL, MODEL_LAST = "model", "model-last"  # in their place, of full fine-tuning
 # ``adapters.read`` has these names too, and takes seconds to import.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIGESTS = {  # what a summary calls them
-    ADAPTER: "adapter_sha256", ADAPTER_LAST: "adapter_last_sha256",
-    MODEL: "model_sha256", MODEL_LAST: "model_last_sha256",
-}  # fmt: skip
+    ADAPTER: "adapter_sha256",
+    ADAPTER_LAST: "adapter_last_sha256",
+    MODEL: "model_sha256",
+    MODEL_LAST: "model_last_sha256",
+}
 TOKENIZER = "tokenizer.json"
 TOKENIZER_DIGEST = "tokenizer_sha256"  # in a summary, of the base model's; see ``digests_of`` for those beside weights
 TEMPLATE = "template.jinja"
 LOG = "log.txt"
 COMPLETE = "complete"  # the status of a run that came to its end
 _OUTPUTS = (
-    METRICS, SUMMARY, TEMPLATE, "report.html", "data.html", "data.json", ADAPTER, ADAPTER_LAST, MODEL, MODEL_LAST,
-    CHECKPOINTS, SAMPLES,
-)  # fmt: skip
+    METRICS,
+    SUMMARY,
+    TEMPLATE,
+    "report.html",
+    "data.html",
+    "data.json",
+    ADAPTER,
+    ADAPTER_LAST,
+    MODEL,
+    MODEL_LAST,
+    CHECKPOINTS,
+    SAMPLES,
+)
 VERSIONED = ("qlora-lite", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
 
 
@@ -278,8 +290,11 @@ def rewind_run(run: RunFolder, has_best: bool, metrics_sha256: str | None) -> No
     if lost:
         log.warning("%s lacks %d bytes of earlier steps; new lines are appended to what is there", file, lost)
     elif metrics_sha256 not in (None, run.metrics_hash.hexdigest()):
-        log.warning("%s is damaged: its lines of earlier steps are not those that were written (their SHA-256 "
-                    "differs); new lines are appended to them", file)  # fmt: skip
+        log.warning(
+            "%s is damaged: its lines of earlier steps are not those that were written (their SHA-256 "
+            "differs); new lines are appended to them",
+            file,
+        )
     run.write_metrics()
     write_text(run.path / RECIPE, resolve_to_yaml(run.recipe))
 

@@ -111,11 +111,15 @@ class TrainedRun:
         """
         if not self.has_base and not self.began_as:
             m, start = self.recipe.model.path, self.recipe.lora.start
-            raise ModelError(f"{self.name} began with lora.start {start}, and its base without the LoRA weights is no "
-                             f"model: use the model by its own name, {m}")  # fmt: skip
+            raise ModelError(
+                f"{self.name} began with lora.start {start}, and its base without the LoRA weights is no "
+                f"model: use the model by its own name, {m}"
+            )
         if self.began_as:
-            raise ModelError(f"{self.name} trained all weights of its base model, which is another model now: use that "
-                             f"by its own name, {self.began_as}")  # fmt: skip
+            raise ModelError(
+                f"{self.name} trained all weights of its base model, which is another model now: use that "
+                f"by its own name, {self.began_as}"
+            )
 
     def require_adapter(self, instead: str) -> None:
         """Check that what was trained is an adapter.
@@ -127,8 +131,10 @@ class TrainedRun:
             ModelError: it is a whole model.
         """
         if self.began_as:
-            raise ModelError(f"{self.name} is a run of full fine-tuning and has no adapter: its model is a folder of "
-                             f"its own, {self.recipe.model.path}; {instead}")  # fmt: skip
+            raise ModelError(
+                f"{self.name} is a run of full fine-tuning and has no adapter: its model is a folder of "
+                f"its own, {self.recipe.model.path}; {instead}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -170,8 +176,10 @@ class TrainedRun:
             DataError: there is none: the rows were plain text, or an adapter alone came without.
         """
         if self.adapter and self.is_alone and not (self.own_template or tokenizer.chat_template):
-            raise DataError(f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
-                            "that it was trained with into that folder, as chat_template.jinja")  # fmt: skip
+            raise DataError(
+                f"neither the adapter {self.adapter} nor its base model has a chat template; put the one "
+                "that it was trained with into that folder, as chat_template.jinja"
+            )
         found = choose_template(tokenizer, self.recipe.data.template, self.own_template)
         reader = picture_reader(self.recipe)
         return for_pictures(found, reader.token) if reader else found
@@ -270,9 +278,12 @@ class TrainedRun:
 
 
 def open_trained(
-    run: str | Path, model_path: str | None = None, unfinished: bool = False, has_head: bool | None = False,
+    run: str | Path,
+    model_path: str | None = None,
+    unfinished: bool = False,
+    has_head: bool | None = False,
     draws: bool = False,
-) -> TrainedRun:  # fmt: skip
+) -> TrainedRun:
     """Open a run for use, or an adapter alone.
 
     Args:
@@ -333,8 +344,10 @@ def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None, draws:
         raise RecipeError(f"{name} draws pictures (task.kind {recipe.task.kind}): use `qlora-lite generate`")
     if has_head is False and recipe.problem is not None:
         what = f"has a head that labels {'pictures' if recipe.of_pictures else 'texts'} (task.kind {recipe.task.kind})"
-        raise RecipeError(f"{name} {what}, and this is for models that write text: use `qlora-lite predict` or "
-                          "`evaluate`, or its adapter folder with peft")  # fmt: skip
+        raise RecipeError(
+            f"{name} {what}, and this is for models that write text: use `qlora-lite predict` or "
+            "`evaluate`, or its adapter folder with peft"
+        )
     if has_head and recipe.problem is None:
         raise RecipeError(f"{name} is a language model without a head for labels: use `qlora-lite generate`")
 
@@ -384,8 +397,9 @@ def _labels_in(folder: Path) -> tuple[str, ...] | None:
     try:
         return tuple(str(labels[key]) for key in sorted(labels, key=int)) if isinstance(labels, dict) else None
     except ValueError as error:
-        raise ModelError(f"{path}: id2label must name each output by its number, 0 and so on: "
-                         f"{short(str(labels))}") from error  # fmt: skip
+        raise ModelError(
+            f"{path}: id2label must name each output by its number, 0 and so on: {short(str(labels))}"
+        ) from error
 
 
 def _task_of(folder: Path) -> Task:
@@ -405,13 +419,17 @@ def _task_of(folder: Path) -> Task:
     if kind == "regression" and labels == (REWARD_LABEL,):
         kind = "reward"
     if kind is None or labels is None:
-        raise ModelError(f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
-                         "and problem_type: add them, or use the run that trained it")  # fmt: skip
+        raise ModelError(
+            f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
+            "and problem_type: add them, or use the run that trained it"
+        )
     try:
         return Task.model_validate({"kind": kind, "labels": None if kind in ("regression", "reward") else labels})
     except ValueError as error:  # pydantic's are such too
-        raise ModelError(f"{folder / MODEL_CONFIG_NAME}: id2label must name each output by its number, 0 and so "
-                         f"on: {short(str(labels))}") from error  # fmt: skip
+        raise ModelError(
+            f"{folder / MODEL_CONFIG_NAME}: id2label must name each output by its number, 0 and so "
+            f"on: {short(str(labels))}"
+        ) from error
 
 
 def _size_of(folder: Path) -> int | None:
@@ -438,9 +456,13 @@ def _with_end_of_template(trained: TrainedRun, tokenizer) -> TrainedRun:
 
 
 def open_model(
-    name: str | Path, model_path: str | None = None, unfinished: bool = False, template: str | None = None,
-    overrides: Sequence[str] = (), with_pictures: bool = False,
-) -> TrainedRun:  # fmt: skip
+    name: str | Path,
+    model_path: str | None = None,
+    unfinished: bool = False,
+    template: str | None = None,
+    overrides: Sequence[str] = (),
+    with_pictures: bool = False,
+) -> TrainedRun:
     """Open what can answer: a run, an adapter alone, or the bare base model of a recipe or of its name.
 
     Args:
@@ -528,8 +550,10 @@ def with_labels_of(adapter: Path, recipe: Recipe) -> Recipe:
         )
     if recipe.task.labels not in (None, task.labels):
         own, theirs = (f"[{', '.join(labels or ())}]" for labels in (recipe.task.labels, task.labels))
-        raise ModelError(f"lora.init_from: the adapter's head is for the labels {short(theirs)}, and this run's are "
-                         f"{short(own)}: write task.labels: {theirs}, and leave out rows with others")  # fmt: skip
+        raise ModelError(
+            f"lora.init_from: the adapter's head is for the labels {short(theirs)}, and this run's are "
+            f"{short(own)}: write task.labels: {theirs}, and leave out rows with others"
+        )
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": task.labels})})
 
 
@@ -539,9 +563,11 @@ def _as_it_ran(opened: OpenedRun) -> Recipe:
     if recipe.problem not in (None, PROBLEMS["regression"]) and (labels := opened.summary.get("labels")):
         if (said := _labels_in(opened.adapter)) not in (None, tuple(labels)):
             own, theirs = (short([*each]) for each in (labels, said))
-            raise ModelError(f"{opened.adapter.parent / SUMMARY} names the labels {own}, and "
-                             f"{opened.adapter / MODEL_CONFIG_NAME} {theirs}: one of them was changed; restore it from "
-                             "a copy")  # fmt: skip
+            raise ModelError(
+                f"{opened.adapter.parent / SUMMARY} names the labels {own}, and "
+                f"{opened.adapter / MODEL_CONFIG_NAME} {theirs}: one of them was changed; restore it from "
+                "a copy"
+            )
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(labels)})})
     if recipe.generates_pictures and (names := opened.summary.get("classes")):
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(names)})})
@@ -570,9 +596,11 @@ def _check_base(summary: dict, found: str, files: ModelFiles, folder: Path, wher
         )
     known = summary.get(TOKENIZER_DIGEST)
     if known and not files.gguf_file and tokenizer_sha256(files.folder) not in (None, known):
-        raise ModelError(f"{files.folder / TOKENIZER} is not the tokenizer that {folder} was trained with: give the "
-                         f"model with that one with {where}, or remove {TOKENIZER_DIGEST} from {folder / SUMMARY} to "
-                         "use this one")  # fmt: skip
+        raise ModelError(
+            f"{files.folder / TOKENIZER} is not the tokenizer that {folder} was trained with: give the "
+            f"model with that one with {where}, or remove {TOKENIZER_DIGEST} from {folder / SUMMARY} to "
+            "use this one"
+        )
 
 
 def _first_beside(folder: Path, adapter: ReadAdapter) -> First:

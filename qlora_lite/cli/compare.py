@@ -20,8 +20,16 @@ from .output import echo, echo_exactly, one_line, prepare, step_progress
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for compare.html and .json.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @of_a_run
-def compare(runs: tuple[str, ...], base: bool, rows: int | None, shots: int, out: Path | None, as_json: bool,
-            model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+def compare(
+    runs: tuple[str, ...],
+    base: bool,
+    rows: int | None,
+    shots: int,
+    out: Path | None,
+    as_json: bool,
+    model_path: str | None,
+    unfinished: bool,
+) -> None:
     """Measure RUNs on the evaluation examples of the first one, with one base model in memory.
 
     The others may also be adapter folders in the PEFT format.

@@ -29,15 +29,35 @@ class _Size(click.ParamType):
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Most examples to measure on.")
-@click.option("--bytes", "most_bytes", type=_Size(), metavar="SIZE",
-              help="Recommend the best set for so much more memory, such as 30MiB.")  # fmt: skip
-@click.option("--close", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
-              help="Recommend the cheapest set that closes this share of the divergence, such as 0.5.")  # fmt: skip
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Page to write (.html), with the figures as .json beside it.")  # fmt: skip
+@click.option(
+    "--bytes",
+    "most_bytes",
+    type=_Size(),
+    metavar="SIZE",
+    help="Recommend the best set for so much more memory, such as 30MiB.",
+)
+@click.option(
+    "--close",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Recommend the cheapest set that closes this share of the divergence, such as 0.5.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Page to write (.html), with the figures as .json beside it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def damage(recipe: str, overrides: tuple[str, ...], rows: int, most_bytes: int | None, close: float | None,
-           out: Path | None, as_json: bool) -> None:  # fmt: skip
+def damage(
+    recipe: str,
+    overrides: tuple[str, ...],
+    rows: int,
+    most_bytes: int | None,
+    close: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Measure what four bits cost on the evaluation examples of RECIPE, and which layers are worth 16 bit.
 
     Without --bytes and --close, the cheapest set of kinds of layer and blocks that closes half of the divergence from

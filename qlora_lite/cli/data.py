@@ -117,9 +117,12 @@ def _count_lines(counts: dict) -> list[str]:
     return [
         _line("rows", f"{counts['rows_read']:,} read, {counts['rows_kept']:,} kept{dropped}{cut}"),
         *(_line("dropped", f"{reason}: {where}") for reason, where in places.items() if where),
-        *([_line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})")]
-          if counts["tokens"] else []),
-    ]  # fmt: skip
+        *(
+            [_line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})")]
+            if counts["tokens"]
+            else []
+        ),
+    ]
 
 
 def _label_lines(report: dict) -> list[str]:

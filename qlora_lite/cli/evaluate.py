@@ -34,21 +34,37 @@ _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.templat
 @shots_option
 @click.option("--rows", type=click.IntRange(min=0), help="Examples for train.metrics; default as in the recipe.")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
     help="JSONL file for the answers: prompt, reference, answer and match of each compared example, of all models with "
     "--side-by-side or --shots. With --tasks, a JSON file for the scores.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
-    "--tasks", multiple=True, metavar="NAME,...|FOLDER",
+    "--tasks",
+    multiple=True,
+    metavar="NAME,...|FOLDER",
     help="Score tasks of lm-evaluation-harness in place of the evaluation examples; --rows N takes N examples of each.",
-)  # fmt: skip
+)
 @click.option("--fewshot", type=click.IntRange(min=0), metavar="K", help="Examples in each prompt of --tasks.")
 @click.option("--chat-template", "chat", is_flag=True, help="Write the prompts of --tasks in the chat template.")
 @of_a_run
-def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by_side: bool, shots: int,
-             rows: int | None, out: Path | None, as_json: bool, model_path: str | None, unfinished: bool,
-             tasks: tuple[str, ...], fewshot: int | None, chat: bool) -> None:  # fmt: skip
+def evaluate(
+    run_or_recipe: str,
+    overrides: tuple[str, ...],
+    base: bool,
+    side_by_side: bool,
+    shots: int,
+    rows: int | None,
+    out: Path | None,
+    as_json: bool,
+    model_path: str | None,
+    unfinished: bool,
+    tasks: tuple[str, ...],
+    fewshot: int | None,
+    chat: bool,
+) -> None:
     """Measure loss, perplexity and train.metrics of RUN_OR_RECIPE: a run folder, or a recipe's base model.
 
     KEY=VALUE replaces a setting of a recipe. A run is measured with its own settings, of which only data.eval=PATH,
@@ -61,8 +77,20 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     if tasks:
         if shots or rows == 0 or (base and side_by_side):
             raise click.UsageError("--tasks is not for --shots, --rows 0, or --base with --side-by-side")
-        _score_tasks(run_or_recipe, overrides, tasks, base, side_by_side, fewshot, rows, chat, out, as_json,
-                     model_path, unfinished)  # fmt: skip
+        _score_tasks(
+            run_or_recipe,
+            overrides,
+            tasks,
+            base,
+            side_by_side,
+            fewshot,
+            rows,
+            chat,
+            out,
+            as_json,
+            model_path,
+            unfinished,
+        )
         return
     if chat or fewshot is not None:
         raise click.UsageError("--fewshot and --chat-template are for --tasks")
@@ -77,8 +105,10 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
         if (side_by_side or shots) and base:
             raise click.UsageError("--side-by-side and --shots measure the base model beside the run: leave out --base")
         if (side_by_side or shots) and is_adapter_alone(Path(run_or_recipe)):
-            raise click.UsageError(f"--side-by-side and --shots are for a run folder; {run_or_recipe} is an adapter "
-                                   f"alone: qlora-lite compare RUN {run_or_recipe}")  # fmt: skip
+            raise click.UsageError(
+                f"--side-by-side and --shots are for a run folder; {run_or_recipe} is an adapter "
+                f"alone: qlora-lite compare RUN {run_or_recipe}"
+            )
         prepare(verbose=False)
         trained, tokenizer = _opened(run_or_recipe, overrides, model_path, unfinished)
         if side_by_side or shots:
@@ -104,8 +134,9 @@ def evaluate(run_or_recipe: str, overrides: tuple[str, ...], base: bool, side_by
     from qlora_lite.inference.evaluate import measure_recipe, write_answers
 
     if out and recipe.problem is not None:
-        raise click.UsageError(f"--out is for answers; what {run_or_recipe} gives to each row is written by "
-                               "`qlora-lite predict`")  # fmt: skip
+        raise click.UsageError(
+            f"--out is for answers; what {run_or_recipe} gives to each row is written by `qlora-lite predict`"
+        )
     asked = _asked(recipe, rows, out)
     with step_progress("loading") as progress:
         result, answers = measure_recipe(recipe, adapter, asked, tokenizer, out, progress.watch, held_out)
@@ -129,8 +160,9 @@ def _echo_result(shown: dict[str, Any], asked: int) -> None:
         of = "prompts, each with all its references" if score["examples"] == prompts else f"of {rows:,} examples"
         on = f"{score['examples']:,} {of}"
         shown[name] = f"{format_score(name, score)} on {on}{signature}"
-    shown |= {f"preference {name}" if name == "loss" else name: value
-              for name, value in shown.pop("eval_metrics", {}).items()}  # fmt: skip
+    shown |= {
+        f"preference {name}" if name == "loss" else name: value for name, value in shown.pop("eval_metrics", {}).items()
+    }
     for name, value in shown.items():
         label = _LABELS.get(name, name).replace("_", " ")
         echo(f"{label:22} {value:.4f}" if isinstance(value, float) else f"{label:22} {value}")
@@ -150,10 +182,19 @@ def _echo_confusion(confusion: dict) -> None:
 
 
 def _score_tasks(
-    run_or_recipe: str, overrides: tuple[str, ...], tasks: tuple[str, ...], base: bool, side_by_side: bool,
-    fewshot: int | None, rows: int | None, chat: bool, out: Path | None, as_json: bool, model_path: str | None,
+    run_or_recipe: str,
+    overrides: tuple[str, ...],
+    tasks: tuple[str, ...],
+    base: bool,
+    side_by_side: bool,
+    fewshot: int | None,
+    rows: int | None,
+    chat: bool,
+    out: Path | None,
+    as_json: bool,
+    model_path: str | None,
     unfinished: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Score a run, its base model or a recipe's on tasks of lm-evaluation-harness."""
     is_recipe = Path(run_or_recipe).suffix in (".yaml", ".yml")
     if overrides and not is_recipe:
@@ -266,6 +307,8 @@ def _check_overrides(folder: str, overrides: tuple[str, ...], is_alone: bool) ->
         settings = ", ".join([*(name[:-1] for name in _OF_AN_ADAPTER if name.endswith("=")), _MEASURED_NAMES])
         raise click.UsageError(f"for an adapter alone, only {settings} can be set; {other} is for a recipe")
     if is_alone and not any(each.startswith(_ROWS) for each in overrides):
-        raise RecipeError(f"{folder} is an adapter alone, without evaluation data; name some, as in "
-                          "data.eval=rows.jsonl, or compare it with a run, on that run's data: "
-                          f"qlora-lite compare RUN {folder}")  # fmt: skip
+        raise RecipeError(
+            f"{folder} is an adapter alone, without evaluation data; name some, as in "
+            "data.eval=rows.jsonl, or compare it with a run, on that run's data: "
+            f"qlora-lite compare RUN {folder}"
+        )

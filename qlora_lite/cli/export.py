@@ -12,16 +12,24 @@ from .output import echo, echo_agreement, prepare
 
 @click.command()
 @click.argument("run")
-@click.option("--to", "form", required=True,
-              type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya"]))  # fmt: skip
+@click.option(
+    "--to", "form", required=True, type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya"])
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
-@click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
-              help="gguf, ollama: merge into the run's 4-bit weights (default), or the original ones.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["f16", "bf16", "q8_0", "q4_0"]),
-              help="gguf, ollama: type of the matrices (default f16, or that of train.merge_aware).")  # fmt: skip
+@click.option(
+    "--base",
+    type=click.Choice(["nf4", "fp4", "original"]),
+    help="gguf, ollama: merge into the run's 4-bit weights (default), or the original ones.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "bf16", "q8_0", "q4_0"]),
+    help="gguf, ollama: type of the matrices (default f16, or that of train.merge_aware).",
+)
 @of_a_run
-def export(run: str, form: str, out: Path, base: str | None, dtype: str | None, model_path: str | None,
-           unfinished: bool) -> None:  # fmt: skip
+def export(
+    run: str, form: str, out: Path, base: str | None, dtype: str | None, model_path: str | None, unfinished: bool
+) -> None:
     """Write RUN for another program, load it back, and compare what it does with the run's adapter. kohya is for
     denoisers' LoRA weights in ComfyUI and other programs, and is not loaded back.
 

@@ -19,8 +19,10 @@ from .options import context_option, model_option
 from .output import echo, echo_exactly, importing, prepare, step_progress
 
 _NO_COMMANDS = "/help", "/reset", "/clear", "/system", "/bye"  # as others have them
-_COMMANDS = ("/use NAME switches the adapter, /image FILE adds a picture to your next message, /new starts a new "
-             "conversation, /quit or an empty line ends the chat")  # fmt: skip
+_COMMANDS = (
+    "/use NAME switches the adapter, /image FILE adds a picture to your next message, /new starts a new "
+    "conversation, /quit or an empty line ends the chat"
+)
 
 
 def _checked_temperature(_context, _option, value: float) -> float:
@@ -38,15 +40,33 @@ def _checked_top_p(_context, _option, value: float) -> float:
 _conversation_options = [
     click.option("--system", help="System message."),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
-    click.option("--temperature", type=float, default=0.0, show_default=True, callback=_checked_temperature,
-                 help="0 takes the most probable token each time."),
-    click.option("--top-p", type=float, default=1.0, show_default=True, callback=_checked_top_p,
-                 help="Sample from the most probable tokens that together have this probability."),
-    click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="Sample from this many of the most probable tokens; 0 is all."),
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        show_default=True,
+        callback=_checked_temperature,
+        help="0 takes the most probable token each time.",
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        show_default=True,
+        callback=_checked_top_p,
+        help="Sample from the most probable tokens that together have this probability.",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Sample from this many of the most probable tokens; 0 is all.",
+    ),
     click.option("--template", help="Chat template of a RECIPE's or MODEL's base model, as in data.template."),
-    context_option, model_option,
-]  # fmt: skip
+    context_option,
+    model_option,
+]
 
 
 def _of_a_conversation(command):
@@ -75,10 +95,12 @@ def _of_a_conversation(command):
     "image-text-to-text, or of a MODEL that reads pictures.",
 )
 @click.option(
-    "--out", type=click.Path(), metavar="FILE",
+    "--out",
+    type=click.Path(),
+    metavar="FILE",
     help="JSONL file for the answers to --prompts; of a run that draws pictures a .png file for --prompt, or a folder "
     "for those of --prompts.",
-)  # fmt: skip
+)
 @click.option("--column", help="Column of --prompts with the prompt, if its name does not say so.")
 @click.option(
     "--overwrite", is_flag=True, help="Start over if --out exists; otherwise answers are continued, and pictures kept."
@@ -92,9 +114,20 @@ def _of_a_conversation(command):
 @click.option("--steps", type=click.IntRange(min=1), help="Steps for a picture.  [default: the run's]")
 @click.option("--guidance", type=click.FloatRange(min=1), help="Scale of guidance for a picture.  [default: the run's]")
 @_of_a_conversation
-def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[str, ...], out: str | None,
-             column: str | None, overwrite: bool, base: bool, seed: int | None, steps: int | None,
-             guidance: float | None, **options) -> None:  # fmt: skip
+def generate(
+    run: str,
+    prompt: str | None,
+    prompts: str | None,
+    pictures: tuple[str, ...],
+    out: str | None,
+    column: str | None,
+    overwrite: bool,
+    base: bool,
+    seed: int | None,
+    steps: int | None,
+    guidance: float | None,
+    **options,
+) -> None:
     """Answer one prompt, or a file of prompts.
 
     RUN is a run folder, or an adapter folder in the PEFT format. For a RECIPE, or a MODEL (a name, a folder or a .gguf
@@ -110,8 +143,10 @@ def generate(run: str, prompt: str | None, prompts: str | None, pictures: tuple[
         _draw(run, prompt, prompts, column, out, overwrite, base, 0 if seed is None else seed, changed, place)
         return
     if _is_denoiser(Path(run)):
-        raise click.UsageError(f"{run} is no run, and pictures are drawn by one: train it first (`generate RUN --base` "
-                               "leaves out what it learned)")  # fmt: skip
+        raise click.UsageError(
+            f"{run} is no run, and pictures are drawn by one: train it first (`generate RUN --base` "
+            "leaves out what it learned)"
+        )
     if steps is not None or guidance is not None:
         raise click.UsageError("--steps and --guidance are for a run that draws pictures (task.kind image-generation)")
     if out is not None and Path(out).is_dir():
@@ -156,13 +191,22 @@ def _is_denoiser(path: Path) -> bool:
 
 
 def _draw(
-    run: str, prompt: str | None, prompts: str | None, column: str | None, out: str | None, overwrite: bool, base: bool,
-    seed: int, changed: dict, model_path: str | None,
-) -> None:  # fmt: skip
+    run: str,
+    prompt: str | None,
+    prompts: str | None,
+    column: str | None,
+    out: str | None,
+    overwrite: bool,
+    base: bool,
+    seed: int,
+    changed: dict,
+    model_path: str | None,
+) -> None:
     """Draw a picture of each prompt."""
     if (prompt is None) == (prompts is None) or out is None:
-        raise click.UsageError(f"{run} draws pictures: give --prompt TEXT and --out FILE.png, or --prompts FILE and "
-                               "--out FOLDER")  # fmt: skip
+        raise click.UsageError(
+            f"{run} draws pictures: give --prompt TEXT and --out FILE.png, or --prompts FILE and --out FOLDER"
+        )
     if prompts is None and Path(out).suffix.lower() != ".png":
         raise click.UsageError(f"--out {out}: the picture of --prompt is a .png file")
     if prompts is None and Path(out).is_dir():

@@ -13,16 +13,37 @@ from .output import echo, echo_agreement, prepare
 @click.command()
 @click.argument("run")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
-@click.option("--base", type=click.Choice(["nf4", "fp4", "original"]),
-              help="Merge into the run's 4-bit weights (default), or into the original ones.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "bf16", "f16", "f32"]), default="auto", show_default=True,
-              help="auto is f16, or bf16 where that does not hold the weights or what the model computes.")  # fmt: skip
+@click.option(
+    "--base",
+    type=click.Choice(["nf4", "fp4", "original"]),
+    help="Merge into the run's 4-bit weights (default), or into the original ones.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "f16", "f32"]),
+    default="auto",
+    show_default=True,
+    help="auto is f16, or bf16 where that does not hold the weights or what the model computes.",
+)
 @click.option("--quantize", "quantize_to", type=click.Choice(["nf4", "fp4"]), help="Write a 4-bit checkpoint.")
-@click.option("--rows", type=click.IntRange(min=0), default=32, show_default=True,
-              help="Held-out examples to measure on; 0 measures nothing (not with --quantize).")  # fmt: skip
+@click.option(
+    "--rows",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Held-out examples to measure on; 0 measures nothing (not with --quantize).",
+)
 @of_a_run
-def merge(run: str, out: Path, base: str | None, dtype: str, quantize_to: str | None, rows: int,
-          model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+def merge(
+    run: str,
+    out: Path,
+    base: str | None,
+    dtype: str,
+    quantize_to: str | None,
+    rows: int,
+    model_path: str | None,
+    unfinished: bool,
+) -> None:
     """Write the base model with RUN's adapter merged into it as an ordinary transformers checkpoint.
 
     RUN is a run folder, or an adapter folder in the PEFT format (with --rows 0).

@@ -40,10 +40,11 @@ class _Size(click.ParamType):
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--vram", type=_Size(), help="Memory to plan for, such as 12GiB.")
 @click.option(
-    "--gpu", multiple=True,
+    "--gpu",
+    multiple=True,
     help="GPU to plan for, such as rtx-4060; see --gpus. Several, also unequal ones, share every step: --gpu rtx-4090 "
     "--gpu rtx-3060.",
-)  # fmt: skip
+)
 @click.option("--card", multiple=True, hidden=True)  # what --gpu was called
 @click.option("--max-tokens", is_flag=True, help="Also find the largest data.max_tokens that fits.")
 @click.option(
@@ -53,9 +54,13 @@ class _Size(click.ParamType):
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with a timeline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
-    "--gpus", is_flag=False, flag_value=0, type=click.IntRange(min=0), metavar="[N]",
+    "--gpus",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(min=0),
+    metavar="[N]",
     help="Plan for N such GPUs in a machine, which share every step and, if need be, the weights; without N, list all.",
-)  # fmt: skip
+)
 @click.option("--link", type=click.Choice([*LINKS]), help=f"What joins the GPUs of a machine; {LINK} if not given.")
 @click.option(
     "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Plan for M machines with N GPUs each."
@@ -229,8 +234,10 @@ def _title(settings, machine) -> str:
     alone = f"{', '.join(settings.adapter.train_also) or 'rows of tokens'} alone"
     size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}" if settings.lora.targets else alone)
     steps = f"train.gradient_accumulation_steps {settings.train.gradient_accumulation_steps}"
-    return (f"Memory plan of {settings.output.name}: {settings.model.path}, {_length(settings)}, {steps}, {size}, on "
-            f"{machine.name}")  # fmt: skip
+    return (
+        f"Memory plan of {settings.output.name}: {settings.model.path}, {_length(settings)}, {steps}, {size}, on "
+        f"{machine.name}"
+    )
 
 
 def _length(settings) -> str:
@@ -270,11 +277,13 @@ def machine_for(settings, vram=None, gpu=None):
 
 def _check_searches(settings, max_tokens: bool, max_resolution: bool) -> None:
     if max_tokens and settings.of_pictures:
-        raise click.UsageError("--max-tokens is for rows of tokens, and this recipe's are pictures; see "
-                               "--max-resolution")  # fmt: skip
+        raise click.UsageError(
+            "--max-tokens is for rows of tokens, and this recipe's are pictures; see --max-resolution"
+        )
     if max_resolution and not settings.of_pictures:
-        raise click.UsageError("--max-resolution is for rows that are pictures, and this recipe's are of tokens; see "
-                               "--max-tokens")  # fmt: skip
+        raise click.UsageError(
+            "--max-resolution is for rows that are pictures, and this recipe's are of tokens; see --max-tokens"
+        )
 
 
 def _searched(planner, settings, made, max_tokens: bool, max_batch: bool, max_resolution: bool) -> dict[str, object]:
@@ -295,8 +304,11 @@ def _longest(planner, made) -> dict:
     tokens, candidate = longest
     found, on_cpu = candidate.prediction, made.machine.device_type == "cpu"
     host_bytes = made.machine.base_bytes + found.peak_bytes if on_cpu else found.host_bytes
-    return {"max_tokens": tokens, "max_tokens_host_bytes": host_bytes,
-            "max_tokens_step_seconds": candidate.step_seconds}  # fmt: skip
+    return {
+        "max_tokens": tokens,
+        "max_tokens_host_bytes": host_bytes,
+        "max_tokens_step_seconds": candidate.step_seconds,
+    }
 
 
 def _or_none(solve, made):
@@ -324,10 +336,12 @@ def _show(found: dict, most_packs: int, html: Path | None, trains_base: bool = F
             wire = f"{format_bytes(shared['weight_bytes'])} of {of} from the others, {wire}"
         nodes = f" on {shared['nodes']} machines" if shared["nodes"] > 1 else ""
         each = f"each {shared['packs']} of a step's packs" if shared["packs"] else "each its share of a step's packs"
-        echo(f"{shared['gpus'] * shared['nodes']} GPUs{nodes}, {each}: about "
-             f"{format_seconds(shared['step_seconds'])} a step{faster}; {wire}, "
-             f"{format_seconds(shared['wire_seconds'])} ({shared['wire_seconds'] / shared['step_seconds']:.1%}), "
-             "calculated from the link's rate")  # fmt: skip
+        echo(
+            f"{shared['gpus'] * shared['nodes']} GPUs{nodes}, {each}: about "
+            f"{format_seconds(shared['step_seconds'])} a step{faster}; {wire}, "
+            f"{format_seconds(shared['wire_seconds'])} ({shared['wire_seconds'] / shared['step_seconds']:.1%}), "
+            "calculated from the link's rate"
+        )
     saving = ", with all options that save memory"
     if "max_tokens" in found:
         price = ""

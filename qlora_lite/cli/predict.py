@@ -13,13 +13,18 @@ from .output import echo, prepare, step_progress
 @click.command()
 @click.argument("run")
 @click.option(
-    "--rows", required=True, metavar="FILE",
+    "--rows",
+    required=True,
+    metavar="FILE",
     help="Data file with the columns of the run's own rows, or a folder of pictures.",
-)  # fmt: skip
+)
 @click.option(
-    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
     help="JSONL file: place, label, probabilities (or embedding) and, where a row has one, its own label as reference.",
-)  # fmt: skip
+)
 @of_a_run
 def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: bool) -> None:
     """Label every row of a file.

@@ -32,8 +32,11 @@ def quantize(model: str, out: Path, quant: str, double_quant: bool, keep_16bit: 
     from qlora_lite.models.tokenizer import load_tokenizer
 
     if loses_its_update(model):
-        echo("warning: a merged model quantised again loses much or all of the update; qlora-lite merge RUN "
-                   "--quantize measures that, and refuses where the update is lost", err=True)  # fmt: skip
+        echo(
+            "warning: a merged model quantised again loses much or all of the update; qlora-lite merge RUN "
+            "--quantize measures that, and refuses where the update is lost",
+            err=True,
+        )
     files = locate(model)
     config = read_language_part(files.folder, model, files.gguf_file).config
     check_kept(config, keep_16bit, model)

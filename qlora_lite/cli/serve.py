@@ -8,18 +8,35 @@ from .output import prepare
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--host", default="127.0.0.1", show_default=True,
-              help="Address to listen on; on one that others can reach, any Host header is answered.")  # fmt: skip
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; on one that others can reach, any Host header is answered.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is any free port.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer."
 )
-@click.option("--max-waiting", type=click.IntRange(min=0), default=8, show_default=True,
-              help="Maximum number of waiting requests; more are refused.")  # fmt: skip
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=0),
+    default=8,
+    show_default=True,
+    help="Maximum number of waiting requests; more are refused.",
+)
 @context_option
 @of_a_run
-def serve(runs: tuple[str, ...], host: str, port: int, max_new_tokens: int, max_waiting: int,
-          context_tokens: int | None, model_path: str | None, unfinished: bool) -> None:  # fmt: skip
+def serve(
+    runs: tuple[str, ...],
+    host: str,
+    port: int,
+    max_new_tokens: int,
+    max_waiting: int,
+    context_tokens: int | None,
+    model_path: str | None,
+    unfinished: bool,
+) -> None:
     """Answer /v1/chat/completions with the adapters of RUNs; the request's model selects one, "base" the base model.
 
     A RUN is a run folder, or an adapter folder in the PEFT format. This is for trying adapters on this machine; for

@@ -14,9 +14,10 @@ from .plan import machine_for
 @click.command()
 @click.argument("sweep", type=click.Path(dir_okay=False, path_type=Path), metavar="SWEEP")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path),
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the runs, sweep.json and sweep.html.  [default: sweeps/NAME of the file's NAME.yaml]",
-)  # fmt: skip
+)
 @click.option("--plan", "only_plan", is_flag=True, help="Plan the points of a grid for this machine, and train none.")
 def sweep(sweep: Path, out: Path | None, only_plan: bool) -> None:
     """Train every point of SWEEP, a file that names a recipe and values of its settings, and compare them.
@@ -59,5 +60,7 @@ def _plan(wanted) -> None:
         echo(f"{format_bytes(plan.peak_bytes):>10} {format_seconds(step):>9}  {named({'choice': choice})}{does_fit}")
         seconds += step * steps * repeated * plan.fits
     if seconds:
-        echo(f"\nsteps of all that fit, {repeated} of each: about {format_seconds(seconds)}, without loading and "
-             "evaluation")  # fmt: skip
+        echo(
+            f"\nsteps of all that fit, {repeated} of each: about {format_seconds(seconds)}, without loading and "
+            "evaluation"
+        )

@@ -18,13 +18,18 @@ from .output import format_speed, importing, one_line, prepare, print_result, st
 @click.argument("recipe", required=False, metavar="RECIPE")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--resume", is_flag=False, flag_value="", metavar="[RUN]",
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[RUN]",
     help="Resume from the newest complete checkpoint of a run folder; without RUN, of the recipe's newest run.",
-)  # fmt: skip
+)
 @click.option(
-    "--gpus", type=click.IntRange(min=1), metavar="N",
+    "--gpus",
+    type=click.IntRange(min=1),
+    metavar="N",
     help="Train on N GPUs of this machine, each with its share of every step.",
-)  # fmt: skip
+)
 @click.option("--force", is_flag=True, help="With --resume: resume even if settings or data have changed.")
 def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gpus: int | None, force: bool) -> None:
     """Fine-tune a model as RECIPE says; KEY=VALUE replaces a setting, such as lora.rank=32."""
@@ -76,8 +81,13 @@ def _result(folder, summary: dict, of_pictures: bool = False, can_merge: bool = 
     lines = []
     for sample in summary["samples"][:2]:
         question = sample.get("question", sample["prompt"])  # a run of an earlier version has the whole prompt alone
-        lines += ["", f"prompt     {one_line(question)}", f"reference  {one_line(sample['reference'])}",
-                  f"before     {one_line(sample['before'])}", f"after      {one_line(sample['after'])}"]  # fmt: skip
+        lines += [
+            "",
+            f"prompt     {one_line(question)}",
+            f"reference  {one_line(sample['reference'])}",
+            f"before     {one_line(sample['before'])}",
+            f"after      {one_line(sample['after'])}",
+        ]
     lines.append("")
     lines += _change("evaluation loss", summary, "eval_loss", "{:.4f}")
     lines += _rewards(summary.get("eval_metrics", {})) + _metrics(summary.get("metrics", {}))
@@ -115,10 +125,17 @@ def _of_step(summary: dict) -> str:
 def _rewards(metrics: dict) -> list[str]:
     """Return lines of what an objective measured of preferences, or of the model's own answers."""
     before, after = (metrics.get(when, {}) for when in ("before", "after"))
-    shown = {"rewards/accuracies": "{:.1%}", "rewards/margins": "{:.3f}", "reward": "{:.3f}",
-             "completions/mean_length": "{:.1f}"}  # fmt: skip
-    return [f"{name:24} {form.format(before[name])} -> {form.format(after[name])}"
-            for name, form in shown.items() if name in before and name in after]  # fmt: skip
+    shown = {
+        "rewards/accuracies": "{:.1%}",
+        "rewards/margins": "{:.3f}",
+        "reward": "{:.3f}",
+        "completions/mean_length": "{:.1f}",
+    }
+    return [
+        f"{name:24} {form.format(before[name])} -> {form.format(after[name])}"
+        for name, form in shown.items()
+        if name in before and name in after
+    ]
 
 
 def _metrics(metrics: dict) -> list[str]:

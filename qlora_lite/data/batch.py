@@ -211,9 +211,11 @@ class Extent(NamedTuple):
 
 
 def extent_of(
-    lengths: Sequence[int], learned: Sequence[int], batches: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    learned: Sequence[int],
+    batches: Sequence[Sequence[int]],
     pictures: np.ndarray | None = None,
-) -> Extent:  # fmt: skip
+) -> Extent:
     """Return the most of each that any of some micro-batches has.
 
     Args:
@@ -355,9 +357,12 @@ def _pieces_of_row(
 
 
 def stream_batches(
-    examples: Iterable[Example], max_tokens: int, packing: bool, micro_batch_size: int,
+    examples: Iterable[Example],
+    max_tokens: int,
+    packing: bool,
+    micro_batch_size: int,
     lengths: Callable[[Sequence[Example]], Sequence[int]] = row_lengths,
-) -> Iterator[list[Example]]:  # fmt: skip
+) -> Iterator[list[Example]]:
     """Yield the rows of each micro-batch, those of ``plan_epoch`` with order "as-is".
 
     Args:

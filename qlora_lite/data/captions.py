@@ -69,8 +69,11 @@ class Fit:
         ratio = math.log(height / width)
         size = min(self.sizes, key=lambda each: abs(math.log(each[0] / each[1]) - ratio))
         if height < size[0] or width < size[1]:
-            raise DataError(f"the picture has {width} x {height} pixels, and {size[1]} x {size[0]} are wanted; give a "
-                            "larger one, or lower data.resolution", TOO_SMALL)  # fmt: skip
+            raise DataError(
+                f"the picture has {width} x {height} pixels, and {size[1]} x {size[0]} are wanted; give a "
+                "larger one, or lower data.resolution",
+                TOO_SMALL,
+            )
         return size
 
     def cut(self, image: "Image") -> tuple[np.ndarray, np.ndarray]:
@@ -140,14 +143,18 @@ def caption_of(path: Path, folder: Path, fit: Fit) -> str:
         try:
             return beside.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"its caption {beside.name} cannot be read ({error}); write it as UTF-8 text",
-                            NO_CAPTION) from None  # fmt: skip
+            raise DataError(
+                f"its caption {beside.name} cannot be read ({error}); write it as UTF-8 text", NO_CAPTION
+            ) from None
     if fit.caption is not None:
         return fit.caption
     inside = path.relative_to(folder).parts
     if len(inside) == 1:
-        raise DataError(f"the picture has no caption: write {beside.name} beside it, a metadata.jsonl with the columns "
-                        "file_name and text, or data.caption for all", NO_CAPTION)  # fmt: skip
+        raise DataError(
+            f"the picture has no caption: write {beside.name} beside it, a metadata.jsonl with the columns "
+            "file_name and text, or data.caption for all",
+            NO_CAPTION,
+        )
     return inside[0]
 
 
@@ -183,8 +190,10 @@ def captions_in(path: str | Path, column: str | None = None) -> list[str]:
         for where, row in read_rows(Source(str(path))):
             column = column or next((name for name in CAPTION_COLUMNS if name in row), None)
             if column not in row:
-                raise DataError(f"{where}: {'no prompt' if column is None else repr(column)} is among the columns "
-                                f"{', '.join(map(repr, row))}; name it with --column")  # fmt: skip
+                raise DataError(
+                    f"{where}: {'no prompt' if column is None else repr(column)} is among the columns "
+                    f"{', '.join(map(repr, row))}; name it with --column"
+                )
             found.append(caption_text(row[column]))
     if not found:
         raise DataError(f"{path}: there is no prompt in this file; write one a line")

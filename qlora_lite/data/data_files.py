@@ -26,18 +26,34 @@ from .hub import PREFIX, hub_files
 from .problems import Problems, RowProblem
 
 READER_OF_SUFFIX = {
-    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv",
-    ".parquet": "parquet", ".arrow": "arrow", ".txt": "text", ".text": "text", ".md": "text",
-}  # fmt: skip
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".zst": "zstd"}
 _CARD_SUFFIX = ".md"  # of what may describe the rows beside it and be none of them
 _ABOUT = re.compile(r"(readme|license|licence|changelog|contributing)(?![a-z])", re.IGNORECASE)  # texts that do
 _DESCRIPTIONS = {"dataset_info.json", "state.json"}  # beside what ``datasets.save_to_disk`` wrote, one folder a split,
 _SPLITS = "dataset_dict.json"  # and above the folders of several
 _COLUMN_READERS = ("parquet", "arrow")
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
-          b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\xff\xfe": "UTF-16",
-          b"\xfe\xff": "UTF-16"}  # fmt: skip
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 _SUFFIX_OF_MAGIC = {"gzip": ".gz", "zstd": ".zst"}
 MAX_ROW_BYTES = 5_000_000

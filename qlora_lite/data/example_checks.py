@@ -318,8 +318,12 @@ def histogram(lengths: Sequence[int], bars: int = 16) -> list[tuple[int, int, in
     if not lengths:
         return []
     shortest, longest = min(lengths), max(lengths)
-    width = next(w for power in range(19) for w in (10**power, 2 * 10**power, 5 * 10**power)
-                 if longest // w - shortest // w < bars)  # fmt: skip
+    width = next(
+        w
+        for power in range(19)
+        for w in (10**power, 2 * 10**power, 5 * 10**power)
+        if longest // w - shortest // w < bars
+    )
     first = shortest // width
     counts = np.bincount(np.asarray(lengths) // width - first, minlength=longest // width - first + 1)
     return [((first + i) * width, (first + i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]

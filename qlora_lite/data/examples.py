@@ -161,7 +161,7 @@ def read_examples(
     _check_arguments(sources, tokenizer, train_on, max_tokens, overflow, of_pictures)
     settings = Settings(
         train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures, fit, pictures
-    )  # fmt: skip
+    )
     if pictures:
         sources = [replace(source, with_pictures=True) for source in sources]
     job = _Job(sources, tokenizer, template, settings)

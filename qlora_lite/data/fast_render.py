@@ -43,20 +43,56 @@ from .template import NAMED_TEMPLATES, Template
 _LEFT, _RIGHT = "\u2002", "\u2003"  # white space that no template writes; without it, the words were stripped
 WRITTEN = re.compile(f"({_LEFT}?)qzx([0-9]+)xzq({_RIGHT}?)")
 _STRIPPED: dict[tuple[bool, bool], Callable[[str], str]] = {
-    (True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip,
-}  # fmt: skip
+    (True, True): str,
+    (False, True): str.lstrip,
+    (True, False): str.rstrip,
+    (False, False): str.strip,
+}
 _OUT_OF_SIGHT = (
-    nodes.Concat, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Macro, nodes.Block, nodes.Include,
-    nodes.Import, nodes.FromImport, nodes.Extends,
-)  # fmt: skip
+    nodes.Concat,
+    nodes.AssignBlock,
+    nodes.CallBlock,
+    nodes.FilterBlock,
+    nodes.Macro,
+    nodes.Block,
+    nodes.Include,
+    nodes.Import,
+    nodes.FromImport,
+    nodes.Extends,
+)
 _FILTERS = (
-    "trim", "string", "length", "count", "first", "last", "list", "default", "d", "reverse", "selectattr", "rejectattr",
-    "upper", "lower", "capitalize",
-)  # fmt: skip
+    "trim",
+    "string",
+    "length",
+    "count",
+    "first",
+    "last",
+    "list",
+    "default",
+    "d",
+    "reverse",
+    "selectattr",
+    "rejectattr",
+    "upper",
+    "lower",
+    "capitalize",
+)
 _TESTS = (
-    "defined", "undefined", "none", "string", "mapping", "number", "boolean", "true", "false", "eq", "==", "equalto",
-    "ne", "!=",
-)  # fmt: skip
+    "defined",
+    "undefined",
+    "none",
+    "string",
+    "mapping",
+    "number",
+    "boolean",
+    "true",
+    "false",
+    "eq",
+    "==",
+    "equalto",
+    "ne",
+    "!=",
+)
 
 Question = tuple[int, Callable[[str], str], Callable[[str, str], bool], str]  # turn, how it is stripped, what, of what
 _Place = tuple[int, int]  # contents before it, characters of the template's own text before it
@@ -303,12 +339,23 @@ def _ends_with_one_of(words: str, letters: str) -> bool:
 
 
 _ASKS: dict[str, Callable[[str, str], bool]] = {
-    "in": str.__contains__, "startswith": str.startswith, "endswith": str.endswith,
-    "lstrip": _begins_with_one_of, "rstrip": _ends_with_one_of,
-}  # fmt: skip
+    "in": str.__contains__,
+    "startswith": str.startswith,
+    "endswith": str.endswith,
+    "lstrip": _begins_with_one_of,
+    "rstrip": _ends_with_one_of,
+}
 _KEPT = {*vars(_Words), *dir(object)} - {
-    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__repr__", "__format__",
-}  # fmt: skip
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__hash__",
+    "__repr__",
+    "__format__",
+}
 for _name in {*dir(str), "__html__"} - _KEPT:
     setattr(_Words, _name, _look)
 

@@ -45,11 +45,20 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     training = _with(data, data.examples.order[kept], train_of)
     places = len(np.unique(data.examples.rows[held + 1, 3:6], axis=0))  # a split row is one, whatever its parts
     training.dropped.update({HELD_OUT: places} if places else {})
-    evaluation = replace(_with(data, held, eval_of), rows_read=places, dropped={}, dropped_at={}, truncated=0,
-                         split=0, problems=Problems())  # fmt: skip
+    evaluation = replace(
+        _with(data, held, eval_of),
+        rows_read=places,
+        dropped={},
+        dropped_at={},
+        truncated=0,
+        split=0,
+        problems=Problems(),
+    )
     if len(rows) and not places:
-        message = ("no row can be held out for data.eval_share: there is one only, or all are alike; name evaluation "
-                   "rows in data.eval")  # fmt: skip
+        message = (
+            "no row can be held out for data.eval_share: there is one only, or all are alike; name evaluation "
+            "rows in data.eval"
+        )
         training.problems.add("", message, NOTHING_TO_LEARN, fatal=True)
     return training, evaluation
 
@@ -108,6 +117,11 @@ def _with(data: Dataset, order: np.ndarray, examples_of: list[int]) -> Dataset:
     """Return a data set with other examples of the same rows."""
     examples = replace(data.examples, order=order)
     return replace(
-        data, examples=examples, rows_kept=len(examples), examples_of=tuple(examples_of), dropped=dict(data.dropped),
-        tokens=int(examples.lengths.sum()), learned_tokens=int(examples.learned_counts.sum()),
-    )  # fmt: skip
+        data,
+        examples=examples,
+        rows_kept=len(examples),
+        examples_of=tuple(examples_of),
+        dropped=dict(data.dropped),
+        tokens=int(examples.lengths.sum()),
+        learned_tokens=int(examples.learned_counts.sum()),
+    )

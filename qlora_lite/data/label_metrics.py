@@ -26,8 +26,11 @@ def scores_of(outputs: np.ndarray, targets: np.ndarray, problem: str) -> dict[st
     if problem == NUMBER:
         given = outputs[:, 0]
         error = math.sqrt(float(np.mean((given - targets) ** 2)))
-        found = {"pearson": correlation(given, targets), "spearman": correlation(ranks(given), ranks(targets)),
-                 "rmse": error}  # fmt: skip
+        found = {
+            "pearson": correlation(given, targets),
+            "spearman": correlation(ranks(given), ranks(targets)),
+            "rmse": error,
+        }
         return {name: Score(value, None, count) for name, value in found.items()}
     if problem == LABELS:
         chosen, there = outputs > 0, targets > 0.5
@@ -38,8 +41,9 @@ def scores_of(outputs: np.ndarray, targets: np.ndarray, problem: str) -> dict[st
         return {"accuracy": exact, **{name: Score(value, None, count) for name, value in found.items()}}
     matrix = confusion(outputs.argmax(1), targets, outputs.shape[1])
     right = mean((outputs.argmax(1) == targets).tolist())
-    each = [f1(matrix[n, n], matrix[:, n].sum() - matrix[n, n], matrix[n].sum() - matrix[n, n])
-            for n in range(len(matrix))]  # fmt: skip
+    each = [
+        f1(matrix[n, n], matrix[:, n].sum() - matrix[n, n], matrix[n].sum() - matrix[n, n]) for n in range(len(matrix))
+    ]
     found = {"f1_macro": float(np.mean(each)), "matthews": matthews(matrix)}
     if len(matrix) == 2:
         found["f1_binary"] = each[1]

@@ -35,10 +35,16 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a reci
     from transformers import PreTrainedTokenizerFast
 
 PAIRS = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-    ("question", "passage"), ("query", "passage"), ("text1", "text2"), ("text_a", "text_b"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("query", "passage"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
     ("sentence_a", "sentence_b"),
-)  # fmt: skip
+)
 TEXTS = "sentence", "text", "review", "content", "document", "comment", "tweet", "question", "title"
 LABEL_COLUMNS = "label", "labels", "class", "category", "target", "score", "rating", "stars"
 FORMAT = "labelled"  # what a report calls such rows
@@ -75,8 +81,10 @@ def columns_for(row: Mapping[str, object], where: str, source: Source, needs_lab
         DataError: there are no such columns, or the source says a format for other rows.
     """
     if source.format not in (None, "table"):
-        raise DataError(f"{source.path}: format {source.format} is of rows for a language model; texts with labels are "
-                        "recognised by their columns, or named by prompt and completion")  # fmt: skip
+        raise DataError(
+            f"{source.path}: format {source.format} is of rows for a language model; texts with labels are "
+            "recognised by their columns, or named by prompt and completion"
+        )
     if source.prompt:
         return None
     if asked := ask_for_columns(row):
@@ -87,8 +95,10 @@ def columns_for(row: Mapping[str, object], where: str, source: Source, needs_lab
     if texts is None or (label is None and needs_label):
         what = "no text" if texts is None else "no label"
         columns, example = ", ".join(map(repr, row)), "{path: rows.csv, prompt: '{subject}', completion: '{topic}'}"
-        raise DataError(f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
-                        f"completion, as in {example}")  # fmt: skip
+        raise DataError(
+            f"{where}: {what} is recognised among the columns {columns}; name them with prompt and "
+            f"completion, as in {example}"
+        )
     return Columns(texts, label)
 
 

@@ -64,8 +64,10 @@ def _listed(text: str) -> object:
     with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
         if not _NO_COMMA.search(text):
             return literal_eval(text)
-    raise DataError(f"the labels {text[:100]!r} are in brackets but are no list in JSON or Python; write "
-                    """["a", "b"], or names with commas and no brackets""")  # fmt: skip
+    raise DataError(
+        f"the labels {text[:100]!r} are in brackets but are no list in JSON or Python; write "
+        """["a", "b"], or names with commas and no brackets"""
+    )
 
 
 def label_if_any(value: object, problem: str) -> str | None:
@@ -157,8 +159,12 @@ def balance(examples: Sequence[Example], problem: str) -> dict:
         values = [float(example.answer) for example in examples]
         mean = math.fsum(values) / max(1, len(values))
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values)))
-        return {"mean": mean, "standard_deviation": deviation,
-                "smallest": min(values, default=0.0), "largest": max(values, default=0.0)}  # fmt: skip
+        return {
+            "mean": mean,
+            "standard_deviation": deviation,
+            "smallest": min(values, default=0.0),
+            "largest": max(values, default=0.0),
+        }
     counts = Counter(name for example in examples for name in names_of(example, problem))
     shown = {name: counts[name] for name in sorted(counts, key=_rank)}
     if problem == MASKS:

@@ -73,8 +73,9 @@ def check_shapes(examples: Sequence[LatentExample], shapes: LatentShapes) -> Non
         if not fits or found[1:] != shapes[1:]:
             differing = [name for name, a, b in zip(shapes._fields, found, shapes, strict=True) if a != b]
             said = ", ".join(f"{name} {getattr(found, name)} in place of {getattr(shapes, name)}" for name in differing)
-            raise DataError(f"{example.place}: {said}; encode all pictures at one resolution and all texts to one "
-                            "length")  # fmt: skip
+            raise DataError(
+                f"{example.place}: {said}; encode all pictures at one resolution and all texts to one length"
+            )
 
 
 def stacked(examples: Sequence[LatentExample], name: str) -> torch.Tensor | None:
@@ -94,9 +95,12 @@ class LatentSet(Sequence):
     """
 
     def __init__(
-        self, stored: Sequence[tuple[Stored, Stored]], places: Sequence[str], neutral: Stored,
+        self,
+        stored: Sequence[tuple[Stored, Stored]],
+        places: Sequence[str],
+        neutral: Stored,
         numbers: Sequence[int] | None = None,
-    ):  # fmt: skip
+    ):
         self._stored, self._places, self.neutral = stored, places, neutral
         self._numbers = range(len(stored)) if numbers is None else numbers
 
@@ -129,8 +133,9 @@ def arrays_in(stored: Stored) -> dict[str, np.ndarray]:
         try:
             stored = read_checked(stored)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {stored}, which this run has written ({error}); resume it, and it is "
-                            "computed anew") from error  # fmt: skip
+            raise DataError(
+                f"cannot read {stored}, which this run has written ({error}); resume it, and it is computed anew"
+            ) from error
     return {name: (each.float() if each.is_floating_point() else each).numpy() for name, each in stored.items()}
 
 

@@ -159,8 +159,11 @@ def with_pictures(row: Row, picture: str, shown: Sequence[tuple[PictureFile, str
     """
     begins = [found.start() for found in re.finditer(re.escape(picture), row.text)]
     if len(begins) != len(shown):
-        raise DataError(f"the chat template writes {len(begins)} pictures where the row has {len(shown)}; choose "
-                        "another data.template", TEMPLATE)  # fmt: skip
+        raise DataError(
+            f"the chat template writes {len(begins)} pictures where the row has {len(shown)}; choose "
+            "another data.template",
+            TEMPLATE,
+        )
     texts, parts = [text for _, text in shown], row.text.split(picture)
     grown = [0, *accumulate(len(text) - len(picture) for text in texts)]
     ends = zip(begins, pairwise(grown), strict=True)
@@ -173,8 +176,10 @@ def with_pictures(row: Row, picture: str, shown: Sequence[tuple[PictureFile, str
     return Row(
         "".join(chain(parts[:1], *zip(texts, parts[1:], strict=True))),
         tuple(piece for span in row.learned for piece in _without(moved(span), holes)),
-        tuple(map(moved, row.answers)), row.where, tuple(file for file, _ in shown),
-    )  # fmt: skip
+        tuple(map(moved, row.answers)),
+        row.where,
+        tuple(file for file, _ in shown),
+    )
 
 
 def _before_special(text: str, at: int, template: Template) -> int:

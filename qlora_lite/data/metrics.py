@@ -103,8 +103,9 @@ def check_packages(names: Collection[str]) -> None:
     missing = {name: package for name, package in _PACKAGES.items() if name in names and find_spec(package) is None}
     if missing:
         packages = " and ".join(sorted({package.replace("_", "-") for package in missing.values()}))
-        raise RecipeError(f"train.metrics: {', '.join(missing)} needs {packages}, which is not installed; "
-                          f"{how_to_install('metrics')}")  # fmt: skip
+        raise RecipeError(
+            f"train.metrics: {', '.join(missing)} needs {packages}, which is not installed; {how_to_install('metrics')}"
+        )
 
 
 def check_references(examples: Sequence[Example], measures: Measures) -> tuple[list[RowProblem], bool]:
@@ -138,15 +139,19 @@ def _fault_of_choices(examples: Sequence[Example], measures: Measures) -> str | 
     """Say why the references are not answers of a closed set."""
     choices, cure = measures.closed_set(examples), "or remove accuracy from train.metrics"
     if measures.choices is None and len(choices) > MAX_CHOICES:
-        return (f"the {len(examples)} compared answers are {len(choices)} different ones, not a closed set; name its "
-                f"answers in train.metrics_choices, {cure}")  # fmt: skip
+        return (
+            f"the {len(examples)} compared answers are {len(choices)} different ones, not a closed set; name its "
+            f"answers in train.metrics_choices, {cure}"
+        )
     if len(choices) < 2:
         return f"every compared answer is {choices[0]!r}; name the closed set in train.metrics_choices, {cure}"
     if len({_loosely(choice) for choice in choices}) < len(choices):
         return f"two answers of the closed set differ only in case or in a dot at their end: {', '.join(choices)}"
     other = next((example for example in examples if choice_of(example.answer) not in choices), None)
-    return other and (f"the answer {choice_of(other.answer)!r} of {other.where} is not in train.metrics_choices "
-                      f"({', '.join(choices)}); add it there, {cure}")  # fmt: skip
+    return other and (
+        f"the answer {choice_of(other.answer)!r} of {other.where} is not in train.metrics_choices "
+        f"({', '.join(choices)}); add it there, {cure}"
+    )
 
 
 def _fault_of_letters(examples: Sequence[Example], _measures: Measures) -> str | None:
@@ -178,7 +183,7 @@ def by_prompt(values: Sequence[T], prompts: Sequence[int]) -> list[list[T]]:
 
 def score_texts(
     name: str, references: Sequence[str], answers: Sequence[str], prompts: Sequence[int] | None = None
-) -> dict[str, Score]:  # fmt: skip
+) -> dict[str, Score]:
     """Return what a metric of texts gives, by name; nothing for another metric.
 
     Args:

@@ -70,8 +70,10 @@ def file_of(value: object, where: str) -> Path:
         return _stored(value)
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
-        raise DataError(f"the picture is of the type {kind}, neither a path nor bytes; of Pillow's pictures "
-                        "datasets.Dataset.from_list(rows) keeps the bytes")  # fmt: skip
+        raise DataError(
+            f"the picture is of the type {kind}, neither a path nor bytes; of Pillow's pictures "
+            "datasets.Dataset.from_list(rows) keeps the bytes"
+        )
     if not value or not value.strip():
         raise DataError("the picture is missing: write a path, or a picture's bytes as data sets of the hub have them")
     return relative_file(value, where)
@@ -97,8 +99,11 @@ def relative_file(name: str, where: str) -> Path:
     """
     refuse_address(name)
     if len(name) > LONGEST_PATH:
-        raise DataError(f"the picture is a text of {len(name):,} letters, which is no path; if it is base64, write it "
-                        "behind data:image/png;base64,", NO_PICTURE)  # fmt: skip
+        raise DataError(
+            f"the picture is a text of {len(name):,} letters, which is no path; if it is base64, write it "
+            "behind data:image/png;base64,",
+            NO_PICTURE,
+        )
     return Path(where.rpartition(":")[0]).parent / os.path.expanduser(name)
 
 
@@ -109,8 +114,10 @@ def refuse_address(name: str) -> None:
         DataError: it is one.
     """
     if name.startswith(("http://", "https://", "s3://", "gs://", "file://")):
-        raise DataError(f"a picture is the address {name[:60]!r}: pictures are not fetched; download it, and write its "
-                        "path", NO_PICTURE)  # fmt: skip
+        raise DataError(
+            f"a picture is the address {name[:60]!r}: pictures are not fetched; download it, and write its path",
+            NO_PICTURE,
+        )
 
 
 def _stored(content: bytes) -> Path:
@@ -138,8 +145,11 @@ def open_picture(path: str | Path) -> "Image":
     try:
         with library.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"the picture has {image.width:,} x {image.height:,} pixels, more than "
-                                f"{MAX_PIXELS:,}; make it smaller", BROKEN)  # fmt: skip
+                raise DataError(
+                    f"the picture has {image.width:,} x {image.height:,} pixels, more than "
+                    f"{MAX_PIXELS:,}; make it smaller",
+                    BROKEN,
+                )
             image.load()
             with suppress(SyntaxError, struct.error):  # what the camera said may be broken in a whole picture
                 image.getexif()  # is kept, for the turn

@@ -88,9 +88,11 @@ class GridReader(PictureReader):
         found = self.load().image_processor(images=image, size=self._size(), return_tensors="np")
         pixels = np.asarray(found["pixel_values"], np.float32)
         if pixels.shape[1] != self.unit[1] or len(pixels) % self.unit[0]:
-            raise DataError(f"the model's processor makes {len(pixels)} patches of {pixels.shape[1]} numbers, and the "
-                            f"model takes {self.unit[0]} for each token, of {self.unit[1]} numbers; take both from one "
-                            "source")  # fmt: skip
+            raise DataError(
+                f"the model's processor makes {len(pixels)} patches of {pixels.shape[1]} numbers, and the "
+                f"model takes {self.unit[0]} for each token, of {self.unit[1]} numbers; take both from one "
+                "source"
+            )
         return pixels.reshape(-1, *self.unit)
 
     def _size(self) -> dict[str, int]:
@@ -168,9 +170,12 @@ class BudgetReader(GridReader):
         """Return the pixels of a picture with three channels of 8 bits."""
         along = isqrt(self.unit[0])
         found = self.load().image_processor(
-            images=image, patch_size=self.edge // along, pooling_kernel_size=along, max_soft_tokens=self._budget(),
+            images=image,
+            patch_size=self.edge // along,
+            pooling_kernel_size=along,
+            max_soft_tokens=self._budget(),
             return_tensors="np",
-        )  # fmt: skip
+        )
         rows, columns = self.grid(*image.size)
         patches = np.asarray(found["pixel_values"][0], np.float32)[: rows * columns * self.unit[0]]
         return patches.reshape(rows, along, columns, along, -1).swapaxes(1, 2).reshape(-1, *self.unit)
@@ -186,9 +191,7 @@ def grids_of(pictures: Iterable[PictureFile]) -> tuple[tuple[int, int], ...]:
     return tuple(picture.grid for picture in pictures if picture.grid)
 
 
-def positions_of(
-    row_lengths: Sequence[int], begins: Sequence[int], grids: Sequence[tuple[int, int]]
-) -> np.ndarray:  # fmt: skip
+def positions_of(row_lengths: Sequence[int], begins: Sequence[int], grids: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return the positions in time, height and width of packed tokens, int64 [3, 1, T], from 0 in each row.
 
     A picture is one moment, and its tokens are as many rows and columns behind the position that it begins with as in

@@ -102,11 +102,19 @@ class Processor:
         exact = dict(zip(edges, first, strict=True)) if isinstance(first, tuple) else edges
         size = {"shortest_edge": first} if isinstance(first, int) else exact
         said = {
-            "image_processor_type": "BitImageProcessor", "do_resize": first is not None, "size": size,
-            "resample": self.resample, "do_center_crop": True, "crop_size": edges, "do_rescale": True,
-            "rescale_factor": self.scale, "do_normalize": True, "image_mean": [*self.mean], "image_std": [*self.std],
+            "image_processor_type": "BitImageProcessor",
+            "do_resize": first is not None,
+            "size": size,
+            "resample": self.resample,
+            "do_center_crop": True,
+            "crop_size": edges,
+            "do_rescale": True,
+            "rescale_factor": self.scale,
+            "do_normalize": True,
+            "image_mean": [*self.mean],
+            "image_std": [*self.std],
             "do_convert_rgb": True,
-        }  # fmt: skip
+        }
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
@@ -134,8 +142,9 @@ def processor_of(
         resize = _resize_of(said.get("size")) if said.get("do_resize", bool(said)) else None
         exact = resize if isinstance(resize, tuple) else None
         height, width = crop or exact or _edges(size)
-        mean, std = (tuple(map(float, said.get(name) or usual)) for name, usual in
-                     (("image_mean", _MEAN), ("image_std", _STD)))  # fmt: skip
+        mean, std = (
+            tuple(map(float, said.get(name) or usual)) for name, usual in (("image_mean", _MEAN), ("image_std", _STD))
+        )
         if not said.get("do_normalize", True):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         scale = float(said.get("rescale_factor") or 1 / 255) if said.get("do_rescale", True) else 1.0

@@ -99,13 +99,16 @@ class PictureReader:
 
     def _processed(self, image: "Image") -> tuple[np.ndarray, str]:
         scaled = {"size": {"longest_edge": self.longest_edge}} if self.longest_edge else {}
-        found = self.load()(images=image, text=[self.token], return_tensors="np",
-                            return_text_replacement_offsets=True, **scaled)  # fmt: skip
+        found = self.load()(
+            images=image, text=[self.token], return_tensors="np", return_text_replacement_offsets=True, **scaled
+        )
         pixels = np.asarray(found["pixel_values"], np.float32)
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         if pixels.shape[1:] != (3, self.edge, self.edge):
-            raise DataError(f"the model's processor makes pictures of {pixels.shape[2]} x {pixels.shape[3]} pixels, "
-                            f"and the model is for {self.edge} x {self.edge}; take both from one source")  # fmt: skip
+            raise DataError(
+                f"the model's processor makes pictures of {pixels.shape[2]} x {pixels.shape[3]} pixels, "
+                f"and the model is for {self.edge} x {self.edge}; take both from one source"
+            )
         return pixels, found["text_replacement_offsets"][0][0]["replacement"]
 
     def looked_at(self, rows: Sequence[Sequence[str]]) -> list[list[tuple[PictureFile, str]] | DataError]:
@@ -140,8 +143,11 @@ class PictureReader:
         Raises:
             DataError: a picture is broken by now, gone, or was replaced by another.
         """
-        waiting = [(example, _begun.get((self, picture)) or decoding_threads().submit(self._pixels_of, picture))
-                   for example in examples for picture in example.pictures]  # fmt: skip
+        waiting = [
+            (example, _begun.get((self, picture)) or decoding_threads().submit(self._pixels_of, picture))
+            for example in examples
+            for picture in example.pictures
+        ]
         found: list[np.ndarray] = []
         for example, future in waiting:
             try:

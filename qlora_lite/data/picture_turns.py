@@ -65,8 +65,11 @@ def take_out(row: Mapping[str, object]) -> tuple[dict[str, object], list[object]
         _put_first(row, len(listed))
         found.said = [None] * len(listed)
     if (holes := sum(said is None for said in found.said)) != len(listed):
-        raise DataError(f"{holes} placeholders {PLACEHOLDER} (or parts that name no picture), and {len(listed)} "
-                        "pictures in the column images; write as many of one as of the other", NO_PICTURE)  # fmt: skip
+        raise DataError(
+            f"{holes} placeholders {PLACEHOLDER} (or parts that name no picture), and {len(listed)} "
+            "pictures in the column images; write as many of one as of the other",
+            NO_PICTURE,
+        )
     column = iter(listed)
     return row, [next(column) if said is None else said for said in found.said]
 

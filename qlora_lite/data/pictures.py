@@ -91,14 +91,21 @@ def classes_without_pictures(path: str) -> list[str]:
     """Return the names of folders in a folder of pictures that have none in them."""
     folder = Path(os.path.expanduser(path))
     used = {picture.relative_to(folder).parts[0] for picture in _pictures_in(path)}
-    return sorted(each.name for each in folder.iterdir() if each.is_dir() and each.name not in used
-                  and not each.name.startswith("."))  # fmt: skip
+    return sorted(
+        each.name
+        for each in folder.iterdir()
+        if each.is_dir() and each.name not in used and not each.name.startswith(".")
+    )
 
 
 def read_pictures(
-    source: Source, statistics: Statistics, problem: str, needs_label: bool = True, max_rows: int | None = None,
+    source: Source,
+    statistics: Statistics,
+    problem: str,
+    needs_label: bool = True,
+    max_rows: int | None = None,
     fit: Fit | None = None,
-) -> Iterator[tuple[Picture, str]]:  # fmt: skip
+) -> Iterator[tuple[Picture, str]]:
     """Yield the good pictures of a source in order, each with its content's SHA-256; others are noted.
 
     Args:
@@ -162,8 +169,10 @@ def _of_folder(
     """Yield the pictures of a folder, each labelled by the folder below it that it lies in."""
     folder = Path(os.path.expanduser(source.path))
     if source.prompt:
-        raise DataError(f"{source.path}: prompt and completion are for the columns of a table, and this is a folder of "
-                        "pictures; remove them, or name the table in it")  # fmt: skip
+        raise DataError(
+            f"{source.path}: prompt and completion are for the columns of a table, and this is a folder of "
+            "pictures; remove them, or name the table in it"
+        )
     if problem == MASKS:
         yield from _with_masks(folder, statistics, needs_label)
         return
@@ -172,8 +181,10 @@ def _of_folder(
         return
     names = {path.relative_to(folder).parts[0].lower() for path in _pictures_in(source.path)}
     if needs_label and len(splits := sorted(names & _SPLITS)) > 1:
-        raise DataError(f"{source.path}: its folders are splits ({', '.join(splits)}), not classes; name one of them, "
-                        f"such as {folder / splits[0]}")  # fmt: skip
+        raise DataError(
+            f"{source.path}: its folders are splits ({', '.join(splits)}), not classes; name one of them, "
+            f"such as {folder / splits[0]}"
+        )
     for path in _pictures_in(source.path):
         inside, where = path.relative_to(folder).parts, f"{path}:1"
         if not str(path).isprintable():  # of bytes that are no UTF-8 too
@@ -203,8 +214,10 @@ def _with_masks(folder: Path, statistics: Statistics, needs_mask: bool) -> Itera
         yield from (Picture(str(path), None, f"{path}:1") for path in _pictures_in(str(folder)))
         return
     if not images.is_dir() or (needs_mask and not masks.is_dir()):
-        raise DataError(f"{folder}: pictures with masks are a folder with the folders images and masks, each mask with "
-                        "its picture's name, or a table with the columns image and mask")  # fmt: skip
+        raise DataError(
+            f"{folder}: pictures with masks are a folder with the folders images and masks, each mask with "
+            "its picture's name, or a table with the columns image and mask"
+        )
     found = {path.relative_to(masks).with_suffix(""): path for path in _pictures_in(str(masks))}
     for path in _pictures_in(str(images)):
         mask, where = found.get(path.relative_to(images).with_suffix("")), f"{path}:1"
@@ -220,11 +233,15 @@ def _of_table(
     """Yield the pictures that the rows of a table name or hold."""
     columns, unused = None, statistics.unused[-1] if statistics.unused else no_counts()
     if source.rows is None and os.path.isdir(os.path.expanduser(source.path)) and not _has_table(source.path):
-        raise DataError(f"{source.path}: neither a picture ({', '.join(sorted(SUFFIXES))}) nor a table in this folder; "
-                        "give a folder with a folder of pictures for each class, or a table")  # fmt: skip
+        raise DataError(
+            f"{source.path}: neither a picture ({', '.join(sorted(SUFFIXES))}) nor a table in this folder; "
+            "give a folder with a folder of pictures for each class, or a table"
+        )
     if source.rows is None and Path(source.path).suffix.lower() in SUFFIXES:
-        raise DataError(f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
-                        "name one of these")  # fmt: skip
+        raise DataError(
+            f"{source.path}: pictures are found by a folder with a folder for each class, or by a table; "
+            "name one of these"
+        )
     for where, row in read_rows(replace(source, class_names=True), statistics.problems):
         is_needed = needs_label and (fit is None or fit.caption is None)
         columns = columns or picture_columns(row, where, source, is_needed, problem)
@@ -272,8 +289,10 @@ def picture_columns(
         DataError: there are no such columns, or the source says a format of texts.
     """
     if source.format not in (None, "table"):
-        raise DataError(f"{source.path}: format {source.format} is of rows for a language model; pictures are found by "
-                        "folders or columns, or named by prompt and completion")  # fmt: skip
+        raise DataError(
+            f"{source.path}: format {source.format} is of rows for a language model; pictures are found by "
+            "folders or columns, or named by prompt and completion"
+        )
     if source.prompt:
         named = columns_of(source.prompt)
         whole = named[0] if named and source.prompt == f"{{{named[0]}}}" else None
@@ -328,8 +347,10 @@ class Decoder:
     ) -> None:
         """Begin with pictures that ``made`` will be asked for next; what was begun before is forgotten."""
         keys = [(_key(each, processor, draw), each) for each in examples]
-        self._begun = {key: self._begun.get(key) or decoding_threads().submit(_made, each, processor, draw, problem)
-                       for key, each in keys}  # fmt: skip
+        self._begun = {
+            key: self._begun.get(key) or decoding_threads().submit(_made, each, processor, draw, problem)
+            for key, each in keys
+        }
 
     def made(
         self, examples: Sequence[Example], processor: Processor, draw: tuple[int, int] | None, problem: str

@@ -53,8 +53,11 @@ def _fault(chosen: Example, rejected: Example, end_ids: set[int]) -> tuple[str, 
     answers = [example.token_ids[_prompt_tokens(example) :] for example in (chosen, rejected)]
     prompts = [example.token_ids[: _prompt_tokens(example)] for example in (chosen, rejected)]
     if not np.array_equal(*prompts):
-        return "the prompt has other tokens before the rejected answer than before the chosen one; choose another " \
-               "data.template", OTHER_PROMPT  # fmt: skip
+        return (
+            "the prompt has other tokens before the rejected answer than before the chosen one; choose another "
+            "data.template",
+            OTHER_PROMPT,
+        )
     if np.array_equal(*answers):
         return "the chosen and the rejected answer are the same; remove the row", SAME_ANSWERS
     chosen_ends, rejected_ends = (example.token_ids[example.learned][-1] in end_ids for example in (chosen, rejected))

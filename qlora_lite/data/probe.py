@@ -37,9 +37,11 @@ _MEMORY = f"takes more than {MEMORY_BYTES >> 20} MiB of memory"
 _TEXT = f"writes more than {OUTPUT_CHARACTERS:,} characters"
 FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)  # beside TemplateError
 _SHORT_TALK = [
-    {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
-    {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"},
-]  # fmt: skip
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
 _one_at_a_time = threading.Lock()
 # messages, options, and for each rendering how many of the messages it has, and options of its own
 Row = tuple[Sequence[dict], dict, Sequence[tuple[int, dict]]]

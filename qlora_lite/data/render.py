@@ -38,11 +38,13 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPTIONS = {"text": {}, "prompt": {"add_generation_prompt": True}, "blocks": {"return_assistant_tokens_mask": True}}
 _LETTERS_PER_MESSAGE = 2_000_000  # that are to be written, about; more rows at once save little
 _CODES = ("-d", "-m", "-H", "-I", *"aAbBcdDefFGHIjmMpSTuUVwWxXyY")  # of strftime
-_CLOCK = "".join([  # transformers takes no function for a template in place of its own, so this one is written in Jinja
-    "{% macro strftime_now(format) %}{{ format",
-    *(f" | replace('%{code}', '{ROW_DAY.strftime('%' + code)}')" for code in _CODES),
-    " }}{% endmacro %}\n",  # the line end goes with the tag, and leaves the template at the start of a line
-])  # fmt: skip
+_CLOCK = "".join(
+    [  # transformers takes no function for a template in place of its own, so this one is written in Jinja
+        "{% macro strftime_now(format) %}{{ format",
+        *(f" | replace('%{code}', '{ROW_DAY.strftime('%' + code)}')" for code in _CODES),
+        " }}{% endmacro %}\n",  # the line end goes with the tag, and leaves the template at the start of a line
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +321,10 @@ def _raw(
         return render_apart(source, messages, special, **options)
     except TakesTooMuchError as error:
         letters = sum(len(turn.content) for turn in turns)
-        raise TakesTooMuchError(f"the chat template ({template.name}) {error} for a conversation of {len(turns)} turns "
-                                f"and {letters:,} letters; set data.template to another one") from None  # fmt: skip
+        raise TakesTooMuchError(
+            f"the chat template ({template.name}) {error} for a conversation of {len(turns)} turns "
+            f"and {letters:,} letters; set data.template to another one"
+        ) from None
 
 
 def check_no_control_tokens(template: Template, turns: Sequence[Turn], tools: Sequence[dict] = ()) -> None:

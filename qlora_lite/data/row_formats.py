@@ -55,16 +55,29 @@ from .tools import check_calls, tool_calls, tool_definitions
 CHOSEN, ANSWERED = "chosen", "prompt-completion"
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", CHOSEN, "text", "table")
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "function_call": "assistant",
-    "tool": "tool", "observation": "tool", "ipython": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
 _NOT_SUPPORTED = {
-    "functions": "write it as 'tools'", "function_call": "write it as 'tool_calls'",
-    "reasoning_content": "remove it", "thinking": "remove it",
+    "functions": "write it as 'tools'",
+    "function_call": "write it as 'tool_calls'",
+    "reasoning_content": "remove it",
+    "thinking": "remove it",
     "history": 'write all turns of the row as one list, {"messages": [...]}',
-}  # fmt: skip
+}
 _MEDIA = "image", "images", "video", "videos", "audio", "audios"
 _REFUSED = *_MEDIA, *_NOT_SUPPORTED
 _TEXT_ONLY = (
@@ -89,13 +102,18 @@ BAD_ANSWER = "marked as a bad answer (label false)"
 WITH_TURNS = "messages", "conversations", "prompt", "completion"
 _OF_TURNS = {"messages", "conversations", "system", "tools"}
 _TAKEN = {
-    "messages": _OF_TURNS, "sharegpt": _OF_TURNS, "alpaca": {"input", "system", "tools"},
+    "messages": _OF_TURNS,
+    "sharegpt": _OF_TURNS,
+    "alpaca": {"input", "system", "tools"},
     "prompt-completion": {"system", "tools"},
-}  # fmt: skip
+}
 _PROMPT_COLUMNS = {
-    "messages": "messages", "sharegpt": "conversations", "prompt-completion": "prompt", "alpaca": "instruction",
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "prompt-completion": "prompt",
+    "alpaca": "instruction",
     "text": "text",
-}  # fmt: skip
+}
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
 _QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
 _PROMPTS = "messages", "conversations", "conversation", "prompt"  # of preference rows
@@ -212,8 +230,10 @@ def read_conversations(
         if format_name is None:
             format_name = recognise(row, where, source, preference)
         if preference == LABELS and format_name == "text":
-            raise DataError(f"{where}: rows of plain text have no prompt that an answer with a label belongs to; write "
-                            "prompt, completion and label")  # fmt: skip
+            raise DataError(
+                f"{where}: rows of plain text have no prompt that an answer with a label belongs to; write "
+                "prompt, completion and label"
+            )
         try:
             rows = _answered_rows(row, format_name, preference)
             row, judged = rows[0], _judgements(rows[0], format_name, preference)
@@ -270,8 +290,9 @@ def kinds_of(row: Mapping[str, object]) -> tuple[str, ...]:
     """Return what sets a row apart, good or not, in words that follow "rows"."""
     turns = [turn for name in WITH_TURNS if isinstance(row.get(name), list) for turn in row[name]]
     roles = [_role_of(turn) for turn in turns]
-    calls = any(isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("from") == "function_call")
-                for turn in turns)  # fmt: skip
+    calls = any(
+        isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("from") == "function_call") for turn in turns
+    )
     return tuple(
         kind
         for kind, is_so in (
@@ -394,8 +415,10 @@ def check_format(source: Source, preference: str | None = None) -> str | None:
         has, needs = ("prompt and completion", "rejected") if templates else ("rejected", "prompt and completion")
         raise DataError(f"{source.path}: the template {has} needs {needs} too, of the answer that is compared")
     if preference == PAIRS and source.format not in (None, "table", CHOSEN):
-        raise DataError(f"{source.path}: rows of format {source.format} have one answer, and two are compared; take "
-                        f"rows with a chosen and a rejected one (format {CHOSEN})")  # fmt: skip
+        raise DataError(
+            f"{source.path}: rows of format {source.format} have one answer, and two are compared; take "
+            f"rows with a chosen and a rejected one (format {CHOSEN})"
+        )
     return "table" if templates else source.format
 
 
@@ -438,8 +461,10 @@ def recognise(row: Mapping[str, object], where: str, source: Source, preference:
         if {CHOSEN, "rejected"} <= row.keys():
             return CHOSEN
         named = 'prompt: "{...}", completion: "{...}", rejected: "{...}"'
-        raise DataError(f"{where}: the columns {', '.join(map(repr, row))} name no chosen and rejected answer; say "
-                        f'which are, as in {source.setting}: [{{path: "{source.path}", {named}}}]')  # fmt: skip
+        raise DataError(
+            f"{where}: the columns {', '.join(map(repr, row))} name no chosen and rejected answer; say "
+            f'which are, as in {source.setting}: [{{path: "{source.path}", {named}}}]'
+        )
     if is_preference(row):
         raise DataError(f"{where}: {_fault_of_preference(row, source)}")
     if isinstance(row.get("messages"), list):
@@ -698,8 +723,9 @@ def _turn(message: object, number: int) -> Turn:
         keys = ", ".join(map(repr, message)) or "none"
         raise DataError(
             f"turn {number} does not say whose it is (its keys: {keys}); write it as "
-            '{"role": "user", "content": ...}', "unknown role",
-        )  # fmt: skip
+            '{"role": "user", "content": ...}',
+            "unknown role",
+        )
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
     if content_key not in message:
         content_key = next((key for key in ("content", "value") if key in message), content_key)

@@ -35,8 +35,9 @@ _FIRST_LINE = re.compile(r'sep=([^\w\s"]|\t)\1*', re.IGNORECASE)  # in which Exc
 _PROSE = re.compile("[;,] ")  # signs that part words, as in a column "text, cleaned"
 _SIGNS = {
     ";": ("semicolons", "save it with commas, or write sep=; as its first line"),
-    "\t": ("tabs", "name it .tsv"), ",": ("commas", "name it .csv"),
-}  # fmt: skip
+    "\t": ("tabs", "name it .tsv"),
+    ",": ("commas", "name it .csv"),
+}
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # is no text, in files neither (``json_rows``)
 _ROWS_PER_BATCH = 1000
 _BATCH_BYTES = 1 << 26
@@ -357,8 +358,11 @@ def _decoder(schema, class_names: bool) -> Callable[[dict], dict]:
     try:
         said = ((json.loads(described) if described else {}).get("info") or {}).get("features") or {}
         columns = {name: (said[name], set(_kinds(said[name]))) for name in schema.names if name in said}
-        names = {name: dict(enumerate(column["names"])) for name, (column, _) in columns.items()
-                 if class_names and isinstance(column, dict) and column.get("_type") == "ClassLabel"}  # fmt: skip
+        names = {
+            name: dict(enumerate(column["names"]))
+            for name, (column, _) in columns.items()
+            if class_names and isinstance(column, dict) and column.get("_type") == "ClassLabel"
+        }
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"what it says of its columns cannot be read ({str(error)[:200]!r})") from error
     mixed = {name: column for name, (column, kinds) in columns.items() if "Json" in kinds}

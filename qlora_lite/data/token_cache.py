@@ -73,9 +73,15 @@ def cache_key(
     except (DataError, OSError, UnicodeDecodeError):
         return None  # reading them says what is wrong
     parts = [
-        files, [astuple(source) for source in sources], text, astuple(settings),
-        tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template, _code(),
-    ]  # fmt: skip
+        files,
+        [astuple(source) for source in sources],
+        text,
+        astuple(settings),
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        _code(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -105,15 +111,20 @@ def save_set(folder: Path, examples: Examples, statistics: Statistics) -> None:
     content = {
         "sha256": _digests(folder),
         "files": examples.files,
-        "rows_read": statistics.rows_read, "dropped": statistics.dropped, "dropped_at": statistics.dropped_at,
-        "truncated": statistics.truncated, "split": statistics.split, "examples_of": statistics.examples_of,
+        "rows_read": statistics.rows_read,
+        "dropped": statistics.dropped,
+        "dropped_at": statistics.dropped_at,
+        "truncated": statistics.truncated,
+        "split": statistics.split,
+        "examples_of": statistics.examples_of,
         "unused": statistics.unused,
         "end_token_ids": sorted(statistics.end_token_ids),
         "has_template": statistics.template is not None,
         "problems": [asdict(problem) for problem in statistics.problems.found],
-        "problem_counts": statistics.problems.counts, "fatal": statistics.problems.fatal,
+        "problem_counts": statistics.problems.counts,
+        "fatal": statistics.problems.fatal,
         "warnings": [asdict(problem) for problem in statistics.problems.warnings],
-    }  # fmt: skip
+    }
     write_sealed(folder / _SET, json.dumps(content))
 
 
@@ -140,12 +151,17 @@ def load_set(
         found, warnings = ([RowProblem(**each) for each in content[name]] for name in ("problems", "warnings"))
         problems = Problems(found, Counter(content["problem_counts"]), content["fatal"], warnings=warnings)
         statistics = Statistics(
-            problems, content["rows_read"], Counter(content["dropped"]), content["dropped_at"],
-            content["truncated"], content["split"], content["examples_of"],
+            problems,
+            content["rows_read"],
+            Counter(content["dropped"]),
+            content["dropped_at"],
+            content["truncated"],
+            content["split"],
+            content["examples_of"],
             [{what: Counter(counts[what]) for what in no_counts()} for counts in content["unused"]],
             end_token_ids=set(content["end_token_ids"]),
             template=choose_template(tokenizer, template) if content["has_template"] else None,
-        )  # fmt: skip
+        )
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     with suppress(OSError):  # a cache that cannot be written can still be read

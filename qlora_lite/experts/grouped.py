@@ -150,8 +150,10 @@ def parts_of(experts: Experts, tensors: Sequence[torch.Tensor], dtype: torch.dty
     biases: Sequence[torch.Tensor | None] = (None, None)
     if experts.has_bias:
         frozen, biases = frozen[:-2], frozen[-2:]
-    lora = [None if scale is None else LowRank.stacked(next(added), next(added), scale, experts.up.shape[0], dtype)
-            for scale in experts.scales]  # fmt: skip
+    lora = [
+        None if scale is None else LowRank.stacked(next(added), next(added), scale, experts.up.shape[0], dtype)
+        for scale in experts.scales
+    ]
     return Parts(frozen[: experts.tensors_of_up], frozen[experts.tensors_of_up :], biases, lora)
 
 

@@ -163,9 +163,13 @@ def use_experts(model: nn.Module, grouped: bool = False) -> None:
 
 
 def compute_experts(
-    experts: nn.Module, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor,
-    grouped: bool = False, lora: Mapping[str, Added] | None = None,
-) -> torch.Tensor:  # fmt: skip
+    experts: nn.Module,
+    hidden_TD: torch.Tensor,
+    chosen_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    grouped: bool = False,
+    lora: Mapping[str, Added] | None = None,
+) -> torch.Tensor:
     """Compute what transformers' own experts would with the dequantised weights, as its interface asks for it.
 
     Args:

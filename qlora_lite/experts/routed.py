@@ -38,9 +38,12 @@ DEQUANTIZED_BYTES = 1 << 27  # of experts that are dequantised together, so that
 
 
 def routed(
-    hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor, experts: Experts,
+    hidden_TD: torch.Tensor,
+    chosen_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    experts: Experts,
     tensors: Sequence[torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the sum over a token's experts of ``weight * down(activate(up(hidden)))``, [T, D].
 
     The weights of the experts get no gradient; hidden states, the router's weights and LoRA weights do.
@@ -112,9 +115,13 @@ def _sorted(chosen_TK: torch.Tensor) -> _Pairs:
 
 
 def _for_each_part(
-    do: Callable[[_Part], None], sorted_pairs: _Pairs, most_rows: int, dtype: torch.dtype, experts: Experts,
+    do: Callable[[_Part], None],
+    sorted_pairs: _Pairs,
+    most_rows: int,
+    dtype: torch.dtype,
+    experts: Experts,
     parts: Parts,
-) -> None:  # fmt: skip
+) -> None:
     """Call ``do`` with the rows of each expert that has any, in tiles; it may keep nothing of them.
 
     Args:
@@ -129,8 +136,10 @@ def _for_each_part(
             weights = [_weights(*each, group, of_group, dtype) for each in stored]
             for place, (expert, of_it, times, kinds) in enumerate(group.shares):
                 start, end = end, end + of_it
-                own = [_Projection(each[place], None if bias is None else bias[expert], lora and lora.of(expert))
-                       for each, bias, lora in zip(weights, parts.biases, parts.lora, strict=True)]  # fmt: skip
+                own = [
+                    _Projection(each[place], None if bias is None else bias[expert], lora and lora.of(expert))
+                    for each, bias, lora in zip(weights, parts.biases, parts.lora, strict=True)
+                ]
                 with repeated(times, kinds):
                     for tile in pieces(of_it, TILE_ROWS):
                         pairs = slice(start + tile.start, start + tile.stop)

@@ -38,8 +38,17 @@ from qlora_lite.quant.linear import stands_for_conv1d
 
 # vLLM models that take adapters and whose layers have the names and the joins that transformers' have.
 VLLM_FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "cohere",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "granite",
+    "cohere",
+)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
 ADAPTER_FILE = "adapter.gguf"
 
@@ -66,8 +75,11 @@ def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str
     adapted = {outside(skeleton, name) for name in adapter.layers}
     tables = config.get("trainable_token_indices", ())  # of tied ones the embeddings alone, as ``save_adapter`` has it
     weights = {outside(skeleton, path): weight for path, weight in adapter.weights.items()}
-    tensors |= {weight_name(path, adapted): weight for path, weight in weights.items()
-                if not path.endswith(TOKEN_ROWS) or path.removesuffix(f".{TOKEN_ROWS}") in tables}  # fmt: skip
+    tensors |= {
+        weight_name(path, adapted): weight
+        for path, weight in weights.items()
+        if not path.endswith(TOKEN_ROWS) or path.removesuffix(f".{TOKEN_ROWS}") in tables
+    }
     config = {key: value for key, value in config.items() if value not in ({}, False)}
     write_adapter(out, tensors, config, tokenizer)
 
@@ -109,14 +121,18 @@ def refuse_all_but_lora(adapter: Adapter, program: str) -> None:
     """
     merged = "`qlora-lite merge`, or export --to gguf or ollama, writes a merged model, which needs none"
     if any(factors.experts > 1 for factors in adapter.layers.values()):
-        raise ModelError(f"the adapter has LoRA weights for fused experts, and {program} takes linear layers' alone; "
-                         "`qlora-lite merge` writes a merged model, which needs none")  # fmt: skip
+        raise ModelError(
+            f"the adapter has LoRA weights for fused experts, and {program} takes linear layers' alone; "
+            "`qlora-lite merge` writes a merged model, which needs none"
+        )
     if adapter.is_dora:
         raise ModelError(f"the adapter is DoRA, and {program} takes LoRA alone, without DoRA's magnitudes; {merged}")
     if adapter.weights:
         first = next(iter(adapter.weights))
-        raise ModelError(f"the adapter has weights of the base that were trained too, first {first}, and {program} "
-                         f"takes LoRA alone; {merged}")  # fmt: skip
+        raise ModelError(
+            f"the adapter has weights of the base that were trained too, first {first}, and {program} "
+            f"takes LoRA alone; {merged}"
+        )
 
 
 def with_one_scaling(adapter: Adapter, rank: int | None = None) -> Adapter:

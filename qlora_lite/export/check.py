@@ -75,7 +75,7 @@ def check_change(change: Change, exported: torch.Tensor, what: str) -> float:
 
 def check_merged(
     change: Change, exported: torch.Tensor, rounded: torch.Tensor, what: str, limit: float
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """Return the share of the adapter's change in a merged file's logits, and their distance from the adapted ones.
 
     Args:

@@ -123,10 +123,14 @@ def export_run(
         found = FORMS[settings.to](job)
         unproven.pop_all()
     report = {
-        "run": trained.name, "form": settings.to, "base_model": trained.files.name, "layers": len(job.adapter.layers),
-        "size_bytes": sum(file.stat().st_size for file in out.iterdir()), **found,
+        "run": trained.name,
+        "form": settings.to,
+        "base_model": trained.files.name,
+        "layers": len(job.adapter.layers),
+        "size_bytes": sum(file.stat().st_size for file in out.iterdir()),
+        **found,
         "notes": [*notes, *found.get("notes", [])],
-    }  # fmt: skip
+    }
     write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -138,8 +142,10 @@ def _for_files(job: _Job) -> tuple[_Job, list[str]]:
         return job, []
     if (aware := job.adapter.merge_aware) != OFF:
         job = replace(job, adapter=replace(job.adapter, merge_aware=OFF))
-        return job, [f"the run was trained to be merged into {aware} weights (train.merge_aware): as an adapter beside "
-                     "the model it is not quite what was trained"]  # fmt: skip
+        return job, [
+            f"the run was trained to be merged into {aware} weights (train.merge_aware): as an adapter beside "
+            "the model it is not quite what was trained"
+        ]
     if start is None:
         return job, []
     adapter = trained.for_files(job.adapter)
@@ -149,8 +155,10 @@ def _for_files(job: _Job) -> tuple[_Job, list[str]]:
     fitted = replace(trained, recipe=plain)
     job = replace(job, trained=fitted, skeleton=fitted.skeleton(), adapter=adapter)
     distance = distance_of(logits_of(attach_adapter(_base(job), adapter)), own)
-    return job, [f"the run began with lora.start {start}: this adapter, of twice the rank, is for the model's "
-                 f"16-bit files, where its logits are {distance:.1e} of their size from those of the run"]  # fmt: skip
+    return job, [
+        f"the run began with lora.start {start}: this adapter, of twice the rank, is for the model's "
+        f"16-bit files, where its logits are {distance:.1e} of their size from those of the run"
+    ]
 
 
 def _peft(job: _Job) -> dict:
@@ -165,8 +173,10 @@ def _of_the_whole(job: _Job) -> list[str]:
     """Return what an adapter folder fits, if the run's model is part of a larger one."""
     if (begins := prefixes_of(job.skeleton)) is None:
         return []
-    return [f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, with layer names that "
-            f"begin with {begins[1]!r}, and not its language model alone"]  # fmt: skip
+    return [
+        f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, with layer names that "
+        f"begin with {begins[1]!r}, and not its language model alone"
+    ]
 
 
 def _vllm(job: _Job) -> dict:
@@ -223,13 +233,21 @@ def _ollama(job: _Job) -> dict:
     stops = tokenizer.convert_ids_to_tokens(sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None}))
     try:
         system = trained.shared_system()
-        notes = ["the SYSTEM line is the message that the training examples share; generate, chat and serve use only "
-                 "what they are given"] if system else []  # fmt: skip
+        notes = (
+            [
+                "the SYSTEM line is the message that the training examples share; generate, chat and serve use only "
+                "what they are given"
+            ]
+            if system
+            else []
+        )
     except DataError as error:  # the rows are needed for nothing else
         system, notes = None, [f"no SYSTEM line: the training data, where it would be found, cannot be read ({error})"]
     if "tool_calls" in template.source:
-        notes.append("the Modelfile's template writes no tools, tool calls or results, and Ollama refuses requests "
-                     "with tools; serve the GGUF file with llama.cpp, which reads the chat template")  # fmt: skip
+        notes.append(
+            "the Modelfile's template writes no tools, tool calls or results, and Ollama refuses requests "
+            "with tools; serve the GGUF file with llama.cpp, which reads the chat template"
+        )
     text = modelfile(go, stops, system)
     found = _merged_model(job, lambda folder: (folder / "Modelfile").write_text(text, encoding="utf-8"), adds_begin)
     letters = re.sub(r"[^\w.-]+", "-", trained.name, flags=re.ASCII)  # Ollama takes no others
@@ -249,8 +267,13 @@ def _kohya(job: _Job) -> dict:
 
 
 FORMS: dict[str, Callable[[_Job], dict]] = {
-    "peft": _peft, "vllm": _vllm, "gguf": _gguf, "gguf-adapter": _gguf_adapter, "ollama": _ollama, KOHYA: _kohya,
-}  # fmt: skip
+    "peft": _peft,
+    "vllm": _vllm,
+    "gguf": _gguf,
+    "gguf-adapter": _gguf_adapter,
+    "ollama": _ollama,
+    KOHYA: _kohya,
+}
 
 
 def _base(job: _Job) -> nn.Module:
@@ -305,8 +328,10 @@ def _merged_model(job: _Job, write_beside: Callable[[Path], object], adds_begin:
         cost = _cost(job, merged.has_new_tokens)
         notes += cost.get("notes", [])
         if is_lost(models := cost.get("models", {}), kind):
-            notes.append(f"4 bits moved the model by KL {models[kind]['kl']:.1e}, and training had by "
-                         f"{models['base']['kl']:.1e}: little of that may be left; --dtype q8_0 keeps it")  # fmt: skip
+            notes.append(
+                f"4 bits moved the model by KL {models[kind]['kl']:.1e}, and training had by "
+                f"{models['base']['kl']:.1e}: little of that may be left; --dtype q8_0 keeps it"
+            )
         return {"read_back": error, "dtype": kind, "merged_into": into, **cost, "notes": notes}
     if trained.began_as:
         own = logits_of(_streamed_base(merged, config, _in_float32))
@@ -342,8 +367,10 @@ def _chosen(job: _Job, merged: Merged) -> tuple[dict[str, torch.Tensor], list[st
             return q4_0_weights(job.trained, merged, calibration_rows(job.trained), in_q4_0(merged)), []
         except DataError as error:
             why = str(error)
-    return {}, [f"codes are chosen by training rows, which cannot be read here ({why}): each weight was rounded by "
-                "itself instead, which changes the model several times as much"]  # fmt: skip
+    return {}, [
+        f"codes are chosen by training rows, which cannot be read here ({why}): each weight was rounded by "
+        "itself instead, which changes the model several times as much"
+    ]
 
 
 def _cost(job: _Job, has_new_tokens: bool) -> dict:

@@ -29,9 +29,15 @@ CHUNK_ROWS = 2048  # quantised or read back at once; the package makes several c
 
 
 def write_gguf(
-    merged: Merged, folder: Path, kind: str, name: str, tokenizer, end_token_ids: tuple[int, ...],
-    adds_begin: bool | None = None, chosen: Mapping[str, torch.Tensor] | None = None,
-) -> list[str]:  # fmt: skip
+    merged: Merged,
+    folder: Path,
+    kind: str,
+    name: str,
+    tokenizer,
+    end_token_ids: tuple[int, ...],
+    adds_begin: bool | None = None,
+    chosen: Mapping[str, torch.Tensor] | None = None,
+) -> list[str]:
     """Write ``model.gguf`` into a folder that exists; return notes on what differs from the trained model.
 
     Args:
@@ -83,8 +89,9 @@ def write_gguf(
 
 def in_q4_0(merged: Merged) -> dict[str, str]:
     """Return the stored names of the layers whose weights a q4_0 file has in Q4_0, by parameter."""
-    return {parameter: stored for stored, parameter, _, stored_as in _planned(merged, "q4_0")
-            if stored_as.name == "Q4_0"}  # fmt: skip
+    return {
+        parameter: stored for stored, parameter, _, stored_as in _planned(merged, "q4_0") if stored_as.name == "Q4_0"
+    }
 
 
 def _planned(merged: Merged, kind: str) -> Iterator[tuple]:

@@ -30,9 +30,10 @@ PRE_TOKENIZERS = {
     ("digits", "bytes"): "smollm",
     (_SHORT_FORMS + r"\p{N}{1,3}" + _SIGNS + _BLANKS,): "llama-bpe",
     (_SHORT_FORMS + r"\p{N}" + _SIGNS + _BLANKS,): "qwen2",
-    (f"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _BLANKS,):
-        "tekken",
-}  # fmt: skip
+    (
+        f"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*" + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _BLANKS,
+    ): "tekken",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +150,12 @@ def write_tokenizer(writer, tokenizer, size: int, end_token_ids: tuple[int, ...]
         writer.add_add_space_prefix(described.adds_space)
     ends = [token for token in end_token_ids if token != tokenizer.eos_token_id]
     for add, token in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id), (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
         (writer.add_eot_token_id, ends[0] if ends else None),
-    ):  # fmt: skip
+    ):
         if token is not None:
             add(token)
     writer.add_add_bos_token(bool(begin_of_text(tokenizer)) if adds_begin is None else adds_begin)

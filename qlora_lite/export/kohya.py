@@ -23,20 +23,32 @@ UNET, FLUX = "UNet2DConditionModel", ("FluxTransformer2DModel", "Flux2Transforme
 _OF_UNETS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 _BLOCK = re.compile(r"transformer\.(single_)?transformer_blocks\.(\d+)\.(.+)")
 _OF_STREAMS = {
-    "attn.to_out.0": "img_attn_proj", "ff.net.0.proj": "img_mlp_0", "ff.net.2": "img_mlp_2",
-    "ff.linear_in": "img_mlp_0", "ff.linear_out": "img_mlp_2", "norm1.linear": "img_mod_lin",
-    "attn.to_add_out": "txt_attn_proj", "ff_context.net.0.proj": "txt_mlp_0", "ff_context.net.2": "txt_mlp_2",
-    "ff_context.linear_in": "txt_mlp_0", "ff_context.linear_out": "txt_mlp_2", "norm1_context.linear": "txt_mod_lin",
-}  # fmt: skip
+    "attn.to_out.0": "img_attn_proj",
+    "ff.net.0.proj": "img_mlp_0",
+    "ff.net.2": "img_mlp_2",
+    "ff.linear_in": "img_mlp_0",
+    "ff.linear_out": "img_mlp_2",
+    "norm1.linear": "img_mod_lin",
+    "attn.to_add_out": "txt_attn_proj",
+    "ff_context.net.0.proj": "txt_mlp_0",
+    "ff_context.net.2": "txt_mlp_2",
+    "ff_context.linear_in": "txt_mlp_0",
+    "ff_context.linear_out": "txt_mlp_2",
+    "norm1_context.linear": "txt_mod_lin",
+}
 _OF_SINGLE = {
-    "proj_out": "linear2", "norm.linear": "modulation_lin", "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2",
-}  # fmt: skip
+    "proj_out": "linear2",
+    "norm.linear": "modulation_lin",
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+}
 _QKV = "attn.to_q", "attn.to_k", "attn.to_v"
 # What one layer computes: the paths of diffusers' layers, in order, and their outputs by the layer's inputs.
 _JOINED = {
-    "img_attn_qkv": dict.fromkeys(_QKV, 1), "linear1": dict.fromkeys(_QKV, 1) | {"proj_mlp": 4},
+    "img_attn_qkv": dict.fromkeys(_QKV, 1),
+    "linear1": dict.fromkeys(_QKV, 1) | {"proj_mlp": 4},
     "txt_attn_qkv": dict.fromkeys(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), 1),
-}  # fmt: skip
+}
 
 
 def kohya_tensors(layers: Mapping[str, Factors], denoiser: str) -> dict[str, torch.Tensor]:
@@ -67,8 +79,10 @@ def _named(path: str, denoiser: str) -> tuple[str, str]:
         inside = path.removeprefix("unet.")
         return _OF_UNETS.get(inside, inside).replace(".", "_"), inside
     if denoiser not in FLUX:
-        raise ModelError(f"kohya's layout is known for U-Nets with texts, FLUX.1 and FLUX.2, not for {denoiser}; "
-                         "take pytorch_lora_weights.safetensors of the run's adapter")  # fmt: skip
+        raise ModelError(
+            f"kohya's layout is known for U-Nets with texts, FLUX.1 and FLUX.2, not for {denoiser}; "
+            "take pytorch_lora_weights.safetensors of the run's adapter"
+        )
     if match := _BLOCK.fullmatch(path):
         is_single, number, inside = bool(match[1]), match[2], match[3]
         joined = ("linear1",) if is_single else ("img_attn_qkv", "txt_attn_qkv")
@@ -85,6 +99,8 @@ def _joined(held: Mapping[str, Factors], order: Mapping[str, int]) -> tuple[torc
         return alone.lora_A, scaled(alone.lora_B, alone.scale)
     there = [held[part] for part in order if part in held]
     width, none = there[0].lora_A.shape[1], there[0].lora_B.new_zeros
-    blocks = [scaled(held[part].lora_B, held[part].scale) if part in held else none(times * width, 0)
-              for part, times in order.items()]  # fmt: skip
+    blocks = [
+        scaled(held[part].lora_B, held[part].scale) if part in held else none(times * width, 0)
+        for part, times in order.items()
+    ]
     return torch.cat([factors.lora_A for factors in there]), torch.block_diag(*blocks)

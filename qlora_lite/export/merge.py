@@ -124,8 +124,10 @@ def merge_run(
     merged = prepare_merge(trained, onto)
     if merged.has_new_tokens:
         if settings.quantize:
-            raise ModelError("the base model has no rows for new tokens, so that nothing shows whether rounding takes "
-                             "the update away: leave out --quantize")  # fmt: skip
+            raise ModelError(
+                "the base model has no rows for new tokens, so that nothing shows whether rounding takes "
+                "the update away: leave out --quantize"
+            )
         rows = None
     if settings.quantize and merged.packs_experts:
         raise ModelError("transformers does not load experts in 4 bit: leave out --quantize")
@@ -171,8 +173,9 @@ def check_choice(trained: TrainedRun, base: str | None) -> str:
     """
     quant, _ = trained.quantization
     if base == "original" and quant in FOUR_BIT and (aware := trained.recipe.train.merge_aware) != OFF:
-        raise ModelError(f"the run was trained to be merged into its {quant} weights (train.merge_aware {aware}): "
-                         "leave out --base")  # fmt: skip
+        raise ModelError(
+            f"the run was trained to be merged into its {quant} weights (train.merge_aware {aware}): leave out --base"
+        )
     if base in (None, quant):
         return TRAINED if base or quant in FOUR_BIT else ORIGINAL
     if base != "original":
@@ -236,12 +239,16 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
 
 def _describe(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> dict:
     return {
-        "run": trained.name, "adapter": str(trained.adapter),
-        ADAPTER_DIGEST: weights_sha256(trained.adapter) if trained.adapter else None, "base_model": trained.files.name,
+        "run": trained.name,
+        "adapter": str(trained.adapter),
+        ADAPTER_DIGEST: weights_sha256(trained.adapter) if trained.adapter else None,
+        "base_model": trained.files.name,
         "merged_into": trained.quantization[0] if merged.onto == TRAINED else "original",
-        "dtype": settings.dtype, "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
-        "quantized": settings.quantize, "layers": len(merged.adapter.layers),
-    }  # fmt: skip
+        "dtype": settings.dtype,
+        "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
+        "quantized": settings.quantize,
+        "layers": len(merged.adapter.layers),
+    }
 
 
 def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: dict) -> list[str]:
@@ -251,8 +258,10 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
     if merged.onto == ORIGINAL and not trained.is_alone and trained.quantization[0] in FOUR_BIT:
         notes.append("the adapter was trained on the quantised weights; on the original ones the model differs")
     if stored_quantization(trained.files.config) == (KEEP, False):
-        notes.append("the base's published codes are dequantised, since nothing can be merged into them: the model "
-                     "takes several times as much memory as with the adapter beside them")  # fmt: skip
+        notes.append(
+            "the base's published codes are dequantised, since nothing can be merged into them: the model "
+            "takes several times as much memory as with the adapter beside them"
+        )
     if merged.has_new_tokens:
         notes.append("nothing was measured, since the base model has no rows for the new tokens")
     if merged.packs_experts and merged.onto == TRAINED:
@@ -266,15 +275,20 @@ def _notes(trained: TrainedRun, merged: Merged, settings: MergeSettings, kept: d
     elif settings.dtype != "f32" and not settings.quantize:
         half = settings.dtype
         share = f"{kept[half]:.1%} of the update" + (_of_f16(kept) if half == "bf16" else "")
-        notes.append(f"the sum of weight and update is rounded once, to {half}, which keeps {share}; "
-                     "--dtype f32 keeps it exact")  # fmt: skip
+        notes.append(
+            f"the sum of weight and update is rounded once, to {half}, which keeps {share}; --dtype f32 keeps it exact"
+        )
     if merged.base.in_memory:
-        notes.append("the tensors have the names and layout that transformers uses in memory: other programs may not "
-                     "recognise the model")  # fmt: skip
+        notes.append(
+            "the tensors have the names and layout that transformers uses in memory: other programs may not "
+            "recognise the model"
+        )
     if _keeps_codes(trained, merged, settings):
         if aware == OFF:
-            notes.append("the update was put into the run's own codes, which is never exact; "
-                         "with train.merge_aware: nf4 a run trains the very weights that it leaves")  # fmt: skip
+            notes.append(
+                "the update was put into the run's own codes, which is never exact; "
+                "with train.merge_aware: nf4 a run trains the very weights that it leaves"
+            )
     elif settings.quantize:
         notes.append(f"the merged weights are quantised again to {settings.quantize}, which is never exact")
     elif merged.onto == TRAINED:
@@ -288,8 +302,10 @@ def _of_f16(kept: dict) -> str:
     """Return how much of the update f16 would have kept, for a model that is rounded to bf16."""
     if kept["f16"] is None:
         return " (the largest weight exceeds f16)"
-    return (f" (f16 would keep {kept['f16']:.1%}: --dtype f16, but not to compute in float16 with a model whose "
-            "activations exceed its range, such as a Gemma)")  # fmt: skip
+    return (
+        f" (f16 would keep {kept['f16']:.1%}: --dtype f16, but not to compute in float16 with a model whose "
+        "activations exceed its range, such as a Gemma)"
+    )
 
 
 @contextmanager
@@ -319,7 +335,7 @@ def _place_of_dense_model(out: Path, settings: MergeSettings) -> Iterator[Path]:
 
 def _write_dense(
     trained: TrainedRun, merged: Merged, folder: Path, settings: MergeSettings
-) -> tuple[MergeSettings, dict]:  # fmt: skip
+) -> tuple[MergeSettings, dict]:
     """Write the model in 16 or 32 bit; return the settings with the type that it has now, and what that kept."""
     tokenizer = trained.tokenizer()
     ends = sorted({*trained.end_token_ids, tokenizer.eos_token_id} - {None})
@@ -349,8 +365,10 @@ def _dtypes(trained: TrainedRun, merged: Merged) -> tuple[str, ...]:
 def _keeps_codes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -> bool:
     """Return whether the update is put into the run's own NF4 codes, as ``quant.merging`` does."""
     own = settings.quantize == NF4 == trained.quantization[0] and merged.onto == TRAINED
-    plain = all(each.experts == 1 and each.lora_magnitude_vector is None and each.lora_A.shape[1] % 2 == 0
-                for each in merged.adapter.layers.values())  # fmt: skip
+    plain = all(
+        each.experts == 1 and each.lora_magnitude_vector is None and each.lora_A.shape[1] % 2 == 0
+        for each in merged.adapter.layers.values()
+    )
     plain = plain and not trained.recipe.with_vision  # whose codes would be chosen without their pictures
     return own and plain and merged.adapter.merge_aware in (OFF, NF4)
 
@@ -370,8 +388,11 @@ def _check_quantized(trained: TrainedRun, models: dict, name: str, onto: str) ->
         return
     why = "rounding takes the update away"
     if trained.quantization[0] in FOUR_BIT:
-        why = (f"{why}; try --base original" if onto == TRAINED else
-               f"the original weights are others than those that the run saw, and {why}; leave out --base")  # fmt: skip
+        why = (
+            f"{why}; try --base original"
+            if onto == TRAINED
+            else f"the original weights are others than those that the run saw, and {why}; leave out --base"
+        )
     raise ModelError(
         f"in 4 bits the merged model is nearly the base: KL to the trained model {models[name]['kl']:.2e}, the base's "
         f"is {models['base']['kl']:.2e}. {why[0].upper()}{why[1:]}, write 16 bit (no --quantize), or use the adapter "
@@ -382,14 +403,21 @@ def _check_quantized(trained: TrainedRun, models: dict, name: str, onto: str) ->
 def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) -> None:
     require_space(out, sum(file.stat().st_size for file in dense.glob("*.safetensors")) // 3)
     m = trained.recipe.model
-    model = load_model(str(dense), quant, m.double_quant, torch.bfloat16, use_cache=False, keep_16bit=m.keep_16bit,
-                       with_vision=trained.recipe.with_vision)  # fmt: skip
+    model = load_model(
+        str(dense),
+        quant,
+        m.double_quant,
+        torch.bfloat16,
+        use_cache=False,
+        keep_16bit=m.keep_16bit,
+        with_vision=trained.recipe.with_vision,
+    )
     save_quantized(model, out, trained.tokenizer())
 
 
 def _measure(
     trained: TrainedRun, merged: Merged, dense: Path, rows: HeldOut, settings: MergeSettings, in_4_bit: Path | None
-) -> dict:  # fmt: skip
+) -> dict:
     """Compare base, merged and merged-then-quantised models with the one that was trained.
 
     Args:
@@ -402,16 +430,25 @@ def _measure(
     again = settings.quantize or (m.quant if m.quant in FOUR_BIT else "nf4")
 
     def written(quant: str, dtype: torch.dtype, folder: Path = dense) -> nn.Module:
-        here = {"path": str(folder), "revision": None, "quant": quant, "quant_head": False,
-                "keep_16bit": () if quant == "none" or folder == in_4_bit else m.keep_16bit,
-                "compute_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        here = {
+            "path": str(folder),
+            "revision": None,
+            "quant": quant,
+            "quant_head": False,
+            "keep_16bit": () if quant == "none" or folder == in_4_bit else m.keep_16bit,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+        }
         recipe = trained.recipe.model_copy(update={"model": m.model_copy(update=here)})
         return build_to_use(recipe, use_cache=False)
 
-    return measure(trained, rows, {
-        "merged": lambda: written("none", dtype),
-        f"merged, then {again}": lambda: written(again, trained.compute_dtype, in_4_bit or dense),
-    })  # fmt: skip
+    return measure(
+        trained,
+        rows,
+        {
+            "merged": lambda: written("none", dtype),
+            f"merged, then {again}": lambda: written(again, trained.compute_dtype, in_4_bit or dense),
+        },
+    )
 
 
 def measure(trained: TrainedRun, rows: HeldOut, others: Mapping[str, Callable[[], nn.Module]]) -> dict[str, dict]:

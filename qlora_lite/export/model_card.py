@@ -75,8 +75,11 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _metadata(facts: CardFacts) -> dict:
-    data = [source.path.removeprefix(_HUB_DATA).partition(":")[0].split("/")[:2] for source in facts.recipe.data.train
-            if source.path.startswith(_HUB_DATA)]  # fmt: skip
+    data = [
+        source.path.removeprefix(_HUB_DATA).partition(":")[0].split("/")[:2]
+        for source in facts.recipe.data.train
+        if source.path.startswith(_HUB_DATA)
+    ]
     found = {
         "base_model": facts.base_model,
         "base_model_relation": facts.base_model and ("finetune" if facts.is_model else "adapter"),
@@ -184,10 +187,13 @@ def _results(summary: Mapping[str, Any]) -> str:
     scores = [metrics.get(when) for when in ("before", "after")] if isinstance(metrics, dict) else [{}, {}]
     before, after = (found if isinstance(found, dict) else {} for found in scores)
     rows += [
-        (_text(f"{name.replace('_', ' ')} of {score['examples']} answers {score.get('signature', '')}"),
-         *(_score(name, found.get(name)) for found in (before, after)))
-        for name, score in after.items() if name != "exact_match" and _score(name, score) != "-"
-    ]  # fmt: skip
+        (
+            _text(f"{name.replace('_', ' ')} of {score['examples']} answers {score.get('signature', '')}"),
+            *(_score(name, found.get(name)) for found in (before, after)),
+        )
+        for name, score in after.items()
+        if name != "exact_match" and _score(name, score) != "-"
+    ]
     return f"## Results\n\n{_table(('on held-out examples', 'before', 'after'), rows)}" if rows else ""
 
 
@@ -210,33 +216,55 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
     targets = ", ".join(_code(target.pattern) for target in r.lora.targets)
     how = "-"
     if targets and r.adapter.method != "full":
-        how = (f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
-               f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
-               f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}")  # fmt: skip
+        how = (
+            f"rank {r.lora.rank}, alpha {r.lora.alpha:g}, dropout {r.lora.dropout:g}"
+            f"{', rank-stabilized' if r.lora.rslora else ''}, on {targets}"
+            f"{'; initialized from an earlier adapter' if r.lora.init_from else ''}"
+        )
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
         ("target tokens", _count(counted.get("learned_tokens"))),
-        ("base weights", facts.packed_as or "16 bit" * (r.model.quant == "none") or
-         f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"
-         f"{', but for ' + ', '.join(map(_code, kept)) if (kept := r.model.keep_16bit) else ''}"),
+        (
+            "base weights",
+            facts.packed_as
+            or "16 bit" * (r.model.quant == "none")
+            or f"{r.model.quant.upper()}{', double quantization' if r.model.double_quant else ''}"
+            f"{', but for ' + ', '.join(map(_code, kept)) if (kept := r.model.keep_16bit) else ''}",
+        ),
         (_name_of_method(r), how),
         ("trained whole", f"{also}, at {r.adapter.train_also_lr_ratio:g} times the learning rate" if also else "-"),
         ("tokens with rows of their own", ", ".join(map(_code, r.adapter.train_tokens)) or "-"),
         ("trainable parameters", _count(summary.get("trainable_parameters"))),
-        ("optimizer", f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}"
-         f"{f', gradient norm up to {most:g}' if (most := r.train.max_grad_norm) else ''}"),
-        ("learning rate", f"{_text(rate)}, {r.train.lr_scheduler}, warm-up {100 * r.train.warmup_ratio:g}%"
-         f"{f', {r.train.loraplus_lr_ratio:g} times that for B' if r.train.loraplus_lr_ratio != 1 else ''}"),
+        (
+            "optimizer",
+            f"{r.train.optimizer}, weight decay {r.train.weight_decay:g}"
+            f"{f', gradient norm up to {most:g}' if (most := r.train.max_grad_norm) else ''}",
+        ),
+        (
+            "learning rate",
+            f"{_text(rate)}, {r.train.lr_scheduler}, warm-up {100 * r.train.warmup_ratio:g}%"
+            f"{f', {r.train.loraplus_lr_ratio:g} times that for B' if r.train.loraplus_lr_ratio != 1 else ''}",
+        ),
         ("steps", _count(summary.get("steps"))),
-        ("sequences per step", f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "
-         f"{'packed' if r.data.packing else 'not packed'}, of up to {r.data.max_tokens} tokens"),
-        ("loss on", {"assistant": "assistant messages", "completion": "completions", "all": "all tokens",
-                     "last": "the last assistant message"}[r.data.train_on]),
+        (
+            "sequences per step",
+            f"{r.train.micro_batch_size * r.train.gradient_accumulation_steps}, "
+            f"{'packed' if r.data.packing else 'not packed'}, of up to {r.data.max_tokens} tokens",
+        ),
+        (
+            "loss on",
+            {
+                "assistant": "assistant messages",
+                "completion": "completions",
+                "all": "all tokens",
+                "last": "the last assistant message",
+            }[r.data.train_on],
+        ),
         ("objective", r.train.objective if r.train.objective != "sft" else "-"),
         ("seed", str(r.train.seed)),
         ("time", format_seconds(summary["seconds"]) if _figure(summary.get("seconds"), "g") != "-" else "-"),
         ("device", _text(summary.get("device") or "-")),
-    ]  # fmt: skip
+    ]
     return [row for row in rows if row[1] != "-"]
 
 

@@ -26,9 +26,29 @@ from .go_template import render_go
 CONVERSATIONS = 200
 _SYSTEM, _USER, _ANSWER, _NEXT = "qzx0xzq", "qzx1xzq", "qzx2xzq", "qzx3xzq"  # stand nowhere else
 _WORDS = (
-    "the", "price", "is", "1234.50", "naïve", "Grüße", "東京", "🙂", "def f(x):", "a\nb", "x  y", "\n\n", "<b>",
-    "don't", "{{ .System }}", '"quoted"', "\\n", "#", "    indented", "...", "A", "z",
-)  # fmt: skip
+    "the",
+    "price",
+    "is",
+    "1234.50",
+    "naïve",
+    "Grüße",
+    "東京",
+    "🙂",
+    "def f(x):",
+    "a\nb",
+    "x  y",
+    "\n\n",
+    "<b>",
+    "don't",
+    "{{ .System }}",
+    '"quoted"',
+    "\\n",
+    "#",
+    "    indented",
+    "...",
+    "A",
+    "z",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,16 +104,24 @@ def q4_0_weights(trained: TrainedRun, merged: Merged, rows: Batch, stored: Mappi
 def _with_adapter(trained: TrainedRun, adapter: Adapter) -> nn.Module:
     m = trained.recipe.model
     model = load_model(
-        m.path, m.quant, m.double_quant, trained.compute_dtype, "cpu", m.revision, keep_16bit=m.keep_16bit,
+        m.path,
+        m.quant,
+        m.double_quant,
+        trained.compute_dtype,
+        "cpu",
+        m.revision,
+        keep_16bit=m.keep_16bit,
         start=start_of(trained.recipe),
-    )  # fmt: skip
+    )
     return attach_adapter(model, replace(adapter, dropout=0.0))
 
 
 def _block_by_block(
-    model: nn.Module, rows: Batch, layers: Collection[nn.Module],
+    model: nn.Module,
+    rows: Batch,
+    layers: Collection[nn.Module],
     put: Callable[[nn.Module, dict[nn.Module, Tensor]], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run a model over rows, and let each block be changed before it is run, with what its layers' inputs are.
 
     Args:

@@ -41,11 +41,24 @@ from .model_card import CardFacts, model_card
 
 README = "README.md"
 SENT = (
-    "adapter_model.safetensors", CONFIG_NAME, "model.safetensors", "model-*-of-*.safetensors",
-    "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    "chat_template.jinja", *PROCESSOR_FILES,
-)  # fmt: skip
+    "adapter_model.safetensors",
+    CONFIG_NAME,
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    *PROCESSOR_FILES,
+)
 _MODEL = "name_or_path"  # ends a key whose value names a model
 _PATH = re.compile(r"[/\\]|~[\w-]*/|\.{1,2}[/\\]|\.{1,2}$|[A-Za-z]:[/\\]|file:")
 _TEXT = re.compile(r"tokens?$|^content$|^chat_template$")  # keys of what the model reads, which may look like a path
@@ -106,9 +119,14 @@ class Push:
 
 
 def prepare_push(
-    run: str | Path, settings: PushSettings, scratch: Path, api: HfApi, model_path: str | None = None,
-    unfinished: bool = False, dry_run: bool = False,
-) -> Push:  # fmt: skip
+    run: str | Path,
+    settings: PushSettings,
+    scratch: Path,
+    api: HfApi,
+    model_path: str | None = None,
+    unfinished: bool = False,
+    dry_run: bool = False,
+) -> Push:
     """Collect what a push will send; the hub is only asked.
 
     Args:
@@ -153,8 +171,17 @@ def prepare_push(
     notes += changes
     if left_out and (settings.merged or is_whole):
         notes.append(f"not sent: {', '.join(left_out)}")
-    facts = CardFacts(settings.repo, base_model, licence, opened.recipe, opened.summary, merged_into,
-                      "chat_template.jinja" in files, about_files, _packed_as(trained))  # fmt: skip
+    facts = CardFacts(
+        settings.repo,
+        base_model,
+        licence,
+        opened.recipe,
+        opened.summary,
+        merged_into,
+        "chat_template.jinja" in files,
+        about_files,
+        _packed_as(trained),
+    )
     card: dict[str, Path | bytes] = {README: model_card(facts).encode()}
     return Push(settings.repo, card | files, private, there, tuple(notes))
 
@@ -242,8 +269,10 @@ def _merged_into(folder: Path, trained: TrainedRun) -> str:
         raise ModelError(f"{folder} is not a merged model of {trained.name}; write one with qlora-lite merge")
     merged = report.get(ADAPTER_DIGEST)  # earlier versions did not write it
     if trained.adapter and merged not in (None, weights_sha256(trained.adapter)):
-        raise ModelError(f"{folder} is a merged model of another adapter than {trained.adapter} (by their SHA-256); "
-                         "write one with qlora-lite merge")  # fmt: skip
+        raise ModelError(
+            f"{folder} is a merged model of another adapter than {trained.adapter} (by their SHA-256); "
+            "write one with qlora-lite merge"
+        )
     return str(report.get("merged_into"))
 
 
@@ -287,9 +316,11 @@ def _without_paths(value, where: str, base_model: str | None, run_model: str | N
     """
     if isinstance(value, dict | list):
         parts = value.items() if isinstance(value, dict) else ((where.rpartition(" ")[2], part) for part in value)
-        kept = [(key, new) for key, old in parts
-                if (new := _without_paths(old, f"{where} {key}", base_model, run_model, changes)) is not None
-                or old is None]  # fmt: skip
+        kept = [
+            (key, new)
+            for key, old in parts
+            if (new := _without_paths(old, f"{where} {key}", base_model, run_model, changes)) is not None or old is None
+        ]
         return dict(kept) if isinstance(value, dict) else [new for _, new in kept]
     key = where.rpartition(" ")[2]
     if not isinstance(value, str) or not (value == run_model or _is_path(key, value)):

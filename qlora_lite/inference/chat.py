@@ -63,8 +63,10 @@ class Session:
             DataError: the model reads no pictures, or the file is none.
         """
         if self._reader is None:
-            raise DataError("pictures are for a run, or a recipe, of task.kind image-text-to-text; `generate --image` "
-                            "asks a model's folder about them too, and a recipe may name it as model.path")  # fmt: skip
+            raise DataError(
+                "pictures are for a run, or a recipe, of task.kind image-text-to-text; `generate --image` "
+                "asks a model's folder about them too, and a recipe may name it as model.path"
+            )
         decode(picture)
         self.attached.append(picture)
 
@@ -97,9 +99,14 @@ class Session:
             room = self._room(text_of_prompt(prompt))
             streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
             (text,) = answer(
-                self.tasks.model, tokenizer, [prompt], room, task.stop, sampling=self.sampling,
+                self.tasks.model,
+                tokenizer,
+                [prompt],
+                room,
+                task.stop,
+                sampling=self.sampling,
                 streamer=streamer,
-            )  # fmt: skip
+            )
         self.turns.append(Turn("assistant", text))
         return text
 
@@ -115,11 +122,17 @@ class Session:
         tokens = len(self.tasks.tokenizer(prompt, add_special_tokens=False).input_ids)
         tokens += count_virtual(self.tasks.model)
         if limit is not None and tokens >= limit:
-            raise DataError(f"the prompt has {tokens:,} tokens, and the model has {limit:,} position embeddings: "
-                            "shorten it, or in a chat begin again with /new")  # fmt: skip
+            raise DataError(
+                f"the prompt has {tokens:,} tokens, and the model has {limit:,} position embeddings: "
+                "shorten it, or in a chat begin again with /new"
+            )
         if made_for and tokens >= made_for:
-            log.warning("the prompt has %s tokens, and the model supports %s (max_position_embeddings): its answer may "
-                        "be useless or empty", f"{tokens:,}", f"{made_for:,}")  # fmt: skip
+            log.warning(
+                "the prompt has %s tokens, and the model supports %s (max_position_embeddings): its answer may "
+                "be useless or empty",
+                f"{tokens:,}",
+                f"{made_for:,}",
+            )
         return self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - tokens)
 
 
@@ -135,10 +148,16 @@ class _Shown(TextStreamer):
 
 
 def open_session(
-    runs: str | Path | Sequence[str | Path], system: str | None = None, max_new_tokens: int = 256,
-    sampling: Sampling | None = None, model_path: str | None = None, context_tokens: int | None = None,
-    template: str | None = None, base: bool = False, with_pictures: bool = False,
-) -> Session:  # fmt: skip
+    runs: str | Path | Sequence[str | Path],
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    model_path: str | None = None,
+    context_tokens: int | None = None,
+    template: str | None = None,
+    base: bool = False,
+    with_pictures: bool = False,
+) -> Session:
     """Load the base model of one or more runs and their adapters for a conversation.
 
     Args:

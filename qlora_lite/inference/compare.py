@@ -47,9 +47,14 @@ _ROWS = "train", "eval", "eval_share", "streaming", "max_bad_rows", "max_tokens"
 
 
 def compare_runs(
-    runs: str | Path | Sequence[str | Path | TrainedRun], with_base: bool = False, answers: int | None = None,
-    model_path: str | None = None, unfinished: bool = False, watch: Watch | None = None, shots: int = 0,
-) -> dict:  # fmt: skip
+    runs: str | Path | Sequence[str | Path | TrainedRun],
+    with_base: bool = False,
+    answers: int | None = None,
+    model_path: str | None = None,
+    unfinished: bool = False,
+    watch: Watch | None = None,
+    shots: int = 0,
+) -> dict:
     """Measure runs on the evaluation rows of the first one, read and cut as it does, each with its own template.
 
     Args:
@@ -97,9 +102,12 @@ def compare_runs(
         figures, said[called] = _measure(tasks, None, rows_of.recipe, answers, watch, in_context, called)
         measured.insert(int(with_base), figures)
     return {
-        "rows_of": rows_of.name, "base_model": rows_of.files.name, "models": measured, "same_tokens": same,
+        "rows_of": rows_of.name,
+        "base_model": rows_of.files.name,
+        "models": measured,
+        "same_tokens": same,
         "answers": _side_by_side({model["name"]: said[model["name"]] for model in measured}),
-    }  # fmt: skip
+    }
 
 
 def write_comparison(result: dict, folder: Path) -> None:
@@ -131,9 +139,14 @@ def _check_rows(rows_of: TrainedRun, answers: int, shots: int) -> Dataset | None
 
 
 def _measure(
-    tasks: Tasks, name: str | None, rows_of: Recipe, answers: int, watch: Watch | None, data: Dataset | None = None,
+    tasks: Tasks,
+    name: str | None,
+    rows_of: Recipe,
+    answers: int,
+    watch: Watch | None,
+    data: Dataset | None = None,
     called: str | None = None,
-) -> tuple[dict, Sequence[dict]]:  # fmt: skip
+) -> tuple[dict, Sequence[dict]]:
     """Measure one adapter, or the bare base model for None.
 
     Args:
@@ -149,23 +162,35 @@ def _measure(
         work = work_to_measure(recipe, count_virtual(tasks.model)).with_options(settings.options)
         settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
         if name and own is not rows_of and _may_have_learned(task.run, rows_of, data, tasks.tokenizer):
-            log.warning("%s was trained on files from which %s held examples out, and may have seen those", name,
-                        rows_of.output.name)  # fmt: skip
+            log.warning(
+                "%s was trained on files from which %s held examples out, and may have seen those",
+                name,
+                rows_of.output.name,
+            )
         done = watching(watch, f"{called}: evaluation", len(data.examples))
         loss = evaluate_loss(work, tasks.model, eval_batches(work, data.examples, settings, done))
         figures = {
-            "name": called, "rows": len(data.examples), "labelled_tokens": loss.labelled_tokens,
-            "eval_loss": loss.loss, "perplexity": loss.perplexity,
+            "name": called,
+            "rows": len(data.examples),
+            "labelled_tokens": loss.labelled_tokens,
+            "eval_loss": loss.loss,
+            "perplexity": loss.perplexity,
             "adapter_bytes": task.adapter_bytes if name else 0,
-        }  # fmt: skip
+        }
         if not answers:
             return figures, []
         found = measure(
-            tasks.model, tasks.tokenizer, data.examples[:answers], task.stop, losses_by(work, tasks.model, settings),
-            partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes), measures_of(rows_of),
-            new_tokens_of(rows_of), watch and (lambda what, *counts: watch(f"{called}: {what}", *counts)),
+            tasks.model,
+            tasks.tokenizer,
+            data.examples[:answers],
+            task.stop,
+            losses_by(work, tasks.model, settings),
+            partial(answered_at_once, rows_of, tasks.model, rows_of.memory.budget_bytes),
+            measures_of(rows_of),
+            new_tokens_of(rows_of),
+            watch and (lambda what, *counts: watch(f"{called}: {what}", *counts)),
             reader=picture_reader(recipe),
-        )  # fmt: skip
+        )
     said = [
         record
         | {

@@ -54,8 +54,9 @@ def candidates_of(base: StreamedBase) -> dict[str, Candidate]:
         kinds[f"*.{holder}.{leaf}" if leaf in leaves else leaf] = None
     found = {kind: ("kind", (kind,)) for kind in kinds}
     for block in base.block_paths:
-        experts = {path.rpartition(".")[0] for path in base.weights.keys() - set(linear)
-                   if path.startswith(f"{block}.")}  # fmt: skip
+        experts = {
+            path.rpartition(".")[0] for path in base.weights.keys() - set(linear) if path.startswith(f"{block}.")
+        }
         found[block] = "block", (f"{block}.*", *(f"{path}.*" for path in sorted(experts)))
     candidates = {}
     for name, (group, patterns) in found.items():
@@ -96,9 +97,12 @@ class _Wish:
 
 
 def choose(
-    base: StreamedBase, gains: Mapping[str, float], candidates: Mapping[str, Candidate], most_bytes: int | None,
+    base: StreamedBase,
+    gains: Mapping[str, float],
+    candidates: Mapping[str, Candidate],
+    most_bytes: int | None,
     goal: float | None,
-) -> tuple[tuple[str, ...], float]:  # fmt: skip
+) -> tuple[tuple[str, ...], float]:
     """Return the names of kinds and blocks to leave in 16 bit, and what they are guessed to gain.
 
     Those that gain most for a byte come first; what one shares with those before is not counted again.
@@ -124,9 +128,12 @@ def choose(
 
 
 def measure_damage(
-    recipe: Recipe, rows: int = ROWS, most_bytes: int | None = None, close: float | None = None,
+    recipe: Recipe,
+    rows: int = ROWS,
+    most_bytes: int | None = None,
+    close: float | None = None,
     watch: Watch | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Measure what four bits cost on a recipe's evaluation rows, and recommend what to leave in 16 bit.
 
     Args:
@@ -150,8 +157,10 @@ def measure_damage(
     quant, candidates = recipe.model.quant, candidates_of(base)
     least = min(candidates, key=lambda name: candidates[name].more_bytes)
     if most_bytes is not None and most_bytes < candidates[least].more_bytes:
-        raise RecipeError(f"nothing fits in {format_bytes(most_bytes)}: the smallest, {least}, takes "
-                          f"{format_bytes(candidates[least].more_bytes)} more in 16 bit")  # fmt: skip
+        raise RecipeError(
+            f"nothing fits in {format_bytes(most_bytes)}: the smallest, {least}, takes "
+            f"{format_bytes(candidates[least].more_bytes)} more in 16 bit"
+        )
     types = {quant: Variant(quant)} | {other: Variant(other) for other in ("nf4", "fp4")}
     own = {OWN: Variant(quant, base.kept(recipe.model.keep_16bit))} if recipe.model.keep_16bit else {}
     alone = {name: Variant(quant, each.kept) for name, each in candidates.items()}
@@ -170,14 +179,22 @@ def measure_damage(
     groups |= {name: (each.group, each.kept) for name, each in candidates.items()}
     models = [{"name": name, "group": group} | figures(found[name], kept) for name, (group, kept) in groups.items()]
     result = {
-        "model": base.name, "quant": quant, "compute_dtype": str(base.dtype).removeprefix("torch."),
-        "rows": len(base.examples), "target_tokens": sum(map(int, CausalLM().target_counts(base.examples))),
-        "packed_bytes": packed, "base_bytes": base.base_bytes, "models": models, "sets": [],
-    }  # fmt: skip
+        "model": base.name,
+        "quant": quant,
+        "compute_dtype": str(base.dtype).removeprefix("torch."),
+        "rows": len(base.examples),
+        "target_tokens": sum(map(int, CausalLM().target_counts(base.examples))),
+        "packed_bytes": packed,
+        "base_bytes": base.base_bytes,
+        "models": models,
+        "sets": [],
+    }
     gains = {name: four["kl"] - found[name]["kl"] for name in candidates}
-    wishes = [_Wish(close, most_bytes)] if close or most_bytes else [
-        _Wish(CLOSE), *(_Wish(most_bytes=int(share * base.base_bytes)) for share in BYTES_SHARES)
-    ]  # fmt: skip
+    wishes = (
+        [_Wish(close, most_bytes)]
+        if close or most_bytes
+        else [_Wish(CLOSE), *(_Wish(most_bytes=int(share * base.base_bytes)) for share in BYTES_SHARES)]
+    )
     measured = {frozenset[str](): four} | {each.kept: found[name] for name, each in candidates.items()}
     guesses = {frozenset[str](): ((), 0.0)} | {each.kept: ((name,), gains[name]) for name, each in candidates.items()}
     pending = wishes = wishes if four["kl"] > 0 else []

@@ -68,9 +68,14 @@ def _keeps_all(layer: CacheLayerMixin, tokens: int) -> bool:
 
 
 def decode(
-    model: nn.Module, input_ids: torch.Tensor, logits_processor, stopping_criteria, generation_config, streamer=None,
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    streamer=None,
     **inputs,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Take the place of the loop in transformers' ``generate``, greedy but for what the processors leave.
 
     Returns:

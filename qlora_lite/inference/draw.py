@@ -77,7 +77,7 @@ def _working(kind: type) -> AbstractContextManager[None]:
 
 def draw(
     work: Denoiser, model: DenoiserModel, pipeline: Pipeline, prompts: Sequence[Stored], neutral: Stored, how: Drawing
-) -> list[np.ndarray]:  # fmt: skip
+) -> list[np.ndarray]:
     """Return a picture for each prompt, of the run's largest size, uint8 [H, W, C].
 
     Args:
@@ -108,9 +108,14 @@ def pictures_of(latents: torch.Tensor, pipeline: Pipeline) -> list[np.ndarray]:
 
 
 def denoise(
-    model: DenoiserModel, scheduler: Any, noise: torch.Tensor, told: Conditions, neutral: Conditions, how: Drawing,
+    model: DenoiserModel,
+    scheduler: Any,
+    noise: torch.Tensor,
+    told: Conditions,
+    neutral: Conditions,
+    how: Drawing,
     dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the latents that become of noise, float32 [N, C, H, W].
 
     Args:
@@ -217,9 +222,14 @@ def _shown(path: Path) -> str:
 
 
 def draw_prompts(
-    run: str | Path, prompts: Sequence[str], seed: int = 0, changed: Mapping[str, float] | None = None,
-    base: bool = False, model_path: str | None = None, unfinished: bool = False,
-) -> list[np.ndarray]:  # fmt: skip
+    run: str | Path,
+    prompts: Sequence[str],
+    seed: int = 0,
+    changed: Mapping[str, float] | None = None,
+    base: bool = False,
+    model_path: str | None = None,
+    unfinished: bool = False,
+) -> list[np.ndarray]:
     """Return a picture of each prompt by a run's denoiser, uint8 [H, W, C].
 
     Args:

@@ -109,11 +109,18 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: nn.Module, tokenizer, examples: Sequence[Example], end_token_ids: Iterable[int],
-    losses: Losses | None = None, at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS,
-    measures: Measures = EXACT_MATCH, new_tokens: int | None = None, watch: Watch | None = None,
-    processes: Processes = ALONE, reader: PictureReader | None = None,
-) -> Measured:  # fmt: skip
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    end_token_ids: Iterable[int],
+    losses: Losses | None = None,
+    at_once: Callable[[int], int] = lambda _tokens: MAX_PROMPTS,
+    measures: Measures = EXACT_MATCH,
+    new_tokens: int | None = None,
+    watch: Watch | None = None,
+    processes: Processes = ALONE,
+    reader: PictureReader | None = None,
+) -> Measured:
     """Answer every prompt greedily, once for all metrics and all examples that have it, and score the answers.
 
     A reference is compared as it comes back from the tokenizer, which may write some letters otherwise.
@@ -168,21 +175,35 @@ def measure(
 
 
 def _answered(
-    model: nn.Module, tokenizer, asked: Sequence[Example], ends: Collection[int], at_once: Callable[[int], int],
-    new_tokens: int | None, watch: Watch | None, processes: Processes, reader: PictureReader | None,
-) -> tuple[list[str], list[Answer]]:  # fmt: skip
+    model: nn.Module,
+    tokenizer,
+    asked: Sequence[Example],
+    ends: Collection[int],
+    at_once: Callable[[int], int],
+    new_tokens: int | None,
+    watch: Watch | None,
+    processes: Processes,
+    reader: PictureReader | None,
+) -> tuple[list[str], list[Answer]]:
     """Return the references as the tokenizer gives them back, and the greedy answers, one for equal prompts."""
     numbers = numbers_of_prompts(asked)
     prompts = [
         Shown(example.prompt, partial(reader.of_examples, [example]), grids_of(example.pictures))
-        if reader and example.pictures else example.prompt
+        if reader and example.pictures
+        else example.prompt
         for example, *_ in by_prompt(asked, numbers)
-    ]  # fmt: skip
+    ]
     prompt, new = _most_tokens(model, tokenizer, asked, new_tokens)
     done, ranks = watching(watch, "answers", len(prompts)), processes.world_size
-    ask = partial(answers, model, tokenizer, max_new_tokens=new, stop=stop_ids(model, tokenizer, ends),
-                  batch_size=at_once(prompt + new),
-                  done=done and (lambda count: done(min(ranks * count, len(prompts)))))  # fmt: skip
+    ask = partial(
+        answers,
+        model,
+        tokenizer,
+        max_new_tokens=new,
+        stop=stop_ids(model, tokenizer, ends),
+        batch_size=at_once(prompt + new),
+        done=done and (lambda count: done(min(ranks * count, len(prompts)))),
+    )
     with merged_once(model):
         answered = _shared_answers(ask, prompts, processes)
     said = [answered[number] for number in numbers]
@@ -192,7 +213,7 @@ def _answered(
 
 def _shared_answers(
     ask: Callable[[Sequence[str | Shown]], list[Answer]], prompts: Sequence[str | Shown], processes: Processes
-) -> list[Answer]:  # fmt: skip
+) -> list[Answer]:
     """Return the answers to all prompts, of which each process makes its share."""
     own: list[Answer] = []
     error: DoesNotFitError | ModelError | None = None
@@ -234,8 +255,10 @@ def _likeliest(
     for example in asked:
         prompt = _prompt_tokens(tokenizer, example)
         own = _answer_alone(example, prompt, ends)
-        variants += [own if choice == choice_of(example.answer) else _with_choice(tokenizer, own, prompt, choice, ends)
-                     for choice in choices]  # fmt: skip
+        variants += [
+            own if choice == choice_of(example.answer) else _with_choice(tokenizer, own, prompt, choice, ends)
+            for choice in choices
+        ]
     sums = np.array([fsum(each) for each in losses(variants)]).reshape(len(asked), len(choices))
     return [choices[index] for index in sums.argmin(axis=1)]
 
@@ -246,8 +269,10 @@ def _with_choice(tokenizer, own: Example, prompt: list[int], choice: str, ends: 
     before, after = own.answer[:begin], own.answer[begin + len(replaced) :]
     ids = tokenizer(own.prompt + before + choice + after, add_special_tokens=False).input_ids
     if ids[: len(prompt)] != prompt:
-        raise DataError(f"{own.where}: before the answer {choice!r} of the closed set, the prompt has other tokens "
-                        "than alone; choose another data.template")  # fmt: skip
+        raise DataError(
+            f"{own.where}: before the answer {choice!r} of the closed set, the prompt has other tokens "
+            "than alone; choose another data.template"
+        )
     ids += [token for token in own.token_ids[-1:].tolist() if token in ends]
     learned = np.arange(len(ids)) >= len(prompt)
     learned[-1] = own.learned[-1]
@@ -266,11 +291,17 @@ def _record(example: Example, reference: str, answer: Answer, matching: Matching
     try:
         expected, found = matching.extract(reference), matching.extract(answer.text)
     except TimeoutError:
-        log.warning("%s: a regular expression of exact match takes too long on its answer, which counts as wrong",
-                    example.where)  # fmt: skip
-    record = {"where": example.where, "prompt": example.prompt, "reference": reference.strip(),
-              "answer": answer.text.strip(), "match": found is not None and found == expected,
-              "finish": answer.finish}  # fmt: skip
+        log.warning(
+            "%s: a regular expression of exact match takes too long on its answer, which counts as wrong", example.where
+        )
+    record = {
+        "where": example.where,
+        "prompt": example.prompt,
+        "reference": reference.strip(),
+        "answer": answer.text.strip(),
+        "match": found is not None and found == expected,
+        "finish": answer.finish,
+    }
     return record if matching == WHOLE else record | {"compared_reference": expected, "compared_answer": found}
 
 
@@ -317,9 +348,14 @@ def context_tokens_of(recipe: Recipe) -> int:
 
 
 def evaluate_recipe(
-    recipe: Recipe, adapter: str | Path | None, metrics_rows: int, tokenizer=None, out: str | Path | None = None,
-    watch: Watch | None = None, held_out: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    adapter: str | Path | None,
+    metrics_rows: int,
+    tokenizer=None,
+    out: str | Path | None = None,
+    watch: Watch | None = None,
+    held_out: str | None = None,
+) -> dict[str, Any]:
     """Measure a recipe's model on its evaluation rows, with an adapter or without.
 
     Args:
@@ -370,9 +406,14 @@ def write_answers(out: str | Path, records: Iterable[dict]) -> None:
 
 
 def measure_recipe(
-    recipe: Recipe, adapter: str | Path | None, metrics_rows: int, tokenizer=None, out: str | Path | None = None,
-    watch: Watch | None = None, held_out: str | None = None,
-) -> tuple[dict[str, Any], Sequence[dict]]:  # fmt: skip
+    recipe: Recipe,
+    adapter: str | Path | None,
+    metrics_rows: int,
+    tokenizer=None,
+    out: str | Path | None = None,
+    watch: Watch | None = None,
+    held_out: str | None = None,
+) -> tuple[dict[str, Any], Sequence[dict]]:
     """Do what ``evaluate_recipe`` does, and return the answers beside its figures, for ``write_answers``.
 
     ``out`` is checked, and not written yet: who has the figures first can show them where the disk is full by then.
@@ -384,8 +425,10 @@ def measure_recipe(
     if not recipe.data.has_eval:
         raise RecipeError("there is no evaluation data; name some, as in data.eval=rows.jsonl")
     if recipe.generates_pictures:
-        raise RecipeError("a denoiser (task.kind image-generation) is not evaluated by itself: its run measures the "
-                          "loss on data.eval before and after training")  # fmt: skip
+        raise RecipeError(
+            "a denoiser (task.kind image-generation) is not evaluated by itself: its run measures the "
+            "loss on data.eval before and after training"
+        )
     if metrics_rows:
         check_packages(recipe.train.metrics)
     adapter = adapter and Path(adapter)
@@ -412,18 +455,29 @@ def measure_recipe(
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)
     measured = {
-        "adapter": str(adapter) if adapter else None, "rows": len(data.examples),
-        "labelled_tokens": result.labelled_tokens, "eval_loss": result.loss, "perplexity": result.perplexity,
+        "adapter": str(adapter) if adapter else None,
+        "rows": len(data.examples),
+        "labelled_tokens": result.labelled_tokens,
+        "eval_loss": result.loss,
+        "perplexity": result.perplexity,
         **({"eval_metrics": judged} if judged else {}),
-    }  # fmt: skip
+    }
     records: Sequence[dict] = ()
     if rows:
         arrange_weights(model)
         at_once = partial(answered_at_once, recipe, model, recipe.memory.budget_bytes)
         found = measure(
-            model, tokenizer, rows, data.end_token_ids, losses_by(work, model, settings), at_once, measures_of(recipe),
-            new_tokens_of(recipe), watch, reader=picture_reader(recipe),
-        )  # fmt: skip
+            model,
+            tokenizer,
+            rows,
+            data.end_token_ids,
+            losses_by(work, model, settings),
+            at_once,
+            measures_of(recipe),
+            new_tokens_of(recipe),
+            watch,
+            reader=picture_reader(recipe),
+        )
         measured |= found.figures()
         records = found.records
     return measured, records
@@ -431,7 +485,7 @@ def measure_recipe(
 
 def _evaluate_labels(
     recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None, held_out: str | None
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure a recipe's model with its head on its evaluation rows, see ``evaluate_recipe``."""
     data = build_data(recipe, tokenizer, "eval")
     warn_of_other_rows(recipe, data, held_out)
@@ -449,7 +503,7 @@ def _evaluate_labels(
     return found | {
         "metrics": {name: score.as_dict() for name, score in scores.items()},
         **({"confusion": {"labels": list(work.labels), "matrix": matrix}} if matrix else {}),
-    }  # fmt: skip
+    }
 
 
 def measurable(examples: Sequence[Example], measures: Measures) -> Sequence[Example]:

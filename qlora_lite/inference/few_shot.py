@@ -38,8 +38,11 @@ def with_shots(recipe: Recipe, tokenizer, data: Dataset, shots: int) -> Dataset:
         raise DataError(f"--shots {shots}: data.train has {len(known)} examples with answers and without tools")
     before = [turn for row in random.Random(recipe.train.seed).sample(known, shots) for turn in _exchanges(row)]
     places = [row.where for row in rows]
-    written = [{"messages": [as_message(turn) for turn in _joined(before, row)]}
-               | ({"tools": list(row.tools)} if row.tools else {}) for row in rows]  # fmt: skip
+    written = [
+        {"messages": [as_message(turn) for turn in _joined(before, row)]}
+        | ({"tools": list(row.tools)} if row.tools else {})
+        for row in rows
+    ]
     d, name = recipe.data, "few-shot"
     longest = (shots + 1) * d.max_tokens
     found = read_examples(

@@ -75,9 +75,7 @@ class Shown(NamedTuple):
     grids: tuple[tuple[int, int], ...] = ()
 
 
-def shown_prompt(
-    text: str, pictures: Sequence[str], template: Template, reader: PictureReader | None
-) -> str | Shown:  # fmt: skip
+def shown_prompt(text: str, pictures: Sequence[str], template: Template, reader: PictureReader | None) -> str | Shown:
     """Return a rendered prompt with its pictures, if it has some.
 
     Args:
@@ -90,8 +88,9 @@ def shown_prompt(
     if reader is None:
         return text
     if text.count(template.picture) > len(pictures):
-        raise DataError(f"a text holds the character U+FFFC or {template.picture}, which stands for a picture; remove "
-                        "it")  # fmt: skip
+        raise DataError(
+            f"a text holds the character U+FFFC or {template.picture}, which stands for a picture; remove it"
+        )
     if not pictures:
         return text
     (shown,) = reader.looked_at([pictures])
@@ -133,11 +132,20 @@ def answer(*arguments, **options) -> list[str]:
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer, prompts: Sequence[str | list[int] | Shown], max_new_tokens: int,
-    stop: Sequence[int] = (), batch_size: int = 32, sampling: Sampling | None = None, streamer=None,
-    before_batch: Callable[[list[int]], None] | None = None, stopping=None, first: int = 0,
-    done: Callable[[int], None] | None = None, numbers: Sequence[int] | None = None,
-) -> list[Answer]:  # fmt: skip
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str | list[int] | Shown],
+    max_new_tokens: int,
+    stop: Sequence[int] = (),
+    batch_size: int = 32,
+    sampling: Sampling | None = None,
+    streamer=None,
+    before_batch: Callable[[list[int]], None] | None = None,
+    stopping=None,
+    first: int = 0,
+    done: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
+) -> list[Answer]:
     """Continue each rendered prompt.
 
     Args:
@@ -161,8 +169,10 @@ def answers(
     shown = {number: prompt for number, prompt in enumerate(prompts) if isinstance(prompt, Shown)}
     prompts = [prompt.text if isinstance(prompt, Shown) else prompt for prompt in prompts]
     with tokenizer_faults():
-        tokens = [tokenizer(prompt, add_special_tokens=False).input_ids if isinstance(prompt, str) else prompt
-                  for prompt in prompts]  # fmt: skip
+        tokens = [
+            tokenizer(prompt, add_special_tokens=False).input_ids if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
     tokens = [before + ids for ids in tokens]
     order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
     numbers = range(first, first + len(prompts)) if numbers is None else numbers
@@ -187,10 +197,15 @@ def answers(
                 # by a mask, transformers' own attention is told what a picture's tokens see
                 with own_attention(model) if given and sees_whole(model) else nullcontext():
                     out = model.generate(
-                        input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping,
-                        streamer=None if own else streamer, custom_generate=own, **given,
+                        input_ids=ids,
+                        attention_mask=mask,
+                        generation_config=config,
+                        stopping_criteria=stopping,
+                        streamer=None if own else streamer,
+                        custom_generate=own,
+                        **given,
                         logits_processor=_choosing(sampling, ids, max_new_tokens, [numbers[row] for row in rows], stop),
-                    )  # fmt: skip
+                    )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

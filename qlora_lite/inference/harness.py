@@ -117,9 +117,11 @@ class HarnessLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write a conversation in the run's chat template, with the opening of the answer or of its continuation."""
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Return the tokens of a text: with begin-of-text where the tokenizer puts it and the text has none."""
@@ -141,8 +143,10 @@ class HarnessLM(TemplateLM):
         asked: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
-                raise DataError(f"a task asks for the likelihood of {len(continuation)} tokens; "
-                                f"it must be of 1 to {self.max_length}, the model's length")  # fmt: skip
+                raise DataError(
+                    f"a task asks for the likelihood of {len(continuation)} tokens; "
+                    f"it must be of 1 to {self.max_length}, the model's length"
+                )
             ids = (context + continuation)[-self.max_length - 1 :]
             asked.setdefault(tuple(ids[:-1]), []).append((number, ids[-len(continuation) :]))
         work, found = CausalLM().with_options(self.settings.options), [(0.0, True)] * len(requests)
@@ -191,10 +195,18 @@ class HarnessLM(TemplateLM):
             stopping = _StopStrings(self.tokenizer, until)
             with self.switch.using(self.adapter):
                 said = answers(
-                    self.model, self.tokenizer, prompts, most, stop, at_once, sampling, first=before,
-                    before_batch=stopping.begin, stopping=StoppingCriteriaList([stopping]),
+                    self.model,
+                    self.tokenizer,
+                    prompts,
+                    most,
+                    stop,
+                    at_once,
+                    sampling,
+                    first=before,
+                    before_batch=stopping.begin,
+                    stopping=StoppingCriteriaList([stopping]),
                     done=show and (lambda count, before=before: show(before + count)),
-                )  # fmt: skip
+                )
             for number, answer in zip(numbers, said, strict=True):
                 found[number] = postprocess_generated_text(answer.text, until, None)
             before += len(numbers)
@@ -208,13 +220,16 @@ class HarnessLM(TemplateLM):
         """
         said = normalize_gen_kwargs(dict(stated), MAX_NEW_TOKENS)
         if unknown := said.keys() - _KNOWN:
-            raise DataError(f"a task generates with {', '.join(sorted(unknown))}, which is not supported; its answers "
-                            f"may set {', '.join(sorted(_KNOWN))}")  # fmt: skip
+            raise DataError(
+                f"a task generates with {', '.join(sorted(unknown))}, which is not supported; its answers "
+                f"may set {', '.join(sorted(_KNOWN))}"
+            )
         until = handle_stop_sequences(said.get("until"), self.tokenizer.decode(self.eot_token_id))
         drawn = {name: said[name] for name in _SAMPLED_BY & said.keys()} if said["do_sample"] else {}
         if not 0 < said["max_gen_toks"] < self.max_length:
-            raise DataError(f"a task asks for {said['max_gen_toks']} new tokens, and the model's length is "
-                            f"{self.max_length} tokens")  # fmt: skip
+            raise DataError(
+                f"a task asks for {said['max_gen_toks']} new tokens, and the model's length is {self.max_length} tokens"
+            )
         return until, said["max_gen_toks"], Sampling(**drawn, seed=0)
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
@@ -262,9 +277,14 @@ class _StopStrings(StoppingCriteria):
 
 
 def evaluate_tasks(
-    runs: str | Path | TrainedRun | Sequence[str | Path | TrainedRun], tasks: Sequence[str], fewshot: int | None = None,
-    with_base: bool = False, rows: int | None = None, chat: bool = False, watch: Watch | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    runs: str | Path | TrainedRun | Sequence[str | Path | TrainedRun],
+    tasks: Sequence[str],
+    fewshot: int | None = None,
+    with_base: bool = False,
+    rows: int | None = None,
+    chat: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
     """Score runs over one base model on tasks of lm-evaluation-harness.
 
     A task folder's Python code, if its tasks name any, is run.
@@ -311,9 +331,14 @@ def evaluate_tasks(
         for task in found["tasks"].values():
             task.set_fewshot_seed(SHOTS_SEED)
         result = evaluate(
-            lm, found, limit=rows, bootstrap_iters=RESAMPLES, log_samples=False, apply_chat_template=chat,
+            lm,
+            found,
+            limit=rows,
+            bootstrap_iters=RESAMPLES,
+            log_samples=False,
+            apply_chat_template=chat,
             fewshot_as_multiturn=chat,
-        )  # fmt: skip
+        )
         scores = {task: _scores(values) for task, values in (result["results"] | result.get("groups", {})).items()}
         models.append({"name": name, "adapter": str(lm.run.adapter) if lm.adapter else None, "scores": scores})
     about = {"versions": dict(result["versions"]), "fewshot": dict(result["n-shot"])}
@@ -399,9 +424,11 @@ def _longest(lm: HarnessLM, found: Mapping[str, dict], rows: int | None, chat: b
         task.set_fewshot_seed(SHOTS_SEED)
         with _task_faults(f"the task {name}"):
             task.build_all_requests(
-                limit=rows, apply_chat_template=chat, fewshot_as_multiturn=chat,
+                limit=rows,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
                 chat_template=lm.apply_chat_template if chat else None,
-            )  # fmt: skip
+            )
             for request in task.instances[:1]:
                 task.doc_to_target(request.doc)  # which is asked for again once all is answered
         lengths += map(lm.tokens_of, task.instances)
@@ -417,7 +444,8 @@ def _scores(values: Mapping[str, Any]) -> dict[str, dict]:
             continue
         error = values.get(f"{metric}_stderr,{kind}")
         found[metric if kind == "none" else key] = {
-            "value": float(value), "standard_error": error if isinstance(error, float) else None,
+            "value": float(value),
+            "standard_error": error if isinstance(error, float) else None,
             "examples": values.get("sample_len"),
-        }  # fmt: skip
+        }
     return found

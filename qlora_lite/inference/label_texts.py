@@ -43,7 +43,7 @@ _BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody know
 
 def measure_labels(
     workload: HeadWorkload, model: nn.Module, batches: Iterable
-) -> tuple[dict[str, Score], list[list[int]] | None]:  # fmt: skip
+) -> tuple[dict[str, Score], list[list[int]] | None]:
     """Return the scores of a model on batches of labelled texts, and of one label the confusion matrix."""
     if isinstance(workload, MaskHead):
         scores, matrix = measure_masks(workload, model, batches)
@@ -230,8 +230,14 @@ def _source_of(recipe: Recipe, rows: str | Path) -> Source:
     """Return where a file's rows are, with the templates of the recipe's own data if it has their columns."""
     known = (*recipe.data.train, *(recipe.data.eval or ()))
     (source,) = with_known_columns([schema.Source(path=str(rows))], known, needs_answers=False)
-    return Source(source.path, source.format, prompt=source.prompt, completion=source.completion,
-                  rejected=source.rejected, setting="--rows")  # fmt: skip
+    return Source(
+        source.path,
+        source.format,
+        prompt=source.prompt,
+        completion=source.completion,
+        rejected=source.rejected,
+        setting="--rows",
+    )
 
 
 def described(output: np.ndarray, labels: Sequence[str], problem: str) -> dict[str, Any]:

@@ -96,9 +96,13 @@ class Tasks:
             yield task
 
     def answer(
-        self, names: Sequence[str | None], conversations: Sequence[Sequence[Turn]], max_new_tokens: int,
-        batch_size: int = 32, sampling: Sampling | None = None,
-    ) -> list[str]:  # fmt: skip
+        self,
+        names: Sequence[str | None],
+        conversations: Sequence[Sequence[Turn]],
+        max_new_tokens: int,
+        batch_size: int = 32,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
         """Answer conversations in common batches, each with the adapter of its own name; None is the bare base.
 
         Raises:
@@ -129,9 +133,12 @@ class Tasks:
 
 
 def open_tasks(
-    runs: str | Path | Sequence[str | Path | TrainedRun], model_path: str | None = None, unfinished: bool = False,
-    context_tokens: int | None = None, template: str | None = None,
-) -> Tasks:  # fmt: skip
+    runs: str | Path | Sequence[str | Path | TrainedRun],
+    model_path: str | None = None,
+    unfinished: bool = False,
+    context_tokens: int | None = None,
+    template: str | None = None,
+) -> Tasks:
     """Load the base model that runs share, with all their adapters.
 
     Args:
@@ -146,9 +153,12 @@ def open_tasks(
 
 
 def open_runs(
-    runs: str | Path | Sequence[str | Path | TrainedRun], model_path: str | None = None, unfinished: bool = False,
-    template: str | None = None, with_pictures: bool = False,
-) -> dict[str, TrainedRun]:  # fmt: skip
+    runs: str | Path | Sequence[str | Path | TrainedRun],
+    model_path: str | None = None,
+    unfinished: bool = False,
+    template: str | None = None,
+    with_pictures: bool = False,
+) -> dict[str, TrainedRun]:
     """Open runs over one base model by the names of their tasks; nothing of the model is loaded.
 
     Args:
@@ -189,16 +199,19 @@ def load_tasks(opened: dict[str, TrainedRun], context_tokens: int | None = None)
     first = next(iter(opened.values()))
     m, new_tokens = first.recipe.model, {run.recipe.adapter.train_tokens for run in opened.values()} - {()}
     if len(new_tokens) > 1:
-        raise ModelError("these runs have different adapter.train_tokens, and one tokenizer cannot serve them: use "
-                         "each alone")  # fmt: skip
+        raise ModelError(
+            "these runs have different adapter.train_tokens, and one tokenizer cannot serve them: use each alone"
+        )
     tokenizer = load_tokenizer(m.path, m.revision, *new_tokens)
     tasks = {
         name: Task(
-            run, run.template(tokenizer), tuple(stop_ids(model, tokenizer, run.end_token_ids)),
+            run,
+            run.template(tokenizer),
+            tuple(stop_ids(model, tokenizer, run.end_token_ids)),
             adapters[name].nbytes,
         )
         for name, run in opened.items()
-    }  # fmt: skip
+    }
     return Tasks(model, tokenizer, switch, tasks)
 
 
@@ -224,9 +237,11 @@ def _check_one_base(runs: Sequence[TrainedRun]) -> None:
 
     def words(found: tuple) -> str:
         fingerprint, quant, double_quant, kept, head, dtype = found
-        return (f"fingerprint {fingerprint}, model.quant {quant}{' with double_quant' if double_quant else ''}"
-                f"{f', keep_16bit {list(kept)}' if kept else ''}{', 4-bit head' if head else ''}, computed in "
-                f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
+        return (
+            f"fingerprint {fingerprint}, model.quant {quant}{' with double_quant' if double_quant else ''}"
+            f"{f', keep_16bit {list(kept)}' if kept else ''}{', 4-bit head' if head else ''}, computed in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
 
     def base(run: TrainedRun) -> tuple:
         quant, double_quant = run.quantization

@@ -76,9 +76,12 @@ class Predicted:
 
 
 def predict_file(
-    name: str | Path, prompts: str | Path, out: str | Path, settings: PredictSettings | None = None,
+    name: str | Path,
+    prompts: str | Path,
+    out: str | Path,
+    settings: PredictSettings | None = None,
     watch: Watch | None = None,
-) -> Predicted:  # fmt: skip
+) -> Predicted:
     """Answer a file of prompts with a run, an adapter, or the bare base of a recipe or of a model's name.
 
     Args:
@@ -123,8 +126,16 @@ def _read_prompts(path: Path, trained: TrainedRun, settings: PredictSettings) ->
     column = settings.column and "{" + settings.column + "}"
     recipe, lines = trained.recipe, "lines" if is_text else None
     source = Source(str(path), prompt=column, documents=lines, with_pictures=recipe.with_vision)
-    known = [] if trained.is_alone else [each for part in ("train", "eval") if getattr(recipe.data, part) is not None
-                                         for each in build_sources(recipe, part)]  # fmt: skip
+    known = (
+        []
+        if trained.is_alone
+        else [
+            each
+            for part in ("train", "eval")
+            if getattr(recipe.data, part) is not None
+            for each in build_sources(recipe, part)
+        ]
+    )
     prompts = read_prompts(source, [replace(each, with_pictures=recipe.with_vision) for each in known])
     if settings.system is None:
         return prompts
@@ -136,9 +147,7 @@ def _with_system(prompt: Prompt, text: str) -> Prompt:
     return prompt if has_one else replace(prompt, turns=(Turn("system", text), *prompt.turns))
 
 
-def _rendered(
-    prompts: Sequence[Prompt], template: Template, reader: PictureReader | None
-) -> list[str | Shown]:  # fmt: skip
+def _rendered(prompts: Sequence[Prompt], template: Template, reader: PictureReader | None) -> list[str | Shown]:
     """Return what the model is given for each prompt.
 
     Raises:
@@ -161,12 +170,15 @@ def _about(trained: TrainedRun, template: Template, settings: PredictSettings) -
     m = trained.recipe.model
     weights = None if settings.base or not trained.adapter else trained.adapter / WEIGHTS_NAME
     about = {
-        "model": trained.name, "base_fingerprint": trained.fingerprint,
+        "model": trained.name,
+        "base_fingerprint": trained.fingerprint,
         "adapter_sha256": sha256(weights) if weights and weights.is_file() else None,
         "template_sha256": hashlib.sha256((template.begin + template.source).encode()).hexdigest(),
-        "quant": list(trained.quantization), "quant_head": m.quant_head, "keep_16bit": list(m.keep_16bit),
+        "quant": list(trained.quantization),
+        "quant_head": m.quant_head,
+        "keep_16bit": list(m.keep_16bit),
         "compute_dtype": str(trained.compute_dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     return about | {"max_new_tokens": settings.max_new_tokens, **asdict(settings.sampling)}
 
 
@@ -229,9 +241,15 @@ def _given(prompt: Prompt) -> dict:
 
 
 def _answer(
-    trained: TrainedRun, prompts: Sequence[Prompt], texts: Sequence[str | Shown], out: Path, start: int,
-    context_tokens: int, settings: PredictSettings, watch: Watch | None,
-) -> Predicted:  # fmt: skip
+    trained: TrainedRun,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str | Shown],
+    out: Path,
+    start: int,
+    context_tokens: int,
+    settings: PredictSettings,
+    watch: Watch | None,
+) -> Predicted:
     """Answer the prompts from one on, and append the answers to the file.
 
     Args:
@@ -250,9 +268,16 @@ def _answer(
             while next_one < len(prompts):
                 part = slice(next_one, next_one + BATCHES_PER_WRITE * at_once)
                 found = answers(
-                    tasks.model, tasks.tokenizer, texts[part], settings.max_new_tokens, task.stop, at_once,
-                    settings.sampling, first=next_one, done=show and (lambda n, first=next_one: show(first + n)),
-                )  # fmt: skip
+                    tasks.model,
+                    tasks.tokenizer,
+                    texts[part],
+                    settings.max_new_tokens,
+                    task.stop,
+                    at_once,
+                    settings.sampling,
+                    first=next_one,
+                    done=show and (lambda n, first=next_one: show(first + n)),
+                )
                 _append(out, "".join(map(_line, prompts[part], found)))
                 next_one += len(found)
                 cut += sum(each.finish == "length" for each in found)
@@ -267,12 +292,17 @@ def _check_length(model, tokens: int) -> None:
     """Compare the longest prompt and its answer with the positions that the model has, or was made for."""
     limit = position_limit(model)
     if limit is not None and tokens > limit:
-        raise ModelError(f"the longest prompt and its answer have {tokens:,} tokens, and the model has "
-                         f"{limit:,} position embeddings; shorten prompts, or lower --max-new-tokens")  # fmt: skip
+        raise ModelError(
+            f"the longest prompt and its answer have {tokens:,} tokens, and the model has "
+            f"{limit:,} position embeddings; shorten prompts, or lower --max-new-tokens"
+        )
     made_for = getattr(text_config(model), "max_position_embeddings", None)
     if made_for and tokens > made_for:
-        log.warning("the longest prompt and its answer may have %s tokens, and the model supports %s "
-                    "(max_position_embeddings)", f"{tokens:,}", f"{made_for:,}")  # fmt: skip
+        log.warning(
+            "the longest prompt and its answer may have %s tokens, and the model supports %s (max_position_embeddings)",
+            f"{tokens:,}",
+            f"{made_for:,}",
+        )
 
 
 def _line(prompt: Prompt, answer: Answer) -> str:

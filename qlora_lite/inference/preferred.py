@@ -32,7 +32,7 @@ log = logging.getLogger("qlora_lite")
 
 def attach_and_judge(
     recipe: Recipe, model: nn.Module, adapter: Path, tokenizer, settings: TrainSettings
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Add an adapter to a base model; return the loss and the metrics of its objective on evaluation rows.
 
     Nothing is returned for rows that are no preferences, and where the model that training began with is not the base

@@ -51,8 +51,10 @@ def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures], patch
     """Return what a model makes of pictures, with dropout off, its patches only if they are wanted."""
     found, device, kept, read = [], work.device(model), [], []
     encoder, size = getattr(model, base_path(model)), of_blocks(model.config).patch_size
-    handles = (encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state)),
-               model.classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])))  # fmt: skip
+    handles = (
+        encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state)),
+        model.classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])),
+    )
     height, width = work.processor.height // size, work.processor.width // size
     try:
         with torch.no_grad(), evaluating(model):
@@ -70,7 +72,7 @@ def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures], patch
 
 def neighbour_score(
     held: Sequence[Example], features: torch.Tensor, training: Sequence[Example], known: torch.Tensor
-) -> Score:  # fmt: skip
+) -> Score:
     """Return how often the training picture that is nearest to a held-out one has the same label."""
     nearest = (functional.normalize(features) @ functional.normalize(known).T).argmax(1).tolist()
     return mean([training[place].answer == each.answer for each, place in zip(held, nearest, strict=True)])
@@ -100,8 +102,14 @@ def described(
     result = []
     for share, places, colours in zip(shares, nearest, maps_of(seen.patches), strict=True):
         neighbours = [{"picture": _jpeg(training[place]), "label": training[place].answer} for place in places]
-        result.append({"label": work.labels[int(share.argmax())], "share": float(share.max()),
-                       "neighbours": neighbours, "map": _png(colours)})  # fmt: skip
+        result.append(
+            {
+                "label": work.labels[int(share.argmax())],
+                "share": float(share.max()),
+                "neighbours": neighbours,
+                "map": _png(colours),
+            }
+        )
     return result
 
 

@@ -99,8 +99,10 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
     """
     inside, layers = in_blocks(model), linear_layers(model)
     if outside := sorted(layers.keys() - inside):
-        raise ModelError(f"{type(model).__name__} has linear layers outside of its blocks, such as {outside[0]}: it "
-                         "cannot be measured block by block")  # fmt: skip
+        raise ModelError(
+            f"{type(model).__name__} has linear layers outside of its blocks, such as {outside[0]}: it "
+            "cannot be measured block by block"
+        )
     found = {path: Weight(layer, "weight", is_conv1d(layer)) for path, layer in layers.items()}
     experts = expert_weights(model).items()
     return found | {path: Weight(each.experts, each.name, each.experts.is_transposed) for path, each in experts}
@@ -126,8 +128,10 @@ class _Pass:
         first = args[0] if args else kwargs["hidden_states"]
         before = self.begun.get(SIXTEEN)
         if before is not None and not _near(first.cpu(), before):  # Zamba's shared transformer
-            raise ModelError(f"what is computed before {type(block).__name__} {number} is not known: the model cannot "
-                             "be measured block by block")  # fmt: skip
+            raise ModelError(
+                f"what is computed before {type(block).__name__} {number} is not known: the model cannot "
+                "be measured block by block"
+            )
         for quant in {variant.quant: None for variant in self.variants.values()}:
             packed = {path: weight.in_4_bit(quant, self.double_quant) for path, weight in here.items()}
             plain = {path: weight.parameter.data for path, weight in here.items()}
@@ -208,9 +212,7 @@ class _Behind:
         return hidden
 
 
-def tokens_at_once(
-    skeleton: nn.Module, lengths: Sequence[int], room_bytes: int, device_type: str, unknown: int
-) -> int:  # fmt: skip
+def tokens_at_once(skeleton: nn.Module, lengths: Sequence[int], room_bytes: int, device_type: str, unknown: int) -> int:
     """Return how many tokens of rows can go through a model's blocks together; at least the longest row.
 
     Args:
@@ -242,14 +244,16 @@ class StreamedBase:
     def __init__(self, recipe: Recipe, rows: int, watch: Watch | None = None):
         m = recipe.model
         if m.quant not in FOUR_BIT:
-            raise RecipeError(f"model.quant is {m.quant}, so that nothing is quantised: set it to nf4 to see what that "
-                              "costs")  # fmt: skip
+            raise RecipeError(
+                f"model.quant is {m.quant}, so that nothing is quantised: set it to nf4 to see what that costs"
+            )
         if not recipe.data.has_eval:
             raise RecipeError("there are no held-out rows to measure on: write data.eval or data.eval_share")
         files, part = locate(m.path, m.revision), read_part(m.path, m.revision)
         if stored_quantization(files.config):
-            raise ModelError(f"{m.path} is published packed, and what that cost cannot be measured without the 16-bit "
-                             "model")  # fmt: skip
+            raise ModelError(
+                f"{m.path} is published packed, and what that cost cannot be measured without the 16-bit model"
+            )
         check_kept(part.config, m.keep_16bit, m.path)
         self.recipe, self.watch, self.name = recipe, watch, files.name
         self.device, dtype = resolve_device(m.device), compute_dtype_of(recipe, resolve_device(m.device))
@@ -272,8 +276,9 @@ class StreamedBase:
         self.blocks, own = blocks(self.model), weights_of(self.model)
         paths = {id(block): path for path, block in self.model.named_modules()}
         self.block_paths = [paths[id(block)] for block in self.blocks]
-        self._in_block = [{path: weight for path, weight in own.items() if path.startswith(f"{block}.")}
-                          for block in self.block_paths]  # fmt: skip
+        self._in_block = [
+            {path: weight for path, weight in own.items() if path.startswith(f"{block}.")} for block in self.block_paths
+        ]
 
     def _room(self, skeleton: nn.Module) -> int:
         """Return the bytes that the device has for rows, beside the weights that are there at one time."""
@@ -334,8 +339,10 @@ class StreamedBase:
             done = partial(self._tell, what, count * len(self.blocks), total)
             here = _Pass(variants, self._in_block, self.recipe.model.double_quant, done)
             behind = _Behind(self.model, self.blocks)
-            handles = [block.register_forward_hook(partial(self._in_hook, here, number), with_kwargs=True, prepend=True)
-                       for number, block in enumerate(self.blocks)]  # fmt: skip
+            handles = [
+                block.register_forward_hook(partial(self._in_hook, here, number), with_kwargs=True, prepend=True)
+                for number, block in enumerate(self.blocks)
+            ]
             try:
                 expected = hidden_states(self.model, inputs)
             finally:
@@ -346,8 +353,10 @@ class StreamedBase:
             for name, state in here.ends():
                 last = behind(state.to(self.device))[0, :tokens]
                 if name == SIXTEEN and not _near(last, expected):
-                    raise ModelError(f"what {type(self.model).__name__} does behind its blocks is not known: it cannot "
-                                     "be measured block by block")  # fmt: skip
+                    raise ModelError(
+                        f"what {type(self.model).__name__} does behind its blocks is not known: it cannot "
+                        "be measured block by block"
+                    )
                 hidden.setdefault(name, []).append(last[inputs.learned].cpu())
             targets.append(inputs.targets.cpu())
         return self._compared({name: torch.cat(parts) for name, parts in hidden.items()}, torch.cat(targets))
@@ -367,8 +376,10 @@ class StreamedBase:
         needed, free = variants * width * states * self.dtype.itemsize, free_bytes(torch.device("cpu"))
         if needed > HOST_SHARE * free:
             fitting = int(len(self.examples) * HOST_SHARE * free / needed)
-            raise DoesNotFitError(f"the hidden states of {variants} models on {len(self.examples)} rows have no room "
-                                  f"in host memory: --rows {max(1, fitting)}")  # fmt: skip
+            raise DoesNotFitError(
+                f"the hidden states of {variants} models on {len(self.examples)} rows have no room "
+                f"in host memory: --rows {max(1, fitting)}"
+            )
 
     def _compared(self, hidden: Mapping[str, torch.Tensor], targets: torch.Tensor) -> dict[str, dict[str, float]]:
         """Return loss and KL(16 bit || variant) of hidden states [N, D] by name."""

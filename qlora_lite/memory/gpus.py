@@ -49,9 +49,17 @@ NO_MEANING = re.compile(
 # Between GPUs, bytes a second in one direction: PCIe with 16 lanes; the bridge of an RTX 3090; NVLink of an A100 and an
 # H100 by their datasheets; networks by their names.
 LINKS = {
-    "pcie3": 15.8e9, "pcie4": 31.5e9, "pcie5": 63e9, "nvlink": 56.25e9, "nvlink-a100": 300e9, "nvlink-h100": 450e9,
-    "ethernet-10g": 1.25e9, "ethernet-25g": 3.125e9, "ethernet-100g": 12.5e9, "infiniband-400g": 50e9,
-}  # fmt: skip
+    "pcie3": 15.8e9,
+    "pcie4": 31.5e9,
+    "pcie5": 63e9,
+    "nvlink": 56.25e9,
+    "nvlink-a100": 300e9,
+    "nvlink-h100": 450e9,
+    "ethernet-10g": 1.25e9,
+    "ethernet-25g": 3.125e9,
+    "ethernet-100g": 12.5e9,
+    "infiniband-400g": 50e9,
+}
 LINK, NETWORK = "pcie4", "ethernet-10g"  # of GPUs, and of machines, of which nothing is said
 REACHED = 0.8  # of a link's rate, as large copies usually do; assumed
 
@@ -113,9 +121,15 @@ def fastest_type(compute_capability: tuple[int, int]) -> str:
 
 
 def _gpu(
-    name: str, box_gib: int, memory: str, gigabytes_per_second: float, teraflops: float, pcie: str, capability: str,
+    name: str,
+    box_gib: int,
+    memory: str,
+    gigabytes_per_second: float,
+    teraflops: float,
+    pcie: str,
+    capability: str,
     float32_teraflops: float | None = None,
-) -> Gpu:  # fmt: skip
+) -> Gpu:
     """Build a GPU from its line in the table: memory is "source MiB", pcie "generation x lanes"."""
     source, _, mib = memory.partition(" ")
     box_bytes = box_gib * 2**30
@@ -124,85 +138,92 @@ def _gpu(
     link_bytes_per_second = PCIE_TRANSFERS_PER_SECOND[generation] * lanes * 128 / 130 / 8
     major, minor = map(int, capability.split("."))
     return Gpu(
-        name, box_gib, memory_bytes, source, gigabytes_per_second * 1e9, teraflops * 1e12,
-        PCIE_REACHED * link_bytes_per_second, (major, minor), float32_teraflops and float32_teraflops * 1e12,
-    )  # fmt: skip
+        name,
+        box_gib,
+        memory_bytes,
+        source,
+        gigabytes_per_second * 1e9,
+        teraflops * 1e12,
+        PCIE_REACHED * link_bytes_per_second,
+        (major, minor),
+        float32_teraflops and float32_teraflops * 1e12,
+    )
 
 
 GPUS = (
     #     name               box  torch's total MiB  GB/s   TFLOP/s  PCIe  capability (and TFLOP/s in float32)
-    _gpu("GTX 1080 Ti",       11, "reported 11172",  484,   11.3, "3x16", "6.1"),
-    _gpu("RTX 2060 6GB",       6, "reported 5918",   336,   25.8, "3x16", "7.5", 6.5),
-    _gpu("RTX 2060 12GB",     12, "rule",            336,   28.7, "3x16", "7.5", 7.2),
-    _gpu("RTX 2070",           8, "sibling 7753",    448,   29.9, "3x16", "7.5", 7.5),  # RTX 3070
-    _gpu("RTX 2080 Ti",       11, "reported 11012",  616,   53.8, "3x16", "7.5", 13.4),
-    _gpu("RTX 3050",           8, "sibling 7753",    224,   18.2, "4x8",  "8.6"),   # RTX 3070
-    _gpu("RTX 3060",          12, "reported 12028",  360,   25.6, "4x16", "8.6"),
-    _gpu("RTX 3060 Ti",        8, "sibling 7753",    448,   32.4, "4x16", "8.6"),   # RTX 3070
-    _gpu("RTX 3070",           8, "reported 7753",   448,   40.6, "4x16", "8.6"),
-    _gpu("RTX 3070 Ti",        8, "sibling 7753",    608,   43.5, "4x16", "8.6"),   # RTX 3070
-    _gpu("RTX 3080 10GB",     10, "reported 10002",  760,   59.5, "4x16", "8.6"),
-    _gpu("RTX 3080 12GB",     12, "sibling 12028",   912,   61.3, "4x16", "8.6"),   # RTX 3060
-    _gpu("RTX 3080 Ti",       12, "sibling 12028",   912,   68.2, "4x16", "8.6"),   # RTX 3060
-    _gpu("RTX 3090",          24, "sibling 24110",   936,   71.0, "4x16", "8.6"),   # RTX 3090 Ti; reported 24252
-    _gpu("RTX 3090 Ti",       24, "reported 24110", 1008,   80.0, "4x16", "8.6"),
-    _gpu("RTX 3060 Laptop",    6, "rule",            336,   26.2, "4x16", "8.6"),
-    _gpu("RTX 3070 Laptop",    8, "rule",            448,   33.2, "4x16", "8.6"),
-    _gpu("RTX 3080 Laptop 8GB", 8, "rule",           448,   42.0, "4x16", "8.6"),
-    _gpu("RTX 3080 Laptop 16GB", 16, "rule",         448,   42.0, "4x16", "8.6"),
-    _gpu("RTX 4050 Laptop",    6, "rule",            192,   24.3, "4x8",  "8.9"),
-    _gpu("RTX 4060 Laptop",    8, "rule",            256,   29.1, "4x8",  "8.9"),
-    _gpu("RTX 4070 Laptop",    8, "rule",            256,   40.1, "4x8",  "8.9"),
-    _gpu("RTX 4080 Laptop",   12, "rule",            432,   67.7, "4x16", "8.9"),
-    _gpu("RTX 4090 Laptop",   16, "rule",            576,   79.4, "4x16", "8.9"),
-    _gpu("RTX 4060",           8, "sibling 7806",    272,   30.2, "4x8",  "8.9"),   # RTX 4060 Ti; reported 7807
-    _gpu("RTX 4060 Ti 8GB",    8, "reported 7806",   288,   44.1, "4x8",  "8.9"),
-    _gpu("RTX 4060 Ti 16GB",  16, "reported 15945",  288,   44.1, "4x8",  "8.9"),
-    _gpu("RTX 4070",          12, "reported 11994",  504,   58.3, "4x16", "8.9"),
-    _gpu("RTX 4070 Super",    12, "sibling 11994",   504,   71.0, "4x16", "8.9"),   # RTX 4070
-    _gpu("RTX 4070 Ti",       12, "sibling 11994",   504,   80.2, "4x16", "8.9"),   # RTX 4070; reported 12007
-    _gpu("RTX 4070 Ti Super", 16, "sibling 15945",   672,   88.2, "4x16", "8.9"),   # RTX 4060 Ti; reported 16069
-    _gpu("RTX 4080",          16, "sibling 15945",   717,   97.5, "4x16", "8.9"),   # RTX 4060 Ti 16GB
-    _gpu("RTX 4080 Super",    16, "sibling 15945",   736,  104.4, "4x16", "8.9"),   # RTX 4060 Ti 16GB
-    _gpu("RTX 4090",          24, "reported 24074", 1008,  165.2, "4x16", "8.9"),
-    _gpu("RTX 5050",           8, "rule",            320,   26.3, "5x8",  "12.0"),
-    _gpu("RTX 5060",           8, "rule",            448,   38.4, "5x8",  "12.0"),
-    _gpu("RTX 5060 Ti 8GB",    8, "rule",            448,   47.4, "5x8",  "12.0"),
-    _gpu("RTX 5060 Ti 16GB",  16, "reported 15848",  448,   47.4, "5x8",  "12.0"),
-    _gpu("RTX 5070",          12, "rule",            672,   61.7, "5x16", "12.0"),
-    _gpu("RTX 5070 Ti",       16, "sibling 15848",   896,   87.9, "5x16", "12.0"),  # RTX 5060 Ti 16GB
-    _gpu("RTX 5080",          16, "sibling 15848",   960,  112.6, "5x16", "12.0"),  # RTX 5060 Ti 16GB
-    _gpu("RTX 5090",          32, "reported 32119", 1792,  209.5, "5x16", "12.0"),
-    _gpu("RTX 5060 Laptop",    8, "rule",            384,   26.8, "5x8",  "12.0"),
-    _gpu("RTX 5070 Laptop",    8, "rule",            384,   49.9, "5x8",  "12.0"),
-    _gpu("RTX 5070 Ti Laptop", 12, "rule",           672,   62.0, "5x16", "12.0"),
-    _gpu("RTX 5080 Laptop",   16, "rule",            896,   83.4, "5x16", "12.0"),
-    _gpu("RTX 5090 Laptop",   24, "rule",            896,  114.0, "5x16", "12.0"),
-    _gpu("RTX A4000",         16, "reported 16117",  448,   76.7, "4x16", "8.6"),   # workstation GPUs are sold with
-    _gpu("RTX A5000",         24, "reported 24248",  768,  111.1, "4x16", "8.6"),   # error correction off; where it
-    _gpu("RTX A6000",         48, "reported 48569",  768,  154.8, "4x16", "8.6"),   # is on, a sixteenth is missing
-    _gpu("RTX 4000 Ada",      20, "rule",            360,  106.9, "4x16", "8.9"),
-    _gpu("RTX 5000 Ada",      32, "rule",            576,  261.1, "4x16", "8.9"),
-    _gpu("RTX 6000 Ada",      48, "reported 48520",  960,  364.2, "4x16", "8.9"),
+    _gpu("GTX 1080 Ti", 11, "reported 11172", 484, 11.3, "3x16", "6.1"),
+    _gpu("RTX 2060 6GB", 6, "reported 5918", 336, 25.8, "3x16", "7.5", 6.5),
+    _gpu("RTX 2060 12GB", 12, "rule", 336, 28.7, "3x16", "7.5", 7.2),
+    _gpu("RTX 2070", 8, "sibling 7753", 448, 29.9, "3x16", "7.5", 7.5),  # RTX 3070
+    _gpu("RTX 2080 Ti", 11, "reported 11012", 616, 53.8, "3x16", "7.5", 13.4),
+    _gpu("RTX 3050", 8, "sibling 7753", 224, 18.2, "4x8", "8.6"),  # RTX 3070
+    _gpu("RTX 3060", 12, "reported 12028", 360, 25.6, "4x16", "8.6"),
+    _gpu("RTX 3060 Ti", 8, "sibling 7753", 448, 32.4, "4x16", "8.6"),  # RTX 3070
+    _gpu("RTX 3070", 8, "reported 7753", 448, 40.6, "4x16", "8.6"),
+    _gpu("RTX 3070 Ti", 8, "sibling 7753", 608, 43.5, "4x16", "8.6"),  # RTX 3070
+    _gpu("RTX 3080 10GB", 10, "reported 10002", 760, 59.5, "4x16", "8.6"),
+    _gpu("RTX 3080 12GB", 12, "sibling 12028", 912, 61.3, "4x16", "8.6"),  # RTX 3060
+    _gpu("RTX 3080 Ti", 12, "sibling 12028", 912, 68.2, "4x16", "8.6"),  # RTX 3060
+    _gpu("RTX 3090", 24, "sibling 24110", 936, 71.0, "4x16", "8.6"),  # RTX 3090 Ti; reported 24252
+    _gpu("RTX 3090 Ti", 24, "reported 24110", 1008, 80.0, "4x16", "8.6"),
+    _gpu("RTX 3060 Laptop", 6, "rule", 336, 26.2, "4x16", "8.6"),
+    _gpu("RTX 3070 Laptop", 8, "rule", 448, 33.2, "4x16", "8.6"),
+    _gpu("RTX 3080 Laptop 8GB", 8, "rule", 448, 42.0, "4x16", "8.6"),
+    _gpu("RTX 3080 Laptop 16GB", 16, "rule", 448, 42.0, "4x16", "8.6"),
+    _gpu("RTX 4050 Laptop", 6, "rule", 192, 24.3, "4x8", "8.9"),
+    _gpu("RTX 4060 Laptop", 8, "rule", 256, 29.1, "4x8", "8.9"),
+    _gpu("RTX 4070 Laptop", 8, "rule", 256, 40.1, "4x8", "8.9"),
+    _gpu("RTX 4080 Laptop", 12, "rule", 432, 67.7, "4x16", "8.9"),
+    _gpu("RTX 4090 Laptop", 16, "rule", 576, 79.4, "4x16", "8.9"),
+    _gpu("RTX 4060", 8, "sibling 7806", 272, 30.2, "4x8", "8.9"),  # RTX 4060 Ti; reported 7807
+    _gpu("RTX 4060 Ti 8GB", 8, "reported 7806", 288, 44.1, "4x8", "8.9"),
+    _gpu("RTX 4060 Ti 16GB", 16, "reported 15945", 288, 44.1, "4x8", "8.9"),
+    _gpu("RTX 4070", 12, "reported 11994", 504, 58.3, "4x16", "8.9"),
+    _gpu("RTX 4070 Super", 12, "sibling 11994", 504, 71.0, "4x16", "8.9"),  # RTX 4070
+    _gpu("RTX 4070 Ti", 12, "sibling 11994", 504, 80.2, "4x16", "8.9"),  # RTX 4070; reported 12007
+    _gpu("RTX 4070 Ti Super", 16, "sibling 15945", 672, 88.2, "4x16", "8.9"),  # RTX 4060 Ti; reported 16069
+    _gpu("RTX 4080", 16, "sibling 15945", 717, 97.5, "4x16", "8.9"),  # RTX 4060 Ti 16GB
+    _gpu("RTX 4080 Super", 16, "sibling 15945", 736, 104.4, "4x16", "8.9"),  # RTX 4060 Ti 16GB
+    _gpu("RTX 4090", 24, "reported 24074", 1008, 165.2, "4x16", "8.9"),
+    _gpu("RTX 5050", 8, "rule", 320, 26.3, "5x8", "12.0"),
+    _gpu("RTX 5060", 8, "rule", 448, 38.4, "5x8", "12.0"),
+    _gpu("RTX 5060 Ti 8GB", 8, "rule", 448, 47.4, "5x8", "12.0"),
+    _gpu("RTX 5060 Ti 16GB", 16, "reported 15848", 448, 47.4, "5x8", "12.0"),
+    _gpu("RTX 5070", 12, "rule", 672, 61.7, "5x16", "12.0"),
+    _gpu("RTX 5070 Ti", 16, "sibling 15848", 896, 87.9, "5x16", "12.0"),  # RTX 5060 Ti 16GB
+    _gpu("RTX 5080", 16, "sibling 15848", 960, 112.6, "5x16", "12.0"),  # RTX 5060 Ti 16GB
+    _gpu("RTX 5090", 32, "reported 32119", 1792, 209.5, "5x16", "12.0"),
+    _gpu("RTX 5060 Laptop", 8, "rule", 384, 26.8, "5x8", "12.0"),
+    _gpu("RTX 5070 Laptop", 8, "rule", 384, 49.9, "5x8", "12.0"),
+    _gpu("RTX 5070 Ti Laptop", 12, "rule", 672, 62.0, "5x16", "12.0"),
+    _gpu("RTX 5080 Laptop", 16, "rule", 896, 83.4, "5x16", "12.0"),
+    _gpu("RTX 5090 Laptop", 24, "rule", 896, 114.0, "5x16", "12.0"),
+    _gpu("RTX A4000", 16, "reported 16117", 448, 76.7, "4x16", "8.6"),  # workstation GPUs are sold with
+    _gpu("RTX A5000", 24, "reported 24248", 768, 111.1, "4x16", "8.6"),  # error correction off; where it
+    _gpu("RTX A6000", 48, "reported 48569", 768, 154.8, "4x16", "8.6"),  # is on, a sixteenth is missing
+    _gpu("RTX 4000 Ada", 20, "rule", 360, 106.9, "4x16", "8.9"),
+    _gpu("RTX 5000 Ada", 32, "rule", 576, 261.1, "4x16", "8.9"),
+    _gpu("RTX 6000 Ada", 48, "reported 48520", 960, 364.2, "4x16", "8.9"),
     _gpu("RTX PRO 6000 Blackwell", 96, "reported 97249", 1792, 500.0, "5x16", "12.0"),
-    _gpu("GB10",             128, "reported 122572", 273,  125.0, "5x16", "12.1"),  # the host's own memory: no bus
-    _gpu("Tesla P100",        16, "reported 16269",  732,    9.3, "3x16", "6.0"),
-    _gpu("Tesla V100 16GB",   16, "reported 16130",  900,  112.0, "3x16", "7.0", 14.0),
-    _gpu("Tesla V100 32GB",   32, "reported 32494",  900,  112.0, "3x16", "7.0", 14.0),
-    _gpu("Tesla T4",          16, "reported 14912",  320,   65.0, "3x16", "7.5", 8.1),
-    _gpu("A10",               24, "sibling 22515",   600,  125.0, "4x16", "8.6"),   # A10G
-    _gpu("A10G",              24, "reported 22515",  600,   70.0, "4x16", "8.6"),
-    _gpu("L4",                24, "reported 22563",  300,  121.0, "4x16", "8.9"),
-    _gpu("A40",               48, "reported 45416",  696,  149.7, "4x16", "8.6"),
-    _gpu("L40",               48, "sibling 45457",   864,  181.0, "4x16", "8.9"),   # L40S
-    _gpu("L40S",              48, "reported 45457",  864,  362.0, "4x16", "8.9"),
-    _gpu("A100 40GB",         40, "reported 40441", 1555,  312.0, "4x16", "8.0"),
-    _gpu("A100 80GB",         80, "reported 81050", 2039,  312.0, "4x16", "8.0"),
-    _gpu("H100",              80, "reported 81079", 3350,  989.0, "5x16", "9.0"),
-    _gpu("H100 PCIe",         80, "sibling 81079",  2000,  756.0, "5x16", "9.0"),   # H100
-    _gpu("H200",             141, "reported 143052", 4800, 989.0, "5x16", "9.0"),
-    _gpu("B200",             180, "reported 182630", 8000, 2250.0, "5x16", "10.0"),
-)  # fmt: skip
+    _gpu("GB10", 128, "reported 122572", 273, 125.0, "5x16", "12.1"),  # the host's own memory: no bus
+    _gpu("Tesla P100", 16, "reported 16269", 732, 9.3, "3x16", "6.0"),
+    _gpu("Tesla V100 16GB", 16, "reported 16130", 900, 112.0, "3x16", "7.0", 14.0),
+    _gpu("Tesla V100 32GB", 32, "reported 32494", 900, 112.0, "3x16", "7.0", 14.0),
+    _gpu("Tesla T4", 16, "reported 14912", 320, 65.0, "3x16", "7.5", 8.1),
+    _gpu("A10", 24, "sibling 22515", 600, 125.0, "4x16", "8.6"),  # A10G
+    _gpu("A10G", 24, "reported 22515", 600, 70.0, "4x16", "8.6"),
+    _gpu("L4", 24, "reported 22563", 300, 121.0, "4x16", "8.9"),
+    _gpu("A40", 48, "reported 45416", 696, 149.7, "4x16", "8.6"),
+    _gpu("L40", 48, "sibling 45457", 864, 181.0, "4x16", "8.9"),  # L40S
+    _gpu("L40S", 48, "reported 45457", 864, 362.0, "4x16", "8.9"),
+    _gpu("A100 40GB", 40, "reported 40441", 1555, 312.0, "4x16", "8.0"),
+    _gpu("A100 80GB", 80, "reported 81050", 2039, 312.0, "4x16", "8.0"),
+    _gpu("H100", 80, "reported 81079", 3350, 989.0, "5x16", "9.0"),
+    _gpu("H100 PCIe", 80, "sibling 81079", 2000, 756.0, "5x16", "9.0"),  # H100
+    _gpu("H200", 141, "reported 143052", 4800, 989.0, "5x16", "9.0"),
+    _gpu("B200", 180, "reported 182630", 8000, 2250.0, "5x16", "10.0"),
+)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -231,10 +252,8 @@ def slowest_gpu(memory_bytes: int) -> Gpu:
     """Return the slowest GPU with bfloat16 among those whose size is nearest to so much memory."""
     return min(
         GPUS,
-        key=lambda gpu: (
-            gpu.trains_in != "bfloat16", abs(gpu.box_gib - memory_bytes / 2**30), gpu.flops_per_second
-        ),
-    )  # fmt: skip
+        key=lambda gpu: (gpu.trains_in != "bfloat16", abs(gpu.box_gib - memory_bytes / 2**30), gpu.flops_per_second),
+    )
 
 
 def _keys(gpu: Gpu) -> tuple[str, str]:

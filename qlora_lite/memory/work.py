@@ -88,19 +88,22 @@ def of_this_torch(kernels: dict[str, tuple[int, int]]) -> dict[str, tuple[int, i
     """Return those of the kernels of attention whose operators there are: their names are torch's own, not promised."""
     ends = "", "_backward"
     return {
-        name: numbers for name, numbers in kernels.items()
+        name: numbers
+        for name, numbers in kernels.items()
         if all(hasattr(_aten, f"_scaled_dot_product_{name}{end}") for end in ends)
-    }  # fmt: skip
+    }
 
 
 # The kernels of ``scaled_dot_product_attention``, and the number of the argument is_causal of the operators
 # ``_scaled_dot_product_KERNEL`` and ``..._backward``. In a plan a CPU's stands for a GPU's.
-FUSED_ATTENTION = of_this_torch({
-    "flash_attention": (4, 11),
-    "efficient_attention": (6, 11),
-    "cudnn_attention": (6, 14),
-    "flash_attention_for_cpu": (4, 7),
-})  # fmt: skip
+FUSED_ATTENTION = of_this_torch(
+    {
+        "flash_attention": (4, 11),
+        "efficient_attention": (6, 11),
+        "cudnn_attention": (6, 14),
+        "flash_attention_for_cpu": (4, 7),
+    }
+)
 _PRODUCTS = [(_aten.mm, _aten.bmm, _aten._grouped_mm), (_aten.addmm, _aten.addmm_, _aten.baddbmm, _aten.baddbmm_)]
 # FLOPs of an operator's call. torch's table lacks the operators that add to a tensor in place and a CPU's flash
 # attention, counts what causal attention leaves out, and fails on grouped heads (torch 2.11).

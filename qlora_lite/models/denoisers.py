@@ -283,8 +283,13 @@ class PixArt(DenoiserModel):
             target = conditions.sizes[:, 4:].to(latents.dtype)
             added = {"resolution": target, "aspect_ratio": target[:, :1] / target[:, 1:]}
         predicted = self.denoiser(
-            latents, conditions.text, timesteps, added, encoder_attention_mask=conditions.mask, return_dict=False,
-        )[0]  # fmt: skip
+            latents,
+            conditions.text,
+            timesteps,
+            added,
+            encoder_attention_mask=conditions.mask,
+            return_dict=False,
+        )[0]
         return predicted[:, : latents.shape[1]]
 
 
@@ -332,9 +337,15 @@ class Flux(DenoiserModel):
         tokens = latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
         places = _grid(h // 2, w // 2, 3, latents)
         predicted = self.denoiser(
-            tokens, conditions.text, conditions.pooled, timesteps / TIMESTEPS, places,
-            places.new_zeros(conditions.text.shape[1], 3), _guidance(self, timesteps, conditions), return_dict=False,
-        )[0]  # fmt: skip
+            tokens,
+            conditions.text,
+            conditions.pooled,
+            timesteps / TIMESTEPS,
+            places,
+            places.new_zeros(conditions.text.shape[1], 3),
+            _guidance(self, timesteps, conditions),
+            return_dict=False,
+        )[0]
         return predicted.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
 
 
@@ -350,9 +361,14 @@ class Flux2(DenoiserModel):
         of_text = places.new_zeros(conditions.text.shape[1], 4)
         of_text[:, 3] = torch.arange(len(of_text), device=latents.device)
         predicted = self.denoiser(
-            latents.flatten(2).transpose(1, 2), conditions.text, timesteps / TIMESTEPS, places, of_text,
-            _guidance(self, timesteps, conditions), return_dict=False,
-        )[0]  # fmt: skip
+            latents.flatten(2).transpose(1, 2),
+            conditions.text,
+            timesteps / TIMESTEPS,
+            places,
+            of_text,
+            _guidance(self, timesteps, conditions),
+            return_dict=False,
+        )[0]
         return predicted.transpose(1, 2).reshape(n, c, h, w)
 
 
@@ -371,10 +387,14 @@ def _guidance(model: DenoiserModel, timesteps: torch.Tensor, conditions: Conditi
 
 
 DENOISERS: dict[str, type[DenoiserModel]] = {
-    "UNet2DConditionModel": UNet, "PixArtTransformer2DModel": PixArt, "SD3Transformer2DModel": StableDiffusion3,
-    "FluxTransformer2DModel": Flux, "Flux2Transformer2DModel": Flux2,
-    "DiTTransformer2DModel": DiT, "UNet2DModel": ClassUNet,
-}  # fmt: skip
+    "UNet2DConditionModel": UNet,
+    "PixArtTransformer2DModel": PixArt,
+    "SD3Transformer2DModel": StableDiffusion3,
+    "FluxTransformer2DModel": Flux,
+    "Flux2Transformer2DModel": Flux2,
+    "DiTTransformer2DModel": DiT,
+    "UNet2DModel": ClassUNet,
+}
 _ALIKE = PixArt, Flux, Flux2
 
 
@@ -412,8 +432,9 @@ def _read_config(folder: Path) -> dict:
     try:
         said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} has no {CONFIG} of a denoiser ({error}); give the folder transformer or unet of a "
-                         "pipeline") from error  # fmt: skip
+        raise ModelError(
+            f"{folder} has no {CONFIG} of a denoiser ({error}); give the folder transformer or unet of a pipeline"
+        ) from error
     refuse_sizes(folder, said)
     return said
 
@@ -528,8 +549,10 @@ def load_denoiser(folder: str | Path, spec: DenoiserSpec) -> DenoiserModel:
     if missing or wrong:
         listed = wrong + [f"no {name}" for name in sorted(missing)]
         more = f" and {len(listed) - _SHOWN} others" if len(listed) > _SHOWN else ""
-        raise ModelError(f"the files of {folder} are not those of its {CONFIG}: they hold "
-                         f"{'; '.join(listed[:_SHOWN])}{more}; fetch the folder again")  # fmt: skip
+        raise ModelError(
+            f"the files of {folder} are not those of its {CONFIG}: they hold "
+            f"{'; '.join(listed[:_SHOWN])}{more}; fetch the folder again"
+        )
     return model.eval()
 
 

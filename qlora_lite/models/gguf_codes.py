@@ -49,15 +49,20 @@ def kept_formats(files: ModelFiles, config) -> Formats:
     found = {path: kinds[f"{path}.weight"] for path in linear_layers(skeleton)}
     formats = tuple((path, kind) for path, kind in found.items() if kind in GGUF_BLOCKS)
     if not formats:
-        raise ModelError(f"{_KEEP}, and {files.name} has none in its linear layers that is known here (its types are "
-                         f"{', '.join(sorted({*found.values()}))}); write nf4, fp4 or none")  # fmt: skip
+        raise ModelError(
+            f"{_KEEP}, and {files.name} has none in its linear layers that is known here (its types are "
+            f"{', '.join(sorted({*found.values()}))}); write nf4, fp4 or none"
+        )
     return formats
 
 
 def read_codes(
-    files: ModelFiles, config, formats: Formats, dtype: torch.dtype,
+    files: ModelFiles,
+    config,
+    formats: Formats,
+    dtype: torch.dtype,
     put: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     """Return a model's tensors on the host: codes of the layers with formats, and what else there is in a type.
 
     Args:
@@ -91,8 +96,10 @@ def _contents(files: ModelFiles, skeleton: nn.Module) -> tuple[GgufNames, Mappin
     """Return the names of a file's family, the parameter by the name in the file, and the header."""
     config, path = skeleton.config, files.weights[0]
     if config.model_type not in ARCHITECTURES:
-        raise ModelError(f"{_KEEP} of one of the families {', '.join(ARCHITECTURES)}, and {files.name} is a "
-                         f"{config.model_type}; write nf4, fp4 or none")  # fmt: skip
+        raise ModelError(
+            f"{_KEEP} of one of the families {', '.join(ARCHITECTURES)}, and {files.name} is a "
+            f"{config.model_type}; write nf4, fp4 or none"
+        )
     names, header, wanted = gguf_names(config), read_header(path), skeleton.state_dict()
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)

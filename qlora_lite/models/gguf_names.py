@@ -20,9 +20,14 @@ import torch
 from qlora_lite.errors import ModelError
 
 ARCHITECTURES = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-    "gemma3_text": "gemma3", "phi3": "phi3",
-}  # fmt: skip
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
 REORDERED = ("llama",)
 PLUS_ONE = ("gemma2", "gemma3")
 

@@ -25,17 +25,29 @@ SCALING, SCALING_TYPE, LOCAL_THETA = "rope.scaling.", "rope.scaling.type", "rope
 # rope_type -> setting of transformers -> key behind SCALING
 SCALINGS = {
     "linear": {"factor": "factor"},
-    "yarn": {"factor": "factor", "original_max_position_embeddings": "original_context_length",
-             "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"},
-}  # fmt: skip
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context_length",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
+    },
+}
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")  # both worlds call them so
 # Keys that scale something for which there is no setting here -> the values that change nothing.
 REFUSED = {
-    "rope.scaling.attn_factor": (1.0,), "rope.scaling.yarn_attn_factor": (1.0,), "rope.scaling.alpha": (0.0,),
-    "rope.scaling.yarn_ext_factor": (1.0, -1.0), "rope.scaling.yarn_log_multiplier": (0.0,), "attention.scale": (0.0,),
-    "attention.output_scale": (0.0, 1.0), "attention.temperature_scale": (0.0,), "attention.clamp_kqv": (0.0,),
-    "logit_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0),
-}  # fmt: skip
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.alpha": (0.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.temperature_scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+}
 KNOWN = {SCALING_TYPE, f"{SCALING}finetuned", *REFUSED, *(SCALING + key for key in SCALINGS["yarn"].values())}
 ACTIVATIONS = {"silu": ("llama", "qwen2", "qwen3", "phi3"), "gelu_pytorch_tanh": ("gemma2", "gemma3")}
 # Every how many blocks one attends to everything; llama.cpp has these numbers in its code.
@@ -129,8 +141,10 @@ def as_the_file_says(config, path: Path):
     refused += [name for name in header.tensors if name.startswith("rope_factors_")]
     refused += _take_rope(config, said, _factors(header, path)) + _take_attention(config, said)
     if refused:
-        raise ModelError(f"{path} says {', '.join(refused)}, for which its model has no setting here; take the model's "
-                         "safetensors instead of the GGUF file")  # fmt: skip
+        raise ModelError(
+            f"{path} says {', '.join(refused)}, for which its model has no setting here; take the model's "
+            "safetensors instead of the GGUF file"
+        )
     return config
 
 

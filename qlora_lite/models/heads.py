@@ -67,8 +67,10 @@ def with_head(part: LanguagePart, head: Head | None) -> LanguagePart:
         _describe(config, head)
         return replace(part, config=config)
     if part.whole is not None or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ModelError(f"transformers has no model of the type {config.model_type} for sequence classification; "
-                         "choose another model")  # fmt: skip
+        raise ModelError(
+            f"transformers has no model of the type {config.model_type} for sequence classification; "
+            "choose another model"
+        )
     _describe(config, head)
     return replace(part, config=config)
 

@@ -62,7 +62,9 @@ def check_kept(config, patterns: Sequence[str], name: str) -> None:
     kept = choose_layers(layers, experts, targets, in_blocks(model), setting)
     if hasattr(config, "quantization_config"):
         if missing := sorted(kept.keys() - left_out((*layers, *experts), config)):
-            raise ModelError(f"{setting}: {name} is published with {len(missing)} of these layers packed, such as "
-                             f"{missing[0]}: leave them out, or use the 16-bit model")  # fmt: skip
+            raise ModelError(
+                f"{setting}: {name} is published with {len(missing)} of these layers packed, such as "
+                f"{missing[0]}: leave them out, or use the 16-bit model"
+            )
     elif not (layers.keys() & in_blocks(model) | experts.keys()) - kept.keys():
         raise ModelError(f"{setting} leaves no layer in 4 bit: that is model.quant none")

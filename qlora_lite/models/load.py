@@ -105,10 +105,13 @@ def missing_kernels(device: torch.device) -> str:
         return ""
     capability = torch.cuda.get_device_capability(device)
     for library, names, cure in (
-        (f"torch {torch.__version__}", torch.cuda.get_arch_list(),
-         "install a build for it from pytorch.org, such as one for {} CUDA"),
+        (
+            f"torch {torch.__version__}",
+            torch.cuda.get_arch_list(),
+            "install a build for it from pytorch.org, such as one for {} CUDA",
+        ),
         ("bitsandbytes", architectures(), "build it from source (huggingface.co/docs/bitsandbytes/installation)"),
-    ):  # fmt: skip
+    ):
         parts = [found.groups() for name in names if (found := _ARCHITECTURE.fullmatch(name))]
         built = [((int(major), int(minor)), kind, only) for kind, major, minor, only in parts]
         if built and not any(
@@ -116,8 +119,10 @@ def missing_kernels(device: torch.device) -> str:
             for own, kind, only in built
         ):
             other = "a later" if capability > max(built)[0] else "an earlier"
-            return (f"{library} has no kernels for {torch.cuda.get_device_name(device)}, compute capability "
-                    f"{capability[0]}.{capability[1]} (it has {', '.join(names)}): {cure.format(other)}")  # fmt: skip
+            return (
+                f"{library} has no kernels for {torch.cuda.get_device_name(device)}, compute capability "
+                f"{capability[0]}.{capability[1]} (it has {', '.join(names)}): {cure.format(other)}"
+            )
     return ""
 
 
@@ -155,8 +160,10 @@ def resolve_compute_dtype(name: str, device: torch.device, model_type: str = "")
         ModelError: it is bfloat16 on a CPU whose AMX torch's attention would use, and may not.
     """
     if name == "bfloat16" and device.type == "cpu" and _hides_avx512() and _cpu_capabilities().get("amx_bf16"):
-        raise ModelError("model.compute_dtype bfloat16: ATEN_CPU_CAPABILITY keeps torch from AVX-512, which its "
-                         "attention in bfloat16 needs on this CPU; unset it, or write float32")  # fmt: skip
+        raise ModelError(
+            "model.compute_dtype bfloat16: ATEN_CPU_CAPABILITY keeps torch from AVX-512, which its "
+            "attention in bfloat16 needs on this CPU; unset it, or write float32"
+        )
     if name != "auto":
         return getattr(torch, name)
     fast = fast_dtype(device)
@@ -180,11 +187,20 @@ def is_converted(config, quant: str, compute_dtype: torch.dtype) -> bool:
 
 
 def load_model(
-    path: str | Path, quant: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu", revision: str | None = None, use_cache: bool = True, quant_head: bool = False,
-    in_files: bool = False, keep_16bit: Sequence[str] = (), start: Start | None = None, head: Head | None = None,
+    path: str | Path,
+    quant: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    use_cache: bool = True,
+    quant_head: bool = False,
+    in_files: bool = False,
+    keep_16bit: Sequence[str] = (),
+    start: Start | None = None,
+    head: Head | None = None,
     with_vision: bool = False,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Load a causal language model, or one with a head for sequence classification, frozen, in training mode off.
 
     Args:
@@ -232,8 +248,12 @@ def load_model(
         if stored[0] == KEEP != quant:
             log.warning("%s is quantised already and keeps its codes: model.quant keep", path)
         elif stored != asked and quant != KEEP:
-            log.warning("%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
-                        path, stored[0], str(stored[1]).lower())  # fmt: skip
+            log.warning(
+                "%s is stored in 4 bit already and is taken as it is: model.quant %s, model.double_quant %s",
+                path,
+                stored[0],
+                str(stored[1]).lower(),
+            )
         quant, double_quant = stored
     if quant == KEEP:
         refuse_stored(start and start.kind, (KEEP, False))
@@ -265,8 +285,10 @@ def refuse_stored(start: str | None, stored: tuple[str, bool] | None) -> None:
     """
     if start and stored:
         what = "packed" if stored[0] == KEEP else f"in {stored[0]}"
-        raise ModelError(f"lora.start {start} needs the 16-bit weights, and the model's files have them {what}: "
-                         "name its 16-bit files in model.path, or set lora.start to kaiming")  # fmt: skip
+        raise ModelError(
+            f"lora.start {start} needs the 16-bit weights, and the model's files have them {what}: "
+            "name its 16-bit files in model.path, or set lora.start to kaiming"
+        )
 
 
 def name_of_base(files: ModelFiles, start: Start, quant: str, double_quant: bool) -> str:
@@ -279,9 +301,14 @@ def _with_quantization(start: Start, quant: str, double_quant: bool) -> dict:
 
 
 def entry_of(
-    files: ModelFiles, config, quant: str, double_quant: bool, dtype: torch.dtype, keep_16bit: Sequence[str] = (),
+    files: ModelFiles,
+    config,
+    quant: str,
+    double_quant: bool,
+    dtype: torch.dtype,
+    keep_16bit: Sequence[str] = (),
     start: Start | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Return the cache's folder of a model that is quantised, or split, here; arguments are those of ``load_model``.
 
     Args:
@@ -318,8 +345,10 @@ def _check_device(device: torch.device | str) -> None:
     except (RuntimeError, TypeError):
         raise ModelError(f"device is {device!r}; give cpu or cuda") from None
     if kind not in ("cpu", "cuda", "meta"):
-        raise ModelError(f"device is {kind}, which is not supported: memory is planned, counted and limited by torch's "
-                         "CUDA allocator; give cpu")  # fmt: skip
+        raise ModelError(
+            f"device is {kind}, which is not supported: memory is planned, counted and limited by torch's "
+            "CUDA allocator; give cpu"
+        )
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is cuda, but torch finds no CUDA device; see qlora-lite doctor")
     if kind == "cuda" and (torch.device(device).index or 0) >= (count := torch.cuda.device_count()):
@@ -329,8 +358,10 @@ def _check_device(device: torch.device | str) -> None:
 def _refuse_stored_experts(path: str, part: LanguagePart) -> None:
     """Refuse a 4-bit checkpoint of a mixture of experts before transformers makes room for its experts in 16 bit."""
     if any(projections(without_weights(part.config))):
-        raise ModelError(f"{path} is a 4-bit checkpoint of a mixture of experts, which transformers reads with experts "
-                         "in 16 bit, if at all; use the 16-bit model instead")  # fmt: skip
+        raise ModelError(
+            f"{path} is a 4-bit checkpoint of a mixture of experts, which transformers reads with experts "
+            "in 16 bit, if at all; use the 16-bit model instead"
+        )
 
 
 def adopt(model: nn.Module) -> nn.Module:
@@ -347,7 +378,7 @@ def adopt(model: nn.Module) -> nn.Module:
 
 def _load_quantized(
     files, part, config: QuantizeConfig, dtype, device, use_cache, in_files
-) -> tuple[nn.Module, First | None]:  # fmt: skip
+) -> tuple[nn.Module, First | None]:
     register()
     start, how = config.start, (config.quant_type, config.double_quant, dtype, config.keep_16bit, config.start)
     entry = entry_of(files, part.config, *how) if use_cache else None
@@ -423,8 +454,9 @@ def _has_room(part: LanguagePart, config: QuantizeConfig, dtype, device) -> bool
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if weights + stacked <= free_bytes(device) + cached:
         return True
-    log.info("the model is quantised in host memory: %s take %s more on the GPU for a moment", what,
-             format_bytes(stacked))  # fmt: skip
+    log.info(
+        "the model is quantised in host memory: %s take %s more on the GPU for a moment", what, format_bytes(stacked)
+    )
     return False
 
 
@@ -477,8 +509,11 @@ def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     transformers leaves those of a 4-bit checkpoint in that of its files. What it has in float32 in any model stays so.
     """
-    others = {name: weight for name, weight in model.named_parameters()
-              if weight.is_floating_point() and weight.dtype != dtype}  # fmt: skip
+    others = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.dtype != dtype
+    }
     if others:
         planned = dict(without_weights(model.config, dtype=dtype).named_parameters())
         for name, weight in others.items():
@@ -497,7 +532,7 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
 
 def _from_pretrained(
     files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, state=None
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     if state is None and files.gguf_file and part.config.model_type in ARCHITECTURES:
         state = read_codes(files, part.config, (), dtype)
     extra = {"quantization_config": quantization_config} if quantization_config else {}
@@ -514,9 +549,12 @@ def _from_pretrained(
     try:
         with _without_report():
             model, info = load(
-                dtype=dtype, device_map={"": device}, output_loading_info=True,
-                ignore_mismatched_sizes=True, **extra,
-            )  # fmt: skip
+                dtype=dtype,
+                device_map={"": device},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **extra,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"cannot load {files.name}: {first_line(error)}") from error
     if problems := getattr(getattr(model, "hf_quantizer", None), "problems", None):
@@ -533,8 +571,13 @@ def _from_pretrained(
             f"{files.name}: {counted(len(missing) + len(broken), 'weight')} missing or of another shape: {shown}"
         )
     if (unused := sorted(info["unexpected_keys"])) and not ("key_mapping" in extra or is_headed):
-        log.warning("%s: %d weights of its files have no place in the model that its config.json describes, and are "
-                    "left out, first %s", files.name, len(unused), unused[0])  # fmt: skip
+        log.warning(
+            "%s: %d weights of its files have no place in the model that its config.json describes, and are "
+            "left out, first %s",
+            files.name,
+            len(unused),
+            unused[0],
+        )
     return model
 
 

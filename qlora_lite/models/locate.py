@@ -20,9 +20,14 @@ WHOLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES, HUB_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"], ["*.safetensors"]
 HUB_DOUBLES = ["consolidated*", "original/*"]  # the same weights again, in other layouts
 _LLAMA_LAYERS = {  # by their names in a GGUF file
-    "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
-    "ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj",
-}  # fmt: skip
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
 _OTHER_PARTS = {"token_embd", "output", "rope_freqs", "embed_tokens", "lm_head"}  # beside layers and norms
 
 
@@ -121,9 +126,12 @@ def _package_file(path: str) -> Path:
 
 
 def download(
-    name: str, revision: str | None, with_weights: bool, weights: Sequence[str] = HUB_WEIGHTS,
+    name: str,
+    revision: str | None,
+    with_weights: bool,
+    weights: Sequence[str] = HUB_WEIGHTS,
     doubles: Sequence[str] = HUB_DOUBLES,
-) -> Path:  # fmt: skip
+) -> Path:
     """Return the folder in the hub's cache that holds a hub model, of which what is missing is downloaded.
 
     Args:

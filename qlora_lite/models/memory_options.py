@@ -102,9 +102,12 @@ class MemoryOptions:
     def is_of_second_runs(self) -> bool:
         """Whether anything in it is of use only where blocks are recomputed."""
         return (
-            self.uncheckpointed_layers > 0 or self.layers_per_checkpoint > 1 or self.offload_checkpoints
-            or self.resident_layers is not None or (self.cache_dequantized and self.tile_tokens is None)
-        )  # fmt: skip
+            self.uncheckpointed_layers > 0
+            or self.layers_per_checkpoint > 1
+            or self.offload_checkpoints
+            or self.resident_layers is not None
+            or (self.cache_dequantized and self.tile_tokens is None)
+        )
 
     @property
     def allowed_kernels(self) -> tuple[str, ...]:
@@ -164,9 +167,14 @@ def memory_options_of(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def place(
-    model: nn.Module, device: torch.device, options: MemoryOptions, of_model: Sequence[nn.Module] | None = None,
-    trains_base: bool = False, ranks: Ranks | None = None, in_files: bool = True,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    device: torch.device,
+    options: MemoryOptions,
+    of_model: Sequence[nn.Module] | None = None,
+    trains_base: bool = False,
+    ranks: Ranks | None = None,
+    in_files: bool = True,
+) -> nn.Module:
     """Move a model from host memory to its device, but for what the memory options keep there; return it.
 
     Args:
@@ -197,9 +205,7 @@ def place(
     return model
 
 
-def _placement(
-    options: MemoryOptions, ranks: Ranks | None, are_in_files: bool, trains_base: bool
-) -> PlacementFactory:  # fmt: skip
+def _placement(options: MemoryOptions, ranks: Ranks | None, are_in_files: bool, trains_base: bool) -> PlacementFactory:
     if options.stream_from == "disk":
         return in_files
     if options.stream_from == "host" and options.shards.count == 1:
@@ -212,23 +218,28 @@ def _placement(
         if waits_on_host or len({*options.shards.weights}) > 1:
             raise ModelError(DIVIDED_ON_GPUS)
         return partial(TrainedOnAllRanks, ranks=found)
-    return partial(OnAllRanks, ranks=found, weights=options.shards.weights, in_host_memory=waits_on_host,
-                   in_files=are_in_files)  # fmt: skip
+    return partial(
+        OnAllRanks, ranks=found, weights=options.shards.weights, in_host_memory=waits_on_host, in_files=are_in_files
+    )
 
 
 def _place_tables(model: nn.Module, device: torch.device, options: MemoryOptions) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for key, table, on_host in (
-        ("embeddings", embedding, options.host_embeddings), ("head", head, options.host_head),
-    ):  # fmt: skip
+        ("embeddings", embedding, options.host_embeddings),
+        ("head", head, options.host_head),
+    ):
         if on_host and (table.weight.requires_grad or isinstance(table, EmbeddingWithRows | HeadWithRows)):
-            raise ModelError(f"memory.{key} host is for a frozen table, and this one is trained, or has rows that are "
-                             "(adapter.train_also, adapter.train_tokens): set it to device")  # fmt: skip
+            raise ModelError(
+                f"memory.{key} host is for a frozen table, and this one is trained, or has rows that are "
+                "(adapter.train_also, adapter.train_tokens): set it to device"
+            )
     if options.host_embeddings != options.host_head and head is not None and embedding.weight is head.weight:
         raise ModelError("the embeddings are also the head: set memory.embeddings and memory.head to the same")
     if options.host_head and not isinstance(head, nn.Linear):
-        raise ModelError(f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: "
-                         "set it to device")  # fmt: skip
+        raise ModelError(
+            f"memory.head host is for a 16-bit head, and this one is a {type(head).__name__}: set it to device"
+        )
     if options.host_embeddings:
         model.set_input_embeddings(HostEmbedding(embedding, device))
         _say_where_it_computes(model)
@@ -302,8 +313,10 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     # the operator that a compiler sees has no place for what is merged, see ``quant.product``
     merging = [layer for _, layer in lora_layers(model) if getattr(layer, "merging", None)]
     if options.compile and merging:
-        raise ModelError("train.compile would leave out the updates that layers merge into their weights: set it to "
-                         "false, or train.merge_aware to off")  # fmt: skip
+        raise ModelError(
+            "train.compile would leave out the updates that layers merge into their weights: set it to "
+            "false, or train.merge_aware to off"
+        )
     found = list(blocks(model) if of_model is None else of_model)
     streamed = options.streamed_of(len(found))
     if (
@@ -311,20 +324,28 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
         or (options.host_embeddings and not isinstance(model.get_input_embeddings(), HostEmbedding))
         or (options.host_head and not isinstance(model.get_output_embeddings(), HostHead))
     ):
-        raise ModelError("memory.resident_layers, and memory.embeddings or memory.head host, are for a model that was "
-                         "loaded so: call models.memory_options.place before training, or leave them out")  # fmt: skip
+        raise ModelError(
+            "memory.resident_layers, and memory.embeddings or memory.head host, are for a model that was "
+            "loaded so: call models.memory_options.place before training, or leave them out"
+        )
     if streamed and options.cache_merged and merging:
-        raise ModelError("merged weights are kept where weights are not streamed: set memory.cache_merged to false, "
-                         "or memory.resident_layers to all")  # fmt: skip
+        raise ModelError(
+            "merged weights are kept where weights are not streamed: set memory.cache_merged to false, "
+            "or memory.resident_layers to all"
+        )
     for layer in merging:
         layer.caches_merged = options.cache_merged
     checkpointed = max(0, len(found) - options.uncheckpointed_layers) if options.recomputes else 0
     if streamed and options.recomputes and options.layers_per_checkpoint > 1:
-        raise ModelError("streamed blocks are recomputed one by one: set memory.layers_per_checkpoint to 1, or "
-                         "memory.resident_layers to all")  # fmt: skip
+        raise ModelError(
+            "streamed blocks are recomputed one by one: set memory.layers_per_checkpoint to 1, or "
+            "memory.resident_layers to all"
+        )
     if checkpointed < streamed:
-        raise ModelError("streamed blocks cannot keep their activations: raise memory.resident_layers, or lower "
-                         "memory.uncheckpointed_layers with memory.checkpointing=block or selective")  # fmt: skip
+        raise ModelError(
+            "streamed blocks cannot keep their activations: raise memory.resident_layers, or lower "
+            "memory.uncheckpointed_layers with memory.checkpointing=block or selective"
+        )
     parameters = list(model.parameters())
     trained = next((p for p in parameters if p.requires_grad), parameters[-1])  # the last one stands outside of blocks
     device = device_of(model) if of_model is None else trained.device
@@ -344,8 +365,9 @@ def set_memory_options(model: nn.Module, options: MemoryOptions, of_model: Seque
     outside = [decoder(model)] if of_model is None else []  # of blocks
     tiled = sum(_set_tiles(module, options, skipping) for module in (*outside, *found))
     if options.tile_tokens and not tiled:
-        raise ModelError(f"{type(model).__name__} has no part that is known to work token by token: "
-                         "set memory.tile_tokens to off")  # fmt: skip
+        raise ModelError(
+            f"{type(model).__name__} has no part that is known to work token by token: set memory.tile_tokens to off"
+        )
 
 
 def _run_blocks(model: nn.Module, found: Sequence[nn.Module], calls: Mapping[nn.Module, Callable]) -> None:

@@ -158,17 +158,25 @@ class Merged:
     @property
     def has_new_tokens(self) -> bool:
         """Whether tables are longer than the base's."""
-        return any(self.entries(torch.float32)[stored][1][:1] > shape[:1]
-                   for stored, (_, shape) in self.base.entries.items() if self._tokens(stored))  # fmt: skip
+        return any(
+            self.entries(torch.float32)[stored][1][:1] > shape[:1]
+            for stored, (_, shape) in self.base.entries.items()
+            if self._tokens(stored)
+        )
 
     def entries(self, dtype: torch.dtype) -> Entries:
         """Return dtype and shape of what ``weight`` gives for every stored name."""
         return {
-            stored: (dtype if kept.is_floating_point and stored not in self.in_float32 else kept,
-                     shape[::-1] if stored in self.base.packed and self._is_conv1d(stored) else
-                     (max([shape[0], *(token + 1 for token in self._tokens(stored))]), *shape[1:]) if shape else shape)
+            stored: (
+                dtype if kept.is_floating_point and stored not in self.in_float32 else kept,
+                shape[::-1]
+                if stored in self.base.packed and self._is_conv1d(stored)
+                else (max([shape[0], *(token + 1 for token in self._tokens(stored))]), *shape[1:])
+                if shape
+                else shape,
+            )
             for stored, (kept, shape) in self.base.entries.items()
-        }  # fmt: skip
+        }
 
     def _tokens(self, stored: str) -> tuple[int, ...]:
         """Return the tokens that have rows of their own in a table."""
@@ -238,9 +246,13 @@ class Merged:
 
 
 def open_merged(
-    files: ModelFiles, skeleton: nn.Module, adapter: Adapter, onto: str, compute_dtype: torch.dtype,
+    files: ModelFiles,
+    skeleton: nn.Module,
+    adapter: Adapter,
+    onto: str,
+    compute_dtype: torch.dtype,
     packed: Mapping[str, Packed] | None = None,
-) -> Merged:  # fmt: skip
+) -> Merged:
     """Open a base model for merging.
 
     Args:
@@ -260,8 +272,11 @@ def open_merged(
     found |= {experts.path for experts in base.experts.values()}
     if missing := sorted(adapter.layers.keys() - found):
         raise ModelError(f"{files.name} stores no weight of its own for {len(missing)} adapted layers: {missing[:8]}")
-    tied = {path for path, parameter in skeleton.named_parameters(remove_duplicate=False)
-            if parameter is skeleton.get_input_embeddings().weight}  # fmt: skip
+    tied = {
+        path
+        for path, parameter in skeleton.named_parameters(remove_duplicate=False)
+        if parameter is skeleton.get_input_embeddings().weight
+    }
     whole = {path for path in adapter.weights if not path.endswith(TOKEN_ROWS)}
     whole |= {f"{path}.weight" for path in adapter.tokens}
     if missing := sorted(whole - tied - {*base.parameters.values()}):
@@ -273,9 +288,18 @@ def open_merged(
     if isinstance(head, QuantLinear) and not skeleton.config.tie_word_embeddings:
         layers |= {path: module for path, module in skeleton.named_modules() if module is head}
     return Merged(
-        files, base, config, name, layers, adapter, onto, compute_dtype, packs_experts(skeleton), packed or {},
+        files,
+        base,
+        config,
+        name,
+        layers,
+        adapter,
+        onto,
+        compute_dtype,
+        packs_experts(skeleton),
+        packed or {},
         _in_float32(skeleton.config, base),
-    )  # fmt: skip
+    )
 
 
 def _in_float32(config: PreTrainedConfig, base: BaseWeights) -> frozenset[str]:
@@ -284,8 +308,11 @@ def _in_float32(config: PreTrainedConfig, base: BaseWeights) -> frozenset[str]:
     tensors = (*model.named_parameters(), *model.named_buffers())
     # by the ends of names: those of buffers may have another beginning in the files
     ends = {_end(name) for name, tensor in tensors if tensor.dtype == torch.float32}
-    return frozenset(stored for stored, (dtype, _) in base.entries.items()
-                     if dtype == torch.float32 and _end(base.parameters.get(stored, stored)) in ends)  # fmt: skip
+    return frozenset(
+        stored
+        for stored, (dtype, _) in base.entries.items()
+        if dtype == torch.float32 and _end(base.parameters.get(stored, stored)) in ends
+    )
 
 
 def _end(name: str) -> str:
@@ -293,9 +320,13 @@ def _end(name: str) -> str:
 
 
 def write_merged(
-    merged: Merged, folder: Path, dtype: torch.dtype, tokenizer, end_token_ids: list[int],
+    merged: Merged,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer,
+    end_token_ids: list[int],
     shard_bytes: int = SHARD_BYTES,
-) -> dict[str, float | None]:  # fmt: skip
+) -> dict[str, float | None]:
     """Write a merged model into a folder that exists; return what ``Rounding.kept`` does.
 
     Args:

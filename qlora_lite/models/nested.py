@@ -96,7 +96,7 @@ def of_blocks(config):
 
 def read_language_part(
     folder: Path, name: str, gguf_file: str | None = None, with_vision: bool = False
-) -> LanguagePart:  # fmt: skip
+) -> LanguagePart:
     """Read the configuration of a folder, or of a GGUF file in it, and find the language model.
 
     Args:
@@ -132,8 +132,10 @@ def _refuse_unpacked(folder: Path, config) -> None:
     except (OSError, SafetensorError):  # which loading them reports
         return
     if weights and stored.get("load_in_4bit", stored.get("_load_in_4bit")) and not is_packed:
-        raise ModelError(f"{folder / 'config.json'} says that its weights are in 4 bit (quantization_config), and its "
-                         "files hold them in 16 bit: remove quantization_config from it")  # fmt: skip
+        raise ModelError(
+            f"{folder / 'config.json'} says that its weights are in 4 bit (quantization_config), and its "
+            "files hold them in 16 bit: remove quantization_config from it"
+        )
 
 
 def language_part(config, with_vision: bool = False) -> LanguagePart:
@@ -177,16 +179,22 @@ def _taken_out(config, text) -> LanguagePart:
 
 def _not_alone(config, reason: object) -> ModelError:
     said, is_known = next(iter(str(reason).strip().splitlines()), ""), config.model_type in FAMILIES
-    cure = "set task.kind to image-text-to-text, which takes chats without pictures too" if is_known else (
-        "choose a model of text alone")  # fmt: skip
-    return ModelError(f"models of the type {config.model_type} hold a language model among other parts, and "
-                      f"transformers cannot load it alone: {said}; {cure}")  # fmt: skip
+    cure = (
+        "set task.kind to image-text-to-text, which takes chats without pictures too"
+        if is_known
+        else ("choose a model of text alone")
+    )
+    return ModelError(
+        f"models of the type {config.model_type} hold a language model among other parts, and "
+        f"transformers cannot load it alone: {said}; {cure}"
+    )
 
 
 def _whole(config) -> nn.Module:
     known = {
-        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    }  # fmt: skip
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
     auto = next((auto for auto, mapping in known.items() if type(config) in mapping), None)
     if auto is None:
         raise _not_alone(config, "it has no class for the whole")
@@ -206,8 +214,9 @@ def _paths(whole: nn.Module, alone: nn.Module) -> dict[str, str]:
     inner = decoder(alone)
     found = [path for path, module in whole.named_modules() if type(module) is type(inner)]
     if len(found) != 1:
-        raise _not_alone(whole.config, f"{type(whole).__name__} has {len(found)} parts of the class "
-                                       f"{type(inner).__name__}")  # fmt: skip
+        raise _not_alone(
+            whole.config, f"{type(whole).__name__} has {len(found)} parts of the class {type(inner).__name__}"
+        )
     paths = {f"{found[0]}.": f"{_path_of(inner, alone)}."}
     if (head := whole.get_output_embeddings()) is not None:
         paths[f"{_path_of(head, whole)}."] = f"{_path_of(alone.get_output_embeddings(), alone)}."

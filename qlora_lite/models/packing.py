@@ -67,8 +67,10 @@ def why_unpacked(model: nn.Module, longest: int) -> str:
     exact = "exact, but packing saves no time"
     if (most := longest_possible(model.config)) is not None:
         if kernel_rows(longest, device_of(model)) > most:
-            raise ModelError(f"{type(model).__name__} computes at most {most} tokens at once: set data.max_tokens to "
-                             f"{most // CPU_MULTIPLE * CPU_MULTIPLE}")  # fmt: skip
+            raise ModelError(
+                f"{type(model).__name__} computes at most {most} tokens at once: set data.max_tokens to "
+                f"{most // CPU_MULTIPLE * CPU_MULTIPLE}"
+            )
         return f"together they may be more than the {most} tokens that it can compute: {exact}"
     if model._is_stateful:
         return f"a state would run on from one to the next: {exact}"
@@ -78,13 +80,17 @@ def why_unpacked(model: nn.Module, longest: int) -> str:
         return f"its attention would see the ones before: {exact}"
     grown = [_first_length(module.config) for module in model.modules() if _has_rope(module, "dynamic")]
     if grown and kernel_rows(longest, device_of(model)) > min(grown):
-        raise ModelError(f"{type(model).__name__} rotates rows of more than {min(grown)} tokens by the longest that it "
-                         "ever saw (rope_type dynamic), so that none is computed twice alike: set data.max_tokens to "
-                         f"{min(grown) // CPU_MULTIPLE * CPU_MULTIPLE}")  # fmt: skip
+        raise ModelError(
+            f"{type(model).__name__} rotates rows of more than {min(grown)} tokens by the longest that it "
+            "ever saw (rope_type dynamic), so that none is computed twice alike: set data.max_tokens to "
+            f"{min(grown) // CPU_MULTIPLE * CPU_MULTIPLE}"
+        )
     limits = [_first_length(module.config) for module in model.modules() if _has_rope(module, "longrope")]
     if limits and longest > min(limits):
-        return (f"those of more than {min(limits)} tokens are rotated otherwise than shorter ones; a data.max_tokens "
-                "of no more spares that")  # fmt: skip
+        return (
+            f"those of more than {min(limits)} tokens are rotated otherwise than shorter ones; a data.max_tokens "
+            "of no more spares that"
+        )
     return ""
 
 

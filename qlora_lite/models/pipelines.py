@@ -56,16 +56,23 @@ _CLIP = 77  # tokens of its texts
 # How long the texts of each pipeline are, in tokens, beside CLIP's, and what its encode_prompt gives, by the names of
 # Conditions.
 _TEXT: dict[str, tuple[int, tuple[str, ...]]] = {
-    "StableDiffusionPipeline": (0, ("text",)), "StableDiffusionXLPipeline": (0, ("text", "", "pooled")),
-    "PixArtAlphaPipeline": (120, ("text", "mask")), "PixArtSigmaPipeline": (300, ("text", "mask")),
+    "StableDiffusionPipeline": (0, ("text",)),
+    "StableDiffusionXLPipeline": (0, ("text", "", "pooled")),
+    "PixArtAlphaPipeline": (120, ("text", "mask")),
+    "PixArtSigmaPipeline": (300, ("text", "mask")),
     "StableDiffusion3Pipeline": (256, ("text", "", "pooled")),
     "FluxPipeline": (512, ("text", "pooled")),
-    "Flux2Pipeline": (512, ("text",)), "Flux2KleinPipeline": (512, ("text",)),
-}  # fmt: skip
+    "Flux2Pipeline": (512, ("text",)),
+    "Flux2KleinPipeline": (512, ("text",)),
+}
 _TAKES_THREE = "StableDiffusion3Pipeline"  # texts, for its encoders
-_GUIDED = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", (
-    "StableDiffusion3Pipeline"
-)  # fmt: skip
+_GUIDED = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    ("StableDiffusion3Pipeline"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,9 @@ class Pipeline:
             ModelError: the pipeline is of no class that is known here.
         """
         if self.kind not in _TEXT:
-            raise ModelError(f"{self.folder} is {self.kind}, whose texts are not known here; known are: "
-                             f"{', '.join(_TEXT)}")  # fmt: skip
+            raise ModelError(
+                f"{self.folder} is {self.kind}, whose texts are not known here; known are: {', '.join(_TEXT)}"
+            )
         length, _ = _TEXT[self.kind]
         if not self.kind.startswith("StableDiffusion"):
             return length
@@ -180,13 +188,17 @@ def open_pipeline(path: str | Path, revision: str | None = None, with_weights: b
         index = read_json(folder / INDEX)
         part = next((part for part in PARTS if (folder / part / CONFIG).is_file()), None)
         if part is None:
-            raise ModelError(f"{folder} is {index.get('_class_name')}, without a folder {' or '.join(PARTS)} that has "
-                             f"a {CONFIG}; fetch the whole pipeline")  # fmt: skip
+            raise ModelError(
+                f"{folder} is {index.get('_class_name')}, without a folder {' or '.join(PARTS)} that has "
+                f"a {CONFIG}; fetch the whole pipeline"
+            )
         return Pipeline(folder, index, part)
     if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("_class_name") in DENOISERS:
         return Pipeline(folder, {}, "")
-    raise ModelError(f"{folder} is no diffusion pipeline: it has neither {INDEX} nor the {CONFIG} of a denoiser "
-                     f"({', '.join(DENOISERS)}); task.kind image-generation needs one")  # fmt: skip
+    raise ModelError(
+        f"{folder} is no diffusion pipeline: it has neither {INDEX} nor the {CONFIG} of a denoiser "
+        f"({', '.join(DENOISERS)}); task.kind image-generation needs one"
+    )
 
 
 def _only_known(name: str) -> bool:
@@ -226,9 +238,7 @@ def part_digest(pipeline: Pipeline, *parts: str) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def save_pipeline(
-    pipeline: Pipeline, model: DenoiserModel, folder: Path, labels: Sequence[str] | None = None
-) -> None:  # fmt: skip
+def save_pipeline(pipeline: Pipeline, model: DenoiserModel, folder: Path, labels: Sequence[str] | None = None) -> None:
     """Write a folder like a pipeline's with another denoiser, all or nothing; its other parts are linked or copied.
 
     Args:
@@ -271,16 +281,22 @@ class Autoencoder:
         if kind is None:
             raise ModelError(f"{pipeline.folder / AUTOENCODER} is {name}, which diffusers does not have")
         self._folder, self._device, self._packs = pipeline.folder / AUTOENCODER, device, pipeline._packs_latents
-        how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True,
-               "ignore_mismatched_sizes": True}  # fmt: skip
+        how = {
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
         model = _complete(self._folder, lambda: kind.from_pretrained(self._folder, **how))
         weights = model.state_dict().items()
         if broken := next((name for name, each in weights if not each.isfinite().all()), None):
             raise ModelError(f"{self._folder}: the weight {broken} holds NaN or infinity; fetch it again")
         scaling = [getattr(model.config, f"{name}_factor", None) or 0 for name in ("scaling", "shift")]
         if not self._packs and (not all(isinstance(each, int | float) for each in scaling) or not scaling[0] > 0):
-            raise ModelError(f"{self._folder / CONFIG}: the scaling_factor {scaling[0]!r} is no number above 0, or the "
-                             f"shift_factor {scaling[1]!r} no number; fetch it again")  # fmt: skip
+            raise ModelError(
+                f"{self._folder / CONFIG}: the scaling_factor {scaling[0]!r} is no number above 0, or the "
+                f"shift_factor {scaling[1]!r} no number; fetch it again"
+            )
         self._scale, self._shift = scaling
         self._model = model.to(device).eval()
 
@@ -343,8 +359,11 @@ class TextEncoders:
         self._folder, self._device, self._kind = pipeline.folder, device, pipeline.kind
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         wanted = encoder_parts(pipeline)
-        without: dict[str, Any] = {name: None for name, each in inspect.signature(kind).parameters.items()
-                   if name not in (SCHEDULER, *wanted) and each.default in (None, each.empty)}  # fmt: skip
+        without: dict[str, Any] = {
+            name: None
+            for name, each in inspect.signature(kind).parameters.items()
+            if name not in (SCHEDULER, *wanted) and each.default in (None, each.empty)
+        }
         # some read its configuration; without memory it costs none
         without[pipeline.part] = meta_denoiser(spec_in(pipeline)).denoiser
         parts = {name: part for name in wanted if (part := self._part(pipeline, kind, name)) is not None}
@@ -368,8 +387,9 @@ class TextEncoders:
             return tokenizer_of(folder, CLIPTokenizer, model_max_length=_CLIP)
         if wanted is None or named != wanted.__name__:
             takes = getattr(wanted, "__name__", "none")
-            raise ModelError(f"{pipeline.folder / INDEX}: {name} is {named}, and {pipeline.kind} takes {takes} there; "
-                             "fetch it again")  # fmt: skip
+            raise ModelError(
+                f"{pipeline.folder / INDEX}: {name} is {named}, and {pipeline.kind} takes {takes} there; fetch it again"
+            )
         how = {"dtype": self._dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
         return _complete(folder, lambda: text_encoder_of(wanted, folder, **how)).to(self._device)
 
@@ -400,8 +420,10 @@ def encoder_parts(pipeline: Pipeline) -> list[str]:
     names = "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"
     found = [name for name in names if pipeline.has(name)]
     if not found:
-        raise ModelError(f"{pipeline.folder} has no text_encoder, and its denoiser takes texts: fetch the whole "
-                         "pipeline, not the denoiser alone")  # fmt: skip
+        raise ModelError(
+            f"{pipeline.folder} has no text_encoder, and its denoiser takes texts: fetch the whole "
+            "pipeline, not the denoiser alone"
+        )
     return found
 
 
@@ -418,8 +440,10 @@ def _complete(folder: Path, load: Callable[[], tuple[nn.Module, Mapping[str, Any
         model, info = load()
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         what = counted(len(missing), "weight")
-        raise ModelError(f"the files of {folder} lack {what} that its {CONFIG} asks for, or have them in other shapes, "
-                         f"first {missing[0]}; fetch it again")  # fmt: skip
+        raise ModelError(
+            f"the files of {folder} lack {what} that its {CONFIG} asks for, or have them in other shapes, "
+            f"first {missing[0]}; fetch it again"
+        )
     return model
 
 
@@ -441,8 +465,10 @@ def explaining(what: object, action: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, IndexError, *BUILD_ERRORS) as error:
-        raise ModelError(f"{what}: diffusers cannot {action} ({first_line(error)}); fetch the pipeline again, with its "
-                         "safetensors files") from error  # fmt: skip
+        raise ModelError(
+            f"{what}: diffusers cannot {action} ({first_line(error)}); fetch the pipeline again, with its "
+            "safetensors files"
+        ) from error
 
 
 def freed(device: torch.device) -> None:

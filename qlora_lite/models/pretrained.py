@@ -36,12 +36,22 @@ from qlora_lite.errors import ModelError
 
 from .locate import read_json
 
-_LARGEST = {r"(^|_)(layers?|blocks|depth)(_per_block)?$": 500, r"(^|_)experts$": 10_000,
-            r"(^|_)(size|dims?|heads|rank|embd|channels|width|model|ff|inner)$": 2**24}  # fmt: skip
+_LARGEST = {
+    r"(^|_)(layers?|blocks|depth)(_per_block)?$": 500,
+    r"(^|_)experts$": 10_000,
+    r"(^|_)(size|dims?|heads|rank|embd|channels|width|model|ff|inner)$": 2**24,
+}
 # What transformers raises over files that contradict themselves, or want a library that is not there.
 BUILD_ERRORS = (
-    ValueError, TypeError, AttributeError, KeyError, RuntimeError, ArithmeticError, ImportError, StrictDataclassError,
-)  # fmt: skip
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    ArithmeticError,
+    ImportError,
+    StrictDataclassError,
+)
 _NO_CODE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -98,8 +108,10 @@ def processor_of(folder: Path, model_type: str, tokens: int, image_token: int | 
         images, tokenizer = AutoImageProcessor.from_pretrained(folder, backend="pil", **_NO_CODE), tokenizer_of(folder)
         if image_token is None:
             return Idefics3Processor(images, tokenizer, tokens)
-        said, older = ({} if not path.is_file() else read_json(path)
-                       for path in (folder / "processor_config.json", folder / "chat_template.json"))  # fmt: skip
+        said, older = (
+            {} if not path.is_file() else read_json(path)
+            for path in (folder / "processor_config.json", folder / "chat_template.json")
+        )
         beside = said.get("image_break_token", "[IMG_BREAK]"), said.get("image_end_token", "[IMG_END]")
         if model_type == "gemma4":
             beside = tokenizer.boi_token, tokenizer.eoi_token
@@ -190,9 +202,11 @@ def _refuse_code(folder: Path) -> None:
         said = read_json(folder / file) if (folder / file).is_file() else {}
         name = said.get(key)
         if said.get("auto_map") and isinstance(name, str) and not is_known(name):
-            raise ModelError(f"{folder / file}: {key} {name!r} needs code from the model's own folder (auto_map), and "
-                             "code from a model's folder is never run; choose a model whose classes transformers has "
-                             "itself (a newer transformers may)")  # fmt: skip
+            raise ModelError(
+                f"{folder / file}: {key} {name!r} needs code from the model's own folder (auto_map), and "
+                "code from a model's folder is never run; choose a model whose classes transformers has "
+                "itself (a newer transformers may)"
+            )
 
 
 def refuse_sizes(folder: Path, said: Mapping[str, Any]) -> None:
@@ -209,8 +223,10 @@ def refuse_sizes(folder: Path, said: Mapping[str, Any]) -> None:
             if isinstance(each, list | tuple):
                 refuse_sizes(folder, {key: each})
             elif largest and isinstance(each, int) and each > largest:
-                raise ModelError(f"the configuration in {folder} has {key} {each:,}, and no model has more than "
-                                 f"{largest:,}; take it from the model's source again")  # fmt: skip
+                raise ModelError(
+                    f"the configuration in {folder} has {key} {each:,}, and no model has more than "
+                    f"{largest:,}; take it from the model's source again"
+                )
 
 
 def _is_known(model_type: str) -> bool:

@@ -124,8 +124,10 @@ def published_formats(config) -> Formats:
     skeleton, kind = without_weights(config), method.format_of(said)
     if kind not in FORMATS:
         how = ", ".join(f"{key} {said[key]}" for key in _SAYS if key in said) or "no more is said"
-        raise ModelError(f"the model is quantised with {said['quant_method']} ({how}), of which is read: "
-                         f"{method.known}; use the 16-bit model instead")  # fmt: skip
+        raise ModelError(
+            f"the model is quantised with {said['quant_method']} ({how}), of which is read: "
+            f"{method.known}; use the 16-bit model instead"
+        )
     experts = {each.parameter_path: each for each in projections(skeleton)}
     if method.experts == "fused":
         return tuple((path, kind) for path in experts)
@@ -134,14 +136,18 @@ def published_formats(config) -> Formats:
     single = [experts[path] for path in packed if path in experts]
     is_known = method.experts and not any(each.experts.is_transposed for each in single)
     if single and not (is_known and stacking_rules(skeleton)):
-        raise ModelError(f"the model's experts are quantised with {said['quant_method']} in a form that is not known "
-                         "here; use the 16-bit model instead")  # fmt: skip
+        raise ModelError(
+            f"the model's experts are quantised with {said['quant_method']} in a form that is not known "
+            "here; use the 16-bit model instead"
+        )
     for each in single:
         rows = each.described[0].shape[1] // _joined(each)
         if _joined(each) > 1 and rows % method.rows:
-            raise ModelError(f"the model's experts have {rows} inner features, and {kind} has a scale for "
-                             f"{method.rows}, so that two such weights cannot be joined; use the 16-bit model "
-                             "instead")  # fmt: skip
+            raise ModelError(
+                f"the model's experts have {rows} inner features, and {kind} has a scale for "
+                f"{method.rows}, so that two such weights cannot be joined; use the 16-bit model "
+                "instead"
+            )
     return tuple((path, kind) for path in packed)
 
 
@@ -201,8 +207,9 @@ class _Files:
         is_of = DTYPES.get(found.get_dtype()), tuple(found.get_shape())
         is_exact = is_of[0] in _FLOATS and dtype == torch.float32  # of scales, which are read so
         if is_of[1] != tuple(shape) or not (is_of[0] == dtype or is_exact):
-            raise ModelError(f"{self._where[name]}: the tensor {name} is {_said(*is_of)}, and {_said(dtype, shape)} is "
-                             "needed")  # fmt: skip
+            raise ModelError(
+                f"{self._where[name]}: the tensor {name} is {_said(*is_of)}, and {_said(dtype, shape)} is needed"
+            )
         return found
 
     def require_equal(self, name: str, one: Any, other: Any) -> None:
@@ -212,8 +219,10 @@ class _Files:
             ModelError: it is not.
         """
         if not torch.equal(one[:], other[:]):
-            raise ModelError(f"{self._where[name]}: the tensor {name} is another than that of the weight that it is "
-                             "computed with; use the 16-bit model instead")  # fmt: skip
+            raise ModelError(
+                f"{self._where[name]}: the tensor {name} is another than that of the weight that it is "
+                "computed with; use the 16-bit model instead"
+            )
 
     def check_constants(self, name: str, values: torch.Tensor, below: int | None = None) -> None:
         """Raise if scales are not finite, or numbers of groups are none of those that there are.
@@ -227,15 +236,16 @@ class _Files:
         if below is None and not values.float().isfinite().all():
             raise ModelError(f"{self._where[name]}: the tensor {name} holds NaN or infinity: the checkpoint is damaged")
         if below is not None and not ((values >= 0) & (values < below)).all():
-            raise ModelError(f"{self._where[name]}: the tensor {name} names groups from {values.min()} to "
-                             f"{values.max()}, and there are {below}: the checkpoint is damaged")  # fmt: skip
+            raise ModelError(
+                f"{self._where[name]}: the tensor {name} names groups from {values.min()} to "
+                f"{values.max()}, and there are {below}: the checkpoint is damaged"
+            )
 
     def further(self, skeleton: nn.Module) -> set[str]:
         """Return the tensors of blocks that a model lacks, such as one that predicts a further token (DeepSeek-V3)."""
         paths = {path for path, _ in skeleton.named_modules()}
         blocks = {name: block for name in self.tensors if (block := _BLOCK.match(name))}
-        return {name for name, block in blocks.items()
-                if block[1] in paths and f"{block[1]}.{block[2]}" not in paths}  # fmt: skip
+        return {name for name, block in blocks.items() if block[1] in paths and f"{block[1]}.{block[2]}" not in paths}
 
     def refuse_packed(self, skeleton: nn.Module) -> None:
         """Raise if one of the tensors that nothing has taken is packed; those of blocks that a model lacks may be.
@@ -245,8 +255,10 @@ class _Files:
         """
         for name in self.tensors.keys() - self.further(skeleton):
             if DTYPES.get(self.tensors[name].get_dtype()) not in _FLOATS:
-                raise ModelError(f"{self._where[name]}: the tensor {name} is packed, and what quantization_config says "
-                                 "of the model's layers does not say so")  # fmt: skip
+                raise ModelError(
+                    f"{self._where[name]}: the tensor {name} is packed, and what quantization_config says "
+                    "of the model's layers does not say so"
+                )
 
 
 class _Stacked:
@@ -260,7 +272,7 @@ class _Stacked:
 
     def __init__(
         self, slices: Sequence[Sequence[Any]], along: int, dtype: torch.dtype, shape: Sequence[int], empty: Empty
-    ):  # fmt: skip
+    ):
         self._slices, self._along, self._of, self._empty = slices, along, (shape, dtype), empty
 
     def __getitem__(self, _all: object) -> torch.Tensor:
@@ -273,7 +285,7 @@ class _Stacked:
 
 def published_state(
     files: ModelFiles, part: LanguagePart, formats: Formats, stack: ExitStack, empty: Empty | None = None
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return what transformers' loader takes for a model's tensors, packed parts under the names of their modules.
 
     Args:
@@ -335,8 +347,12 @@ def dense_tensors(files: ModelFiles, part: LanguagePart, stack: ExitStack) -> tu
         packed |= {name: (kind, shape, _taken(read, layer, wanted, method)) for layer, name in names.items()}
     read.refuse_packed(skeleton)
     if further := read.further(skeleton):
-        log.warning("%s: %d tensors of blocks that the model lacks are left out, such as %s", files.name, len(further),
-                    min(further))  # fmt: skip
+        log.warning(
+            "%s: %d tensors of blocks that the model lacks are left out, such as %s",
+            files.name,
+            len(further),
+            min(further),
+        )
     plain = {name: tensor for name, tensor in read.tensors.items() if name not in further}
     turned = {name for name, each in experts.items() if name in packed and each.experts.is_transposed}
     entries = {name: (DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())) for name, tensor in plain.items()}
@@ -355,8 +371,10 @@ def dense_tensors(files: ModelFiles, part: LanguagePart, stack: ExitStack) -> tu
 
 def _require_alone(files: ModelFiles, part: LanguagePart) -> None:
     if part.whole is not None:
-        raise ModelError(f"{files.name} holds its language model among other parts, which is not read packed; use the "
-                         "16-bit model instead")  # fmt: skip
+        raise ModelError(
+            f"{files.name} holds its language model among other parts, which is not read packed; use the "
+            "16-bit model instead"
+        )
 
 
 def _taken(read: _Files, path: str, wanted: Parts, method: Published) -> dict[str, Any]:
@@ -393,9 +411,7 @@ def _names_of_experts(
     return found
 
 
-def _layers_of_experts(
-    read: _Files, projection: Projection, around: Mapping[int, tuple[str, str]]
-) -> list[list[str]]:  # fmt: skip
+def _layers_of_experts(read: _Files, projection: Projection, around: Mapping[int, tuple[str, str]]) -> list[list[str]]:
     """Return what files call the layers of each expert that a projection joins; ``around`` as for ``_stacked``."""
     if len(around) < _joined(projection):
         raise ModelError(f"{read.name}: no file has packed weights of single experts of {projection.parameter_path}")
@@ -404,9 +420,13 @@ def _layers_of_experts(
 
 
 def _stacked(
-    read: _Files, projection: Projection, kind: str, around: Mapping[int, tuple[str, str]], method: Published,
+    read: _Files,
+    projection: Projection,
+    kind: str,
+    around: Mapping[int, tuple[str, str]],
+    method: Published,
     empty: Empty,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return the parts of a weight of a block's experts, which files have one by one.
 
     Args:

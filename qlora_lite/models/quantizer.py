@@ -55,10 +55,15 @@ class QuantizeConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, quant_type: str = "nf4", double_quant: bool = True, folder: str | None = None,
-        formats: Mapping[str, str] | None = None, keep_16bit: Sequence[str] = (), start: Start | None = None,
+        self,
+        quant_type: str = "nf4",
+        double_quant: bool = True,
+        folder: str | None = None,
+        formats: Mapping[str, str] | None = None,
+        keep_16bit: Sequence[str] = (),
+        start: Start | None = None,
         **_unused,
-    ):  # fmt: skip
+    ):
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.folder = quant_type, double_quant, folder
         self.formats, self.keep_16bit, self.start = formats, list(keep_16bit), start
@@ -107,9 +112,7 @@ class Splitter:
         model: that they are of; a skeleton is enough.
     """
 
-    def __init__(
-        self, quant_type: str, double_quant: bool, start: Start | None = None, model: nn.Module | None = None
-    ):  # fmt: skip
+    def __init__(self, quant_type: str, double_quant: bool, start: Start | None = None, model: nn.Module | None = None):
         self._quant, self._start = (quant_type, double_quant), start
         self.first: First = {}
         self._ranks = start.ranks(model) if start and model else {}
@@ -138,10 +141,16 @@ class QuantizeOnArrival(ConversionOps):
     """
 
     def __init__(
-        self, config: QuantizeConfig, layers: dict[str, PackedWeight], transposed: set[str],
-        experts: dict[str, Projection], problems: list, files: InFiles | None = None,
-        kept: dict[str, torch.dtype] | None = None, splitter: "Splitter | None" = None,
-    ):  # fmt: skip
+        self,
+        config: QuantizeConfig,
+        layers: dict[str, PackedWeight],
+        transposed: set[str],
+        experts: dict[str, Projection],
+        problems: list,
+        files: InFiles | None = None,
+        kept: dict[str, torch.dtype] | None = None,
+        splitter: "Splitter | None" = None,
+    ):
         self.config, self.layers, self.transposed = config, layers, transposed
         self.experts, self.problems = experts, problems
         self.files, self.kept = files, kept or {}
@@ -205,8 +214,10 @@ class CutByShape(ConversionOps):
         weight = weight[0] if isinstance(weight, list) else weight
         names = [full_layer_name.replace(target_patterns[0], target) for target in target_patterns]
         layers = [self.layers.get(name.removesuffix(".weight")) for name in names]
-        sizes = [layer.shape[0] if layer else len(model.get_parameter(name))
-                 for layer, name in zip(layers, names, strict=True)]  # fmt: skip
+        sizes = [
+            layer.shape[0] if layer else len(model.get_parameter(name))
+            for layer, name in zip(layers, names, strict=True)
+        ]
         parts = weight.split(sizes)
         return {target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)}
 
@@ -270,9 +281,15 @@ class OnArrivalQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         return QuantizeOnArrival(
-            self.quantization_config, self.layers, self.transposed, self.experts, self.problems, self.files, self.kept,
+            self.quantization_config,
+            self.layers,
+            self.transposed,
+            self.experts,
+            self.problems,
+            self.files,
+            self.kept,
             self.splitter,
-        )  # fmt: skip
+        )
 
     def _process_model_after_weight_loading(self, model, **_unused):
         for projection in self.experts.values():
@@ -287,9 +304,12 @@ class OnArrivalQuantizer(HfQuantizer):
 
 
 def replace_weights(
-    model: nn.Module, quant_type: str, double_quant: bool, kept: Collection[str] = (),
+    model: nn.Module,
+    quant_type: str,
+    double_quant: bool,
+    kept: Collection[str] = (),
     formats: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Put empty packed weights on the meta device in place of a skeleton's experts and linear layers but for its head.
 
     Args:
@@ -310,9 +330,13 @@ def replace_weights(
 
 
 def _replace_linears(
-    model: nn.Module, quant_type: str, double_quant: bool, skip: set[str], experts: Collection[str] = (),
+    model: nn.Module,
+    quant_type: str,
+    double_quant: bool,
+    skip: set[str],
+    experts: Collection[str] = (),
     formats: Mapping[str, str] | None = None,
-) -> set[str]:  # fmt: skip
+) -> set[str]:
     """Put empty ``QuantLinear`` layers on the meta device in place of a skeleton's linear layers.
 
     Args:
@@ -352,10 +376,12 @@ def _refuse_16_bit(model: nn.Module, known: Collection[str] = ()) -> None:
         ModelError: naming the modules and the bytes that 4-bit loading would silently leave in 16 bit.
     """
     stacked = [
-        (f"{path}.{leaf}", p) for path, module in model.named_modules() if not isinstance(module, CONVOLUTIONS)
+        (f"{path}.{leaf}", p)
+        for path, module in model.named_modules()
+        if not isinstance(module, CONVOLUTIONS)
         for leaf, p in module.named_parameters(recurse=False)
         if p.ndim >= 3 and len(p) > 1 and "position" not in leaf and p.numel() > 2**16 and f"{path}.{leaf}" not in known
-    ]  # fmt: skip
+    ]
     if stacked:
         size = format_bytes(sum(p.numel() * 2 for _, p in stacked))
         raise ModelError(
@@ -367,7 +393,7 @@ def _refuse_16_bit(model: nn.Module, known: Collection[str] = ()) -> None:
 
 def quantize_in_place(
     model: nn.Module, quant_type: str, double_quant: bool, keep_16bit: Sequence[str] = (), start: Start | None = None
-) -> First:  # fmt: skip
+) -> First:
     """Quantise the linear layers and experts of a model that is in memory already, one at a time.
 
     The head, ``untouched`` layers and what ``kept.kept_layers`` says stay as they are.
@@ -403,16 +429,21 @@ def quantize_head(model: nn.Module, quant: str, double_quant: bool) -> None:
         ModelError: a row of the head is not made of whole blocks, or the model cannot use a packed head.
     """
     if model.config.model_type in CAST_TO_HEAD:
-        raise ModelError(f"a {model.config.model_type} model rounds what its head reads to the type of the stored "
-                         "weight, which 4-bit codes are not: set model.quant_head to false")  # fmt: skip
+        raise ModelError(
+            f"a {model.config.model_type} model rounds what its head reads to the type of the stored "
+            "weight, which 4-bit codes are not: set model.quant_head to false"
+        )
     head, quant_type = model.get_output_embeddings(), quant if quant in FOUR_BIT else "nf4"
     if head.weight.shape[1] % BLOCK_SIZE:
-        raise ModelError(f"a head with rows of {head.weight.shape[1]} weights cannot be read row by row in 4 bit: set "
-                         "model.quant_head to false")  # fmt: skip
+        raise ModelError(
+            f"a head with rows of {head.weight.shape[1]} weights cannot be read row by row in 4 bit: set "
+            "model.quant_head to false"
+        )
     if head.weight.is_meta:
         out_features, in_features = head.weight.shape
-        layer = QuantLinear(in_features, out_features, head.bias is not None, quant_type, double_quant,
-                            head.weight.dtype, device="meta")  # fmt: skip
+        layer = QuantLinear(
+            in_features, out_features, head.bias is not None, quant_type, double_quant, head.weight.dtype, device="meta"
+        )
     else:
         layer = QuantLinear.from_weight(head.weight.detach(), head.bias, quant_type, double_quant)
     model.set_output_embeddings(layer)

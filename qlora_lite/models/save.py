@@ -54,8 +54,11 @@ def quantized_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's tensors under bitsandbytes' names; a tied tensor appears once."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     plain = _each_once(model)
-    state = {name: tensor for name, tensor in plain.items()
-             if name.rpartition(".")[0] not in layers or name.endswith(".bias")}  # fmt: skip
+    state = {
+        name: tensor
+        for name, tensor in plain.items()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    }
     for path, layer in layers.items():
         shape, dtype = (layer.out_features, layer.in_features), model.dtype
         for key, value in to_bnb_state(layer.packed, shape, dtype, layer.quant_type).items():
@@ -141,9 +144,12 @@ def save_for_cache(model: nn.Module, folder: Path, first: First | None = None) -
 
 
 def save_model(
-    model: nn.Module, folder: Path, tokenizer, end_token_ids: Collection[int] = (),
+    model: nn.Module,
+    folder: Path,
+    tokenizer,
+    end_token_ids: Collection[int] = (),
     elsewhere: Mapping[str, Elsewhere] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a model in 16 bit or more, its configuration and the tokenizer to a folder, all or nothing.
 
     Tensors have the names that files of this architecture have (experts one by one, say), but for a language model that
@@ -175,9 +181,15 @@ def save_model(
 
 
 def _write(
-    model: nn.Module, folder: Path, quantization: dict | None, state: Mapping[str, Elsewhere], tokenizer=None,
-    with_sums=False, generation: dict | None = None, first: First | None = None,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    folder: Path,
+    quantization: dict | None,
+    state: Mapping[str, Elsewhere],
+    tokenizer=None,
+    with_sums=False,
+    generation: dict | None = None,
+    first: First | None = None,
+) -> None:
     config = {**model.config.to_diff_dict(), "use_cache": True, "architectures": [type(model).__name__]}
     if quantization is None:
         config |= {"dtype": str(model.dtype).removeprefix("torch.")}

@@ -100,8 +100,12 @@ def block_pattern(
     if key not in _patterns:
         kinds = _kinds_of_blocks(config, method, keep_16bit, formats)
         depth = len(kinds)
-        found = [(first, n) for n in range(1, depth + 1) for first in range(depth % n, depth, n)
-                 if kinds[first:] == kinds[first : first + n] * ((depth - first) // n)]  # fmt: skip
+        found = [
+            (first, n)
+            for n in range(1, depth + 1)
+            for first in range(depth % n, depth, n)
+            if kinds[first:] == kinds[first : first + n] * ((depth - first) // n)
+        ]
         _patterns[key] = min(found, key=lambda pattern: (pattern[0] + 3 * pattern[1], pattern))
     return _patterns[key]
 
@@ -141,9 +145,14 @@ def _facts(block: nn.Module, matched: Mapping[nn.Module, Hashable]) -> dict:
 
 
 def meta_model(
-    config, quant: str, double_quant: bool, dtype: torch.dtype, quant_head: bool = False,
-    keep_16bit: Sequence[str] = (), formats: Formats = (),
-) -> nn.Module:  # fmt: skip
+    config,
+    quant: str,
+    double_quant: bool,
+    dtype: torch.dtype,
+    quant_head: bool = False,
+    keep_16bit: Sequence[str] = (),
+    formats: Formats = (),
+) -> nn.Module:
     """Build a frozen model on the meta device, its linears as loading would leave them.
 
     Args:

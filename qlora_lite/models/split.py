@@ -21,9 +21,7 @@ from .quantizer import InFiles
 log = logging.getLogger("qlora_lite")
 
 
-def split_in_place(
-    model: nn.Module, start: Start, first: First | None = None, files: InFiles | None = None
-) -> First:  # fmt: skip
+def split_in_place(model: nn.Module, start: Start, first: First | None = None, files: InFiles | None = None) -> First:
     """Put what is left of the weights of a model in 16 bit or more in their place, one at a time.
 
     Args:

@@ -33,8 +33,10 @@ def fault_of_cuda() -> str:
         return f"{seen}, {built} without CUDA: install a build with it ({_build(driver)})"
     needed = _OLDEST_DRIVER.get(int(torch.version.cuda.partition(".")[0]), 0)
     if _major(driver) < needed:
-        return (f"{seen}, {built} for CUDA {torch.version.cuda}, which needs driver {needed} or later: update the "
-                f"driver, or install a build for an earlier CUDA ({_build(driver)})")  # fmt: skip
+        return (
+            f"{seen}, {built} for CUDA {torch.version.cuda}, which needs driver {needed} or later: update the "
+            f"driver, or install a build for an earlier CUDA ({_build(driver)})"
+        )
     return f"{seen}, but CUDA {torch.version.cuda} does not start; python -c 'import torch; torch.cuda.init()' says why"
 
 

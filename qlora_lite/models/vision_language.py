@@ -248,27 +248,60 @@ def _edge_of_qwen(config) -> int:
     return config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
 
-_QWEN = Family(_of_qwen, _arguments_of_qwen, lambda _: 1, "model.visual", _edge_of_qwen, reader=GridReader,
-               types="mm_token_type_ids")  # fmt: skip
+_QWEN = Family(
+    _of_qwen,
+    _arguments_of_qwen,
+    lambda _: 1,
+    "model.visual",
+    _edge_of_qwen,
+    reader=GridReader,
+    types="mm_token_type_ids",
+)
 _IDEFICS = Family(
     _of_idefics, lambda pixels, _: {"pixel_values": pixels[None]}, _tokens_of_idefics, "model.vision_model", cuts=True
 )
-FAMILIES: Mapping[str, Family] = MappingProxyType({
-    "llava": Family(_of_llava, lambda pixels, _: {"pixel_values": pixels}, _tokens_of_llava, "model.vision_tower",
-                    towers=("clip_vision_model", "siglip_vision_model")),
-    "idefics3": _IDEFICS,
-    "smolvlm": _IDEFICS,
-    "gemma3": Family(_of_gemma, lambda pixels, _: {"pixel_values": pixels}, lambda config: config.mm_tokens_per_image,
-                     "model.vision_tower", sees_whole=lambda config: True, types="token_type_ids"),
-    "gemma4": Family(_of_gemma4, _arguments_of_gemma4, lambda _: 1, "model.vision_tower",
-                     lambda config: config.vision_config.patch_size * config.vision_config.pooling_kernel_size,
-                     reader=BudgetReader, in_windows=True, types="mm_token_type_ids",
-                     sees_whole=lambda config: config.text_config.use_bidirectional_attention == "vision"),
-    "mistral3": Family(_of_mistral, _arguments_of_mistral, lambda _: 1, "model.vision_tower",
-                       lambda config: config.vision_config.patch_size * config.spatial_merge_size, reader=RowsReader,
-                       towers=("pixtral",)),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN),
-})  # fmt: skip
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llava": Family(
+            _of_llava,
+            lambda pixels, _: {"pixel_values": pixels},
+            _tokens_of_llava,
+            "model.vision_tower",
+            towers=("clip_vision_model", "siglip_vision_model"),
+        ),
+        "idefics3": _IDEFICS,
+        "smolvlm": _IDEFICS,
+        "gemma3": Family(
+            _of_gemma,
+            lambda pixels, _: {"pixel_values": pixels},
+            lambda config: config.mm_tokens_per_image,
+            "model.vision_tower",
+            sees_whole=lambda config: True,
+            types="token_type_ids",
+        ),
+        "gemma4": Family(
+            _of_gemma4,
+            _arguments_of_gemma4,
+            lambda _: 1,
+            "model.vision_tower",
+            lambda config: config.vision_config.patch_size * config.vision_config.pooling_kernel_size,
+            reader=BudgetReader,
+            in_windows=True,
+            types="mm_token_type_ids",
+            sees_whole=lambda config: config.text_config.use_bidirectional_attention == "vision",
+        ),
+        "mistral3": Family(
+            _of_mistral,
+            _arguments_of_mistral,
+            lambda _: 1,
+            "model.vision_tower",
+            lambda config: config.vision_config.patch_size * config.spatial_merge_size,
+            reader=RowsReader,
+            towers=("pixtral",),
+        ),
+        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN),
+    }
+)
 
 
 def check_family(config) -> None:
@@ -278,13 +311,17 @@ def check_family(config) -> None:
         ModelError: it is not; the message names those that are.
     """
     if config.model_type not in FAMILIES:
-        raise ModelError(f"a model of the type {config.model_type} cannot be trained on pictures in chats; choose a "
-                         f"model of the types {', '.join(FAMILIES)}, or train on text alone (task.kind "
-                         "language-model)")  # fmt: skip
+        raise ModelError(
+            f"a model of the type {config.model_type} cannot be trained on pictures in chats; choose a "
+            f"model of the types {', '.join(FAMILIES)}, or train on text alone (task.kind "
+            "language-model)"
+        )
     tower, known = config.vision_config.model_type, FAMILIES[config.model_type].towers
     if known and tower not in known:
-        raise ModelError(f"a {config.model_type} with a vision tower of the type {tower} cannot be trained on pictures "
-                         f"in chats, but one with {' or '.join(known)}; choose another model")  # fmt: skip
+        raise ModelError(
+            f"a {config.model_type} with a vision tower of the type {tower} cannot be trained on pictures "
+            f"in chats, but one with {' or '.join(known)}; choose another model"
+        )
 
 
 def family_of(model: nn.Module) -> Family:
@@ -319,7 +356,7 @@ def token_pixels(config) -> tuple[int, int]:
 
 def arguments_of(
     model: nn.Module, pixels: torch.Tensor, ids: torch.Tensor, grids: Grids = ()
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     """Return the pictures [N, ...] of one row of tokens [1, T] as arguments of transformers' own forward."""
     family = family_of(model)
     found = family.arguments(pixels.to(device_of(model), model.dtype), grids)
@@ -357,7 +394,7 @@ def _in_turn(pixels: torch.Tensor, grids: Grids) -> Iterator[tuple[torch.Tensor,
 
 def embedded(
     model: nn.Module, ids: torch.Tensor, pixels: torch.Tensor, places: torch.Tensor, grids: Grids = ()
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:  # fmt: skip
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return the embeddings [1, T, D] of tokens, those of pictures in their places, and what else pictures give the
     language model, see ``picture_tokens``.
 
@@ -373,9 +410,14 @@ def embedded(
 
 
 def decoded(
-    decoder: nn.Module, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, features: Sequence[torch.Tensor],
-    places: torch.Tensor, use_cache: bool = False, **how,
-) -> torch.Tensor:  # fmt: skip
+    decoder: nn.Module,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    places: torch.Tensor,
+    use_cache: bool = False,
+    **how,
+) -> torch.Tensor:
     """Return the last hidden states [1, T, D] of a decoder that is given features of pictures between its blocks.
 
     It is the decoder's own forward but for one thing: that finds the places of pictures by a mask, so that shapes

@@ -132,7 +132,7 @@ def open_weights(files: ModelFiles, skeleton: nn.Module, compute_dtype: torch.dt
 
 def first_lora_weights(
     files: ModelFiles, start: Start, quant: str, double_quant: bool, dtype: torch.dtype, keep_16bit: Sequence[str] = ()
-) -> First:  # fmt: skip
+) -> First:
     """Return what the LoRA weights of a model that is split begin as: from the cache, or of one weight after the other.
 
     Args:

@@ -43,9 +43,23 @@ _MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a GPU's kernel copie
 
 
 def row_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, row_lengths=None, row_ends=None, row_flex=False, row_pictures=None, row_windows=None, **_unused,
-):  # fmt: skip
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    row_lengths=None,
+    row_ends=None,
+    row_flex=False,
+    row_pictures=None,
+    row_windows=None,
+    **_unused,
+):
     """Attend within each row, causally if the layer does not say otherwise.
 
     Args:
@@ -76,14 +90,28 @@ def row_attention(
             row_lengths = row_windows[1]
         return _of_encoder(query, key, value, attention_mask, scaling, dropout, sliding_window, row_lengths), None
     if dropout and no_kernel:
-        raise ModelError("dropout of attention's weights is not known here beside capped scores or sinks: set "
-                         "attention_dropout to 0 in the model's config.json")  # fmt: skip
+        raise ModelError(
+            "dropout of attention's weights is not known here beside capped scores or sinks: set "
+            "attention_dropout to 0 in the model's config.json"
+        )
     if row_pictures is not None and (sliding_window is not None or not row_pictures[2]):
         if no_kernel or dropout:
-            raise ModelError("pictures whose tokens see all of them are not known here beside capped scores, sinks or "
-                             "dropout of attention's weights; choose another model")  # fmt: skip
-        causal, _ = row_attention(module, query, key, value, attention_mask, scaling, 0.0, sliding_window,
-                                  row_lengths=row_lengths, row_ends=row_ends)  # fmt: skip
+            raise ModelError(
+                "pictures whose tokens see all of them are not known here beside capped scores, sinks or "
+                "dropout of attention's weights; choose another model"
+            )
+        causal, _ = row_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            0.0,
+            sliding_window,
+            row_lengths=row_lengths,
+            row_ends=row_ends,
+        )
         return seeing_pictures(causal, query, key, value, *row_pictures[:2], row_lengths, scaling, sliding_window), None
     length = query.shape[2]
     if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
@@ -252,9 +280,15 @@ def _written_out(query, key, value, mask, scaling, softcap, sinks):
 
 @torch.library.custom_op("qlora_lite::row_attention", mutates_args=())
 def _rows_operator(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_lengths: torch.Tensor, sinks: torch.Tensor | None,
-    scaling: float | None, window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_lengths: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
     out = _attended(query, key, value, row_lengths, sinks, scaling, window, softcap)
     # of its own, since a block's first run keeps the result and a compiler may write to it
     return out.clone(memory_format=torch.contiguous_format)
@@ -276,9 +310,16 @@ def _(query, key, value, row_lengths, sinks, scaling, window, softcap):
 
 @torch.library.custom_op("qlora_lite::row_attention_gradient", mutates_args=())
 def _gradient_operator(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_lengths: torch.Tensor,
-    sinks: torch.Tensor | None, scaling: float | None, window: int | None, softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_lengths: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lengths, no_kernel = _lengths(row_lengths), sinks is not None or softcap
     if device_type(query.device) == "cpu" or no_kernel or _by_blocks(query, key, value, lengths, window):
         return block_gradients(query, key, value, grad, lengths, scaling, window, softcap, sinks)

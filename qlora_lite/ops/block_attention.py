@@ -42,9 +42,16 @@ class Block(NamedTuple):
 
 
 def block_attention(
-    query, key, value, row_lengths, scaling=None, window=None, softcap=None, sinks=None,
+    query,
+    key,
+    value,
+    row_lengths,
+    scaling=None,
+    window=None,
+    softcap=None,
+    sinks=None,
     attend: Callable[[], torch.Tensor] | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Attend causally within each of the packed sequences.
 
     Args:

@@ -45,9 +45,12 @@ class Run:
     """
 
     def __init__(
-        self, results: list[torch.Tensor] | None = None, skipped: int = 0, attention: list | None = None,
+        self,
+        results: list[torch.Tensor] | None = None,
+        skipped: int = 0,
+        attention: list | None = None,
         draws: bool = True,
-    ):  # fmt: skip
+    ):
         self.kept: list[torch.Tensor] = []
         self.draws = draws
         self.products = 0
@@ -205,10 +208,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, number: int = 0, host: HostStore | None = None, skipping: "Skipping | None" = None,
-        around: Callable[[], AbstractContextManager] = nullcontext, keeps_attention: bool = False,
-        compiling: bool = False, segments: Segments | None = None, trains: Callable[[], bool] = lambda: True,
-    ):  # fmt: skip
+        self,
+        number: int = 0,
+        host: HostStore | None = None,
+        skipping: "Skipping | None" = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+        keeps_attention: bool = False,
+        compiling: bool = False,
+        segments: Segments | None = None,
+        trains: Callable[[], bool] = lambda: True,
+    ):
         self.number, self.host, self.skipping, self.around = number, host, skipping or Skipping(), around
         self.keeps_attention, self.compiling, self.segments = keeps_attention, compiling, segments or Segments()
         self.trains = trains
@@ -328,9 +337,14 @@ def _detached(value: object) -> object:
 
 
 def recompute_for_backward(
-    function: Callable, inputs: Sequence, results: list[torch.Tensor], skipping: Skipping,
-    unread: Callable[[Run, object], bool], attention: list | None = None, draws: bool = True,
-):  # fmt: skip
+    function: Callable,
+    inputs: Sequence,
+    results: list[torch.Tensor],
+    skipping: Skipping,
+    unread: Callable[[Run, object], bool],
+    attention: list | None = None,
+    draws: bool = True,
+):
     """Call a function again whose value is known already or not wanted, for its graph and for what it saves.
 
     The last product is left out once a run has shown that nobody reads its value. Every later run is checked too:

@@ -23,9 +23,14 @@ from .transfer import sent
 
 
 def encoder_attention(
-    query, key, value, row_lengths: Sequence[int], scaling: float | None = None, window: int | None = None,
+    query,
+    key,
+    value,
+    row_lengths: Sequence[int],
+    scaling: float | None = None,
+    window: int | None = None,
     dropout: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Attend within each of the packed sequences; tokens behind the last one get zeros.
 
     Args:

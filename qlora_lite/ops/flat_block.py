@@ -41,9 +41,11 @@ class FlatBlock:
     """
 
     def __init__(
-        self, block: nn.Module, trains: bool = False,
+        self,
+        block: nn.Module,
+        trains: bool = False,
         leave: Callable[["Place", nn.Parameter], None] | None = None,
-    ):  # fmt: skip
+    ):
         self.places, self.size, self._leave = [], 0, leave
         for registry, name, tensor in _tensors(block, trains):
             self.places.append(Place(registry, name, self.size, tensor))

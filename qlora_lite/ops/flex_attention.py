@@ -77,9 +77,15 @@ def flex_attention(query, key, value, row_lengths, scaling=None, window=None, so
 
 @torch.library.custom_op("qlora_lite::flex_attention", mutates_args=())
 def _values(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
-    row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    row_lengths: Sequence[int],
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
     with as_outside(), torch.no_grad():
         return _attend((query.detach(), key.detach(), value.detach()), sinks, row_lengths, scaling, window, softcap)
 
@@ -91,9 +97,16 @@ def _(query, key, value, sinks, row_lengths, scaling, window, softcap):
 
 @torch.library.custom_op("qlora_lite::flex_attention_gradients", mutates_args=())
 def _gradients(
-    grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None,
-    row_lengths: Sequence[int], scaling: float, window: int | None, softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    row_lengths: Sequence[int],
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with as_outside(), torch.enable_grad():
         out = _attend(inputs, sinks, row_lengths, scaling, window, softcap)
@@ -150,8 +163,13 @@ def _flex(query, key, value, sinks, first_keys, tables: Sequence[torch.Tensor], 
 
     tokens = query.shape[2]
     mask = torchs.BlockMask((tokens, tokens), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
-    how = {"score_mod": capped if softcap else None, "block_mask": mask, "scale": scaling, "enable_gqa": True,
-           "kernel_options": options}  # fmt: skip
+    how = {
+        "score_mod": capped if softcap else None,
+        "block_mask": mask,
+        "scale": scaling,
+        "enable_gqa": True,
+        "kernel_options": options,
+    }
     if sinks is None:
         return torchs.flex_attention(query, key, value, **how)
     out, beside = torchs.flex_attention(query, key, value, return_aux=torchs.AuxRequest(lse=True), **how)
@@ -166,9 +184,15 @@ def _tables(row_lengths: tuple[int, ...], window: int | None, device: torch.devi
     listed = [part for blocks in (seen & ~whole, whole) for part in _listed(blocks)]
     mask = torchs.BlockMask.from_kv_blocks(*listed, BLOCK_SIZE=BLOCK)
     tables = (
-        mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
-        mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices,
-    )  # fmt: skip
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        mask.q_num_blocks,
+        mask.q_indices,
+        mask.full_q_num_blocks,
+        mask.full_q_indices,
+    )
     first_keys, *tables = (sent(tensor, device) for tensor in (_first_keys(row_lengths, window), *tables))
     for tensor, begin in ((first_keys, 0), *((table, 2) for table in tables)):
         for dimension in range(begin, tensor.ndim):

@@ -131,9 +131,13 @@ class ToOwners:
     """
 
     def __init__(
-        self, blocks: Sequence[FlatBlock], part_bytes: Sequence[int], own: Sequence[Sequence[OwnPart]], ranks: Owners,
+        self,
+        blocks: Sequence[FlatBlock],
+        part_bytes: Sequence[int],
+        own: Sequence[Sequence[OwnPart]],
+        ranks: Owners,
         side: SideStream,
-    ):  # fmt: skip
+    ):
         self._blocks, self._part_bytes, self._own, self._ranks, self._side = blocks, part_bytes, own, ranks, side
         with category("gradients"):
             self.buffer = torch.empty(ranks.count * max(part_bytes), dtype=torch.uint8, device=side.device)

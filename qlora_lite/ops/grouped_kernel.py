@@ -19,10 +19,28 @@ BLOCK_IN_BYTES = 128  # with three stages 72 KiB of shared memory, of 99 on the 
 
 @triton.jit
 def _kernel(
-    out, rows, weights, places, offsets, bias, scale, first, count, pairs_of_row, in_features, out_features,
-    expert_stride, out_stride, in_stride, EXPERTS: tl.constexpr, PAIRS: tl.constexpr, OUT: tl.constexpr,
-    IN: tl.constexpr, IN_FLOAT32: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    out,
+    rows,
+    weights,
+    places,
+    offsets,
+    bias,
+    scale,
+    first,
+    count,
+    pairs_of_row,
+    in_features,
+    out_features,
+    expert_stride,
+    out_stride,
+    in_stride,
+    EXPERTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+    ADD: tl.constexpr,
+):
     out_tiles = tl.cdiv(out_features, OUT)
     tile, out_tile = tl.program_id(0) // out_tiles, tl.program_id(0) % out_tiles
     number = tl.arange(0, EXPERTS)
@@ -66,9 +84,20 @@ def _kernel(
 
 @triton.jit
 def _sums_kernel(
-    out, left, right, places, offsets, pairs_of_left, pairs_of_right, height, width, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, PAIRS: tl.constexpr, IN_FLOAT32: tl.constexpr,
-):  # fmt: skip
+    out,
+    left,
+    right,
+    places,
+    offsets,
+    pairs_of_left,
+    pairs_of_right,
+    height,
+    width,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+):
     across = tl.cdiv(width, WIDTH)
     tiles = tl.cdiv(height, HEIGHT) * across
     expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -96,9 +125,21 @@ def launch_sums(out, left, right, places, offsets) -> None:
     count, height, width = out.shape
     high, wide = (min(BLOCK_SUMS, max(16, triton.next_power_of_2(size))) for size in (height, width))
     _sums_kernel[(count * triton.cdiv(height, high) * triton.cdiv(width, wide),)](
-        out, left, right, places, offsets, len(places) // len(left), len(places) // len(right), height, width,
-        HEIGHT=high, WIDTH=wide, PAIRS=BLOCK_SUMMED, IN_FLOAT32=not out.is_cuda, num_warps=4,
-    )  # fmt: skip
+        out,
+        left,
+        right,
+        places,
+        offsets,
+        len(places) // len(left),
+        len(places) // len(right),
+        height,
+        width,
+        HEIGHT=high,
+        WIDTH=wide,
+        PAIRS=BLOCK_SUMMED,
+        IN_FLOAT32=not out.is_cuda,
+        num_warps=4,
+    )
 
 
 def launch(out, rows, weights, places, offsets, first, bias=None, scale=None, add=False) -> None:
@@ -107,11 +148,27 @@ def launch(out, rows, weights, places, offsets, first, bias=None, scale=None, ad
     tiles = triton.cdiv(len(places), BLOCK_PAIRS) + count
     capability = torch.cuda.get_device_capability(rows.device) if rows.is_cuda else (0, 0)
     _kernel[(tiles * triton.cdiv(out_features, BLOCK_OUT),)](
-        out, rows, weights, places, offsets, bias, scale, first, count, len(places) // len(rows), in_features,
-        out_features, *weights.stride(), EXPERTS=triton.next_power_of_2(count), PAIRS=BLOCK_PAIRS, OUT=BLOCK_OUT,
-        IN=BLOCK_IN_BYTES // rows.element_size(), IN_FLOAT32=not rows.is_cuda, ADD=add,
+        out,
+        rows,
+        weights,
+        places,
+        offsets,
+        bias,
+        scale,
+        first,
+        count,
+        len(places) // len(rows),
+        in_features,
+        out_features,
+        *weights.stride(),
+        EXPERTS=triton.next_power_of_2(count),
+        PAIRS=BLOCK_PAIRS,
+        OUT=BLOCK_OUT,
+        IN=BLOCK_IN_BYTES // rows.element_size(),
+        IN_FLOAT32=not rows.is_cuda,
+        ADD=add,
         **launch_options(capability, rows.dtype),
-    )  # fmt: skip
+    )
 
 
 def launch_options(capability: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:

@@ -39,9 +39,16 @@ def pairs_by_expert(chosen_TK: torch.Tensor, experts: int) -> Pairs:
 
 @torch.library.custom_op("qlora_lite::grouped_product", mutates_args=("out",))
 def grouped_product(
-    out: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, offsets: torch.Tensor,
-    first: int, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None, add: bool = False,
-) -> None:  # fmt: skip
+    out: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    places: torch.Tensor,
+    offsets: torch.Tensor,
+    first: int,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    add: bool = False,
+) -> None:
     """Write ``scale * (weight @ row + bias)`` of the pairs of a group of experts; leave the others' rows alone.
 
     Sums are float32, and rounded once.

@@ -78,8 +78,9 @@ def pinned_bytes(size: int) -> int:
 def _say_not_pinned(reason: str) -> None:
     log.warning(
         "host memory cannot be pinned any more (%s): copies between it and the GPU take longer, and are not hidden "
-        "behind the computation; fewer weights or block inputs in host memory may be faster", reason,
-    )  # fmt: skip
+        "behind the computation; fewer weights or block inputs in host memory may be faster",
+        reason,
+    )
 
 
 def disk_memory(size: int, folder: str, device: torch.device, setting: str = "memory.offload_folder") -> torch.Tensor:
@@ -98,8 +99,10 @@ def disk_memory(size: int, folder: str, device: torch.device, setting: str = "me
                     os.posix_fallocate(file.fileno(), 0, size)
                 memory = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise OutputError(f"{setting}: {format_bytes(size)} cannot be taken in {folder}: {error.strerror}; choose "
-                              "another folder, or make room") from error  # fmt: skip
+            raise OutputError(
+                f"{setting}: {format_bytes(size)} cannot be taken in {folder}: {error.strerror}; choose "
+                "another folder, or make room"
+            ) from error
         return torch.frombuffer(memory, dtype=torch.uint8)[:]  # an operation, which a ledger sees
 
 

@@ -44,9 +44,15 @@ class BlockCalls:
         call = self._calls.get(block)
         if call is None:
             return block(*inputs)
-        if any(isinstance(value, torch.Tensor) and value.requires_grad
-               for group in inputs if isinstance(group, tuple | list) for value in group):  # fmt: skip
-            raise ModelError(f"a {type(block).__name__} is given a group of tensors that are learned, whose gradient "
-                             "would be lost where blocks are recomputed: set memory.checkpointing to none, or adapt "
-                             "layers inside of blocks only")  # fmt: skip
+        if any(
+            isinstance(value, torch.Tensor) and value.requires_grad
+            for group in inputs
+            if isinstance(group, tuple | list)
+            for value in group
+        ):
+            raise ModelError(
+                f"a {type(block).__name__} is given a group of tensors that are learned, whose gradient "
+                "would be lost where blocks are recomputed: set memory.checkpointing to none, or adapt "
+                "layers inside of blocks only"
+            )
         return call(block, *inputs)

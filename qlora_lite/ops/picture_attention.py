@@ -21,9 +21,16 @@ from .fused_attention import fused_attention
 
 
 def seeing_pictures(
-    out: torch.Tensor, query, key, value, begins: Sequence[int], sizes: Sequence[int], row_lengths: Sequence[int],
-    scaling: float | None = None, window: int | None = None,
-) -> torch.Tensor:  # fmt: skip
+    out: torch.Tensor,
+    query,
+    key,
+    value,
+    begins: Sequence[int],
+    sizes: Sequence[int],
+    row_lengths: Sequence[int],
+    scaling: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
     """Return the result of causal attention with that of pictures' tokens replaced.
 
     Args:

@@ -244,9 +244,14 @@ class OnAllRanks:
     gradients: Gradients | None = None
 
     def __init__(
-        self, blocks: Sequence[FlatBlock], side: SideStream, ranks: Ranks, weights: Sequence[int],
-        in_host_memory: bool = False, in_files: bool = True,
-    ):  # fmt: skip
+        self,
+        blocks: Sequence[FlatBlock],
+        side: SideStream,
+        ranks: Ranks,
+        weights: Sequence[int],
+        in_host_memory: bool = False,
+        in_files: bool = True,
+    ):
         self.in_files = in_files
         self._side, self._ranks, self._in_host_memory = side, ranks, in_host_memory
         self._sizes = [Division(tuple(weights)).sizes(block.size) for block in blocks]  # of all ranks
@@ -291,10 +296,13 @@ def shared_allocations(sizes: list[int]) -> list[list[int]]:
     sums = list(accumulate(sizes, initial=0))
     best = [(0, 0, 0)]  # for so many of the first sizes: bytes, groups, and where the last group begins
     for end in range(1, len(sums)):
-        best.append(min(
-            (best[start][0] + pinned_bytes(sums[end] - sums[start]), best[start][1] + 1, start) for start in range(end)
-            if start == end - 1 or sums[end] - sums[start] <= MAX_AT_ONCE_BYTES
-        ))  # fmt: skip
+        best.append(
+            min(
+                (best[start][0] + pinned_bytes(sums[end] - sums[start]), best[start][1] + 1, start)
+                for start in range(end)
+                if start == end - 1 or sums[end] - sums[start] <= MAX_AT_ONCE_BYTES
+            )
+        )
     groups, end = [], len(sizes)
     while end:
         groups.insert(0, sizes[best[end][2] : end])
@@ -313,9 +321,12 @@ class BlockStream:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], device: torch.device,
-        placement: PlacementFactory = InHostMemory, trains: bool = False,
-    ):  # fmt: skip
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        placement: PlacementFactory = InHostMemory,
+        trains: bool = False,
+    ):
         self.side = SideStream(device)
         self._blocks = [FlatBlock(block, trains, self._leave) for block in blocks]
         self._trains = trains

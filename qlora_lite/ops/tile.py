@@ -32,9 +32,14 @@ from .checkpoint import (
 from .shapes import pieces
 
 
-def tiled(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, weights: Sequence[torch.Tensor],
-          tile_tokens: int, skipping: Skipping | None = None,
-          around: Callable[[], AbstractContextManager] = nullcontext) -> torch.Tensor:  # fmt: skip
+def tiled(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    tile_tokens: int,
+    skipping: Skipping | None = None,
+    around: Callable[[], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
     """Compute ``function(x)`` tile by tile, with gradients for x and the weights.
 
     Args:
@@ -101,9 +106,12 @@ class Tiled(Around):
     """A module that works token by token, run on at most ``tile_tokens`` tokens at a time; see ``tiled``."""
 
     def __init__(
-        self, inner: nn.Module, tile_tokens: int, skipping: Skipping | None = None,
+        self,
+        inner: nn.Module,
+        tile_tokens: int,
+        skipping: Skipping | None = None,
         around: Callable[[], AbstractContextManager] = nullcontext,
-    ):  # fmt: skip
+    ):
         super().__init__(inner)
         self.tile_tokens, self.skipping, self.around = tile_tokens, skipping, around
 

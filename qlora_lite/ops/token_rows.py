@@ -30,9 +30,7 @@ class RowsOver:
         token_ids: the tokens int64 [n] where the rows are, for which a GPU need not be waited for; None makes them.
     """
 
-    def __init__(
-        self, table: Any, tokens: Sequence[int], rows: torch.Tensor, token_ids: torch.Tensor | None = None
-    ):  # fmt: skip
+    def __init__(self, table: Any, tokens: Sequence[int], rows: torch.Tensor, token_ids: torch.Tensor | None = None):
         self.table, self.tokens, self.trained = table, tuple(tokens), rows
         self.token_ids = torch.tensor(self.tokens, device=rows.device) if token_ids is None else token_ids
         self.shape = (max(table.shape[0], tokens[-1] + 1), table.shape[1])

@@ -40,9 +40,12 @@ class Trial(NamedTuple):
 
 
 def choose(
-    setting: str, ours: tuple[str, Way], others: Mapping[str, Way], attempt: Callable[[Way], Trial],
+    setting: str,
+    ours: tuple[str, Way],
+    others: Mapping[str, Way],
+    attempt: Callable[[Way], Trial],
     as_little_memory: bool = True,
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Return the name of the way to take in place of ours, None to stay with it; say why.
 
     Args:
@@ -61,8 +64,14 @@ def choose(
             log.info("%s: %s does not run here (%s: %s)", setting, name, type(error).__name__, first_line(error))
             continue
         fault = _fault(trial, own, as_little_memory)
-        log.info("%s: %s takes %.2f of the time of %s%s", setting, name, trial.seconds / own.seconds, called,
-                 f"; not used, {fault}" if fault else "")  # fmt: skip
+        log.info(
+            "%s: %s takes %.2f of the time of %s%s",
+            setting,
+            name,
+            trial.seconds / own.seconds,
+            called,
+            f"; not used, {fault}" if fault else "",
+        )
         if not fault and trial.seconds < seconds:
             seconds, best = trial.seconds, name
     log.info("%s: %s", setting, f"{best} is used" if best else f"{called} stays")
@@ -86,9 +95,16 @@ def _fault(trial: Trial, own: Trial, as_little_memory: bool) -> str:
 def foreign_errors() -> tuple[type[Exception], ...]:
     """Return what a package for other versions, a kernel that is not for this GPU, or a compiler may end with."""
     errors: tuple[type[Exception], ...] = (
-        ImportError, AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError, OSError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        AssertionError,
+        OSError,
         subprocess.SubprocessError,
-    )  # fmt: skip
+    )
     if importlib.util.find_spec("triton") is not None:
         errors += (importlib.import_module("triton.errors").TritonError,)
     return errors

@@ -105,8 +105,11 @@ def prompts_at_once(model: nn.Module, tokens: int, room_bytes: float, device_typ
 def left_on_host(options: MemoryOptions, depth: int) -> str:
     """Say what lies in host memory, and what on a disk, of a model with so many blocks."""
     streamed, on_disk = f"{options.streamed_of(depth)} of {depth} blocks", options.weights_on_disk
-    left = {"embeddings": options.host_embeddings, "head": options.host_head,
-            streamed: options.streamed_of(depth) and not on_disk}  # fmt: skip
+    left = {
+        "embeddings": options.host_embeddings,
+        "head": options.host_head,
+        streamed: options.streamed_of(depth) and not on_disk,
+    }
     in_memory = ", ".join(filter(left.get, left)) or "nothing"
     return in_memory + (f"; on the disk: {streamed}" if on_disk else "")
 

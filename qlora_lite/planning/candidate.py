@@ -82,11 +82,15 @@ class Candidate:
     def settings(self) -> dict[str, object]:
         """What the plan chose, by recipe keys."""
         no_choice = NOT_CHOSEN | ({"cache_merged"} if self.prediction.job.workload.method.merge_aware == OFF else set())
-        options = {f"memory.{key}": value for key, value in self.options.settings.items()
-                   if key not in no_choice and value is not None}  # fmt: skip
+        options = {
+            f"memory.{key}": value
+            for key, value in self.options.settings.items()
+            if key not in no_choice and value is not None
+        }
         return options | {
-            "train.micro_batch_size": self.packs, "train.gradient_accumulation_steps": self.micro_batches,
-        }  # fmt: skip
+            "train.micro_batch_size": self.packs,
+            "train.gradient_accumulation_steps": self.micro_batches,
+        }
 
 
 def settled(step: Step, options: MemoryOptions) -> MemoryOptions:

@@ -21,9 +21,13 @@ def most(peak_of: Callable[[int], int], limit_bytes: int, largest: int) -> int:
 
 
 def longest(
-    job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes: int | None, start: int, largest: int,
+    job_of: Callable[[int], Job],
+    limit_bytes: int,
+    host_limit_bytes: int | None,
+    start: int,
+    largest: int,
     prediction_of: Callable[[Job], Prediction] = predict,
-) -> int:  # fmt: skip
+) -> int:
     """Return the largest multiple of ``LENGTH_STEP`` whose job fits, by interpolation and then exactly.
 
     Args:
@@ -37,15 +41,21 @@ def longest(
         DoesNotFitError: not even the smallest fits.
     """
     return LENGTH_STEP * _most_that_fit(
-        lambda n: prediction_of(job_of(n * LENGTH_STEP)), limit_bytes, host_limit_bytes,
-        max(1, start // LENGTH_STEP), max(1, largest // LENGTH_STEP),
-    )  # fmt: skip
+        lambda n: prediction_of(job_of(n * LENGTH_STEP)),
+        limit_bytes,
+        host_limit_bytes,
+        max(1, start // LENGTH_STEP),
+        max(1, largest // LENGTH_STEP),
+    )
 
 
 def most_packs(
-    job_of: Callable[[int], Job], limit_bytes: int, host_limit_bytes: int | None, largest: int,
+    job_of: Callable[[int], Job],
+    limit_bytes: int,
+    host_limit_bytes: int | None,
+    largest: int,
     prediction_of: Callable[[Job], Prediction] = predict,
-) -> int:  # fmt: skip
+) -> int:
     """Return the largest number of packs whose job fits.
 
     Raises:

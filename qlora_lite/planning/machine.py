@@ -136,11 +136,17 @@ def machine_of_gpu(gpu: Gpu) -> Machine:
         raise GpuError(f"a GPU is wanted, not {gpu!r}; qlora_lite.find_gpu(NAME) finds one")
     float32 = gpu.float32_flops_per_second
     return Machine(
-        gpu.name, "cuda", gpu.memory_bytes, 0, products_reached(gpu) * gpu.flops_per_second,
-        BANDWIDTH_REACHED * gpu.bandwidth_bytes_per_second, gpu.pcie_bytes_per_second,
-        dtype=getattr(torch, gpu.trains_in), float32_flops_per_second=float32 and products_reached(gpu) * float32,
+        gpu.name,
+        "cuda",
+        gpu.memory_bytes,
+        0,
+        products_reached(gpu) * gpu.flops_per_second,
+        BANDWIDTH_REACHED * gpu.bandwidth_bytes_per_second,
+        gpu.pcie_bytes_per_second,
+        dtype=getattr(torch, gpu.trains_in),
+        float32_flops_per_second=float32 and products_reached(gpu) * float32,
         compute_capability=gpu.compute_capability,
-    )  # fmt: skip
+    )
 
 
 def products_reached(gpu: Gpu) -> float:

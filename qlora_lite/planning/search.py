@@ -248,8 +248,11 @@ def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], l
     best, room = None, (1 - SPARED) * limit_bytes
     while best is not (best := choose(found, limit_bytes)):
         known = {candidate.options for candidate in found if candidate.packs == best.packs}
-        changed = [options for options in single_changes(step, best.options)
-                   if options not in known and options.host_rank <= best.options.host_rank]  # fmt: skip
+        changed = [
+            options
+            for options in single_changes(step, best.options)
+            if options not in known and options.host_rank <= best.options.host_rank
+        ]
         more = [build_candidate(step, machine, options, best.packs) for options in changed]
         found = found + [candidate for candidate in more if candidate.peak_bytes <= max(room, best.peak_bytes)]
     return found
@@ -269,9 +272,11 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
             changes.append({"checkpointing": "selective" if options.checkpointing == "block" else "block"})
         changes.append({"offload_checkpoints": not options.offload_checkpoints})
     if (
-        options.recomputes and _may_stream(step, options) and "resident_layers" not in step.fixed
+        options.recomputes
+        and _may_stream(step, options)
+        and "resident_layers" not in step.fixed
         and (step.job.device_type == "cuda" or options.shards.count > 1)
-    ):  # fmt: skip
+    ):
         other = _streamed(step, options) if options.resident_layers is None else {"resident_layers": None}
         changes.append({name: value for name, value in other.items() if name not in step.fixed})
     for table in movable_tables(step) if step.job.device_type == "cuda" else ():
@@ -288,9 +293,10 @@ def _may_stream(step: Step, options: MemoryOptions) -> bool:
     of the first block's turn, and of a resident one of either kind gradients and states lie on the device.
     """
     return (
-        options.layers_per_checkpoint == 1 and not (_all_or_none(step) and options.uncheckpointed_layers)
+        options.layers_per_checkpoint == 1
+        and not (_all_or_none(step) and options.uncheckpointed_layers)
         and not step.fixed.get("cache_merged")
-    )  # fmt: skip
+    )
 
 
 def _all_or_none(step: Step) -> bool:

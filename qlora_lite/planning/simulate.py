@@ -278,15 +278,21 @@ def _explaining_forward(name: str, is_quantized: bool) -> Iterator[None]:
         packed = (
             ", or 16-bit weights of layers that are packed; model.keep_16bit or model.quant none may leave those alone"
         )
-        raise ModelError(f"a model of the type {name} cannot be trained so ({first_line(error)}): its own code asks "
-                         f"for what it is not given, such as a mask{packed * is_quantized}") from error  # fmt: skip
+        raise ModelError(
+            f"a model of the type {name} cannot be trained so ({first_line(error)}): its own code asks "
+            f"for what it is not given, such as a mask{packed * is_quantized}"
+        ) from error
 
 
 @cache
 def _say_measured(name: str, why: str) -> None:
     """Say it once, and not for each candidate."""
-    log.warning("plan: of this %s, steps are measured on the processor with real tensors, which takes their memory and "
-                "minutes for a large model, since %s", name, why)  # fmt: skip
+    log.warning(
+        "plan: of this %s, steps are measured on the processor with real tensors, which takes their memory and "
+        "minutes for a large model, since %s",
+        name,
+        why,
+    )
 
 
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
@@ -308,27 +314,44 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
         eval_inputs = workload.planned_inputs(job.eval_shape, device) if job.eval_shape else None
         with _explaining_forward(workload.name, workload.is_quantized):
             probe_step(
-                workload, model, parameters, optimizer, workload.planned_inputs(job.shape, device), eval_inputs,
-                job.max_grad_norm, job.accumulating, job.options.optimizer_in_backward, job.shape.lengths,
-            )  # fmt: skip
+                workload,
+                model,
+                parameters,
+                optimizer,
+                workload.planned_inputs(job.shape, device),
+                eval_inputs,
+                job.max_grad_norm,
+                job.accumulating,
+                job.options.optimizer_in_backward,
+                job.shape.lengths,
+            )
         resident, moments = ledger.now(), list(ledger.timeline or ())  # what follows is only the model's end
     frozen = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad)
     saved = sum(tensor.nbytes for tensor in workload.method.tensors(model).values())
     states = sum(
-        value.nbytes for state in optimizer.state.values() for key, value in state.items()
+        value.nbytes
+        for state in optimizer.state.values()
+        for key, value in state.items()
         if isinstance(value, torch.Tensor) and not key.startswith("qmap")
-    )  # fmt: skip
+    )
     work = counter.work._replace(operations=0) if job.options.compile else counter.work  # how few it has is not known
     stream = stream_of(model)
     simulation = Simulation(
-        dict(ledger.peaks), resident, work, ledger.offloaded_peak_bytes,
-        ledger.disk_peak_bytes - in_files, frozen, saved, states,
-        measured_because, tuple(stream.sizes) if stream else (),
+        dict(ledger.peaks),
+        resident,
+        work,
+        ledger.offloaded_peak_bytes,
+        ledger.disk_peak_bytes - in_files,
+        frozen,
+        saved,
+        states,
+        measured_because,
+        tuple(stream.sizes) if stream else (),
         tuple(
             Trained(p.shape, p.dtype, ratio, parts.values.get(p, 0))
             for p, ratio in zip(parameters, lr_ratios, strict=True)
         ),
-    )  # fmt: skip
+    )
     return (simulation, moments) if timeline else simulation
 
 
@@ -339,9 +362,12 @@ def _as_counted(job: Job) -> MemoryOptions:
 
 
 def _optimizer(
-    job: Job, parameters: Sequence[nn.Parameter], lr_ratios: Sequence[float], on_host: Sequence[nn.Parameter] = (),
+    job: Job,
+    parameters: Sequence[nn.Parameter],
+    lr_ratios: Sequence[float],
+    on_host: Sequence[nn.Parameter] = (),
     parts: Parts | None = None,
-) -> torch.optim.Optimizer:  # fmt: skip
+) -> torch.optim.Optimizer:
     with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
         return build_optimizer(
             parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios, on_host, parts=parts
@@ -413,11 +439,14 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
                 moments[key] = moment.with_category("optimizer", updated[moment.phase].breakdown["optimizer"])
     resident = base.simulation.resident
     return Simulation(
-        moments, Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
+        moments,
+        Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
         Work(*line(lambda ends: ends.simulation.work)),
         *line(lambda ends: _ELSEWHERE(ends.simulation)),
-        base.simulation.measured_because, base.simulation.streamed_sizes, trained,
-    )  # fmt: skip
+        base.simulation.measured_because,
+        base.simulation.streamed_sizes,
+        trained,
+    )
 
 
 @lru_cache(_KNOWN_UPDATES)

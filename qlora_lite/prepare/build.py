@@ -130,8 +130,9 @@ def learning_rate_of(recipe: Recipe) -> float:
         return FULL_RATE if recipe.adapter.method == "full" else LORA_RATE
     config, lora = of_blocks(config_of(recipe)), recipe.lora
     if not isinstance(width := getattr(config, "hidden_size", None), int):
-        raise ModelError("train.learning_rate auto needs the model's hidden_size, which its configuration does not "
-                         "say; set a number")  # fmt: skip
+        raise ModelError(
+            "train.learning_rate auto needs the model's hidden_size, which its configuration does not say; set a number"
+        )
     if recipe.adapter.method in METHOD_SHARES:
         rate = method_learning_rate(config.model_type, width, recipe.adapter.method)
     else:
@@ -160,9 +161,12 @@ def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def build_model(
-    recipe: Recipe, options: MemoryOptions | None = None, adapter: Path | None = None, first: First | None = None,
+    recipe: Recipe,
+    options: MemoryOptions | None = None,
+    adapter: Path | None = None,
+    first: First | None = None,
     ranks: Ranks | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Load a recipe's base model on its device, with LoRA weights, for training.
 
     Args:
@@ -181,10 +185,19 @@ def build_model(
         paths = map(model.get_submodule, model.block_paths())
         return place(model, device, options, list(paths), trains_base=method_of(recipe).trains_base)
     model = load_model(
-        m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision,
-        quant_head=m.quant_head, in_files=options.loads_from_files, keep_16bit=m.keep_16bit, start=start_of(recipe),
-        head=head_of(recipe), with_vision=recipe.with_vision,
-    )  # fmt: skip
+        m.path,
+        m.quant,
+        m.double_quant,
+        dtype,
+        "cpu" if options.places_weights else device,
+        m.revision,
+        quant_head=m.quant_head,
+        in_files=options.loads_from_files,
+        keep_16bit=m.keep_16bit,
+        start=start_of(recipe),
+        head=head_of(recipe),
+        with_vision=recipe.with_vision,
+    )
     add_adapter(recipe, model, adapter)
     if first:
         begin_at(model, first)
@@ -241,9 +254,15 @@ def start_of(recipe: Recipe) -> Start | None:
     if x.start in (KAIMING, EVA, QERA) or (x.start == LOFTQ and not x.start_alternations):
         return None
     return Start(
-        x.start, x.start_alternations, targets_of(recipe), x.rank, x.alpha, x.rslora, getattr(torch, x.dtype),
+        x.start,
+        x.start_alternations,
+        targets_of(recipe),
+        x.rank,
+        x.alpha,
+        x.rslora,
+        getattr(torch, x.dtype),
         recipe.model.keep_16bit,
-    )  # fmt: skip
+    )
 
 
 def without_start(recipe: Recipe) -> Recipe:
@@ -306,7 +325,7 @@ def _first_of_prompt(recipe: Recipe) -> tuple[int, ...]:
 
 def build_to_use(
     recipe: Recipe, adapters: Sequence[Path] = (), context_tokens: int | None = None, use_cache: bool = True
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Load a recipe's base model for answers and evaluations, its weights on the device as far as they fit.
 
     From then on the process is capped at ``memory.budget``.
@@ -334,15 +353,27 @@ def build_to_use(
         memory -= sum(adapter_bytes(folder) for folder in adapters)
         options = placement(skeleton, context_tokens or recipe.data.max_tokens, memory, free_bytes(torch.device("cpu")))
     model = load_model(
-        m.path, m.quant, m.double_quant, dtype, "cpu" if options.places_weights else device, m.revision, use_cache,
-        quant_head=m.quant_head, in_files=options.weights_on_disk, keep_16bit=m.keep_16bit,
-        start=start_of(recipe) if adapters else None, head=head_of(recipe), with_vision=recipe.with_vision,
-    )  # fmt: skip
+        m.path,
+        m.quant,
+        m.double_quant,
+        dtype,
+        "cpu" if options.places_weights else device,
+        m.revision,
+        use_cache,
+        quant_head=m.quant_head,
+        in_files=options.weights_on_disk,
+        keep_16bit=m.keep_16bit,
+        start=start_of(recipe) if adapters else None,
+        head=head_of(recipe),
+        with_vision=recipe.with_vision,
+    )
     take_first(model)  # which training alone begins with
     if options.resident_layers is not None and any(map(changes_base, adapters)):
-        raise DoesNotFitError("the GPU has no room for all weights, and those of an adapter that has norms, biases or "
-                              "tables of its own cannot be brought to it one block at a time: merge it (qlora-lite "
-                              "merge), and use the merged model")  # fmt: skip
+        raise DoesNotFitError(
+            "the GPU has no room for all weights, and those of an adapter that has norms, biases or "
+            "tables of its own cannot be brought to it one block at a time: merge it (qlora-lite "
+            "merge), and use the merged model"
+        )
     if options.places_weights:
         left = left_on_host(options, len(blocks(model)))
         log.warning("the GPU has no room for all weights, so that answers take longer; in host memory: %s", left)
@@ -389,10 +420,18 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
 
     def job(work: Workload) -> Job:
         return Job(
-            work, BatchShape((1,), 1), eval_shape, machine.device_type,
-            t.optimizer, t.stochastic_rounding, t.max_grad_norm, t.loraplus_lr_ratio, deterministic=t.deterministic,
-            saved_adapters=1 if eval_shape is None else 2, capability=machine.compute_capability,
-        )  # fmt: skip
+            work,
+            BatchShape((1,), 1),
+            eval_shape,
+            machine.device_type,
+            t.optimizer,
+            t.stochastic_rounding,
+            t.max_grad_norm,
+            t.loraplus_lr_ratio,
+            deterministic=t.deterministic,
+            saved_adapters=1 if eval_shape is None else 2,
+            capability=machine.compute_capability,
+        )
 
     if recipe.generates_pictures:
         auto = in_float32_or_bfloat16(machine.dtype)
@@ -405,12 +444,17 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
-        raise ModelError("model.compute_dtype bfloat16 is for training on GPUs of compute capability 8.0 and later, "
-                         "since earlier ones only emulate it, slowly; leave it on auto")  # fmt: skip
+        raise ModelError(
+            "model.compute_dtype bfloat16 is for training on GPUs of compute capability 8.0 and later, "
+            "since earlier ones only emulate it, slowly; leave it on auto"
+        )
     method = method_of(recipe)
     if method.trains_base and (quant != "none" or dtype == torch.float16):
-        what = "computes in float16 here; write model.compute_dtype: float32" if quant == "none" else (
-            f"is stored in {quant}; name its 16-bit files in model.path")  # fmt: skip
+        what = (
+            "computes in float16 here; write model.compute_dtype: float32"
+            if quant == "none"
+            else (f"is stored in {quant}; name its 16-bit files in model.path")
+        )
         raise ModelError(f"adapter.method full trains 16-bit or 32-bit weights, and the model {what}")
     if dtype == torch.float16 and recipe.memory.optimizer_in_backward:
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
@@ -421,8 +465,16 @@ def job_of(recipe: Recipe, config, machine: Machine, eval_shape: BatchShape | No
     if recipe.lora.start in (EVA, QERA):
         x = recipe.lora
         chosen_layers(without_weights(config), targets_of(recipe), x.rank, x.alpha, x.start)
-    spec = ModelSpec(config, quant, double_quant, m.quant_head, dtype, recipe.data.max_tokens, m.keep_16bit,
-                     formats_of(recipe, config))  # fmt: skip
+    spec = ModelSpec(
+        config,
+        quant,
+        double_quant,
+        m.quant_head,
+        dtype,
+        recipe.data.max_tokens,
+        m.keep_16bit,
+        formats_of(recipe, config),
+    )
     return job(workload_of(recipe, spec))
 
 
@@ -540,7 +592,7 @@ def with_plan(recipe: Recipe, options: Mapping[str, object], micro_batches: bool
         changed = {
             name: type(getattr(recipe, name)).model_validate(getattr(recipe, name).model_dump() | values)
             for name, values in sections.items()
-        }  # fmt: skip
+        }
     except (KeyError, AttributeError, ValidationError) as error:
         raise CheckpointError(f"the plan on record is not one that this version makes: {error!r}") from None
     return recipe.model_copy(update=changed)

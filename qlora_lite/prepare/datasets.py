@@ -89,8 +89,10 @@ def warn_of_other_rows(recipe: Recipe, data: Dataset, digest: str | None) -> Non
         digest: ``held_out_digest`` of those that the run held out; None where that is not known.
     """
     if recipe.data.eval_share and digest is not None and held_out_digest(data) != digest:
-        log.warning("the run's data has changed since it was trained: it may have learned some of the rows that "
-                    "data.eval_share holds out now; `qlora-lite evaluate RUN data.eval=PATH` takes others")  # fmt: skip
+        log.warning(
+            "the run's data has changed since it was trained: it may have learned some of the rows that "
+            "data.eval_share holds out now; `qlora-lite evaluate RUN data.eval=PATH` takes others"
+        )
 
 
 def told_by(recipe: Recipe, which: str) -> str | None:
@@ -115,9 +117,13 @@ def _to_imitate(data: Dataset) -> Dataset:
         return data
     examples = answers_alone(data.examples)
     return replace(
-        data, examples=examples, rows_kept=len(examples), examples_of=(len(examples),),
-        tokens=int(examples.lengths.sum()), learned_tokens=int(examples.learned_counts.sum()),
-    )  # fmt: skip
+        data,
+        examples=examples,
+        rows_kept=len(examples),
+        examples_of=(len(examples),),
+        tokens=int(examples.lengths.sum()),
+        learned_tokens=int(examples.learned_counts.sum()),
+    )
 
 
 def _read(recipe: Recipe, tokenizer, which: str, preference: str | None, compares: bool) -> Dataset:
@@ -206,11 +212,20 @@ def build_sources(recipe: Recipe, which: str, compares: bool = True) -> list[Sou
     part = "train" if recipe.data.eval_share else which
     sources = [
         Source(
-            s.path, s.format, s.weight, s.prompt, s.completion, streaming, None, s.documents, f"data.{part}",
-            s.rejected, recipe.with_vision,
+            s.path,
+            s.format,
+            s.weight,
+            s.prompt,
+            s.completion,
+            streaming,
+            None,
+            s.documents,
+            f"data.{part}",
+            s.rejected,
+            recipe.with_vision,
         )
         for s in getattr(recipe.data, part)
-    ]  # fmt: skip
+    ]
     return sources if compares else list(map(_as_chosen, sources))
 
 

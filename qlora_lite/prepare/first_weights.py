@@ -66,10 +66,17 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
     refuse_stored(QERA if start == QERA else None, stored_quantization(files.config))
     scales = {"scales": _scales(recipe, own)} if start == QERA else {}  # which the product of A and B is divided by
     entry = cache_entry(
-        files, start=start, ranks={path: rank for path, (rank, _) in own.items()}, keep_16bit=m.keep_16bit,
-        quantization=quantization_of(recipe, files.config), dtype=str(compute_dtype_of(recipe, device)),
-        lora_dtype=recipe.lora.dtype, rows=rows.hexdigest(), run="each sequence alone", **scales,
-    )  # fmt: skip
+        files,
+        start=start,
+        ranks={path: rank for path, (rank, _) in own.items()},
+        keep_16bit=m.keep_16bit,
+        quantization=quantization_of(recipe, files.config),
+        dtype=str(compute_dtype_of(recipe, device)),
+        lora_dtype=recipe.lora.dtype,
+        rows=rows.hexdigest(),
+        run="each sequence alone",
+        **scales,
+    )
     if (first := read_first(entry)) is not None:
         return first
     with explaining_memory("lower data.max_tokens, or set lora.start to kaiming"):
@@ -84,8 +91,10 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
 def ranks_of(recipe: Recipe, first: First) -> Ranks:
     """Return rank and alpha by path of layers that begin so, each with the scale that it has in the recipe."""
     before = _layers(recipe)
-    return {path: (len(lora_a), kept_scale(before[path][1], before[path][0], len(lora_a), recipe.lora.rslora))
-            for path, (lora_a, _) in first.items()}  # fmt: skip
+    return {
+        path: (len(lora_a), kept_scale(before[path][1], before[path][0], len(lora_a), recipe.lora.rslora))
+        for path, (lora_a, _) in first.items()
+    }
 
 
 def with_ranks(recipe: Recipe, ranks: Ranks) -> Recipe:
@@ -123,9 +132,15 @@ def _directions(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]]
     found = {path: seen[path].found(RATIO * rank) for path, rank in before.items()}
     ranks = share_out({path: shares for path, (_, shares) in found.items()}, before)
     explained = [sum(sum(found[path][1][:rank]) for path, rank in each.items()) / len(own) for each in (ranks, before)]
-    log.info("lora.start eva: ranks from %d to %d, on %d of %d layers, explain %.1f %% of the variance of a layer's "
-             "inputs; equal ones %.1f %%", min(ranks.values()), max(ranks.values()), len(ranks), len(own),
-             *(100 * share for share in explained))  # fmt: skip
+    log.info(
+        "lora.start eva: ranks from %d to %d, on %d of %d layers, explain %.1f %% of the variance of a layer's "
+        "inputs; equal ones %.1f %%",
+        min(ranks.values()),
+        max(ranks.values()),
+        len(ranks),
+        len(own),
+        *(100 * share for share in explained),
+    )
     for path, rank in ranks.items():
         out_features = frozen_weight(model.get_submodule(path))[0].shape[0]
         first[path] = found[path][0][:rank].to(dtype), torch.zeros(out_features, rank, dtype=dtype)
@@ -159,10 +174,16 @@ def _corrections(recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]
         first[path] = lora_a.cpu(), lora_b.cpu()
         shares += [] if math.isnan(share) else [share]  # of inputs that are all zeros
     if not first:
-        raise ModelError("lora.start qera: no layer that lora.targets name has an error of 4 bits to make up for "
-                         "(those of model.keep_16bit stay in 16 bit): set it to kaiming")  # fmt: skip
-    log.info("lora.start qera: makes up for %.0f %% of what 4 bits change in the outputs of a layer on these rows (of "
-             "its squares, mean of %d layers)", 100 * fmean(shares or [0]), len(shares))  # fmt: skip
+        raise ModelError(
+            "lora.start qera: no layer that lora.targets name has an error of 4 bits to make up for "
+            "(those of model.keep_16bit stay in 16 bit): set it to kaiming"
+        )
+    log.info(
+        "lora.start qera: makes up for %.0f %% of what 4 bits change in the outputs of a layer on these rows (of "
+        "its squares, mean of %d layers)",
+        100 * fmean(shares or [0]),
+        len(shares),
+    )
     return first
 
 
@@ -178,7 +199,7 @@ K = TypeVar("K", bound=_Kept)
 
 def _run(
     recipe: Recipe, own: Ranks, batches: Sequence[Sequence[Example]], new: Callable[[], K]
-) -> tuple[nn.Module, dict[str, K]]:  # fmt: skip
+) -> tuple[nn.Module, dict[str, K]]:
     """Load a recipe's model and run it; return it, and what is kept of each layer's inputs by path.
 
     Raises:
@@ -203,8 +224,10 @@ def _run(
     for handle in handles:
         handle.remove()
     if unseen := own.keys() - seen.of.keys():
-        raise ModelError(f"lora.start {recipe.lora.start}: no row passes through {min(unseen)}: leave it out of "
-                         "lora.targets, or set it to kaiming")  # fmt: skip
+        raise ModelError(
+            f"lora.start {recipe.lora.start}: no row passes through {min(unseen)}: leave it out of "
+            "lora.targets, or set it to kaiming"
+        )
     return model, seen.of
 
 

@@ -52,8 +52,10 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
     if problem == LABELS and {*names} == {"0", "1"} and all(len(names_of(e, problem)) == 2 for e in data.examples):
         yield RowProblem("", ONE_CLASS, f"all rows have the labels 0 and 1; {CURE_OF_MULTI_HOT}")
     if len(names) > MAX_NAMES or (problem == ONE_LABEL and len(names) > max(20, len(data.examples) // 2)):
-        message = (f"{len(names):,} different labels in {len(data.examples):,} rows are no classes; for numbers write "
-                   "task.kind: regression")  # fmt: skip
+        message = (
+            f"{len(names):,} different labels in {len(data.examples):,} rows are no classes; for numbers write "
+            "task.kind: regression"
+        )
         yield RowProblem("", MANY_LABELS, message)
         return
     known = set(map(str, range(len(names)))) if problem == MASKS else {*names}

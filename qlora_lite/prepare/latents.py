@@ -104,16 +104,19 @@ def named_classes(recipe: Recipe, data: Dataset) -> Recipe:
     model = skeleton_of(spec_in(pipeline_of(recipe)))
     if not model.classes:
         if recipe.task.labels is not None:
-            raise ModelError(f"task.labels are names of classes, and the denoiser in {recipe.model.path} knows none; "
-                             "remove them")  # fmt: skip
+            raise ModelError(
+                f"task.labels are names of classes, and the denoiser in {recipe.model.path} knows none; remove them"
+            )
         return recipe
     recipe = with_classes(recipe)
     if recipe.task.labels is None:
         names = label_names((each for each in data.examples if each.answer != NEUTRAL), ONE_LABEL)
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": names})})
     if (count := len(recipe.task.labels or ())) > model.classes:
-        raise ModelError(f"{count} different captions are more than the {model.classes} classes of the denoiser in "
-                         f"{recipe.model.path}; write task.labels, and captions that are among them")  # fmt: skip
+        raise ModelError(
+            f"{count} different captions are more than the {model.classes} classes of the denoiser in "
+            f"{recipe.model.path}; write task.labels, and captions that are among them"
+        )
     return recipe
 
 
@@ -144,8 +147,12 @@ def encode_texts(recipe: Recipe, texts: Iterable[str], watch: Watch | None = Non
                 watch("captions", min(first + _TEXTS_AT_ONCE, len(missing)), len(missing))
         del encoders
         freed(device)
-        log.info("captions: %d of %d encoded in %.0f s, others from the cache", len(missing), len(distinct),
-                 time.monotonic() - started)  # fmt: skip
+        log.info(
+            "captions: %d of %d encoded in %.0f s, others from the cache",
+            len(missing),
+            len(distinct),
+            time.monotonic() - started,
+        )
     return found
 
 
@@ -173,9 +180,13 @@ def _class_of(text: str, recipe: Recipe, model: DenoiserModel) -> Stored:
 
 
 def _pictures(
-    recipe: Recipe, pipeline: Pipeline, fit: Fit, shapes: LatentShapes, examples: Sequence[Example],
+    recipe: Recipe,
+    pipeline: Pipeline,
+    fit: Fit,
+    shapes: LatentShapes,
+    examples: Sequence[Example],
     watch: Watch | None,
-) -> list[Stored]:  # fmt: skip
+) -> list[Stored]:
     """Return the latents of each picture."""
     is_told_sizes = shapes.sizes is not None
     if pipeline.autoencoder is None:
@@ -196,8 +207,12 @@ def _pictures(
     if encoder:
         del encoder
         freed(device)
-        log.info("pictures: %d of %d encoded in %.0f s, others from the cache", count, len(examples),
-                 time.monotonic() - started)  # fmt: skip
+        log.info(
+            "pictures: %d of %d encoded in %.0f s, others from the cache",
+            count,
+            len(examples),
+            time.monotonic() - started,
+        )
     return [found[path] for path in paths]
 
 
@@ -225,8 +240,12 @@ def _where(recipe: Recipe, pipeline: Pipeline, parts: Sequence[str]) -> torch.de
     budget = min(recipe.memory.budget_bytes or needed, free_bytes(device))
     if device.type == "cpu" or needed <= budget:
         return device
-    log.info("%s: encoded on the CPU, for they may need %s of the GPU, and %s are free to use", " and ".join(parts),
-             format_bytes(needed), format_bytes(budget))  # fmt: skip
+    log.info(
+        "%s: encoded on the CPU, for they may need %s of the GPU, and %s are free to use",
+        " and ".join(parts),
+        format_bytes(needed),
+        format_bytes(budget),
+    )
     return torch.device("cpu")
 
 

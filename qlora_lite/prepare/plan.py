@@ -88,9 +88,12 @@ class Plan:
 
 
 def plan_recipe(
-    recipe: Recipe, machine: Machine, budget_bytes: int, shape: BatchShape | None = None,
+    recipe: Recipe,
+    machine: Machine,
+    budget_bytes: int,
+    shape: BatchShape | None = None,
     eval_shape: BatchShape | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Choose the fastest way to run a recipe's step within a budget.
 
     Args:
@@ -133,13 +136,19 @@ def plan_recipe(
     if can_divide:
         fixed["shards"] = machine.shards
     elif fixed.get("stream_from") == "ranks":
-        raise RecipeError("memory.stream_from ranks divides the weights of layers among several processes, and this is "
-                          "one: start more (qlora-lite train --gpus), or set it to auto")  # fmt: skip
+        raise RecipeError(
+            "memory.stream_from ranks divides the weights of layers among several processes, and this is "
+            "one: start more (qlora-lite train --gpus), or set it to auto"
+        )
     pack = shape or job.workload.full_pack(tokens, recipe.packs and together)
     step = Step(
-        job, pack, t.micro_batch_size, t.gradient_accumulation_steps, fixed,
+        job,
+        pack,
+        t.micro_batch_size,
+        t.gradient_accumulation_steps,
+        fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward,
-    )  # fmt: skip
+    )
     _check_counts(fixed, job.workload.depth)
     host, known = m.host_budget_bytes, machine.host_bytes
     if machine.device_type == "cuda" and host is not None:
@@ -155,8 +164,10 @@ def plan_recipe(
         and config.tie_word_embeddings
         and not (chosen or least).options.host_embeddings
     ):
-        log.warning("model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
-                    "the 4-bit copy takes memory and saves none")  # fmt: skip
+        log.warning(
+            "model.quant_head: the embeddings are also the head, and their 16-bit table stays on the device: "
+            "the 4-bit copy takes memory and saves none"
+        )
     _warn_of_length(job, max(shape.lengths) if shape else tokens)
     kept = recipe.train.keep_checkpoints
     return Plan(
@@ -167,8 +178,9 @@ def plan_recipe(
 def _check_counts(fixed: Mapping[str, Any], blocks: int) -> None:
     problems = [
         f"memory.{name} = {fixed[name]}: the model has {blocks} blocks; write at most as many"
-        for name in ("uncheckpointed_layers", "resident_layers") if (fixed.get(name) or 0) > blocks
-    ]  # fmt: skip
+        for name in ("uncheckpointed_layers", "resident_layers")
+        if (fixed.get(name) or 0) > blocks
+    ]
     if problems:
         raise RecipeError(problems)
 
@@ -182,8 +194,13 @@ def budget_of(recipe: Recipe, machine: Machine) -> int:
 def _capped(key: str, given: int, where: str, there: int) -> int:
     """Return the bytes that a recipe gives, or those that are there if they are fewer."""
     if given > there:
-        log.warning("memory.%s: %s is more than %s has, %s; that is the budget", key, format_bytes(given), where,
-                    format_bytes(there))  # fmt: skip
+        log.warning(
+            "memory.%s: %s is more than %s has, %s; that is the budget",
+            key,
+            format_bytes(given),
+            where,
+            format_bytes(there),
+        )
     return min(given, there)
 
 
@@ -245,8 +262,11 @@ def _difference(chosen: Candidate, other: Candidate) -> str:
     """Say in recipe keys how a candidate differs from the chosen one; of its micro-batches in words, since the packs of
     a step stay the same, and ``train.micro_batch_size`` alone would change them."""
     theirs, ours = other.settings, chosen.settings
-    options = [f"{key}={_as_yaml(value)}" for key, value in theirs.items()
-               if value != ours[key] and not key.startswith("train.")]  # fmt: skip
+    options = [
+        f"{key}={_as_yaml(value)}"
+        for key, value in theirs.items()
+        if value != ours[key] and not key.startswith("train.")
+    ]
     parts = [" ".join(options)] if options else []
     if other.packs != chosen.packs:
         parts.append(f"micro-batch size {other.packs}, micro-batches {other.micro_batches}")
@@ -286,8 +306,12 @@ def longest_pack(plan: Plan) -> tuple[int, Candidate]:
 def _warn_of_length(job: Job, tokens: int) -> None:
     positions = job.workload.most_positions
     if positions and tokens > positions:
-        log.warning("a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
-                    "what it learns there may be of no use", f"{tokens:,}", f"{positions:,}")  # fmt: skip
+        log.warning(
+            "a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
+            "what it learns there may be of no use",
+            f"{tokens:,}",
+            f"{positions:,}",
+        )
 
 
 def max_batch(plan: Plan) -> int:
@@ -407,9 +431,10 @@ def _more_host(plan: Plan, candidate: Candidate) -> str:
     disk_helps = on_disk.uses_disk and build_candidate(plan.step, plan.machine, on_disk, candidate.packs).fits_host
     has_to_hold_all = candidate.options.resident_layers is not None and plan.step.fixed.get("stream_from") == "host"
     return (
-        "raise memory.host_budget" + (", or name a disk in memory.offload_folder" if disk_helps else "")
+        "raise memory.host_budget"
+        + (", or name a disk in memory.offload_folder" if disk_helps else "")
         + (", or set memory.stream_from to auto" if has_to_hold_all else "")
-    )  # fmt: skip
+    )
 
 
 def _largest(breakdown: dict[str, int], count: int = 4) -> list[tuple[str, int]]:

@@ -50,8 +50,11 @@ from .label_checks import balance_of, label_faults, rare_labels, with_labels
 _SHOWN_PER_RULE = 5
 _SHOWN_NAMES = 5
 _SAMPLED_ROWS = 20  # of each source
-_HOW = {"lines": "each line is a document", "blank-lines": "blank lines part documents",
-        "file": "each file is a document"}  # fmt: skip
+_HOW = {
+    "lines": "each line is a document",
+    "blank-lines": "blank lines part documents",
+    "file": "each file is a document",
+}
 RENDERED = "rendered chat in a document"
 UNUSED_ANSWER = "answer beside plain text"
 FEW_TOKENS = 10_000  # fewer than the LoRA weights of any model worth training
@@ -98,16 +101,30 @@ def problem_entry(problem: RowProblem, is_error: bool) -> dict:
     """Return a problem as the report has it, its place taken apart."""
     file, line, row = read_place(problem.where) or (problem.where, 0, 0)
     severity = "error" if is_error else "warning"
-    return {"file": file or None, "line": line or None, "row": row or None, "rule": problem.rule,
-            "message": problem.message, "severity": severity}  # fmt: skip
+    return {
+        "file": file or None,
+        "line": line or None,
+        "row": row or None,
+        "rule": problem.rule,
+        "message": problem.message,
+        "severity": severity,
+    }
 
 
 def empty_report(problems: list[dict]) -> dict:
     """Return the report of rows that could not be looked at."""
     return {
-        "ok": False, "rows_read": 0, "rows_kept": 0, "dropped": {}, "dropped_at": {}, "tokens": 0, "learned_tokens": 0,
-        "packing_efficiency": None, "problems": problems, "errors": len(problems),
-    }  # fmt: skip
+        "ok": False,
+        "rows_read": 0,
+        "rows_kept": 0,
+        "dropped": {},
+        "dropped_at": {},
+        "tokens": 0,
+        "learned_tokens": 0,
+        "packing_efficiency": None,
+        "problems": problems,
+        "errors": len(problems),
+    }
 
 
 def first_places(counts: dict, reason: str) -> str:
@@ -159,11 +176,17 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         problems.append(problem_entry(fault, True))
         error_count += 1
     problems += [problem_entry(problem, False) for problem in _rendered_chats(recipe, tokenizer)]
-    warned = (*_broken_seams(data), *_unused_answers(recipe), *_more_than_weights_hold(recipe, data),
-              *_absent_tokens(recipe, tokenizer, data), *rare_labels(recipe, data))  # fmt: skip
+    warned = (
+        *_broken_seams(data),
+        *_unused_answers(recipe),
+        *_more_than_weights_hold(recipe, data),
+        *_absent_tokens(recipe, tokenizer, data),
+        *rare_labels(recipe, data),
+    )
     problems += [problem_entry(problem, False) for problem in warned]
     report = empty_report(problems) | {
-        "ok": error_count == 0, "errors": error_count,
+        "ok": error_count == 0,
+        "errors": error_count,
         **_counts(recipe, data),
         "sample_rows": STREAM_SAMPLE_ROWS if recipe.data.streaming else None,
         **_lengths(recipe, data),
@@ -171,13 +194,14 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         "sources": _sources(recipe, data, "train"),
         "template": _describe_template(data, tokenizer),
         "special_tokens": [] if recipe.of_pictures else _special_tokens(data, tokenizer),
-        "eval": eval_data and {
+        "eval": eval_data
+        and {
             **_counts(recipe, eval_data),
             "sources": _sources(recipe, eval_data, "eval"),
         },
         "rows": [] if recipe.of_pictures else _rows(data, tokenizer, recipe.label_problem, rows_to_show),
         **({"labels": balance} if (balance := balance_of(recipe, data, eval_data)) else {}),
-    }  # fmt: skip
+    }
     return Preflight(data, eval_data, report)
 
 
@@ -214,8 +238,10 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
                 text = str(row.get("text"))
                 held = next((token for token in tokens if len(token) > 3 and token in text), None)  # not "<s>"
                 if held is not None:
-                    message = (f"the text holds {held!r}, which stays plain letters in a document, and is learned as "
-                               "those; give chats as messages, not as text that a template made of them")  # fmt: skip
+                    message = (
+                        f"the text holds {held!r}, which stays plain letters in a document, and is learned as "
+                        "those; give chats as messages, not as text that a template made of them"
+                    )
                     yield RowProblem(where, RENDERED, message)
                     break
 
@@ -242,8 +268,10 @@ def _broken_seams(data: Dataset) -> Iterator[RowProblem]:
         return
     for example in islice(data.examples, _SAMPLED_ROWS):
         if example.answer[:1].isspace():
-            message = ("the answer begins with white space, and data.template plain writes a line end before it; "
-                       "joined writes prompt and answer as they are")  # fmt: skip
+            message = (
+                "the answer begins with white space, and data.template plain writes a line end before it; "
+                "joined writes prompt and answer as they are"
+            )
             yield RowProblem(example.where, SEAM, message)
             return
 
@@ -259,9 +287,11 @@ def _groups_too_long(recipe: Recipe, *parts: Dataset | None) -> Iterator[RowProb
             continue
         longest, tokens = max(enumerate(prompts), key=lambda pair: pair[1])
         if (group := o.group_size * (recipe.virtual_tokens + tokens + o.max_completion_tokens)) > most:
-            message = (f"objective.group_size {o.group_size} answers of up to {o.max_completion_tokens:,} tokens to a "
-                       f"prompt of {tokens:,} take {group:,}, and data.max_tokens is {most:,}; write at least "
-                       f"{group:,} there, or lower one of the two")  # fmt: skip
+            message = (
+                f"objective.group_size {o.group_size} answers of up to {o.max_completion_tokens:,} tokens to a "
+                f"prompt of {tokens:,} take {group:,}, and data.max_tokens is {most:,}; write at least "
+                f"{group:,} there, or lower one of the two"
+            )
             yield RowProblem(part.examples[longest].where, LONG_GROUP, message)
         if 0 in prompts:
             message = "there is no prompt before the answer; give rows with a prompt, or remove this one"
@@ -296,9 +326,11 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
         factor = 2 ** math.ceil(math.log2(tokens / weights))
         states = (1 if "8bit" in optimizer else 4) * (1 if "lion" in optimizer else 2)
         more = (factor - 1) * weights * (2 * getattr(torch, x.dtype).itemsize + states)
-        message = (f"{format_count(tokens)} target tokens are more than {format_count(weights)} LoRA weights can "
-                   f"learn; rank {factor * x.rank} suffices, and takes {format_bytes(more)} more for weights, "
-                   "gradients and optimizer states")  # fmt: skip
+        message = (
+            f"{format_count(tokens)} target tokens are more than {format_count(weights)} LoRA weights can "
+            f"learn; rank {factor * x.rank} suffices, and takes {format_bytes(more)} more for weights, "
+            "gradients and optimizer states"
+        )
         yield RowProblem("lora.rank", CAPACITY, message)
 
 
@@ -315,8 +347,10 @@ def _absent_tokens(recipe: Recipe, tokenizer, data: Dataset) -> Iterator[RowProb
         for token_id in wanted.keys() & set(example.token_ids.tolist()):
             del wanted[token_id]
     if wanted:
-        message = (f"no training row has {', '.join(map(repr, wanted.values()))}, so that nothing is learned of "
-                   f"{'it' if len(wanted) == 1 else 'them'}")  # fmt: skip
+        message = (
+            f"no training row has {', '.join(map(repr, wanted.values()))}, so that nothing is learned of "
+            f"{'it' if len(wanted) == 1 else 'them'}"
+        )
         yield RowProblem("adapter.train_tokens", ABSENT, message)
 
 
@@ -335,10 +369,15 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
 def _counts(recipe: Recipe, data: Dataset) -> dict:
     tokens, targets = (0, 0) if recipe.of_pictures else (data.tokens, data.learned_tokens)
     return {
-        "rows_read": data.rows_read, "rows_kept": data.rows_kept, "dropped": data.dropped,
-        "dropped_at": data.dropped_at, "truncated": data.truncated, "split": data.split, "tokens": tokens,
+        "rows_read": data.rows_read,
+        "rows_kept": data.rows_kept,
+        "dropped": data.dropped,
+        "dropped_at": data.dropped_at,
+        "truncated": data.truncated,
+        "split": data.split,
+        "tokens": tokens,
         "learned_tokens": targets,
-    }  # fmt: skip
+    }
 
 
 def _lengths(recipe: Recipe, data: Dataset) -> dict:
@@ -365,8 +404,11 @@ def _answer_tokens(recipe: Recipe, data: Dataset) -> dict[str, float] | None:
         return {"chosen": first, "rejected": second}
     good, bad = (data.examples.rows[data.examples.order + 1, 7] == label for label in (1, 0))
     order = data.examples.order
-    return {name: answer_tokens(replace(data.examples, order=order[which]))[0]
-            for name, which in (("good", good), ("bad", bad)) if which.any()}  # fmt: skip
+    return {
+        name: answer_tokens(replace(data.examples, order=order[which]))[0]
+        for name, which in (("good", good), ("bad", bad))
+        if which.any()
+    }
 
 
 def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
@@ -483,8 +525,10 @@ def _describe_template(data: Dataset, tokenizer) -> dict | None:
 def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
     found = count_special_tokens(data.examples, special_ids_of(tokenizer))
     names = tokenizer.convert_ids_to_tokens([token.token_id for token in found])
-    return [{"token": name, "id": token.token_id, "count": token.count, "learned": token.learned}
-            for name, token in zip(names, found, strict=True)]  # fmt: skip
+    return [
+        {"token": name, "id": token.token_id, "count": token.count, "learned": token.learned}
+        for name, token in zip(names, found, strict=True)
+    ]
 
 
 def _rows(data: Dataset, tokenizer, problem: str | None, count: int) -> list[dict]:
@@ -496,10 +540,14 @@ def _rows(data: Dataset, tokenizer, problem: str | None, count: int) -> list[dic
         return []
     shown = pieces_of(collate(examples), tokenizer, special_ids_of(tokenizer))
     return [
-        {"where": example.where, "tokens": len(example.token_ids), **_target_of(example, problem),
-         "pieces": [asdict(piece) | ({"learned": False} if problem else {}) for piece in pieces]}
+        {
+            "where": example.where,
+            "tokens": len(example.token_ids),
+            **_target_of(example, problem),
+            "pieces": [asdict(piece) | ({"learned": False} if problem else {}) for piece in pieces],
+        }
         for example, pieces in zip(examples, shown, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _target_of(example: Example, problem: str | None) -> dict:

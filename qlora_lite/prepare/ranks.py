@@ -48,9 +48,14 @@ MIB = 2**20
 
 
 def plan_run(
-    recipe: Recipe, examples, eval_examples, headroom: int = 0, processes: Processes = ALONE,
-    of_ranks: Sequence[dict] | None = None, kept: Mapping[str, object] | None = None,
-) -> tuple[Plan, TrainSettings]:  # fmt: skip
+    recipe: Recipe,
+    examples,
+    eval_examples,
+    headroom: int = 0,
+    processes: Processes = ALONE,
+    of_ranks: Sequence[dict] | None = None,
+    kept: Mapping[str, object] | None = None,
+) -> tuple[Plan, TrainSettings]:
     """Plan a recipe for the device at hand and the rows that were read; return the plan and its settings.
 
     Several processes plan one rank's share of a step, for the smallest of their budgets; where their GPUs or budgets
@@ -91,13 +96,18 @@ def plan_run(
         needed = chosen.prediction.simulation.folder_bytes * processes.local_world_size
         free = disk_usage(folder).free
         if needed > free:
-            raise OutputError(f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
-                              "make room, or name another folder")  # fmt: skip
+            raise OutputError(
+                f"memory.offload_folder: needs {format_bytes(needed)} and has {format_bytes(free)} free; "
+                "make room, or name another folder"
+            )
     unit = chosen.packs // (shares[processes.rank].joined if shares else 1)
     return plan, replace(
-        settings, options=chosen.options, micro_batch_size=unit, shares=shares,
+        settings,
+        options=chosen.options,
+        micro_batch_size=unit,
+        shares=shares,
         gradient_accumulation_steps=packs // unit,
-    )  # fmt: skip
+    )
 
 
 def _ranks_of(recipe: Recipe, machine: Machine, headroom: int, processes: Processes) -> "Ranks":
@@ -108,11 +118,14 @@ def _ranks_of(recipe: Recipe, machine: Machine, headroom: int, processes: Proces
     speeds = speeds_of(recipe, processes)
     machines = [
         replace(
-            machine, name=f"rank {rank}", base_bytes=int(base), host_bytes=None if host == math.inf else int(host),
+            machine,
+            name=f"rank {rank}",
+            base_bytes=int(base),
+            host_bytes=None if host == math.inf else int(host),
             flops_per_second=machine.flops_per_second * speeds[rank] / speeds[processes.rank],
         )
         for rank, (base, host) in enumerate(zip(bases, hosts, strict=True))
-    ]  # fmt: skip
+    ]
     return Ranks(tuple(machines), tuple(int(own + base) for own, base in zip(lefts, bases, strict=True)))
 
 
@@ -238,8 +251,10 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         if not plans or not all(plan.fits for plan in plans):
             plans = _fastest_divided(recipe, ranks, packs, source)
     if len({plan.step.job.workload.compute_dtype for plan in plans}) > 1:
-        raise RecipeError("model.compute_dtype auto is not the same type on all of these GPUs, and they train one "
-                          "model: set it to float16, or to float32")  # fmt: skip
+        raise RecipeError(
+            "model.compute_dtype auto is not the same type on all of these GPUs, and they train one "
+            "model: set it to float16, or to float32"
+        )
     return plans
 
 
@@ -356,8 +371,9 @@ def require_fit(plans: Sequence[Plan]) -> None:
         worst = max(lacking, key=lambda plan: plan.peak_bytes - plan.budget_bytes)
         others = ", ".join(
             f"rank {rank} ({format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)})"
-            for rank, plan in enumerate(plans) if not plan.fits and plan is not worst
-        )  # fmt: skip
+            for rank, plan in enumerate(plans)
+            if not plan.fits and plan is not worst
+        )
         error = does_not_fit(worst, list(alternatives(worst)))
         raise DoesNotFitError(f"{error}; nor does {others}") if others else error
 
@@ -366,8 +382,10 @@ def describe_share(rank: int, plan: Plan) -> str:
     """Return in words what a rank has of a step, and of the model."""
     chosen, (part, share) = plan.chosen, part_of_base(plan)
     base = f"{format_bytes(part)} of the layers ({share:.0%})" if part else "the whole model"
-    return (f"rank {rank} has {chosen.packs * chosen.micro_batches} sequences of a step ({chosen.micro_batches} x "
-            f"{chosen.packs}) and {base}")  # fmt: skip
+    return (
+        f"rank {rank} has {chosen.packs * chosen.micro_batches} sequences of a step ({chosen.micro_batches} x "
+        f"{chosen.packs}) and {base}"
+    )
 
 
 def step_of_ranks(recipe: Recipe, ranks: Ranks, plans: Sequence[Plan], cluster: Cluster) -> SharedStep:
@@ -391,8 +409,10 @@ def dividing(recipe: Recipe, machine: Machine, world_size: int) -> Machine:
         return replace(machine, shards=UNDIVIDED)
     is_trained = recipe.adapter.method == "full" and machine.shards.count not in (1, world_size)
     if is_trained and recipe.memory.optimizer_in_backward:
-        raise RecipeError("memory.optimizer_in_backward is for weights that are divided among the GPUs of one machine, "
-                          "or among machines with one GPU each: leave it out, or start fewer processes")  # fmt: skip
+        raise RecipeError(
+            "memory.optimizer_in_backward is for weights that are divided among the GPUs of one machine, "
+            "or among machines with one GPU each: leave it out, or start fewer processes"
+        )
     return machine
 
 

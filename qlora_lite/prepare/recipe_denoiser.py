@@ -66,20 +66,27 @@ def fit_of(recipe: Recipe) -> Fit:
     multiple = scale * model.multiple
     if resolution % multiple:
         near = sorted({max(multiple, resolution // multiple * multiple), -(-resolution // multiple) * multiple})
-        raise ModelError(f"data.resolution {resolution} is no multiple of the model's {multiple} pixels; write "
-                         f"{' or '.join(map(str, near))}")  # fmt: skip
+        raise ModelError(
+            f"data.resolution {resolution} is no multiple of the model's {multiple} pixels; write "
+            f"{' or '.join(map(str, near))}"
+        )
     if not model.takes_rectangles and resolution != (size or 0) * scale:
-        raise ModelError(f"data.resolution {resolution}: {type(model).__name__} takes pictures of its own size alone; "
-                         f"write {(size or 0) * scale}, or remove it")  # fmt: skip
+        raise ModelError(
+            f"data.resolution {resolution}: {type(model).__name__} takes pictures of its own size alone; "
+            f"write {(size or 0) * scale}, or remove it"
+        )
     if resolution > (edge := largest_edge(recipe)):
-        raise ModelError(f"data.resolution {resolution}: the model's position embeddings reach {edge} pixels; write at "
-                         f"most {edge}")  # fmt: skip
+        raise ModelError(
+            f"data.resolution {resolution}: the model's position embeddings reach {edge} pixels; write at most {edge}"
+        )
     sizes = rectangles(resolution, multiple, recipe.data.buckets and model.takes_rectangles)
     sizes = tuple(size for size in sizes if max(size) <= edge)
     channels = model.latent_channels if pipeline.autoencoder is None else pipeline.picture_channels
     if channels not in (1, 3):
-        raise ModelError(f"{recipe.model.path} takes latents of {channels} channels and has no autoencoder (vae) that "
-                         "makes some of pictures; fetch the whole pipeline")  # fmt: skip
+        raise ModelError(
+            f"{recipe.model.path} takes latents of {channels} channels and has no autoencoder (vae) that "
+            "makes some of pictures; fetch the whole pipeline"
+        )
     return Fit(sizes, channels, recipe.data.caption)
 
 
@@ -101,19 +108,25 @@ def loss_of(recipe: Recipe) -> DenoisingLoss:
     name = str(said.get("_class_name"))
     is_flow = name.startswith("FlowMatch") or bool(said.get("use_flow_sigmas"))
     if (steps := said.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
-        raise ModelError(f"the scheduler has {steps} timesteps (num_train_timesteps); training here draws from "
-                         f"{TIMESTEPS:,}, which all published models have")  # fmt: skip
+        raise ModelError(
+            f"the scheduler has {steps} timesteps (num_train_timesteps); training here draws from "
+            f"{TIMESTEPS:,}, which all published models have"
+        )
     kind = _PREDICTIONS.get(str(said.get("prediction_type", "epsilon")))
     prediction: str = d.prediction
     if prediction == "auto":
         if kind is None:
-            raise ModelError(f"the scheduler's prediction_type is {said.get('prediction_type')}; write "
-                             "diffusion.prediction: epsilon, v or flow")  # fmt: skip
+            raise ModelError(
+                f"the scheduler's prediction_type is {said.get('prediction_type')}; write "
+                "diffusion.prediction: epsilon, v or flow"
+            )
         prediction = FLOW if is_flow else kind
     how: dict[str, Any] = {"sampling": d.timestep_sampling, "weighting": d.weighting, "min_snr_gamma": d.min_snr_gamma}
     if d.weighting not in (fitting := ("none", *(("sigma_sqrt", "cosmap") if prediction == FLOW else ("min_snr",)))):
-        raise ModelError(f"diffusion.weighting {d.weighting} is not for prediction {prediction}, which the model's "
-                         f"scheduler says; write {' or '.join(fitting)}")  # fmt: skip
+        raise ModelError(
+            f"diffusion.weighting {d.weighting} is not for prediction {prediction}, which the model's "
+            f"scheduler says; write {' or '.join(fitting)}"
+        )
     if prediction == FLOW:
         own = 1.0 if said.get("use_dynamic_shifting") else _number(said, "shift", 1.0)
         return DenoisingLoss(prediction, **how, shift=own if d.shift == "auto" else d.shift)
@@ -121,9 +134,11 @@ def loss_of(recipe: Recipe) -> DenoisingLoss:
         raise ModelError(f"diffusion.shift is for prediction flow, and the model's is {prediction}; remove it")
     schedule = str(said.get("beta_schedule", "linear"))
     if schedule not in _SCHEDULES or said.get("rescale_betas_zero_snr") or said.get("trained_betas"):
-        raise ModelError(f"the scheduler's betas ({schedule}"
-                         f"{', rescaled to zero SNR' if said.get('rescale_betas_zero_snr') else ''}) are not known "
-                         f"here; {' and '.join(_SCHEDULES)} are")  # fmt: skip
+        raise ModelError(
+            f"the scheduler's betas ({schedule}"
+            f"{', rescaled to zero SNR' if said.get('rescale_betas_zero_snr') else ''}) are not known "
+            f"here; {' and '.join(_SCHEDULES)} are"
+        )
     start, end = _number(said, "beta_start", 1e-4), _number(said, "beta_end", 0.02)
     return DenoisingLoss(prediction, **how, schedule=schedule, beta_start=start, beta_end=end)
 

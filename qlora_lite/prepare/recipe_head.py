@@ -47,12 +47,16 @@ def picture_processor(recipe: Recipe) -> Processor:
     config = of_blocks(read_config(m.path, m.revision))
     size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
     if size is None or not isinstance(patch, int):
-        raise ModelError(f"{m.path} ({config.model_type}) is no vision encoder of patches, which task.kind "
-                         f"{recipe.task.kind} needs; choose DINOv2, ViT, SigLIP or CLIP")  # fmt: skip
+        raise ModelError(
+            f"{m.path} ({config.model_type}) is no vision encoder of patches, which task.kind "
+            f"{recipe.task.kind} needs; choose DINOv2, ViT, SigLIP or CLIP"
+        )
     if wanted and wanted % patch:
         near = sorted({max(patch, wanted // patch * patch), -(-wanted // patch) * patch})
-        raise ModelError(f"data.resolution {wanted} is no multiple of the model's patches of {patch} pixels; write "
-                         f"{' or '.join(map(str, near))}")  # fmt: skip
+        raise ModelError(
+            f"data.resolution {wanted} is no multiple of the model's patches of {patch} pixels; write "
+            f"{' or '.join(map(str, near))}"
+        )
     folder = folder_of(m.path, m.revision)
     said = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -77,13 +81,17 @@ def picture_reader(recipe: Recipe) -> PictureReader | None:
     family = FAMILIES[config.model_type]
     edge, is_free = family.edge(config), family.cuts or family.keeps_shape
     if wanted and not is_free and wanted != edge:
-        raise ModelError(f"data.resolution {wanted}: a model of the type {config.model_type} sees pictures of {edge} x "
-                         f"{edge} pixels alone; remove it")  # fmt: skip
+        raise ModelError(
+            f"data.resolution {wanted}: a model of the type {config.model_type} sees pictures of {edge} x "
+            f"{edge} pixels alone; remove it"
+        )
     if wanted and wanted % edge:
         near = sorted({max(edge, wanted // edge * edge), -(-wanted // edge) * edge})
         what = "of what a token stands for" if family.keeps_shape else "of the parts that the model cuts a picture into"
-        raise ModelError(f"data.resolution {wanted} is no multiple of {edge} pixels, the edge {what}; write "
-                         f"{' or '.join(map(str, near))}")  # fmt: skip
+        raise ModelError(
+            f"data.resolution {wanted} is no multiple of {edge} pixels, the edge {what}; write "
+            f"{' or '.join(map(str, near))}"
+        )
     of_model = m.path, m.revision
     said = config.image_token_id, family.tokens(config), edge, wanted if is_free else None, of_model
     load = partial(loaded_processor, *of_model)
@@ -107,8 +115,10 @@ def loaded_processor(path: str, revision: str | None):
     except (OSError, *BUILD_ERRORS) as error:
         raise ModelError(f"cannot load the processor of {path}'s pictures: {first_line(error)}") from error
     if not family.keeps_shape and not hasattr(found, "get_text_with_replacements"):
-        raise ModelError("this version of transformers does not say which tokens stand for a picture: update it (pip "
-                         "install -U transformers)")  # fmt: skip
+        raise ModelError(
+            "this version of transformers does not say which tokens stand for a picture: update it (pip "
+            "install -U transformers)"
+        )
     return found
 
 

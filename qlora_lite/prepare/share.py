@@ -29,14 +29,17 @@ def share_of(recipe: Recipe, world_size: int) -> Recipe:
         return recipe
     in_backward, packs = recipe.memory.optimizer_in_backward, t.micro_batch_size * t.gradient_accumulation_steps
     if in_backward and not _divides_in_backward(recipe):
-        raise RecipeError("memory.optimizer_in_backward updates each weight before several processes have added up its "
-                          "gradient, but for weights that they divide (adapter.method full without switch_every, "
-                          "memory.stream_from and memory.resident_layers left out): train in one process, or leave it "
-                          "out")  # fmt: skip
+        raise RecipeError(
+            "memory.optimizer_in_backward updates each weight before several processes have added up its "
+            "gradient, but for weights that they divide (adapter.method full without switch_every, "
+            "memory.stream_from and memory.resident_layers left out): train in one process, or leave it "
+            "out"
+        )
     if in_backward and packs % world_size:
         more = -(-packs // world_size) * world_size
-        raise RecipeError(f"{world_size} processes cannot share a micro-batch of {packs}: set train.micro_batch_size "
-                          f"to {more}")  # fmt: skip
+        raise RecipeError(
+            f"{world_size} processes cannot share a micro-batch of {packs}: set train.micro_batch_size to {more}"
+        )
     if packs % world_size:
         more = -(-packs // world_size) * world_size
         raise RecipeError(

@@ -102,15 +102,19 @@ class WeightRows:
 def untouched(model: nn.Module) -> set[str]:
     """Return the paths of linear layers that are neither packed nor adapted: routers, and those whose weight the module
     around them multiplies by itself, ``dt_proj`` of Mamba layers and ``out_proj`` of torch's attention."""
-    attention = {f"{path}.out_proj" for path, module in model.named_modules()
-                 if isinstance(module, nn.MultiheadAttention)}  # fmt: skip
+    attention = {
+        f"{path}.out_proj" for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
     return _routers(model) | of_mamba(model, "dt_proj") | attention
 
 
 def of_mamba(model: nn.Module, *names: str) -> set[str]:
     """Return the paths of linear layers of some names in Mamba layers, which have a decay A and a direct path D."""
-    mixers = [path for path, module in model.named_modules()
-              if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}]  # fmt: skip
+    mixers = [
+        path
+        for path, module in model.named_modules()
+        if {"A_log", "D"} <= {name for name, _ in module.named_parameters(recurse=False)}
+    ]
     return {f"{mixer}.{name}" for mixer in mixers for name in names}
 
 
@@ -124,8 +128,11 @@ def _routers(model: nn.Module) -> set[str]:
         if hasattr(experts, "has_gate"):
             beside, sizes = path.rpartition(".")[0], (experts.num_experts, 1)
             layers = [(name, m) for name, m in model.get_submodule(beside).named_modules() if is_linear(m)]
-            found |= {f"{beside}.{name}" for name, layer in layers
-                      if _ROUTER.search(name) and frozen_weight(layer)[0].shape[0] in sizes}  # fmt: skip
+            found |= {
+                f"{beside}.{name}"
+                for name, layer in layers
+                if _ROUTER.search(name) and frozen_weight(layer)[0].shape[0] in sizes
+            }
     return found
 
 
@@ -198,8 +205,11 @@ def arrange_weights(model: nn.Module) -> int:
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:  # the kernel would round all inputs to it
         return 0
     layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module.arranged is None]
-    layers = [layer for layer in layers if layer.quant_type in FOUR_BIT
-              and can_arrange((layer.out_features, layer.in_features), layer.weight.device)]  # fmt: skip
+    layers = [
+        layer
+        for layer in layers
+        if layer.quant_type in FOUR_BIT and can_arrange((layer.out_features, layer.in_features), layer.weight.device)
+    ]
     if layers and not kernel_takes_our_order():
         log.warning("generation dequantises weights for every token: this bitsandbytes orders them otherwise on a CPU")
         return 0

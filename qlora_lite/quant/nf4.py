@@ -271,8 +271,10 @@ def _borders_and_order(quant_type: str) -> tuple[Tensor, Tensor]:
 
 def _quantize_by_kernel(flat: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     """Return the codes and absmax of a flat weight by bitsandbytes' operator, a long one in parts."""
-    parts = [torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
-             for part in flat.split(MAX_KERNEL_WEIGHTS)]  # fmt: skip
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit(part, BLOCK_SIZE, quant_type, torch.uint8)
+        for part in flat.split(MAX_KERNEL_WEIGHTS)
+    ]
     if len(parts) == 1:
         return parts[0]
     codes, absmax = zip(*parts, strict=True)

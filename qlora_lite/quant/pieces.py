@@ -11,18 +11,18 @@ ROWS_AT_ONCE = 1 << 21  # weights, which take 8 MiB in float32
 
 
 def by_rows(
-    dequantize_rows: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], shape: Sequence[int],
+    dequantize_rows: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    shape: Sequence[int],
     dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Dequantise a weight [out, in], or all of [E, out, in], some rows at a time, by a format's ``dequantize_rows``."""
     weight = torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device)
     _fill(weight, dequantize_rows, tensors)
     return weight
 
 
-def _fill(
-    weight: torch.Tensor, dequantize_rows: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor]
-) -> None:  # fmt: skip
+def _fill(weight: torch.Tensor, dequantize_rows: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
     if weight.ndim == 3:
         for one in pieces(len(weight), 1, weight.is_meta):
             _fill(weight[one.start], dequantize_rows, [tensor[one.start] for tensor in tensors])
@@ -32,9 +32,12 @@ def _fill(
 
 
 def some_of(
-    dequantize: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], shape: Sequence[int],
-    which: slice | torch.Tensor, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+    dequantize: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    shape: Sequence[int],
+    which: slice | torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Dequantise a part of a weight along its first dimension, by a format's ``dequantize``.
 
     Args:

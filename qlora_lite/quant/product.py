@@ -105,9 +105,12 @@ def kept_for(x: torch.Tensor) -> KeptWeights | None:
 
 
 def materialize(
-    spec: WeightSpec, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, kept: KeptWeights | None = None,
+    spec: WeightSpec,
+    tensors: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
+    kept: KeptWeights | None = None,
     again: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the weight [out, in] in ``dtype``; a view of the stored tensor where that is possible.
 
     Args:
@@ -137,9 +140,14 @@ def merged(spec: WeightSpec, tensors: tuple[torch.Tensor, ...]) -> tuple[WeightS
 
 
 def product(
-    x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None = None,
-    kept: KeptWeights | None = None, again: bool = False, of_gradient: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    spec: WeightSpec,
+    tensors: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    kept: KeptWeights | None = None,
+    again: bool = False,
+    of_gradient: bool = False,
+) -> torch.Tensor:
     """Return ``x @ weight.T + bias``.
 
     Args:
@@ -155,9 +163,15 @@ def product(
 
 
 def add_product(
-    addend: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None = None, kept: KeptWeights | None = None, again: bool = False, of_gradient: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    addend: torch.Tensor,
+    x: torch.Tensor,
+    spec: WeightSpec,
+    tensors: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    kept: KeptWeights | None = None,
+    again: bool = False,
+    of_gradient: bool = False,
+) -> torch.Tensor:
     """Add ``product`` of the other arguments to ``addend`` in place, and return it.
 
     The sum is rounded once, at the end of the product (but not under torch.compile; see ``product_beside``). Rounding
@@ -173,9 +187,16 @@ def add_product(
 
 
 def product_beside(
-    low: torch.Tensor, factor: torch.Tensor, x: torch.Tensor, spec: WeightSpec, tensors: tuple[torch.Tensor, ...],
-    bias: torch.Tensor | None, kept: KeptWeights | None, again: bool, of_gradient: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    low: torch.Tensor,
+    factor: torch.Tensor,
+    x: torch.Tensor,
+    spec: WeightSpec,
+    tensors: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None,
+    kept: KeptWeights | None,
+    again: bool,
+    of_gradient: bool = False,
+) -> torch.Tensor:
     """Return ``low @ factor.T`` and ``product`` of the other arguments, their sum rounded once.
 
     Args:
@@ -196,9 +217,15 @@ def _described(spec: WeightSpec) -> tuple[list[int], str | None, bool]:
 
 @torch.library.custom_op("qlora_lite::product", mutates_args=())
 def _operator(
-    x: torch.Tensor, tensors: list[torch.Tensor], shape: list[int], quant_type: str | None, transposed: bool,
-    of_gradient: bool, low: torch.Tensor | None = None, factor: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    tensors: list[torch.Tensor],
+    shape: list[int],
+    quant_type: str | None,
+    transposed: bool,
+    of_gradient: bool,
+    low: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Multiply rows by a frozen weight as one operator, for torch.compile: what is dequantised is not its to keep.
 
     It gets nothing to add to in place: for a compiler that is another tensor, and a copy. Where weights are kept, the

@@ -127,7 +127,13 @@ def gpu_product(x: torch.Tensor, packed: Packed, shape: Sequence[int], quant_typ
     """Return ``x W^T`` of a packed weight on a GPU; a row of the weight is made of whole blocks."""
     double = packed.absmax_code is not None
     return torch.ops.bitsandbytes.gemm_4bit(
-        x, packed.codes, shape, packed.absmax_scale if double else packed.absmax, BLOCK_SIZE, quant_type,
-        absmax_8bit=packed.absmax if double else None, absmax_code=packed.absmax_code,
+        x,
+        packed.codes,
+        shape,
+        packed.absmax_scale if double else packed.absmax,
+        BLOCK_SIZE,
+        quant_type,
+        absmax_8bit=packed.absmax if double else None,
+        absmax_code=packed.absmax_code,
         absmax_offset=packed.absmax_offset,
-    )  # fmt: skip
+    )

@@ -22,10 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
+}
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
 HASHED_WORDS = 1 << 18  # at once: 2 MiB
 # 5 modulo 8, so that any two of so many powers differ in one of their last 20 bits: no product of their difference

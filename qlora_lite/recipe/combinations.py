@@ -49,10 +49,31 @@ _Value = Callable[..., object]
 def conflicts(value: _Value) -> _Found:
     """Yield place and message of every setting that does not go with others."""
     for check in (
-        _kept_16_bit, _patience, _measured, _held_out, _streaming, _update_in_backward, _compile, _head, _all_kept,
-        _kept_and_streamed, _segments, _folder, _stream_from, _other_methods, _full, _known_rate, _virtual, _start,
-        _no_layers, _merge_aware, _preferences, _with_head, _pictures, _denoisers,
-    ):  # fmt: skip
+        _kept_16_bit,
+        _patience,
+        _measured,
+        _held_out,
+        _streaming,
+        _update_in_backward,
+        _compile,
+        _head,
+        _all_kept,
+        _kept_and_streamed,
+        _segments,
+        _folder,
+        _stream_from,
+        _other_methods,
+        _full,
+        _known_rate,
+        _virtual,
+        _start,
+        _no_layers,
+        _merge_aware,
+        _preferences,
+        _with_head,
+        _pictures,
+        _denoisers,
+    ):
         yield from check(partial(_as_loaded, value))
 
 
@@ -195,8 +216,10 @@ def _no_layers(value: _Value) -> _Found:
 
 
 def _kept_16_bit(value: _Value) -> _Found:
-    packs = {"none": "all layers are in 16 bit; remove it, or write model.quant: nf4",
-             "keep": "the model's files say what is packed; remove one of the two"}  # fmt: skip
+    packs = {
+        "none": "all layers are in 16 bit; remove it, or write model.quant: nf4",
+        "keep": "the model's files say what is packed; remove one of the two",
+    }
     why = packs.get(str(quant := value("model", "quant")))
     if why and value("model", "keep_16bit") not in (None, []):
         yield ("model", "keep_16bit"), f"model.keep_16bit: with model.quant {quant} {why}"
@@ -213,8 +236,10 @@ def _measured(value: _Value) -> _Found:
     metrics, choices = value("train", "metrics"), value("train", "metrics_choices")
     kind, examples = value("task", "kind") or "language-model", value("train", "metrics_examples")
     if examples == 0:
-        is_meant = {"metrics": metrics not in (None, "exact_match", ["exact_match"]),
-                    "metrics_every_steps": value("train", "metrics_every_steps")}  # fmt: skip
+        is_meant = {
+            "metrics": metrics not in (None, "exact_match", ["exact_match"]),
+            "metrics_every_steps": value("train", "metrics_every_steps"),
+        }
         for name in filter(is_meant.get, is_meant):
             message = f"train.{name}: nothing is measured; write train.metrics_examples (with evaluate, --rows), or "
             yield ("train", name), f"{message}remove this"
@@ -384,8 +409,12 @@ def _start(value: _Value) -> _Found:
 def _merge_aware(value: _Value) -> _Found:
     if (to := value("train", "merge_aware")) in (None, "off"):
         return
-    needs = {("adapter", "method"): "lora", ("lora", "dropout"): 0, ("lora", "start"): "kaiming",
-             ("train", "compile"): False}  # fmt: skip
+    needs = {
+        ("adapter", "method"): "lora",
+        ("lora", "dropout"): 0,
+        ("lora", "start"): "kaiming",
+        ("train", "compile"): False,
+    }
     if to == "nf4":
         needs["model", "quant"] = "nf4"
     elif value("model", "quant") == "keep":
@@ -406,10 +435,13 @@ def _known_rate(value: _Value) -> _Found:
 def _preferences(value: _Value) -> _Found:
     objective = value("train", "objective") or "sft"
     whose = {
-        "beta": (*PREFERENCES["pairs"], *PREFERENCES["labels"]), "label_smoothing": ("dpo", "cpo", "simpo"),
-        "gamma": ("simpo",), "sft_weight": PREFERENCES["pairs"], "desirable_weight": ("kto",),
+        "beta": (*PREFERENCES["pairs"], *PREFERENCES["labels"]),
+        "label_smoothing": ("dpo", "cpo", "simpo"),
+        "gamma": ("simpo",),
+        "sft_weight": PREFERENCES["pairs"],
+        "desirable_weight": ("kto",),
         "undesirable_weight": ("kto",),
-    }  # fmt: skip
+    }
     for name, unset in Objective().model_dump().items():
         given = value("objective", name)
         given = tuple(given) if isinstance(given, list) else given
@@ -432,9 +464,10 @@ def _preferences(value: _Value) -> _Found:
     of = "task.kind reward" if objective == "reward" else f"train.objective {objective}"
     why = "an example has two answers, or one that is judged"
     needs: dict[tuple[str, str], tuple[object, ...]] = {
-        ("data", "streaming"): (False,), ("data", "overflow"): ("error", "drop"),
+        ("data", "streaming"): (False,),
+        ("data", "overflow"): ("error", "drop"),
         ("data", "train_on"): ("assistant", "completion", "last"),
-    }  # fmt: skip
+    }
     for location, allowed in needs.items():
         if (given := value(*location)) is not None and given not in allowed:
             message = f"{'.'.join(location)} = {written(given)}: not possible with {of}: {why}"
@@ -443,14 +476,20 @@ def _preferences(value: _Value) -> _Found:
 
 def _rewards(value: _Value) -> _Found:
     if not value("objective", "rewards"):
-        yield ("train", "objective"), "train.objective = grpo: there is nothing to judge answers by; write " \
-                                      "objective.rewards: FILE.py:FUNCTION"  # fmt: skip
+        yield (
+            ("train", "objective"),
+            "train.objective = grpo: there is nothing to judge answers by; write objective.rewards: FILE.py:FUNCTION",
+        )
     needs: dict[tuple[str, str], tuple[object, ...]] = {
-        ("data", "streaming"): (False,), ("data", "overflow"): ("error", "drop"),
-        ("data", "train_on"): ("assistant", "completion", "last"), ("task", "kind"): ("language-model",),
-        ("adapter", "method"): ("lora", "dora", "full"), ("lora", "dropout"): (0,),
-        ("train", "merge_aware"): ("off",), ("memory", "stream_from"): ("auto", "host", "disk"),
-    }  # fmt: skip
+        ("data", "streaming"): (False,),
+        ("data", "overflow"): ("error", "drop"),
+        ("data", "train_on"): ("assistant", "completion", "last"),
+        ("task", "kind"): ("language-model",),
+        ("adapter", "method"): ("lora", "dora", "full"),
+        ("lora", "dropout"): (0,),
+        ("train", "merge_aware"): ("off",),
+        ("memory", "stream_from"): ("auto", "host", "disk"),
+    }
     for location, allowed in needs.items():
         if (given := value(*location)) is not None and given not in allowed:
             message = f"{'.'.join(location)} = {written(given)}: not possible with train.objective grpo"

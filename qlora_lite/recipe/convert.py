@@ -36,31 +36,49 @@ _TITLES: dict[Kind, str] = {
     "unused": "Left out; not needed",
 }
 _TRANSFORMERS = {
-    "train.epochs": 3.0, "train.lr_scheduler": "linear", "train.warmup_ratio": 0.0, "train.optimizer": "adamw_torch",
+    "train.epochs": 3.0,
+    "train.lr_scheduler": "linear",
+    "train.warmup_ratio": 0.0,
+    "train.optimizer": "adamw_torch",
     "data.packing": False,
-}  # fmt: skip
+}
 _THEIR_DEFAULTS: dict[str, dict[str, object]] = {
     "axolotl": {"model.quant": "none", "data.packing": False, "data.max_tokens": 512, "train.optimizer": "adamw_torch"},
-    "LlamaFactory": _TRANSFORMERS | {
-        "model.quant": "none", "lora.rank": 8, "data.max_tokens": 2048, "train.learning_rate": 5e-5,
+    "LlamaFactory": _TRANSFORMERS
+    | {
+        "model.quant": "none",
+        "lora.rank": 8,
+        "data.max_tokens": 2048,
+        "train.learning_rate": 5e-5,
         "train.micro_batch_size": 8,
     },
     "torchtune": {
-        "data.packing": False, "train.max_grad_norm": 0.0, "train.weight_decay": 0.01, "train.lr_scheduler": "constant",
+        "data.packing": False,
+        "train.max_grad_norm": 0.0,
+        "train.weight_decay": 0.01,
+        "train.lr_scheduler": "constant",
         "train.warmup_ratio": 0.0,
     },
     "trl": _TRANSFORMERS | {"model.quant": "none", "data.train_on": "all", "data.max_tokens": 1024},
     "unsloth": _TRANSFORMERS | {"data.train_on": "all", "data.max_tokens": 2048},
     "unsloth-studio": {
-        "lora.rank": 64, "lora.alpha": 16, "data.max_tokens": 2048, "data.packing": False, "data.train_on": "all",
-        "train.epochs": 3, "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 4,
+        "lora.rank": 64,
+        "lora.alpha": 16,
+        "data.max_tokens": 2048,
+        "data.packing": False,
+        "data.train_on": "all",
+        "train.epochs": 3,
+        "train.micro_batch_size": 2,
+        "train.gradient_accumulation_steps": 4,
         "train.weight_decay": 0.01,
     },
-}  # fmt: skip
+}
 _OF_UNSLOTH_CONFIGS = {  # which it writes into trl's classes; transformers' TrainingArguments keep their own
-    "train.gradient_accumulation_steps": 2, "train.optimizer": "adamw_8bit", "train.weight_decay": 0.01,
+    "train.gradient_accumulation_steps": 2,
+    "train.optimizer": "adamw_8bit",
+    "train.weight_decay": 0.01,
     "train.warmup_ratio": 0.1,
-}  # fmt: skip
+}
 _REQUIRED = "model.path", "data.train"
 _BY_VERSION = "lora.rank", "lora.alpha", "train.learning_rate", "train.micro_batch_size"  # trl's and unsloth's defaults
 _OF_TRL_COMMANDS = {"lora.rank": 16, "lora.alpha": 32, "train.micro_batch_size": 8}  # and of its YAML files
@@ -147,18 +165,32 @@ def _finish(draft: Draft) -> set[str]:
     becomes = "dropped" if draft.trainer == "axolotl" else "cut"
     is_divided = any(name.startswith(_OVER_GPUS) and setting.value for name, setting in draft.given.items())
     for is_so, text, key in (
-        ("data.train_on" in assumed and draft.given.keys().isdisjoint(_SAID_OF_PROMPTS),
-         "prompts of rows with prompt and completion are not learned there; data.train_on: assistant is for them",
-         "data.train_on"),
-        (is_divided,
-         "batch sizes are per GPU there; multiply train.gradient_accumulation_steps by the number of GPUs", ""),
-        (not has_limit, "an example may have any length there; here data.max_tokens is 1024, and a longer one an error",
-         "data.max_tokens"),
-        (has_limit and "data.overflow" not in draft.values,
-         f"examples over data.max_tokens are {becomes} there; here they are an error unless data.overflow says so", ""),
-        (draft.values.get("data.packing") is False,
-         "a step has as many examples as there; with data.packing its micro-batches are packed sequences instead", ""),
-    ):  # fmt: skip
+        (
+            "data.train_on" in assumed and draft.given.keys().isdisjoint(_SAID_OF_PROMPTS),
+            "prompts of rows with prompt and completion are not learned there; data.train_on: assistant is for them",
+            "data.train_on",
+        ),
+        (
+            is_divided,
+            "batch sizes are per GPU there; multiply train.gradient_accumulation_steps by the number of GPUs",
+            "",
+        ),
+        (
+            not has_limit,
+            "an example may have any length there; here data.max_tokens is 1024, and a longer one an error",
+            "data.max_tokens",
+        ),
+        (
+            has_limit and "data.overflow" not in draft.values,
+            f"examples over data.max_tokens are {becomes} there; here they are an error unless data.overflow says so",
+            "",
+        ),
+        (
+            draft.values.get("data.packing") is False,
+            "a step has as many examples as there; with data.packing its micro-batches are packed sequences instead",
+            "",
+        ),
+    ):
         if is_so:
             draft.add("changed", text, key)
     if not (draft.values.get("data.eval") or draft.values.get("data.eval_share")):

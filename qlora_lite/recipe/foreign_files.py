@@ -36,21 +36,46 @@ _MODELS = {"FastLanguageModel", "FastModel", "AutoModelForCausalLM", *_VISION_MO
 _TRL = "SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO"
 _TRL_CONFIGS = {f"{name}Config" for name in _TRL}
 _CALLS = {
-    "get_peft_model", "LoraConfig", "BitsAndBytesConfig", "TrainingArguments", "UnslothTrainingArguments",
-    "UnslothTrainer", "Trainer", "get_chat_template", *_TRL_CONFIGS, *(f"{name}Trainer" for name in _TRL),
-}  # fmt: skip
+    "get_peft_model",
+    "LoraConfig",
+    "BitsAndBytesConfig",
+    "TrainingArguments",
+    "UnslothTrainingArguments",
+    "UnslothTrainer",
+    "Trainer",
+    "get_chat_template",
+    *_TRL_CONFIGS,
+    *(f"{name}Trainer" for name in _TRL),
+}
 _PARSERS = {"TrlParser", "HfArgumentParser"}
 _OF_CLASSES = {"stage", "kind", "config_class", "use_peft"}  # what the names of classes and arguments say
 _STAGE = re.compile(r"(sft|dpo|kto|orpo|cpo|grpo|reward)(?![a-z])")
 _OTHER_TRAINERS = re.compile(r"(?!SFT|Unsloth|Patch)[A-Z]\w+Trainer|(DPO|KTO|ORPO|CPO|PPO|GRPO|RLOO|Reward|GKD)Config")
-_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-               ast.FloorDiv: operator.floordiv}  # fmt: skip
+_ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
 _MAX_STEPS = 8  # from a name to its literal, and down in arithmetic
 ALPACA, CHAT_TEMPLATE = "Alpaca's prompt", "the chat template"  # what a function that makes texts of rows applies
 _PLUMBING = {
-    "model", "tokenizer", "processing_class", "args", "train_dataset", "peft_config", "callbacks", "mapping",
-    "quantization_config", "config", "map_eos_token", "num_labels", "optimizers", "data_collator",
-}  # fmt: skip
+    "model",
+    "tokenizer",
+    "processing_class",
+    "args",
+    "train_dataset",
+    "peft_config",
+    "callbacks",
+    "mapping",
+    "quantization_config",
+    "config",
+    "map_eos_token",
+    "num_labels",
+    "optimizers",
+    "data_collator",
+}
 _MAGIC = re.compile(r"^(\s*)[!%].*$", re.MULTILINE)
 _TRAINERS = re.compile(r"\b(llamafactory-cli|axolotl|tune run)\b")
 _STARTS = re.compile(rf"(\btrl +[a-z]+|\.py) +-|{_TRAINERS.pattern}")
@@ -255,9 +280,10 @@ def _settings_of_code(cells: list[tuple[str, str]], path: Path) -> list[Setting]
     functions = {node.name: _applied(node, assigned) for _, node in nodes if isinstance(node, ast.FunctionDef)}
     found = [
         Setting(name, value, f"{place}{line}")
-        for place, call in nodes if isinstance(call, ast.Call)
+        for place, call in nodes
+        if isinstance(call, ast.Call)
         for name, value, line in _arguments(call, assigned, functions)
-    ]  # fmt: skip
+    ]
     if not found:
         names = "FastLanguageModel.from_pretrained, get_peft_model, SFTConfig, TrainingArguments, SFTTrainer"
         raise RecipeError(Problem(f"calls none of {names}; nothing to convert", str(path)))
@@ -308,8 +334,11 @@ def _assignments(nodes: Sequence[ast.AST]) -> dict[str, ast.expr]:
                 found.setdefault(target.id, []).append(value)
     stored = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     counts = Counter(stored + [node.arg for node in nodes if isinstance(node, ast.arg)])
-    return {name: values[0] for name, values in found.items()
-            if len(values) == counts[name] and len(set(map(_source, values))) == 1}  # fmt: skip
+    return {
+        name: values[0]
+        for name, values in found.items()
+        if len(values) == counts[name] and len(set(map(_source, values))) == 1
+    }
 
 
 def _literal(node: ast.expr, assigned: _Names, steps: int = _MAX_STEPS) -> object:

@@ -35,48 +35,88 @@ _OFF = (False, 0, "none", "no", "off")
 _SAME = {  # values that ask for no more than what is done here anyway, texts in small letters
     name: values
     for values, names in (
-        ((True,), "init_lora_weights finetune_vision_layers finetune_language_layers finetune_attention_modules "
-                  "finetune_mlp_modules freeze_vision_tower freeze_multi_modal_projector shuffle "
-                  "shuffle_merged_datasets use_peft"),
+        (
+            (True,),
+            "init_lora_weights finetune_vision_layers finetune_language_layers finetune_attention_modules "
+            "finetune_mlp_modules freeze_vision_tower freeze_multi_modal_projector shuffle "
+            "shuffle_merged_datasets use_peft",
+        ),
         (("lora", "qlora"), "adapter finetuning_type training_type peft_type"),
         (("bnb", "bitsandbytes"), "quantization_method quantization_type quant_method"),
         (("steps",), "eval_strategy evaluation_strategy save_strategy"),
         (("none", "all", ["none"], ["all"]), "report_to log_with"),
         (("sft", "nll"), "stage loss_type"),
         (("messages", "conversations"), "field_messages conversation_column"),
-        (("role", "from"), "role message_field_role"), (("content", "value"), "content message_field_content"),
+        (("role", "from"), "role message_field_role"),
+        (("content", "value"), "content message_field_content"),
         ((1e-8,), "adam_epsilon eps"),
     )
     for name in names.split()
 } | {
-    "adam_beta1": (0.9,), "adam_beta2": (0.999,), "betas": ([0.9, 0.999],), "num_cycles": (0.5,), "max_steps": (-1,),
-    "mix_strategy": ("concat",), "dataset_text_field": ("text",), "loraplus_lr_embedding": (1e-6,),
-    "train_on_eos": ("turn", "all"), "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]),
-    "conversation_style": ("sharegpt", "openai"), "chat_template": ("jinja", "tokenizer_default"), "field": ("text",),
-    "field_prompt": ("prompt",), "field_chosen": ("chosen",), "field_rejected": ("rejected",), "epsilon": (0.2,),
-    "num_iterations": (1,), "importance_sampling_level": ("token",),
-}  # fmt: skip
+    "adam_beta1": (0.9,),
+    "adam_beta2": (0.999,),
+    "betas": ([0.9, 0.999],),
+    "num_cycles": (0.5,),
+    "max_steps": (-1,),
+    "mix_strategy": ("concat",),
+    "dataset_text_field": ("text",),
+    "loraplus_lr_embedding": (1e-6,),
+    "train_on_eos": ("turn", "all"),
+    "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]),
+    "conversation_style": ("sharegpt", "openai"),
+    "chat_template": ("jinja", "tokenizer_default"),
+    "field": ("text",),
+    "field_prompt": ("prompt",),
+    "field_chosen": ("chosen",),
+    "field_rejected": ("rejected",),
+    "epsilon": (0.2,),
+    "num_iterations": (1,),
+    "importance_sampling_level": ("token",),
+}
 _FORMATS = {
-    "alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "pretrain": "text", "raw": "text",
-    "chat_template": None, "auto": None, "chatml": None, "conversational": None, "openai": None,
-    "chat_dataset": None, "instruct_dataset": None, "text_completion_dataset": "text",
-    "alpaca_dataset": "alpaca", "alpaca_cleaned_dataset": "alpaca", "slimorca_dataset": "sharegpt",
-    "preference_dataset": None, "stack_exchange_paired_dataset": None, "llama3": None, "gemma": None,
-}  # fmt: skip
+    "alpaca": "alpaca",
+    "sharegpt": "sharegpt",
+    "completion": "text",
+    "pretrain": "text",
+    "raw": "text",
+    "chat_template": None,
+    "auto": None,
+    "chatml": None,
+    "conversational": None,
+    "openai": None,
+    "chat_dataset": None,
+    "instruct_dataset": None,
+    "text_completion_dataset": "text",
+    "alpaca_dataset": "alpaca",
+    "alpaca_cleaned_dataset": "alpaca",
+    "slimorca_dataset": "sharegpt",
+    "preference_dataset": None,
+    "stack_exchange_paired_dataset": None,
+    "llama3": None,
+    "gemma": None,
+}
 _STACK_EXCHANGE = "lvwerra/stack-exchange-paired"  # of which torchtune reads one folder
 _DATASETS = {  # of torchtune's builders of one data set
-    "alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
-    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup", "stack_exchange_paired_dataset": _STACK_EXCHANGE,
-}  # fmt: skip
+    "alpaca_dataset": "tatsu-lab/alpaca",
+    "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
+    "slimorca_dataset": "Open-Orca/SlimOrca-Dedup",
+    "stack_exchange_paired_dataset": _STACK_EXCHANGE,
+}
 _COLUMNS = {  # of data sets, and of axolotl's kinds of preferences
     "stack_exchange_paired_dataset": ("question", "response_j", "response_k"),
-    "intel": ("question", "chosen", "rejected"), "icr": ("input", "chosen", "rejected"),
+    "intel": ("question", "chosen", "rejected"),
+    "icr": ("input", "chosen", "rejected"),
     "argilla": ("instruction", "chosen_response", "rejected_response"),
-}  # fmt: skip
+}
 _LOSSES = {  # of torchtune
-    "CEWithChunkedOutputLoss": "sft", "LinearCrossEntropyLoss": "sft", "CrossEntropyLoss": "sft", "DPOLoss": "dpo",
-    "IPOLoss": "ipo", "RSOLoss": "hinge", "SimPOLoss": "simpo",
-}  # fmt: skip
+    "CEWithChunkedOutputLoss": "sft",
+    "LinearCrossEntropyLoss": "sft",
+    "CrossEntropyLoss": "sft",
+    "DPOLoss": "dpo",
+    "IPOLoss": "ipo",
+    "RSOLoss": "hinge",
+    "SimPOLoss": "simpo",
+}
 FOUR_BIT = "nf4", "fp4"
 _QUANTS = {4: "nf4", "nf4": "nf4", "fp4": "fp4", "none": "none", "bnb.nf4": "nf4", "gguf": "keep"}
 _METHODS = {"adapter", "finetuning_type", "training_type", "peft_type"}
@@ -269,8 +309,10 @@ def _machine(draft: Draft, setting: Setting, key: str) -> None:
     elif key == "memory.optimizer_in_backward" and isinstance(setting.value, bool):
         draft.put(key, setting.value, setting)
     elif setting.value is not False:
-        how = {"model.compute_dtype": "bfloat16, or float16 on GPUs that have no fast bfloat16",
-               "model.device": "a CUDA GPU, if there is one"}  # fmt: skip
+        how = {
+            "model.compute_dtype": "bfloat16, or float16 on GPUs that have no fast bfloat16",
+            "model.device": "a CUDA GPU, if there is one",
+        }
         advice = foreign_names.value_advice(key, named) or f"{key} is auto: {how.get(key, 'planned for the machine')}"
         draft.note("unused", setting, advice)
 
@@ -371,8 +413,14 @@ def _scale(draft: Draft, setting: Setting, key: str) -> None:
 
 def _parts(draft: Draft, setting: Setting, key: str) -> None:
     names = setting.value.split(",") if isinstance(setting.value, str) else setting.value
-    words = {"embed": "embeddings", "wte": "embeddings", "head": "head", "output": "head", "norm": "norms",
-             "ln_": "norms"}  # fmt: skip
+    words = {
+        "embed": "embeddings",
+        "wte": "embeddings",
+        "head": "head",
+        "output": "head",
+        "norm": "norms",
+        "ln_": "norms",
+    }
     parts: list[str] = []
     for name in names if isinstance(names, list) else [names]:
         found = next((part for word, part in words.items() if word in as_text(name)), None)
@@ -615,9 +663,7 @@ def take_dataset(draft: Draft, part: str, item: Mapping[str, Setting]) -> None:
         _add(draft, first, part, {"path": path, **source})
 
 
-def _paths(
-    draft: Draft, part: str, rest: Mapping[str, Setting], first: Setting, usual: str | None
-) -> list[str]:  # fmt: skip
+def _paths(draft: Draft, part: str, rest: Mapping[str, Setting], first: Setting, usual: str | None) -> list[str]:
     """Return where the rows of a data set are; what no path says becomes a note."""
     key, value = f"data.{part}", {name: s.value for name, s in rest.items()}
     path, config, split = value.get("path", value.get("source", usual)), value.get("name", value.get("subset")), "train"
@@ -735,13 +781,22 @@ def _formatting(draft: Draft, setting: Setting) -> None:
     """Convert a function that makes texts of rows, where what it applies to them is known."""
     if setting.value == ALPACA:
         draft.put("data.template", "alpaca", setting)
-        draft.note("changed", setting, "data.template alpaca has Stanford's words and leaves out an empty input; see "
-                   "`qlora-lite data`", "data.template")  # fmt: skip
+        draft.note(
+            "changed",
+            setting,
+            "data.template alpaca has Stanford's words and leaves out an empty input; see `qlora-lite data`",
+            "data.template",
+        )
     elif setting.value == CHAT_TEMPLATE:
         draft.note("changed", setting, "the rows' turns are rendered with data.template, or the model's own")
     else:
-        draft.note("lost", setting, "rows are rebuilt by code; give data.train a file of its results, or columns as in "
-                   '[{path: FILE, prompt: "{question}", completion: "{answer}"}]', "data.train")  # fmt: skip
+        draft.note(
+            "lost",
+            setting,
+            "rows are rebuilt by code; give data.train a file of its results, or columns as in "
+            '[{path: FILE, prompt: "{question}", completion: "{answer}"}]',
+            "data.train",
+        )
 
 
 def _pixels(draft: Draft, setting: Setting) -> None:
@@ -765,28 +820,65 @@ def _studio_format(draft: Draft, setting: Setting) -> None:
 
 
 _BY_PLACE: dict[str, Callable[[Draft, Setting], None]] = {
-    "torchtune:model._component_": _torchtune_model, "torchtune:loss._component_": _torchtune_loss,
-    "torchtune:metric_logger._component_": _torchtune_logger, "unsloth-studio:data.format_type": _studio_format,
-    "unsloth:formatting_func": _formatting, "trl:formatting_func": _formatting,
-    "LlamaFactory:image_max_pixels": _pixels, "unsloth:max_length": _unsloth_length,
-    **dict.fromkeys(("LlamaFactory:dataset_dir", "trl:dataset_config", "trl:dataset_train_split", "trl:config_class",
-                     "unsloth:config_class"), _read_elsewhere),
-}  # fmt: skip
+    "torchtune:model._component_": _torchtune_model,
+    "torchtune:loss._component_": _torchtune_loss,
+    "torchtune:metric_logger._component_": _torchtune_logger,
+    "unsloth-studio:data.format_type": _studio_format,
+    "unsloth:formatting_func": _formatting,
+    "trl:formatting_func": _formatting,
+    "LlamaFactory:image_max_pixels": _pixels,
+    "unsloth:max_length": _unsloth_length,
+    **dict.fromkeys(
+        (
+            "LlamaFactory:dataset_dir",
+            "trl:dataset_config",
+            "trl:dataset_train_split",
+            "trl:config_class",
+            "unsloth:config_class",
+        ),
+        _read_elsewhere,
+    ),
+}
 _KEY_BY_PLACE = {  # of settings whose names mean something else in other places
-    "torchtune:checkpointer.checkpoint_dir": "model.path", "unsloth-studio:model": "model.path",
-    "torchtune:tokenizer.max_seq_len": "data.max_tokens", "torchtune:tokenizer.prompt_template": "data.template",
-    **dict.fromkeys(("unsloth:temperature", "trl:temperature", "axolotl:trl.temperature"),
-                    "objective.sampling_temperature"),
-}  # fmt: skip
+    "torchtune:checkpointer.checkpoint_dir": "model.path",
+    "unsloth-studio:model": "model.path",
+    "torchtune:tokenizer.max_seq_len": "data.max_tokens",
+    "torchtune:tokenizer.prompt_template": "data.template",
+    **dict.fromkeys(
+        ("unsloth:temperature", "trl:temperature", "axolotl:trl.temperature"), "objective.sampling_temperature"
+    ),
+}
 _BY_KEY: dict[str, Callable[[Draft, Setting, str], None]] = {
-    "model.quant": _quant, "adapter.method": _method, "adapter.train_also": _parts, "lora.targets": _targets,
-    "data.train": _data, "data.eval": _data, "train.objective": _objective,
-    "data.eval_share": _eval_share, "data.template": _template, "data.train_on": _train_on, "data.packing": _packing,
-    "data.order": _order, "data.overflow": _overflow, "train.micro_batch_size": _batch, "train.max_steps": _max_steps,
-    "train.gradient_accumulation_steps": _batch, "train.eval_every_steps": _every, "train.save_every_steps": _every,
-    "train.trackers": _trackers, "objective.rewards": _rewards, "objective.scale_rewards": _scale,
-}  # fmt: skip
+    "model.quant": _quant,
+    "adapter.method": _method,
+    "adapter.train_also": _parts,
+    "lora.targets": _targets,
+    "data.train": _data,
+    "data.eval": _data,
+    "train.objective": _objective,
+    "data.eval_share": _eval_share,
+    "data.template": _template,
+    "data.train_on": _train_on,
+    "data.packing": _packing,
+    "data.order": _order,
+    "data.overflow": _overflow,
+    "train.micro_batch_size": _batch,
+    "train.max_steps": _max_steps,
+    "train.gradient_accumulation_steps": _batch,
+    "train.eval_every_steps": _every,
+    "train.save_every_steps": _every,
+    "train.trackers": _trackers,
+    "objective.rewards": _rewards,
+    "objective.scale_rewards": _scale,
+}
 _AROUND = {  # settings on which nothing that is learned depends
-    "train.trackers", "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints", "train.compile",
-    "train.max_hours", "data.eval", "output.dir", "output.name",
-}  # fmt: skip
+    "train.trackers",
+    "train.eval_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "train.compile",
+    "train.max_hours",
+    "data.eval",
+    "output.dir",
+    "output.name",
+}

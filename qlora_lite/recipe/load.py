@@ -115,9 +115,11 @@ def _read(path: str | Path) -> bytes:
         message = "is a folder; name the .yaml file in it"
     except FileNotFoundError:
         near = closest_recipe(str(path))
-        copying = f"`qlora-lite recipes copy {near}` copies the built-in one of that name" if near else (
-            "`qlora-lite recipes list` shows the built-in ones, `recipes copy` copies one"
-        )  # fmt: skip
+        copying = (
+            f"`qlora-lite recipes copy {near}` copies the built-in one of that name"
+            if near
+            else ("`qlora-lite recipes list` shows the built-in ones, `recipes copy` copies one")
+        )
         message = f"no such file; {recipe_for_every_gpu(str(path)) or copying}"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -261,8 +263,9 @@ class _Checker:
             self._add(("model", "revision"), message)
         self._find(("data", "template"), paths.find_template, self._value("data", "template"))
         for place, find in (
-            (("lora", "init_from"), paths.find_adapter), (("memory", "offload_folder"), paths.find_folder),
-        ):  # fmt: skip
+            (("lora", "init_from"), paths.find_adapter),
+            (("memory", "offload_folder"), paths.find_folder),
+        ):
             self._find(place, find, self._value(*place))
         rewards = self._value("objective", "rewards")
         for name in rewards if isinstance(rewards, list) else [rewards]:

@@ -22,13 +22,17 @@ from qlora_lite.units import parse_bytes
 
 ALL_LINEAR = "all-linear"
 PROBLEMS = {  # of task.kind, in transformers' words
-    "language-model": None, "classification": "single_label_classification",
-    "multi-label": "multi_label_classification", "regression": "regression", "reward": "regression",
-    "image-classification": "single_label_classification", "image-segmentation": "single_label_classification",
+    "language-model": None,
+    "classification": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+    "reward": "regression",
+    "image-classification": "single_label_classification",
+    "image-segmentation": "single_label_classification",
     "image-embedding": "single_label_classification",
     "image-text-to-text": None,
     "image-generation": None,
-}  # fmt: skip
+}
 CLASSIFYING_PICTURES = "image-classification", "image-segmentation", "image-embedding"  # of task.kind
 GENERATING_PICTURES = "image-generation"
 OF_PICTURES = *CLASSIFYING_PICTURES, GENERATING_PICTURES
@@ -119,9 +123,13 @@ def _pattern(value: str) -> str:
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True,
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
         validate_default=False,
-    )  # fmt: skip
+    )
 
 
 _Pattern = Annotated[Text, AfterValidator(_pattern), Rule("a regular expression")]
@@ -145,9 +153,11 @@ class Model(_Section):
     after (qlora-lite explain memory-options). With tied embeddings their 16-bit table stays, and this saves memory only
     with memory.embeddings host."""
     keep_16bit: Annotated[
-        tuple[Text, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        tuple[Text, ...],
+        Field(strict=False),
+        BeforeValidator(_one_name_or_many),
         Rule("a name or glob pattern of layers, or a list of them"),
-    ] = ()  # fmt: skip
+    ] = ()
     """Layers and weights of experts that stay in 16 bit while the others are quantised, by name or glob pattern as in
     lora.targets: [v_proj, "model.layers.0.*"]. They get LoRA weights like the others. qlora-lite damage measures which
     are worth their memory."""
@@ -166,9 +176,17 @@ class Task(_Section):
     """What the model is trained to give: text, or labels of texts or pictures by way of a head that is trained too."""
 
     kind: Literal[
-        "language-model", "classification", "multi-label", "regression", "reward", "image-classification",
-        "image-segmentation", "image-embedding", "image-generation", "image-text-to-text",
-    ] = "language-model"  # fmt: skip
+        "language-model",
+        "classification",
+        "multi-label",
+        "regression",
+        "reward",
+        "image-classification",
+        "image-segmentation",
+        "image-embedding",
+        "image-generation",
+        "image-text-to-text",
+    ] = "language-model"
     """language-model learns to write, image-text-to-text to write about pictures in chats, with a vision-language model
     (qlora-lite explain pictures). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
@@ -180,8 +198,11 @@ class Task(_Section):
     image-generation trains the denoiser of a diffusion model (Stable Diffusion, SDXL, SD3, PixArt, FLUX, DiT) on
     pictures with captions (qlora-lite explain diffusion)."""
     labels: Annotated[
-        tuple[Text, ...] | None, Field(strict=False), _at_least(1), Rule("null, or a list of names"),
-    ] = None  # fmt: skip
+        tuple[Text, ...] | None,
+        Field(strict=False),
+        _at_least(1),
+        Rule("null, or a list of names"),
+    ] = None
     """Names of the labels, in the order of the head's outputs, or of a class-conditional denoiser's classes; null are
     those of the training rows, sorted (of a denoiser, those of its model_index.json, where it has some)."""
 
@@ -217,9 +238,11 @@ class Adapter(_Section):
     optimizer states are those of one block. 0 trains all weights in every step. Embeddings and head stay as they are;
     50 to 100 are usual, and each block should have its turn a few times."""
     train_also: Annotated[
-        tuple[_Part, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        tuple[_Part, ...],
+        Field(strict=False),
+        BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Part))}"),
-    ] = ()  # fmt: skip
+    ] = ()
     """Weights of the base model that are trained whole beside the LoRA weights: embeddings, head, norms, biases (all of
     the model's), projector (of a vision-language model). Tied embeddings are one table: embeddings trains the head too.
     A table takes about 6 bytes a number more with an 8-bit optimizer, 2 of them already there, and lies on the device;
@@ -228,8 +251,11 @@ class Adapter(_Section):
     """How many times train.learning_rate the learning rate of adapter.train_also is: whole weights take about a tenth
     of what LoRA weights do."""
     train_tokens: Annotated[
-        tuple[Text, ...], Field(strict=False), BeforeValidator(_one_name_or_many), Rule("a token, or a list of tokens"),
-    ] = ()  # fmt: skip
+        tuple[Text, ...],
+        Field(strict=False),
+        BeforeValidator(_one_name_or_many),
+        Rule("a token, or a list of tokens"),
+    ] = ()
     """Tokens whose rows of the embeddings and the head are trained, and no others, such as ["<|call|>"]. Those that the
     tokenizer lacks are added to it, begin as the mean of all embeddings, and come with the adapter. About 6 bytes for
     each number of a row; at the learning rate of the LoRA weights."""
@@ -409,8 +435,16 @@ class Data(_Section):
 
 
 _Tracker = Literal[
-    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio",
-]  # fmt: skip
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "trackio",
+]
 
 
 # Objectives by what a row has: two answers to a prompt, or one and whether it is a good one.
@@ -443,9 +477,15 @@ class Train(_Section):
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step; every target token has the same weight."""
     optimizer: Literal[
-        "adamw_8bit", "adamw_32bit", "paged_adamw_8bit", "paged_adamw_32bit",
-        "lion_8bit", "paged_lion_8bit", "lion_32bit", "adamw_torch",
-    ] = "adamw_8bit"  # fmt: skip
+        "adamw_8bit",
+        "adamw_32bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "lion_8bit",
+        "paged_lion_8bit",
+        "lion_32bit",
+        "adamw_torch",
+    ] = "adamw_8bit"
     """Optimizer. The paged ones can move their state to host memory when the GPU is full, which no plan counts on; they
     are ordinary ones where the GPU's driver cannot do that (WSL, or a slice of a GPU)."""
     stochastic_rounding: bool = True
@@ -496,9 +536,12 @@ class Train(_Section):
     max_skipped_steps: PositiveInt = 10
     """Steps that may be skipped with train.on_not_finite skip; one more ends the run."""
     metrics: Annotated[
-        tuple[_Metric, ...], Field(strict=False), _at_least(1), BeforeValidator(_one_name_or_many),
+        tuple[_Metric, ...],
+        Field(strict=False),
+        _at_least(1),
+        BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Metric))}"),
-    ] = ("exact_match",)  # fmt: skip
+    ] = ("exact_match",)
     """What is computed from the greedy answers to train.metrics_examples examples (exact_match, number_match, bleu,
     chrf, rouge), from the likelihood of their references (answer_loss), or from both (accuracy); qlora-lite explain
     inference defines each. bleu, chrf and rouge need the extra metrics: an error
@@ -516,19 +559,22 @@ class Train(_Section):
     """Regular expression for what is removed from both before they are compared, such as "[,$]|[.]$"."""
     exact_match_ignore_case: bool = False
     """Compare without regard to case."""
-    metrics_new_tokens: Annotated[
-        PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")
-    ] = "auto"  # fmt: skip
+    metrics_new_tokens: Annotated[PositiveInt | Literal["auto"], Rule("a whole number of at least 1, or auto")] = "auto"
     """Maximum length of an answer in tokens; auto is 8 more than the longest reference. Chains of thought may need
     more."""
     metrics_choices: Annotated[
-        tuple[Text, ...] | None, Field(strict=False), _at_least(2), Rule("null, or a list of at least two texts"),
-    ] = None  # fmt: skip
+        tuple[Text, ...] | None,
+        Field(strict=False),
+        _at_least(2),
+        Rule("null, or a list of at least two texts"),
+    ] = None
     """The closed set of answers that the metric accuracy chooses from; null is the different references, at most 32."""
     trackers: Annotated[
-        tuple[_Tracker, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        tuple[_Tracker, ...],
+        Field(strict=False),
+        BeforeValidator(_one_name_or_many),
         Rule(f"one or a list of {', '.join(get_args(_Tracker))}"),
-    ] = ()  # fmt: skip
+    ] = ()
     """Experiment trackers that also get the metrics; each must be installed."""
 
 
@@ -550,9 +596,11 @@ class Objective(_Section):
     undesirable_weight: PositiveFloat = 1.0
     """Weight of bad answers in kto."""
     rewards: Annotated[
-        tuple[Text, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        tuple[Text, ...],
+        Field(strict=False),
+        BeforeValidator(_one_name_or_many),
         Rule("FILE.py:FUNCTION or MODULE:FUNCTION, or a list of them"),
-    ] = ()  # fmt: skip
+    ] = ()
     """Functions of yours that judge the answers in grpo, as FILE.py:FUNCTION, the file beside the recipe, or
     MODULE:FUNCTION. A function names what it takes of completions, references and prompts, lists of texts, and returns
     a number for each completion; of several functions the numbers are added."""
@@ -588,9 +636,11 @@ class Diffusion(_Section):
     """Share of examples, drawn anew in each step, whose caption is left out, so that classifier-free guidance keeps
     working; 0.1 is usual in full fine-tuning."""
     sample_prompts: Annotated[
-        tuple[str, ...], Field(strict=False), BeforeValidator(_one_name_or_many),
+        tuple[str, ...],
+        Field(strict=False),
+        BeforeValidator(_one_name_or_many),
         Rule("a prompt, or a list of prompts"),
-    ] = ()  # fmt: skip
+    ] = ()
     """Prompts (or names of classes; "" is the neutral prompt) whose pictures before and after training the report
     shows."""
     sample_steps: PositiveInt = 30

@@ -34,9 +34,19 @@ from .strict_yaml import parse, plain
 
 SEED = "train.seed"
 Goal = Literal[
-    "eval_loss", "exact_match", "number_match_strict", "number_match_flexible", "accuracy_generated",
-    "accuracy_likelihood", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "answer_loss",
-]  # fmt: skip
+    "eval_loss",
+    "exact_match",
+    "number_match_strict",
+    "number_match_flexible",
+    "accuracy_generated",
+    "accuracy_likelihood",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "answer_loss",
+]
 _SUFFIXES = "_strict", "_flexible", "_generated", "_likelihood", "1", "2", "L"  # of scores of one metric
 Settings = dict[str, Any]  # values by dotted key
 _WRITE = "a sweep's file has `recipe:`, the path of one, and `axes:` (qlora-lite explain sweep)"

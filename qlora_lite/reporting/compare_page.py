@@ -29,12 +29,16 @@ def figures_of(model: dict) -> dict[str, str]:
     """Write a model's figures for people, by name."""
     scores = model.get("metrics", {})
     return {
-        "examples": f"{model['rows']:,}", "target tokens": f"{model['labelled_tokens']:,}",
-        "loss": f"{model['eval_loss']:.4f}", "perplexity": f"{model['perplexity']:.4g}",
-        **{name.replace("_", " "): f"{format_score(name, score)} of {score['examples']}"
-           for name, score in scores.items()},
+        "examples": f"{model['rows']:,}",
+        "target tokens": f"{model['labelled_tokens']:,}",
+        "loss": f"{model['eval_loss']:.4f}",
+        "perplexity": f"{model['perplexity']:.4g}",
+        **{
+            name.replace("_", " "): f"{format_score(name, score)} of {score['examples']}"
+            for name, score in scores.items()
+        },
         "adapter": format_bytes(model["adapter_bytes"]) if model["adapter_bytes"] else "",
-    }  # fmt: skip
+    }
 
 
 def _figures(models: list[dict], same_tokens: bool) -> str:

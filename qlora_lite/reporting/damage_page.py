@@ -11,8 +11,11 @@ from qlora_lite.units import format_bytes
 from .charts import Series, line_chart
 from .page import figure, page, section, table, text
 
-GROUPS = {"type": "The whole model", "kind": "One kind of layer in 16 bit, the others in 4",
-          "block": "One block in 16 bit, the others in 4"}  # fmt: skip
+GROUPS = {
+    "type": "The whole model",
+    "kind": "One kind of layer in 16 bit, the others in 4",
+    "block": "One block in 16 bit, the others in 4",
+}
 HEAD = "", "KL to 16 bit", "closed", "loss", "closed", "more bytes", "of the 4-bit layers"
 
 
@@ -42,10 +45,14 @@ def row_of(result: dict, model: dict) -> tuple[str, ...]:
     """Return the cells of a model, as ``HEAD`` names them."""
     more = model["more_bytes"]
     return (
-        model["name"], f"{model['kl']:.4f}", _share(model["closed"]), f"{model['loss']:.4f}",
+        model["name"],
+        f"{model['kl']:.4f}",
+        _share(model["closed"]),
+        f"{model['loss']:.4f}",
         _share(model["loss_closed"]),
-        format_bytes(more) if more else "", f"{more / result['packed_bytes']:.1%}" if more else "",
-    )  # fmt: skip
+        format_bytes(more) if more else "",
+        f"{more / result['packed_bytes']:.1%}" if more else "",
+    )
 
 
 def _share(value: float | None) -> str:
@@ -61,8 +68,10 @@ def closed(each: dict) -> str:
 def bytes_of(result: dict, each: dict) -> str:
     """Return the bytes that a set takes more, and of what they are which share."""
     more = each["more_bytes"]
-    return (f"{format_bytes(more)} more, {more / result['packed_bytes']:.1%} of the layers in 4 bit, "
-            f"{more / result['base_bytes']:.1%} of the whole base")  # fmt: skip
+    return (
+        f"{format_bytes(more)} more, {more / result['packed_bytes']:.1%} of the layers in 4 bit, "
+        f"{more / result['base_bytes']:.1%} of the whole base"
+    )
 
 
 def set_lines(result: dict) -> list[str]:

@@ -100,8 +100,10 @@ def _labels(report: dict) -> str:
     names = dict.fromkeys(name for part in parts.values() for name in part.get("counts", {}))
     rows = [[name, *(f"{part.get('counts', {}).get(name, 0):,}" for part in parts.values())] for name in names]
     others = dict.fromkeys(key for part in parts.values() for key in part if key != "counts")
-    rows += [[key.replace("_", " "), *(f"{part[key]:.4g}" if key in part else "" for part in parts.values())]
-             for key in others]  # fmt: skip
+    rows += [
+        [key.replace("_", " "), *(f"{part[key]:.4g}" if key in part else "" for part in parts.values())]
+        for key in others
+    ]
     return table(["label", *parts], rows, numeric=range(1, 3), totals=len(others))
 
 
@@ -146,9 +148,17 @@ def _histogram(report: dict) -> str:
 def _sources(report: dict) -> str:
     named = [("training", s) for s in report.get("sources", [])]
     named += [("evaluation", s) for s in (report.get("eval") or {}).get("sources", [])]
-    rows = [[use, s["path"], s["format"] or "not recognised", "; ".join(s["notes"]), f"{s['weight']:g}",
-             *(f"{s[count]:,}" for count in ("examples", "tokens", "learned_tokens"))]
-            for use, s in named]  # fmt: skip
+    rows = [
+        [
+            use,
+            s["path"],
+            s["format"] or "not recognised",
+            "; ".join(s["notes"]),
+            f"{s['weight']:g}",
+            *(f"{s[count]:,}" for count in ("examples", "tokens", "learned_tokens")),
+        ]
+        for use, s in named
+    ]
     columns = ["used for", "path", "format", "notes", "weight", "examples", "tokens", "targets"]
     return table(columns, rows, numeric=range(4, 8)) if rows else ""
 

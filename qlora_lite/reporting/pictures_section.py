@@ -8,8 +8,10 @@ from typing import Any
 
 from .page import text
 
-NOTE = ("Held-out pictures, the label that each was given with its probability, the training pictures nearest to it, "
-        "and its patches coloured by their first three principal components.")  # fmt: skip
+NOTE = (
+    "Held-out pictures, the label that each was given with its probability, the training pictures nearest to it, "
+    "and its patches coloured by their first three principal components."
+)
 _URI = re.compile(r"data:image/(?:jpeg|png);base64,[A-Za-z0-9+/=]+")
 _WHEN = "before", "after"
 
@@ -38,8 +40,11 @@ def samples_of(found: dict[str, Any]) -> str:
     for number, prompt in enumerate(prompts if isinstance(prompts, list) else ()):
         whens = ((when, found.get(when)) for when in _WHEN)
         drawn = [(when, uris[number]) for when, uris in whens if isinstance(uris, list) and number < len(uris)]
-        figures = "".join(f"<figure>{_image(uri, 'large')}<figcaption>{when}</figcaption></figure>"
-                          for when, uri in drawn if _image(uri))  # fmt: skip
+        figures = "".join(
+            f"<figure>{_image(uri, 'large')}<figcaption>{when}</figcaption></figure>"
+            for when, uri in drawn
+            if _image(uri)
+        )
         title = text(prompt) if prompt else "no prompt"
         cards += f'<div class="card"><h3>{title}</h3><div class="seen">{figures}</div></div>' if figures else ""
     return f'<div class="columns">{cards}</div>' if cards else ""
@@ -53,8 +58,9 @@ def _seen(when: str, one: dict[str, Any], label: object) -> str:
     near = one.get("neighbours")
     figures = "".join(
         f"<figure>{_image(each.get('picture'))}<figcaption>{text(each.get('label'))}</figcaption></figure>"
-        for each in (near if isinstance(near, list) else ()) if isinstance(each, dict)
-    )  # fmt: skip
+        for each in (near if isinstance(near, list) else ())
+        if isinstance(each, dict)
+    )
     return f'<p class="facts">{said}</p><div class="seen">{figures}{_image(one.get("map"), "patches")}</div>'
 
 

@@ -31,10 +31,15 @@ def _why(plan: Plan) -> str:
         return "as the recipe says"
     faster = _faster(plan)
     too_large = [c for c in faster if c.peak_bytes > plan.limit_bytes]
-    fastest = "the fastest that fits" if too_large else (
-        f"the fastest of {len(plan.found)} plans tried" if all(c.fits_host for c in faster)
-        else "the fastest that fits in host memory"
-    )  # fmt: skip
+    fastest = (
+        "the fastest that fits"
+        if too_large
+        else (
+            f"the fastest of {len(plan.found)} plans tried"
+            if all(c.fits_host for c in faster)
+            else "the fastest that fits in host memory"
+        )
+    )
     if any(c.fits(plan.limit_bytes) for c in faster):
         fastest = f"least host memory, then least GPU memory, among plans within 3 % of {fastest}"
     if not too_large:
@@ -103,8 +108,9 @@ def _in_words(chosen: Candidate) -> str:
     kept = f" except for the last {counted(kept_layers, 'layer')}" if kept_layers else ""
     where = {
         "host": "streamed from host memory" + (f" of {x.shards.count} ranks, each a part" if x.is_sharded else ""),
-        "disk": "streamed from disk", "ranks": f"sharded over {x.shards.count} ranks",
-    }[x.stream_from]  # fmt: skip
+        "disk": "streamed from disk",
+        "ranks": f"sharded over {x.shards.count} ranks",
+    }[x.stream_from]
     resident = f" except for {counted(x.resident_layers, 'layer')}" if x.resident_layers else ""
     streamed = "" if x.resident_layers is None else f", weights {where}{resident}"
     place = "on disk" if x.uses_disk else "in host memory"
@@ -137,8 +143,11 @@ def transfers(plan: Plan) -> str | None:
     what_ranks_send = "weights and their gradients" if plan.step.job.workload.method.trains_base else "weights"
     for seconds, of in ((bus, "of copies between host and GPU"), (link, f"of {what_ranks_send} from the other ranks")):
         if seconds:
-            hidden = "hidden behind" if seconds <= hides and machine.device_type == "cuda" else (
-                "longer than" if seconds > hides else "beside")  # fmt: skip
+            hidden = (
+                "hidden behind"
+                if seconds <= hides and machine.device_type == "cuda"
+                else ("longer than" if seconds > hides else "beside")
+            )
             parts.append(f"{format_seconds(seconds)} {of}, {hidden} {format_seconds(hides)} {what}")
     if work.disk_bytes:
         disk, size = format_seconds(steps * machine.disk_seconds(work)), format_bytes(steps * work.disk_bytes)
@@ -154,8 +163,10 @@ def time_of_step(plan: Plan) -> str:
         said += f", and {beside}, whose time is not planned"
     updates = chosen.prediction.host_updates
     if updates and chosen.step_seconds <= updates / HOST_UPDATES_PER_SECOND:
-        return (f"{said}, limited by the host, which updates {format_count(updates)} weights in its memory, at "
-                f"{HOST_UPDATES_PER_SECOND / 1e6:g} million a second, as measured on two cores")  # fmt: skip
+        return (
+            f"{said}, limited by the host, which updates {format_count(updates)} weights in its memory, at "
+            f"{HOST_UPDATES_PER_SECOND / 1e6:g} million a second, as measured on two cores"
+        )
     if machine.device_type == "cpu" or machine.micro_batch_seconds(work) > machine.starting_seconds(work):
         return said
     return f"{said}, limited by the host, which launches {chosen.micro_batches * work.operations:,} operations"
@@ -165,27 +176,41 @@ def as_json(plan: Plan, others: Sequence[Alternative]) -> dict:
     """Return the plan as plain values."""
     peak = plan.chosen.prediction.simulation.peak()
     return {
-        "fits": plan.fits, "machine": plan.machine.name, "budget_bytes": plan.budget_bytes,
-        "peak_bytes": plan.peak_bytes, "compute_dtype": _type_name(plan),
+        "fits": plan.fits,
+        "machine": plan.machine.name,
+        "budget_bytes": plan.budget_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "compute_dtype": _type_name(plan),
         "first_step_peak_bytes": plan.peak_bytes - peak.total + plan.chosen.prediction.simulation.first_step_bytes(),
-        "peak_phase": peak.phase, "peak_module": peak.module,
-        "breakdown": plan.breakdown, "host_bytes": host_bytes(plan), "disk_bytes": disk_bytes(plan),
+        "peak_phase": peak.phase,
+        "peak_module": peak.module,
+        "breakdown": plan.breakdown,
+        "host_bytes": host_bytes(plan),
+        "disk_bytes": disk_bytes(plan),
         "offload_folder_bytes": plan.chosen.prediction.simulation.folder_bytes,
-        "step_seconds_estimate": plan.chosen.step_seconds, "transfers": transfers(plan),
-        "learning_rate": plan.learning_rate, "chosen": plan.chosen.settings, "why": reason(plan),
+        "step_seconds_estimate": plan.chosen.step_seconds,
+        "transfers": transfers(plan),
+        "learning_rate": plan.learning_rate,
+        "chosen": plan.chosen.settings,
+        "why": reason(plan),
         "constants": [o._asdict() for o in plan.chosen.prediction.overheads],
         "measured_because": plan.chosen.prediction.simulation.measured_because,
         "alternatives": [asdict(alternative) for alternative in others],
-    }  # fmt: skip
+    }
 
 
 def ranks_as_json(plans: Sequence[Plan]) -> dict:
     """Return the plans of unequal ranks as plain values."""
     rows = [
-        as_json(plan, []) | {"rank": rank, "packs": plan.chosen.packs * plan.chosen.micro_batches,
-                             "part_bytes": part, "part_share": share}
+        as_json(plan, [])
+        | {
+            "rank": rank,
+            "packs": plan.chosen.packs * plan.chosen.micro_batches,
+            "part_bytes": part,
+            "part_share": share,
+        }
         for rank, (plan, (part, share)) in enumerate(zip(plans, map(part_of_base, plans), strict=True))
-    ]  # fmt: skip
+    ]
     return {"fits": all(plan.fits for plan in plans), "why": _why_shares(plans), "ranks": rows}
 
 
@@ -217,8 +242,11 @@ def _why_shares(plans: Sequence[Plan]) -> str:
     options = plans[0].chosen.options
     if not options.is_sharded:
         return f"each GPU has room for the whole model; {packs}"
-    how = (", equally in host memory, since not all have room for their part" if options.stream_from == "host"
-           else " by what each budget leaves beside all else")  # fmt: skip
+    how = (
+        ", equally in host memory, since not all have room for their part"
+        if options.stream_from == "host"
+        else " by what each budget leaves beside all else"
+    )
     return (
         f"not every GPU has room for the whole model, so that they divide its layers{how}; {packs} as nearly as "
         "whole packs allow; all run as many micro-batches, since each layer is put together by all at one time"
@@ -233,14 +261,16 @@ def page_record(plan: Plan, others: Sequence[Alternative], title: str) -> dict:
     return {
         "title": title,
         "subtitle": f"Planned for {plan.machine.name}: {format_bytes(plan.peak_bytes)} of "
-                    f"{format_bytes(plan.budget_bytes)}, about {format_seconds(plan.chosen.step_seconds)} a step",
+        f"{format_bytes(plan.budget_bytes)}, about {format_seconds(plan.chosen.step_seconds)} a step",
         "budget_bytes": plan.budget_bytes,
         "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
         "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in timeline],
-        "sentences": [reason(plan), *host], "predicted": peak.on_device, "measured": None,
+        "sentences": [reason(plan), *host],
+        "predicted": peak.on_device,
+        "measured": None,
         "constants": constants(plan),
         "alternatives": [asdict(alternative) for alternative in others],
-    }  # fmt: skip
+    }
 
 
 def constants(plan: Plan) -> list[dict]:
@@ -255,23 +285,33 @@ def _row(name: str, text: str | None) -> list[str]:
     """Return the lines of a name and its text; none without a text."""
     indent = " " * 17
     return textwrap.wrap(
-        text or "", WIDTH, initial_indent=f"{name:16} ", subsequent_indent=indent, break_on_hyphens=False,
-    )  # fmt: skip
+        text or "",
+        WIDTH,
+        initial_indent=f"{name:16} ",
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
 
 
 def describe(plan: Plan, others: Sequence[Alternative]) -> str:
     """Return the plan for a terminal, in rich's markup."""
     peak = plan.chosen.prediction.simulation.peak()
     margin = plan.budget_bytes - plan.peak_bytes
-    verdict = (f"[bold green]fits[/] with {format_bytes(margin)} to spare" if plan.fits
-               else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much" if margin < 0
-               else "[bold red]does not fit[/] in host memory")  # fmt: skip
+    verdict = (
+        f"[bold green]fits[/] with {format_bytes(margin)} to spare"
+        if plan.fits
+        else f"[bold red]does not fit[/]: {format_bytes(-margin)} too much"
+        if margin < 0
+        else "[bold red]does not fit[/] in host memory"
+    )
     limit = "" if plan.machine.host_bytes is None else f" of {format_bytes(plan.machine.host_bytes)}"
     lines = [
         f"[bold]{format_bytes(plan.peak_bytes)}[/] of {format_bytes(plan.budget_bytes)} on {plan.machine.name}: "
         f"{verdict}",
         f"peak in {peak.phase}, {peak.module or 'outside of modules'}",
-        "", memory_bar(plan.breakdown, plan.budget_bytes, WIDTH), "",
+        "",
+        memory_bar(plan.breakdown, plan.budget_bytes, WIDTH),
+        "",
         *_row("settings", _in_words(plan.chosen)),
         f"{'learning rate':16} {plan.learning_rate:g}",
         *_row("compute type", _compute_type(plan)),
@@ -282,7 +322,7 @@ def describe(plan: Plan, others: Sequence[Alternative]) -> str:
         *([f"{'transfers':16} {transfers(plan)}"] if transfers(plan) else []),
         f"{'host memory':16} {format_bytes(host_bytes(plan))}{limit}",
         f"{'disk':16} {format_bytes(disk_bytes(plan))} for the prepared model and the run, besides the download",
-    ]  # fmt: skip
+    ]
     simulation = plan.chosen.prediction.simulation
     if simulation.folder_bytes:
         lines.append(f"{'offload folder':16} {format_bytes(simulation.folder_bytes)}")

@@ -166,8 +166,15 @@ def _scores(run: RunFiles) -> str:
         ends = before.get(name), after.get(name)
         known = next(filter(None, ends[::-1]))
         between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(measured, name))
-        rows.append([name.replace("_", " "), *(format_score(name, score) if score else "" for score in ends), between,
-                     known.get("examples"), known.get("signature", "")])  # fmt: skip
+        rows.append(
+            [
+                name.replace("_", " "),
+                *(format_score(name, score) if score else "" for score in ends),
+                between,
+                known.get("examples"),
+                known.get("signature", ""),
+            ]
+        )
     rows += _objective_scores(run)
     return table(["score", *_WHEN, "in training", "examples", "signature"], rows, numeric=4) if rows else ""
 
@@ -194,9 +201,14 @@ def _confusion(summary: dict[str, Any]) -> str:
 
 
 def _is_matrix(matrix: object, size: int) -> TypeGuard[list[list[int]]]:
-    return isinstance(matrix, list) and len(matrix) == size and all(
-        isinstance(row, list) and len(row) == size and all(isinstance(count, int) for count in row) for row in matrix
-    )  # fmt: skip
+    return (
+        isinstance(matrix, list)
+        and len(matrix) == size
+        and all(
+            isinstance(row, list) and len(row) == size and all(isinstance(count, int) for count in row)
+            for row in matrix
+        )
+    )
 
 
 def _matrix(when: str, labels: list, matrix: list[list[int]]) -> str:
@@ -336,10 +348,13 @@ def _ranks(summary: dict[str, Any]) -> str:
         return write(known) if known is not None and 0 <= known < math.inf else ""
 
     rows = [
-        [f"rank {rank}", shown(figures.get("peak_bytes"), lambda peak: format_bytes(int(peak))),
-         *(shown(figures.get(f"{what}_seconds"), format_seconds) for what in ("computing", "waiting"))]
+        [
+            f"rank {rank}",
+            shown(figures.get("peak_bytes"), lambda peak: format_bytes(int(peak))),
+            *(shown(figures.get(f"{what}_seconds"), format_seconds) for what in ("computing", "waiting")),
+        ]
         for rank, figures in enumerate(_dicts(summary.get("ranks")))
-    ]  # fmt: skip
+    ]
     return table(["process", "peak memory", "computing a step", "waiting a step"], rows, range(1, 4)) if rows else ""
 
 

@@ -31,14 +31,22 @@ def render_sweep(result: dict) -> str:
     facts = f"{len(done)} of {len(result['points'])} points complete{seeds}"
     return page(
         f"{result['name']} - qlora-lite",
-        head + f'<p class="facts">{text(facts)}</p>' + _best(result, done)
+        head
+        + f'<p class="facts">{text(facts)}</p>'
+        + _best(result, done)
         + section("Points", _points(result, done), "Best first; mean over the seeds, ± standard deviation.")
         + section("Points without a result", _others(result, done))
-        + section("What each setting changes", _axes(result, done),
-                  "The best point with each value, and the mean of all points with it.")
-        + section("Quality and its price", _prices(result, done),
-                  "Every point; the line joins those that no other one beats in both."),
-    )  # fmt: skip
+        + section(
+            "What each setting changes",
+            _axes(result, done),
+            "The best point with each value, and the mean of all points with it.",
+        )
+        + section(
+            "Quality and its price",
+            _prices(result, done),
+            "Every point; the line joins those that no other one beats in both.",
+        ),
+    )
 
 
 def ranked(result: dict) -> list[dict]:
@@ -84,10 +92,13 @@ def _best(result: dict, done: Sequence[dict]) -> str:
 
 def _points(result: dict, done: Sequence[dict]) -> str:
     rows = [
-        (*map(_shown, point["choice"].values()), quality(result, point),
-         *(form(point["mean"][key]) if key in point["mean"] else "" for key, (_, form) in COSTS.items()))
+        (
+            *map(_shown, point["choice"].values()),
+            quality(result, point),
+            *(form(point["mean"][key]) if key in point["mean"] else "" for key, (_, form) in COSTS.items()),
+        )
         for point in done
-    ]  # fmt: skip
+    ]
     head = (*result["axes"], _label(result), *(label for label, _ in COSTS.values()))
     return table(head, rows, numeric=range(len(result["axes"]), len(head))) if rows else ""
 
@@ -95,8 +106,9 @@ def _points(result: dict, done: Sequence[dict]) -> str:
 def _others(result: dict, done: Sequence[dict]) -> str:
     rows = [
         (*map(_shown, point["choice"].values()), point["status"], next(_reasons(point), ""))
-        for point in result["points"] if point not in done
-    ]  # fmt: skip
+        for point in result["points"]
+        if point not in done
+    ]
     return table((*result["axes"], "status", "reason"), rows, numeric=range(0)) if rows else ""
 
 

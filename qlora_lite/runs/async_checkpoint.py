@@ -37,9 +37,16 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, every_steps: int, every_minutes: float, keep: int, prepare: Callable[[], None],
-        versions: dict[str, str], recipe_hash: str, whole_step: int | None = None,
-    ):  # fmt: skip
+        self,
+        root: Path,
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+        prepare: Callable[[], None],
+        versions: dict[str, str],
+        recipe_hash: str,
+        whole_step: int | None = None,
+    ):
         self._root, self._every_steps, self._every_seconds = root, every_steps, 60 * every_minutes
         self._keep, self._prepare, self._about = keep, prepare, (versions, recipe_hash)
         self._steps = [step for step in reversed(steps_on_disk(root)) if whole_step is not None and step <= whole_step]

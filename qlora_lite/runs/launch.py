@@ -26,8 +26,12 @@ if TYPE_CHECKING:  # its library takes a while, and every command asks how many 
 
 log = logging.getLogger("qlora_lite")
 
-_SIZES = {"WORLD_SIZE": "RANK", "PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
-          "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK"}  # fmt: skip
+_SIZES = {
+    "WORLD_SIZE": "RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
 _MEETING = "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 HEARD_SECONDS = 1  # torchrun ends all ranks as soon as one has ended
 WATCH_SECONDS = 0.5  # between two looks at other processes
@@ -51,8 +55,11 @@ def require_one_process() -> None:
     """
     if found := _named():
         size, rank, count = found
-        _say(rank, f"{count} processes were started ({size}), and only train shares its work among several: start this "
-                   f"command without torchrun, accelerate launch or mpirun, or unset {size}")  # fmt: skip
+        _say(
+            rank,
+            f"{count} processes were started ({size}), and only train shares its work among several: start this "
+            f"command without torchrun, accelerate launch or mpirun, or unset {size}",
+        )
 
 
 def is_first() -> bool:
@@ -71,16 +78,23 @@ def launched() -> Launched | None:
         return None
     size, rank, count = found
     if missing := [name for name in (_SIZES[size], *_MEETING) if not os.environ.get(name)]:
-        _say(rank, f"{count} processes were started ({size}), and nothing says where they meet ({', '.join(missing)}): "
-                   "start them with torchrun or accelerate launch, or with qlora-lite train --gpus")  # fmt: skip
+        _say(
+            rank,
+            f"{count} processes were started ({size}), and nothing says where they meet ({', '.join(missing)}): "
+            "start them with torchrun or accelerate launch, or with qlora-lite train --gpus",
+        )
     limits = {
-        _SIZES[size]: count, "LOCAL_WORLD_SIZE": count + 1, "LOCAL_RANK": _number("LOCAL_WORLD_SIZE"),
+        _SIZES[size]: count,
+        "LOCAL_WORLD_SIZE": count + 1,
+        "LOCAL_RANK": _number("LOCAL_WORLD_SIZE"),
         "MASTER_PORT": 2**16,
-    }  # fmt: skip
+    }
     for name, limit in limits.items():
         if not 0 <= _number(name) < limit:
-            raise LaunchError(f"{count} processes were started ({size}), and {name} is {os.environ[name]!r}: "
-                              f"it must be a number below {max(limit, 1)}")  # fmt: skip
+            raise LaunchError(
+                f"{count} processes were started ({size}), and {name} is {os.environ[name]!r}: "
+                f"it must be a number below {max(limit, 1)}"
+            )
     return Launched(rank, count, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
 
 
@@ -201,17 +215,26 @@ def start(count: int, arguments: Sequence[str], recipe: "Recipe") -> int:
     logging.disable()  # the agent's words for what a rank says itself
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # likewise
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2, shutdown_timeout=SAVING_SECONDS,
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.2,
+        shutdown_timeout=SAVING_SECONDS,
+    )
     try:
         with _continuing_stopped_ranks():
             elastic_launch(config, sys.executable)("-m", "qlora_lite", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            words = (f"rank {rank} was killed by {describe_kill(-failure.exitcode)}; "
-                     "`qlora-lite train RECIPE --resume` resumes the newest checkpoint")  # fmt: skip
+            words = (
+                f"rank {rank} was killed by {describe_kill(-failure.exitcode)}; "
+                "`qlora-lite train RECIPE --resume` resumes the newest checkpoint"
+            )
             raise LaunchError(words) from None
         return failure.exitcode
     except SignalException:

@@ -161,17 +161,24 @@ def _allocator_history(device: torch.device, out: Path) -> Iterator[None]:
 def _figures(plan: Plan, expected: Prediction, ledger: Ledger, seconds, process_bytes: int, failure: str) -> dict:
     planned = expected.simulation.peak()
     return {
-        "peak_bytes": ledger.peak.total, "peak_phase": ledger.peak.phase, "peak_module": ledger.peak.module,
-        "measured": ledger.peak.breakdown, "predicted": planned.breakdown, "predicted_peak_bytes": planned.total,
+        "peak_bytes": ledger.peak.total,
+        "peak_phase": ledger.peak.phase,
+        "peak_module": ledger.peak.module,
+        "measured": ledger.peak.breakdown,
+        "predicted": planned.breakdown,
+        "predicted_peak_bytes": planned.total,
         "by_phase": {
             phase: max((m.total for m in ledger.peaks.values() if m.phase == phase), default=0)
             for phase in ("forward", "backward", "optimizer", "evaluation")
         },
-        "process_peak_bytes": process_bytes, "budget_bytes": plan.budget_bytes,
+        "process_peak_bytes": process_bytes,
+        "budget_bytes": plan.budget_bytes,
         "predicted_process_bytes": as_measured(plan, expected),
-        "seconds_by_phase": seconds, "chosen": plan.chosen.settings, "why": reason(plan),
+        "seconds_by_phase": seconds,
+        "chosen": plan.chosen.settings,
+        "why": reason(plan),
         "out_of_memory": failure or None,
-    }  # fmt: skip
+    }
 
 
 def _beside(plan: Plan, figures: dict) -> list[dict]:
@@ -195,8 +202,9 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
     saving = [a for a in others if a.peak_bytes < plan.peak_bytes]
     sentences += [
         f"{a.change} saves {format_bytes(plan.peak_bytes - a.peak_bytes)}, at {format_seconds(a.step_seconds)} instead "
-        f"of {format_seconds(plan.chosen.step_seconds)} a step by estimate" for a in saving[:3]
-    ]  # fmt: skip
+        f"of {format_seconds(plan.chosen.step_seconds)} a step by estimate"
+        for a in saving[:3]
+    ]
     total = sum(figures["seconds_by_phase"].values())
     if total:
         shares = ", ".join(f"{n} {100 * s / total:.0f} %" for n, s in figures["seconds_by_phase"].items())
@@ -207,11 +215,14 @@ def _record(plan: Plan, expected: Prediction, ledger: Ledger, figures: dict, nam
         sentences.insert(0, f"the device ran out of memory: {figures['out_of_memory']}")
     peak = ledger.peak
     return {
-        "title": f"Memory of {name}", "subtitle": f"One measured step on {plan.machine.name}",
+        "title": f"Memory of {name}",
+        "subtitle": f"One measured step on {plan.machine.name}",
         "budget_bytes": plan.budget_bytes,
         "peak": {"bytes": peak.total, "phase": peak.phase, "module": peak.module, "breakdown": peak.on_device},
         "timeline": [{"phase": m.phase, "module": m.module, "bytes": m.on_device} for m in ledger.timeline or ()],
-        "sentences": sentences, "predicted": expected.simulation.peak().on_device, "measured": peak.on_device,
+        "sentences": sentences,
+        "predicted": expected.simulation.peak().on_device,
+        "measured": peak.on_device,
         "constants": _beside(plan, figures),
         "alternatives": [asdict(a) for a in others],
-    }  # fmt: skip
+    }

@@ -88,9 +88,17 @@ def _key(examples: Examples, trainer: Trainer, checksum: str) -> str:
     if divided_weights(model):
         adapter = {str(rank): processes.tell(json.dumps(adapter), rank) for rank in range(processes.world_size)}
     parts = [
-        checksum, adapter, method.config(model, ""), method.merge_aware, _placeless(model.config.to_diff_dict()),
-        examples.digest(), str(model.dtype), trainer.device.type, sorted(kernels_of(model)), package_versions(),
-    ]  # fmt: skip
+        checksum,
+        adapter,
+        method.config(model, ""),
+        method.merge_aware,
+        _placeless(model.config.to_diff_dict()),
+        examples.digest(),
+        str(model.dtype),
+        trainer.device.type,
+        sorted(kernels_of(model)),
+        package_versions(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -58,18 +58,42 @@ PLACES = "memory.resident_layers", "memory.stream_from", "memory.cache_merged"
 # What these settings lead to is compared by itself, or changes nothing of what a step computes.
 HARMLESS = {
     *PLACES,
-    "model.path", "model.revision", "lora.init_from", "data.train", "data.eval", "data.template", "data.max_bad_rows",
+    "model.path",
+    "model.revision",
+    "lora.init_from",
+    "data.train",
+    "data.eval",
+    "data.template",
+    "data.max_bad_rows",
     "objective.rewards",
-    "train.max_steps", "train.epochs", "train.early_stopping_patience", "train.save_every_steps",
-    "train.save_every_minutes", "train.keep_checkpoints", "train.max_hours", "train.on_not_finite",
-    "train.max_skipped_steps", "train.trackers", "memory.budget", "memory.host_budget", "memory.offload_folder",
-    "output.dir", "output.name",
-}  # fmt: skip
+    "train.max_steps",
+    "train.epochs",
+    "train.early_stopping_patience",
+    "train.save_every_steps",
+    "train.save_every_minutes",
+    "train.keep_checkpoints",
+    "train.max_hours",
+    "train.on_not_finite",
+    "train.max_skipped_steps",
+    "train.trackers",
+    "memory.budget",
+    "memory.host_budget",
+    "memory.offload_folder",
+    "output.dir",
+    "output.name",
+}
 PLACE = {"output.dir", "output.name"}  # of the run, which is the folder that is resumed, whatever they say
 _RATE = "train.learning_rate"
 _LABELS = "task.labels"
-_PARTS = {"recipe": dict, "identity": dict, "environment": dict, "plan": dict, "progress": dict, "summary": dict,
-          "metrics_bytes": int}  # fmt: skip
+_PARTS = {
+    "recipe": dict,
+    "identity": dict,
+    "environment": dict,
+    "plan": dict,
+    "progress": dict,
+    "summary": dict,
+    "metrics_bytes": int,
+}
 
 
 @dataclass(slots=True)
@@ -180,18 +204,26 @@ class Continuation:
         state = self.checkpoint.documents[STATE]
         before, done = state["total_steps"], self.checkpoint.step
         if total_steps < done:
-            raise CheckpointError(f"the checkpoint is of step {done}, and the run now ends after {total_steps} steps; "
-                                  "set train.max_steps or train.epochs to more")  # fmt: skip
+            raise CheckpointError(
+                f"the checkpoint is of step {done}, and the run now ends after {total_steps} steps; "
+                "set train.max_steps or train.epochs to more"
+            )
         if total_steps == before:
             return
-        rates = [[lr_factor(step, total, settings.lr_scheduler, settings.warmup_ratio) for step in range(1, done + 1)]
-                 for total in (before, total_steps)]  # fmt: skip
+        rates = [
+            [lr_factor(step, total, settings.lr_scheduler, settings.warmup_ratio) for step in range(1, done + 1)]
+            for total in (before, total_steps)
+        ]
         change = f"steps: {before} -> {total_steps}"
         if rates[0] == rates[1]:
             self.accepted.append(change)
         else:
-            self.refuse([f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
-                         "are done other learning rates"])  # fmt: skip
+            self.refuse(
+                [
+                    f"{change}, for which train.lr_scheduler {settings.lr_scheduler} gives the {done} steps that "
+                    "are done other learning rates"
+                ]
+            )
 
     def say_changes(self, now: Mapping[str, object]) -> None:
         """Say what is different and accepted, once everything has been compared.
@@ -215,9 +247,14 @@ class Continuation:
         """
         if changes and not self.force:
             raise CheckpointError(
-                "\n".join(["this would not be the run that was begun:", *changes,
-                           "undo that, start a new run, or go on all the same with --force"])
-            )  # fmt: skip
+                "\n".join(
+                    [
+                        "this would not be the run that was begun:",
+                        *changes,
+                        "undo that, start a new run, or go on all the same with --force",
+                    ]
+                )
+            )
         self.forced += changes
         for change in changes:
             log.warning("resume: %s (forced: no longer the run that was begun)", change)
@@ -282,8 +319,10 @@ def follow(path: Path, recipe: Recipe, force: bool, step: int) -> Continuation:
     """
     continuation = _find_checkpoint(path, force)
     if continuation is None or continuation.checkpoint.step != step:
-        raise LaunchError(f"rank 0 resumes from step {step} in {path}, whose newest checkpoint here is not that one: "
-                          "all ranks must see one run folder")  # fmt: skip
+        raise LaunchError(
+            f"rank 0 resumes from step {step} in {path}, whose newest checkpoint here is not that one: "
+            "all ranks must see one run folder"
+        )
     continuation.compare_settings(recipe)
     return continuation
 

@@ -85,8 +85,9 @@ def _numbers(name: str, function: Callable[..., Sequence[float]], given: Mapping
     for place, number in enumerate(numbers):
         if not abs(number) <= LARGEST_REWARD:
             of = f"the completion {given['completions'][place]!r}"[:300]
-            raise TrainingError(f"{name} returned {found[place]!r} for {of}; a reward is a finite number, of at most "
-                                f"{LARGEST_REWARD:g}")  # fmt: skip
+            raise TrainingError(
+                f"{name} returned {found[place]!r} for {of}; a reward is a finite number, of at most {LARGEST_REWARD:g}"
+            )
     return numbers
 
 
@@ -119,8 +120,9 @@ def judges_of(names: Sequence[str]) -> Judges:
     """
     own = [name.rpartition(":")[2] for name in names]
     if twice := next((each for each in own if own.count(each) > 1), None):
-        raise RecipeError(f"objective.rewards: two functions are called {twice}, and each is reported by its name; "
-                          "rename one")  # fmt: skip
+        raise RecipeError(
+            f"objective.rewards: two functions are called {twice}, and each is reported by its name; rename one"
+        )
     return Judges({name: _function(name) for name in names})
 
 
@@ -140,8 +142,9 @@ def _function(name: str) -> Callable[..., Sequence[float]]:
     try:
         wanted = inspect.signature(found).parameters.values()
     except ValueError:  # of a builtin
-        raise RecipeError(f"objective.rewards: {name} does not say what it takes; write a function of your own around "
-                          "it") from None  # fmt: skip
+        raise RecipeError(
+            f"objective.rewards: {name} does not say what it takes; write a function of your own around it"
+        ) from None
     for each in wanted:
         is_open = each.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         if each.name not in GIVEN and each.default is inspect.Parameter.empty and not is_open:
@@ -200,9 +203,14 @@ def with_answers(
     """
 
     def answer(
-        model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int, numbers: Sequence[int],
-        max_completion_tokens: int, at_once: int,
-    ) -> list[Answered]:  # fmt: skip
+        model: nn.Module,
+        prompts: Sequence[list[int]],
+        temperature: float,
+        seed: int,
+        numbers: Sequence[int],
+        max_completion_tokens: int,
+        at_once: int,
+    ) -> list[Answered]:
         sampling = Sampling(temperature, seed=seed)
         stop = stop_ids(model, tokenizer, end_token_ids)
         said = answers(model, tokenizer, prompts, max_completion_tokens, stop, at_once, sampling, numbers=numbers)

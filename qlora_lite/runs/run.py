@@ -58,9 +58,12 @@ class StoppedAtOnce(Interrupted):
 
 
 def run_recipe(
-    recipe: Recipe, progress: Progress | None = None, resume: str | Path | None = None, force: bool = False,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+    force: bool = False,
     watch: Watch | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Run a recipe to its end; return the run folder.
 
     Args:
@@ -92,9 +95,13 @@ def run_recipe(
 
 
 def _run(
-    recipe: Recipe, progress: Progress | None, resume: str | Path | None, force: bool, watch: Watch | None,
+    recipe: Recipe,
+    progress: Progress | None,
+    resume: str | Path | None,
+    force: bool,
+    watch: Watch | None,
     processes: Processes = ALONE,
-) -> Path:  # fmt: skip
+) -> Path:
     """See ``run_recipe``."""
     if (begun := processes.recall(recipe.recipe_hash)) and Path(begun).is_dir():
         log.info("resume: these processes were started in the place of others, which began %s", begun)
@@ -196,9 +203,14 @@ def _wait(seconds: float) -> bool:
 
 
 def _execute(
-    recipe: Recipe, run: RunFolder, continuation: Continuation | None, stop: Stop, progress: Progress | None,
-    watch: Watch | None, processes: Processes,
-) -> None:  # fmt: skip
+    recipe: Recipe,
+    run: RunFolder,
+    continuation: Continuation | None,
+    stop: Stop,
+    progress: Progress | None,
+    watch: Watch | None,
+    processes: Processes,
+) -> None:
     """Go through the stages, or leave a summary and a report that say how far the run came and why no further."""
     try:
         device = resolve_device(recipe.model.device)
@@ -261,8 +273,12 @@ def _conclude(trained: Trained) -> None:
     )
     run.write_summary()
     write_report(run.path)
-    log.info("done: %d steps in %s, peak memory %s", trained.trainer.step, format_seconds(run.summary["seconds"]),
-             format_bytes(run.summary["peak_bytes"]))  # fmt: skip
+    log.info(
+        "done: %d steps in %s, peak memory %s",
+        trained.trainer.step,
+        format_seconds(run.summary["seconds"]),
+        format_bytes(run.summary["peak_bytes"]),
+    )
 
 
 def _samples(trained: Trained) -> list[dict]:
@@ -278,7 +294,15 @@ def _samples(trained: Trained) -> list[dict]:
     answers = before.answers, before.matches, after.answers, after.matches
     examples = answered(rows.examples, trained.recipe.preference, len(before.answers))
     return [
-        {"prompt": plain(row.prompt), "question": plain(last_turn(template, row.prompt)),
-         "reference": row.answer, "before": b, "before_matches": b_matches, "after": a, "after_matches": a_matches}
-        for row, b, b_matches, a, a_matches in zip(examples, *answers, strict=False) if row.answer
-    ][:SAMPLES]  # fmt: skip
+        {
+            "prompt": plain(row.prompt),
+            "question": plain(last_turn(template, row.prompt)),
+            "reference": row.answer,
+            "before": b,
+            "before_matches": b_matches,
+            "after": a,
+            "after_matches": a_matches,
+        }
+        for row, b, b_matches, a, a_matches in zip(examples, *answers, strict=False)
+        if row.answer
+    ][:SAMPLES]

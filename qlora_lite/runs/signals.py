@@ -24,8 +24,8 @@ STANDARD_ERROR = 2  # its descriptor
 CAUSES = {
     "SIGKILL": ", perhaps for the memory that it took",
     "SIGABRT": ": a library ended it for a fault, or NCCL because another rank came too late to an exchange; its last "
-               "lines say which",
-}  # fmt: skip
+    "lines say which",
+}
 
 
 def describe_kill(number: int) -> str:

@@ -179,14 +179,22 @@ class Overrun(NamedTuple):
 
 
 def prepare(
-    recipe: Recipe, run: RunFolder, continuation: Continuation | None, stop: Stop, meter: PeakMeter,
-    progress: Progress | None, watch: Watch | None, processes: Processes = ALONE,
-) -> Prepared:  # fmt: skip
+    recipe: Recipe,
+    run: RunFolder,
+    continuation: Continuation | None,
+    stop: Stop,
+    meter: PeakMeter,
+    progress: Progress | None,
+    watch: Watch | None,
+    processes: Processes = ALONE,
+) -> Prepared:
     """Read tokenizer and data, and stop where training on them would be a mistake, or another run than before."""
     check_run(recipe)
     if recipe.model.quant != "none" and loses_its_update(recipe.model.path):
-        log.warning("model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
-                    "on its base with lora.init_from, or with model.quant none")  # fmt: skip
+        log.warning(
+            "model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
+            "on its base with lora.init_from, or with model.quant none"
+        )
     rewards = digest_of(recipe.objective.rewards)
     if continuation:  # before other code than the run's is executed
         continuation.compare_identity(rewards)
@@ -236,9 +244,23 @@ def prepare(
         first = load_first(written[0]) if written else first_of(recipe, found.data.examples)
         ranks = ranks_of(recipe, first) if recipe.lora.start == EVA else None
     return Prepared(
-        recipe, run, continuation, stop, meter, progress, watch, processes, tokenizer, found, rows, first_adapter,
-        first, ranks, identity | rewards, prompts,
-    )  # fmt: skip
+        recipe,
+        run,
+        continuation,
+        stop,
+        meter,
+        progress,
+        watch,
+        processes,
+        tokenizer,
+        found,
+        rows,
+        first_adapter,
+        first,
+        ranks,
+        identity | rewards,
+        prompts,
+    )
 
 
 def prove(prepared: Prepared) -> Proven:
@@ -298,8 +320,9 @@ def plan(prepared: Prepared, headroom: int = 0) -> Planned:
 def load(planned: Planned) -> Loaded:
     """Load the model as planned, make its trainer, and stop where either is not that of the run to resume."""
     recipe, continuation = planned.recipe, planned.continuation
-    ran_out = explaining_memory("close other programs, or choose a smaller model",
-                                "memory ran out while the model was loaded")  # fmt: skip
+    ran_out = explaining_memory(
+        "close other programs, or choose a smaller model", "memory ran out while the model was loaded"
+    )
     with ran_out, planned.processes.one_ahead():
         options, shards = planned.settings.options, planned.processes.shards
         model = build_model(planned.with_ranks, options, planned.first_adapter, planned.first, shards)
@@ -310,16 +333,19 @@ def load(planned: Planned) -> Loaded:
     if not continuation and not planned.first_adapter:
         work.method.begin(model)
     if runs_unpacked(model) and not why_unpacked(model, recipe.data.max_tokens):
-        log.warning("the plan, and the peak that it predicts, is of packed sequences, but the loaded model shows "
-                    "that it cannot have them: the next step measures what it takes")  # fmt: skip
+        log.warning(
+            "the plan, and the peak that it predicts, is of packed sequences, but the loaded model shows "
+            "that it cannot have them: the next step measures what it takes"
+        )
     if continuation:
         trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
     files = base_files(recipe)
     fingerprint = fingerprint_of(recipe, files)
     identity = {
-        BASE_MODEL: fingerprint, "type of device": device_of(model).type,
+        BASE_MODEL: fingerprint,
+        "type of device": device_of(model).type,
         "compute type": str(model.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     known = vars(planned) | {"identity": planned.identity | identity}
     checksum = frozen_checksum(model, trainer.workload.method.trained_base(model))
     alike = known["identity"] | {"weights": checksum, "versions": package_versions(), "lora ranks": planned.ranks}
@@ -333,9 +359,7 @@ def load(planned: Planned) -> Loaded:
     return loaded
 
 
-def ready(
-    plan: Plan, recipe: Recipe, tokenizer, rows: Sequence[Example], end_token_ids: Collection[int]
-) -> Workload:  # fmt: skip
+def ready(plan: Plan, recipe: Recipe, tokenizer, rows: Sequence[Example], end_token_ids: Collection[int]) -> Workload:
     """Return the workload of a plan with what a training needs that a plan does not."""
     work = plan.step.job.workload.of_tokenizer(tokenizer)
     if isinstance(work, PolicyLM):
@@ -375,18 +399,31 @@ def probe(loaded: Loaded) -> Proven | Overrun:
     peak = trainer.meter.peak_bytes()  # without what loading took for a moment
     later = loaded.plan.chosen.prediction.later_bytes
     place = expected.simulation.peak()
-    log.info("memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s", format_bytes(peak),
-             format_bytes(predicted), place.phase, place.module or "the loss", format_bytes(budget))  # fmt: skip
+    log.info(
+        "memory: the largest micro-batch peaks at %s (predicted %s, %s of %s); budget %s",
+        format_bytes(peak),
+        format_bytes(predicted),
+        place.phase,
+        place.module or "the loss",
+        format_bytes(budget),
+    )
     if peak + later > budget:
         beside = f" and a checkpoint's copy and later kernels take {format_bytes(later)}" if later else ""
         words = f"the largest micro-batch peaks at {format_bytes(peak)}{beside}, over the budget of "
         return Overrun(peak + later - loaded.plan.peak_bytes, words + format_bytes(budget))
     loss = trainer.workload.objective.name
     kernels = sorted(kernels_of(loaded.model)) if device.type == "cuda" else []
-    loaded.run.update(plan={
-        "budget_bytes": budget, "predicted_peak_bytes": predicted, "measured_peak_bytes": peak,
-        "chosen": loaded.chosen, "why": reason(loaded.plan), "loss": loss, "kernels": kernels,
-    })  # fmt: skip
+    loaded.run.update(
+        plan={
+            "budget_bytes": budget,
+            "predicted_peak_bytes": predicted,
+            "measured_peak_bytes": peak,
+            "chosen": loaded.chosen,
+            "why": reason(loaded.plan),
+            "loss": loss,
+            "kernels": kernels,
+        }
+    )
     now = environment(_device_name(device), loss, kernels, loaded.checksum, loaded.processes.world_size)
     return Proven(**vars(loaded), environment=now)
 
@@ -429,10 +466,13 @@ def _log_data(report: dict) -> None:
     efficiency = report["packing_efficiency"]
     tokens = f", {report['tokens']} tokens, {report['learned_tokens']} learned" if report["tokens"] else ""
     log.info(
-        "data: %d of %d rows%s%s%s", report["rows_kept"], report["rows_read"], tokens,
+        "data: %d of %d rows%s%s%s",
+        report["rows_kept"],
+        report["rows_read"],
+        tokens,
         f", left out: {left_out}" if left_out else "",
         f", {report['packs']} packs {efficiency:.0%} full" if efficiency else "",
-    )  # fmt: skip
+    )
 
 
 def write_data(run: RunFolder, found: Preflight) -> None:
@@ -459,26 +499,39 @@ def _describe_model(loaded: Loaded, fingerprint: str, files: ModelFiles) -> None
     at_a_time = sum(parameter.numel() for _, parameter in method.parameters(loaded.model))
     trainable = sum(each.numel() for each in method.trained_base(loaded.model)) if method.in_turn else at_a_time
     for entry in table:
-        log.info("memory: %-26s %-9s %-6s %10s  %s", entry.group, entry.dtype, entry.device,
-                 format_bytes(entry.bytes), entry.why)  # fmt: skip
+        log.info(
+            "memory: %-26s %-9s %-6s %10s  %s",
+            entry.group,
+            entry.dtype,
+            entry.device,
+            format_bytes(entry.bytes),
+            entry.why,
+        )
     total = total_parameters(loaded.model, loaded.trainer.workload.method)
-    log.info("model: %s weights, %s trainable%s", format_count(total), format_count(trainable),
-             f", {format_count(at_a_time)} at a time" if method.in_turn else "")  # fmt: skip
+    log.info(
+        "model: %s weights, %s trainable%s",
+        format_count(total),
+        format_count(trainable),
+        f", {format_count(at_a_time)} at a time" if method.in_turn else "",
+    )
     changing = {  # results, in exchange for memory or time
         "model.quant_head: the head is in 4 bit, which is another model than the one with its 16-bit head; losses and "
         "answers differ": loaded.recipe.model.quant_head,
         "train.compile: results differ by rounding from those of a run without it": loaded.recipe.train.compile,
     }
     loaded.run.update(
-        device=_device_name(device_of(loaded.model)), trainable_parameters=trainable,
-        memory_table=[asdict(entry) for entry in table], versions=package_versions(), base_fingerprint=fingerprint,
+        device=_device_name(device_of(loaded.model)),
+        trainable_parameters=trainable,
+        memory_table=[asdict(entry) for entry in table],
+        versions=package_versions(),
+        base_fingerprint=fingerprint,
         **{TOKENIZER_DIGEST: None if files.gguf_file else tokenizer_sha256(files.folder)},
         other_results=[what for what, is_set in changing.items() if is_set],
         learning_rate=loaded.settings.learning_rate,
         **({"labels": [*head.labels]} if (head := head_of(loaded.recipe)) else {}),
         **_of_denoiser(loaded),
         **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
-    )  # fmt: skip
+    )
 
 
 def _of_denoiser(loaded: Loaded) -> dict[str, list]:

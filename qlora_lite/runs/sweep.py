@@ -43,13 +43,20 @@ log = logging.getLogger("qlora_lite")
 HASH_LETTERS = 12  # of a recipe's hash, in the name of a run's folder
 RUNS, RESULT, PAGE, STUDY = "runs", "sweep.json", "sweep.html", "optuna.log"
 FIGURES = (
-    "eval_loss_before", "eval_loss_after", "seconds", "tokens_per_second", "peak_bytes", "trainable_parameters",
-    "learning_rate", "steps",
-)  # fmt: skip
+    "eval_loss_before",
+    "eval_loss_after",
+    "seconds",
+    "tokens_per_second",
+    "peak_bytes",
+    "trainable_parameters",
+    "learning_rate",
+    "steps",
+)
 NOT_PLANNED = {  # what a plan does not depend on
-    "train": {"learning_rate", "seed", "lr_scheduler", "warmup_ratio", "weight_decay", "max_steps"}, "lora": {"alpha"},
+    "train": {"learning_rate", "seed", "lr_scheduler", "warmup_ratio", "weight_decay", "max_steps"},
+    "lora": {"alpha"},
     "output": {"dir", "name"},
-}  # fmt: skip
+}
 DOES_NOT_FIT, FAILED, ELSEWHERE = "does not fit", "failed", "run by another process"
 
 
@@ -80,8 +87,13 @@ class Point:
         keys = dict.fromkeys(key for run in self.runs for key in run)
         means = {key: fmean(values) for key in keys if (values := self.figures(key))}
         spread = {key: stdev(values) for key in keys if len(values := self.figures(key)) > 1}
-        return {"choice": self.choice, "status": self.status, "mean": means, "standard_deviation": spread,
-                "runs": self.runs}  # fmt: skip
+        return {
+            "choice": self.choice,
+            "status": self.status,
+            "mean": means,
+            "standard_deviation": spread,
+            "runs": self.runs,
+        }
 
 
 class _Runs:
@@ -298,8 +310,9 @@ def _run(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> dict:
     summary = summary_in(path)
     scores = {
         f"{name}_{when}": score["value"]
-        for when, measured in summary.get("metrics", {}).items() for name, score in measured.items()
-    }  # fmt: skip
+        for when, measured in summary.get("metrics", {}).items()
+        for name, score in measured.items()
+    }
     return found | {"status": COMPLETE} | {key: summary[key] for key in FIGURES if key in summary} | scores
 
 
@@ -308,8 +321,12 @@ def _warn_of_new_rows(sweep: Sweep, path: Path, settings: Mapping[str, Any]) -> 
     data, begun = recipe_of_point(sweep, settings).data, (path / RECIPE).stat().st_mtime
     for file in local_files(source.path for source in (*data.train, *(data.eval or ()))):
         if file.stat().st_mtime > begun:
-            log.warning("sweep: %s was written anew after the run %s had begun, whose figures are of what it held "
-                        "then; if the rows are others now, remove the run to train it again", file, path)  # fmt: skip
+            log.warning(
+                "sweep: %s was written anew after the run %s had begun, whose figures are of what it held "
+                "then; if the rows are others now, remove the run to train it again",
+                file,
+                path,
+            )
 
 
 def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:
@@ -331,8 +348,13 @@ def _in_a_process(command: Sequence[str], log_file: Path) -> tuple[int, str]:
 
 def as_result(sweep: Sweep, points: Iterable[Point], name: str) -> dict:
     """Return what was found as plain values."""
-    return {"name": name, "goal": sweep.goal, "axes": list(sweep.searched), "seeds": len(sweep.seeds),
-            "points": [point.as_json() for point in points]}  # fmt: skip
+    return {
+        "name": name,
+        "goal": sweep.goal,
+        "axes": list(sweep.searched),
+        "seeds": len(sweep.seeds),
+        "points": [point.as_json() for point in points],
+    }
 
 
 def write_results(sweep: Sweep, points: Iterable[Point], folder: Path, name: str) -> None:

@@ -133,10 +133,16 @@ class Training:
     def figures(self) -> dict:
         """Return what the summary says of the steps so far."""
         speed = self.totals["tokens"] / self.totals["seconds"] if self.totals["steps"] else None
-        return self.totals | {"skipped_steps": self.trainer.skipped} | self.digests | {
-            "tokens_per_second": speed, "peak_bytes": self.peak_bytes,
-            METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
-        }  # fmt: skip
+        return (
+            self.totals
+            | {"skipped_steps": self.trainer.skipped}
+            | self.digests
+            | {
+                "tokens_per_second": speed,
+                "peak_bytes": self.peak_bytes,
+                METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
+            }
+        )
 
     def _resume(self, continuation: Continuation) -> None:
         """Put everything back to where the checkpoint was made, and write down what is different."""
@@ -148,8 +154,12 @@ class Training:
         self.run.proven = True
         rewind_run(self.run, self.best_factors is not None, continuation.run.get(METRICS_DIGEST))
         write_data(self.run, self.proven.data)
-        part = {"after_step": self.trainer.step, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "changes": continuation.accepted, "forced_changes": continuation.forced}  # fmt: skip
+        part = {
+            "after_step": self.trainer.step,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "changes": continuation.accepted,
+            "forced_changes": continuation.forced,
+        }
         self.run.update(status="running", resumed=[*self.run.summary.get("resumed", []), part])
 
     def restore(self, continuation: Continuation) -> None:
@@ -188,12 +198,17 @@ class Training:
 
     def _progress(self) -> dict:
         return {
-            "evaluated_step": self.evaluated_step, "measured_step": self.measured_step, "totals": self.totals,
-            "peak_bytes": self.peak_bytes, "evaluations_without_better": self.evaluations_without_better,
+            "evaluated_step": self.evaluated_step,
+            "measured_step": self.measured_step,
+            "totals": self.totals,
+            "peak_bytes": self.peak_bytes,
+            "evaluations_without_better": self.evaluations_without_better,
             "before": self.before and {"answers": self.before.answers, "matches": self.before.matches},
-            "best_loss": None if self.best_factors is None else self.best_loss, "best_step": self.best_step,
-            "best_metrics": self.best_metrics, "reference_of_step_1": self.reference,
-        }  # fmt: skip
+            "best_loss": None if self.best_factors is None else self.best_loss,
+            "best_step": self.best_step,
+            "best_metrics": self.best_metrics,
+            "reference_of_step_1": self.reference,
+        }
 
     def go(self) -> Trained:
         """See ``train``."""
@@ -205,10 +220,15 @@ class Training:
             with self.stop.at_once():
                 self._resume(continuation)
         with Saver(
-            self.run.path / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, t.keep_checkpoints,
-            self.run.flush_metrics, package_versions(), self.recipe.recipe_hash,
+            self.run.path / CHECKPOINTS,
+            t.save_every_steps,
+            t.save_every_minutes,
+            t.keep_checkpoints,
+            self.run.flush_metrics,
+            package_versions(),
+            self.recipe.recipe_hash,
             continuation.checkpoint.step if continuation else None,
-        ) as self.saver:  # fmt: skip
+        ) as self.saver:
             self._check_alike()
             try:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
@@ -274,8 +294,12 @@ class Training:
             self.stop.check(self.processes.any)
             before, self.step_began = self.processes.waited_seconds, time.monotonic()
         if self.ends_early:
-            log.info("step %d: %d evaluations in a row brought no better loss; training ends here "
-                     "(train.early_stopping_patience)", self.trainer.step, self.evaluations_without_better)  # fmt: skip
+            log.info(
+                "step %d: %d evaluations in a row brought no better loss; training ends here "
+                "(train.early_stopping_patience)",
+                self.trainer.step,
+                self.evaluations_without_better,
+            )
         self._save_checkpoint()
         if not self.method.trains_base:  # a whole model is in the checkpoint, and need not be written twice
             self._save_adapter(self.last)
@@ -336,8 +360,15 @@ class Training:
         step = self.trainer.step
         self.eval_metrics = dict(result.metrics)
         likelihood = {"eval_perplexity": result.perplexity} if self.trainer.workload.objective.is_likelihood else {}
-        self._log({"step": step, "eval_loss": result.loss, **likelihood, "eval_labelled_tokens": result.labelled_tokens,
-                   **{f"eval_{name}": value for name, value in result.metrics.items()}})  # fmt: skip
+        self._log(
+            {
+                "step": step,
+                "eval_loss": result.loss,
+                **likelihood,
+                "eval_labelled_tokens": result.labelled_tokens,
+                **{f"eval_{name}": value for name, value in result.metrics.items()},
+            }
+        )
         log.info("step %d: evaluation loss %.4f", step, result.loss)
         return result.loss
 
@@ -379,11 +410,18 @@ class Training:
         try:
             with self._at_once():
                 result = measure(
-                    self.model, self.proven.tokenizer, rows, eval_data.end_token_ids, self.trainer.answer_losses,
-                    self._prompts_at_once, measures_of(self.recipe), new_tokens_of(self.recipe), self._watch,
+                    self.model,
+                    self.proven.tokenizer,
+                    rows,
+                    eval_data.end_token_ids,
+                    self.trainer.answer_losses,
+                    self._prompts_at_once,
+                    measures_of(self.recipe),
+                    new_tokens_of(self.recipe),
+                    self._watch,
                     ALONE if self.trainer.is_sharded else self.processes,  # else all run each block together
                     picture_reader(self.recipe),
-                )  # fmt: skip
+                )
         except (DoesNotFitError, ModelError) as error:
             if self.trainer.step:
                 log.warning("train.metrics %s are not measured: %s", when, error)
@@ -391,8 +429,10 @@ class Training:
             if isinstance(error, ModelError):
                 raise
             reason, _, _ = str(error).partition(":")
-            raise DoesNotFitError(f"train.metrics_examples: {reason}; set it to 0, and measure with "
-                                  "`qlora-lite evaluate` when the run has ended") from None  # fmt: skip
+            raise DoesNotFitError(
+                f"train.metrics_examples: {reason}; set it to 0, and measure with "
+                "`qlora-lite evaluate` when the run has ended"
+            ) from None
         finally:
             free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
         of = f" of {len(eval_data.examples):,} (train.metrics_examples)" if len(rows) < len(eval_data.examples) else ""
@@ -414,7 +454,7 @@ class Training:
 
     def _with_pictures(
         self, work: PictureHead, eval_data: Dataset, when: str, result: Measured | None
-    ) -> Measured | None:  # fmt: skip
+    ) -> Measured | None:
         """Write down what the model makes of some held-out pictures, for the report; return the scores with that of
         neighbours. What hinders it is a warning."""
         training, held = (spread(part, COMPARED) for part in (self.proven.data.data.examples, eval_data.examples))
@@ -523,11 +563,16 @@ class Training:
             tensors[BEST] = self.best_factors
         proven = self.proven
         run = {
-            "recipe": self.recipe.model_dump(mode="json"), "identity": proven.identity,
-            "plan": proven.chosen, OF_RANKS: list(proven.plan.of_ranks), "environment": proven.environment,
-            "progress": self._progress(), "summary": dict(self.run.summary), "metrics_bytes": self.run.metrics_bytes,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "identity": proven.identity,
+            "plan": proven.chosen,
+            OF_RANKS: list(proven.plan.of_ranks),
+            "environment": proven.environment,
+            "progress": self._progress(),
+            "summary": dict(self.run.summary),
+            "metrics_bytes": self.run.metrics_bytes,
             METRICS_DIGEST: self.run.metrics_hash.hexdigest(),
-        }  # fmt: skip
+        }
         config = self.method.config(self.model, self.recipe.model.path)
         return Checkpoint(self.trainer.step, tensors, {STATE: state, RUN: run, CONFIG_NAME: config})
 

@@ -250,8 +250,10 @@ class CausalLM(TransformerWorkload):
 
     def _check_unpacked(self, model: nn.Module) -> None:
         if runs_unpacked(model) and not self.method.trains_unpacked:
-            raise ModelError(f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
-                             "another row; take adapter.method prompt")  # fmt: skip
+            raise ModelError(
+                f"{type(model).__name__} runs row by row, where prefix tuning's places would be those of "
+                "another row; take adapter.method prompt"
+            )
 
     def check_forward(self, model: nn.Module, longest: int) -> None:
         """See ``text_guards.check_forward``."""

@@ -86,8 +86,13 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, versions: Mapping[str, 
         for name, document in checkpoint.documents.items():
             (new / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(new.iterdir())}
-        manifest = {"format": FORMAT, "step": checkpoint.step, "versions": dict(versions),
-                    "recipe_sha256": recipe_hash, "files": files}  # fmt: skip
+        manifest = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "versions": dict(versions),
+            "recipe_sha256": recipe_hash,
+            "files": files,
+        }
         (new / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
     return folder
 
@@ -180,8 +185,9 @@ def _plain_file(path: Path, size: int | None) -> Path:
         return path
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        raise _damaged(path.parent, f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}"
-                       ) from None  # fmt: skip
+        raise _damaged(
+            path.parent, f"{path.name} {'is missing' if missing else f'cannot be read: {error.strerror}'}"
+        ) from None
 
 
 def _damaged(folder: Path, reason: str) -> CheckpointError:

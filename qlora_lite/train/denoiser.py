@@ -133,8 +133,10 @@ class DenoisingLoss(Objective):
         if not (0 < self.shift < math.inf and self.logit_std > 0 and self.min_snr_gamma > 0):
             raise ModelError("shift, logit_std and min_snr_gamma are above 0")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ModelError(f"a scheduler's betas rise between 0 and 1, and these are from {self.beta_start} to "
-                             f"{self.beta_end}; fetch the pipeline again")  # fmt: skip
+            raise ModelError(
+                f"a scheduler's betas rise between 0 and 1, and these are from {self.beta_start} to "
+                f"{self.beta_end}; fetch the pipeline again"
+            )
         if self.shift != 1 and self.prediction != FLOW:
             raise ModelError(f"shift is for the prediction {FLOW}: set it to 1")
 
@@ -207,8 +209,10 @@ def _pattern(spec: DenoiserSpec, method: AdapterMethod) -> tuple[int, int] | Non
     """Return what ``Workload.pattern`` does; None where no two blocks are known to be alike."""
     model, lists = meta_denoiser(spec), list(blocks_alike(spec).values())
     kinds = method.layer_kinds(list(linear_layers(model)), (), in_blocks(model))
-    adapted = [{name.removeprefix(path): kind for name, kind in kinds.items() if name.startswith(f"{path}.")}
-               for path in blocks_of(model)]  # fmt: skip
+    adapted = [
+        {name.removeprefix(path): kind for name, kind in kinds.items() if name.startswith(f"{path}.")}
+        for path in blocks_of(model)
+    ]
     are_alike = lists and all(each == adapted[-1] for each in adapted[lists[-1] :])
     return (lists[-1], 1) if are_alike else None
 
@@ -384,8 +388,9 @@ class Denoiser(Workload):
             ModelError, DataError: it is not, or one has not.
         """
         if not isinstance(model, DenoiserModel):
-            raise ModelError(f"a denoiser is wanted, not {type(model).__name__}; models.denoisers.load_denoiser loads "
-                             "one")  # fmt: skip
+            raise ModelError(
+                f"a denoiser is wanted, not {type(model).__name__}; models.denoisers.load_denoiser loads one"
+            )
         if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), LatentExample | None):
             raise DataError(f"examples is {type(examples).__name__}; give a list of data.latents.LatentExample")
         check_shapes(examples[:1] if isinstance(examples, LatentSet) else examples, self.shapes)

@@ -60,7 +60,7 @@ def fill_here(method: AdapterMethod, model: nn.Module, tensors: Mapping[str, tor
 
 def norms_of_all(
     model: nn.Module, parameters: Sequence[nn.Parameter], norms: torch.Tensor, processes: Processes
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the L2 norms of gradients, float32 [n]: those of whole weights, then of the divided ones in their order.
 
     Args:

@@ -33,9 +33,13 @@ class Epochs:
     """
 
     def __init__(
-        self, lengths: Sequence[int], learned: Sequence[int], settings: TrainSettings, rank: int = 0,
+        self,
+        lengths: Sequence[int],
+        learned: Sequence[int],
+        settings: TrainSettings,
+        rank: int = 0,
         pictures: np.ndarray | None = None,
-    ):  # fmt: skip
+    ):
         if not len(lengths):
             raise TrainingError("there are no rows to train on")
         self.lengths, self.learned, self.settings, self.rank = lengths, learned, settings, rank

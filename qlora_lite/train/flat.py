@@ -117,9 +117,14 @@ class _Flat:
     """
 
     def __init__(
-        self, *args, stochastic_rounding: bool, on_host: frozenset[Tensor] = frozenset(), steps_before: int = 0,
-        parts: Parts | None = None, **kwargs,
-    ):  # fmt: skip
+        self,
+        *args,
+        stochastic_rounding: bool,
+        on_host: frozenset[Tensor] = frozenset(),
+        steps_before: int = 0,
+        parts: Parts | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self._steps_before = steps_before
         self.stochastic_rounding, self.on_host = stochastic_rounding, on_host
@@ -189,9 +194,18 @@ class _Flat:
         self._counted += chunk.parameters
 
     def _update_piece(
-        self, chunk: _Chunk, piece: slice, weights: Tensor, state: dict, stored: Sequence[Tensor], place: int,
-        group: dict, gindex: int, take: Tensor | None, scale: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        chunk: _Chunk,
+        piece: slice,
+        weights: Tensor,
+        state: dict,
+        stored: Sequence[Tensor],
+        place: int,
+        group: dict,
+        gindex: int,
+        take: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
         rounds = self.stochastic_rounding and weights.dtype == torch.bfloat16
         gradients = chunk.gradients(piece, torch.float32 if rounds else weights.dtype, scale)
         values = weights.float() if rounds else weights if take is None else weights.clone()

@@ -52,8 +52,10 @@ def check_shareable(processes: Processes, options: MemoryOptions, divided: bool 
         TrainingError: each is used and dropped in the backward pass.
     """
     if processes.world_size > 1 and options.optimizer_in_backward and not divided:
-        raise TrainingError("memory.optimizer_in_backward updates each weight before the ranks have added up its "
-                            "gradient: it is for one process, or for weights that ranks have divided")  # fmt: skip
+        raise TrainingError(
+            "memory.optimizer_in_backward updates each weight before the ranks have added up its "
+            "gradient: it is for one process, or for weights that ranks have divided"
+        )
 
 
 def frozen_checksum(model: nn.Module, in_turn: Iterable[nn.Parameter] = ()) -> str:
@@ -101,9 +103,10 @@ def explain_not_finite(
     where = workload.places(examples)
     rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
     weights = (
-        "the backward pass has changed weights already: resume from the last checkpoint with train --resume" if updated
+        "the backward pass has changed weights already: resume from the last checkpoint with train --resume"
+        if updated
         else "the weights were left as they were before this step"
-    )  # fmt: skip
+    )
     cures = f"{FLOAT16_ENDS}, lower" if workload.needs_loss_scale(model) else "Lower"
     return TrainingError(
         f"step {step}: {place} is not finite (rows {rows}); {weights}. "

@@ -145,9 +145,16 @@ class Trainer:
             raise ModelError("there is nothing to train: the adapter method gives no parameter of this model")
         self.lr_ratios = method.lr_ratios(list(trained), s.loraplus_lr_ratio)
         self.optimizer = build_optimizer(
-            trained.values(), s.optimizer, s.learning_rate, s.weight_decay, s.stochastic_rounding, self.lr_ratios,
-            trained_on_host(self.model), steps_before, parts_of(self.model),
-        )  # fmt: skip
+            trained.values(),
+            s.optimizer,
+            s.learning_rate,
+            s.weight_decay,
+            s.stochastic_rounding,
+            self.lr_ratios,
+            trained_on_host(self.model),
+            steps_before,
+            parts_of(self.model),
+        )
         self.parameters = parameters_of(self.optimizer)
         names = {parameter: name for name, parameter in trained.items()}
         self.names = [names[parameter] for parameter in self.parameters]
@@ -201,12 +208,17 @@ class Trainer:
         before, was_training = list(map(bit_sums, self.parameters)), self.model.training
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             probe_step(
-                work, self.model, self.parameters, optimizer, work.inputs(largest, device),
-                evaluation and work.inputs(evaluation, device), s.max_grad_norm,
+                work,
+                self.model,
+                self.parameters,
+                optimizer,
+                work.inputs(largest, device),
+                evaluation and work.inputs(evaluation, device),
+                s.max_grad_norm,
                 self._accumulates,
                 s.options.optimizer_in_backward,
                 work.shape(largest).lengths,
-            )  # fmt: skip
+            )
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         )
@@ -330,9 +342,17 @@ class Trainer:
         self._tell_of_retries(self.meter.allocation_retries() - retries)
         seconds = time.perf_counter() - started
         return StepMetrics(
-            self.step, result.loss, rate, result.grad_norm, result.tokens, result.labelled_tokens,
-            result.tokens / seconds, self.meter.peak_bytes(), seconds, result.metrics,
-        )  # fmt: skip
+            self.step,
+            result.loss,
+            rate,
+            result.grad_norm,
+            result.tokens,
+            result.labelled_tokens,
+            result.tokens / seconds,
+            self.meter.peak_bytes(),
+            seconds,
+            result.metrics,
+        )
 
     def _note_no_gradient(self, why: str) -> None:
         """Warn of the first step that learned nothing; end a run of which none has learned.
@@ -354,8 +374,9 @@ class Trainer:
                 "step %d: the GPU had no free piece of memory for a tensor, %d times, until cached memory was given "
                 "back, which takes time and changes no number: the run is at its limit, or its free memory lies in "
                 "small pieces; more room (memory.budget, other programs on this GPU) or a lower data.max_tokens help",
-                self.step, count,
-            )  # fmt: skip
+                self.step,
+                count,
+            )
             self._has_retried = True
 
     def _step(self, batches: Iterator, counted: int) -> StepResult:
@@ -365,16 +386,27 @@ class Trainer:
         def attempt(scale: float) -> StepResult:
             self.optimizer.zero_grad(set_to_none=True)  # of an attempt at a larger scale
             return train_step(
-                self.workload, self.model, whole, self.optimizer, s.max_grad_norm, scale, self.processes, counted,
+                self.workload,
+                self.model,
+                whole,
+                self.optimizer,
+                s.max_grad_norm,
+                scale,
+                self.processes,
+                counted,
                 self.watch,
-            )  # fmt: skip
+            )
 
         if self.loss_scale is None:
             return attempt(1.0)
         before, result = self.loss_scale.value, self.loss_scale.step(attempt)
         if self.loss_scale.value != before:
-            log.info("step %d: the loss scale of float16 is %g from now on, after %g", self.step,
-                     self.loss_scale.value, before)  # fmt: skip
+            log.info(
+                "step %d: the loss scale of float16 is %g from now on, after %g",
+                self.step,
+                self.loss_scale.value,
+                before,
+            )
         return result
 
     def _whole_step(self, micro_batches: Sequence[Sequence]) -> StepResult:
@@ -391,9 +423,12 @@ class Trainer:
             return train_step_in_backward(self.workload, self.model, batch, self.optimizer, self.processes, bool(own))
 
     def _shared(
-        self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], shares: Sequence[Share] = (),
+        self,
+        groups: Sequence[Sequence],
+        compute: Callable[[Iterator, int], T],
+        shares: Sequence[Share] = (),
         collate: Callable | None = None,
-    ) -> T:  # fmt: skip
+    ) -> T:
         """Return what the ranks' ``compute`` makes of their shares of the batches; it is told how many of them count.
 
         A rank for which there is none computes the first for nothing. Ranks that get weights from each other run as
@@ -416,10 +451,13 @@ class Trainer:
         return own_micro_batches(groups, shares, self.processes.rank) if shares else self.processes.share(groups)
 
     def _within_memory(
-        self, groups: Sequence[Sequence], compute: Callable[[Iterator, int], T], processes: Processes = ALONE,
+        self,
+        groups: Sequence[Sequence],
+        compute: Callable[[Iterator, int], T],
+        processes: Processes = ALONE,
         alike: Callable[[list[Sequence]], tuple[list[Sequence], int]] = lambda parts: (parts, len(parts)),
         collate: Callable | None = None,
-    ) -> T:  # fmt: skip
+    ) -> T:
         """Return what ``compute`` makes of the batches; where memory runs out, do it again with smaller ones.
 
         Args:
@@ -456,8 +494,13 @@ class Trainer:
                 processes.exchange(failed=True)
             self.most_tokens = int(min(processes.gather(limit)))
             if ran_out:
-                log.warning("step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
-                            "with the same rows per step", self.step, reason, self.most_tokens)  # fmt: skip
+                log.warning(
+                    "step %d: memory ran out (%s); from now on at most %d tokens go through the model at once, "
+                    "with the same rows per step",
+                    self.step,
+                    reason,
+                    self.most_tokens,
+                )
 
     def _skip_or_stop(self, micro_batches: list[Sequence], updated: bool) -> None:
         """Count a step that was not finite, and end the run if it may not be left out."""
@@ -465,8 +508,10 @@ class Trainer:
         error = explain_not_finite(plain, self.model, parts, self.step, updated)
         used, looked_at = self.workload.objective, plain.objective
         if used != looked_at:
-            error = TrainingError(f"{error}. The step's loss was {used.name}'s, and what was looked at is the "
-                                  f"{looked_at.name} one, which memory.fused_loss off computes")  # fmt: skip
+            error = TrainingError(
+                f"{error}. The step's loss was {used.name}'s, and what was looked at is the "
+                f"{looked_at.name} one, which memory.fused_loss off computes"
+            )
         if self.settings.on_not_finite == "stop":
             raise error
         if self.skipped >= self.settings.max_skipped_steps:

@@ -86,8 +86,9 @@ class MaskHead(PictureHead):
         if reads == 2 * hidden.shape[2]:
             patches = torch.cat([hidden[:, :1].expand_as(patches), patches], dim=2)
         elif reads != hidden.shape[2]:
-            raise ModelError(f"{type(model).__name__} has no head that can read single patches; choose DINOv2, ViT, "
-                             "SigLIP or CLIP")  # fmt: skip
+            raise ModelError(
+                f"{type(model).__name__} has no head that can read single patches; choose DINOv2, ViT, SigLIP or CLIP"
+            )
         with category("logits"):
             logits = model.classifier(patches).float().transpose(1, 2).unflatten(2, (height, width))
             return functional.interpolate(logits, (p.height, p.width), mode="bilinear", align_corners=False)

@@ -20,10 +20,17 @@ from .workload import Workload
 
 
 def probe_step(
-    workload: Workload, model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer,
-    inputs, eval_inputs, max_grad_norm: float, accumulating: bool, updates_in_backward: bool = False,
+    workload: Workload,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    inputs,
+    eval_inputs,
+    max_grad_norm: float,
+    accumulating: bool,
+    updates_in_backward: bool = False,
     lengths: Sequence[int] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Go through forward, backward, optimizer and evaluation as any later step would, and forget the results.
 
     The optimizer makes its states first, and sees gradients of zero only: with a learning rate of zero no factor

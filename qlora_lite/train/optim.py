@@ -42,10 +42,16 @@ BITSANDBYTES_NAMES = {  # of its classes, and of those in ``flat``
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], name: str, learning_rate: float, weight_decay: float,
-    stochastic_rounding: bool = True, lr_ratios: Iterable[float] | None = None,
-    on_host: Collection[torch.nn.Parameter] = (), steps_before: int = 0, parts: Parts | None = None,
-) -> torch.optim.Optimizer:  # fmt: skip
+    parameters: Iterable[torch.nn.Parameter],
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    stochastic_rounding: bool = True,
+    lr_ratios: Iterable[float] | None = None,
+    on_host: Collection[torch.nn.Parameter] = (),
+    steps_before: int = 0,
+    parts: Parts | None = None,
+) -> torch.optim.Optimizer:
     """Build an optimizer over what an adapter method trains; nothing else is decayed.
 
     Args:
@@ -82,9 +88,14 @@ def build_optimizer(
     if device.type != "cuda" or on_host:
         optimizer_class = flat.ON_CPU.get(optimizer_class, optimizer_class)
     return optimizer_class(
-        groups, lr=learning_rate, weight_decay=weight_decay, stochastic_rounding=stochastic_rounding,
-        on_host=frozenset(on_host), steps_before=steps_before, parts=parts,
-    )  # fmt: skip
+        groups,
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        stochastic_rounding=stochastic_rounding,
+        on_host=frozenset(on_host),
+        steps_before=steps_before,
+        parts=parts,
+    )
 
 
 def is_updated_on_host(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> bool:
@@ -122,7 +133,7 @@ class TorchAdamW(torch.optim.AdamW):
 
     def __init__(
         self, groups: Sequence[dict], stochastic: bool, steps_before: int, parts: Parts | None = None, **settings
-    ):  # fmt: skip
+    ):
         # one factor after the other on a GPU too: all at once hold further values of each
         super().__init__(groups, foreach=False, **settings)
         parameters = parameters_of(self)
@@ -216,7 +227,7 @@ class UpdatesInBackward:
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, probing: bool = False, parts: Parts | None = None, passes: int = 1
-    ):  # fmt: skip
+    ):
         self.optimizer, self.probing, self.passes = optimizer, probing, passes
         self.parameters = parameters_of(optimizer)
         is_divided = parts is not None and parts.count > 1
@@ -242,8 +253,10 @@ class UpdatesInBackward:
     def _take(self, parameter: torch.nn.Parameter) -> None:
         self._come[parameter] += 1
         if self._come[parameter] > self.passes:
-            raise TrainingError("memory.optimizer_in_backward: a weight got its gradient in two parts, as one that "
-                                "blocks share does; set it to false")  # fmt: skip
+            raise TrainingError(
+                "memory.optimizer_in_backward: a weight got its gradient in two parts, as one that "
+                "blocks share does; set it to false"
+            )
         if self.passes > 1:
             self._keep(parameter)
         if self._come[parameter] == self.passes:

@@ -20,16 +20,21 @@ from qlora_lite.errors import DoesNotFitError, first_line
 from .workload import Workload
 
 _OF_THE_HOST = (
-    "DefaultCPUAllocator", "can't allocate memory", "not enough memory",  # torch's on Linux and macOS, on Windows
-    "std::bad_alloc", "HOST_ALLOCATION_FAILED",
-)  # fmt: skip
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "not enough memory",  # torch's on Linux and macOS, on Windows
+    "std::bad_alloc",
+    "HOST_ALLOCATION_FAILED",
+)
 _OF_A_DEVICE = (
     "out of memory",  # CUDA, HIP, MPS and XPU
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
     "cudaErrorMemoryAllocation",
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # what it says on a GPU that is full
     "NVML_SUCCESS ==",  # torch fails over its own message where it may not ask who uses the GPU (pytorch issue 112377)
-)  # fmt: skip
+)
 CURES = "lower data.max_tokens or lora.rank, or give it more memory"
 
 

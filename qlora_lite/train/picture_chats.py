@@ -62,8 +62,10 @@ class PictureChatLM(CausalLM):
         batch, pixels = super().collate(examples), self.reader.of_examples(examples)
         expected = 0 if pixels is None else len(pixels) * self.reader.tokens
         if (found := int((batch.input_ids == self.reader.token_id).sum())) != expected:
-            raise DataError(f"the pictures of {', '.join(batch.where)} are {expected} tokens, and the rows have "
-                            f"{found}; start again, if pictures were changed since the rows were read")  # fmt: skip
+            raise DataError(
+                f"the pictures of {', '.join(batch.where)} are {expected} tokens, and the rows have "
+                f"{found}; start again, if pictures were changed since the rows were read"
+            )
         labels = batch.labels.masked_fill(batch.labels == self.reader.token_id, IGNORED_LABEL)
         batch = replace(batch, labels=labels)
         if pixels is None:
@@ -133,7 +135,7 @@ class PictureChatLM(CausalLM):
 
     def _with_pictures(
         self, inputs: Inputs, pixels: torch.Tensor, begins: tuple[int, ...], grids: tuple[tuple[int, int], ...]
-    ) -> Inputs:  # fmt: skip
+    ) -> Inputs:
         device, found = inputs.input_ids.device, torch.cat(self._places(begins, grids))
         return inputs._replace(pixels=pixels, picture_tokens=found.to(device), pictures=begins, grids=grids)
 

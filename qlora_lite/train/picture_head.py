@@ -163,8 +163,10 @@ class PictureHead(HeadWorkload):
         name, config = type(model).__name__, of_blocks(model.config)
         depth = getattr(config, "num_hidden_layers", None)
         if not model._supports_attention_backend or len(anatomy.blocks(model)) != depth:
-            raise ModelError(f"{name} is no plain vision transformer, whose blocks all have one shape; choose DINOv2, "
-                             "ViT, SigLIP or CLIP")  # fmt: skip
+            raise ModelError(
+                f"{name} is no plain vision transformer, whose blocks all have one shape; choose DINOv2, "
+                "ViT, SigLIP or CLIP"
+            )
         with torch.device("meta"):
             pixels = torch.zeros(1, 3, self.processor.height, self.processor.width)
         if next(model.parameters()).is_meta:
@@ -172,9 +174,11 @@ class PictureHead(HeadWorkload):
                 self.outputs(model, Pictures(pixels, pixels[:, 0]))
             except (ValueError, RuntimeError) as error:
                 reason = first_line(error)
-                raise ModelError(f"{name} cannot compute pictures of {self.processor.height} x "
-                                 f"{self.processor.width} pixels ({reason}); write another data.resolution, or remove "
-                                 "it") from error  # fmt: skip
+                raise ModelError(
+                    f"{name} cannot compute pictures of {self.processor.height} x "
+                    f"{self.processor.width} pixels ({reason}); write another data.resolution, or remove "
+                    "it"
+                ) from error
 
     def check_examples(self, model: object, examples: object) -> None:
         """Check that it is a model, and that the examples are rows."""

@@ -230,9 +230,12 @@ class PolicyLM(CausalLM):
     prepares_steps = True
 
     def prepare_step(
-        self, model: nn.Module, batches: Sequence[PolicyBatch], processes: Processes = ALONE,
+        self,
+        model: nn.Module,
+        batches: Sequence[PolicyBatch],
+        processes: Processes = ALONE,
         counted: int | None = None,
-    ) -> Sequence[PolicyBatch]:  # fmt: skip
+    ) -> Sequence[PolicyBatch]:
         """Return a step's micro-batches with answers of the model, and what each is worth beside its group.
 
         In an evaluation each prompt has one answer, of the likeliest tokens.
@@ -249,8 +252,9 @@ class PolicyLM(CausalLM):
         prompts = [example.token_ids[: prompt_tokens(example)].tolist() for example in flat]
         numbers = [
             crc32(example.token_ids.tobytes()) * _ANSWERS_OF_A_ROW + place % o.group_size
-            for some in rows for place, example in enumerate(some)
-        ]  # fmt: skip
+            for some in rows
+            for place, example in enumerate(some)
+        ]
         at_once = max(len(batch.factors) for batch in batches)
         drawn = o.temperature if learns else 0.0
         said = self.answer(model, prompts, drawn, seed, numbers, o.max_completion_tokens, at_once)
@@ -259,9 +263,10 @@ class PolicyLM(CausalLM):
         rewards = sum(judged.values(), torch.zeros(len(flat)))
         lengths = torch.tensor([float(len(answer.token_ids)) for answer in said])
         scores = {
-            "reward": rewards, "completions/mean_length": lengths,
+            "reward": rewards,
+            "completions/mean_length": lengths,
             "completions/clipped_ratio": torch.tensor([float(answer.is_cut) for answer in said]),
-        }  # fmt: skip
+        }
         scores |= {f"rewards/{name}": each for name, each in judged.items()} if len(judged) > 1 else {}
         factors = torch.zeros(len(flat))
         if learns:
@@ -325,9 +330,12 @@ class PolicyLM(CausalLM):
         base(input_ids=ids[:, :1], position_ids=positions[:, -1:], use_cache=True, **{name: kept}, **no_mask)
 
     def choose_kernels(
-        self, model: nn.Module, largest: Callable[[], PolicyInputs], options: MemoryOptions,
+        self,
+        model: nn.Module,
+        largest: Callable[[], PolicyInputs],
+        options: MemoryOptions,
         recorded: Sequence[str] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See ``kernels``."""
         super().choose_kernels(model, lambda: largest().sequences.tokens, options, recorded)
 
@@ -341,8 +349,10 @@ class PolicyLM(CausalLM):
         super().check_examples(model, examples)
         for example in examples:
             if not prompt_tokens(example):
-                raise DataError(f"{example.where}: there is no prompt before the answer; give rows with a prompt, or "
-                                "remove this one")  # fmt: skip
+                raise DataError(
+                    f"{example.where}: there is no prompt before the answer; give rows with a prompt, or "
+                    "remove this one"
+                )
 
     def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
         """See ``CausalLM``; the model can answer while it is trained.
@@ -352,11 +362,15 @@ class PolicyLM(CausalLM):
         """
         stream = stream_of(model)
         if stream is not None and stream.placement.gathers:
-            raise ModelError("train.objective grpo: a model whose weights are divided among GPUs cannot answer on each "
-                             "for itself; train on one GPU, or take a model that each has room for")  # fmt: skip
+            raise ModelError(
+                "train.objective grpo: a model whose weights are divided among GPUs cannot answer on each "
+                "for itself; train on one GPU, or take a model that each has room for"
+            )
         if anatomy.head(model).softcap is not None and self.objective.temperature != 1:
-            raise ModelError("objective.sampling_temperature: this model's logits are capped, and learned at a "
-                             "temperature of 1 alone; set it to 1")  # fmt: skip
+            raise ModelError(
+                "objective.sampling_temperature: this model's logits are capped, and learned at a "
+                "temperature of 1 alone; set it to 1"
+            )
         super().check_model(model, settings)
 
 

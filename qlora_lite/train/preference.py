@@ -159,12 +159,15 @@ class Preference(Objective):
         with torch.no_grad():
             rewards = self.beta * chosen, self.beta * rejected
             metrics = {
-                "rewards/chosen": rewards[0].sum(), "rewards/rejected": rewards[1].sum(),
+                "rewards/chosen": rewards[0].sum(),
+                "rewards/rejected": rewards[1].sum(),
                 "rewards/margins": (rewards[0] - rewards[1]).sum(),
                 "rewards/accuracies": (rewards[0] > rewards[1]).float().sum(),
-                "logps/chosen": sums[::2].sum(), "logps/rejected": sums[1::2].sum(),
-                "tokens/chosen": counts[::2].sum(), "tokens/rejected": counts[1::2].sum(),
-            }  # fmt: skip
+                "logps/chosen": sums[::2].sum(),
+                "logps/rejected": sums[1::2].sum(),
+                "tokens/chosen": counts[::2].sum(),
+                "tokens/rejected": counts[1::2].sum(),
+            }
         return LossSum(losses.sum(), metrics)
 
     def _losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -187,9 +190,10 @@ class Preference(Objective):
         lead = signs * (own - inputs.moved)
         with torch.no_grad():
             metrics = {
-                "rewards/signed": (self.beta * signs * own).sum(), "rewards/accuracies": (lead > 0).float().sum(),
+                "rewards/signed": (self.beta * signs * own).sum(),
+                "rewards/accuracies": (lead > 0).float().sum(),
                 "kl": inputs.moved * len(own),
-            }  # fmt: skip
+            }
         return LossSum((weights * (1 - torch.sigmoid(self.beta * lead))).sum(), metrics)
 
 
@@ -269,9 +273,12 @@ class PreferenceLM(CausalLM):
         return halved(shape)
 
     def choose_kernels(
-        self, model: nn.Module, largest: Callable[[], PreferenceInputs], options: MemoryOptions,
+        self,
+        model: nn.Module,
+        largest: Callable[[], PreferenceInputs],
+        options: MemoryOptions,
         recorded: Sequence[str] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See ``kernels``."""
         super().choose_kernels(model, lambda: largest().own.tokens, options, recorded)
 
@@ -285,9 +292,12 @@ class PreferenceLM(CausalLM):
         return not self.objective.is_of_pairs
 
     def prepare_step(
-        self, model: nn.Module, batches: Sequence[PreferenceBatch], processes: Processes = ALONE,
+        self,
+        model: nn.Module,
+        batches: Sequence[PreferenceBatch],
+        processes: Processes = ALONE,
         counted: int | None = None,
-    ) -> Sequence[PreferenceBatch]:  # fmt: skip
+    ) -> Sequence[PreferenceBatch]:
         """Return a step's micro-batches with the mean log-ratio of all their answers to other prompts."""
         if self.objective.is_of_pairs:
             return batches

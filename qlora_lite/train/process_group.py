@@ -93,9 +93,13 @@ class ProcessGroup(Processes):
     """
 
     def __init__(
-        self, rank: int, world_size: int, local_world_size: int = 1, store: dist.Store | None = None,
+        self,
+        rank: int,
+        world_size: int,
+        local_world_size: int = 1,
+        store: dist.Store | None = None,
         meeting: dist.Store | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(rank, world_size, local_world_size)
         self._store, self._meeting = store, meeting
         self._patient = dist.new_group(timeout=LONGEST_ANSWER, backend="gloo")

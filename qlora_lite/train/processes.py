@@ -149,8 +149,10 @@ class Processes:
         """
         others = [rank for rank, differs in enumerate(self.gather(self.tell(text) != text)) if differs]
         if others:
-            raise LaunchError(f"{name_ranks(others)} {'has' if len(others) == 1 else 'have'} other {what} than rank 0: "
-                              "start all ranks with the same files, recipe and versions")  # fmt: skip
+            raise LaunchError(
+                f"{name_ranks(others)} {'has' if len(others) == 1 else 'have'} other {what} than rank 0: "
+                "start all ranks with the same files, recipe and versions"
+            )
 
     @contextmanager
     def one_ahead(self) -> Iterator[None]:

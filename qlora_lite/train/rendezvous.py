@@ -46,8 +46,10 @@ def joined(rank: int, world_size: int, local_rank: int, local_world_size: int, d
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         if local_world_size > torch.cuda.device_count():
-            raise LaunchError(f"{local_world_size} processes were started on a machine with "
-                              f"{torch.cuda.device_count()} GPUs: start one for each")  # fmt: skip
+            raise LaunchError(
+                f"{local_world_size} processes were started on a machine with "
+                f"{torch.cuda.device_count()} GPUs: start one for each"
+            )
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -79,9 +81,13 @@ def _store(rank: int, address: str, port: int) -> dist.TCPStore:
     except OSError as error:
         raise LaunchError(f"rank {rank} does not know MASTER_ADDR {address} ({error.strerror})") from None
     return dist.TCPStore(
-        address, port, is_master=begins, multi_tenant=begins, timeout=timedelta(seconds=JOIN_SECONDS),
+        address,
+        port,
+        is_master=begins,
+        multi_tenant=begins,
+        timeout=timedelta(seconds=JOIN_SECONDS),
         wait_for_workers=False,
-    )  # fmt: skip
+    )
 
 
 def _wait_for_port(rank: int, address: str, port: int) -> None:
@@ -95,8 +101,10 @@ def _wait_for_port(rank: int, address: str, port: int) -> None:
             time.sleep(POLL_SECONDS)
         else:
             return
-    raise LaunchError(f"rank {rank} has not found rank 0 at {address}:{port} within {format_seconds(JOIN_SECONDS)} "
-                      f"({reason}): see MASTER_ADDR and MASTER_PORT, and whether rank 0 was started")  # fmt: skip
+    raise LaunchError(
+        f"rank {rank} has not found rank 0 at {address}:{port} within {format_seconds(JOIN_SECONDS)} "
+        f"({reason}): see MASTER_ADDR and MASTER_PORT, and whether rank 0 was started"
+    )
 
 
 def meet(store: dist.Store, rank: int, world_size: int, where: str) -> str:
@@ -145,11 +153,15 @@ def _come(store: dist.Store, own: str, rank: int, world_size: int, where: str) -
         if store.check([f"answer {own}"]):
             meeting, expected = json.loads(store.get(f"answer {own}"))
             if expected != world_size:
-                raise LaunchError(f"rank {rank} was started as one of {world_size} processes and rank 0 as one of "
-                                  f"{expected}: WORLD_SIZE must be the same")  # fmt: skip
+                raise LaunchError(
+                    f"rank {rank} was started as one of {world_size} processes and rank 0 as one of "
+                    f"{expected}: WORLD_SIZE must be the same"
+                )
             if not meeting:
                 raise LaunchError("")
             return meeting
         time.sleep(POLL_SECONDS)
-    raise LaunchError(f"rank {rank} of {world_size} has waited {format_seconds(JOIN_SECONDS)} at {where} for rank 0, "
-                      "which has not come, or does not expect this one: see RANK and WORLD_SIZE")  # fmt: skip
+    raise LaunchError(
+        f"rank {rank} of {world_size} has waited {format_seconds(JOIN_SECONDS)} at {where} for rank 0, "
+        "which has not come, or does not expect this one: see RANK and WORLD_SIZE"
+    )

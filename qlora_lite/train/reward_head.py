@@ -36,9 +36,11 @@ class PairLoss(Objective):
         chosen, rejected = outputs[::2, 0], outputs[1::2, 0]
         with torch.no_grad():
             metrics = {
-                "rewards/chosen": chosen.sum(), "rewards/rejected": rejected.sum(),
-                "rewards/margins": (chosen - rejected).sum(), "rewards/accuracies": (chosen > rejected).float().sum(),
-            }  # fmt: skip
+                "rewards/chosen": chosen.sum(),
+                "rewards/rejected": rejected.sum(),
+                "rewards/margins": (chosen - rejected).sum(),
+                "rewards/accuracies": (chosen > rejected).float().sum(),
+            }
         return LossSum(-logsigmoid(chosen - rejected).sum(), metrics)
 
     @property
@@ -64,8 +66,10 @@ class RewardHead(SequenceHead):
         super().check_examples(model, examples)
         if isinstance(model, nn.Module) and is_encoder(model):
             why = "is an encoder, whose head reads a token that no chat template writes"
-            raise ModelError(f"{type(model).__name__} {why}; rewards are for decoders (task.kind regression scores the "
-                             "texts of an encoder)")  # fmt: skip
+            raise ModelError(
+                f"{type(model).__name__} {why}; rewards are for decoders (task.kind regression scores the "
+                "texts of an encoder)"
+            )
 
     def collate(self, examples: Sequence[Example]) -> Texts:
         """Pack the sequences of examples; their targets are of no use."""

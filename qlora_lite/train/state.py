@@ -39,7 +39,7 @@ _TABLES = ("qmap1", "qmap2")  # bitsandbytes' code tables: constants that all st
 
 def capture(
     trainer: Trainer, copies: bool = True, collection: Collection | None = None
-) -> tuple[dict[str, Tensors], dict]:  # fmt: skip
+) -> tuple[dict[str, Tensors], dict]:
     """Copy a trainer's state to host memory; return the tensors by file, and the numbers.
 
     Args:
@@ -57,11 +57,17 @@ def capture(
     if copies:
         tensors = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return tensors, {
-        "step": trainer.step, "epoch": trainer.epoch, "epoch_step": trainer.epoch_step, "skipped": trainer.skipped,
-        "steps_without_gradient": trainer.steps_without_gradient, "most_tokens": trainer.most_tokens,
-        "total_steps": trainer.total_steps, "took_part": trainer.took_part,
-        "loss_scale": trainer.loss_scale and asdict(trainer.loss_scale), "optimizer": numbers,
-    }  # fmt: skip
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "epoch_step": trainer.epoch_step,
+        "skipped": trainer.skipped,
+        "steps_without_gradient": trainer.steps_without_gradient,
+        "most_tokens": trainer.most_tokens,
+        "total_steps": trainer.total_steps,
+        "took_part": trainer.took_part,
+        "loss_scale": trainer.loss_scale and asdict(trainer.loss_scale),
+        "optimizer": numbers,
+    }
 
 
 def _tensors_here(trainer: Trainer) -> tuple[dict[str, Tensors], dict]:
@@ -219,9 +225,10 @@ def compare_tensors(saved: Tensors, wanted: Tensors, file: str) -> None:
     problems = [f"{name} is missing" for name in wanted if name not in saved]
     problems += [f"{name} is not known here" for name in saved if name not in wanted]
     problems += [
-        f"{name} is {_kind(saved[name])}, here {_kind(tensor)}" for name, tensor in wanted.items()
+        f"{name} is {_kind(saved[name])}, here {_kind(tensor)}"
+        for name, tensor in wanted.items()
         if name in saved and _kind(saved[name]) != _kind(tensor)
-    ]  # fmt: skip
+    ]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckpointError(f"the checkpoint's {file} does not fit this run: {'; '.join(problems[:4])}{more}")

@@ -60,9 +60,14 @@ class Means(NamedTuple):
 
 
 def accumulate_gradients(
-    workload: Workload, model: nn.Module, batches: Sequence, scale: float = 1.0, total: float | None = None,
-    counted: int | None = None, watch: Callable[[int, int], None] | None = None,
-) -> Means:  # fmt: skip
+    workload: Workload,
+    model: nn.Module,
+    batches: Sequence,
+    scale: float = 1.0,
+    total: float | None = None,
+    counted: int | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Means:
     """Add the gradients of the mean loss over all targets of the batches, times a scale; return the means.
 
     Args:
@@ -94,10 +99,16 @@ def _add(metrics: dict[str, torch.Tensor], found: Mapping[str, torch.Tensor], to
 
 
 def train_step(
-    workload: Workload, model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, max_grad_norm: float,
-    scale: float = 1.0, processes: Processes = ALONE, counted: int | None = None,
+    workload: Workload,
+    model: nn.Module,
+    batches: Sequence,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    scale: float = 1.0,
+    processes: Processes = ALONE,
+    counted: int | None = None,
     watch: Callable[[int, int], None] | None = None,
-) -> StepResult:  # fmt: skip
+) -> StepResult:
     """Run one optimizer step over micro-batches; a step that is not finite leaves the weights alone.
 
     A GPU begins to update before the host knows what the step has found; see ``flat``.
@@ -145,9 +156,13 @@ def train_step(
 
 
 def train_step_in_backward(
-    workload: Workload, model: nn.Module, batch, optimizer: torch.optim.Optimizer, processes: Processes = ALONE,
+    workload: Workload,
+    model: nn.Module,
+    batch,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes = ALONE,
     counts: bool = True,
-) -> StepResult:  # fmt: skip
+) -> StepResult:
     """Run one optimizer step whose backward pass updates each parameter; equals ``train_step`` without clipping.
 
     A loss that is not finite leaves the weights alone; a gradient that is not finite is seen too late for that, and so

@@ -46,7 +46,7 @@ MOST_ROUNDINGS = 4
 
 def check_forward(
     model: nn.Module, longest: int = 0, error_of: Callable[[nn.Module], float] | None = None, must_pack: bool = False
-) -> float:  # fmt: skip
+) -> float:
     """Compare packed rows and the chunked head with the model's own logits, row by row with its own attention.
 
     A model in which packed rows see each other is switched to running them one by one, which is exact, with one
@@ -69,8 +69,10 @@ def check_forward(
     _check_embeddings_finite(model)
     if not runs_unpacked(model) and (why := why_unpacked(model, longest)):
         if must_pack:
-            raise ModelError(f"{type(model).__name__} cannot be trained on pictures in chats: each row would have to "
-                             f"run by itself, since {why}; choose another model")  # fmt: skip
+            raise ModelError(
+                f"{type(model).__name__} cannot be trained on pictures in chats: each row would have to "
+                f"run by itself, since {why}; choose another model"
+            )
         run_unpacked(model)
         log.warning("%s: each row is run by itself, since %s", type(model).__name__, why)
     tolerance = LOGITS_TOLERANCE[model.dtype]
@@ -85,8 +87,12 @@ def check_forward(
             change(model)
             error = compare(model)
             if error <= tolerance:
-                log.warning("%s: %s (relative error %.1e), so each row is run by itself: exact, but packing saves no "
-                            "time", type(model).__name__, why, together)  # fmt: skip
+                log.warning(
+                    "%s: %s (relative error %.1e), so each row is run by itself: exact, but packing saves no time",
+                    type(model).__name__,
+                    why,
+                    together,
+                )
     if not error <= tolerance:
         raise ModelError(
             f"{type(model).__name__}: rows trained here give other logits than the model itself gives "
@@ -123,8 +129,10 @@ def check_causal(model: nn.Module) -> None:
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     is_encoder |= getattr(text_config(model), "use_bidirectional_attention", None) is True  # EmbeddingGemma
     if is_encoder and not config.problem_type:
-        raise ModelError(f"a {config.model_type} model reads texts in both directions and cannot write them: set "
-                         "task.kind to classification or regression, or choose a decoder")  # fmt: skip
+        raise ModelError(
+            f"a {config.model_type} model reads texts in both directions and cannot write them: set "
+            "task.kind to classification or regression, or choose a decoder"
+        )
 
 
 @torch.no_grad()
@@ -282,8 +290,11 @@ def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None
     given = {name: getattr(settings, name) for name in WITH_UPDATES_IN_BACKWARD}
     if given["gradient_accumulation_steps"] == parts_of(model).count:  # one micro-batch for each rank
         given["gradient_accumulation_steps"] = 1
-    found = [f"train.{name} {given[name]} (set it to {only})" for name, only in WITH_UPDATES_IN_BACKWARD.items()
-             if given[name] != only]  # fmt: skip
+    found = [
+        f"train.{name} {given[name]} (set it to {only})"
+        for name, only in WITH_UPDATES_IN_BACKWARD.items()
+        if given[name] != only
+    ]
     if model.dtype == torch.float16:
         found.append(f"a model in float16 ({UPDATES_IN_FLOAT16})")
     if found:

@@ -131,10 +131,13 @@ class Collection:
 
     def __post_init__(self):
         kinds = {
-            file: {key: (str(t.dtype).removeprefix("torch."), not t.dim())
-                   for key, t in tensors.items() if self.layout.name_of(key)}
+            file: {
+                key: (str(t.dtype).removeprefix("torch."), not t.dim())
+                for key, t in tensors.items()
+                if self.layout.name_of(key)
+            }
             for file, tensors in self.here.items()
-        }  # fmt: skip
+        }
         said = json.dumps([kinds, self.numbers_here])
         self.tensors, self.numbers = {file: dict(tensors) for file, tensors in self.here.items()}, {}
         for rank in range(self.processes.world_size):

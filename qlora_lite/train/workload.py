@@ -53,9 +53,13 @@ class BatchShape:
 TYPICAL_SEQUENCES = 8  # of a pack whose rows are not known: 2,048 tokens of instructions and answers of 256
 # What only a model of tokens has, or is not known of any blocks: tiles, a loss in chunks, tables, compiled blocks.
 ONLY_BLOCKS = {
-    "tile_tokens": None, "loss_chunk_tokens": None, "host_embeddings": False, "host_head": False, "compile": False,
+    "tile_tokens": None,
+    "loss_chunk_tokens": None,
+    "host_embeddings": False,
+    "host_head": False,
+    "compile": False,
     "optimizer_in_backward": False,
-}  # fmt: skip
+}
 
 
 class LossSum(NamedTuple):

@@ -44,9 +44,15 @@ def write_model(folder: Path, seed: int = 0) -> None:
     """Write the DiT."""
     torch.manual_seed(seed)
     denoiser = diffusers.DiTTransformer2DModel(
-        sample_size=8, patch_size=2, in_channels=1, out_channels=1, num_layers=4, num_attention_heads=3,
-        attention_head_dim=32, num_embeds_ada_norm=10,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=1,
+        out_channels=1,
+        num_layers=4,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        num_embeds_ada_norm=10,
+    )
     _write_pipeline(folder, "DiTPipeline", "transformer", denoiser, diffusers.FlowMatchEulerDiscreteScheduler())
 
 
@@ -54,18 +60,28 @@ def write_unet(folder: Path, seed: int = 0) -> None:
     """Write the U-Net; its eleventh class is the neutral one."""
     torch.manual_seed(seed)
     denoiser = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8, attention_head_dim=32,
-        block_out_channels=(48, 96), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=11,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=32,
+        block_out_channels=(48, 96),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=11,
+    )
     _write_pipeline(folder, "DDPMPipeline", "unet", denoiser, diffusers.DDIMScheduler())
 
 
 def _write_pipeline(folder: Path, kind: str, part: str, denoiser, scheduler) -> None:
     denoiser.save_pretrained(folder / part)
     scheduler.save_pretrained(folder / "scheduler")
-    index = {"_class_name": kind, "scheduler": ["diffusers", type(scheduler).__name__],
-             part: ["diffusers", type(denoiser).__name__]}  # fmt: skip
+    index = {
+        "_class_name": kind,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        part: ["diffusers", type(denoiser).__name__],
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -60,8 +60,19 @@ def answers(prompts: list[str]) -> list[str]:
         asked.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
         # in 16 bit, which answers faster on a CPU
         recipe.write_text(json.dumps({"model": {"path": MODEL, "quant": "none"}, "data": {"train": str(asked)}}))
-        command = [sys.executable, "-m", "qlora_lite", "generate", str(recipe), "--prompts", str(asked),
-                   "--out", str(out), "--max-new-tokens", str(MOST_TOKENS)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "qlora_lite",
+            "generate",
+            str(recipe),
+            "--prompts",
+            str(asked),
+            "--out",
+            str(out),
+            "--max-new-tokens",
+            str(MOST_TOKENS),
+        ]
         subprocess.run(command, check=True)
         return [json.loads(line)["answer"] for line in out.read_text(encoding="utf-8").splitlines()]
 

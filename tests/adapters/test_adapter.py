@@ -73,9 +73,14 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("name", [
-    "my_notes.md", "checkpoint-500/adapter_model.safetensors", "model.safetensors",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my_notes.md",
+        "checkpoint-500/adapter_model.safetensors",
+        "model.safetensors",
+    ],
+)
 def test_an_adapter_among_other_things_is_never_replaced(folder, name):
     model = load_adapter(build_tiny("llama"), folder)
     (folder / name).parent.mkdir(exist_ok=True)
@@ -208,10 +213,11 @@ def test_a_file_without_tensors_is_refused(folder):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"lora_bias": True}, {"init_lora_weights": "pissa_niter_4"},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa_niter_4"},
         {"layer_replication": [[0, 2], [1, 2]]},
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_computed_is_refused_by_name(folder, setting):
     change_config(folder, **setting)
     (key, value) = next(iter(setting.items()))
@@ -221,11 +227,19 @@ def test_what_cannot_be_computed_is_refused_by_name(folder, setting):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"lora_alpha": "16"}, {"lora_alpha": None}, {"lora_alpha": True}, {"lora_alpha": -1},
-        {"lora_alpha": float("nan")}, {"lora_dropout": "0.1"}, {"lora_dropout": 1.0}, {"alpha_pattern": ["q_proj"]},
-        {"alpha_pattern": {"q_proj": "8"}}, {"peft_type": "IA3"}, {"modules_to_save": "lm_head"},
+        {"lora_alpha": "16"},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": -1},
+        {"lora_alpha": float("nan")},
+        {"lora_dropout": "0.1"},
+        {"lora_dropout": 1.0},
+        {"alpha_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": "8"}},
+        {"peft_type": "IA3"},
+        {"modules_to_save": "lm_head"},
     ],
-)  # fmt: skip
+)
 def test_a_setting_of_a_wrong_type_or_size_is_refused_by_name(folder, setting):
     change_config(folder, **setting)
     assert next(iter(setting)) in refusal(folder)

@@ -25,8 +25,11 @@ from qlora_lite.quant.product import materialize
 from qlora_lite.recipe.load import load_recipe
 
 WIDTH = 6
-ACTIVATIONS = {"relu": torch.relu, "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
-               "silu": lambda z: z * torch.sigmoid(z)}  # fmt: skip
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
+    "silu": lambda z: z * torch.sigmoid(z),
+}
 
 
 def randomised(layer, seed=1):
@@ -72,11 +75,14 @@ def test_a_new_one_gives_what_the_base_gives_to_the_bit():
 
 
 PLACES = {
-    "llama": ("self_attn.o_proj", "mlp.down_proj"), "gemma2": ("self_attn.o_proj", "mlp.down_proj"),
-    "phi3": ("self_attn.o_proj", "mlp.down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"), "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "gemma2": ("self_attn.o_proj", "mlp.down_proj"),
+    "phi3": ("self_attn.o_proj", "mlp.down_proj"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
     "opt": ("self_attn.out_proj", "fc2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", PLACES)
@@ -110,10 +116,12 @@ def test_memory_options_change_rounding_alone():
     losses = [
         [step.loss for step in case.trainer(options)]
         for options in (
-            MemoryOptions(), MemoryOptions("none"), MemoryOptions(layers_per_checkpoint=2),
+            MemoryOptions(),
+            MemoryOptions("none"),
+            MemoryOptions(layers_per_checkpoint=2),
             MemoryOptions(tile_tokens=5, cache_dequantized=True),
         )
-    ]  # fmt: skip
+    ]
     assert losses[0][0] > losses[0][-1] and losses[0] == losses[1] == losses[2]
     assert losses[3] == pytest.approx(losses[0], rel=1e-5)
 
@@ -175,11 +183,15 @@ def test_it_lies_where_the_model_computes_and_not_where_a_weight_waits(tmp_path)
         assert all(torch.equal(layer.get_parameter(leaf), tensors[f"{path}.{leaf}"]) for leaf in LEAVES)
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda t: t.popitem(), "is missing"), (lambda t: t.update(more=torch.ones(2)), "more belongs to no layer"),
-    (lambda t: t.update({next(iter(t)): torch.ones(3)}), r"torch.float32 \(3,\)"),
-    (lambda t: next(iter(t.values())).fill_(torch.nan), "is not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.popitem(), "is missing"),
+        (lambda t: t.update(more=torch.ones(2)), "more belongs to no layer"),
+        (lambda t: t.update({next(iter(t)): torch.ones(3)}), r"torch.float32 \(3,\)"),
+        (lambda t: next(iter(t.values())).fill_(torch.nan), "is not finite"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, spoil, words):
     saved(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / WEIGHTS_NAME)
@@ -189,10 +201,18 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, spoil, words):
         read_adapter(skeleton(), tmp_path / "a")
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("width", 0), ("width", "6"), ("placement", "both"), ("activation", []), ("dtype", "int8"), ("peft_type", "IA3"),
-    ("peft_type", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("width", 0),
+        ("width", "6"),
+        ("placement", "both"),
+        ("activation", []),
+        ("dtype", "int8"),
+        ("peft_type", "IA3"),
+        ("peft_type", []),
+    ],
+)
 def test_a_configuration_that_says_something_else_is_refused(tmp_path, key, value):
     saved(tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"

@@ -167,13 +167,17 @@ def test_a_compiled_layer_has_the_layer_s_gradients():
 
 ATTENTION = {"llama": "q_proj", "gpt2": "c_attn", "phi3": "qkv_proj", "falcon": "query_key_value", "qwen2": "k_proj"}
 CONFIGS = {
-    "plain": {}, "rslora": {"use_rslora": True}, "dropout": {"lora_dropout": 0.3},
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dropout": {"lora_dropout": 0.3},
     "patterns": {"rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.0\..*": 9}},
-}  # fmt: skip
+}
 OURS = {
-    "plain": {}, "rslora": {"rslora": True}, "dropout": {"dropout": 0.3},
+    "plain": {},
+    "rslora": {"rslora": True},
+    "dropout": {"dropout": 0.3},
     "patterns": {"targets": ["all-linear", Target("*.0.*", rank=2, alpha=9.0)]},
-}  # fmt: skip
+}
 
 
 def moved(model, names):
@@ -187,17 +191,23 @@ def moved(model, names):
 
 
 def of_peft(model):
-    return {name.removeprefix("base_model.model.").replace(".default", "").replace(".weight", ""): p
-            for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+    return {
+        name.removeprefix("base_model.model.").replace(".default", "").replace(".weight", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-@pytest.mark.parametrize(("model_type", "case"), [(name, "plain") for name in ATTENTION] + [
-    ("llama", case) for case in CONFIGS if case != "plain"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "case"),
+    [(name, "plain") for name in ATTENTION] + [("llama", case) for case in CONFIGS if case != "plain"],
+)
 def test_losses_and_gradients_are_peft_s(model_type, case, quant):
     ours, plain = quantized_pair(model_type) if quant == "nf4" else (build_tiny(model_type), build_tiny(model_type))
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=6, use_dora=True,
-                             **CONFIGS[case])  # fmt: skip
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=6, use_dora=True, **CONFIGS[case]
+    )
     theirs = peft.get_peft_model(plain, config).train()
     add_lora(ours, **{"rank": 4, "alpha": 6, "dtype": torch.float32, "dora": True} | OURS[case]).train()
     mine, other = dict(lora_parameters(ours)), of_peft(theirs)
@@ -275,9 +285,12 @@ def test_a_merged_weight_has_the_magnitudes_for_norms(tmp_path):
 
 
 OPTIONS = [
-    MemoryOptions("none"), MemoryOptions(cache_dequantized=True), MemoryOptions(layers_per_checkpoint=2),
-    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(uncheckpointed_layers=1),
-]  # fmt: skip
+    MemoryOptions("none"),
+    MemoryOptions(cache_dequantized=True),
+    MemoryOptions(layers_per_checkpoint=2),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0),
+    MemoryOptions(uncheckpointed_layers=1),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -99,13 +99,16 @@ def test_ranks_go_to_the_largest_shares_and_sum_to_those_that_layers_had():
     assert kept_scale(8.0, 4, 6, rslora=True) / 6**0.5 == pytest.approx(8 / 4**0.5)
 
 
-@pytest.mark.parametrize(("model_type", "overrides"), [
-    ("gpt2", ["model.quant=none"]), ("falcon", []), ("bloom", []),
-    ("llama", ["adapter.method=dora", "model.keep_16bit=[v_proj]"]),
-])  # fmt: skip
-def test_a_begins_with_the_directions_of_the_inputs_of_the_training_rows(
-    model_type, overrides, tmp_path, monkeypatch
-):  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("gpt2", ["model.quant=none"]),
+        ("falcon", []),
+        ("bloom", []),
+        ("llama", ["adapter.method=dora", "model.keep_16bit=[v_proj]"]),
+    ],
+)
+def test_a_begins_with_the_directions_of_the_inputs_of_the_training_rows(model_type, overrides, tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_lite.adapters.lora.eva.SPARE", 64)  # all, so that near equals are told apart
     recipe = recipe_of(tmp_path, overrides, model_type)
     examples, base = examples_of(recipe), build_to_use(recipe)
@@ -116,16 +119,20 @@ def test_a_begins_with_the_directions_of_the_inputs_of_the_training_rows(
     assert len({rank for rank, _ in ranks.values()}) > 1 and max(rank for rank, _ in ranks.values()) <= RATIO * 4
     model = build_model(eva.with_ranks(recipe, ranks), first=first)
     assert torch.equal(logits(model), logits(base)) and ranks.keys() == dict(lora_layers(model)).keys()
-    expected = {path: torch.linalg.svd(rows, full_matrices=False) for path, rows in
-                inputs_of(base, layers, examples).items()}  # fmt: skip
+    expected = {
+        path: torch.linalg.svd(rows, full_matrices=False) for path, rows in inputs_of(base, layers, examples).items()
+    }
     least = []
     for path, layer in lora_layers(model):
         assert layer.rank == ranks[path][0] and layer.scale == pytest.approx(2) and not layer.lora_B.any()
         directions = expected[path].Vh[: layer.rank]
         assert (layer.lora_A.double() @ directions.t()).abs().diag().min() > 0.999, path
         least.append((expected[path].S[layer.rank - 1] ** 2 / (expected[path].S ** 2).sum()).item())
-    left = [(expected[path].S[ranks.get(path, (0,))[0]] ** 2 / (expected[path].S ** 2).sum()).item()
-            for path in layers if ranks.get(path, (0,))[0] < RATIO * 4]  # fmt: skip
+    left = [
+        (expected[path].S[ranks.get(path, (0,))[0]] ** 2 / (expected[path].S ** 2).sum()).item()
+        for path in layers
+        if ranks.get(path, (0,))[0] < RATIO * 4
+    ]
     assert max(left) <= min(least) * (1 + 1e-6)
 
 
@@ -188,10 +195,13 @@ def test_the_plan_of_the_run_has_the_ranks_that_are_trained(tmp_path):
     assert plan.chosen.prediction.simulation.trained_bytes == weights
 
 
-@pytest.mark.parametrize(("overrides", "text"), [
-    (["lora.init_from=somewhere"], "lora.init_from has LoRA weights to begin with"),
-    (["adapter.method=prompt", "train.learning_rate=0.1"], "lora.start: only with adapter.method lora or dora"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["lora.init_from=somewhere"], "lora.init_from has LoRA weights to begin with"),
+        (["adapter.method=prompt", "train.learning_rate=0.1"], "lora.start: only with adapter.method lora or dora"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_refused(overrides, text, tmp_path):
     with pytest.raises(RecipeError, match=text):
         recipe_of(tmp_path, overrides)

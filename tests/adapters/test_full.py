@@ -186,21 +186,33 @@ def ledger_of(training):
 
 def job_of(training, config):
     s = training.settings
-    work = replace(training.workload, spec=replace(new_job(config, None).workload.spec, quant="none",
-                                      compute_dtype=training.model.dtype))  # fmt: skip
+    work = replace(
+        training.workload,
+        spec=replace(new_job(config, None).workload.spec, quant="none", compute_dtype=training.model.dtype),
+    )
     largest, evaluation = largest_batches(work, training.examples, training.examples, training.epochs)
-    return Job(work, work.shape(largest), work.shape(evaluation), optimizer=s.optimizer, max_grad_norm=s.max_grad_norm,
-               accumulating=s.gradient_accumulation_steps > 1, options=s.options)  # fmt: skip
+    return Job(
+        work,
+        work.shape(largest),
+        work.shape(evaluation),
+        optimizer=s.optimizer,
+        max_grad_norm=s.max_grad_norm,
+        accumulating=s.gradient_accumulation_steps > 1,
+        options=s.options,
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "dtype", "changes"),
     [
-        ({}, torch.bfloat16, {}), (TIED, torch.float32, {}), (TIED, torch.bfloat16, IN_BACKWARD),
-        (DEEP, torch.bfloat16, dict(work=IN_TURN)), (DEEP, torch.bfloat16, dict(work=IN_TURN) | IN_BACKWARD),
+        ({}, torch.bfloat16, {}),
+        (TIED, torch.float32, {}),
+        (TIED, torch.bfloat16, IN_BACKWARD),
+        (DEEP, torch.bfloat16, dict(work=IN_TURN)),
+        (DEEP, torch.bfloat16, dict(work=IN_TURN) | IN_BACKWARD),
     ],
     ids=["bf16", "tied", "tied, updated in backward", "in turn", "in turn, updated in backward"],
-)  # fmt: skip
+)
 def test_the_plan_is_what_the_ledger_finds_with_weights_gradients_and_states(settings, dtype, changes):
     training = trainer(dtype=dtype, optimizer="adamw_8bit", vocab_size=4096, **settings, **changes)
     planned, found = simulate(job_of(training, training.model.config)), ledger_of(training).peak
@@ -276,8 +288,12 @@ def test_what_cannot_be_trained_is_refused():
         model = adopt(build_tiny("llama"))
         Full().apply(model)
         options = MemoryOptions(resident_layers=0)
-        trainer_of = Trainer(place(model, torch.device("cpu"), options, trains_base=True), examples(),
-                             TrainSettings(**(SETTINGS | dict(options=options))), workload=WORK)  # fmt: skip
+        trainer_of = Trainer(
+            place(model, torch.device("cpu"), options, trains_base=True),
+            examples(),
+            TrainSettings(**(SETTINGS | dict(options=options))),
+            workload=WORK,
+        )
         trainer_of.check()
     with pytest.raises(TrainingError, match="loraplus_lr_ratio 4 is for LoRA weights"):
         trainer(loraplus_lr_ratio=4.0)

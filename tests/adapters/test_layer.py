@@ -167,8 +167,9 @@ class BaseProducts(TorchDispatchMode):
 
 
 def test_a_checkpoint_ending_in_a_sum_with_a_layer_does_not_multiply_by_its_weight_again():
-    up, down = (make_layer(QuantLinear.from_weight(random_input(*shape), None, "nf4", True))
-                for shape in ((OUT, IN), (IN, OUT)))  # fmt: skip
+    up, down = (
+        make_layer(QuantLinear.from_weight(random_input(*shape), None, "nf4", True)) for shape in ((OUT, IN), (IN, OUT))
+    )
     x, checkpoint = random_input(9, IN).requires_grad_(), Checkpoint()
 
     def block(x):

@@ -75,12 +75,14 @@ def test_layers_of_one_input_have_the_gradients_that_each_has_by_itself(keep):
 
 
 OPTIONS = [
-    MemoryOptions("none"), MemoryOptions(cache_dequantized=True), MemoryOptions(cache_merged=True),
+    MemoryOptions("none"),
+    MemoryOptions(cache_dequantized=True),
+    MemoryOptions(cache_merged=True),
     MemoryOptions(cache_merged=True, cache_dequantized=True, uncheckpointed_layers=1),
     pytest.param(MemoryOptions(layers_per_checkpoint=2), marks=pytest.mark.slow),
     MemoryOptions(offload_checkpoints=True, resident_layers=0),
     pytest.param(MemoryOptions(uncheckpointed_layers=1), marks=pytest.mark.slow),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("to", KINDS)
@@ -95,8 +97,10 @@ def test_memory_options_and_streaming_change_no_bit(options, to):
 
 def test_updates_in_backward_change_no_merged_weight_of_their_step():
     settings = dict(merge_aware="nf4", max_grad_norm=0, gradient_accumulation_steps=1, on_not_finite="stop")
-    plain, other = (trainer(**settings, options=MemoryOptions(optimizer_in_backward=True, cache_merged=cached))
-                    for cached in (False, True))  # fmt: skip
+    plain, other = (
+        trainer(**settings, options=MemoryOptions(optimizer_in_backward=True, cache_merged=cached))
+        for cached in (False, True)
+    )
     assert [step.loss for step in plain] == [step.loss for step in other]
     assert all(torch.equal(a, b) for a, b in zip(other.parameters, plain.parameters, strict=True))
 
@@ -129,9 +133,14 @@ def adapters_of(model, names="ab"):
     found = {}
     for number, name in enumerate(names):
         chance = torch.Generator().manual_seed(number)
-        layers = {path: Factors(0.1 * torch.randn(4, layer.base.in_features, generator=chance),
-                                0.05 * torch.randn(layer.base.out_features, 4, generator=chance), 8.0)
-                  for path, layer in lora_layers(model)}  # fmt: skip
+        layers = {
+            path: Factors(
+                0.1 * torch.randn(4, layer.base.in_features, generator=chance),
+                0.05 * torch.randn(layer.base.out_features, 4, generator=chance),
+                8.0,
+            )
+            for path, layer in lora_layers(model)
+        }
         found[name] = Adapter(layers, 0.0, merge_aware="nf4" if number == 0 else "off")
     return found
 
@@ -158,8 +167,10 @@ def test_rows_of_a_batch_that_use_several_adapters_have_each_its_own_weights():
 @pytest.mark.parametrize("to", KINDS)
 def test_the_adapter_that_all_rows_use_is_merged_in_place_once_and_the_base_comes_back(to, monkeypatch):
     base = lambda: quantized_pair("llama")[0].eval()  # noqa: E731
-    adapters = {name: replace(adapter, merge_aware="off" if name == "b" else to)
-                for name, adapter in adapters_of(add_lora(base(), rank=1), "abc").items()}  # fmt: skip
+    adapters = {
+        name: replace(adapter, merge_aware="off" if name == "b" else to)
+        for name, adapter in adapters_of(add_lora(base(), rank=1), "abc").items()
+    }
     ids = torch.randint(3, 160, (3, 11), generator=torch.Generator().manual_seed(0))
     models, count = [base(), base()], []
     switches = [add_switch(model, adapters, in_place=number > 0) for number, model in enumerate(models)]
@@ -181,8 +192,10 @@ def test_the_adapter_that_all_rows_use_is_merged_in_place_once_and_the_base_come
 
 def test_memory_that_runs_out_over_merging_in_place_leaves_the_layer_as_it_was(monkeypatch):
     model = quantized_pair("llama")[0].eval()
-    adapters = {name: replace(adapter, merge_aware="nf4")
-                for name, adapter in adapters_of(add_lora(quantized_pair("llama")[0], rank=1)).items()}  # fmt: skip
+    adapters = {
+        name: replace(adapter, merge_aware="nf4")
+        for name, adapter in adapters_of(add_lora(quantized_pair("llama")[0], rank=1)).items()
+    }
     switch, merged, count = add_switch(model, adapters, in_place=True), switch_of_layers.merged, []
     model.eval()
     ids = torch.randint(3, 160, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -215,11 +228,17 @@ def test_a_model_to_use_has_the_merged_weights_in_the_place_of_its_lora_layers()
             assert torch.equal(model(input_ids=ids).logits, before) and not list(lora_layers(model))
 
 
-@pytest.mark.parametrize(("section", "name", "value"), [
-    ("adapter", "method", "dora"), ("lora", "dropout", "0.1"), ("lora", "start", "loftq"),
-    ("train", "compile", "true"),
-    ("model", "quant", "fp4"), ("model", "quant", "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("adapter", "method", "dora"),
+        ("lora", "dropout", "0.1"),
+        ("lora", "start", "loftq"),
+        ("train", "compile", "true"),
+        ("model", "quant", "fp4"),
+        ("model", "quant", "none"),
+    ],
+)
 def test_what_cannot_be_trained_so_is_an_error_of_the_recipe(section, name, value, tmp_path):
     path = write_recipe(tmp_path, "model", train={"merge_aware": "nf4"})
     with pytest.raises(RecipeError, match=rf"{section}.{name} = .*: not possible with train.merge_aware nf4; write"):
@@ -250,11 +269,15 @@ def test_compiled_blocks_are_refused_in_python_too(to):
         trainer(merge_aware=to, options=MemoryOptions(compile=True))
 
 
-@pytest.mark.parametrize(("model_type", "options", "text"), [
-    ("llama", {"dropout": 0.1}, "is for LoRA beside linear layers"), ("llama", {"dora": True}, "is for LoRA beside"),
-    ("qwen3_moe", {"targets": ["experts"]}, "without dropout, DoRA or experts"),
-    ("llama", {"merge_aware": "q5_0"}, "choose one of off, nf4, q4_0, q8_0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "options", "text"),
+    [
+        ("llama", {"dropout": 0.1}, "is for LoRA beside linear layers"),
+        ("llama", {"dora": True}, "is for LoRA beside"),
+        ("qwen3_moe", {"targets": ["experts"]}, "without dropout, DoRA or experts"),
+        ("llama", {"merge_aware": "q5_0"}, "choose one of off, nf4, q4_0, q8_0"),
+    ],
+)
 def test_a_model_that_cannot_be_trained_so_is_refused_in_a_sentence(model_type, options, text):
     model, _ = quantized_pair(model_type)
     with pytest.raises(ModelError, match=re.escape(text)):
@@ -262,9 +285,14 @@ def test_a_model_that_cannot_be_trained_so_is_refused_in_a_sentence(model_type, 
     assert not any(lora_layers(model))
 
 
-@pytest.mark.parametrize(("quant", "to", "text"), [
-    ("fp4", "nf4", "are in fp4"), ("none", "nf4", "are in 16 bit"), ("none", "q4_0", "rows of 98, no multiple of 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("quant", "to", "text"),
+    [
+        ("fp4", "nf4", "are in fp4"),
+        ("none", "nf4", "are in 16 bit"),
+        ("none", "q4_0", "rows of 98, no multiple of 32"),
+    ],
+)
 def test_weights_of_another_format_or_size_are_refused(quant, to, text):
     model = build_tiny("llama", intermediate_size=98) if quant == "none" else quantized_pair("llama", quant)[0]
     with pytest.raises(ModelError, match=text):

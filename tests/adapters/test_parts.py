@@ -46,9 +46,12 @@ CASES = {  # the model, what is trained, and peft's settings for it
     "layer norms": ("gpt2", (NORMS,), dict(modules_to_save=["ln_1", "ln_2", "ln_f"])),
     "biases": ("qwen2", (BIASES,), dict(bias="all")),
     "biases, norms": ("gpt2", (NORMS, BIASES), dict(modules_to_save=["ln_1", "ln_2", "ln_f"], bias="all")),
-    "all": ("qwen2", (*TABLES, NORMS, BIASES), dict(
-        modules_to_save=["embed_tokens", "lm_head", "layernorm", "model.norm"], bias="all")),
-}  # fmt: skip
+    "all": (
+        "qwen2",
+        (*TABLES, NORMS, BIASES),
+        dict(modules_to_save=["embed_tokens", "lm_head", "layernorm", "model.norm"], bias="all"),
+    ),
+}
 ATTENTION = {"gpt2": "c_attn"}
 
 
@@ -175,9 +178,12 @@ def test_norms_are_trained_in_float32_and_computed_with_as_the_model_computes(tm
 
 
 OPTIONS = [
-    MemoryOptions("none"), MemoryOptions(cache_dequantized=True), MemoryOptions(layers_per_checkpoint=2),
-    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(uncheckpointed_layers=1),
-]  # fmt: skip
+    MemoryOptions("none"),
+    MemoryOptions(cache_dequantized=True),
+    MemoryOptions(layers_per_checkpoint=2),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0),
+    MemoryOptions(uncheckpointed_layers=1),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -294,9 +300,14 @@ def test_biases_that_an_architecture_reads_itself_are_those_in_use(model_type, t
 
     def answered(model):
         found = model.generate(
-            IDS, max_new_tokens=4, do_sample=False, use_cache=True, eos_token_id=None,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            IDS,
+            max_new_tokens=4,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         return torch.stack(found.logits)
 
     save_adapter(adapted(model_type, (BIASES,), targets=(Target(target),)), tmp_path)

@@ -68,10 +68,15 @@ PEFT_CONFIGS = {
     "all-linear": dict(target_modules="all-linear", r=4, lora_alpha=6),
     "rslora": dict(target_modules="all-linear", r=4, lora_alpha=6, use_rslora=True),
     "dropout": dict(target_modules="all-linear", r=4, lora_alpha=6, lora_dropout=0.3),
-    "patterns": dict(target_modules="all-linear", r=4, lora_alpha=6, rank_pattern={r".*\.0\..*": 2, ".*.1.mlp..*": 3},
-                     alpha_pattern={r".*\.0\..*": 9, r".*\.1\.mlp\..*": 5}),
+    "patterns": dict(
+        target_modules="all-linear",
+        r=4,
+        lora_alpha=6,
+        rank_pattern={r".*\.0\..*": 2, ".*.1.mlp..*": 3},
+        alpha_pattern={r".*\.0\..*": 9, r".*\.1\.mlp\..*": 5},
+    ),
     "one layer": dict(target_modules=None, r=4, lora_alpha=6, layers_to_transform=[1]),  # of ATTENTION
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("model_type", ATTENTION)
@@ -107,11 +112,18 @@ def test_saving_what_peft_trained_gives_it_back_to_peft(tmp_path):
 LIKE_EXPERTS = {
     "all-linear": dict(targets="all-linear"),
     "with experts": dict(targets=["all-linear", "experts"]),
-    "ranks and alphas": dict(targets=["all-linear", "experts", Target("*.down_proj", rank=2, alpha=9.0),
-                                      Target("*.1.*_proj", rank=3, alpha=5.0)], rslora=True),
+    "ranks and alphas": dict(
+        targets=[
+            "all-linear",
+            "experts",
+            Target("*.down_proj", rank=2, alpha=9.0),
+            Target("*.1.*_proj", rank=3, alpha=5.0),
+        ],
+        rslora=True,
+    ),
     "whole paths": dict(targets=["*.1.*.up_proj", "o_proj"], dropout=0.1),
     "nothing else": dict(targets=["gate_proj"]),
-}  # fmt: skip
+}
 # peft looks at modules alone, and used them
 ignore_patterns = pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module")
 
@@ -162,10 +174,15 @@ def test_the_names_that_peft_takes_for_those_of_experts_are_known():
 @ignore_patterns
 def test_weights_of_linear_layers_that_peft_adapts_are_read(tmp_path):
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, lora_alpha=6, init_lora_weights=False,
-        target_parameters=["mlp.down_proj.weight", "k_proj.weight"], alpha_pattern={r".*\.0\..*\.weight": 9},
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        r=4,
+        lora_alpha=6,
+        init_lora_weights=False,
+        target_parameters=["mlp.down_proj.weight", "k_proj.weight"],
+        alpha_pattern={r".*\.0\..*\.weight": 9},
         rank_pattern={r"down_proj\.weight": 2},
-    )  # fmt: skip
+    )
     theirs = peft.get_peft_model(build_tiny("llama"), config)
     theirs.save_pretrained(tmp_path)
     assert torch.allclose(logits(load_adapter(build_tiny("llama"), tmp_path)), logits(theirs), atol=2e-4)

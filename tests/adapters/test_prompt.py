@@ -28,8 +28,10 @@ from qlora_lite.train.state import STATE, capture, restore
 
 OF_TRANSFORMERS = "ignore:.*(is_gradient_checkpointing|past_key_values).*:FutureWarning"  # about what peft asks it for
 METHODS = {
-    "prompt tuning": PromptTuning(5), "p-tuning": PromptTuning(3, encoder_width=16), "prefix tuning": PrefixTuning(4),
-}  # fmt: skip
+    "prompt tuning": PromptTuning(5),
+    "p-tuning": PromptTuning(3, encoder_width=16),
+    "prefix tuning": PrefixTuning(4),
+}
 PROMPTS = {name: METHODS[name] for name in ("prompt tuning", "p-tuning")}
 
 

@@ -98,9 +98,14 @@ def test_random_sums_stand_for_all_rows():
     assert left["all"] <= left["sums"] < 1.08 * left["all"] < 0.5 * left["weight alone"]
 
 
-@pytest.mark.parametrize(("model_type", "overrides"), [
-    ("gpt2", []), ("llama", ["adapter.method=dora", "model.keep_16bit=[v_proj]"]), ("qwen3", ["model.quant=fp4"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("gpt2", []),
+        ("llama", ["adapter.method=dora", "model.keep_16bit=[v_proj]"]),
+        ("qwen3", ["model.quant=fp4"]),
+    ],
+)
 def test_what_4_bits_change_of_the_outputs_on_the_rows_is_made_up_for(model_type, overrides, tmp_path):
     recipe = recipe_of(tmp_path, overrides, model_type)
     examples, base = examples_of(recipe), build_to_use(recipe)
@@ -140,12 +145,15 @@ def test_it_is_found_once_for_the_same_rows(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for path in first for a, b in zip(first[path], again[path], strict=True))
 
 
-@pytest.mark.parametrize(("overrides", "text"), [
-    (["model.quant=none"], "lora.start = qera: begins with the error of 4 bits, and model.quant none has none"),
-    (["model.quant=keep"], "lora.start = qera: needs 16-bit weights, and quant keep has none"),
-    (["lora.init_from=somewhere"], "lora.start = qera: lora.init_from has LoRA weights to begin with"),
-    (["train.merge_aware=nf4"], "merge_aware"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["model.quant=none"], "lora.start = qera: begins with the error of 4 bits, and model.quant none has none"),
+        (["model.quant=keep"], "lora.start = qera: needs 16-bit weights, and quant keep has none"),
+        (["lora.init_from=somewhere"], "lora.start = qera: lora.init_from has LoRA weights to begin with"),
+        (["train.merge_aware=nf4"], "merge_aware"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_refused(overrides, text, tmp_path):
     with pytest.raises(RecipeError, match=text):
         recipe_of(tmp_path, overrides)
@@ -256,9 +264,14 @@ def test_exports_are_for_the_16_bit_files_and_a_merge_is_the_run(trained, tmp_pa
 
 def test_a_run_that_goes_on_from_its_adapter_knows_what_that_began_as(trained, tmp_path):
     folder, run, _ = trained
-    recipe = load_recipe(write_recipe(tmp_path, folder / "model", 12, lora=LORA | {"start": "kaiming"}), [
-        f"lora.init_from={run}", "train.save_every_steps=2", f"output.dir={tmp_path / 'next'}",
-    ])  # fmt: skip
+    recipe = load_recipe(
+        write_recipe(tmp_path, folder / "model", 12, lora=LORA | {"start": "kaiming"}),
+        [
+            f"lora.init_from={run}",
+            "train.save_every_steps=2",
+            f"output.dir={tmp_path / 'next'}",
+        ],
+    )
 
     with pytest.raises(Interrupted):
         run_recipe(recipe, stop_at(3))

@@ -17,21 +17,28 @@ from qlora_lite.runs.run import run_recipe
 pytestmark = pytest.mark.usefixtures("simulations")
 
 
-@pytest.mark.parametrize(("method", "settings", "quant"), [
-    ("bottleneck", {"width": 6, "placement": "houlsby"}, "nf4"),
-    pytest.param("bottleneck", {"width": 6}, "none", marks=pytest.mark.slow),
-    pytest.param("prompt", {"virtual_tokens": 4}, "nf4", marks=pytest.mark.slow),
-    ("prefix", {"virtual_tokens": 3}, "nf4"),
-    ("prompt", {"virtual_tokens": 2, "encoder_width": 8, "init_text": "3?"}, "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "settings", "quant"),
+    [
+        ("bottleneck", {"width": 6, "placement": "houlsby"}, "nf4"),
+        pytest.param("bottleneck", {"width": 6}, "none", marks=pytest.mark.slow),
+        pytest.param("prompt", {"virtual_tokens": 4}, "nf4", marks=pytest.mark.slow),
+        ("prefix", {"virtual_tokens": 3}, "nf4"),
+        ("prompt", {"virtual_tokens": 2, "encoder_width": 8, "init_text": "3?"}, "none"),
+    ],
+)
 def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(
     tmp_path, command, monkeypatch, method, settings, quant
 ):
     save_tiny(tmp_path / "model")
     path = write_recipe(
-        tmp_path, tmp_path / "model", lora={"rank": 16, "alpha": 32.0}, adapter={"method": method},
-        train={"save_every_steps": 2, "metrics_examples": 0}, **{method.replace("prefix", "prompt"): settings},
-    )  # fmt: skip
+        tmp_path,
+        tmp_path / "model",
+        lora={"rank": 16, "alpha": 32.0},
+        adapter={"method": method},
+        train={"save_every_steps": 2, "metrics_examples": 0},
+        **{method.replace("prefix", "prompt"): settings},
+    )
     changes = [f"model.quant={quant}"]
     whole, cut = (load_recipe(path, [*changes, f"output.dir={tmp_path / name}"]) for name in ("whole", "cut"))
     run_recipe(whole)

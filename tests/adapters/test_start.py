@@ -180,8 +180,10 @@ def test_weights_are_split_on_arrival_as_in_place_and_come_back_from_the_cache(k
     first = quantize_in_place(in_place, "nf4", True, start=start(kind))
     plain = load_model(str(tmp_path / "model"), "nf4", compute_dtype=torch.float32)
     assert base_of(arrived) == base_of(cached) and base_of(arrived).startswith(f"{kind}:") and not base_of(plain)
-    models = {name: dict(model.named_buffers()) for name, model in
-              {"arrived": arrived, "cached": cached, "place": in_place, "plain": plain}.items()}  # fmt: skip
+    models = {
+        name: dict(model.named_buffers())
+        for name, model in {"arrived": arrived, "cached": cached, "place": in_place, "plain": plain}.items()
+    }
     codes = [name for name in models["arrived"] if name.endswith("absmax")]
     for name in codes:
         assert torch.equal(models["arrived"][name], models["cached"][name])
@@ -273,9 +275,14 @@ def test_a_start_does_not_depend_on_the_seed_of_the_training(tmp_path):
     assert torch.equal(logits(one), logits(other))
 
 
-@pytest.mark.parametrize("options", [
-    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions(resident_layers=1, stream_from="disk"),
-], ids=["host", "disk"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(offload_checkpoints=True, resident_layers=0),
+        MemoryOptions(resident_layers=1, stream_from="disk"),
+    ],
+    ids=["host", "disk"],
+)
 def test_streamed_weights_are_split_as_resident_ones_are(options, tmp_path):
     recipe = recipe_of(tmp_path, "loftq")
     streamed, resident = build_model(recipe, options), build_model(recipe)
@@ -327,8 +334,9 @@ def test_settings_that_do_not_go_together_are_refused(overrides, text, tmp_path)
 
 def test_a_model_whose_files_are_in_4_bit_is_refused_before_and_when_it_is_loaded(tmp_path):
     save_tiny(tmp_path / "plain", intermediate_size=128)
-    save_quantized(load_model(str(tmp_path / "plain"), "nf4", compute_dtype=torch.float32), tmp_path / "packed",
-                   byte_tokenizer())  # fmt: skip
+    save_quantized(
+        load_model(str(tmp_path / "plain"), "nf4", compute_dtype=torch.float32), tmp_path / "packed", byte_tokenizer()
+    )
     recipe = recipe_of(tmp_path, "pissa", model="packed")
     for refused in (lambda: plan_of(recipe), lambda: build_model(recipe)):
         with pytest.raises(ModelError, match=r"lora.start pissa needs the 16-bit weights.* have them in nf4"):
@@ -359,10 +367,12 @@ def test_a_start_changes_nothing_of_what_a_step_takes(tmp_path):
 def test_a_step_that_is_measured_on_real_tensors_needs_no_weights_that_were_split(tmp_path):
     job = plan_of(recipe_of(tmp_path, "loftq")).chosen.prediction.job
     sizes = [
-        {name: (p.shape, p.requires_grad) for name, p in
-         job.workload.planned_model(torch.device(device), job.options, job.shape).named_parameters()}
+        {
+            name: (p.shape, p.requires_grad)
+            for name, p in job.workload.planned_model(torch.device(device), job.options, job.shape).named_parameters()
+        }
         for device in ("meta", "cpu")
-    ]  # fmt: skip
+    ]
     assert sizes[0] == sizes[1] and any(trains for _, trains in sizes[0].values())
 
 
@@ -390,7 +400,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(trained):
 @pytest.mark.parametrize("is_cached", [True, False])
 def test_an_export_finds_the_first_lora_weights_in_the_cache_or_splits_one_weight_at_a_time(
     trained, is_cached, tmp_path, monkeypatch
-):  # fmt: skip
+):
     _, run, _ = trained
     opened = open_trained(run)
     m = opened.recipe.model
@@ -460,7 +470,7 @@ def test_another_start_is_another_base_and_refused(trained, tmp_path):
 
 def test_a_base_that_another_machine_splits_otherwise_is_named_wherever_it_is_used(
     trained, tmp_path, monkeypatch, caplog
-):  # fmt: skip
+):
     _, run, _ = trained
     opened = open_trained(run)
     uses = {

@@ -87,8 +87,11 @@ def test_the_template_beside_it_is_used_and_else_the_base_s(adapter, place):
 
     assert written() == NAMED_TEMPLATES["chatml"]
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OTHER}]
-    text = {TEMPLATE: OTHER, TOKENIZER: json.dumps({"chat_template": OTHER}),
-            "several": json.dumps({"chat_template": listed})}[place]  # fmt: skip
+    text = {
+        TEMPLATE: OTHER,
+        TOKENIZER: json.dumps({"chat_template": OTHER}),
+        "several": json.dumps({"chat_template": listed}),
+    }[place]
     (adapter / (TOKENIZER if place == "several" else place)).write_text(text)
     assert written() == OTHER
     if place != TEMPLATE:

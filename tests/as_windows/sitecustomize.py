@@ -14,8 +14,22 @@ import signal
 import sys
 import types
 
-HIDDEN = {"crypt", "curses", "fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd", "syslog",
-          "termios", "tty"}  # fmt: skip
+HIDDEN = {
+    "crypt",
+    "curses",
+    "fcntl",
+    "grp",
+    "nis",
+    "posix",
+    "pty",
+    "pwd",
+    "readline",
+    "resource",
+    "spwd",
+    "syslog",
+    "termios",
+    "tty",
+}
 OS = """
 DirEntry F_OK O_APPEND O_CREAT O_EXCL O_RDONLY O_RDWR O_TRUNC O_WRONLY PathLike R_OK SEEK_CUR SEEK_END SEEK_SET W_OK
 X_OK abort access altsep chdir chmod close closerange cpu_count curdir defpath devnull dup dup2 environ error execv

@@ -50,30 +50,49 @@ FAULTS = {
     "a boolean as text": (GOOD, row(True), MALFORMED, "'prompt' is a boolean, not text; put it in quotes"),
     "a list as text": (GOOD, row(["q"]), MALFORMED, "'prompt' is a list, not text; write it as text"),
     "turns instead of text": (
-        GOOD, row([{"role": "user", "content": "q"}]), MALFORMED, "'prompt' is a list.*as one list, .*format messages"
+        GOOD,
+        row([{"role": "user", "content": "q"}]),
+        MALFORMED,
+        "'prompt' is a list.*as one list, .*format messages",
     ),
     "an object as text": (GOOD, row({"q": 1}), MALFORMED, "'prompt' is an object, not text; write it as text"),
     "a missing field": (GOOD, b'{"prompt": "q"}', MALFORMED, "'completion' is missing or null; every row needs it"),
     "an empty field": (GOOD, row("q", ""), MALFORMED, "'completion' is empty; fill it in or remove the row"),
     "an empty system turn": (
-        GOOD_TALK, talk(("system", ""), ("user", "q"), ("assistant", "a")), MALFORMED, "turn 1 .*empty.*remove the turn"
+        GOOD_TALK,
+        talk(("system", ""), ("user", "q"), ("assistant", "a")),
+        MALFORMED,
+        "turn 1 .*empty.*remove the turn",
     ),
     "a field of white space": (GOOD, row(" \t\n"), MALFORMED, "'prompt' is empty; fill it in or remove the row"),
     "no turns": (GOOD_TALK, b'{"messages": []}', MALFORMED, "no list of turns.*are two formats mixed"),
     "no answer": (GOOD_TALK, talk(("user", "q")), MALFORMED, "no answer: the last turn must be the assistant's"),
     "roles out of order": (GOOD_TALK, talk(("assistant", "a"), ("user", "q")), MALFORMED, "turns alternate, user"),
     "a system turn in the middle": (
-        GOOD_TALK, talk(("user", "q"), ("system", "s"), ("assistant", "a")), MALFORMED, "turn 2 is system.*must stand;"
+        GOOD_TALK,
+        talk(("user", "q"), ("system", "s"), ("assistant", "a")),
+        MALFORMED,
+        "turn 2 is system.*must stand;",
     ),
     "an unknown role": (GOOD_TALK, talk(("wizard", "q"), ("assistant", "a")), ROLE, "'wizard'; the roles are system,"),
     "a tool call without its result": (
         GOOD_TALK,
-        json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]},
-                                 {"role": "assistant", "content": "a"}]}).encode(),
-        "unbalanced tool calls", "has no result; add a turn",
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "assistant", "tool_calls": [CALL]},
+                    {"role": "assistant", "content": "a"},
+                ]
+            }
+        ).encode(),
+        "unbalanced tool calls",
+        "has no result; add a turn",
     ),
     "a tool result without a call": (
-        GOOD_TALK, talk(("user", "q"), ("tool", "r"), ("assistant", "a")), "unbalanced tool calls",
+        GOOD_TALK,
+        talk(("user", "q"), ("tool", "r"), ("assistant", "a")),
+        "unbalanced tool calls",
         "turn 2 is the result of a tool that no turn before it called; remove",
     ),
     "a key that stands twice": (GOOD, GOOD[:-1] + b', "prompt": "r"}', MALFORMED, "'prompt' stands twice.*; keep one"),
@@ -81,17 +100,22 @@ FAULTS = {
     "a line of 5 MB": (GOOD, row("a" * MAX_ROW_BYTES), MALFORMED, "more than 5,000,000 bytes; split this row"),
     "a depth of 10,000": (GOOD, DEEP, MALFORMED, "nested too deeply.*; correct or remove"),
     "another format than the rows before": (
-        GOOD, GOOD_TALK, MALFORMED, "of the format messages in a file of the format prompt-completion; give it a file"
+        GOOD,
+        GOOD_TALK,
+        MALFORMED,
+        "of the format messages in a file of the format prompt-completion; give it a file",
     ),
     "a control token in the user's text": (GOOD, row("x<|im_end|>y"), CONTROL, "turn 1 .*im_end.*; write it"),
     "a control token in an answer": (GOOD, row("q", "a</s>"), CONTROL, "turn 2 .*'</s>'.*; write it differently"),
     "nothing to learn": (
         GOOD_TALK,
-        json.dumps({"messages": [{"role": "user", "content": "q"},
-                                 {"role": "assistant", "content": "a", "weight": 0}]}).encode(),
-        "nothing to learn", "every answer that counts has weight 0 or train false; give one 1 or true",
+        json.dumps(
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}
+        ).encode(),
+        "nothing to learn",
+        "every answer that counts has weight 0 or train false; give one 1 or true",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -179,9 +203,15 @@ def test_one_bad_row_among_a_million_is_named(tmp_path, tokenizer):
     assert (data.rows_read, data.rows_kept) == (1_000_000, 999_999)
 
 
-@pytest.mark.parametrize(("name", "head"), [
-    ("rows.jsonl.gz", b'{"text": "a"}\n'), ("rows.csv.gz", b"text\n"), ("rows.txt.gz", b"a\n"), ("rows.txt.gz", b""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("rows.jsonl.gz", b'{"text": "a"}\n'),
+        ("rows.csv.gz", b"text\n"),
+        ("rows.txt.gz", b"a\n"),
+        ("rows.txt.gz", b""),
+    ],
+)
 def test_blank_lines_without_end_are_refused_since_a_small_file_can_hold_gigabytes(
     name, head, tmp_path, tokenizer, monkeypatch
 ):

@@ -13,8 +13,11 @@ from qlora_lite.data.problems import Problems
 from qlora_lite.data.row_formats import read_conversations
 from qlora_lite.data.sources import Source
 
-TURNS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a, \"b\""},
-         {"role": "assistant", "content": "c"}]  # fmt: skip
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": 'a, "b"'},
+    {"role": "assistant", "content": "c"},
+]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 ROWS = {  # a good row of each format
     "messages": {"messages": TURNS, "tools": TOOLS},
@@ -30,9 +33,10 @@ TABLE = b'prompt,completion\n"a, ""b""",c\nd,"e\nf"\n'
 def columns(write):
     """Return the bytes that pyarrow writes of a small table with nested columns."""
     table = pyarrow.table({"messages": [TURNS, TURNS[1:]], "n": [1, None]})
-    features = {"messages": [{"role": {"dtype": "string", "_type": "Value"},
-                              "content": {"dtype": "string", "_type": "Value"}}],
-                "n": {"dtype": "int64", "_type": "Value"}}  # fmt: skip
+    features = {
+        "messages": [{"role": {"dtype": "string", "_type": "Value"}, "content": {"dtype": "string", "_type": "Value"}}],
+        "n": {"dtype": "int64", "_type": "Value"},
+    }
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     sink = pyarrow.BufferOutputStream()
     write(table, sink)
@@ -75,9 +79,15 @@ def outcome(path) -> str:
     return clean(read)
 
 
-@pytest.mark.parametrize("kind", [
-    '{"_type": "Image"}', '{"\\u005ftype": "Image"}', '{"x": [{"_type": ["Image"]}]}', '{"_type": "Value"',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        '{"_type": "Image"}',
+        '{"\\u005ftype": "Image"}',
+        '{"x": [{"_type": ["Image"]}]}',
+        '{"_type": "Value"',
+    ],
+)
 def test_columns_whose_values_would_be_read_from_paths_are_refused(tmp_path, kind):
     table = pyarrow.table({"prompt": ['"a"'], "completion": [json.dumps("/etc/hostname")]})
     features = '{"prompt": {"a": {"_type": "Json"}, "b": KIND}}'.replace("KIND", kind)

@@ -79,8 +79,10 @@ def test_one_bad_row_among_many_is_found_and_named():
 
 
 def overlap(train, evaluation):
-    rows = [[example([BEGIN, *ids], where=f"{name}:{i}") for i, ids in enumerate(part)]
-            for name, part in (("train", train), ("eval", evaluation))]  # fmt: skip
+    rows = [
+        [example([BEGIN, *ids], where=f"{name}:{i}") for i, ids in enumerate(part)]
+        for name, part in (("train", train), ("eval", evaluation))
+    ]
     return check_overlap(*rows)
 
 
@@ -109,8 +111,10 @@ def test_the_duplicates_are_those_of_comparing_every_row_with_every_other(train,
 
 def asked(pairs, name):
     """Make rows of prompts and answers; a prompt of "" makes a document."""
-    return [replace(example([*prompt.encode(), 7, *answer.encode()], where=f"{name}:{number}"), prompt=prompt)
-            for number, (prompt, answer) in enumerate(pairs)]  # fmt: skip
+    return [
+        replace(example([*prompt.encode(), 7, *answer.encode()], where=f"{name}:{number}"), prompt=prompt)
+        for number, (prompt, answer) in enumerate(pairs)
+    ]
 
 
 letters = st.tuples(st.sampled_from(["", "a", "b", "ab", "c"]), st.sampled_from(["x", "y", "z"]))

@@ -161,13 +161,16 @@ def test_the_one_completion_is_learned_whatever_the_prompt_has_of_answers():
 
 
 def test_a_dataset_in_memory_is_read_as_its_parquet_file(tmp_path):
-    tools = [{"name": name, "parameters": {"type": "object", "properties": {name * 2: {"type": "string"}}}}
-             for name in "fg"]  # fmt: skip
+    tools = [
+        {"name": name, "parameters": {"type": "object", "properties": {name * 2: {"type": "string"}}}} for name in "fg"
+    ]
     rows = [{"messages": [{"role": "user", "content": "q"}], "tools": [tool]} for tool in tools]
     held = datasets.Dataset.from_list(rows)
     held.to_parquet(tmp_path / "rows.parquet")
-    read = [[row for _, row in read_rows(source)] for source in
-            (Source("m", rows=rows), Source("m", rows=held), Source(str(tmp_path / "rows.parquet")))]  # fmt: skip
+    read = [
+        [row for _, row in read_rows(source)]
+        for source in (Source("m", rows=rows), Source("m", rows=held), Source(str(tmp_path / "rows.parquet")))
+    ]
     assert read[0] == read[1] == read[2] == rows
 
 

@@ -32,8 +32,10 @@ def read(path, problem=ONE_LABEL, **settings):
 
 def test_classes_have_their_names_and_pictures_their_bytes(hub_holds):
     features = Features(CLASSES | {"others": {"label": CLASSES["label"]}})
-    rows = [{"image": encoded(drawn(label, 0)), "label": CLASSES["label"].str2int(label), "others": {"label": 0}}
-            for label in COLOURS]  # fmt: skip
+    rows = [
+        {"image": encoded(drawn(label, 0)), "label": CLASSES["label"].str2int(label), "others": {"label": 0}}
+        for label in COLOURS
+    ]
     data = read(path := hub_holds(rows, features))
     data.problems.raise_if_any()
     assert [row["label"] for _, row in read_rows(Source(path))] == [1, 0]  # as texts with labels have them
@@ -51,9 +53,13 @@ def test_every_kind_of_picture_is_what_it_is_in_a_folder_and_faults_have_the_sam
     (folder / "hot" / "broken.png").write_bytes((folder / "hot" / "000.png").read_bytes()[:900])
     colour.save(folder / "loose.png")
     inside = sorted(path for path in folder.rglob("*") if path.is_file())
-    rows = [{"image": {"bytes": path.read_bytes(), "path": path.name},
-             "label": CLASSES["label"].names.index(path.parent.name) if path.parent != folder else None}
-            for path in inside]  # fmt: skip
+    rows = [
+        {
+            "image": {"bytes": path.read_bytes(), "path": path.name},
+            "label": CLASSES["label"].names.index(path.parent.name) if path.parent != folder else None,
+        }
+        for path in inside
+    ]
     one, other = read(folder), read(hub_holds(rows, CLASSES))
     assert one.dropped == other.dropped == {BROKEN: 1, NO_CLASS: 1}
     faults = [{problem.rule: problem.message for problem in data.problems.found} for data in (one, other)]
@@ -86,8 +92,12 @@ def test_a_dataset_in_memory_is_what_its_file_is(hub_holds, streams, monkeypatch
     chats = Features({"images": List(Image())})
     ((_, row),) = read_rows(Source("mine", rows=in_memory([{"images": [encoded(drawn("hot", 0))]}], chats)))
     assert row == {"images": [{"bytes": encoded(drawn("hot", 0))["bytes"]}]}
-    part = read("mine", rows=kept.select([1]).rename_columns({"image": "photo", "label": "kind"}),
-                prompt="{photo}", completion="{kind}")  # fmt: skip
+    part = read(
+        "mine",
+        rows=kept.select([1]).rename_columns({"image": "photo", "label": "kind"}),
+        prompt="{photo}",
+        completion="{kind}",
+    )
     assert [example.answer for example in part.examples] == ["hot"]
 
 
@@ -119,8 +129,10 @@ def test_a_folder_in_a_repository_names_files_that_were_downloaded(monkeypatch, 
 def test_masks_are_pictures_of_their_own(hub_holds):
     mask = np.zeros((34, 34), np.uint8)
     mask[:7] = 1
-    rows = [{"image": encoded(drawn("hot", 0)), "annotation": encoded(Pillow.fromarray(mask))},
-            {"image": encoded(drawn("hot", 5)), "annotation": None}]  # fmt: skip
+    rows = [
+        {"image": encoded(drawn("hot", 0)), "annotation": encoded(Pillow.fromarray(mask))},
+        {"image": encoded(drawn("hot", 5)), "annotation": None},
+    ]
     data = read(hub_holds(rows, Features({"image": Image(), "annotation": Image()})), MASKS)
     assert [json.loads(example.answer)["classes"] for example in data.examples] == [["0", "1"]]
     assert data.dropped == {NO_MASK: 1}

@@ -85,11 +85,21 @@ def test_columns_that_nobody_knows_are_asked_for():
     assert rows[0].label is None
 
 
-@pytest.mark.parametrize(("problem", "value", "label"), [
-    (ONE_LABEL, -1, None), (ONE_LABEL, "-1", None), (ONE_LABEL, " ", None), (ONE_LABEL, 0, "0"),
-    (NUMBER, -1, "-1.0"), (NUMBER, "", None), (LABELS, "", "[]"),
-    (ONE_LABEL, float("nan"), None), (NUMBER, float("nan"), None), (LABELS, float("nan"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("problem", "value", "label"),
+    [
+        (ONE_LABEL, -1, None),
+        (ONE_LABEL, "-1", None),
+        (ONE_LABEL, " ", None),
+        (ONE_LABEL, 0, "0"),
+        (NUMBER, -1, "-1.0"),
+        (NUMBER, "", None),
+        (LABELS, "", "[]"),
+        (ONE_LABEL, float("nan"), None),
+        (NUMBER, float("nan"), None),
+        (LABELS, float("nan"), None),
+    ],
+)
 def test_rows_that_need_no_label_may_have_what_test_sets_have_in_its_place(problem, value, label):
     rows, problems = [{"text": "a", "label": value}, {"text": "b", "label": None}], Problems()
     found = list(read_labelled(Source("mine", rows=rows), problems, problem, needs_label=False))
@@ -105,18 +115,34 @@ def test_labels_of_several_and_numbers_are_text_too():
             label_text(value, NUMBER)
 
 
-@pytest.mark.parametrize("text", [
-    "['joy', 'anger']", '["joy", "anger"]', ' ["joy", \'anger\'] ', "['anger',\n 'joy']", "joy, anger",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['joy', 'anger']",
+        '["joy", "anger"]',
+        " [\"joy\", 'anger'] ",
+        "['anger',\n 'joy']",
+        "joy, anger",
+    ],
+)
 def test_a_list_written_out_in_a_cell_is_a_list(text):
     assert label_text(text, LABELS) == '["anger", "joy"]'
     assert label_text("[]", LABELS) == label_text(" [] ", LABELS) == "[]"
     assert label_text("['it, too']", LABELS) == '["it, too"]' and label_text("[3]", LABELS) == '["3"]'
 
 
-@pytest.mark.parametrize("text", [
-    "[joy]", "[joy, anger]", "['joy' 'anger']", "[a], [b]", "['a'], ['b']", "[1, NaN]", "[" * 9999 + "]" * 9999,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[joy]",
+        "[joy, anger]",
+        "['joy' 'anger']",
+        "[a], [b]",
+        "['a'], ['b']",
+        "[1, NaN]",
+        "[" * 9999 + "]" * 9999,
+    ],
+)
 def test_a_list_that_cannot_be_read_is_an_error_and_no_name(text):
     with pytest.raises(DataError, match="the labels"):
         label_text(text, LABELS)

@@ -32,14 +32,36 @@ def example(answer: str, where: str = "f:1", prompt: str = "p") -> Example:
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("#### 72", "72"), ("####72", "72"), ("so it is 5.\n####  -3", "-3"), ("#### \N{MINUS SIGN}3", "-3"),
-        ("#### +3", "3"), ("#### 1,200", "1200"), ("#### 1,200,000.50", "1200000.5"), ("#### 12,00,000", "1200000"),
-        ("#### $18", "18"), ("#### -$18", "-18"), ("#### $-18", "-18"), ("#### $ 18.00", "18"), ("#### €7", "7"),
-        ("#### 72.", "72"), ("#### 72. It is", "72"), ("#### .5", "0.5"), ("#### 0.50", "0.5"), ("#### 50%", "50"),
-        ("#### 5km", "5"), ("#### 72\n#### 80", "72"), ("#### 3-5", "3"), ("#### 1/2", "1"),
-        ("72", None), ("", None), ("####", None), ("#### many, 72", None), ("### 72", None), ("#### x72", None),
+        ("#### 72", "72"),
+        ("####72", "72"),
+        ("so it is 5.\n####  -3", "-3"),
+        ("#### \N{MINUS SIGN}3", "-3"),
+        ("#### +3", "3"),
+        ("#### 1,200", "1200"),
+        ("#### 1,200,000.50", "1200000.5"),
+        ("#### 12,00,000", "1200000"),
+        ("#### $18", "18"),
+        ("#### -$18", "-18"),
+        ("#### $-18", "-18"),
+        ("#### $ 18.00", "18"),
+        ("#### €7", "7"),
+        ("#### 72.", "72"),
+        ("#### 72. It is", "72"),
+        ("#### .5", "0.5"),
+        ("#### 0.50", "0.5"),
+        ("#### 50%", "50"),
+        ("#### 5km", "5"),
+        ("#### 72\n#### 80", "72"),
+        ("#### 3-5", "3"),
+        ("#### 1/2", "1"),
+        ("72", None),
+        ("", None),
+        ("####", None),
+        ("#### many, 72", None),
+        ("### 72", None),
+        ("#### x72", None),
     ],
-)  # fmt: skip
+)
 def test_the_number_behind_the_mark(text, number):
     assert marked_number(text) == (number and Decimal(number))
 
@@ -47,17 +69,47 @@ def test_the_number_behind_the_mark(text, number):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("72", "72"), ("She has 3 + 4 = 7.", "7"), ("The answer is 1,200.", "1200"), ("it costs $1,234.50!", "1234.5"),
-        ("-5", "-5"), ("(-5)", "-5"), ("x = -5", "-5"), ("x - 5", "5"), ("3-5", "5"), ("from $3-$5", "5"),
-        ("\N{MINUS SIGN}5 degrees", "-5"), ("+5", "5"), ("US$5", "5"), ("-$5", "-5"), ("5 €", "5"), ("£ 5", "5"),
-        ("**72**", "72"), (r"\boxed{72}", "72"), ("72 dollars and no cents", "72"), ("is...5", "5"),
+        ("72", "72"),
+        ("She has 3 + 4 = 7.", "7"),
+        ("The answer is 1,200.", "1200"),
+        ("it costs $1,234.50!", "1234.5"),
+        ("-5", "-5"),
+        ("(-5)", "-5"),
+        ("x = -5", "-5"),
+        ("x - 5", "5"),
+        ("3-5", "5"),
+        ("from $3-$5", "5"),
+        ("\N{MINUS SIGN}5 degrees", "-5"),
+        ("+5", "5"),
+        ("US$5", "5"),
+        ("-$5", "-5"),
+        ("5 €", "5"),
+        ("£ 5", "5"),
+        ("**72**", "72"),
+        (r"\boxed{72}", "72"),
+        ("72 dollars and no cents", "72"),
+        ("is...5", "5"),
         ("pi is 3.14", "3.14"),
-        ("1, 2, 3", "3"), ("1,2,3", "3"), ("in 2020, 300 people", "300"), ("10:30", "30"), ("1/2", "2"), ("5th", "5"),
-        ("version 1.5.2", "1.5"), ("GPT4 has 7", "7"), ("7 of GPT4", "7"), ("12,34", "34"),
+        ("1, 2, 3", "3"),
+        ("1,2,3", "3"),
+        ("in 2020, 300 people", "300"),
+        ("10:30", "30"),
+        ("1/2", "2"),
+        ("5th", "5"),
+        ("version 1.5.2", "1.5"),
+        ("GPT4 has 7", "7"),
+        ("7 of GPT4", "7"),
+        ("12,34", "34"),
         ("1,000 of 1,00,000", "100000"),
-        ("0.30", "0.3"), ("007", "7"), ("no number", None), ("", None), ("x2", None), ("-", None), (".", None),
+        ("0.30", "0.3"),
+        ("007", "7"),
+        ("no number", None),
+        ("", None),
+        ("x2", None),
+        ("-", None),
+        (".", None),
     ],
-)  # fmt: skip
+)
 def test_the_last_number(text, number):
     assert last_number(text) == (number and Decimal(number))
 
@@ -72,8 +124,9 @@ def test_numbers_match_by_value_strictly_and_flexibly():
     answers = ["#### 5.0", "it is $1200.00, I think", "#### 8, or 7", "nothing"]
     found = score_texts("number_match", references, answers)
     assert {name: score.value for name, score in found.items()} == {
-        "number_match_strict": 1 / 4, "number_match_flexible": 3 / 4,
-    }  # fmt: skip
+        "number_match_strict": 1 / 4,
+        "number_match_flexible": 3 / 4,
+    }
     assert {score.value for score in score_texts("number_match", ["none"], ["none"]).values()} == {0}
     assert found["number_match_strict"].standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 3))
 

@@ -57,8 +57,9 @@ def chat(content, answer="it is hot"):
 
 
 def parts(*said):
-    return [{"type": "image", "path": part} if part.endswith(".png") else {"type": "text", "text": part}
-            for part in said]  # fmt: skip
+    return [
+        {"type": "image", "path": part} if part.endswith(".png") else {"type": "text", "text": part} for part in said
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -68,8 +69,10 @@ def test_tokens_and_pixels_are_those_of_transformers_processor(folders, pictures
     data.problems.raise_if_any()
     reader = reader_of(folders[name])
     for example, content in zip(data.examples, said, strict=True):
-        shown = [{"type": "image", "image": str(pictures / part["path"])} if part["type"] == "image" else part
-                 for part in content]  # fmt: skip
+        shown = [
+            {"type": "image", "image": str(pictures / part["path"])} if part["type"] == "image" else part
+            for part in content
+        ]
         turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": parts("it is hot")}]
         theirs = given_to_transformers(folders[name], name, turns)
         assert example.token_ids.tolist() == theirs["input_ids"][0].tolist()
@@ -156,9 +159,12 @@ def test_a_picture_that_fills_a_number_of_tokens_has_the_most_that_a_resolution_
 
 
 @pytest.mark.parametrize(
-    ("name", "cure"), [("qwen3_vl", "set data.resolution to show less of large pictures, or set data.over"),
-                       ("llava", "raise data.max_tokens, or set data.overflow to drop$")]
-)  # fmt: skip
+    ("name", "cure"),
+    [
+        ("qwen3_vl", "set data.resolution to show less of large pictures, or set data.over"),
+        ("llava", "raise data.max_tokens, or set data.overflow to drop$"),
+    ],
+)
 def test_rows_with_pictures_that_are_too_long_are_named_with_what_can_be_done(folders, pictures, name, cure):
     data = read(folders[name], [{"messages": chat(parts("1.png", "what"))}], pictures, max_tokens=12)
     with pytest.raises(DataError, match=rf"1 of 1 rows are longer than data.max_tokens 12; .*{cure}"):
@@ -181,22 +187,53 @@ def test_rows_of_every_form_give_one_chat(folders, pictures):
     ]
     alike = [
         read(folders["llava"], rows, pictures).examples,
-        read(folders["llava"], [{"conversations": [{"from": "human", "value": "<image>what is it"},
-                                 {"from": "gpt", "value": "it is hot"}], "images": ["0.png"]}], pictures).examples,
-        read(folders["llava"], [{"prompt": "<image>what is it", "completion": "it is hot", "images": ["0.png"]}],
-             pictures).examples,
-        read(folders["llava"], [{"instruction": "what is it", "output": "it is hot", "images": ["0.png"]}],
-             pictures).examples,
-        read(folders["llava"], [{"q": "what is it", "a": "it is hot", "image": "0.png"}], pictures,
-             source={"prompt": "<image>{q}", "completion": "{a}"}).examples,
-    ]  # fmt: skip
+        read(
+            folders["llava"],
+            [
+                {
+                    "conversations": [
+                        {"from": "human", "value": "<image>what is it"},
+                        {"from": "gpt", "value": "it is hot"},
+                    ],
+                    "images": ["0.png"],
+                }
+            ],
+            pictures,
+        ).examples,
+        read(
+            folders["llava"],
+            [{"prompt": "<image>what is it", "completion": "it is hot", "images": ["0.png"]}],
+            pictures,
+        ).examples,
+        read(
+            folders["llava"], [{"instruction": "what is it", "output": "it is hot", "images": ["0.png"]}], pictures
+        ).examples,
+        read(
+            folders["llava"],
+            [{"q": "what is it", "a": "it is hot", "image": "0.png"}],
+            pictures,
+            source={"prompt": "<image>{q}", "completion": "{a}"},
+        ).examples,
+    ]
     found = [example for each in alike for example in each]
     assert len(found) == 12
     assert all(np.array_equal(one.token_ids, found[0].token_ids) for one in found)
     assert len({one.pictures[0].digest for one in found}) == 1
-    held = read_examples([Source("mine", rows=[{"messages": chat("<image>what is it"), "images": [
-        {"bytes": (pictures / "0.png").read_bytes(), "path": None}]}])],
-        AutoTokenizer.from_pretrained(folders["llava"]), pictures=reader_of(folders["llava"]))  # fmt: skip
+    held = read_examples(
+        [
+            Source(
+                "mine",
+                rows=[
+                    {
+                        "messages": chat("<image>what is it"),
+                        "images": [{"bytes": (pictures / "0.png").read_bytes(), "path": None}],
+                    }
+                ],
+            )
+        ],
+        AutoTokenizer.from_pretrained(folders["llava"]),
+        pictures=reader_of(folders["llava"]),
+    )
     assert np.array_equal(held.examples[0].token_ids, found[0].token_ids)
     assert held.examples.picture_digests == [found[0].pictures[0].digest]
 
@@ -228,7 +265,10 @@ def test_what_stands_for_a_picture_is_never_learned(folders, pictures, train_on)
         ({"messages": chat("<image>what is it")}, "1 placeholders <image> .*, and 0 pictures in the column images"),
         ({"messages": chat(parts("gone.png", "what"))}, "there is no picture .*gone.png"),
         ({"messages": chat(parts("rows.jsonl.png", "what"))}, "there is no picture"),
-        ({"messages": chat([{"type": "image", "url": "https://x/y.png"}])}, "a picture is the address 'https://x/y.png'"),
+        (
+            {"messages": chat([{"type": "image", "url": "https://x/y.png"}])},
+            "a picture is the address 'https://x/y.png'",
+        ),
         ({"messages": chat("what", [{"type": "image", "path": "0.png"}])}, "turn 2 has a picture, and only"),
         ({"messages": chat([{"type": "video", "path": "0.mp4"}])}, "part of type 'video'"),
         ({"messages": chat("<image>what"), "images": ["broken.png"]}, "not a whole picture"),
@@ -236,7 +276,7 @@ def test_what_stands_for_a_picture_is_never_learned(folders, pictures, train_on)
         ({"messages": chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}])}, "no base64"),
         ({"messages": chat("a <fake_token_around_image>"), "images": ["0.png"]}, "reads as a control token"),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_are_named_with_their_cure(folders, pictures, row, message):
     (pictures / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:200])
     good = {"messages": chat(parts("0.png", "what is it"))}

@@ -212,11 +212,13 @@ def test_every_kind_of_picture_becomes_three_channels_of_8_bits(tmp_path):
     grey = np.linspace(0, 255, 64).reshape(8, 8)
     colour = np.stack([grey, 255 - grey, grey / 2], -1).astype(np.uint8)
     cases = {
-        "grey": Image.fromarray(grey.astype(np.uint8)), "rgb": Image.fromarray(colour),
+        "grey": Image.fromarray(grey.astype(np.uint8)),
+        "rgb": Image.fromarray(colour),
         "sixteen": Image.fromarray((grey * 257).astype(np.uint16)),
         "rgba": Image.fromarray(np.dstack([colour, np.full((8, 8), 9, np.uint8)])),
-        "palette": Image.fromarray(grey.astype(np.uint8)).convert("P"), "bilevel": Image.new("1", (8, 8), 1),
-    }  # fmt: skip
+        "palette": Image.fromarray(grey.astype(np.uint8)).convert("P"),
+        "bilevel": Image.new("1", (8, 8), 1),
+    }
     for name, image in cases.items():
         image.save(tmp_path / f"{name}.png")
     found = {name: np.asarray(decode(tmp_path / f"{name}.png")) for name in cases}
@@ -253,12 +255,21 @@ def test_a_picture_is_taken_whose_camera_wrote_what_cannot_be_read(tmp_path, exi
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 FILES = {
-    "dinov2": IMAGENET | {"image_processor_type": "BitImageProcessor", "do_resize": True, "resample": 3,
-                          "size": {"shortest_edge": 32}, "do_center_crop": True, "do_normalize": True,
-                          "crop_size": {"height": 28, "width": 28}, "do_rescale": True, "rescale_factor": 1 / 255},
+    "dinov2": IMAGENET
+    | {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "resample": 3,
+        "size": {"shortest_edge": 32},
+        "do_center_crop": True,
+        "do_normalize": True,
+        "crop_size": {"height": 28, "width": 28},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+    },
     "vit": STILL,
     "plain": STILL | {"do_normalize": False, "resample": 3, "size": {"height": 20, "width": 24}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)

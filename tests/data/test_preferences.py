@@ -68,13 +68,20 @@ YES_NO = ["yes<|im_end|>", "no, four<|im_end|>"]
         {"chosen": [user("what"), assistant("yes")], "rejected": [user("what"), assistant("no, four")]},
         {"prompt": "p", "chosen": [user("what"), assistant("yes")], "rejected": [user("what"), assistant("no, four")]},
         {"instruction": "what", "input": "", "chosen": "yes", "rejected": "no, four"},
-        {"conversations": [{"from": "human", "value": "what"}], "chosen": {"from": "gpt", "value": "yes"},
-         "rejected": {"from": "gpt", "value": "no, four"}},
+        {
+            "conversations": [{"from": "human", "value": "what"}],
+            "chosen": {"from": "gpt", "value": "yes"},
+            "rejected": {"from": "gpt", "value": "no, four"},
+        },
         {"chosen": "\n\nHuman: what\n\nAssistant: yes", "rejected": "\n\nHuman: what\n\nAssistant: no, four"},
-        {"prompt": "what", "messages": [user("what"), assistant("yes")], "chosen": [user("what"), assistant("yes")],
-         "rejected": [user("what"), assistant("no, four")]},
+        {
+            "prompt": "what",
+            "messages": [user("what"), assistant("yes")],
+            "chosen": [user("what"), assistant("yes")],
+            "rejected": [user("what"), assistant("no, four")],
+        },
     ],
-)  # fmt: skip
+)
 def test_every_common_shape_becomes_the_prompt_with_either_answer(read, row):
     (example,) = read([row]).examples
     assert [text.rstrip("\n") for text in texts(example)] == [PROMPT + answer for answer in YES_NO]
@@ -101,9 +108,14 @@ def test_a_row_whose_answers_are_both_bad_is_one_problem(read):
     assert data.problems.count == 1 and len(data.examples) == 1
 
 
-@pytest.mark.parametrize(("chosen", "rejected"), [
-    ("yes<|im_end|>", "no<|im_start|>"), ("yes<|im_end|>", "no"), ("yes", "no<|im_start|>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("yes<|im_end|>", "no<|im_start|>"),
+        ("yes<|im_end|>", "no"),
+        ("yes", "no<|im_start|>"),
+    ],
+)
 def test_two_faults_of_one_row_are_one_bad_row(read, chosen, rejected):
     good = {"prompt": "is", "chosen": "a", "rejected": "b"}
     data = read([good, {"prompt": "what", "chosen": chosen, "rejected": rejected}, good | {"prompt": "what"}])

@@ -87,12 +87,15 @@ def test_a_template_that_cannot_be_tried_out_is_not_used(monkeypatch):
 OF_LENGTH, OF_COUNT = "messages[0].content|length > 10", "messages|length > 5"
 
 
-@pytest.mark.parametrize(("when", "harm", "said"), [
-    (OF_COUNT, "9**(9**(messages|length+6))", "takes more than 1 second of processor time"),
-    (OF_COUNT, "'a'*(messages|length*10**10)", "takes more than 512 MiB of memory"),
-    (OF_LENGTH, "'a'*(messages|length*10**10)", "takes more than 512 MiB of memory"),
-    (OF_LENGTH, "('a'*(messages|length*10**7))", "writes more than 1,000,000 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("when", "harm", "said"),
+    [
+        (OF_COUNT, "9**(9**(messages|length+6))", "takes more than 1 second of processor time"),
+        (OF_COUNT, "'a'*(messages|length*10**10)", "takes more than 512 MiB of memory"),
+        (OF_LENGTH, "'a'*(messages|length*10**10)", "takes more than 512 MiB of memory"),
+        (OF_LENGTH, "('a'*(messages|length*10**7))", "writes more than 1,000,000 characters"),
+    ],
+)
 def test_a_template_that_harms_only_for_later_rows_is_one_error_at_the_first_of_them(when, harm, said, write):
     tokenizer = make_tokenizer()
     loop = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"

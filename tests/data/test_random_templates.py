@@ -49,11 +49,15 @@ class Form:
         parts = [f"{{{{ {json.dumps(self.begin)} }}}}{{% for m in messages %}}"]
         for role in ("system", "user"):
             test = "if" if role == "system" else "elif"
-            parts.append(f"{{% {test} m.role == '{role}' %}}{{{{ {json.dumps(self.before[role])} + {words} + "
-                         f"{json.dumps(self.after[role])} }}}}")  # fmt: skip
+            parts.append(
+                f"{{% {test} m.role == '{role}' %}}{{{{ {json.dumps(self.before[role])} + {words} + "
+                f"{json.dumps(self.after[role])} }}}}"
+            )
         parts.append(f"{{% else %}}{answer}{{{{ {json.dumps(rest)} }}}}{{% endif %}}{{% endfor %}}")
-        parts.append(f"{{% if add_generation_prompt %}}{{{{ {json.dumps(self.before['assistant'])} }}}}"
-                     f"{{% else %}}{{{{ {json.dumps(self.closing)} }}}}{{% endif %}}")  # fmt: skip
+        parts.append(
+            f"{{% if add_generation_prompt %}}{{{{ {json.dumps(self.before['assistant'])} }}}}"
+            f"{{% else %}}{{{{ {json.dumps(self.closing)} }}}}{{% endif %}}"
+        )
         return "".join(parts)
 
     def end_and_rest(self):
@@ -140,18 +144,35 @@ def expected(form, turns, train_on, train_on_end, tokenizer):
 
 @settings(deadline=None)
 @given(
-    forms(), st.lists(conversations(), min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]),
-    st.booleans(), st.booleans(), st.booleans(),
-)  # fmt: skip
+    forms(),
+    st.lists(conversations(), min_size=1, max_size=4),
+    st.sampled_from(["assistant", "last", "all"]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_text_mask_and_packs_are_those_of_the_reference(form, talks, train_on, train_on_end, adds_begin, packing):
     tokenizer = TOKENIZERS[adds_begin]
     tokenizer.chat_template = form.source()
     path = FOLDER / "rows.jsonl"
-    path.write_text("".join(json.dumps({"messages": [
-        {"role": role, "content": content} | ({} if learned else {"weight": 0}) for role, content, learned in turns
-    ]}) + "\n" for turns in talks))  # fmt: skip
-    right = {f"{path}:{line}": expected(form, turns, train_on, train_on_end, tokenizer)
-             for line, turns in enumerate(talks, start=1)}  # fmt: skip
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": role, "content": content} | ({} if learned else {"weight": 0})
+                        for role, content, learned in turns
+                    ]
+                }
+            )
+            + "\n"
+            for turns in talks
+        )
+    )
+    right = {
+        f"{path}:{line}": expected(form, turns, train_on, train_on_end, tokenizer)
+        for line, turns in enumerate(talks, start=1)
+    }
 
     data = read_examples([Source(str(path))], tokenizer, train_on=train_on, train_on_end=train_on_end)
     assert {e.where: (e.token_ids.tolist(), e.learned.tolist()) for e in data.examples} == {

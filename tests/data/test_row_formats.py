@@ -94,9 +94,12 @@ def test_a_row_becomes_turns(read, row, turns):
 
 
 JUDGED = (
-    {"prompt": "q", "completion": "a"}, {"instruction": "q", "output": "a"}, {"messages": [user("q"), assistant("a")]},
-    {"conversations": SHAREGPT}, {"prompt": [user("q")], "completion": [assistant("a")]},
-)  # fmt: skip
+    {"prompt": "q", "completion": "a"},
+    {"instruction": "q", "output": "a"},
+    {"messages": [user("q"), assistant("a")]},
+    {"conversations": SHAREGPT},
+    {"prompt": [user("q")], "completion": [assistant("a")]},
+)
 
 
 @pytest.mark.parametrize("row", JUDGED)
@@ -188,25 +191,44 @@ def test_a_conversation_that_does_not_fit_is_named(read, row, said):
 
 @pytest.mark.parametrize(
     "text",
-    ["<image>Who are they?", "<image>\nWhat is it?", "What is it?\n<image>", "Which of\n<image><image>\nis it?",
-     " <video> What happens?", "Describe <audio>", "<|vision_start|><|image_pad|><|vision_end|>What?", "<|image_1|>\nq",
-     "One [IMG]q", "Q: <image>Who?", "See `<image>`\n<image>"],
-)  # fmt: skip
+    [
+        "<image>Who are they?",
+        "<image>\nWhat is it?",
+        "What is it?\n<image>",
+        "Which of\n<image><image>\nis it?",
+        " <video> What happens?",
+        "Describe <audio>",
+        "<|vision_start|><|image_pad|><|vision_end|>What?",
+        "<|image_1|>\nq",
+        "One [IMG]q",
+        "Q: <image>Who?",
+        "See `<image>`\n<image>",
+    ],
+)
 def test_a_placeholder_of_a_picture_in_a_prompt_is_an_error_of_its_row_in_every_format(read, text):
     for row, settings in (
         ({"conversations": [{"from": "human", "value": text}, SHAREGPT[1]]}, {}),
-        ({"instruction": text, "output": "a"}, {}), ({"prompt": text, "completion": "a"}, {}),
+        ({"instruction": text, "output": "a"}, {}),
+        ({"prompt": text, "completion": "a"}, {}),
         ({"q": text, "a": "a"}, {"prompt": "{q}", "completion": "{a}"}),
-    ):  # fmt: skip
+    ):
         kept, problems = read([row], **settings)
         assert kept == [] and "a model of text reads no pictures, sounds or videos; remove such rows" in problems[0]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["What does the <video> element do?", "<video>\n<source src='a.mp4'>\n</video>", "Mend\n<audio>\n</audio>\nplease",
-     "`<image>` is no tag", 'x = "<|image_pad|>"\ny = 1', "[IMG]http://a/b.png[/IMG]", "<video controls>", "<images>"],
-)  # fmt: skip
+    [
+        "What does the <video> element do?",
+        "<video>\n<source src='a.mp4'>\n</video>",
+        "Mend\n<audio>\n</audio>\nplease",
+        "`<image>` is no tag",
+        'x = "<|image_pad|>"\ny = 1',
+        "[IMG]http://a/b.png[/IMG]",
+        "<video controls>",
+        "<images>",
+    ],
+)
 def test_tags_of_code_and_talk_about_them_are_text_as_any(read, text):
     kept, problems = read([{"prompt": text, "completion": "<video>"}])
     assert len(kept) == 1 and problems == []
@@ -302,12 +324,15 @@ def table(prompt, completion, path="a.jsonl"):
     ("columns", "pair"),
     [
         (["instruction", "context", "response", "category"], ("instruction", "response")),
-        (["id", "Answers", "query"], ("query", "Answers")), (["prompt", "chosen"], ("prompt", "chosen")),
-        (["response", "meta"], ("...", "response")), (["a", "question"], ("question", "...")),
+        (["id", "Answers", "query"], ("query", "Answers")),
+        (["prompt", "chosen"], ("prompt", "chosen")),
+        (["response", "meta"], ("...", "response")),
+        (["a", "question"], ("question", "...")),
         (["a", "b"], ("...", "...")),
-        (["custom_id", "method", "url", "body"], ("...", "...")), (["Prompt", "Completion"], ("Prompt", "Completion")),
+        (["custom_id", "method", "url", "body"], ("...", "...")),
+        (["Prompt", "Completion"], ("Prompt", "Completion")),
     ],
-)  # fmt: skip
+)
 def test_columns_named_like_a_question_and_an_answer_are_shown_and_no_others_are_guessed(columns, pair):
     how = " in place of the dots" if "..." in pair else ""
     assert cure_of(dict.fromkeys(columns, "x")) == f"say which ones to use{how}, as in {table(*pair)}"
@@ -373,10 +398,12 @@ def test_a_whole_conversation_beside_chosen_and_rejected_is_what_is_trained_on(r
 
 @pytest.mark.parametrize(
     ("row", "said"),
-    [({"chosen": None, "rejected": "b", "prompt": "q"}, "'chosen' is missing or empty"),
-     ({"chosen": "a", "rejected": "b"}, "a preference row without a prompt"),
-     ({"prompt": "q", "completion": "a"}, "'chosen' is missing or empty")],
-)  # fmt: skip
+    [
+        ({"chosen": None, "rejected": "b", "prompt": "q"}, "'chosen' is missing or empty"),
+        ({"chosen": "a", "rejected": "b"}, "a preference row without a prompt"),
+        ({"prompt": "q", "completion": "a"}, "'chosen' is missing or empty"),
+    ],
+)
 def test_a_row_of_format_chosen_without_what_it_needs_is_a_problem_of_that_row(read, row, said):
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     (conversation,), problems = read([row, good], format="chosen")
@@ -401,9 +428,12 @@ def test_a_table_of_several_columns_that_another_sign_parts_into_more_is_asked_f
 
 def test_a_prompt_and_a_completion_that_are_lists_of_turns_are_one_conversation_with_its_last_part_learned(read):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    rows = [{"prompt": [user("q")], "completion": [assistant("a")], "system": "s"},
-            {"prompt": [user("q"), assistant("a"), user("q")], "completion": [assistant("a")], "tools": [tool]},
-            {"prompt": [user("q")], "completion": "a"}, {"prompt": [], "completion": [assistant("a")]}]  # fmt: skip
+    rows = [
+        {"prompt": [user("q")], "completion": [assistant("a")], "system": "s"},
+        {"prompt": [user("q"), assistant("a"), user("q")], "completion": [assistant("a")], "tools": [tool]},
+        {"prompt": [user("q")], "completion": "a"},
+        {"prompt": [], "completion": [assistant("a")]},
+    ]
     (one, two), problems = read(rows)
     assert "turn 1 is assistant where user must stand" in problems[1]
     assert one.turns == WITH_SYSTEM and two.turns == (*UNLEARNED, *PAIR) and len(two.tools) == 1
@@ -457,5 +487,6 @@ def test_the_prompts_of_preference_rows_have_the_chosen_answer_as_their_referenc
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": [user("p")], "chosen": "c", "rejected": "d"}]
     found = read_prompts(Source(write("p.jsonl", rows)))
     assert [(prompt.turns, prompt.reference) for prompt in found] == [
-        ((Turn("user", "q"),), "a"), ((Turn("user", "p"),), "c"),
-    ]  # fmt: skip
+        ((Turn("user", "q"),), "a"),
+        ((Turn("user", "p"),), "c"),
+    ]

@@ -351,8 +351,9 @@ def test_a_source_may_say_what_a_document_of_its_text_files_is(write, tmp_path, 
     texts = ["four", "five"] if documents == "lines" else ["four\nfive"]
     assert [row["text"] for _, row in rows_of(tmp_path / "set", documents=documents)][-len(texts) :] == texts
     assert dict(text_files(Source(str(tmp_path / "set"), documents=documents))) == {
-        Path(path): documents, Path(other): documents,
-    }  # fmt: skip
+        Path(path): documents,
+        Path(other): documents,
+    }
 
 
 def test_what_a_document_is_cannot_be_said_of_rows(write):

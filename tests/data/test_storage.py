@@ -9,8 +9,12 @@ from qlora_lite.data.storage import Example, ExampleWriter, load_arrays, row_len
 
 texts = st.text(max_size=5)
 places = st.builds("{}:{}".format, st.sampled_from(["a.jsonl", "b:c.jsonl"]), st.integers(1, 2**40))
-rows = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=5),
-                          texts, texts, places), max_size=12)  # fmt: skip
+rows = st.lists(
+    st.tuples(
+        st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=5), texts, texts, places
+    ),
+    max_size=12,
+)
 
 
 def examples_of(rows):

@@ -44,18 +44,24 @@ GENERATION = (
     [
         ("chatml", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
         ("chatml-tools", "<|im_end|>", "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"),
-        ("llama3", "<|eot_id|>", "<|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
-         "<|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>"),
+        (
+            "llama3",
+            "<|eot_id|>",
+            "<|start_header_id|>user<|end_header_id|>\n\none<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\ntwo<|eot_id|>",
+        ),
         ("mistral", "</s>", "[INST] one [/INST] two</s>"),
-        ("gemma", "<end_of_turn>",
-         "<start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"),
-        ("alpaca", "</s>",
-         "Below is an instruction that describes a task. Write a response that appropriately completes the "
-         "request.\n\n### Instruction:\none\n\n### Response:\ntwo</s>\n\n"),
+        ("gemma", "<end_of_turn>", "<start_of_turn>user\none<end_of_turn>\n<start_of_turn>model\ntwo<end_of_turn>\n"),
+        (
+            "alpaca",
+            "</s>",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\none\n\n### Response:\ntwo</s>\n\n",
+        ),
         ("plain", "</s>", "one\ntwo</s>"),
         ("joined", "</s>", "onetwo</s>"),
     ],
-)  # fmt: skip
+)
 def test_each_named_template_writes_what_it_is_known_for(tokenizer, name, end, text):
     template = choose_template(tokenizer, name)
     assert render(template, Conversation(TURNS[:2], "f:1"), [1]).text == text

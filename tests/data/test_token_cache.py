@@ -58,9 +58,21 @@ def no_reading(monkeypatch):
 def plain(data):
     rows = [(e.token_ids.tolist(), e.learned.tolist(), e.prompt, e.answer, e.where) for e in data.examples]
     template = data.template and (data.template.name, data.template.source)
-    return rows, data.rows_read, data.dropped, data.dropped_at, data.truncated, data.split, data.tokens, \
-        data.learned_tokens, data.end_token_ids, template, data.problems.found, data.problems.counts, \
-        data.problems.fatal  # fmt: skip
+    return (
+        rows,
+        data.rows_read,
+        data.dropped,
+        data.dropped_at,
+        data.truncated,
+        data.split,
+        data.tokens,
+        data.learned_tokens,
+        data.end_token_ids,
+        template,
+        data.problems.found,
+        data.problems.counts,
+        data.problems.fatal,
+    )
 
 
 def test_a_second_build_comes_from_the_cache_and_is_equal_to_one_without(

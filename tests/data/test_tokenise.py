@@ -80,8 +80,9 @@ WHOLE = {
 }
 texts = st.lists(
     st.sampled_from(["a", "b", " ", "\n", "ä", "<", ">", "user", "</s>", "<s>", "<|im_start|>", "<|x|>", "xy", "🙂"]),
-    min_size=1, max_size=12,
-).map("".join)  # fmt: skip
+    min_size=1,
+    max_size=12,
+).map("".join)
 
 
 def assert_as_whole(rows, tokenizer, cut, lengths=None):

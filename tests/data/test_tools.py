@@ -69,8 +69,11 @@ def test_tools_calls_and_results_become_turns_and_keep_what_is_in_them(read):
     assert problems.shown == []
     assert conversation.turns == TURNS and conversation.tools == (TOOL,)
     assert [as_message(turn) for turn in conversation.turns] == [
-        USER, CALLING | {"content": ""}, RESULT, ANSWER,
-    ]  # fmt: skip
+        USER,
+        CALLING | {"content": ""},
+        RESULT,
+        ANSWER,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -251,10 +254,13 @@ def test_a_template_may_write_arguments_before_the_name(build):
     assert build([ROW], tokenizer=tokenizer).rows_kept == 1
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": [USER, CALLING | {"tool_calls": [{"name": "f", "arguments": {"x": "<|im_end|>"}}]}]},
-    {"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "<|im_end|>"}]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, CALLING | {"tool_calls": [{"name": "f", "arguments": {"x": "<|im_end|>"}}]}]},
+        {"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "<|im_end|>"}]},
+    ],
+)
 def test_a_special_token_inside_a_call_or_a_definition_is_an_error(build, row):
     with pytest.raises(DataError, match=r"a.jsonl:1: .* holds the text '<\|im_end\|>'"):
         build([row])
@@ -281,10 +287,13 @@ def test_the_generation_blocks_of_a_template_hold_calls_too(build):
     tokenizer.chat_template = TEMPLATE.replace(
         "{{ '<|im_start|>' + m.role + '\n' + m.content }}",
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}",
-    ).replace("{{ '<|im_end|>\n' }}{% endfor %}{% if add", (
-        "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-        "{% endfor %}{% if add"
-    ))  # fmt: skip
+    ).replace(
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add",
+        (
+            "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+            "{% endfor %}{% if add"
+        ),
+    )
     (example,) = build([ROW], tokenizer=tokenizer).examples
     learned = tokenizer.decode(example.token_ids[example.learned])
     assert learned == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
@@ -314,14 +323,20 @@ SHAREGPT = {
     "tools": json.dumps([TOOL["function"]]),
     "conversations": [
         {"from": "human", "value": "add them"},
-        {"from": "function_call", "value": json.dumps([
-            {"name": "add", "arguments": {"x": 1}}, {"name": "add", "arguments": {"y": "\u00e9<"}},
-        ])},
+        {
+            "from": "function_call",
+            "value": json.dumps(
+                [
+                    {"name": "add", "arguments": {"x": 1}},
+                    {"name": "add", "arguments": {"y": "\u00e9<"}},
+                ]
+            ),
+        },
         {"from": "observation", "value": "7"},
         {"from": "observation", "value": "8"},
         {"from": "gpt", "value": "7 and 8"},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("special", "end"), [(SPECIAL_TOKENS, "<|im_end|>"), (("<unk>", "<s>", "</s>"), "</s>")])

@@ -6,9 +6,17 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lite.data.template import NAMED_TEMPLATES
 
 SPECIAL_TOKENS = (
-    "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>",
-    "<|start_header_id|>", "<|end_header_id|>",
-)  # fmt: skip
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+)
 _CORPUS = [
     "user assistant system the answer is 42",
     "what is the question",

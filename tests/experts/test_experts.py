@@ -40,10 +40,22 @@ from qlora_lite.train.workload import BatchShape
 # a plain form; interleaved, transposed and with biases; with experts for all tokens
 FORMS = "qwen3_moe", "gpt_oss", "deepseek_v3"
 UNGATED = dict(
-    vocab_size=160, hidden_size=64, num_hidden_layers=2, layers_block_type=["attention", "moe"], num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
-    moe_shared_expert_intermediate_size=32, mamba_num_heads=4, mamba_head_dim=16, n_groups=1, ssm_state_size=8,
-)  # fmt: skip
+    vocab_size=160,
+    hidden_size=64,
+    num_hidden_layers=2,
+    layers_block_type=["attention", "moe"],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=32,
+    moe_shared_expert_intermediate_size=32,
+    mamba_num_heads=4,
+    mamba_head_dim=16,
+    n_groups=1,
+    ssm_state_size=8,
+)
 
 
 def logits_and_gradient(model, count=21):
@@ -135,10 +147,17 @@ def test_room_is_reserved_for_what_a_gpu_will_hold():
     model._keep_in_fp32_modules = None
     quantizer._process_model_before_weight_loading(model)
     block = "model.layers.0"
-    sizes = {name: quantizer.param_element_size(model, f"{block}.{name}", model.state_dict()[f"{block}.{name}"])
-             for name in ("self_attn.q_proj.weight", "self_attn.q_proj.absmax", "mlp.experts.down_proj",
-                          "mlp.experts.packed_down_proj.weight", "mlp.experts.packed_down_proj.absmax",
-                          "input_layernorm.weight")}  # fmt: skip
+    sizes = {
+        name: quantizer.param_element_size(model, f"{block}.{name}", model.state_dict()[f"{block}.{name}"])
+        for name in (
+            "self_attn.q_proj.weight",
+            "self_attn.q_proj.absmax",
+            "mlp.experts.down_proj",
+            "mlp.experts.packed_down_proj.weight",
+            "mlp.experts.packed_down_proj.absmax",
+            "input_layernorm.weight",
+        )
+    }
     assert list(sizes.values()) == [1, 4, 0, 1, 4, 2]
 
 
@@ -226,8 +245,16 @@ def test_all_weights_are_counted_as_parameters():
 
 @pytest.mark.parametrize("model_type", ["phimoe", "llama4_text"])
 def test_a_router_that_gives_more_than_a_product_is_no_linear_layer(model_type):
-    sizes = dict(vocab_size=160, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, num_local_experts=4, pad_token_id=0)  # fmt: skip
+    sizes = dict(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
     more = dict(head_dim=16, intermediate_size_mlp=96) if model_type == "llama4_text" else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | more), dtype=torch.float32)
     routers = [name for name, module in model.named_modules() if name.endswith("router")]
@@ -238,15 +265,29 @@ def test_a_router_that_gives_more_than_a_product_is_no_linear_layer(model_type):
     assert model(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
 
-ROUTED = dict(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
-              pad_token_id=0)  # fmt: skip
+ROUTED = dict(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=32,
+    pad_token_id=0,
+)
 
 
-@pytest.mark.parametrize(("model_type", "changes", "ends"), [
-    ("qwen2_moe", dict(shared_expert_intermediate_size=32), "shared_expert_gate"),
-    ("afmoe", dict(num_dense_layers=1), "router.gate"), ("hunyuan_v1_moe", dict(moe_topk=2), "gate.wg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "changes", "ends"),
+    [
+        ("qwen2_moe", dict(shared_expert_intermediate_size=32), "shared_expert_gate"),
+        ("afmoe", dict(num_dense_layers=1), "router.gate"),
+        ("hunyuan_v1_moe", dict(moe_topk=2), "gate.wg"),
+    ],
+)
 def test_what_chooses_among_experts_stays_as_it_is(model_type, changes, ends):
     config = AutoConfig.for_model(model_type, **ROUTED | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -334,8 +375,16 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monke
             block.mlp.gate.weight.mul_(0 if spread == "one" else 20)
     batch = random_batch(lengths)
     rows = BatchShape(lengths, int((batch.labels >= 0).sum()))
-    job = new_job(model.config, rows, None, compute_dtype=torch.float32, factor_dtype=torch.float32, rank=4,
-              optimizer="adamw_torch", options=MemoryOptions("none"))  # fmt: skip
+    job = new_job(
+        model.config,
+        rows,
+        None,
+        compute_dtype=torch.float32,
+        factor_dtype=torch.float32,
+        rank=4,
+        optimizer="adamw_torch",
+        options=MemoryOptions("none"),
+    )
     planned, optimizer = (
         simulate(job),
         build_optimizer([p for _, p in lora_parameters(model)], job.optimizer, 1e-4, 0.0),

@@ -64,9 +64,13 @@ def experts_of(name, double_quant=True):
     return described_experts(first_experts(model))
 
 
-@pytest.mark.parametrize(("name", "router", "double_quant"), [
-    *((name, router, True) for name in FORMS for router in ("any", "one")), ("qwen3_moe", "any", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "router", "double_quant"),
+    [
+        *((name, router, True) for name in FORMS for router in ("any", "one")),
+        ("qwen3_moe", "any", False),
+    ],
+)
 def test_values_and_gradients_are_those_of_one_expert_after_the_other(name, router, double_quant, small_parts):
     described, tensors = experts_of(name, double_quant)
     given = inputs_of(described, router)
@@ -164,9 +168,14 @@ def test_a_batch_that_uses_few_experts_does_not_unpack_them_all():
         assert ("qlora_lite::grouped_product" in operators.names) == grouped
 
 
-@pytest.mark.parametrize(("device", "options", "grouped"), [
-    ("cuda", MemoryOptions(), True), ("cuda", MemoryOptions(kernels="plain"), False), ("cpu", MemoryOptions(), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "options", "grouped"),
+    [
+        ("cuda", MemoryOptions(), True),
+        ("cuda", MemoryOptions(kernels="plain"), False),
+        ("cpu", MemoryOptions(), False),
+    ],
+)
 def test_a_gpu_s_plan_is_of_groups_unless_plain_operators_are_wanted(device, options, grouped):
     model = meta_model(build_tiny("qwen3_moe").config, "nf4", True, torch.float32)
     set_memory_options(model, options)
@@ -203,11 +212,14 @@ def test_a_kernel_that_agrees_and_is_faster_is_used(dtype, tried, caplog):
     assert not tried(0.99, dtype)
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    (lambda out: out.mul_(1.01), "since its value is off by"),
-    (lambda out: out.fill_(torch.nan), "since its value is off by nan"),
-    (lambda out: out.add_(out.new_ones(7)), "does not run here (RuntimeError:"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda out: out.mul_(1.01), "since its value is off by"),
+        (lambda out: out.fill_(torch.nan), "since its value is off by nan"),
+        (lambda out: out.add_(out.new_ones(7)), "does not run here (RuntimeError:"),
+    ],
+)
 def test_a_kernel_that_does_not_agree_is_not(wrong, said, tried, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     right = grouped_experts.grouped_product
@@ -224,8 +236,11 @@ def test_a_kernel_that_does_not_agree_is_not(wrong, said, tried, monkeypatch, ca
 def test_wrong_gradients_alone_are_found(factors, tried, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     gradients = grouped_experts.gradients
-    monkeypatch.setattr(grouped_experts, "gradients", lambda *given: tuple(
-        grad * factor for grad, factor in zip(gradients(*given), factors, strict=True)))  # fmt: skip
+    monkeypatch.setattr(
+        grouped_experts,
+        "gradients",
+        lambda *given: tuple(grad * factor for grad, factor in zip(gradients(*given), factors, strict=True)),
+    )
     assert not tried() and "since its gradient is off" in caplog.text
 
 

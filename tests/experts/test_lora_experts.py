@@ -171,9 +171,11 @@ def logits_of(model):
 
 
 CASES = {
-    "both": ["experts"], "first": ["gate_up_proj"], "second": ["*.experts.down_proj"],
+    "both": ["experts"],
+    "first": ["gate_up_proj"],
+    "second": ["*.experts.down_proj"],
     "layers": ["o_proj", Target("*.1.*.gate_up_proj", rank=2, alpha=9.0), "*.experts.down_proj"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -212,10 +214,16 @@ def test_rows_of_a_batch_have_their_own_adapters(tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_that_peft_made_is_read(rslora, tmp_path):
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, lora_alpha=6, use_rslora=rslora, init_lora_weights=False,
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"], rank_pattern={r".*\.0\..*\.down_proj": 2},
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        init_lora_weights=False,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={r".*\.0\..*\.down_proj": 2},
         alpha_pattern={"gate_up_proj": 9},
-    )  # fmt: skip
+    )
     theirs = peft.get_peft_model(plain("qwen3_moe"), config)
     theirs.save_pretrained(tmp_path)
     ours = load_adapter(plain("qwen3_moe"), tmp_path)
@@ -223,14 +231,21 @@ def test_an_adapter_that_peft_made_is_read(rslora, tmp_path):
     assert {(layer.rank, layer.alpha) for _, layer in lora_layers(ours)} == {(4, 6), (2, 6), (4, 9)}
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (dict(target_parameters=["norm.weight"]), "'norm.weight', and only weights of linear layers and of fused experts"),
-    (dict(target_parameters=["experts", "q_proj.weight"]), "'experts', and only weights"),
-    (dict(target_parameters=["gate_up_proj", "down_proj", "q_proj.weight"]), "self_attn.q_proj has no factors"),
-    (dict(target_parameters="down_proj "), "'down_proj ', and only weights"), (dict(target_parameters=[3]), "names 3"),
-    (dict(target_parameters=["down_proj"]), r"experts.base_layer.lora_A.weight belongs to no linear layer"),
-    (dict(target_parameters=None), r"experts.lora_A.weight belongs to no linear layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            dict(target_parameters=["norm.weight"]),
+            "'norm.weight', and only weights of linear layers and of fused experts",
+        ),
+        (dict(target_parameters=["experts", "q_proj.weight"]), "'experts', and only weights"),
+        (dict(target_parameters=["gate_up_proj", "down_proj", "q_proj.weight"]), "self_attn.q_proj has no factors"),
+        (dict(target_parameters="down_proj "), "'down_proj ', and only weights"),
+        (dict(target_parameters=[3]), "names 3"),
+        (dict(target_parameters=["down_proj"]), r"experts.base_layer.lora_A.weight belongs to no linear layer"),
+        (dict(target_parameters=None), r"experts.lora_A.weight belongs to no linear layer"),
+    ],
+)
 def test_a_folder_that_does_not_fit_is_refused(change, said, tmp_path):
     save_adapter(adapted(dtype=torch.float32), tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -271,10 +286,16 @@ def test_a_name_or_pattern_that_linear_layers_have_means_those_alone():
     assert names_of(["*.experts.down_proj"], "deepseek_v3") == {"1.mlp.experts.down_proj"}
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (dict(dropout=0.1), r"lora\.dropout 0\.1 is for linear layers, .*layers\.0\.mlp\.experts\.down_proj: set it to 0"),
-    (dict(dora=True), r"adapter\.method dora is for linear layers, and lora\.targets name experts too"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            dict(dropout=0.1),
+            r"lora\.dropout 0\.1 is for linear layers, .*layers\.0\.mlp\.experts\.down_proj: set it to 0",
+        ),
+        (dict(dora=True), r"adapter\.method dora is for linear layers, and lora\.targets name experts too"),
+    ],
+)
 def test_what_experts_cannot_have_is_refused_before_anything_is_changed(options, said):
     model = build_tiny("qwen3_moe").requires_grad_(True)
     with pytest.raises(ModelError, match=said):
@@ -291,9 +312,15 @@ def test_a_model_without_experts_says_so():
         add_lora(build_tiny("qwen3_moe"), ["expert"])
 
 
-@pytest.mark.parametrize(("quant", "options"), [
-    ("nf4", MemoryOptions()), ("nf4", MemoryOptions("none")), ("none", MemoryOptions(uncheckpointed_layers=1)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [
+        ("nf4", MemoryOptions()),
+        ("nf4", MemoryOptions("none")),
+        ("none", MemoryOptions(uncheckpointed_layers=1)),
+    ],
+    ids=str,
+)
 def test_a_plan_is_what_a_step_takes_whose_tokens_choose_the_same_experts(quant, options, monkeypatch):
     monkeypatch.setattr(routed, "DEQUANTIZED_BYTES", 1)
     lengths, settings = (50, 70), dict(moe_intermediate_size=256)
@@ -301,9 +328,16 @@ def test_a_plan_is_what_a_step_takes_whose_tokens_choose_the_same_experts(quant,
     batch = random_batch(lengths)
     rows = BatchShape(lengths, int((batch.labels >= 0).sum()))
     job = new_job(
-        model.config, rows, quant=quant, targets=(Target("all-linear"), Target("experts")), rank=4, options=options,
-        compute_dtype=torch.float32, factor_dtype=torch.float32, optimizer="adamw_torch",
-    )  # fmt: skip
+        model.config,
+        rows,
+        quant=quant,
+        targets=(Target("all-linear"), Target("experts")),
+        rank=4,
+        options=options,
+        compute_dtype=torch.float32,
+        factor_dtype=torch.float32,
+        optimizer="adamw_torch",
+    )
     job.workload.method.apply(model)
     set_memory_options(model.train(), options)
     with torch.no_grad():
@@ -345,20 +379,31 @@ def test_every_weight_is_trained(plainly):
     assert not any(torch.equal(a, b) for a, b in zip(training.parameters, begun, strict=True))
 
 
-@pytest.mark.parametrize("options", [
-    MemoryOptions("none"), MemoryOptions(uncheckpointed_layers=1), MemoryOptions(layers_per_checkpoint=2),
-    MemoryOptions(offload_checkpoints=True, resident_layers=0), MemoryOptions("selective"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions("none"),
+        MemoryOptions(uncheckpointed_layers=1),
+        MemoryOptions(layers_per_checkpoint=2),
+        MemoryOptions(offload_checkpoints=True, resident_layers=0),
+        MemoryOptions("selective"),
+    ],
+    ids=str,
+)
 def test_memory_options_change_no_bit(options, plainly):
     training, losses, _ = trained(options=options)
     assert losses == plainly[1]
     assert all(torch.equal(a, b) for a, b in zip(training.parameters, plainly[0].parameters, strict=True))
 
 
-@pytest.mark.parametrize(("optimizer", "dtype", "options"), [
-    ("adamw_torch", torch.float32, MemoryOptions()), ("adamw_8bit", torch.bfloat16, MemoryOptions()),
-    ("adamw_torch", torch.float32, MemoryOptions(optimizer_in_backward=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "options"),
+    [
+        ("adamw_torch", torch.float32, MemoryOptions()),
+        ("adamw_8bit", torch.bfloat16, MemoryOptions()),
+        ("adamw_torch", torch.float32, MemoryOptions(optimizer_in_backward=True)),
+    ],
+)
 def test_killed_and_resumed_it_goes_on_to_the_bit(optimizer, dtype, options):
     settings = dict(targets=ALL, optimizer=optimizer, dtype=dtype, rank=16, options=options, max_steps=2)
     if options.optimizer_in_backward:

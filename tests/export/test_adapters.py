@@ -43,11 +43,32 @@ LORAS = {
 PLAIN_WEIGHTS = ["model.quant=none"]  # plain transformers then has the very base that the run saw
 # What LoraConfig of peft 0.13 (October 2024) knows; a key it does not know is a TypeError there.
 PEFT_0_13 = {
-    "task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
-    "megatron_core", "loftq_config", "use_dora", "layer_replication", "runtime_config",
-}  # fmt: skip
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "use_dora",
+    "layer_replication",
+    "runtime_config",
+}
 
 
 def plain(tmp_path):
@@ -83,12 +104,18 @@ def test_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (run / "template.jinja").read_text()
 
 
-@pytest.mark.parametrize(("model_type", "lora", "overrides"), [
-    ("llama", MIXED, []), ("gpt2", None, ["adapter.train_also=[norms, biases]"]), ("phi3", None, ["lora.start=pissa"]),
-    ("qwen2", None, ["adapter.method=dora"]), ("llama", None, ["adapter.train_also=[embeddings, head]"]),
-    ("qwen3_moe", {"targets": ["all-linear", "experts"], "rank": 2, "alpha": 4}, []),
-    ("llama", None, ["adapter.train_tokens=[e]"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "lora", "overrides"),
+    [
+        ("llama", MIXED, []),
+        ("gpt2", None, ["adapter.train_also=[norms, biases]"]),
+        ("phi3", None, ["lora.start=pissa"]),
+        ("qwen2", None, ["adapter.method=dora"]),
+        ("llama", None, ["adapter.train_also=[embeddings, head]"]),
+        ("qwen3_moe", {"targets": ["all-linear", "experts"], "rank": 2, "alpha": 4}, []),
+        ("llama", None, ["adapter.train_tokens=[e]"]),
+    ],
+)
 def test_a_large_base_in_16_bit_is_read_block_by_block_for_the_check(
     model_type, lora, overrides, tmp_path, monkeypatch
 ):
@@ -185,9 +212,11 @@ def test_an_old_peft_loads_the_folder_with_equal_logits(model_type, case, tmp_pa
     places = [OLD_PEFT, str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     arguments = [OLD_PEFT, tmp_path / "model", tmp_path / "out", tmp_path / "logits.safetensors"]
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_IN_OLD_PEFT, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", LOAD_IN_OLD_PEFT, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert torch.allclose(load_file(tmp_path / "logits.safetensors")["logits"], adapted_logits(run), atol=2e-4)
     assert (adapted_logits(run) - logits(plain(tmp_path))).abs().max() > 1e-2
@@ -233,8 +262,10 @@ def test_a_reader_with_vllm_s_rules_gives_equal_logits(model_type, case, tmp_pat
 def test_vllm_is_told_of_a_template_and_of_ends_of_answers_that_the_base_does_not_know(tmp_path):
     run = tiny_run(tmp_path / "a")
     report = export_run(run, tmp_path / "known", ExportSettings("vllm"))
-    assert report["notes"] == ["vLLM does not stop at the end tokens of the training data: send stop_token_ids "
-                               f"[{END_OF_ANSWER}] with requests"]  # fmt: skip
+    assert report["notes"] == [
+        "vLLM does not stop at the end tokens of the training data: send stop_token_ids "
+        f"[{END_OF_ANSWER}] with requests"
+    ]
     shutil.copytree(tmp_path / "a" / "model", tmp_path / "b" / "model")
     generation = {"eos_token_id": [0, END_OF_ANSWER]}
     (tmp_path / "b" / "model" / "generation_config.json").write_text(json.dumps(generation))
@@ -252,9 +283,11 @@ def test_of_a_larger_model_the_folder_fits_the_whole_and_says_so(form, tmp_path)
     whole = save_nested(tmp_path / "model")
     run = make_run(tmp_path, tmp_path / "model", PLAIN_WEIGHTS, lora=MIXED)
     report = export_run(run, tmp_path / "out", ExportSettings(form))
-    theirs = peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out") if form == "peft" else (
-        vllm_reads(tmp_path / "out", plain(tmp_path))
-    )  # fmt: skip
+    theirs = (
+        peft.PeftModel.from_pretrained(plain(tmp_path), tmp_path / "out")
+        if form == "peft"
+        else (vllm_reads(tmp_path / "out", plain(tmp_path)))
+    )
     assert not torch.allclose(logits(theirs), logits(whole), atol=1e-2)
     assert torch.allclose(logits(theirs), adapted_logits(run), atol=2e-4)
     assert "fits the whole of" in report["notes"][0] and "'model.language_model.'" in report["notes"][0]
@@ -267,9 +300,13 @@ def test_vllm_s_rules_read_an_unfolded_adapter_wrongly(tmp_path):
     assert not torch.allclose(wrong, adapted_logits(run), atol=1e-2)
 
 
-@pytest.mark.parametrize(("model_type", "lora", "text"), [
-    ("gpt2", {"rank": 4}, "not known to support adapters for gpt2"), ("llama", {"rank": 513}, "ranks up to 512"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "lora", "text"),
+    [
+        ("gpt2", {"rank": 4}, "not known to support adapters for gpt2"),
+        ("llama", {"rank": 513}, "ranks up to 512"),
+    ],
+)
 def test_what_vllm_cannot_serve_is_refused(model_type, lora, text, tmp_path):
     trained = open_trained(tiny_run(tmp_path, model_type, lora))
     skeleton = trained.skeleton()
@@ -327,8 +364,15 @@ def llama_cpp_reads(path, model, names):
     return model
 
 
-GGUF_LEAVES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-               "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+GGUF_LEAVES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 
 
 @pytest.mark.parametrize("case", LORAS)
@@ -380,8 +424,9 @@ def test_a_merged_file_is_judged_by_its_share_of_the_change_where_rounding_is_la
     for exported, text in (
         (rounded, r"\(it changes nothing\): it makes -?0% of its change"),
         (rounded + 0.5 * step, "makes 50% of its change"),
-        (rounded + step + 6 * other, "distance of the logits"), (base * float("nan"), "nan"),
-    ):  # fmt: skip
+        (rounded + step + 6 * other, "distance of the logits"),
+        (base * float("nan"), "nan"),
+    ):
         with pytest.raises(ModelError, match=text):
             check_merged(change, exported, rounded, "it", 0.5)
 

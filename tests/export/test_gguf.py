@@ -141,10 +141,16 @@ def test_other_types_round_the_weights_once(family, kind, most, run_of, tmp_path
     assert report["distance"] < most and abs(report["share"] - 1) < 0.05
 
 
-@pytest.mark.parametrize(("family", "lora", "overrides"), [
-    ("llama", {}, []), ("qwen2", {"targets": ["q_proj"]}, ["adapter.train_also=[biases]"]),
-    ("mistral", {}, ["model.quant=none"]), ("qwen3", {}, ["adapter.method=dora"]), ("gemma3_text", {}, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "lora", "overrides"),
+    [
+        ("llama", {}, []),
+        ("qwen2", {"targets": ["q_proj"]}, ["adapter.train_also=[biases]"]),
+        ("mistral", {}, ["model.quant=none"]),
+        ("qwen3", {}, ["adapter.method=dora"]),
+        ("gemma3_text", {}, []),
+    ],
+)
 def test_training_rows_choose_codes_of_q4_0_nearer_to_the_trained_model_than_rounding(
     family, lora, overrides, run_of, tmp_path, monkeypatch
 ):
@@ -326,20 +332,24 @@ def scaled(kind, **settings):
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 8.0}
-GEMMA3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-               "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}  # fmt: skip
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
 SAID = {  # what files say beyond what transformers' reader takes; family, settings
     "llama3": ("llama", scaled("llama3", original_max_position_embeddings=64, **LLAMA3)),
     "llama3 of its own first context": ("llama", scaled("llama3", original_max_position_embeddings=8192, **LLAMA3)),
     "linear": ("llama", scaled("linear", factor=4.0)),
     "yarn": ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32)),
-    "yarn with bounds": ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0,
-                                         beta_slow=2.0)),
+    "yarn with bounds": (
+        "qwen2",
+        scaled("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0, beta_slow=2.0),
+    ),
     "size of heads": ("qwen3", {}),
     "caps and a small scale": ("gemma2", {}),
     "scale of a 27B": ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 16}),
     "scaling of whole blocks": ("gemma3_text", {"num_hidden_layers": 6, "rope_parameters": GEMMA3_ROPE}),
-}  # fmt: skip
+}
 
 
 SLOW = {"scale of a 27B"}  # which transformers knows by its number of layers
@@ -377,18 +387,25 @@ def say(path, values=(), factors=None):
     return path
 
 
-@pytest.mark.parametrize(("values", "factors", "text"), [
-    ({"rope.scaling.type": "longrope"}, None, "rope.scaling.type longrope"),
-    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_attn_factor": 0.5}, None,
-     "rope.scaling.yarn_attn_factor 0.5"),
-    ({"rope.scaling.type": "linear", "rope.scaling.of_tomorrow": 1.0}, None, "rope.scaling.of_tomorrow"),
-    ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, [1, 2] * 4, "rope_freqs.weight beside a scaling"),
-    ({}, [1, 2, 1, 2, 3, 4, 5, 8], "rope_freqs.weight"), ({}, [1, 8], "rope_freqs.weight"),
-    ({"attention.scale": 0.5}, None, "attention.scale 0.5"),
-    ({"final_logit_softcapping": 30.0}, None, "final_logit_softcapping 30.0"),
-    ({"rope.freq_base_swa": 5.0}, None, "rope.freq_base_swa 5.0"),
-    ({"rope.dimension_count": 8.0}, None, "rope.dimension_count 8.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "factors", "text"),
+    [
+        ({"rope.scaling.type": "longrope"}, None, "rope.scaling.type longrope"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_attn_factor": 0.5},
+            None,
+            "rope.scaling.yarn_attn_factor 0.5",
+        ),
+        ({"rope.scaling.type": "linear", "rope.scaling.of_tomorrow": 1.0}, None, "rope.scaling.of_tomorrow"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, [1, 2] * 4, "rope_freqs.weight beside a scaling"),
+        ({}, [1, 2, 1, 2, 3, 4, 5, 8], "rope_freqs.weight"),
+        ({}, [1, 8], "rope_freqs.weight"),
+        ({"attention.scale": 0.5}, None, "attention.scale 0.5"),
+        ({"final_logit_softcapping": 30.0}, None, "final_logit_softcapping 30.0"),
+        ({"rope.freq_base_swa": 5.0}, None, "rope.freq_base_swa 5.0"),
+        ({"rope.dimension_count": 8.0}, None, "rope.dimension_count 8.0"),
+    ],
+)
 def test_what_a_gguf_base_says_and_no_setting_holds_is_refused_by_name(values, factors, text, tmp_path):
     with pytest.raises(ModelError, match=f"says {re.escape(text)}, for which its model has no setting here"):
         as_the_file_says(build_tiny("llama").config, say(tmp_path / "a.gguf", values, factors))
@@ -473,17 +490,26 @@ def test_a_way_to_cut_words_that_llama_cpp_does_not_know_is_refused():
         describe_tokenizer(tokenizer, VOCABULARY)
 
 
-@pytest.mark.parametrize(("family", "options", "text"), [
-    ("llama", {"hidden_act": "gelu"}, "activation gelu"),
-    ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
-    ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32"),
-    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-     r"partial_rotary_factor 0\.5"),
-    ("qwen2", scaled("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
-     r"attention_factor 1\.5"),
-    ("gemma3_text", {"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "options", "text"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99"),
+        ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor 0\.5",
+        ),
+        (
+            "qwen2",
+            scaled("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
+            r"attention_factor 1\.5",
+        ),
+        ("gemma3_text", {"layer_types": ["full_attention", "full_attention"]}, "layer_types"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+    ],
+)
 def test_settings_that_llama_cpp_does_not_compute_are_refused_by_name(family, options, text, run_of, tmp_path):
     with pytest.raises(ModelError, match=text):
         export_run(run_of(family, **options), tmp_path / "out", ExportSettings("gguf"))
@@ -508,8 +534,14 @@ def test_an_attention_window_that_llama_cpp_has_not_is_a_note_or_an_error_where_
 
 
 def test_llama_3_s_rotary_weights_are_those_of_transformers():
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     options = dict(rope_parameters=rope, hidden_size=512, max_position_embeddings=131072)
     scaled = build_tiny("llama", **options)
     plain = build_tiny("llama", **(options | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}))

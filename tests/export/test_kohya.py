@@ -18,12 +18,15 @@ from qlora_lite.models.denoisers import load_denoiser
 # The single blocks of FLUX.1 compute queries, keys, values and more at once, which diffusers' converter takes apart at
 # the sizes of the published model alone: see below.
 TARGETS = {
-    "unet": ("all-linear", "*embedding*"), "flux2": ("all-linear",),
+    "unet": ("all-linear", "*embedding*"),
+    "flux2": ("all-linear",),
     "flux": ("*.transformer_blocks.*", "*.single_transformer_blocks.*.proj_out", "*.norm.linear"),
-}  # fmt: skip
+}
 PIPELINES = {
-    "unet": diffusers.StableDiffusionXLPipeline, "flux": diffusers.FluxPipeline, "flux2": diffusers.Flux2Pipeline,
-}  # fmt: skip
+    "unet": diffusers.StableDiffusionXLPipeline,
+    "flux": diffusers.FluxPipeline,
+    "flux2": diffusers.Flux2Pipeline,
+}
 
 
 def kind_of(family):
@@ -72,8 +75,9 @@ def test_what_a_single_block_of_flux_computes_at_once_is_taken_apart_again():
         f"transformer.single_transformer_blocks.7.{name}": factors(3072, size, 2) for name, size in outputs.items()
     }
     tensors = kohya_tensors(layers, kind_of("flux"))
-    assert sorted(tensors) == [f"lora_unet_single_blocks_7_linear1.{end}"
-                               for end in ("alpha", "lora_down.weight", "lora_up.weight")]  # fmt: skip
+    assert sorted(tensors) == [
+        f"lora_unet_single_blocks_7_linear1.{end}" for end in ("alpha", "lora_down.weight", "lora_up.weight")
+    ]
     found = diffusers.FluxPipeline.lora_state_dict(tensors)
     for path, held in layers.items():
         assert torch.equal(found[f"{path}.lora_A.weight"], held.lora_A)
@@ -84,8 +88,11 @@ def test_what_a_single_block_of_flux_computes_at_once_is_taken_apart_again():
 def test_of_layers_that_are_computed_at_once_some_may_have_no_lora_weights(family):
     torch.manual_seed(0)
     block = "transformer.transformer_blocks.0.attn"
-    layers = {f"{block}.to_q": factors(6, 6, 3), f"{block}.to_v": factors(6, 6, 3, 4.0),
-              f"{block}.add_k_proj": factors(6, 6, 2)}  # fmt: skip
+    layers = {
+        f"{block}.to_q": factors(6, 6, 3),
+        f"{block}.to_v": factors(6, 6, 3, 4.0),
+        f"{block}.add_k_proj": factors(6, 6, 2),
+    }
     found = PIPELINES[family].lora_state_dict(kohya_tensors(layers, kind_of(family)))
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
         product = found[f"{block}.{name}.lora_B.weight"] @ found[f"{block}.{name}.lora_A.weight"]

@@ -123,9 +123,12 @@ def test_llama_cpp_makes_the_tokens_of_training(run_of, tmp_path):
 
 
 TEXTS = (
-    "In 2024 the price was 1,234.50.", "  two  spaces", "don't\n\n\nstop", "naïve Grüße 東京 🙂",
+    "In 2024 the price was 1,234.50.",
+    "  two  spaces",
+    "don't\n\n\nstop",
+    "naïve Grüße 東京 🙂",
     "def f(x):\n\treturn x",
-)  # fmt: skip
+)
 
 
 @pytest.mark.model

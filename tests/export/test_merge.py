@@ -94,8 +94,9 @@ def test_merging_into_the_original_weights_is_another_model_and_says_so(run, tmp
 @pytest.mark.parametrize("asked", ["nf4", "none"])
 def test_a_run_of_a_4_bit_checkpoint_is_merged_into_its_weights_whatever_was_asked_for(asked, tmp_path):
     save_tiny(tmp_path / "plain", intermediate_size=128)
-    save_quantized(load_model(str(tmp_path / "plain"), "fp4", True, torch.float32), tmp_path / "packed",
-                   byte_tokenizer())  # fmt: skip
+    save_quantized(
+        load_model(str(tmp_path / "plain"), "fp4", True, torch.float32), tmp_path / "packed", byte_tokenizer()
+    )
     run = make_run(tmp_path, tmp_path / "packed", [f"model.quant={asked}", "model.double_quant=false"])
     for base, text in (("original", "leave out --base"), ("nf4", "trained on fp4 weights, not on nf4: leave out")):
         assert text in refusal(ModelError, run, tmp_path / "out", base=base)
@@ -168,9 +169,12 @@ def test_a_longer_vocabulary_is_written_also_where_the_base_leaves_it_to_its_cla
     longer = kind.from_dict(said)
     longer.get_text_config().vocab_size = text["vocab_size"] + 2
     made = SimpleNamespace(
-        config=longer, files=SimpleNamespace(folder=tmp_path / "base", gguf_file=None), architecture="Some",
-        base=SimpleNamespace(in_memory=False), has_new_tokens=True,
-    )  # fmt: skip
+        config=longer,
+        files=SimpleNamespace(folder=tmp_path / "base", gguf_file=None),
+        architecture="Some",
+        base=SimpleNamespace(in_memory=False),
+        has_new_tokens=True,
+    )
     _write_configs(made, tmp_path / "out", torch.bfloat16, [2])
     assert AutoConfig.from_pretrained(tmp_path / "out").get_text_config().vocab_size == text["vocab_size"] + 2
 

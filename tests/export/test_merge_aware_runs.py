@@ -111,8 +111,10 @@ def test_a_gguf_file_of_the_format_holds_every_weight_that_was_trained(to, quant
     assert report["dtype"] == to and report["distance"] < 0.05
     model = trained_model(run)
     names = gguf_names(model.config)
-    read = {tensor.name: dequantize(tensor.data, tensor.tensor_type)
-            for tensor in GGUFReader(tmp_path / "out" / MODEL_FILE).tensors}  # fmt: skip
+    read = {
+        tensor.name: dequantize(tensor.data, tensor.tensor_type)
+        for tensor in GGUFReader(tmp_path / "out" / MODEL_FILE).tensors
+    }
     for path in ("q_proj", "v_proj"), ("down_proj",):
         for leaf in path:
             part = "mlp" if leaf == "down_proj" else "self_attn"

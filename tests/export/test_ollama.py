@@ -130,8 +130,10 @@ def test_a_begin_token_that_only_begins_a_turn_stays_in_the_template(tmp_path):
 
 def test_a_system_message_that_all_training_rows_share_is_the_modelfile_s(tmp_path):
     run = tiny_run(tmp_path, merges=MERGES)
-    rows = '{"messages": [{"role": "system", "content": "%s"}, {"role": "user", "content": "a"}, ' \
-           '{"role": "assistant", "content": "b"}]}\n'  # fmt: skip
+    rows = (
+        '{"messages": [{"role": "system", "content": "%s"}, {"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b"}]}\n'
+    )
     for systems, expected in ((("Be brief.",) * 3, ['SYSTEM """Be brief."""']), (("Be brief.", "Be long."), [])):
         (tmp_path / "train.jsonl").write_text("".join(rows % system for system in systems))
         report = export_run(run, tmp_path / str(len(systems)), ExportSettings("ollama"))
@@ -148,24 +150,42 @@ def test_a_run_whose_training_rows_are_gone_is_exported_without_a_system_message
     assert "SYSTEM" not in (tmp_path / "out" / "Modelfile").read_text()
 
 
-@pytest.mark.parametrize(("go", "expected"), [
-    ("a{{ .System }}b", "aSb"),
-    ("{{ if .System }}1{{ else }}2{{ end }}", "1"),
-    ('{{ range .Messages }}{{ if eq .Role "user" }}U{{ .Content }}{{ else if eq .Role "assistant" }}A{{ else }}-'
-     "{{ end }}{{ end }}!", "-UqA!"),
-    ("{{ range .Messages }}{{ if .Content }}{{ .Content }},{{ end }}{{ end }}", "S,q,q,"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("go", "expected"),
+    [
+        ("a{{ .System }}b", "aSb"),
+        ("{{ if .System }}1{{ else }}2{{ end }}", "1"),
+        (
+            '{{ range .Messages }}{{ if eq .Role "user" }}U{{ .Content }}{{ else if eq .Role "assistant" }}A{{ else }}-'
+            "{{ end }}{{ end }}!",
+            "-UqA!",
+        ),
+        ("{{ range .Messages }}{{ if .Content }}{{ .Content }},{{ end }}{{ end }}", "S,q,q,"),
+    ],
+)
 def test_go_templates_are_rendered_as_go_does(go, expected):
-    messages = [{"Role": role, "Content": content} for role, content in
-                (("system", "S"), ("user", "q"), ("assistant", "q"))]  # fmt: skip
+    messages = [
+        {"Role": role, "Content": content} for role, content in (("system", "S"), ("user", "q"), ("assistant", "q"))
+    ]
     assert render_go(go, "S", messages) == expected
 
 
-@pytest.mark.parametrize("go", [
-    "{{ .Tools }}", "{{ if .System }}x", "{{ end }}", "{{ len .Messages }}", "{{ $x := 1 }}",
-    "a {{- .System }}", "{{ .System -}} b", '{{ "quoted" }}', "{{{ .System }}",
-    "{{ range .System.Content }}x{{ end }}", "{{ template }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "go",
+    [
+        "{{ .Tools }}",
+        "{{ if .System }}x",
+        "{{ end }}",
+        "{{ len .Messages }}",
+        "{{ $x := 1 }}",
+        "a {{- .System }}",
+        "{{ .System -}} b",
+        '{{ "quoted" }}',
+        "{{{ .System }}",
+        "{{ range .System.Content }}x{{ end }}",
+        "{{ template }}",
+    ],
+)
 def test_what_is_not_read_of_go_is_an_error(go):
     with pytest.raises(ModelError):
         render_go(go, "S", [])

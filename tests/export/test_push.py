@@ -27,19 +27,36 @@ from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.runs.run import run_recipe
 
 REPO, BASE = "me/orders", "them/Base-1B"
-ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-                 "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+ADAPTER_FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 MEASURED = {
-    "trainable_parameters": 12_345, "steps": 60, "seconds": 90.5, "device": "CPU x86_64, 2 threads",
-    "eval_loss_before": 2.5, "eval_loss_after": 1.25, "exact_match_before": 0.0, "exact_match_after": 0.85,
-    "exact_match_rows": 100, "metrics": {
+    "trainable_parameters": 12_345,
+    "steps": 60,
+    "seconds": 90.5,
+    "device": "CPU x86_64, 2 threads",
+    "eval_loss_before": 2.5,
+    "eval_loss_after": 1.25,
+    "exact_match_before": 0.0,
+    "exact_match_after": 0.85,
+    "exact_match_rows": 100,
+    "metrics": {
         "before": {"bleu": {"value": 1.25, "standard_error": None, "examples": 90, "signature": "nrefs:1|tok:13a"}},
-        "after": {"bleu": {"value": 31.23, "standard_error": 2.5, "examples": 90, "signature": "nrefs:1|tok:13a"},
-                  "rougeL": {"value": 0.5, "standard_error": 0.25, "examples": 90}, "rouge1": {"value": "x"}},
-    }, "versions": {"qlora-lite": "0.1.0", "torch": "2.13.0"},
+        "after": {
+            "bleu": {"value": 31.23, "standard_error": 2.5, "examples": 90, "signature": "nrefs:1|tok:13a"},
+            "rougeL": {"value": 0.5, "standard_error": 0.25, "examples": 90},
+            "rouge1": {"value": "x"},
+        },
+    },
+    "versions": {"qlora-lite": "0.1.0", "torch": "2.13.0"},
     "data": {"rows_kept": 1_500, "learned_tokens": 23_456, "end_token_ids": [4]},
     "samples": [{"prompt": "a customer's secret", "reference": "x", "before": "y", "after": "z"}],
-}  # fmt: skip
+}
 
 
 def http_error(kind, status):
@@ -176,8 +193,12 @@ def test_paths_of_this_machine_become_the_base_model_s_name_or_are_left_out(run,
     paths = ["../models/x", "~/x", "models/x", "C:\\models\\x", load_recipe(run / "recipe.yaml").model.path]
     (tmp_path / "models" / "x").mkdir(parents=True)
     own = {"path": "not/there", "extra_special_tokens": ["/", "~/"], "added": {"1": {"content": "/"}}, "none": None}
-    settings = {"_name_or_path": paths[0], "part": {"name_or_path": paths[1], "file": paths[2]},
-                "files": [paths[3], "kept"], "parts": [{"cache_dir": paths[4]}]}  # fmt: skip
+    settings = {
+        "_name_or_path": paths[0],
+        "part": {"name_or_path": paths[1], "file": paths[2]},
+        "files": [paths[3], "kept"],
+        "parts": [{"cache_dir": paths[4]}],
+    }
     for name in ("config.json", "tokenizer_config.json"):
         there = json.loads((merged / name).read_text())
         (merged / name).write_text(json.dumps(there | own | settings))
@@ -213,10 +234,15 @@ def test_a_repository_that_is_there_keeps_its_visibility_and_its_other_files(run
     assert "the repository exists and stays private" in out
 
 
-@pytest.mark.parametrize(("status", "words"), [
-    (401, "does not accept the token: run `hf auth login`"), (403, f"has no write access to {REPO}"),
-    (409, "exists already"), (500, f"the hub refuses {REPO}: 500 Client Error: no."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "does not accept the token: run `hf auth login`"),
+        (403, f"has no write access to {REPO}"),
+        (409, "exists already"),
+        (500, f"the hub refuses {REPO}: 500 Client Error: no."),
+    ],
+)
 def test_what_the_hub_refuses_is_one_line(status, words):
     hub = Hub(error=http_error(HfHubHTTPError, status))
     with pytest.raises(OutputError) as caught:
@@ -238,12 +264,19 @@ def test_without_a_network_a_push_ends_with_one_line_and_a_dry_run_goes_on(run, 
     assert code == 0 and words in out and "licence is not known" in out and "(--dry-run)" in out
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["RUN", REPO], "--base-model OWNER/NAME"), (["RUN", "orders"], "write it as OWNER/NAME"),
-    (["RUN", "me/../you"], "write it as OWNER/NAME"), (["RUN", REPO, "--base-model", "/home/me/base"], "OWNER/NAME"),
-    (["RUN/adapter", REPO], "name the run"), (["ALONE", REPO], "`hf upload`"), (["RUN", "a--b/c"], "'a--b/c' is not"),
-    (["RUN", REPO, "--merged", "RUN"], "is not a merged model of run"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["RUN", REPO], "--base-model OWNER/NAME"),
+        (["RUN", "orders"], "write it as OWNER/NAME"),
+        (["RUN", "me/../you"], "write it as OWNER/NAME"),
+        (["RUN", REPO, "--base-model", "/home/me/base"], "OWNER/NAME"),
+        (["RUN/adapter", REPO], "name the run"),
+        (["ALONE", REPO], "`hf upload`"),
+        (["RUN", "a--b/c"], "'a--b/c' is not"),
+        (["RUN", REPO, "--merged", "RUN"], "is not a merged model of run"),
+    ],
+)
 def test_what_cannot_be_pushed_is_refused_before_the_hub_gets_anything(run, hub, command, tmp_path, arguments, words):
     (tmp_path / "alone").symlink_to(run / "adapter")
     arguments = [word.replace("RUN", str(run)).replace("ALONE", str(tmp_path / "alone")) for word in arguments]
@@ -281,20 +314,31 @@ def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
     )
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata == {
-        "base_model": BASE, "base_model_relation": "adapter", "library_name": "peft", "pipeline_tag": "text-generation",
-        "tags": ["lora", "qlora", "qlora-lite"], "datasets": ["them/rows"], "license": "other", "license_name": "them",
+        "base_model": BASE,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "qlora", "qlora-lite"],
+        "datasets": ["them/rows"],
+        "license": "other",
+        "license_name": "them",
         "license_link": "https://x",
-    }  # fmt: skip
+    }
     for line in (
         "| evaluation loss (nats per target token) | 2.5000 | 1.2500 |",
         "| exact match of 100 answers | 0.0% | 85.0% |",
-        "| bleu of 90 answers nrefs:1\\|tok:13a | 1.2 | 31.2 ± 2.5 |", "| rougeL of 90 answers | - | 0.5000 ± 0.2500 |",
-        "| examples | 1,500 |", "| target tokens | 23,456 |", "| base weights | NF4, double quantization |",
+        "| bleu of 90 answers nrefs:1\\|tok:13a | 1.2 | 31.2 ± 2.5 |",
+        "| rougeL of 90 answers | - | 0.5000 ± 0.2500 |",
+        "| examples | 1,500 |",
+        "| target tokens | 23,456 |",
+        "| base weights | NF4, double quantization |",
         "| LoRA | rank 8, alpha 32, dropout 0, on `q_proj`, `*.mlp.*`; initialized from an earlier adapter |",
-        "| learning rate | 0.0015, cosine, warm-up 3% |", "| sequences per step | 4, packed, of up to 256 tokens |",
-        "Versions: qlora-lite 0.1.0, torch 2.13.0.", "That of the base model: them.",
+        "| learning rate | 0.0015, cosine, warm-up 3% |",
+        "| sequences per step | 4, packed, of up to 256 tokens |",
+        "Versions: qlora-lite 0.1.0, torch 2.13.0.",
+        "That of the base model: them.",
         f'model = AutoPeftModelForCausalLM.from_pretrained("{REPO}", dtype="auto", device_map="auto")',
-    ):  # fmt: skip
+    ):
         assert line in card.splitlines(), line
     assert str(tmp_path) not in card and "rows.jsonl" not in card and "secret" not in card
 
@@ -302,10 +346,16 @@ def test_a_gpu_says_what_was_measured_and_nothing_of_this_machine(tmp_path):
 def test_what_a_run_recorded_is_text_in_its_card(tmp_path):
     evil = "\x1b[2J\u202e<script>a</script>\n\n# b | `c` [d](javascript:e)"
     summary = {
-        "status": "complete", "device": evil, "versions": {evil: evil}, "learning_rate": evil, "exact_match_rows": evil,
-        "exact_match_after": 0.5, "eval_loss_after": evil, "data": {"rows_kept": evil},
+        "status": "complete",
+        "device": evil,
+        "versions": {evil: evil},
+        "learning_rate": evil,
+        "exact_match_rows": evil,
+        "exact_match_after": 0.5,
+        "eval_loss_after": evil,
+        "data": {"rows_kept": evil},
         "metrics": {"after": {evil: {"value": 1.0, "examples": 2, "signature": evil}}},
-    }  # fmt: skip
+    }
     plain = facts(tmp_path, summary)
     adapter = plain.recipe.adapter.model_copy(update={"train_tokens": ("a`b\nc", "<d>")})
     card = model_card(replace(plain, recipe=plain.recipe.model_copy(update={"adapter": adapter})))
@@ -316,10 +366,17 @@ def test_what_a_run_recorded_is_text_in_its_card(tmp_path):
 @pytest.mark.parametrize(("quant", "tags"), [("nf4", ["lora", "dora", "qlora", "qdora"]), ("none", ["lora", "dora"])])
 def test_the_card_of_dora_names_it_and_the_rate_of_b(tmp_path, quant, tags):
     plain = facts(tmp_path, licence={})
-    recipe = recipe_of(plain.recipe.model_dump(mode="json"), [
-        "adapter.method=dora", "train.loraplus_lr_ratio=16", f"model.quant={quant}", "train.max_grad_norm=0",
-        "train.warmup_ratio=0.004",
-    ], "recipe")  # fmt: skip
+    recipe = recipe_of(
+        plain.recipe.model_dump(mode="json"),
+        [
+            "adapter.method=dora",
+            "train.loraplus_lr_ratio=16",
+            f"model.quant={quant}",
+            "train.max_grad_norm=0",
+            "train.warmup_ratio=0.004",
+        ],
+        "recipe",
+    )
     card = model_card(replace(plain, recipe=recipe))
     assert yaml.safe_load(card.split("---\n")[1])["tags"] == [*tags, "qlora-lite"]
     assert "A DoRA adapter for" in card and "\n| DoRA | rank 8," in card

@@ -38,8 +38,10 @@ def recipe_of(folder, model_type="llama", overrides=(), **options):
     save_tiny(folder / "model", model_type, **options)
     if model_type == "deepseek_v3":  # whose router's bias is all zeros, when new
         file = folder / "model" / "model.safetensors"
-        biases = {name: torch.linspace(0.1, -0.1, len(tensor)) if "correction_bias" in name else tensor
-                  for name, tensor in load_file(file).items()}  # fmt: skip
+        biases = {
+            name: torch.linspace(0.1, -0.1, len(tensor)) if "correction_bias" in name else tensor
+            for name, tensor in load_file(file).items()
+        }
         save_file(biases, file, {"format": "pt"})
     return load_recipe(write_recipe(folder, folder / "model"), overrides)
 
@@ -56,12 +58,17 @@ def loaded(recipe, name, candidates):
 
 # gpt2's weights are stored [in, out]; gemma2's blocks differ; deepseek_v3 has experts, a router's bias, and kinds of
 # layer in some blocks only; falcon's rows are told apart by a mask
-@pytest.mark.parametrize(("model_type", "names"), [
-    ("llama", [SIXTEEN, "nf4", "fp4", "v_proj", "down_proj", "model.layers.0", "model.layers.1"]),
-    ("gpt2", ["c_proj", "transformer.h.1"]), ("gemma2", [SIXTEEN, "gate_proj", "model.layers.1"]),
-    ("qwen3_moe", ["nf4", "gate_up_proj", "model.layers.0"]),
-    ("deepseek_v3", ["fp4", "*.experts.down_proj", "down_proj", "model.layers.1"]), ("falcon", ["model.layers.1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("llama", [SIXTEEN, "nf4", "fp4", "v_proj", "down_proj", "model.layers.0", "model.layers.1"]),
+        ("gpt2", ["c_proj", "transformer.h.1"]),
+        ("gemma2", [SIXTEEN, "gate_proj", "model.layers.1"]),
+        ("qwen3_moe", ["nf4", "gate_up_proj", "model.layers.0"]),
+        ("deepseek_v3", ["fp4", "*.experts.down_proj", "down_proj", "model.layers.1"]),
+        ("falcon", ["model.layers.1"]),
+    ],
+)
 def test_each_variant_has_the_loss_and_divergence_of_the_model_loaded_so(model_type, names, tmp_path):
     recipe = recipe_of(tmp_path, model_type)
     names = [name.replace("model.layers", "transformer.h") if model_type == "falcon" else name for name in names]
@@ -82,8 +89,10 @@ def test_bytes_are_those_of_the_models_loaded(tmp_path):
     recipe = recipe_of(tmp_path)
     base = StreamedBase(recipe, rows=2)
     candidates = candidates_of(base)
-    sizes = {name: sum(tensor.nbytes for tensor in loaded(recipe, name, candidates).state_dict().values())
-             for name in ("nf4", "q_proj", "model.layers.1", SIXTEEN)}  # fmt: skip
+    sizes = {
+        name: sum(tensor.nbytes for tensor in loaded(recipe, name, candidates).state_dict().values())
+        for name in ("nf4", "q_proj", "model.layers.1", SIXTEEN)
+    }
     assert base.base_bytes == sizes["nf4"]
     for name in ("q_proj", "model.layers.1"):
         assert candidates[name].more_bytes == sizes[name] - sizes["nf4"]
@@ -170,8 +179,11 @@ def test_a_set_is_measured_and_a_dearer_one_is_tried_until_one_closes_what_was_a
     assert found["closed"] >= 0.6 and found["guessed"] == pytest.approx(2 * found["closed"])
     assert {*found["keep_16bit"]} <= gains.keys() and found["asked"] == "60% of the divergence closed"
     assert found["loss_closed"] is None, "the loss is lower in 4 bit"
-    monkeypatch.setattr(StreamedBase, "measure", lambda self, given, what: {
-        name: {"loss": 1.0, "kl": 0.0} for name in (SIXTEEN, *given)})  # fmt: skip
+    monkeypatch.setattr(
+        StreamedBase,
+        "measure",
+        lambda self, given, what: {name: {"loss": 1.0, "kl": 0.0} for name in (SIXTEEN, *given)},
+    )
     assert measure_damage(recipe)["sets"] == []
 
 
@@ -182,8 +194,10 @@ def test_no_recommended_set_is_beaten_by_a_single_kind_or_block(wish, tmp_path, 
 
     def measured(self, given, what):
         kl = {SIXTEEN: 0.0, "v_proj": 0.08, block: 0.03}
-        return {name: {"loss": 1.0, "kl": kl.get(name, 0.1 if name in ("nf4", "fp4") or "_proj" in name else 0.04)}
-                for name in (SIXTEEN, *given)}  # fmt: skip
+        return {
+            name: {"loss": 1.0, "kl": kl.get(name, 0.1 if name in ("nf4", "fp4") or "_proj" in name else 0.04)}
+            for name in (SIXTEEN, *given)
+        }
 
     monkeypatch.setattr(StreamedBase, "measure", measured)
     (found,) = measure_damage(recipe, **wish)["sets"]
@@ -213,12 +227,21 @@ def test_rows_that_would_see_each_other_go_through_alone(tmp_path, monkeypatch):
     assert len(StreamedBase(recipe_of(tmp_path / "llama"), rows=5).batches) == 1
 
 
-@pytest.mark.parametrize(("model_type", "options", "text"), [
-    ("gemma4_unified_text",
-     {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
-     "read the keys and values of earlier ones"),
-    ("gpt2", {"n_positions": 16}, r"the row takes \d+ positions, and the model has embeddings of 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "options", "text"),
+    [
+        (
+            "gemma4_unified_text",
+            {
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            "read the keys and values of earlier ones",
+        ),
+        ("gpt2", {"n_positions": 16}, r"the row takes \d+ positions, and the model has embeddings of 16"),
+    ],
+)
 def test_a_model_that_these_rows_cannot_go_through_block_by_block_is_one_error(model_type, options, text, tmp_path):
     with pytest.raises((ModelError, DataError), match=text):
         measure_damage(recipe_of(tmp_path, model_type, **options))
@@ -264,14 +287,17 @@ def test_what_is_computed_between_blocks_is_an_error(tmp_path, monkeypatch):
         measure_damage(recipe)
 
 
-@pytest.mark.parametrize(("error", "overrides", "options", "text"), [
-    (RecipeError, ["data.eval=null"], {}, "no held-out rows to measure on: write data.eval or data.eval_share"),
-    (RecipeError, ["model.quant=none"], {}, "nothing is quantised"),
-    (RecipeError, ["model.quant=keep"], {}, "nothing is quantised"),
-    (ModelError, ["model.keep_16bit=[nonsense]"], {}, "'nonsense' matches no linear layer"),
-    (ModelError, ["model.keep_16bit=[lm_head]"], {}, "'lm_head' matches no linear layer"),
-    (RecipeError, [], {"most_bytes": 100}, r"nothing fits in 100 B: the smallest, k_proj, takes 11.9 KiB more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "overrides", "options", "text"),
+    [
+        (RecipeError, ["data.eval=null"], {}, "no held-out rows to measure on: write data.eval or data.eval_share"),
+        (RecipeError, ["model.quant=none"], {}, "nothing is quantised"),
+        (RecipeError, ["model.quant=keep"], {}, "nothing is quantised"),
+        (ModelError, ["model.keep_16bit=[nonsense]"], {}, "'nonsense' matches no linear layer"),
+        (ModelError, ["model.keep_16bit=[lm_head]"], {}, "'lm_head' matches no linear layer"),
+        (RecipeError, [], {"most_bytes": 100}, r"nothing fits in 100 B: the smallest, k_proj, takes 11.9 KiB more"),
+    ],
+)
 def test_what_cannot_be_measured_is_one_error(error, overrides, options, text, tmp_path):
     recipe = recipe_of(tmp_path, overrides=[*overrides, "train.metrics_examples=0"])
     with pytest.raises(error, match=text):

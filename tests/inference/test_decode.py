@@ -31,8 +31,21 @@ from qlora_lite.quant.small_batch import MAX_ROWS
 PROMPTS = ["<s>a", "<s>the quick brown fox", "<s>hello", "<s>", "<s>zz top"]
 NEW = 8
 ROOM = 40  # more than the longest prompt with its answer
-FIXED = {"llama", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox", "olmo2", "cohere", "granite", "qwen3_moe", "nemotron",
-         "deepseek_v3", "opt"}  # fmt: skip
+FIXED = {
+    "llama",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "olmo2",
+    "cohere",
+    "granite",
+    "qwen3_moe",
+    "nemotron",
+    "deepseek_v3",
+    "opt",
+}
 WINDOWED = {"mistral", "gemma2", "gemma3_text", "cohere2", "gpt_oss"}
 
 
@@ -79,8 +92,13 @@ def test_logits_are_those_of_the_whole_text_read_at_once(model_type):
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, :4] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given = {"input_ids": ids[:, :9], "attention_mask": mask, "position_ids": positions, "use_cache": True,
-             "cache": DynamicCache(config=model.config)}  # fmt: skip
+    given = {
+        "input_ids": ids[:, :9],
+        "attention_mask": mask,
+        "position_ids": positions,
+        "use_cache": True,
+        "cache": DynamicCache(config=model.config),
+    }
     with torch.no_grad():
         model(**given)
         steps = FixedSteps(model, given, mask, 20)
@@ -207,10 +225,13 @@ def record_on_cpu(monkeypatch, fault):
         "qlora_lite.inference.generate.decoding", lambda _model, _tokens, streamer: partial(decode, streamer=streamer)
     )
     for name, placeholder in {
-        "CUDAGraph": Graph, "graph": graph, "stream": nullcontext,
-        "current_stream": lambda: None, "get_sync_debug_mode": lambda: mode[0],
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "stream": nullcontext,
+        "current_stream": lambda: None,
+        "get_sync_debug_mode": lambda: mode[0],
         "set_sync_debug_mode": lambda value: mode.__setitem__(0, value),
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setattr(torch.cuda, name, placeholder)
     return replayed
 
@@ -230,17 +251,31 @@ def tensors_of(steps):
     return [*caches, steps._mask, steps._at, steps._inputs["position_ids"]]
 
 
-SHAPE = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-             max_position_embeddings=256)  # fmt: skip
+SHAPE = dict(
+    hidden_size=512,
+    intermediate_size=1024,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=256,
+)
 
 
 def skeleton(depth, adapter=True, **changes):
     config = build_tiny("llama", num_hidden_layers=depth, **SHAPE | changes).config
     model = meta_model(config, "nf4", True, torch.bfloat16).eval()
     if adapter:
-        layers = {path: Factors(*(torch.empty(size, dtype=torch.bfloat16, device="meta") for size in
-                                  ((16, layer.in_features), (layer.out_features, 16))), 32.0)
-                  for path, layer in linear_layers(model).items() if "proj" in path}  # fmt: skip
+        layers = {
+            path: Factors(
+                *(
+                    torch.empty(size, dtype=torch.bfloat16, device="meta")
+                    for size in ((16, layer.in_features), (layer.out_features, 16))
+                ),
+                32.0,
+            )
+            for path, layer in linear_layers(model).items()
+            if "proj" in path
+        }
         add_switch(model, {"one": Adapter(layers, 0.0)}).use("one")
     return model
 
@@ -261,8 +296,14 @@ class Counter(TorchDispatchMode):
 def step_work(depth, prompts, tokens=120, padded=True):
     """Return the work of a step on a GPU, behind prompts of so many tokens."""
     model, ids = skeleton(depth), torch.zeros((prompts, tokens), dtype=torch.int64, device="meta")
-    given = {"input_ids": ids, "position_ids": ids, "attention_mask": ids.new_empty((prompts, 1, 0, 0)),
-             "cache": DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}  # fmt: skip
+    given = {
+        "input_ids": ids,
+        "position_ids": ids,
+        "attention_mask": ids.new_empty((prompts, 1, 0, 0)),
+        "cache": DynamicCache(config=model.config),
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
     with planning_for("cuda"):
         model(**given)
         steps = FixedSteps(model, given, ids if padded else None, tokens + 20)

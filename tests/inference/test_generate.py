@@ -264,10 +264,13 @@ def test_where_memory_runs_out_fewer_prompts_are_answered_at_once(monkeypatch, c
     assert at_once == [5, 2, 2, 1] and "2 prompts are answered at a time" in caplog.text
 
 
-@pytest.mark.parametrize(("prompts", "error", "raised", "text"), [
-    (PROMPTS[:1], torch.OutOfMemoryError, DoesNotFitError, "2 tokens and its answer of at most 6: .*-tokens 8"),
-    (PROMPTS, ValueError, ValueError, "as it is"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "error", "raised", "text"),
+    [
+        (PROMPTS[:1], torch.OutOfMemoryError, DoesNotFitError, "2 tokens and its answer of at most 6: .*-tokens 8"),
+        (PROMPTS, ValueError, ValueError, "as it is"),
+    ],
+)
 def test_one_prompt_too_large_and_other_faults_are_raised(prompts, error, raised, text, monkeypatch):
     model = model_of("llama")
 

@@ -23,8 +23,16 @@ from lm_eval.tasks import TaskManager
 
 from qlora_lite.inference.harness import HarnessLM, _StopStrings, evaluate_tasks
 
-PAIRS = [("is it?", " yes"), ("is it?", " no"), ("is it?", "y"), ("is it?", "n"), ("is it so? ", "may be"),
-         ("", "no prompt"), ("<s>twice", "?"), ("long " * 40, "what is left of it")]  # fmt: skip
+PAIRS = [
+    ("is it?", " yes"),
+    ("is it?", " no"),
+    ("is it?", "y"),
+    ("is it?", "n"),
+    ("is it so? ", "may be"),
+    ("", "no prompt"),
+    ("<s>twice", "?"),
+    ("long " * 40, "what is left of it"),
+]
 TEXTS = [("one",), ("a text of more tokens than the model has positions. " * 6,)]
 PROMPTS = "0?", "a longer one?", "2?", "long " * 40
 
@@ -139,19 +147,39 @@ def test_drawn_answers_are_the_same_again_and_other_settings_are_refused(runs):
 def task_folder(folder, **changes):
     """Two tasks with data of their own, one of choices and one of answers, in a group."""
     folder.mkdir()
-    rows = [{"question": f"{number}{mark}", "choices": [f"{number * 7 % 8}", f"{number * 3 % 5}"], "label": number % 2,
-             "answer": "e"} for number in range(8) for mark in "?!"]  # fmt: skip
+    rows = [
+        {
+            "question": f"{number}{mark}",
+            "choices": [f"{number * 7 % 8}", f"{number * 3 % 5}"],
+            "label": number % 2,
+            "answer": "e",
+        }
+        for number in range(8)
+        for mark in "?!"
+    ]
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = {
-        "dataset_path": "json", "test_split": "train", "fewshot_split": "train", "doc_to_text": "{{question}}",
+        "dataset_path": "json",
+        "test_split": "train",
+        "fewshot_split": "train",
+        "doc_to_text": "{{question}}",
         "dataset_kwargs": {"data_files": str(data), "cache_dir": str(folder / "cache")},
-    }  # fmt: skip
-    choice = {"task": "own_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
-              "doc_to_target": "{{label}}", "metric_list": [{"metric": "acc"}]}  # fmt: skip
-    answer = {"task": "own_answer", "output_type": "generate_until", "doc_to_target": "{{answer}}",
-              "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
-              "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
+    }
+    choice = {
+        "task": "own_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    answer = {
+        "task": "own_answer",
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
     for task in (choice, answer):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(shared | task | changes))
     return folder
@@ -171,9 +199,14 @@ def test_a_folder_of_tasks_is_scored_as_hflm_scores_it(runs, tasks, monkeypatch,
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     for model in result["models"]:
         theirs = simple_evaluate(
-            oracle(runs["nf4"], "nf4", model["name"] == "run"), tasks=["own_choice", "own_answer"], num_fewshot=2,
-            task_manager=manager, bootstrap_iters=1000, apply_chat_template=chat, fewshot_as_multiturn=chat,
-        )["results"]  # fmt: skip
+            oracle(runs["nf4"], "nf4", model["name"] == "run"),
+            tasks=["own_choice", "own_answer"],
+            num_fewshot=2,
+            task_manager=manager,
+            bootstrap_iters=1000,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )["results"]
         for task, metric in (("own_choice", "acc"), ("own_answer", "exact_match")):
             score = model["scores"][task][metric]
             assert score["value"] == pytest.approx(theirs[task][f"{metric},none"])
@@ -185,9 +218,19 @@ def test_a_folder_of_tasks_is_scored_as_hflm_scores_it(runs, tasks, monkeypatch,
 def test_evaluate_prints_and_writes_the_scores_beside_those_of_the_base(runs, tasks, tmp_path, command):
     out = tmp_path / "new" / "scores.json"
     code, printed, err = command(
-        "evaluate", runs["nf4"], "--tasks", tasks, "--rows", 6, "--fewshot", 1, "--side-by-side", "--out", out,
+        "evaluate",
+        runs["nf4"],
+        "--tasks",
+        tasks,
+        "--rows",
+        6,
+        "--fewshot",
+        1,
+        "--side-by-side",
+        "--out",
+        out,
         "--chat-template",
-    )  # fmt: skip
+    )
     assert code == 0, err
     result = json.loads(out.read_text())
     for task, metric in (("own_choice", "acc"), ("own_answer", "exact_match")):

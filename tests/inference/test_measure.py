@@ -128,11 +128,22 @@ def test_a_choice_stands_where_the_answer_stood_behind_reasoning(model):
         asked.extend(tokenizer.decode(e.token_ids) for e in examples)
         return [[0.0] for _ in examples]
 
-    measure(model, tokenizer, examples_of(tokenizer, rows).examples, {END}, losses, measures=Measures(("accuracy",)),
-            new_tokens=1)  # fmt: skip
+    measure(
+        model,
+        tokenizer,
+        examples_of(tokenizer, rows).examples,
+        {END},
+        losses,
+        measures=Measures(("accuracy",)),
+        new_tokens=1,
+    )
     answers = [text.partition("assistant\n")[2] for text in asked]
-    assert answers == ["<think>\n\n</think>\n\nno<|im_end|>", "<think>\n\n</think>\n\nyes<|im_end|>",
-                       "<think>\nwell\n</think>\nno<|im_end|>", "<think>\nwell\n</think>\nyes<|im_end|>"]  # fmt: skip
+    assert answers == [
+        "<think>\n\n</think>\n\nno<|im_end|>",
+        "<think>\n\n</think>\n\nyes<|im_end|>",
+        "<think>\nwell\n</think>\nno<|im_end|>",
+        "<think>\nwell\n</think>\nyes<|im_end|>",
+    ]
 
 
 def test_equal_prompts_are_answered_once_and_scored_against_all_their_references(model, monkeypatch):
@@ -207,8 +218,15 @@ def test_few_shot_examples_are_not_those_that_are_measured_and_come_behind_the_s
     with pytest.raises(DataError, match=r"--shots 8: data\.train has"):
         with_shots(r, tokenizer, data, 8)
     r = recipe()
-    rows = [{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"},
-                          {"role": "assistant", "content": "a"}]}]  # fmt: skip
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+            ]
+        }
+    ]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (example,) = with_shots(r, tokenizer, build_data(r, tokenizer, "eval"), 1).examples
     assert example.prompt.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n") and example.answer == "a"

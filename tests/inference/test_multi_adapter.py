@@ -30,8 +30,11 @@ def runs(tmp_path_factory):
     """Three runs of one model, with adapters of different layers and ranks."""
     folder = tmp_path_factory.mktemp("runs")
     save_tiny(folder / "model")
-    loras = {"french": {"rank": 4, "alpha": 16}, "german": {"rank": 2, "targets": ["v_proj", "down_proj"]},
-             "latin": {"rank": 3, "rslora": True}}  # fmt: skip
+    loras = {
+        "french": {"rank": 4, "alpha": 16},
+        "german": {"rank": 2, "targets": ["v_proj", "down_proj"]},
+        "latin": {"rank": 3, "rslora": True},
+    }
     made = []
     for seed, (name, lora) in enumerate(loras.items()):
         run = make_run(folder / f"{name}-work", folder / "model", seed=seed, lora=lora)
@@ -93,12 +96,16 @@ def test_a_conversation_goes_on_with_another_adapter(runs):
 
 def test_a_conversation_without_the_system_message_that_the_training_rows_share_is_told(tmp_path, caplog):
     run = tiny_run(tmp_path)
-    row = '{"messages": [{"role": "system", "content": "Be %s."}, {"role": "user", "content": "a"}, ' \
-          '{"role": "assistant", "content": "b"}]}\n'  # fmt: skip
+    row = (
+        '{"messages": [{"role": "system", "content": "Be %s."}, {"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b"}]}\n'
+    )
     for rows, system, told in (
-        (row % "brief" * 3, None, "'Be brief.'"), (row % "brief" * 3, "Be long.", ""),
-        (row % "brief" + row % "long", None, ""), (row % ("brief" * 99), None, f"'Be {'brief' * 39}br'..."),
-    ):  # fmt: skip
+        (row % "brief" * 3, None, "'Be brief.'"),
+        (row % "brief" * 3, "Be long.", ""),
+        (row % "brief" + row % "long", None, ""),
+        (row % ("brief" * 99), None, f"'Be {'brief' * 39}br'..."),
+    ):
         caplog.clear()
         (tmp_path / "train.jsonl").write_text(rows)
         open_session(run, system)
@@ -175,9 +182,14 @@ def test_a_comparison_has_each_run_s_own_figures(runs, tmp_path):
     assert page.count('class="card sample"') == 3 and "french" in page and "<script>alert" not in page
 
 
-@pytest.mark.parametrize("trained", [
-    {"train_also": ["head"]}, {"train_tokens": ["o"]}, {"train_tokens": ["o", *(f"<|{n}|>" for n in range(4))]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"train_also": ["head"]},
+        {"train_tokens": ["o"]},
+        {"train_tokens": ["o", *(f"<|{n}|>" for n in range(4))]},
+    ],
+)
 def test_a_comparison_measures_a_head_with_weights_of_its_own(tmp_path, trained):
     save_tiny(tmp_path / "model")
     run = make_run(tmp_path, tmp_path / "model", adapter=trained)
@@ -278,10 +290,22 @@ def test_answers_are_escaped_on_the_page():
     from qlora_lite.reporting.compare_page import render_comparison
 
     evil = "<script>alert(1)</script>"
-    model = {"name": evil, "rows": 2, "labelled_tokens": 9, "eval_loss": 1.0, "perplexity": 2.7, "adapter_bytes": 3,
-             "metrics": {"exact_match": {"value": 0.5, "standard_error": 0.5, "examples": 2}}}  # fmt: skip
-    row = {"where": "a:1", "prompt": evil, "reference": "x", "answers": {evil: evil, "good": " x"},
-           "matches": {evil: False, "good": True}}  # fmt: skip
+    model = {
+        "name": evil,
+        "rows": 2,
+        "labelled_tokens": 9,
+        "eval_loss": 1.0,
+        "perplexity": 2.7,
+        "adapter_bytes": 3,
+        "metrics": {"exact_match": {"value": 0.5, "standard_error": 0.5, "examples": 2}},
+    }
+    row = {
+        "where": "a:1",
+        "prompt": evil,
+        "reference": "x",
+        "answers": {evil: evil, "good": " x"},
+        "matches": {evil: False, "good": True},
+    }
     result = {"models": [model], "same_tokens": True, "rows_of": evil, "base_model": evil, "answers": [row]}
     page = render_comparison(result)
     assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 6

@@ -198,8 +198,16 @@ def test_a_base_model_answers_by_its_name_and_by_a_recipe(run, command, tmp_path
 
 def test_prompts_without_the_system_message_of_training_are_told_of_and_letters_of_a_prompt_stay(tmp_path, command):
     save_tiny(tmp_path / "model")
-    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{i}"},
-                          {"role": "assistant", "content": "no"}]} for i in range(3)]  # fmt: skip
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"{i}"},
+                {"role": "assistant", "content": "no"},
+            ]
+        }
+        for i in range(3)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = make_run(tmp_path, tmp_path / "model", data={"train": str(tmp_path / "rows.jsonl")})
     prompts = tmp_path / "prompts.jsonl"

@@ -37,8 +37,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     save_tiny(folder / "model")
     lora = {"rank": 8, "alpha": 64}
-    return [make_run(folder / name, folder / "model", seed=seed, lora=lora).rename(folder / f"{name}-run")
-            for seed, name in enumerate(("french", "german"))]  # fmt: skip
+    return [
+        make_run(folder / name, folder / "model", seed=seed, lora=lora).rename(folder / f"{name}-run")
+        for seed, name in enumerate(("french", "german"))
+    ]
 
 
 @contextmanager
@@ -140,49 +142,102 @@ def test_a_temperature_next_to_zero_is_zero(client):
 
 
 def test_text_parts_are_joined_and_developer_messages_are_system_messages(client, runs):
-    parts = [{"role": "developer", "content": "Be brief."},
-             {"role": "user", "content": [{"type": "text", "text": "3?"}]}]  # fmt: skip
+    parts = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "3?"}]},
+    ]
     reply = client.chat.completions.create(model="french-run", messages=parts)
     assert reply.choices[0].message.content == expected(runs, "french-run")
 
 
 def test_what_asks_for_nothing_or_changes_no_answer_is_taken_as_clients_send_it_unasked(client, runs):
-    nothing = {"n": 1, "tools": [], "tool_choice": "auto", "top_logprobs": 0, "logit_bias": {}, "top_k": -1,
-               "min_p": 0.0, "repetition_penalty": 1.0, "best_of": 1, "echo": False, "suffix": None,
-               "guided_json": None, "response_format": {"type": "text"}, "chat_template_kwargs": {},
-               "add_generation_prompt": True, "continue_final_message": False,
-               "stop": None, "seed": None, "reasoning_effort": None}  # fmt: skip
-    harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "priority": 1,
-                "parallel_tool_calls": True, "safety_identifier": "x", "prompt_cache_key": "y", "keep_alive": "5m",
-                "cache_prompt": True, "stream_options": None}  # fmt: skip
+    nothing = {
+        "n": 1,
+        "tools": [],
+        "tool_choice": "auto",
+        "top_logprobs": 0,
+        "logit_bias": {},
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "best_of": 1,
+        "echo": False,
+        "suffix": None,
+        "guided_json": None,
+        "response_format": {"type": "text"},
+        "chat_template_kwargs": {},
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "stop": None,
+        "seed": None,
+        "reasoning_effort": None,
+    }
+    harmless = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "priority": 1,
+        "parallel_tool_calls": True,
+        "safety_identifier": "x",
+        "prompt_cache_key": "y",
+        "keep_alive": "5m",
+        "cache_prompt": True,
+        "stream_options": None,
+    }
     reply = client.chat.completions.create(model="french-run", messages=ASKED, extra_body=nothing | harmless)
     assert reply.choices[0].message.content == expected(runs, "french-run")
 
 
-@pytest.mark.parametrize(("changes", "param"), [
-    ({"messages": []}, "messages"), ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
-    ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages"),
-    ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
-    ({"temperature": 3}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": True}, "max_tokens"), ({"top_p": -1}, "top_p"), ({"stop": ["a"] * 5}, "stop"), ({"n": 2}, "n"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"logprobs": True}, "logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"), ({"seed": 1.5}, "seed"),
-    ({"stream": "yes"}, "stream"), ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"top_logprobs": 2}, "top_logprobs"),
-    ({"tool_choice": "required"}, "tool_choice"), ({"reasoning_effort": "low"}, "reasoning_effort"),
-    ({"top_k": 40}, "top_k"), ({"min_p": 0.1}, "min_p"), ({"repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"best_of": 3}, "best_of"), ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"top_a": 0.2}, "top_a"),
-    ({"guided_json": {}}, "guided_json"), ({"structured_outputs": {}}, "structured_outputs"),
-    ({"grammar": "root ::= x"}, "grammar"), ({"chat_template": "x"}, "chat_template"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
-    ({"add_generation_prompt": False}, "add_generation_prompt"), ({"enable_thinking": False}, "enable_thinking"),
-    ({"continue_final_message": True}, "continue_final_message"), ({"stop_token_ids": [2]}, "stop_token_ids"),
-    ({"ignore_eos": True}, "ignore_eos"), ({"min_tokens": 3}, "min_tokens"), ({"max_new_tokens": 3}, "max_new_tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"top_p": -1}, "top_p"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"seed": 1.5}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"top_k": 40}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"top_a": 0.2}, "top_a"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"enable_thinking": False}, "enable_thinking"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"stop_token_ids": [2]}, "stop_token_ids"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"max_new_tokens": 3}, "max_new_tokens"),
+    ],
+)
 def test_a_bad_request_is_an_error_of_the_api_s_form_that_names_the_field(client, changes, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**({"model": "base", "messages": ASKED} | {"extra_body": changes}))
@@ -221,14 +276,23 @@ def raw(port, path="/v1/chat/completions", body=b"{}", host=None, kind="applicat
             return error.code, json.loads(error.read())
 
 
-@pytest.mark.parametrize(("options", "status"), [
-    ({"body": b"{"}, 400), ({"body": b"[" * 10_000}, 400), ({"body": b"null"}, 400), ({"body": b"\xff"}, 400),
-    ({"body": b"x" * 20_001}, 413), ({"kind": "text/plain"}, 415), ({"host": "evil.example"}, 403),
-    ({"path": "/v1/models", "host": "evil.example:80", "method": "GET"}, 403), ({"path": "/v1/nothing"}, 404),
-    ({"method": "GET"}, 405),
-    ({"body": b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800x"}]}'}, 400),
-    ({"path": "/v1/models/../../etc/passwd", "method": "GET"}, 404),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ({"body": b"{"}, 400),
+        ({"body": b"[" * 10_000}, 400),
+        ({"body": b"null"}, 400),
+        ({"body": b"\xff"}, 400),
+        ({"body": b"x" * 20_001}, 413),
+        ({"kind": "text/plain"}, 415),
+        ({"host": "evil.example"}, 403),
+        ({"path": "/v1/models", "host": "evil.example:80", "method": "GET"}, 403),
+        ({"path": "/v1/nothing"}, 404),
+        ({"method": "GET"}, 405),
+        ({"body": b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800x"}]}'}, 400),
+        ({"path": "/v1/models/../../etc/passwd", "method": "GET"}, 404),
+    ],
+)
 def test_whatever_is_sent_the_error_has_the_api_s_form(server, options, status):
     found, body = raw(server[0], **options)
     assert found == status and body["error"].keys() == {"message", "type", "param", "code"}
@@ -240,29 +304,59 @@ def status_of(connection):
         return int(file.readline().split()[1])
 
 
-@pytest.mark.parametrize("host", [
-    'a{b}.evil.example', 'a"b.evil', "a`b.evil", "evil.example:", "[::1", "127.0.0.1@evil.example", "",
-    "evil.example", "127.0.0.1.evil.example", "localhost:80:80", "127.0.0.1:123456", "[::1]evil", "localhost.",
-    "127.0.0.1, evil.example",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "host",
+    [
+        "a{b}.evil.example",
+        'a"b.evil',
+        "a`b.evil",
+        "evil.example:",
+        "[::1",
+        "127.0.0.1@evil.example",
+        "",
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost:80:80",
+        "127.0.0.1:123456",
+        "[::1]evil",
+        "localhost.",
+        "127.0.0.1, evil.example",
+    ],
+)
 def test_a_host_that_is_not_one_of_its_own_is_refused(server, host):
     assert status_of(send(server[0], "GET /v1/models HTTP/1.1", headers=(f"host: {host}",))) == 403
     assert status_of(send(server[0], "POST /v1/nothing HTTP/1.1", headers=(f"host: {host}",))) == 403
 
 
-@pytest.mark.parametrize(("version", "headers", "status"), [
-    ("1.1", (), 400), ("1.0", (), 403), ("1.1", ("host: 127.0.0.1", "host: evil.example"), 400),
-    ("1.1", ("host: LOCALHOST:1",), 200), ("1.1", ("host: [::1]:8000",), 200), ("1.0", ("host: 127.0.0.1",), 200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "headers", "status"),
+    [
+        ("1.1", (), 400),
+        ("1.0", (), 403),
+        ("1.1", ("host: 127.0.0.1", "host: evil.example"), 400),
+        ("1.1", ("host: LOCALHOST:1",), 200),
+        ("1.1", ("host: [::1]:8000",), 200),
+        ("1.0", ("host: 127.0.0.1",), 200),
+    ],
+)
 def test_there_is_one_host_and_any_port(server, version, headers, status):
     assert status_of(send(server[0], f"GET /v1/models HTTP/{version}", headers=headers)) == status
 
 
-@pytest.mark.parametrize(("origins", "status"), [
-    (("http://localhost:8000",), 200), (("https://LOCALHOST:8000",), 200), ((), 200),
-    (("http://localhost",), 403), (("http://127.0.0.1:8000",), 403), (("https://evil.example",), 403),
-    (("null",), 403), (("",), 403), (("http://localhost:8000", "https://evil.example"), 403),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("origins", "status"),
+    [
+        (("http://localhost:8000",), 200),
+        (("https://LOCALHOST:8000",), 200),
+        ((), 200),
+        (("http://localhost",), 403),
+        (("http://127.0.0.1:8000",), 403),
+        (("https://evil.example",), 403),
+        (("null",), 403),
+        (("",), 403),
+        (("http://localhost:8000", "https://evil.example"), 403),
+    ],
+)
 def test_pages_of_another_origin_are_refused(server, origins, status):
     headers = ("host: localhost:8000", *(f"origin: {origin}" for origin in origins))
     assert status_of(send(server[0], "GET /v1/models HTTP/1.1", headers=headers)) == status
@@ -347,20 +441,34 @@ def test_a_server_that_is_stopped_ends_its_answer_and_refuses_those_that_wait(ru
 def test_a_client_that_leaves_amid_its_request_leaves_no_trace_in_the_log(server, client, caplog, monkeypatch):
     for name in ("uvicorn", "qlora_lite"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    send(server[0], "POST /v1/chat/completions HTTP/1.1", b"{", (
-        "host: 127.0.0.1", "content-type: application/json", "content-length: 100",
-    )).close()  # fmt: skip
+    send(
+        server[0],
+        "POST /v1/chat/completions HTTP/1.1",
+        b"{",
+        (
+            "host: 127.0.0.1",
+            "content-type: application/json",
+            "content-length: 100",
+        ),
+    ).close()
     post_chat(server[0]).close()
     client.chat.completions.create(model="base", messages=ASKED, max_tokens=1)
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("parts", [
-    [b""], [b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"],
-    [b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n",
-     b"content-length: 9\r\n\r\n{"],
-    [b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n", b"G"],
-], ids=["nothing", "half a header", "half a body", "half a second request"])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b""],
+        [b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"],
+        [
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n",
+            b"content-length: 9\r\n\r\n{",
+        ],
+        [b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n", b"G"],
+    ],
+    ids=["nothing", "half a header", "half a body", "half a second request"],
+)
 def test_connections_that_bring_no_request_lock_nobody_out(server, monkeypatch, parts):
     port = server[0]
     monkeypatch.setattr("qlora_lite.inference.serve.app.REQUEST_SECONDS", 0.8)

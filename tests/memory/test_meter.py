@@ -138,9 +138,15 @@ def test_on_wsl_and_tegra_segments_stay_as_they_are(settings_of_the_allocator, r
     assert settings_of_the_allocator == [] and not process.segments_grow()
 
 
-@pytest.mark.parametrize(("hip", "system", "grow"), [
-    (None, "linux", True), ("6.4.43482", "linux", False), ("7.0.51831", "linux", True), (None, "win32", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hip", "system", "grow"),
+    [
+        (None, "linux", True),
+        ("6.4.43482", "linux", False),
+        ("7.0.51831", "linux", True),
+        (None, "win32", False),
+    ],
+)
 def test_segments_grow_where_torch_has_such_ones_whatever_is_set(
     settings_of_the_allocator, hip, system, grow, monkeypatch
 ):

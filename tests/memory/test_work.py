@@ -47,10 +47,15 @@ def test_grouped_products_count_their_flops_and_a_kernel_for_each_count_of_rows(
     assert counter.work.flops == 4 * 24 * 16 * 32 and counter.work.compiled_products == 48  # of the weights' gradient
 
 
-@pytest.mark.parametrize(("operator", "shapes"), [
-    ("mm", [(2, 3), (3, 5)]), ("addmm", [(2, 5), (2, 3), (3, 5)]),
-    ("bmm", [(7, 2, 3), (7, 3, 5)]), ("baddbmm", [(7, 2, 5), (7, 2, 3), (7, 3, 5)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("operator", "shapes"),
+    [
+        ("mm", [(2, 3), (3, 5)]),
+        ("addmm", [(2, 5), (2, 3), (3, 5)]),
+        ("bmm", [(7, 2, 3), (7, 3, 5)]),
+        ("baddbmm", [(7, 2, 5), (7, 2, 3), (7, 3, 5)]),
+    ],
+)
 def test_formulas_of_products_are_torch_s(operator, shapes):
     packet, tensors = getattr(torch.ops.aten, operator), [torch.ones(shape) for shape in shapes]
     assert FLOP_FORMULAS[packet](*tensors, alpha=2) == flop_registry[packet](*tensors, out_val=packet(*tensors))
@@ -128,8 +133,10 @@ def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():
             held = prediction.simulation.resident.breakdown
             holes = int(CPU_HOLES_SHARE * (held["adapter"] + held["optimizer"]))
             assert [overhead.bytes for overhead in prediction.overheads] == [
-                CPU_BUFFERS_BYTES, CPU_KERNEL_BYTES * prediction.simulation.work.compiled_products, holes
-            ]  # fmt: skip
+                CPU_BUFFERS_BYTES,
+                CPU_KERNEL_BYTES * prediction.simulation.work.compiled_products,
+                holes,
+            ]
             constants[tokens, layers] = prediction.simulation.work.compiled_products
     assert constants[512, 4] == constants[512, 12] < constants[1024, 4] == constants[1024, 12]
 
@@ -137,18 +144,21 @@ def test_a_longer_row_takes_more_kernels_on_a_cpu_whatever_the_depth():
 TABLE, ROWS, NUMBERS = torch.ones(1000, 8), torch.ones(3, 8), torch.tensor([5, 7, 9])  # 4, 4 and 8 bytes a number
 
 
-@pytest.mark.parametrize(("run", "moved"), [
-    (lambda: TABLE[NUMBERS], 2 * ROWS.nbytes + NUMBERS.nbytes),
-    (lambda: torch.nn.functional.embedding(NUMBERS, TABLE), 2 * ROWS.nbytes + NUMBERS.nbytes),
-    (lambda: TABLE.gather(1, NUMBERS[:, None] % 8), 2 * 3 * 4 + 3 * NUMBERS.nbytes),  # with the remainder
-    (lambda: TABLE.index_add_(0, NUMBERS, ROWS), 3 * ROWS.nbytes + NUMBERS.nbytes),
-    (lambda: TABLE.copy_(TABLE.double()), TABLE.nbytes * (1 + 2 + 2 + 1)),
-    (lambda: TABLE.zero_(), TABLE.nbytes),
-    (lambda: TABLE.new_zeros(2, 3), 2 * 3 * 4),
-    (lambda: TABLE.add_(TABLE), 3 * TABLE.nbytes),
-    (lambda: torch.cat([ROWS, ROWS]), 4 * ROWS.nbytes),
-    (lambda: torch.ops.aten._unsafe_view(TABLE, [8000]), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("run", "moved"),
+    [
+        (lambda: TABLE[NUMBERS], 2 * ROWS.nbytes + NUMBERS.nbytes),
+        (lambda: torch.nn.functional.embedding(NUMBERS, TABLE), 2 * ROWS.nbytes + NUMBERS.nbytes),
+        (lambda: TABLE.gather(1, NUMBERS[:, None] % 8), 2 * 3 * 4 + 3 * NUMBERS.nbytes),  # with the remainder
+        (lambda: TABLE.index_add_(0, NUMBERS, ROWS), 3 * ROWS.nbytes + NUMBERS.nbytes),
+        (lambda: TABLE.copy_(TABLE.double()), TABLE.nbytes * (1 + 2 + 2 + 1)),
+        (lambda: TABLE.zero_(), TABLE.nbytes),
+        (lambda: TABLE.new_zeros(2, 3), 2 * 3 * 4),
+        (lambda: TABLE.add_(TABLE), 3 * TABLE.nbytes),
+        (lambda: torch.cat([ROWS, ROWS]), 4 * ROWS.nbytes),
+        (lambda: torch.ops.aten._unsafe_view(TABLE, [8000]), 0),
+    ],
+)
 def test_an_operator_moves_what_it_reads_and_writes_and_of_a_table_only_the_rows_it_touches(run, moved):
     with counted() as counter, phase("forward"):
         run()

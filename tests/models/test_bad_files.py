@@ -154,10 +154,16 @@ def test_an_unknown_architecture_is_refused(one):
     assert "cannot read the configuration" in refusal(one)
 
 
-@pytest.mark.parametrize("change", [
-    {"text_config": 5}, {"text_config": {"num_hidden_layers": "a"}}, {"decoder": {}}, {"vision_config": "x"},
-    {"vision_config": {"hidden_size": -1}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text_config": 5},
+        {"text_config": {"num_hidden_layers": "a"}},
+        {"decoder": {}},
+        {"vision_config": "x"},
+        {"vision_config": {"hidden_size": -1}},
+    ],
+)
 def test_a_configuration_whose_parts_make_no_sense_is_refused_in_one_line(change, tmp_path):
     save_nested(tmp_path)
     rewrite(tmp_path / "config.json", lambda config: config.update(change))
@@ -308,12 +314,15 @@ def test_a_hub_id_without_an_owner_is_looked_for_in_the_cache_too(one, monkeypat
         assert "is no folder or file here, not in the hub's cache" in refusal(path, skeleton.read_config)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"hidden_size": 2**40}, "has hidden_size 1,099,511,627,776, and no model has more than 16,777,216"),
-    ({"num_hidden_layers": 10**7}, "has num_hidden_layers 10,000,000, and no model has more than 500"),
-    ({"head_dim": 2**62}, "has head_dim"),
-    ({"model_type": "mixtral", "num_local_experts": 10**9}, "has num_local_experts 1,000,000,000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 2**40}, "has hidden_size 1,099,511,627,776, and no model has more than 16,777,216"),
+        ({"num_hidden_layers": 10**7}, "has num_hidden_layers 10,000,000, and no model has more than 500"),
+        ({"head_dim": 2**62}, "has head_dim"),
+        ({"model_type": "mixtral", "num_local_experts": 10**9}, "has num_local_experts 1,000,000,000"),
+    ],
+)
 @pytest.mark.timeout(20)
 def test_a_size_that_no_model_has_is_refused_before_anything_is_built(one, change, said):
     rewrite(one / "config.json", lambda config: config.update(change))

@@ -107,8 +107,11 @@ def test_a_changed_configuration_misses(model, cache, name):
 
 def test_other_settings_have_another_entry(model, cache):
     for options in (
-        {}, {"quant": "fp4"}, {"double_quant": False}, {"dtype": torch.bfloat16},
-    ):  # fmt: skip
+        {},
+        {"quant": "fp4"},
+        {"double_quant": False},
+        {"dtype": torch.bfloat16},
+    ):
         load(model, **options)
     assert len(entries(cache)) == 4
 

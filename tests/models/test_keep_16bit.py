@@ -89,10 +89,20 @@ def test_every_way_in_leaves_the_same_layers_with_the_weights_of_the_files(model
 
 def test_layers_that_share_a_weight_stay_in_16_bit_in_the_plan_too_and_are_not_split(tmp_path):
     config = AutoConfig.for_model(
-        "zamba", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4,
-        num_key_value_heads=4, num_hidden_layers=6, attn_layer_period=2, attn_layer_offset=1, n_mamba_heads=2,
-        mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False,
-    )  # fmt: skip
+        "zamba",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_hidden_layers=6,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        n_mamba_heads=2,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     loaded = load(tmp_path / "model", (), use_cache=False)
     skeleton = meta_model(read_config(str(tmp_path / "model")), "nf4", True, torch.float32, False)
@@ -139,11 +149,16 @@ def test_what_stays_in_16_bit_goes_into_files_where_memory_has_no_room(model_typ
         assert torch.equal(model.state_dict()[name], plain.state_dict()[name])
 
 
-@pytest.mark.parametrize(("keep", "text"), [
-    (("q_proj", "vproj", "model.layers.7.*"),
-     r"model.keep_16bit: 'vproj', 'model.layers.7.\*' matches no linear layer .* did you mean .*v_proj"),
-    (("all-linear",), "leaves no layer in 4 bit: that is model.quant none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [
+        (
+            ("q_proj", "vproj", "model.layers.7.*"),
+            r"model.keep_16bit: 'vproj', 'model.layers.7.\*' matches no linear layer .* did you mean .*v_proj",
+        ),
+        (("all-linear",), "leaves no layer in 4 bit: that is model.quant none"),
+    ],
+)
 def test_what_cannot_be_meant_is_one_error_before_anything_is_loaded(keep, text, tmp_path, monkeypatch):
     save_tiny(tmp_path / "model")
     recipe = recipe_of(tmp_path, tmp_path / "model", keep)

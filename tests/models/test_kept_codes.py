@@ -31,9 +31,11 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
 FAMILIES = {
-    "llama": ("q4_k", "q6_k", "q8_0"), "qwen2": ("q4_1", "q5_0", "q5_k"), "gemma3_text": ("q4_0", "q5_1", "q6_k"),
+    "llama": ("q4_k", "q6_k", "q8_0"),
+    "qwen2": ("q4_1", "q5_0", "q5_k"),
+    "gemma3_text": ("q4_0", "q5_1", "q6_k"),
     "phi3": ("q4_k", "q4_0", "q6_k"),
-}  # fmt: skip
+}
 KEEP = "model.quant=keep"
 
 
@@ -123,10 +125,16 @@ def test_its_gradients_are_those_of_the_dequantised_model(llama):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("options", [
-    MemoryOptions(cache_dequantized=True), MemoryOptions(resident_layers=0), MemoryOptions(resident_layers=1),
-    MemoryOptions(resident_layers=0, stream_from="disk", cache_dequantized=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(cache_dequantized=True),
+        MemoryOptions(resident_layers=0),
+        MemoryOptions(resident_layers=1),
+        MemoryOptions(resident_layers=0, stream_from="disk", cache_dequantized=True),
+    ],
+    ids=str,
+)
 def test_where_its_codes_lie_changes_no_bit_of_its_gradients(llama, options):
     resident = gradients(adapted(load(llama)), PLAIN)
     found = gradients(adapted(load(llama, in_files=options.weights_on_disk), options), options)
@@ -169,10 +177,13 @@ def test_codes_that_are_reordered_go_to_a_file_where_memory_has_no_room(llama, m
     assert len(kept) == 2 * 2, "of q and k of two blocks; the others stay in the GGUF file"
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"leave_out": "blk.1.ffn_up.weight"}, r"tiny\.gguf has no tensor blk\.1\.ffn_up\.weight"),
-    ({"types": ("f16",)}, r"none in its linear layers that is known here \(its types are f16\); write nf4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"leave_out": "blk.1.ffn_up.weight"}, r"tiny\.gguf has no tensor blk\.1\.ffn_up\.weight"),
+        ({"types": ("f16",)}, r"none in its linear layers that is known here \(its types are f16\); write nf4"),
+    ],
+)
 def test_a_file_without_what_is_needed_is_one_error_that_names_it(changes, said, tmp_path):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", **changes)
     with pytest.raises(ModelError, match=said):

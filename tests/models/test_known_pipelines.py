@@ -29,11 +29,13 @@ def test_a_folder_that_the_index_does_not_name_is_no_part(tmp_path):
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (0.860, LatentShapes((4, 128, 128), (77, 768)), "epsilon"),
     "stabilityai/stable-diffusion-xl-base-1.0": (
-        2.57, LatentShapes((4, 128, 128), (77, 2048), (1280,), sizes=(6,)), "epsilon",
+        2.57,
+        LatentShapes((4, 128, 128), (77, 2048), (1280,), sizes=(6,)),
+        "epsilon",
     ),
     "black-forest-labs/FLUX.1-dev": (11.9, LatentShapes((16, 128, 128), (512, 4096), (768,)), "flow"),
     "black-forest-labs/FLUX.2-klein-base-4B": (3.88, LatentShapes((128, 64, 64), (512, 7680)), "flow"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", known_pipelines())
@@ -41,8 +43,11 @@ def test_weights_shapes_and_objective_are_those_that_are_published(name):
     billions, shapes, prediction = PUBLISHED[name]
     model = skeleton_of(spec_in(open_pipeline(name, with_weights=False)))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
-    recipe = recipe_of({"model": {"path": name}, "task": {"kind": "image-generation"}, "data": {
-        "train": "x", "resolution": 1024}}, (), "x")  # fmt: skip
+    recipe = recipe_of(
+        {"model": {"path": name}, "task": {"kind": "image-generation"}, "data": {"train": "x", "resolution": 1024}},
+        (),
+        "x",
+    )
     assert shapes_of_recipe(recipe, model, fit_of(recipe)) == shapes
     assert loss_of(recipe).prediction == prediction
 
@@ -70,12 +75,23 @@ def test_a_run_takes_the_files_beside_the_weights(monkeypatch, tmp_path):
 
 def test_of_a_hub_pipeline_each_weight_is_fetched_and_loaded_once(monkeypatch, tmp_path):
     """The parts' folders, without all of it again in one file at the top or in float16."""
-    wanted = ["model_index.json", "text_encoder/model.safetensors", "tokenizer/merges.txt",
-              "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-              "transformer/diffusion_pytorch_model-00001-of-00003.safetensors"]  # fmt: skip
-    others = ["sd_xl_base_1.0.safetensors", "flux1-dev.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
-              "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/model.fp16.safetensors",
-              "text_encoder/model.fp16-00001-of-00002.safetensors", "unet/model.onnx"]  # fmt: skip
+    wanted = [
+        "model_index.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
+    ]
+    others = [
+        "sd_xl_base_1.0.safetensors",
+        "flux1-dev.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.fp16-00001-of-00002.safetensors",
+        "unet/model.onnx",
+    ]
     base, asked = save_sd_pipeline(tmp_path / "base"), []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **how: asked.append(how) or str(base))
     whole = open_pipeline("them/theirs", with_weights=True).files("them/theirs")

@@ -222,9 +222,17 @@ def test_a_checkpoint_of_another_quantisation_is_refused(tmp_path):
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
 def test_experts_of_an_unknown_form_are_refused_with_their_bytes(quant, tmp_path):
     config = AutoConfig.for_model(
-        "llama4_text", vocab_size=160, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=8, intermediate_size_mlp=96,
-    )  # fmt: skip
+        "llama4_text",
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=8,
+        intermediate_size_mlp=96,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     stacked = 2 * 8 * (192 * 2 * 64 + 64 * 192) * 2  # layers, experts, the two weights of each, bytes
     size = f"{stacked / 2**20:.1f} MiB"
@@ -278,14 +286,27 @@ def machine(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("driver", "version", "cuda", "said"), [
-    (DRIVER.format("", "535.104.05"), "535.104.05", "13.0", "is built for CUDA 13.0, which needs driver 580 or later"),
-    (DRIVER.format("Open Kernel Module for ", "560.35.03"), "560.35.03", "13.0", "needs driver 580 or later"),
-    (DRIVER.format("", "470.82"), "470.82", "12.6", "for it too, update the driver"),
-    (DRIVER.format("", "580.65.06"), "580.65.06", None, r"without CUDA: install a build with it \(choose CUDA 13 at"),
-    (DRIVER.format("", "551.23"), "551.23", None, r"without CUDA: install a build with it \(choose CUDA 12.6 at"),
-    (DRIVER.format("", "580.65.06"), "580.65.06", "13.0", "but CUDA 13.0 does not start"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("driver", "version", "cuda", "said"),
+    [
+        (
+            DRIVER.format("", "535.104.05"),
+            "535.104.05",
+            "13.0",
+            "is built for CUDA 13.0, which needs driver 580 or later",
+        ),
+        (DRIVER.format("Open Kernel Module for ", "560.35.03"), "560.35.03", "13.0", "needs driver 580 or later"),
+        (DRIVER.format("", "470.82"), "470.82", "12.6", "for it too, update the driver"),
+        (
+            DRIVER.format("", "580.65.06"),
+            "580.65.06",
+            None,
+            r"without CUDA: install a build with it \(choose CUDA 13 at",
+        ),
+        (DRIVER.format("", "551.23"), "551.23", None, r"without CUDA: install a build with it \(choose CUDA 12.6 at"),
+        (DRIVER.format("", "580.65.06"), "580.65.06", "13.0", "but CUDA 13.0 does not start"),
+    ],
+)
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu(machine, name, driver, version, cuda, said):
     machine(driver, cuda=cuda)
@@ -348,12 +369,22 @@ def test_a_cpu_build_of_torch_beside_an_amd_gpu_is_said(machine, monkeypatch, ca
     assert any("unverified" in note for note in doctor.examine()["notes"])
 
 
-@pytest.mark.parametrize(("card", "built", "cure"), [
-    ((8, 6), ["sm_80", "sm_90"], ""), ((8, 0), ["sm_86"], "an earlier"), ((6, 1), ["sm_75", "sm_120"], "an earlier"),
-    ((12, 1), ["sm_120"], ""), ((12, 0), ["sm_90", "compute_90"], ""), ((10, 3), ["sm_100a"], "a later"),
-    ((10, 0), ["sm_100a"], ""), ((6, 1), [], ""), ((7, 5), ["sm_75", "compute_120"], ""),
-    ((7, 0), ["compute_75"], "an earlier"), ((12, 0), ["sm_75", "sm_90"], "a later"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("card", "built", "cure"),
+    [
+        ((8, 6), ["sm_80", "sm_90"], ""),
+        ((8, 0), ["sm_86"], "an earlier"),
+        ((6, 1), ["sm_75", "sm_120"], "an earlier"),
+        ((12, 1), ["sm_120"], ""),
+        ((12, 0), ["sm_90", "compute_90"], ""),
+        ((10, 3), ["sm_100a"], "a later"),
+        ((10, 0), ["sm_100a"], ""),
+        ((6, 1), [], ""),
+        ((7, 5), ["sm_75", "compute_120"], ""),
+        ((7, 0), ["compute_75"], "an earlier"),
+        ((12, 0), ["sm_75", "sm_90"], "a later"),
+    ],
+)
 def test_a_gpu_for_which_this_torch_has_no_kernels_is_refused_by_name(card, built, cure, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
@@ -372,10 +403,16 @@ def test_a_gpu_for_which_this_torch_has_no_kernels_is_refused_by_name(card, buil
     assert resolve_device("cpu").type == "cpu"
 
 
-@pytest.mark.parametrize(("card", "built", "missing"), [
-    ((8, 7), ["sm_80", "sm_90"], False), ((12, 1), ["sm_120"], False), ((11, 0), ["sm_100", "sm_120"], True),
-    ((5, 2), ["sm_60", "compute_90"], True), ((11, 0), [], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("card", "built", "missing"),
+    [
+        ((8, 7), ["sm_80", "sm_90"], False),
+        ((12, 1), ["sm_120"], False),
+        ((11, 0), ["sm_100", "sm_120"], True),
+        ((5, 2), ["sm_60", "compute_90"], True),
+        ((11, 0), [], False),
+    ],
+)
 def test_a_gpu_for_which_bitsandbytes_has_no_kernels_is_refused_by_name(card, built, missing, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", "compute_50"])
@@ -403,10 +440,17 @@ def test_bfloat16_is_not_computed_where_avx512_is_hidden_from_torch(monkeypatch)
         resolve_compute_dtype("bfloat16", torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("card", "model_type", "dtype"), [
-    ((6, 1), "llama", torch.float32), ((7, 0), "llama", torch.float16), ((7, 5), "qwen2", torch.float16),
-    ((7, 5), "gemma3_text", torch.float32), ((7, 5), "gemma", torch.float16), ((8, 0), "gemma3_text", torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("card", "model_type", "dtype"),
+    [
+        ((6, 1), "llama", torch.float32),
+        ((7, 0), "llama", torch.float16),
+        ((7, 5), "qwen2", torch.float16),
+        ((7, 5), "gemma3_text", torch.float32),
+        ((7, 5), "gemma", torch.float16),
+        ((8, 0), "gemma3_text", torch.bfloat16),
+    ],
+)
 def test_a_gpu_computes_in_its_narrowest_type_that_holds_the_model(card, model_type, dtype, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: card)
     with caplog.at_level("INFO", "qlora_lite"):
@@ -499,8 +543,11 @@ def test_a_model_that_memory_has_no_room_for_lies_in_files_from_its_first_weight
 
 def packed_parts(model):
     """Every tensor of every weight in 4 bit, those of experts too."""
-    return {name: buffer for name, buffer in model.named_buffers()
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)}  # fmt: skip
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
+    }
 
 
 def test_a_disk_without_room_for_the_weights_is_named_with_its_cure(tmp_path, monkeypatch):
@@ -519,16 +566,30 @@ def test_a_disk_without_room_for_the_weights_is_named_with_its_cure(tmp_path, mo
 
 
 SIZES = dict(
-    vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    moe_intermediate_size=32, num_experts_per_tok=2,
-)  # fmt: skip
+    vocab_size=160,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    moe_intermediate_size=32,
+    num_experts_per_tok=2,
+)
 CUT = {
     "sarvam_moe": ("query_key_value", dict(intermediate_size=96, n_routed_experts=4, first_k_dense_replace=1)),
-    "lara_mini": ("linear_attn.in_proj.", dict(
-        linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-        shared_expert_intermediate_size=32, num_experts=4, layer_types=["linear_attention", "full_attention"],
-    )),
-}  # fmt: skip
+    "lara_mini": (
+        "linear_attn.in_proj.",
+        dict(
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            shared_expert_intermediate_size=32,
+            num_experts=4,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    ),
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about missing kernels

@@ -86,11 +86,17 @@ def test_merged_into_the_weights_that_the_run_saw_it_gives_the_trained_logits(mo
     assert torch.allclose(found, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize(("model_type", "settings"), [
-    ("llama", "adapter.train_also=[embeddings, head, norms]"), ("gpt2", "adapter.train_also=[norms, biases]"),
-    ("gemma2", "adapter.train_also=embeddings"), ("gemma2", 'adapter.train_tokens=["<|new|>", "a"]'),
-    ("llama", 'adapter.train_tokens=["<|new|>"]'), ("gpt2", "adapter.train_also=biases lora.targets=[]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", "adapter.train_also=[embeddings, head, norms]"),
+        ("gpt2", "adapter.train_also=[norms, biases]"),
+        ("gemma2", "adapter.train_also=embeddings"),
+        ("gemma2", 'adapter.train_tokens=["<|new|>", "a"]'),
+        ("llama", 'adapter.train_tokens=["<|new|>"]'),
+        ("gpt2", "adapter.train_also=biases lora.targets=[]"),
+    ],
+)
 def test_trained_weights_of_the_base_are_in_the_merged_model(model_type, settings, tmp_path):
     run = tiny_run(tmp_path, model_type, overrides=[settings] if "targets" not in settings else settings.split())
     stored = load_file(run / "adapter" / "adapter_model.safetensors")

@@ -81,9 +81,10 @@ def test_a_whole_in_bitsandbytes_4_bit_keeps_the_layers_that_it_leaves_out(tmp_p
     save_nested(tmp_path / "plain", intermediate_size=128)
     skipped = ["vision_tower", "multi_modal_projector", "lm_head", "language_model.model.layers.1.mlp"]
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=[*skipped, "model.language_model.layers.1.mlp"],
-    )  # fmt: skip
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
@@ -133,9 +134,12 @@ def test_a_run_trains_no_layer_of_a_tower_and_its_adapter_fits_what_transformers
 def test_an_adapter_that_peft_trained_on_the_whole_gives_the_same_logits_here(tmp_path):
     whole = save_nested(tmp_path / "model")
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=r".*language_model.*(q|up)_proj", r=4, lora_alpha=6,
+        task_type="CAUSAL_LM",
+        target_modules=r".*language_model.*(q|up)_proj",
+        r=4,
+        lora_alpha=6,
         alpha_pattern={r"model\.language_model\.layers\.0.*": 9},
-    )  # fmt: skip
+    )
     theirs = peft.get_peft_model(whole, settings)
     for key, parameter in theirs.named_parameters():
         if "lora_B" in key:

@@ -115,9 +115,14 @@ def test_groups_of_experts_are_dequantised_without_the_others(case, tmp_path, mo
                 assert torch.equal(materialize(found.spec, found.stored, dtype), expected)
 
 
-@pytest.mark.parametrize("options", [
-    MemoryOptions(resident_layers=0, stream_from="disk"), MemoryOptions(resident_layers=1, cache_dequantized=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(resident_layers=0, stream_from="disk"),
+        MemoryOptions(resident_layers=1, cache_dequantized=True),
+    ],
+    ids=str,
+)
 def test_streamed_it_has_every_bit_of_the_gradients_of_the_resident_one(published, options):
     _, folder, _ = published
     found, resident = (gradients(adapted(load(folder), where), where) for where in (options, PLAIN))
@@ -128,8 +133,10 @@ def test_it_is_planned_with_the_tensors_that_it_has(published):
     _, folder, _ = published
     config, model = read_config(str(folder)), load(folder)
     planned = meta_model(config, "keep", False, torch.float32, formats=published_formats(config))
-    described = [{name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in each.state_dict().items()}
-                 for each in (planned, model)]  # fmt: skip
+    described = [
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in each.state_dict().items()}
+        for each in (planned, model)
+    ]
     assert described[0] == described[1]
 
 
@@ -144,10 +151,15 @@ def test_a_merge_writes_the_dequantised_model_with_the_update(published, tmp_pat
     assert not hasattr(merged.config, "quantization_config") and merged.state_dict().keys() == plain.state_dict().keys()
     trained = load_adapter(load(folder), run / "adapter")
     assert torch.allclose(logits(merged), logits(trained), atol=2e-4)
-    changed = {name.rpartition(".")[0] for name, tensor in merged.state_dict().items()
-               if not torch.equal(tensor, plain.state_dict()[name])}  # fmt: skip
-    assert changed == {re.sub(r"\.(gate_up|down)_proj$", "", path) if ".experts." in f"{path}." else path
-                       for path, _ in lora_layers(trained)}  # fmt: skip
+    changed = {
+        name.rpartition(".")[0]
+        for name, tensor in merged.state_dict().items()
+        if not torch.equal(tensor, plain.state_dict()[name])
+    }
+    assert changed == {
+        re.sub(r"\.(gate_up|down)_proj$", "", path) if ".experts." in f"{path}." else path
+        for path, _ in lora_layers(trained)
+    }
 
 
 @pytest.mark.parametrize("case", ["int8", "fp8", "gptq", "awq"])
@@ -170,14 +182,22 @@ def test_a_packed_layer_of_which_the_configuration_does_not_say_so_is_an_error(t
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("said", "message"), [
-    ({"quant_method": "fp8"}, r"with fp8 \(no more is said\), of which is read: blocks of 128 x 128 with a scale"),
-    ({"quant_method": "fp8", "weight_block_size": [1, 32]}, r"fp8 \(weight_block_size \[1, 32\]\), of"),
-    ({"quant_method": "fp8", "weight_block_size": 128}, r"fp8 \(weight_block_size 128\), of"),
-    ({"quant_method": "gptq", "bits": 3, "group_size": 128}, r"with gptq \(bits 3, group_size 128\), of .+: 4 or 8 b"),
-    ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
-     r"with awq \(bits 4, group_size 128, version gemv\), of which is read: 4 bits in groups of .+, version gemm;"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"quant_method": "fp8"}, r"with fp8 \(no more is said\), of which is read: blocks of 128 x 128 with a scale"),
+        ({"quant_method": "fp8", "weight_block_size": [1, 32]}, r"fp8 \(weight_block_size \[1, 32\]\), of"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, r"fp8 \(weight_block_size 128\), of"),
+        (
+            {"quant_method": "gptq", "bits": 3, "group_size": 128},
+            r"with gptq \(bits 3, group_size 128\), of .+: 4 or 8 b",
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+            r"with awq \(bits 4, group_size 128, version gemv\), of which is read: 4 bits in groups of .+, version",
+        ),
+    ],
+)
 def test_blocks_of_another_size_are_refused(said, message, tmp_path):
     save_published(tmp_path, "fp8")
     path = tmp_path / "config.json"
@@ -186,19 +206,25 @@ def test_blocks_of_another_size_are_refused(said, message, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("case", "said"), [("awq", r"quantised already, and keeps its codes \(awq_4_32\)"),
-                                            ("mxfp4", "no 4-bit layers to save")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [("awq", r"quantised already, and keeps its codes \(awq_4_32\)"), ("mxfp4", "no 4-bit layers to save")],
+)
 def test_it_is_not_quantised_a_second_time(case, said, tmp_path, command):
     save_published(tmp_path / "model", case)
     code, _, error = command("quantize", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
     assert code == 2 and re.search(said, error) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("case", "part", "value", "message"), [
-    ("gptq", "g_idx", 99, r"names groups from 0 to 99, and there are \d+: the checkpoint is damaged"),
-    ("gptq", "g_idx", -1, "names groups from -1 to"), ("gptq", "scales", torch.nan, "holds NaN or infinity"),
-    ("int8", "SCB", torch.inf, "holds NaN or infinity"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "part", "value", "message"),
+    [
+        ("gptq", "g_idx", 99, r"names groups from 0 to 99, and there are \d+: the checkpoint is damaged"),
+        ("gptq", "g_idx", -1, "names groups from -1 to"),
+        ("gptq", "scales", torch.nan, "holds NaN or infinity"),
+        ("int8", "SCB", torch.inf, "holds NaN or infinity"),
+    ],
+)
 def test_constants_that_mean_nothing_are_one_error_that_names_tensor_and_file(case, part, value, message, tmp_path):
     save_published(tmp_path, case)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -251,8 +277,12 @@ def test_a_stopped_run_of_adapted_experts_continues_to_the_bit(case, tmp_path, m
 
     def run(name, progress=None, resume=None):
         (tmp_path / name).mkdir(exist_ok=True)
-        recipe = write_recipe(tmp_path / name, tmp_path / "model", train={"max_steps": 4, "save_every_steps": 2},
-                              lora={"rank": 4, "alpha": 8, "targets": ["all-linear", "experts"]})  # fmt: skip
+        recipe = write_recipe(
+            tmp_path / name,
+            tmp_path / "model",
+            train={"max_steps": 4, "save_every_steps": 2},
+            lora={"rank": 4, "alpha": 8, "targets": ["all-linear", "experts"]},
+        )
         run_recipe(load_recipe(recipe, ["train.metrics_examples=0"]), progress, resume)
         return sha256(tmp_path / name / "out" / "adapter" / "adapter_model.safetensors")
 
@@ -271,16 +301,31 @@ def rewrite(folder, change):
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 
 
-@pytest.mark.parametrize(("case", "change", "said"), [
-    ("fp8_experts", lambda tensors: tensors.pop(f"{EXPERT}.weight_scale_inv"),
-     rf"no file has the tensor {EXPERT}\.weight_scale_inv"),
-    ("fp8_experts", lambda tensors: [tensors.pop(name) for name in [*tensors] if ".1.mlp.experts." in name],
-     r"no file has packed weights of single experts of model\.layers\.1\.mlp\.experts\.gate_up_proj"),
-    ("gptq_experts", lambda tensors: tensors.update({f"{EXPERT}.qweight": tensors[f"{EXPERT}.qweight"][:-1].clone()}),
-     rf"model\.safetensors: the tensor {EXPERT}\.qweight is int32 \(7, 32\), and int32 \(8, 32\) is needed"),
-    ("gptq_experts", lambda tensors: tensors.update({f"{EXPERT}.g_idx": tensors[f"{EXPERT}.g_idx"].flip(0)}),
-     rf"model\.safetensors: the tensor {EXPERT}\.g_idx is another than that of the weight that it is computed with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "change", "said"),
+    [
+        (
+            "fp8_experts",
+            lambda tensors: tensors.pop(f"{EXPERT}.weight_scale_inv"),
+            rf"no file has the tensor {EXPERT}\.weight_scale_inv",
+        ),
+        (
+            "fp8_experts",
+            lambda tensors: [tensors.pop(name) for name in [*tensors] if ".1.mlp.experts." in name],
+            r"no file has packed weights of single experts of model\.layers\.1\.mlp\.experts\.gate_up_proj",
+        ),
+        (
+            "gptq_experts",
+            lambda tensors: tensors.update({f"{EXPERT}.qweight": tensors[f"{EXPERT}.qweight"][:-1].clone()}),
+            rf"model\.safetensors: the tensor {EXPERT}\.qweight is int32 \(7, 32\), and int32 \(8, 32\) is needed",
+        ),
+        (
+            "gptq_experts",
+            lambda tensors: tensors.update({f"{EXPERT}.g_idx": tensors[f"{EXPERT}.g_idx"].flip(0)}),
+            rf"model\.safetensors: the tensor {EXPERT}\.g_idx is another than that of the weight that it is computed",
+        ),
+    ],
+)
 def test_a_fault_of_one_expert_is_one_error_that_names_it(case, change, said, tmp_path):
     save_published(tmp_path, case)
     rewrite(tmp_path, change)
@@ -295,12 +340,21 @@ def said_of(folder, **changes):
     path.write_text(json.dumps(said | {"quantization_config": said["quantization_config"] | changes}))
 
 
-@pytest.mark.parametrize(("case", "changes", "message"), [
-    ("fp8", {"quant_method": "fp8", "weight_block_size": [128, 128]},
-     "have 32 inner features, and fp8_128x128 has a scale for 128, so that two such weights cannot be joined"),
-    ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True},
-     "experts are quantised with bitsandbytes in a form that is not known here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        (
+            "fp8",
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "have 32 inner features, and fp8_128x128 has a scale for 128, so that two such weights cannot be joined",
+        ),
+        (
+            "int8",
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "experts are quantised with bitsandbytes in a form that is not known here",
+        ),
+    ],
+)
 def test_experts_that_cannot_be_put_together_are_refused_by_the_configuration_alone(case, changes, message, tmp_path):
     save_published(tmp_path, "gptq_experts")
     said_of(tmp_path, **changes)
@@ -310,11 +364,15 @@ def test_experts_that_cannot_be_put_together_are_refused_by_the_configuration_al
 
 def test_experts_that_are_published_in_16_bit_stay_so(tmp_path):
     plain = save_published(tmp_path, "fp8_experts")
-    values = {f"{path}.{number}.{name}_proj.weight": weight.clone()
-              for path, module in plain.named_modules() if hasattr(module, "has_gate")
-              for number in range(module.num_experts)
-              for name, weight in zip(("gate", "up", "down"), (*module.gate_up_proj[number].chunk(2),
-                                                               module.down_proj[number]), strict=True)}  # fmt: skip
+    values = {
+        f"{path}.{number}.{name}_proj.weight": weight.clone()
+        for path, module in plain.named_modules()
+        if hasattr(module, "has_gate")
+        for number in range(module.num_experts)
+        for name, weight in zip(
+            ("gate", "up", "down"), (*module.gate_up_proj[number].chunk(2), module.down_proj[number]), strict=True
+        )
+    }
     rewrite(tmp_path, lambda tensors: [tensors.pop(f"{name}_scale_inv") for name in values] and tensors.update(values))
     said_of(tmp_path, modules_to_not_convert=["lm_head", "model.layers.1.self_attn.o_proj", "model.layers.*.experts.*"])
     model = load(tmp_path)

@@ -42,8 +42,16 @@ def test_what_is_done_to_a_copy_is_not_done_to_the_next():
 
 
 def test_configurations_with_the_same_numbers_and_other_blocks_are_other_models():
-    numbers = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                   num_key_value_heads=1, head_dim=8, pad_token_id=0)  # fmt: skip
+    numbers = dict(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+    )
     names = [type(meta_copy(config(**numbers), *HOW)).__name__ for config in (GlmConfig, Glm4Config)]
     assert names == ["GlmForCausalLM", "Glm4ForCausalLM"]
 

@@ -46,9 +46,15 @@ def results(attend, inputs, lengths=LENGTHS, **how):
     return out.detach(), *torch.autograd.grad(out, inputs, upstream)
 
 
-@pytest.mark.parametrize(("key_heads", "softcap", "sinks"), [
-    (2, 1.5, SINKS), (4, 1.5, None), (1, None, SINKS),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("key_heads", "softcap", "sinks"),
+    [
+        (2, 1.5, SINKS),
+        (4, 1.5, None),
+        (1, None, SINKS),
+    ],
+    ids=str,
+)
 def test_values_and_gradients_are_those_of_one_mask_over_all_sequences(key_heads, softcap, sinks, compiled):
     for lengths, window in ((LENGTHS, None), (LENGTHS, 140), ((3, 7), 2)):
         inputs = inputs_of(lengths, key_heads)
@@ -109,10 +115,22 @@ def test_a_block_of_a_model_is_recomputed_with_the_same_kernel(keeps_attention, 
         assert (tensor - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-@pytest.mark.parametrize("change", [
-    {"tokens": BLOCK, "lengths": (BLOCK,)}, {"tokens": sum(LENGTHS) + 1}, {"size": 8}, {"size": 288}, {"batch": 2},
-    {"values": 32}, {"card": "cpu"}, {"triton": False}, {"size": 80, "values": 80}, {}, {"capability": (7, 5)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": BLOCK, "lengths": (BLOCK,)},
+        {"tokens": sum(LENGTHS) + 1},
+        {"size": 8},
+        {"size": 288},
+        {"batch": 2},
+        {"values": 32},
+        {"card": "cpu"},
+        {"triton": False},
+        {"size": 80, "values": 80},
+        {},
+        {"capability": (7, 5)},
+    ],
+)
 def test_the_kernel_is_for_heads_that_fit_and_more_than_a_block_of_tokens_of_sequences(change, monkeypatch):
     said = {"tokens": sum(LENGTHS), "lengths": LENGTHS, "size": SIZE, "values": SIZE, "batch": 1, "card": "cuda"}
     said |= {"triton": True, "capability": (8, 0)} | change
@@ -123,9 +141,16 @@ def test_the_kernel_is_for_heads_that_fit_and_more_than_a_block_of_tokens_of_seq
         assert kernel_takes(query, query, value, said["lengths"]) == (not change or change.get("values") == 80)
 
 
-@pytest.mark.parametrize(("size", "shared_kib", "is_small"), [
-    (128, 99, False), (192, 99, True), (256, 99, True), (256, 163, False), (256, 227, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "shared_kib", "is_small"),
+    [
+        (128, 99, False),
+        (192, 99, True),
+        (256, 99, True),
+        (256, 163, False),
+        (256, 227, False),
+    ],
+)
 def test_wide_heads_have_small_tiles_on_gpus_with_little_shared_memory(size, shared_kib, is_small):
     assert bool(flex.kernel_options(size, shared_kib << 10)) == is_small
 

@@ -62,10 +62,18 @@ def test_a_token_s_query_of_grouped_heads_copies_no_keys(mask):
     assert ledger.peak.total < k.nbytes / 2
 
 
-@pytest.mark.parametrize(("size", "value_size", "dropout", "grouped"), [
-    (128, 128, 0, True), (128, 128, 0.1, True), (256, 256, 0, True), (256, 256, 0.1, False), (512, 512, 0, False),
-    (208, 208, 0, False), (128, 64, 0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "value_size", "dropout", "grouped"),
+    [
+        (128, 128, 0, True),
+        (128, 128, 0.1, True),
+        (256, 256, 0, True),
+        (256, 256, 0.1, False),
+        (512, 512, 0, False),
+        (208, 208, 0, False),
+        (128, 64, 0, False),
+    ],
+)
 def test_heads_of_a_size_that_flash_attention_does_not_take_are_not_grouped(size, value_size, dropout, grouped):
     """Gemma 4's have 512: grouped, the formula would hold the scores of all heads, and a plan would not."""
     shapes = (1, 8, 5, size), (1, 2, 5, size), (1, 2, 5, value_size)
@@ -83,9 +91,14 @@ def test_heads_of_a_size_that_flash_attention_does_not_take_are_not_grouped(size
     assert called == [(grouped, 2 if grouped else 8)]
 
 
-@pytest.mark.parametrize(("size", "dtype", "taken"), [
-    (128, torch.bfloat16, True), (512, torch.bfloat16, False), (128, torch.float16, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "dtype", "taken"),
+    [
+        (128, torch.bfloat16, True),
+        (512, torch.bfloat16, False),
+        (128, torch.float16, False),
+    ],
+)
 def test_a_plan_counts_the_kernel_that_takes_the_heads(size, dtype, taken, counted_kernels):
     inputs = laid_out(2, LENGTH, size, dtype, False, "meta")
     with planning_for("cuda"), PlanLedger("cuda"):
@@ -256,9 +269,17 @@ def backward_on_cpu(*args, scale):
     return fused_attention._PLANNED_BACKWARD(*inputs, dropout, causal, scale=scale)
 
 
-@pytest.mark.parametrize(("key_heads", "most", "calls"), [
-    (8, 2**30, 0), (8, 1, 8), (4, 1, 4), (4, 130_000, 2), (4, 100_000, 4), (1, 1, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key_heads", "most", "calls"),
+    [
+        (8, 2**30, 0),
+        (8, 1, 8),
+        (4, 1, 4),
+        (4, 130_000, 2),
+        (4, 100_000, 4),
+        (1, 1, 0),
+    ],
+)
 def test_a_backward_over_few_heads_at_a_time_gives_the_same_bits(key_heads, most, calls, monkeypatch):
     seen = []
 
@@ -314,10 +335,17 @@ def test_a_plan_of_a_backward_over_few_heads_counts_their_share(planned_inside, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("most", [2**40, 1])
 @pytest.mark.parametrize("heads_first", [False, True])
-@pytest.mark.parametrize(("key_heads", "dtype", "size", "masked"), [
-    (HEADS, torch.bfloat16, 64, False), (2, torch.bfloat16, 64, False), (2, torch.bfloat16, 128, False),
-    (2, torch.float32, 64, False), (HEADS, torch.bfloat16, 64, True), (1, torch.bfloat16, WIDE, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key_heads", "dtype", "size", "masked"),
+    [
+        (HEADS, torch.bfloat16, 64, False),
+        (2, torch.bfloat16, 64, False),
+        (2, torch.bfloat16, 128, False),
+        (2, torch.float32, 64, False),
+        (HEADS, torch.bfloat16, 64, True),
+        (1, torch.bfloat16, WIDE, True),
+    ],
+)
 def test_on_a_gpu_a_backward_takes_what_plans_count(key_heads, dtype, size, masked, heads_first, most, monkeypatch):
     monkeypatch.setattr(fused_attention, "MAX_SCRATCH_BYTES", most)
     taken = {}

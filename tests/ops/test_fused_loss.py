@@ -156,8 +156,10 @@ print("compared")
 def test_liger_s_loss_is_about_as_exact_as_ours_over_triton_s_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, os.path.dirname(__file__)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert "compared" in done.stdout, done.stderr
 
 

@@ -32,8 +32,18 @@ def chosen_by(router, tokens, per_token, experts):
     return scores.topk(per_token).indices
 
 
-def case(router, tokens=35, per_token=2, experts=4, sizes=(48, 200), of_pairs=False, transposed=False, extras=False,
-         dtype=torch.float32, device="cpu"):  # fmt: skip
+def case(
+    router,
+    tokens=35,
+    per_token=2,
+    experts=4,
+    sizes=(48, 200),
+    of_pairs=False,
+    transposed=False,
+    extras=False,
+    dtype=torch.float32,
+    device="cpu",
+):
     """Return the arguments of ``grouped_product`` without ``out`` and ``first``: no size is a multiple of a tile's."""
     random = torch.Generator().manual_seed(1)
     pairs = pairs_by_expert(chosen_by(router, tokens, per_token, experts), experts)
@@ -74,8 +84,9 @@ def error(found, truth):
 CASES = [
     *(dict(router=router) for router in ROUTERS),
     *(dict(router=router, of_pairs=True, transposed=True, extras=True) for router in ROUTERS),
-    dict(router="even", tokens=1, experts=9, extras=True), dict(router="one", tokens=70, sizes=(130, 64)),
-]  # fmt: skip
+    dict(router="even", tokens=1, experts=9, extras=True),
+    dict(router="one", tokens=70, sizes=(130, 64)),
+]
 
 
 @pytest.mark.parametrize("added", [None, 3.0])
@@ -85,8 +96,17 @@ def test_rows_of_all_groups_are_those_of_their_experts_alone(settings, added):
     assert error(in_groups(grouped_product, given, added=added), exact(*given, added or 0.0)) < 1e-6
 
 
-def sums_case(router, tokens=35, per_token=2, experts=4, sizes=(48, 200), of_pairs=False, dtype=torch.float32,
-              device="cpu", **_unused):  # fmt: skip
+def sums_case(
+    router,
+    tokens=35,
+    per_token=2,
+    experts=4,
+    sizes=(48, 200),
+    of_pairs=False,
+    dtype=torch.float32,
+    device="cpu",
+    **_unused,
+):
     """Return the arguments of ``add_grouped_sums``: rows of tokens on one side, of pairs on the other."""
     random = torch.Generator().manual_seed(1)
     pairs = pairs_by_expert(chosen_by(router, tokens, per_token, experts), experts)
@@ -171,8 +191,10 @@ def test_the_kernel_computes_the_same_over_triton_s_interpreter():
     folders = os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED, *folders],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert "compared" in done.stdout, done.stderr
 
 
@@ -193,9 +215,11 @@ def compiled(capability, across):
     constants = {(names.index(name),): value for name, value in fixed.items()}
     aligned = [number for number, name in enumerate(names) if name in whole or "*" in kinds[name]]
     source = ASTSource(
-        ours._kernel, kinds | dict.fromkeys(fixed, "constexpr"), constants,
+        ours._kernel,
+        kinds | dict.fromkeys(fixed, "constexpr"),
+        constants,
         {(number,): [["tt.divisibility", 16]] for number in aligned},
-    )  # fmt: skip
+    )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     return compile(source, target=target, options=ours.launch_options(capability, torch.bfloat16))
 
@@ -204,11 +228,20 @@ def compiled(capability, across):
 @pytest.mark.parametrize("across", ["in_stride", "out_stride"])
 @pytest.mark.parametrize(
     ("capability", "product", "warps", "shared_kib"),
-    [((8, 9), "mma.sync", 8, 100), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
-        ((8, 0), "mma.sync", 8, 164), ((8, 6), "mma.sync", 8, 100), ((12, 0), "mma.sync", 8, 100),
-        ((9, 0), "wgmma", 4, 228), ((10, 0), "tcgen05.mma", 4, 228),
-    ))],
-)  # fmt: skip
+    [
+        ((8, 9), "mma.sync", 8, 100),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ((8, 0), "mma.sync", 8, 164),
+                ((8, 6), "mma.sync", 8, 100),
+                ((12, 0), "mma.sync", 8, 100),
+                ((9, 0), "wgmma", 4, 228),
+                ((10, 0), "tcgen05.mma", 4, 228),
+            )
+        ),
+    ],
+)
 def test_a_multiprocessor_holds_two_programs_whose_sums_stay_in_registers(
     capability, product, warps, shared_kib, across, tmp_path
 ):

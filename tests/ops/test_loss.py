@@ -67,8 +67,9 @@ def test_a_trained_head_gets_the_gradients_of_the_float64_definition(name, chunk
     exact, exact_head = hidden.double().requires_grad_(), [head.weight.double().requires_grad_()]
     if head.bias is not None:
         exact_head.append(head.bias.double().requires_grad_())
-    (3.0 * plain_loss(exact, targets, Head(*exact_head, **{k: v for k, v in HEADS[name].items() if k != "bias"}))
-     ).backward()  # fmt: skip
+    (
+        3.0 * plain_loss(exact, targets, Head(*exact_head, **{k: v for k, v in HEADS[name].items() if k != "bias"}))
+    ).backward()
     trained = [tensor.requires_grad_() for tensor in (head.weight, head.bias) if tensor is not None]
 
     _, grad = loss_and_gradient(hidden, targets, head, chunk)

@@ -15,8 +15,19 @@ from qlora_lite.ops.shapes import planning_for
 aten = torch.ops.aten
 
 SIZE = 24
-WITH_RMS_NORMS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt_oss",
-                  "deepseek_v3"]  # fmt: skip
+WITH_RMS_NORMS = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "granite",
+    "gpt_oss",
+    "deepseek_v3",
+]
 
 
 class MeanToo(nn.Module):

@@ -65,9 +65,14 @@ def tensors_of(seed):
     sizes = torch.randint(1, 40, (2,), generator=generator).tolist()
     hidden = torch.randn(1, *sizes, generator=generator)
     return [
-        hidden, torch.randn(2, *sizes, 3, generator=generator).bfloat16().transpose(1, 2), hidden[0, :, :1].double(),
-        torch.empty(0, 3), torch.tensor(seed), torch.randn(3, generator=generator).expand(2, 3), hidden[:, ::2],
-    ]  # fmt: skip
+        hidden,
+        torch.randn(2, *sizes, 3, generator=generator).bfloat16().transpose(1, 2),
+        hidden[0, :, :1].double(),
+        torch.empty(0, 3),
+        torch.tensor(seed),
+        torch.randn(3, generator=generator).expand(2, 3),
+        hidden[:, ::2],
+    ]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

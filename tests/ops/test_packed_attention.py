@@ -93,10 +93,20 @@ def test_a_block_s_second_run_takes_what_its_first_kept(card):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("change", [
-    {"repeatable": True}, {"tokens": TOKENS + 1}, {"dtype": torch.float32}, {"size": 30}, {"size": 208}, {"batch": 2},
-    {"device": "cpu"}, {"on_gpu": False}, {},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repeatable": True},
+        {"tokens": TOKENS + 1},
+        {"dtype": torch.float32},
+        {"size": 30},
+        {"size": 208},
+        {"batch": 2},
+        {"device": "cpu"},
+        {"on_gpu": False},
+        {},
+    ],
+)
 def test_the_kernel_is_for_what_flash_attention_takes_and_no_token_behind_the_sequences(change):
     said = {"tokens": TOKENS, "size": SIZE, "batch": 1, "dtype": torch.bfloat16, "device": "meta", "on_gpu": True}
     said |= {"repeatable": False} | change

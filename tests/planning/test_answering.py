@@ -235,8 +235,9 @@ def test_bytes_on_the_device_are_those_that_placing_leaves_there(options):
 def random_adapter(model_type):
     adapted = add_lora(quantized_pair(model_type)[0], rank=3, alpha=6.0, dtype=torch.float32)
     random_factors(adapted)
-    return Adapter({name: Factors(layer.lora_A.detach(), layer.lora_B.detach(), 6.0)
-                    for name, layer in lora_layers(adapted)}, 0.0)  # fmt: skip
+    return Adapter(
+        {name: Factors(layer.lora_A.detach(), layer.lora_B.detach(), 6.0) for name, layer in lora_layers(adapted)}, 0.0
+    )
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -287,8 +288,11 @@ def test_a_small_gpu_evaluates_answers_and_compares_as_a_large_one(tmp_path, mon
         assert alike == pytest.approx(found[0][2], rel=1e-4)
     said = [message.partition("in host memory: ")[2] for message in caplog.messages if "no room for all" in message]
     table = "" if tied else "embeddings"
-    places = [", ".join(filter(None, (table, "3 of 4 blocks"))), "embeddings, head, 4 of 4 blocks",
-              f"{table or 'nothing'}; on the disk: 3 of 4 blocks"]  # fmt: skip
+    places = [
+        ", ".join(filter(None, (table, "3 of 4 blocks"))),
+        "embeddings, head, 4 of 4 blocks",
+        f"{table or 'nothing'}; on the disk: 3 of 4 blocks",
+    ]
     assert said == [place for place in places for _ in range(3)]
     chosen = (
         some,
@@ -305,11 +309,12 @@ def test_the_device_has_room_for_the_adapters_and_the_context(tmp_path, monkeypa
     longer = (run / "recipe.yaml").read_text().replace("max_tokens: 128", "max_tokens: 300")
     (twin / "recipe.yaml").write_text(longer)
     uses_of_model = {
-        "base": trained.build_base, "tasks": lambda: open_tasks([run, twin]),
+        "base": trained.build_base,
+        "tasks": lambda: open_tasks([run, twin]),
         "evaluation": lambda: evaluate_recipe(trained.recipe, trained.adapter, 0),
         "generate": lambda: command("generate", run, "--prompt", "3?", "--max-new-tokens", 1, "--context-tokens", 300),
         "serve": lambda: command("serve", run, "--context-tokens", 300),
-    }  # fmt: skip
+    }
     monkeypatch.setattr(app, "run_server", lambda *_arguments: None)
     longest = trained if use in ("base", "evaluation") else open_trained(twin)
     enough = needed(longest, MemoryOptions())

@@ -55,11 +55,15 @@ def needs(tokens, resident_layers, depth=DEPTH, **options):
 @pytest.mark.parametrize(
     ("depth", "resident", "more_on_device", "offload_checkpoints"),
     [
-        (5, 0, 0, True), (5, 2, 0, True), (5, 2, 0, False), (5, None, 0, False),
-        pytest.param(5, 2, 50_000, True, marks=pytest.mark.slow), pytest.param(5, 3, 0, True, marks=pytest.mark.slow),
+        (5, 0, 0, True),
+        (5, 2, 0, True),
+        (5, 2, 0, False),
+        (5, None, 0, False),
+        pytest.param(5, 2, 50_000, True, marks=pytest.mark.slow),
+        pytest.param(5, 3, 0, True, marks=pytest.mark.slow),
         (8, 3, 0, True),  # deep enough to be continued in a straight line
     ],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_one_step_more_has_no_plan(depth, resident, more_on_device, offload_checkpoints):
     fixed = ON_HOST | {"offload_checkpoints": offload_checkpoints}

@@ -59,10 +59,20 @@ def test_a_gpu_s_kernels_take_twice_as_long_to_start_on_wsl(release, seconds, mo
     assert found.renamed("half of it", 2**32).operation_seconds == seconds
 
 
-@pytest.mark.parametrize(("name", "share"), [
-    ("rtx-4090", 0.92), ("rtx-4060-ti-16gb", 0.92), ("rtx-4070-laptop", 0.92), ("gtx-1080-ti", 0.92),
-    ("h100", 0.75), ("a100-40gb", 0.75), ("rtx-6000-ada", 0.6), ("rtx-a6000", 0.6), ("l4", 0.6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("rtx-4090", 0.92),
+        ("rtx-4060-ti-16gb", 0.92),
+        ("rtx-4070-laptop", 0.92),
+        ("gtx-1080-ti", 0.92),
+        ("h100", 0.75),
+        ("a100-40gb", 0.75),
+        ("rtx-6000-ada", 0.6),
+        ("rtx-a6000", 0.6),
+        ("l4", 0.6),
+    ],
+)
 def test_products_reach_the_share_of_a_gpu_s_peak_that_is_known_of_its_kind(name, share):
     card = find_gpu(name)
     found = machine_of_gpu(card)

@@ -47,9 +47,14 @@ def test_operators_that_only_a_gpu_has_give_memory_where_a_plan_needs_real_tenso
 
 def test_scratch_keeps_no_tensor_longer_than_autograd_does_on_real_ones():
     job = new_job(
-        build_tiny("llama").config, BatchShape((200, 60), 250), None, device_type="cuda", compute_dtype=torch.float32,
-        optimizer="adamw_torch", options=MemoryOptions(kernels="plain"),
-    )  # fmt: skip
+        build_tiny("llama").config,
+        BatchShape((200, 60), 250),
+        None,
+        device_type="cuda",
+        compute_dtype=torch.float32,
+        optimizer="adamw_torch",
+        options=MemoryOptions(kernels="plain"),
+    )
     planned, real = (_run(job, device, False).moments for device in (META, CPU))
     saved = [
         {key: moment.breakdown.get("saved activations") for key, moment in moments.items() if key[0] == "backward"}

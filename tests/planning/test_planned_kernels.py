@@ -66,9 +66,14 @@ def test_a_run_that_repeats_itself_attends_to_one_sequence_after_the_other():
     assert many.operations > 1.1 * one.operations and many.moved_bytes < 1.1 * one.moved_bytes
 
 
-@pytest.mark.parametrize(("config", "most", "share"), [
-    (known_config("google/gemma-2-9b"), 20_000, 0.65), (known_config("unsloth/gpt-oss-20b-BF16"), 15_000, 0.65),
-], ids=["gemma-2-9b", "gpt-oss-20b"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "most", "share"),
+    [
+        (known_config("google/gemma-2-9b"), 20_000, 0.65),
+        (known_config("unsloth/gpt-oss-20b-BF16"), 15_000, 0.65),
+    ],
+    ids=["gemma-2-9b", "gpt-oss-20b"],
+)
 def test_capped_scores_and_sinks_take_one_call_a_layer_but_on_turing(config, most, share):
     job = new_job(AutoConfig.for_model(**config), BatchShape((4096,), 4095), device_type="cuda")
     at_once, block_by_block = (simulate(changed(job, capability=each)).work for each in ((8, 0), (7, 5)))

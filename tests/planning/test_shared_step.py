@@ -72,16 +72,21 @@ def test_gpus_that_have_no_room_for_the_model_divide_it(tmp_path):
 def test_gpus_that_have_no_room_for_all_that_is_trained_divide_it(tmp_path):
     """Of the same model 8 GiB with gradients and states: to host memory only what is not divided could go."""
     save_config(tmp_path)
-    settings = ("adapter.method=full", "model.quant=none", "data.max_tokens=256", "train.gradient_accumulation_steps=4",
-                "memory.loss_chunk_tokens=1024")  # fmt: skip
+    settings = (
+        "adapter.method=full",
+        "model.quant=none",
+        "data.max_tokens=256",
+        "train.gradient_accumulation_steps=4",
+        "memory.loss_chunk_tokens=1024",
+    )
     recipe = recipe_of({"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}}, settings, "r")
     card = machine_of_gpu(find_gpu("rtx-3060"))
 
     def plan(gib, gpus, nodes=1, train=(), **memory):
         changes = {"memory": memory, "train": dict(train)}
-        own = recipe.model_copy(update={
-            section: getattr(recipe, section).model_copy(update=each) for section, each in changes.items()
-        })  # fmt: skip
+        own = recipe.model_copy(
+            update={section: getattr(recipe, section).model_copy(update=each) for section, each in changes.items()}
+        )
         joined = {"link": "pcie4" if gpus > 1 else None, "network": "ethernet-10g" if nodes > 1 else None}
         machine = ranks.dividing(own, Cluster(gpus, nodes, **joined).part(card), gpus * nodes)
         return planner.plan_recipe(ranks.share_of(own, gpus * nodes), machine, int(gib * 2**30))
@@ -99,8 +104,12 @@ def test_gpus_that_have_no_room_for_all_that_is_trained_divide_it(tmp_path):
     assert simulation.trained_bytes == 2 * outside + 24 * OF_BLOCK // 4
     assert simulation.saved_bytes == 2 * outside + 24 * OF_BLOCK
     assert found.chosen.prediction.host_updates == 0
-    updated = plan(4, 4, train={"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
-                   optimizer_in_backward=True)  # fmt: skip
+    updated = plan(
+        4,
+        4,
+        train={"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0},
+        optimizer_in_backward=True,
+    )
     saved = found.peak_bytes - updated.peak_bytes
     assert updated.chosen.options.is_sharded and 0.8 < saved / (24 * OF_BLOCK / 4) < 1.1, "the gradients of a part"
     assert planner.disk_bytes(found) == pytest.approx(planner.disk_bytes(whole), rel=0.05)
@@ -125,8 +134,11 @@ def test_divided_weights_that_are_converted_when_they_are_loaded_take_host_memor
     """Files in float16 and a step in bfloat16: what is not a page of a file any more is whole in each process."""
     save_config(tmp_path, dtype="float16")
     settings = "memory.stream_from=ranks", "memory.resident_layers=2", "model.quant=none", "data.max_tokens=256"
-    recipe = recipe_of({"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}},
-                       [*settings, "train.gradient_accumulation_steps=4"], "r")  # fmt: skip
+    recipe = recipe_of(
+        {"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}},
+        [*settings, "train.gradient_accumulation_steps=4"],
+        "r",
+    )
     machine = Cluster(4, link="pcie4").part(machine_of_gpu(find_gpu("rtx-3060")))
 
     def plan(host_gib=None, **model):
@@ -145,9 +157,16 @@ OF_BLOCK = 2 * (4 * 1024 * 1024 + 3 * 1024 * 8192 + 2 * 1024)
 
 
 def save_config(folder, **changes):
-    config = AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=8192, num_hidden_layers=24,
-                                  num_attention_heads=16, num_key_value_heads=16, vocab_size=4096,
-                                  **changes)  # fmt: skip
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=1024,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=4096,
+        **changes,
+    )
     config.save_pretrained(folder)
 
 
@@ -156,10 +175,13 @@ def save_config(folder, **changes):
     [
         (["--gpus", 2, "--nodes", 4], (2, 4, "pcie4", "ethernet-10g"), 1.25e9),
         (["--nodes", 2, "--network", "infiniband-400g"], (1, 2, None, "infiniband-400g"), 50e9),
-        (["--gpus", 2, "--nodes", 2, "--link", "pcie3", "--network", "infiniband-400g"],
-         (2, 2, "pcie3", "infiniband-400g"), 15.8e9),
+        (
+            ["--gpus", 2, "--nodes", 2, "--link", "pcie3", "--network", "infiniband-400g"],
+            (2, 2, "pcie3", "infiniband-400g"),
+            15.8e9,
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_slowest_link_decides_for_a_ring_over_machines(given, expected, slowest, tmp_path, command):
     """Of 2 * (trained numbers) of 4 bytes, (N - 1) / N go over every link; 80 % of its rate are reached."""
     save_tiny(tmp_path)

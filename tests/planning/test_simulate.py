@@ -89,12 +89,16 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, loaded=None, 
     return ledger
 
 
-@pytest.mark.parametrize(("model_type", "keep", "options"), [
-    ("llama", ("v_proj", "model.layers.0.*"), MemoryOptions()),
-    ("qwen2", ("down_proj",), MemoryOptions("none")), ("gpt2", ("c_fc",), MemoryOptions()),
-    ("llama", ("q_proj", "*.1.mlp.*"), MemoryOptions(cache_dequantized=True)),
-    ("qwen3_moe", ("down_proj",), MemoryOptions()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "keep", "options"),
+    [
+        ("llama", ("v_proj", "model.layers.0.*"), MemoryOptions()),
+        ("qwen2", ("down_proj",), MemoryOptions("none")),
+        ("gpt2", ("c_fc",), MemoryOptions()),
+        ("llama", ("q_proj", "*.1.mlp.*"), MemoryOptions(cache_dequantized=True)),
+        ("qwen3_moe", ("down_proj",), MemoryOptions()),
+    ],
+)
 def test_the_predicted_peak_with_layers_in_16_bit_is_the_measured_one(model_type, keep, options):
     options = replace(options, loss_chunk_tokens=8)
     job = job_for(config_of(model_type), options=options, keep_16bit=keep)
@@ -130,23 +134,36 @@ def test_the_predicted_peak_of_a_hybrid_with_mamba_is_the_measured_one(model_typ
     assert_predicted(job, measured(job, model_type))
 
 
-@pytest.mark.parametrize(("model_type", "quant", "options"), [
-    ("llama", "nf4", MemoryOptions()), ("llama", "nf4", MemoryOptions("none")), ("qwen2", "nf4", MemoryOptions()),
-    ("qwen2", "nf4", MemoryOptions(tile_tokens=16)), ("gpt2", "none", MemoryOptions(cache_dequantized=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "quant", "options"),
+    [
+        ("llama", "nf4", MemoryOptions()),
+        ("llama", "nf4", MemoryOptions("none")),
+        ("qwen2", "nf4", MemoryOptions()),
+        ("qwen2", "nf4", MemoryOptions(tile_tokens=16)),
+        ("gpt2", "none", MemoryOptions(cache_dequantized=True)),
+    ],
+)
 def test_the_predicted_peak_of_dora_is_the_measured_one(model_type, quant, options):
     options = replace(options, loss_chunk_tokens=8)
     job = job_for(config_of(model_type), options=options, dora=True, quant=quant)
     assert_predicted(job, measured(job, model_type))
 
 
-@pytest.mark.parametrize(("quant", "merge_aware", "options"), [
-    ("nf4", "nf4", MemoryOptions()), ("nf4", "nf4", MemoryOptions("none")),
-    ("nf4", "nf4", MemoryOptions(cache_dequantized=True, tile_tokens=16)), ("nf4", "q4_0", MemoryOptions()),
-    ("none", "q8_0", MemoryOptions()), ("nf4", "nf4", MemoryOptions(cache_merged=True)),
-    ("nf4", "nf4", MemoryOptions("none", cache_merged=True)), ("none", "q4_0", MemoryOptions(cache_merged=True)),
-    ("nf4", "nf4", MemoryOptions(cache_merged=True, cache_dequantized=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("quant", "merge_aware", "options"),
+    [
+        ("nf4", "nf4", MemoryOptions()),
+        ("nf4", "nf4", MemoryOptions("none")),
+        ("nf4", "nf4", MemoryOptions(cache_dequantized=True, tile_tokens=16)),
+        ("nf4", "q4_0", MemoryOptions()),
+        ("none", "q8_0", MemoryOptions()),
+        ("nf4", "nf4", MemoryOptions(cache_merged=True)),
+        ("nf4", "nf4", MemoryOptions("none", cache_merged=True)),
+        ("none", "q4_0", MemoryOptions(cache_merged=True)),
+        ("nf4", "nf4", MemoryOptions(cache_merged=True, cache_dequantized=True)),
+    ],
+)
 def test_the_predicted_peak_of_merge_aware_training_is_the_measured_one(quant, merge_aware, options, monkeypatch):
     monkeypatch.setattr(merging, "AT_ONCE", 64 * 64)  # larger weights go in pieces
     options = replace(options, loss_chunk_tokens=8)
@@ -154,11 +171,15 @@ def test_the_predicted_peak_of_merge_aware_training_is_the_measured_one(quant, m
     assert_predicted(job, measured(job, "llama"))
 
 
-@pytest.mark.parametrize(("model_type", "also", "options"), [
-    ("llama", ("embeddings", "head", "norms"), MemoryOptions()), ("gemma2", ("embeddings",), MemoryOptions("none")),
-    ("gpt2", ("norms", "biases"), MemoryOptions(tile_tokens=16)),
-    ("qwen2", ("norms", "biases"), MemoryOptions(cache_dequantized=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "also", "options"),
+    [
+        ("llama", ("embeddings", "head", "norms"), MemoryOptions()),
+        ("gemma2", ("embeddings",), MemoryOptions("none")),
+        ("gpt2", ("norms", "biases"), MemoryOptions(tile_tokens=16)),
+        ("qwen2", ("norms", "biases"), MemoryOptions(cache_dequantized=True)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_predicted_peak_with_weights_of_the_base_trained_is_the_measured_one(model_type, also, options, dtype):
     options = replace(options, loss_chunk_tokens=8)
@@ -179,12 +200,15 @@ def test_the_predicted_peak_with_rows_of_tokens_trained_is_the_measured_one(mode
     assert_predicted(job, measured(job, model_type))
 
 
-@pytest.mark.parametrize(("types", "options", "at_once"), [
-    (("q4_k", "q6_k", "q8_0"), MemoryOptions(), gguf_blocks.AT_ONCE),
-    (("q4_k", "q6_k", "q8_0"), MemoryOptions("none"), SEVERAL_PIECES),
-    (("q4_0", "q4_1", "q5_0", "q5_k", "f16"), MemoryOptions(), SEVERAL_PIECES),
-    (("q4_0", "q4_1", "q5_0", "q5_k", "f16"), MemoryOptions("none"), gguf_blocks.AT_ONCE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("types", "options", "at_once"),
+    [
+        (("q4_k", "q6_k", "q8_0"), MemoryOptions(), gguf_blocks.AT_ONCE),
+        (("q4_k", "q6_k", "q8_0"), MemoryOptions("none"), SEVERAL_PIECES),
+        (("q4_0", "q4_1", "q5_0", "q5_k", "f16"), MemoryOptions(), SEVERAL_PIECES),
+        (("q4_0", "q4_1", "q5_0", "q5_k", "f16"), MemoryOptions("none"), gguf_blocks.AT_ONCE),
+    ],
+)
 def test_the_predicted_peak_on_a_gguf_file_s_codes_is_the_measured_one(types, options, at_once, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_blocks, "AT_ONCE", at_once)
     path = write_tiny_gguf(tmp_path / "tiny.gguf", types=types)
@@ -211,8 +235,15 @@ def test_the_predicted_peak_on_codes_as_published_is_the_measured_one(case, tmp_
 
 def test_dora_needs_what_lora_does_and_its_magnitudes_and_products_of_one_block():
     wide, heads, depth, tokens = 256, 128, 6, 2048
-    config = config_of("llama", hidden_size=wide, intermediate_size=4 * wide, num_attention_heads=8,
-                       num_key_value_heads=4, num_hidden_layers=depth, max_position_embeddings=tokens)  # fmt: skip
+    config = config_of(
+        "llama",
+        hidden_size=wide,
+        intermediate_size=4 * wide,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=depth,
+        max_position_embeddings=tokens,
+    )
     rows = BatchShape((tokens,), tokens - 1)
     job = job_for(config, shape=rows, eval_shape=None, compute_dtype=torch.bfloat16, optimizer="adamw_32bit")
     lora, dora = (simulate(changed(job, dora=dora)).peak().total for dora in (False, True))
@@ -263,8 +294,9 @@ def test_sequences_that_cannot_be_packed_are_planned_one_by_one(name, monkeypatc
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_rows_that_run_one_by_one_hold_what_is_planned_of_host_memory_in_any_order(device_type):
     rows = BatchShape((64, 32, 32, 96), 220)
-    job = job_for(config_of("bloom"), shape=rows, device_type=device_type,
-                  options=MemoryOptions(offload_checkpoints=True))  # fmt: skip
+    job = job_for(
+        config_of("bloom"), shape=rows, device_type=device_type, options=MemoryOptions(offload_checkpoints=True)
+    )
     others = (96, 64, 32, 32), (32, 96, 64, 32), (32,) * 7, (96, 96, 32), (96, 128), (64,)
     ledger = measured(job, "bloom", [rows.lengths, *others])
     assert ledger.offloaded_peak_bytes == simulate_whole(job).offloaded_bytes > 0
@@ -288,8 +320,14 @@ def test_rows_longer_than_those_of_the_first_training_are_planned_one_by_one(mon
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_32bit", "lion_8bit", "adamw_torch"])
 @pytest.mark.parametrize("rounding", [True, False])
 def test_the_predicted_peak_of_the_update_of_bfloat16_weights_is_the_measured_one(optimizer, rounding):
-    job = job_for(config_of("llama"), factor_dtype=torch.bfloat16, rank=64, optimizer=optimizer,
-                  stochastic_rounding=rounding, max_grad_norm=0.0)  # fmt: skip
+    job = job_for(
+        config_of("llama"),
+        factor_dtype=torch.bfloat16,
+        rank=64,
+        optimizer=optimizer,
+        stochastic_rounding=rounding,
+        max_grad_norm=0.0,
+    )
     predicted, ledger = simulate_whole(job), measured(job, "llama")
     peak = max((m for m in ledger.peaks.values() if m.phase == "optimizer"), key=lambda m: m.total)
     assert predicted.peak("optimizer").total == pytest.approx(peak.total, rel=0.003)
@@ -366,11 +404,14 @@ IN_TWOS_WITH_MORE = MemoryOptions(
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [
-        ("llama", IN_TWOS), ("gemma3_text", IN_TWOS), ("llama", IN_TWOS_WITH_MORE), ("gemma3_text", IN_TWOS_WITH_MORE),
+        ("llama", IN_TWOS),
+        ("gemma3_text", IN_TWOS),
+        ("llama", IN_TWOS_WITH_MORE),
+        ("gemma3_text", IN_TWOS_WITH_MORE),
         ("llama", MemoryOptions(layers_per_checkpoint=3, offload_checkpoints=True, tile_tokens=8)),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_stretches_of_blocks_are_continued_as_they_repeat(model_type, device_type, options):
     depth = 13 if options.layers_per_checkpoint == 2 else 19  # more than are continued, one beyond whole segments
@@ -489,8 +530,13 @@ def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, changes
 def test_an_update_of_some_weights_at_a_time_is_planned_as_it_is_at_the_whole_depth(monkeypatch, values, optimizer):
     monkeypatch.setattr(flat, "CHUNK_VALUES", {"cuda": values})
     simulate_module._update.cache_clear()
-    job = job_for(config_of("llama", num_hidden_layers=9), factor_dtype=torch.bfloat16, optimizer=optimizer,
-                  device_type="cuda", eval_shape=None)  # fmt: skip
+    job = job_for(
+        config_of("llama", num_hidden_layers=9),
+        factor_dtype=torch.bfloat16,
+        optimizer=optimizer,
+        device_type="cuda",
+        eval_shape=None,
+    )
     short, whole = simulate(job), simulate_whole(job)
     simulate_module._update.cache_clear()
     assert short.trained == whole.trained and len(short.trained) == 9 * 14
@@ -509,8 +555,12 @@ ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=3
 SLOW = pytest.mark.slow  # the same pattern as before, or nearly
 BLOCKS_OF_SEVERAL_KINDS = [
     ("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=SLIDING * 4), (0, 3)),
-    pytest.param("gemma3_text", ARCHITECTURES["gemma3_text"] | dict(layer_types=["full_attention"] * 3 + SLIDING * 3),
-                 (3, 3), marks=SLOW),
+    pytest.param(
+        "gemma3_text",
+        ARCHITECTURES["gemma3_text"] | dict(layer_types=["full_attention"] * 3 + SLIDING * 3),
+        (3, 3),
+        marks=SLOW,
+    ),
     ("deepseek_v3", UNUSUAL["deepseek_v3"][1] | dict(first_k_dense_replace=3), (3, 1)),
     pytest.param("glm4_moe", LLAMA | ROUTED | dict(head_dim=16, first_k_dense_replace=3), (3, 1), marks=SLOW),
     ("qwen2_moe", LLAMA | EXPERTS | dict(decoder_sparse_step=2), (0, 2)),
@@ -518,7 +568,7 @@ BLOCKS_OF_SEVERAL_KINDS = [
     ("qwen3_moe", LLAMA | EXPERTS | dict(mlp_only_layers=[10], head_dim=16), (11, 1)),
     pytest.param("qwen3_next", UNUSUAL["qwen3_next"][1], (0, 4), marks=SLOW),
     ("smollm3", LLAMA, (0, 4)),
-]  # fmt: skip
+]
 
 
 LAST_KEPT = MemoryOptions(offload_checkpoints=True, uncheckpointed_layers=3)  # continued where one kind repeats
@@ -556,13 +606,16 @@ def test_blocks_that_other_targets_match_are_planned_with_the_weights_they_get(t
         assert short.resident.bytes == whole.resident.bytes
 
 
-@pytest.mark.parametrize(("keep", "pattern", "options"), [
-    (("v_proj",), (0, 1), MemoryOptions(resident_layers=3, stream_from="disk")),
-    (("v_proj",), (0, 1), MemoryOptions()),
-    (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3)),
-    (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3, stream_from="disk")),
-    (("model.layers.*[02468].*",), (0, 2), MemoryOptions()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keep", "pattern", "options"),
+    [
+        (("v_proj",), (0, 1), MemoryOptions(resident_layers=3, stream_from="disk")),
+        (("v_proj",), (0, 1), MemoryOptions()),
+        (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3)),
+        (("model.layers.0.*",), (1, 1), MemoryOptions(resident_layers=3, stream_from="disk")),
+        (("model.layers.*[02468].*",), (0, 2), MemoryOptions()),
+    ],
+)
 def test_blocks_of_which_others_stay_in_16_bit_are_planned_with_the_bytes_they_have(keep, pattern, options):
     config = config_of("llama", num_hidden_layers=12)
     job = job_for(config, options=options, keep_16bit=keep, device_type="cuda")
@@ -581,12 +634,19 @@ def test_kept_attention_costs_a_hidden_state_and_a_number_for_each_head_a_token_
         """Bytes in the forward's end that a block more adds, on the device and on the host."""
         options = MemoryOptions(checkpointing, offload_checkpoints=offload)
         both = [
-            simulate_whole(job_for(
-                config_of("llama", num_hidden_layers=depth), shape=BatchShape((tokens,), tokens - 1), eval_shape=None,
-                compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16, device_type="cuda", options=options,
-            ))
+            simulate_whole(
+                job_for(
+                    config_of("llama", num_hidden_layers=depth),
+                    shape=BatchShape((tokens,), tokens - 1),
+                    eval_shape=None,
+                    compute_dtype=torch.bfloat16,
+                    factor_dtype=torch.bfloat16,
+                    device_type="cuda",
+                    options=options,
+                )
+            )
             for depth in depths
-        ]  # fmt: skip
+        ]
         device = [x.peak("forward").breakdown["saved activations"] for x in both]
         return [(many - few) / (depths[1] - depths[0]) for few, many in (device, [x.offloaded_bytes for x in both])]
 
@@ -605,15 +665,20 @@ def test_of_offloaded_block_inputs_those_of_two_blocks_are_on_the_device(folder)
         held = {"forward": [], "backward": []}
         for depth in depths:
             job = job_for(
-                config_of("llama", num_hidden_layers=depth), shape=BatchShape((tokens,), tokens - 1), eval_shape=None,
-                compute_dtype=torch.bfloat16, device_type="cuda", options=options,
-            )  # fmt: skip
+                config_of("llama", num_hidden_layers=depth),
+                shape=BatchShape((tokens,), tokens - 1),
+                eval_shape=None,
+                compute_dtype=torch.bfloat16,
+                device_type="cuda",
+                options=options,
+            )
             _, moments = simulate_whole(job, timeline=True)
             for phase, of_depths in held.items():
                 passing = (
                     moment.breakdown.get("workspace", 0) + moment.breakdown.get("saved activations", 0)
-                    for moment in moments if moment.phase == phase
-                )  # fmt: skip
+                    for moment in moments
+                    if moment.phase == phase
+                )
                 of_depths.append(max(passing))
         return [[(size - sizes[0]) / input_bytes for size in sizes[1:]] for sizes in held.values()]
 
@@ -671,8 +736,15 @@ def test_no_memory_is_used_for_the_tensors_of_a_plan():
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = config_of("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, vocab_size=128256,
-                       num_attention_heads=64, num_key_value_heads=8)  # fmt: skip
+    config = config_of(
+        "llama",
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        vocab_size=128256,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
     peak = simulate(job_for(config, compute_dtype=torch.bfloat16, factor_dtype=torch.bfloat16)).peak()
     assert peak.total > 36 * 2**30
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
@@ -698,9 +770,18 @@ def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_gpu_as_one_of_any_fe
 def test_a_model_whose_own_code_reads_a_4_bit_weight_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr("qlora_lite.quant.linear.of_mamba", lambda *_: set())  # which is not known to do so then
     config = AutoConfig.for_model(
-        "jamba", vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=0, num_experts=1, mamba_dt_rank=8,
-    )  # fmt: skip
+        "jamba",
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=0,
+        num_experts=1,
+        mamba_dt_rank=8,
+    )
     job = new_job(config, BatchShape((16,), 15), targets=(Target("q_proj"),))
     with pytest.raises(ModelError, match=r"^a model of the type jamba cannot be trained so \(.*model\.keep_16bit or"):
         simulate(job)

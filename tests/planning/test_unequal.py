@@ -26,14 +26,21 @@ def planned(tmp_path):
     """Plan the GPUs for a 24-layer model of 1.4 GiB in 16 bit, 8 packs a step."""
     save_config(tmp_path)
     common = (
-        "train.gradient_accumulation_steps=8", "model.quant=none", "data.max_tokens=256", "memory.embeddings=device",
-        "memory.head=device", "memory.offload_checkpoints=false", "memory.cache_dequantized=false",
-        "memory.checkpointing=block", "memory.tile_tokens=off",
-    )  # fmt: skip
+        "train.gradient_accumulation_steps=8",
+        "model.quant=none",
+        "data.max_tokens=256",
+        "memory.embeddings=device",
+        "memory.head=device",
+        "memory.offload_checkpoints=false",
+        "memory.cache_dequantized=false",
+        "memory.checkpointing=block",
+        "memory.tile_tokens=off",
+    )
 
     def plan(budgets, *settings, machines=(FAST, SLOW), kept=()):
-        recipe = recipe_of({"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}},
-                           [*common, *settings], "r")  # fmt: skip
+        recipe = recipe_of(
+            {"model": {"path": str(tmp_path)}, "data": {"train": "not-read.jsonl"}}, [*common, *settings], "r"
+        )
         parts = tuple(Cluster(len(machines), link="pcie4").part(machine) for machine in machines)
         return plan_ranks(recipe, Ranks(parts, tuple(int(gib * 2**30) for gib in budgets)), kept)
 
@@ -123,7 +130,7 @@ def test_where_gpus_have_no_room_for_their_parts_these_wait_in_host_memory(plann
         ((FAST,) * 4 + (SLOW,) * 5, "9 processes cannot share the 8 packs"),
         ((FAST, FAST, FAST), "3 processes cannot share the 8 packs"),
     ],
-)  # fmt: skip
+)
 def test_what_unequal_gpus_cannot_share_is_said(machines, says, planned):
     with pytest.raises(RecipeError, match=says):
         planned([8] * len(machines), machines=machines)
@@ -131,9 +138,13 @@ def test_what_unequal_gpus_cannot_share_is_said(machines, says, planned):
 
 @pytest.mark.parametrize(
     ("name", "mib", "speed"),
-    [("NVIDIA GeForce RTX 3060", 12028, SLOW.flops_per_second), ("NVIDIA GeForce RTX 3080", 10002, 0.92 * 59.5e12),
-     ("NVIDIA GeForce RTX 3080", 12028, 0.92 * 61.3e12), ("AMD Instinct MI300X", 196288, 0)],
-)  # fmt: skip
+    [
+        ("NVIDIA GeForce RTX 3060", 12028, SLOW.flops_per_second),
+        ("NVIDIA GeForce RTX 3080", 10002, 0.92 * 59.5e12),
+        ("NVIDIA GeForce RTX 3080", 12028, 0.92 * 61.3e12),
+        ("AMD Instinct MI300X", 196288, 0),
+    ],
+)
 def test_how_fast_a_gpu_is_stands_in_the_table_and_is_the_same_in_each_run(name, mib, speed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=mib * 2**20))

@@ -81,11 +81,18 @@ CARD = machine_of_gpu(find_gpu("rtx-4060"))
 # What a test is not about: for each option that is open, candidates with it and without it are simulated.
 SETTLED = "memory.checkpointing=block", "memory.uncheckpointed_layers=0", "memory.cache_dequantized=false"
 EVERYTHING_SET = (
-    "memory.checkpointing=block", "memory.loss_chunk_tokens=100", "train.micro_batch_size=2",
-    "train.gradient_accumulation_steps=2", "memory.micro_batches=as-given", "memory.uncheckpointed_layers=1",
-    "memory.tile_tokens=64", "memory.offload_checkpoints=true", "memory.resident_layers=all",
-    "memory.embeddings=device", "memory.cache_dequantized=true",
-)  # fmt: skip
+    "memory.checkpointing=block",
+    "memory.loss_chunk_tokens=100",
+    "train.micro_batch_size=2",
+    "train.gradient_accumulation_steps=2",
+    "memory.micro_batches=as-given",
+    "memory.uncheckpointed_layers=1",
+    "memory.tile_tokens=64",
+    "memory.offload_checkpoints=true",
+    "memory.resident_layers=all",
+    "memory.embeddings=device",
+    "memory.cache_dequantized=true",
+)
 
 
 @pytest.mark.parametrize(("gib", "changes"), [(8, ["model.quant=none"]), (8, []), (2, []), (1.6, [])])
@@ -183,8 +190,9 @@ def test_of_a_pack_that_runs_row_by_row_one_row_is_assumed_where_no_data_is_know
 
 def test_words_that_virtual_tokens_begin_with_need_no_tokenizer_in_a_plan(recipe, few_blocks):
     prompt = few_blocks(), "adapter.method=prompt", "train.learning_rate=0.02", *SETTLED
-    plain, begun = (planner.plan_recipe(recipe(*prompt, *more), CARD, 8 * GIB)
-                    for more in ((), ("prompt.init_text=Some words",)))  # fmt: skip
+    plain, begun = (
+        planner.plan_recipe(recipe(*prompt, *more), CARD, 8 * GIB) for more in ((), ("prompt.init_text=Some words",))
+    )
     assert plain.fits and begun.chosen.settings == plain.chosen.settings
 
 
@@ -248,11 +256,15 @@ def test_a_plan_is_described_in_lines_of_the_terminal_and_says_why_much_stays_fr
         (roomy, f"the fastest plan that fits takes {format_bytes(fastest.peak_bytes)} and {saved}"),
         (replace(roomy, found=(roomy.chosen, no_room)), "faster plans need more host memory than there is"),
         (replace(roomy, budget_bytes=budget), "the next faster plan does not fit"),
-        (replace(roomy, found=tuple(c for c in roomy.found if c.step_seconds >= roomy.chosen.step_seconds)),
-         "no plan that uses more is faster"),
-        (planner.plan_recipe(recipe(few_blocks(), *EVERYTHING_SET), CARD, 24 * GIB),
-         "the recipe leaves no memory option open"),
-    ):  # fmt: skip
+        (
+            replace(roomy, found=tuple(c for c in roomy.found if c.step_seconds >= roomy.chosen.step_seconds)),
+            "no plan that uses more is faster",
+        ),
+        (
+            planner.plan_recipe(recipe(few_blocks(), *EVERYTHING_SET), CARD, 24 * GIB),
+            "the recipe leaves no memory option open",
+        ),
+    ):
         free = format_bytes(plan.budget_bytes - plan.peak_bytes)
         assert f"headroom {free}: {why}" in re.sub(r"\s+", " ", lines(plan, "headroom"))
 
@@ -297,13 +309,20 @@ def test_a_model_beyond_float16_is_planned_in_float32_at_that_type_s_rate(recipe
 def test_what_the_recipe_fixes_is_kept(recipe):
     plan = planner.plan_recipe(recipe(*EVERYTHING_SET), CARD, 24 * GIB)
     assert plan.chosen.settings == {
-        "memory.checkpointing": "block", "memory.uncheckpointed_layers": 1, "memory.layers_per_checkpoint": 1,
+        "memory.checkpointing": "block",
+        "memory.uncheckpointed_layers": 1,
+        "memory.layers_per_checkpoint": 1,
         "memory.loss_chunk_tokens": 100,
-        "memory.tile_tokens": 64, "memory.embeddings": "device", "memory.head": "device",
+        "memory.tile_tokens": 64,
+        "memory.embeddings": "device",
+        "memory.head": "device",
         "memory.offload_checkpoints": True,
-        "memory.resident_layers": "all", "memory.cache_dequantized": True, "memory.stream_from": "host",
-        "train.micro_batch_size": 2, "train.gradient_accumulation_steps": 2,
-    }  # fmt: skip
+        "memory.resident_layers": "all",
+        "memory.cache_dequantized": True,
+        "memory.stream_from": "host",
+        "train.micro_batch_size": 2,
+        "train.gradient_accumulation_steps": 2,
+    }
     assert plan_text.reason(plan).endswith("as the recipe says")
     assert "block inputs in host memory" in plan_text.reason(plan)
 
@@ -390,11 +409,14 @@ def test_merged_weights_are_kept_for_a_step_where_there_is_room_for_their_codes(
     assert "memory.cache_merged" not in plain.chosen.settings and not plain.chosen.options.cache_merged
 
 
-@pytest.mark.parametrize(("model_type", "to", "text"), [
-    ("qwen3_moe", "nf4", "transformers does not load experts in 4 bit"),
-    ("falcon", "nf4", "does not load 4-bit weights into layers of class FalconLinear"),
-    ("gpt2", "q4_0", "family gpt2 are not exported to GGUF"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model_type", "to", "text"),
+    [
+        ("qwen3_moe", "nf4", "transformers does not load experts in 4 bit"),
+        ("falcon", "nf4", "does not load 4-bit weights into layers of class FalconLinear"),
+        ("gpt2", "q4_0", "family gpt2 are not exported to GGUF"),
+    ],
+)
 def test_no_run_trains_merged_weights_that_merging_cannot_write(model_type, to, text, tmp_path):
     save_tiny(tmp_path / "model", model_type)
     settings = load_recipe(write_recipe(tmp_path, tmp_path / "model"), [f"train.merge_aware={to}"])
@@ -409,9 +431,10 @@ def test_attention_is_kept_on_a_gpu_where_rows_are_long_enough_to_show_it_and_me
     assert roomy.chosen.options.checkpointing == "selective"
     assert "checkpointing selective" in plan_text.reason(roomy)
     (block,) = (
-        c for c in roomy.found if c.options.checkpointing == "block" and c.options == replace(
-            roomy.chosen.options, checkpointing="block")
-    )  # fmt: skip
+        c
+        for c in roomy.found
+        if c.options.checkpointing == "block" and c.options == replace(roomy.chosen.options, checkpointing="block")
+    )
     assert EQUALLY_FAST * roomy.chosen.step_seconds < block.step_seconds
     # of 3 blocks, beside the one that runs and has it either way: a hidden state in bf16, a float for each of 32 heads
     kept = 32768 * (2 * 2048 + 4 * 32) * 3
@@ -561,9 +584,13 @@ def test_weights_come_from_the_disk_where_the_host_has_room_for_no_other_plan(re
 
 def test_where_weights_are_streamed_the_last_blocks_stay_and_keep_all_if_that_is_faster(recipe):
     settled = (
-        "memory.checkpointing=block", "memory.cache_dequantized=false", "memory.tile_tokens=off",
-        "memory.offload_checkpoints=true", "memory.embeddings=host", "memory.head=host",
-    )  # fmt: skip
+        "memory.checkpointing=block",
+        "memory.cache_dequantized=false",
+        "memory.tile_tokens=off",
+        "memory.offload_checkpoints=true",
+        "memory.embeddings=host",
+        "memory.head=host",
+    )
     big = recipe("model.path=meta-llama/Llama-3.1-8B", "data.max_tokens=512", *settled)
     plan = planner.plan_recipe(big, CARD, 4 * GIB)
     options = plan.chosen.options
@@ -635,9 +662,14 @@ def test_a_cpu_that_is_short_of_memory_puts_checkpoints_on_a_disk_if_one_is_name
     assert not plan(enough).fits
 
 
-@pytest.mark.parametrize(("model", "place", "warned"), [
-    ("Llama-3.2-1B", "device", True), ("Llama-3.2-1B", "host", False), ("Llama-3.1-8B", "device", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "place", "warned"),
+    [
+        ("Llama-3.2-1B", "device", True),
+        ("Llama-3.2-1B", "host", False),
+        ("Llama-3.1-8B", "device", False),
+    ],
+)
 def test_a_four_bit_head_that_spares_nothing_is_warned_of(recipe, few_blocks, caplog, model, place, warned):
     recipe = partial(recipe, few_blocks(model), *SETTLED)
     head = planner.plan_recipe(recipe(f"memory.embeddings={place}", "model.quant_head=true"), CARD, 24 * GIB)
@@ -686,9 +718,11 @@ def test_the_largest_pack_is_looked_for_among_all_packs_of_the_steps(tmp_path, m
 
     save_tiny(tmp_path / "model")
     written = write_recipe(
-        tmp_path, tmp_path / "model", data={"packing": False, "order": "as-is"},
+        tmp_path,
+        tmp_path / "model",
+        data={"packing": False, "order": "as-is"},
         train={"max_steps": 1, "gradient_accumulation_steps": 6, "micro_batch_size": 2},
-    )  # fmt: skip
+    )
     rows = sorted(examples(12), key=lambda row: len(row.token_ids))
     monkeypatch.setattr(ranks, "plan_recipe", seen)
     with pytest.raises(Seen) as caught:
@@ -768,9 +802,19 @@ def test_the_parts_add_up_to_the_peak_and_the_json_has_the_agreed_keys(recipe, f
     plan = planner.plan_recipe(recipe(few_blocks()), CARD, 8 * GIB)
     values = plan_text.as_json(plan, list(planner.alternatives(plan)))
     assert set(values) >= {
-        "fits", "budget_bytes", "peak_bytes", "peak_phase", "peak_module", "breakdown", "host_bytes", "disk_bytes",
-        "offload_folder_bytes", "step_seconds_estimate", "chosen", "alternatives",
-    }  # fmt: skip
+        "fits",
+        "budget_bytes",
+        "peak_bytes",
+        "peak_phase",
+        "peak_module",
+        "breakdown",
+        "host_bytes",
+        "disk_bytes",
+        "offload_folder_bytes",
+        "step_seconds_estimate",
+        "chosen",
+        "alternatives",
+    }
     assert sum(values["breakdown"].values()) == values["peak_bytes"]
     changes = {a["change"].partition("=")[0] for a in values["alternatives"]}
     assert {"memory.checkpointing", "memory.loss_chunk_tokens", "train.optimizer", "data.max_tokens"} <= changes
@@ -815,10 +859,16 @@ def test_on_a_slight_curve_the_largest_number_is_found_with_a_few_tries(start, l
     assert len(tried) <= 10 and missing(found) <= 0 < missing(found + 1)
 
 
-@pytest.mark.parametrize(("optimizer", "other"), [
-    ("paged_adamw_8bit", "adamw_32bit"), ("adamw_32bit", "adamw_8bit"), ("paged_lion_8bit", "lion_32bit"),
-    ("lion_32bit", "lion_8bit"), ("adamw_torch", "adamw_8bit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("optimizer", "other"),
+    [
+        ("paged_adamw_8bit", "adamw_32bit"),
+        ("adamw_32bit", "adamw_8bit"),
+        ("paged_lion_8bit", "lion_32bit"),
+        ("lion_32bit", "lion_8bit"),
+        ("adamw_torch", "adamw_8bit"),
+    ],
+)
 def test_the_optimizer_that_is_offered_is_of_the_same_family(recipe, few_blocks, optimizer, other):
     plan = planner.plan_recipe(recipe(few_blocks(), f"train.optimizer={optimizer}"), CARD, 24 * GIB)
     assert [a.change for a in planner.alternatives(plan) if "optimizer" in a.change] == [f"train.optimizer={other}"]
@@ -870,9 +920,11 @@ def test_the_disk_needs_room_for_a_model_that_is_quantised_here_alone(recipe, tm
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config.save_pretrained(tmp_path / "packed")
     quantised, plain, packed = (
-        planner.plan_recipe(recipe(f"model.path={tmp_path / name}", f"model.quant={quant}", "data.max_tokens=64"),
-                            CARD, 8 * GIB) for name, quant in (("plain", "nf4"), ("plain", "none"), ("packed", "nf4"))
-    )  # fmt: skip
+        planner.plan_recipe(
+            recipe(f"model.path={tmp_path / name}", f"model.quant={quant}", "data.max_tokens=64"), CARD, 8 * GIB
+        )
+        for name, quant in (("plain", "nf4"), ("plain", "none"), ("packed", "nf4"))
+    )
     written = quantised.chosen.prediction.simulation.frozen_bytes
     assert planner.disk_bytes(quantised) - written == planner.disk_bytes(plain) == planner.disk_bytes(packed) > 0
 
@@ -983,11 +1035,13 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--vram", "12"], "no unit; write 12GiB"), (["--vram", "0GiB"], "must be more than 0"),
+            (["--vram", "12"], "no unit; write 12GiB"),
+            (["--vram", "0GiB"], "must be more than 0"),
             (["--gpu", "rtx-4061"], "RTX 4060"),
-            (["--gpu", "l4", "--vram", "1GiB"], "exclude each other"), (["memory.budget=8"], "such as 8GiB"),
+            (["--gpu", "l4", "--vram", "1GiB"], "exclude each other"),
+            (["memory.budget=8"], "such as 8GiB"),
         ],
-    )  # fmt: skip
+    )
     def test_wrong_arguments_end_with_exit_code_2_and_a_cure(self, capsys, file, arguments, message):
         code, _, err = self.call(capsys, file, *arguments)
         assert code == 2 and message in err
@@ -1013,11 +1067,15 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("named", "said"),
         [
-            ("Llama-3.1-8", "did you mean llama3.1-8b, meta-llama/Llama-3.1-8B"), ("zzz", "plan --models"),
-            ("llama3.1-8b-24gb", "`qlora-lite plan llama3.1-8b --gpu NAME`"), (".", "has no config.json"),
-            ("zz/zzz", "not among the configurations"), ("none.gguf", "no file"), ("none.yaml", "no such file"),
+            ("Llama-3.1-8", "did you mean llama3.1-8b, meta-llama/Llama-3.1-8B"),
+            ("zzz", "plan --models"),
+            ("llama3.1-8b-24gb", "`qlora-lite plan llama3.1-8b --gpu NAME`"),
+            (".", "has no config.json"),
+            ("zz/zzz", "not among the configurations"),
+            ("none.gguf", "no file"),
+            ("none.yaml", "no such file"),
         ],
-    )  # fmt: skip
+    )
     def test_what_is_neither_recipe_nor_model_is_one_line_with_the_way_out(
         self, capsys, named, said, tmp_path, monkeypatch
     ):
@@ -1093,9 +1151,18 @@ def test_the_disk_needs_room_for_experts_that_are_put_together_where_blocks_stay
     config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config.save_pretrained(tmp_path)
     on_disk, in_memory = (
-        planner.plan_recipe(recipe(f"model.path={tmp_path}", "data.max_tokens=64", "memory.resident_layers=0",
-                                   f"memory.stream_from={place}"), CARD, 8 * GIB) for place in ("disk", "host")
-    )  # fmt: skip
+        planner.plan_recipe(
+            recipe(
+                f"model.path={tmp_path}",
+                "data.max_tokens=64",
+                "memory.resident_layers=0",
+                f"memory.stream_from={place}",
+            ),
+            CARD,
+            8 * GIB,
+        )
+        for place in ("disk", "host")
+    )
     codes = 2 * 8 * 3 * 128 * 64  # blocks, experts, weights of each
     scales = 2 * 8 * 3 * 4
     assert planner.disk_bytes(on_disk) - planner.disk_bytes(in_memory) == codes + scales

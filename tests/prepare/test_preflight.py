@@ -91,20 +91,25 @@ def test_more_target_tokens_than_lora_weights_warn_with_a_rank_that_suffices_and
     found.raise_if_unusable()
     if factor:
         more = format_bytes((factor - 1) * weights * (2 + 2 + 2))
-        assert lines == [f"lora.rank: {format_count(tokens)} target tokens are more than {format_count(weights)} LoRA "
-                         f"weights can learn; rank {factor * rank} suffices, and takes {more} more for weights, "
-                         "gradients and optimizer states"]  # fmt: skip
+        assert lines == [
+            f"lora.rank: {format_count(tokens)} target tokens are more than {format_count(weights)} LoRA "
+            f"weights can learn; rank {factor * rank} suffices, and takes {more} more for weights, "
+            "gradients and optimizer states"
+        ]
         assert tokens <= factor * weights < 2 * tokens
     else:
         assert lines == []
 
 
-@pytest.mark.parametrize(("targets", "also", "warns"), [
-    (["q_proj"], {}, True), (["q_proj"], {"train_also": ["embeddings"]}, True), ([], {"train_tokens": ["e"]}, False),
-])  # fmt: skip
-def test_what_is_trained_beside_lora_weights_is_none_of_them(
-    tmp_path, model_folder, monkeypatch, targets, also, warns
-):  # fmt: skip
+@pytest.mark.parametrize(
+    ("targets", "also", "warns"),
+    [
+        (["q_proj"], {}, True),
+        (["q_proj"], {"train_also": ["embeddings"]}, True),
+        ([], {"train_tokens": ["e"]}, False),
+    ],
+)
+def test_what_is_trained_beside_lora_weights_is_none_of_them(tmp_path, model_folder, monkeypatch, targets, also, warns):
     monkeypatch.setattr("qlora_lite.prepare.preflight.FEW_TOKENS", 0)
     path = write_recipe(tmp_path, model_folder, 200, lora={"rank": 1, "targets": targets}, adapter=also)
     problems = preflight(load_recipe(path), byte_tokenizer(), 0).report["problems"]
@@ -149,8 +154,10 @@ def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):
 def test_every_bad_row_of_both_files_is_named_and_stops_the_run(look):
     found = look([pair("a"), "{", pair("b", 7), pair("x<|im_end|>")], [pair("c"), {"prompt": "d"}])
     assert places(found) == {
-        (2, "malformed row", "error"), (3, "malformed row", "error"), (4, "control token in text", "error"),
-    }  # fmt: skip
+        (2, "malformed row", "error"),
+        (3, "malformed row", "error"),
+        (4, "control token in text", "error"),
+    }
     assert not found.report["ok"] and found.report["errors"] == 4
     with pytest.raises(DataError, match=r"train.jsonl:2: not JSON(.|\n)*train.jsonl:4(.|\n)*eval.jsonl:2") as caught:
         found.raise_if_unusable()
@@ -261,8 +268,9 @@ def test_a_label_beside_text_that_is_not_learned_is_a_warning_whose_cures_work(l
     path.write_text("text,label\na good one,positive\na bad one,negative\n")
     (problem,) = look(source=path).report["problems"]
     assert problem["severity"] == "warning" and line_of_problem(problem).startswith(f"{path}:2: the column 'label' is ")
-    cure = re.search(r"with 'label', write data\.train: (\[.*\]); if the text alone is meant, add format: text$",
-                     problem["message"])[1]  # fmt: skip
+    cure = re.search(
+        r"with 'label', write data\.train: (\[.*\]); if the text alone is meant, add format: text$", problem["message"]
+    )[1]
     found = look(source=yaml.safe_load(cure))
     assert found.report["problems"] == [] and found.data.examples[0].answer == "positive"
     found = look(source=[{"path": str(path), "format": "text"}])
@@ -373,8 +381,11 @@ def test_each_source_is_counted_and_shown_in_turn(tmp_path):
         of_a = [example for example in found.data.examples if "a.jsonl" in example.where]
         assert report["sources"][0]["tokens"] == sum(len(example.token_ids) for example in of_a)
         assert [row["where"].rpartition("/")[2] for row in report["rows"]] == [
-            "a.jsonl:1", "b.jsonl:2", "c.jsonl:1", "a.jsonl:2",
-        ]  # fmt: skip
+            "a.jsonl:1",
+            "b.jsonl:2",
+            "c.jsonl:1",
+            "a.jsonl:2",
+        ]
         assert '<td class="number">6</td>' in render(report, "x")
         said = r"a\.jsonl \(prompt-completion, weight 2\)\n +6 examples, [\d,]+ tokens, \d+ target tokens\n"
         assert re.search(said, _text(report))

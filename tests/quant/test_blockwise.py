@@ -32,8 +32,16 @@ def test_numbers_and_maxima_equal_those_of_bitsandbytes(code, shape, scale):
 def test_every_point_of_the_grid_and_every_tie_goes_where_bitsandbytes_puts_it(code):
     points = torch.arange(65536, dtype=torch.float32) / 65535 * 2 - 1
     borders = (code[:-1] + code[1:]) / 2
-    hard = torch.cat([points, code, borders, torch.nextafter(borders, torch.tensor(2.0)),
-                      torch.nextafter(borders, torch.tensor(-2.0)), (points[1:] + points[:-1]) / 2])  # fmt: skip
+    hard = torch.cat(
+        [
+            points,
+            code,
+            borders,
+            torch.nextafter(borders, torch.tensor(2.0)),
+            torch.nextafter(borders, torch.tensor(-2.0)),
+            (points[1:] + points[:-1]) / 2,
+        ]
+    )
     blocks = torch.nn.functional.pad(hard, (0, -len(hard) % 255)).view(-1, 255)
     check(torch.cat([blocks, torch.ones(len(blocks), 1)], dim=1), code)  # each block's largest is 1
 

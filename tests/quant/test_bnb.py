@@ -18,9 +18,13 @@ def container(*entries):
     return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(coded)) + coded
 
 
-@pytest.mark.parametrize(("rest", "expected"), [
-    (b"", ("sm_75", "sm_90", "compute_120", "sm_120")), (b"__nv_relfatbin", ("sm_75", "sm_90", "sm_120")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        (b"", ("sm_75", "sm_90", "compute_120", "sm_120")),
+        (b"__nv_relfatbin", ("sm_75", "sm_90", "sm_120")),
+    ],
+)
 def test_a_library_is_asked_for_which_gpus_it_has_kernels(rest, expected, tmp_path):
     codes = container((2, 90), (1, 120)), container((2, 75), (2, 120), (2, 90)), b"\x7fELF", container()[:10]
     library = tmp_path / "library.so"

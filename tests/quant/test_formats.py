@@ -57,8 +57,10 @@ def _registered(monkeypatch):
 
 @pytest.mark.parametrize("options", [PLAIN, MemoryOptions(resident_layers=0), MemoryOptions(cache_dequantized=True)])
 def test_a_format_of_a_test_is_trained_on_wherever_its_parts_lie(options):
-    plain, model = (adapted(adopt(make(build_tiny("llama"))), where)
-                    for make, where in ((lambda model: model, PLAIN), (packed, options)))  # fmt: skip
+    plain, model = (
+        adapted(adopt(make(build_tiny("llama"))), where)
+        for make, where in ((lambda model: model, PLAIN), (packed, options))
+    )
     found, expected = gradients(model, options), gradients(plain, PLAIN)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -75,18 +77,22 @@ def test_its_parts_are_counted_by_their_bytes_and_keep_their_types():
     assert materialize(*frozen_weight(layer), torch.float32).shape == layer.shape
 
 
-@pytest.mark.parametrize(("name", "at_once"), [
-    ("q6_k", "formats.gguf_blocks.AT_ONCE"), ("fp8_128x128", "pieces.ROWS_AT_ONCE"),
-    ("gptq_4_128", "pieces.ROWS_AT_ONCE"), ("mxfp4", "formats.mxfp4.AT_ONCE"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "at_once"),
+    [
+        ("q6_k", "formats.gguf_blocks.AT_ONCE"),
+        ("fp8_128x128", "pieces.ROWS_AT_ONCE"),
+        ("gptq_4_128", "pieces.ROWS_AT_ONCE"),
+        ("mxfp4", "formats.mxfp4.AT_ONCE"),
+    ],
+)
 @pytest.mark.parametrize("shape", [(256, 512), (3, 256, 512)], ids=["a weight", "experts"])
 def test_a_plan_counts_the_work_of_all_pieces_though_it_runs_few(name, at_once, shape, monkeypatch):
     # blocks, or weights: pieces and a rest
     monkeypatch.setattr(f"qlora_lite.quant.{at_once}", 700 if name == "mxfp4" else 700 * 32)
 
     def work(device):
-        tensors = [torch.zeros(size, dtype=dtype, device=device)
-                   for dtype, size in FORMATS[name].parts(shape).values()]  # fmt: skip
+        tensors = [torch.zeros(size, dtype=dtype, device=device) for dtype, size in FORMATS[name].parts(shape).values()]
         with phase("forward"), counted() as counter:
             FORMATS[name].dequantize(tensors, shape, torch.bfloat16)
         return counter.work

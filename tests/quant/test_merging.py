@@ -74,15 +74,18 @@ def test_the_mean_over_many_names_is_the_update_and_a_name_always_gives_the_same
     weight, a, b = of_shape(shape, size=0.02)
     packed = quantize(weight)
     before = dequantize(packed, shape, torch.float32)
-    moved = [dequantize(merged_codes(Merging("nf4", 1.0, str(name)), packed, a, b), shape, torch.float32) - before
-             for name in range(300)]  # fmt: skip
+    moved = [
+        dequantize(merged_codes(Merging("nf4", 1.0, str(name)), packed, a, b), shape, torch.float32) - before
+        for name in range(300)
+    ]
     inside = (codes_of(packed, shape) % 15) > 0  # the largest of a block cannot grow
     update, mean = (b @ a)[inside], torch.stack(moved).mean(0)[inside]
     assert ((mean * update).sum() / update.square().sum()).item() == pytest.approx(1, abs=0.02)
     noise = (torch.stack(moved)[:, inside] - update).square().mean().sqrt()
     assert (mean - update).square().mean().sqrt() < 1.2 * noise / 300**0.5, "errors of different names are independent"
-    assert torch.equal(moved[3], dequantize(merged_codes(Merging("nf4", 1.0, "3"), packed, a, b), shape, torch.float32)
-                       - before) and not torch.equal(moved[3], moved[4])  # fmt: skip
+    assert torch.equal(
+        moved[3], dequantize(merged_codes(Merging("nf4", 1.0, "3"), packed, a, b), shape, torch.float32) - before
+    ) and not torch.equal(moved[3], moved[4])
 
 
 def test_the_errors_of_one_weight_are_spread_over_all_directions_as_independent_ones_are():

@@ -181,8 +181,10 @@ def notes(conversion, kind):
 def test_an_axolotl_file_becomes_a_recipe_that_trains_the_same(made):
     conversion, r = made(AXOLOTL)
     assert (r.model.path, r.model.quant, r.output.dir.endswith("/outputs/qlora-out")) == (
-        "NousResearch/Llama-3.2-1B", "nf4", True,
-    )  # fmt: skip
+        "NousResearch/Llama-3.2-1B",
+        "nf4",
+        True,
+    )
     assert (r.lora.rank, r.lora.alpha, r.lora.dropout, r.lora.targets) == (
         32,
         64,
@@ -282,8 +284,11 @@ def test_a_torchtune_file_is_read_by_its_components(made):
     assert (r.data.max_tokens, r.data.packing, r.data.order) == (2048, True, "as-is")
     assert (r.train.optimizer, r.train.learning_rate, r.train.max_grad_norm) == ("paged_adamw_8bit", 3e-4, 0)
     assert (r.train.lr_scheduler, r.train.epochs, r.train.trackers, r.output.dir) == (
-        "cosine", 2, ("wandb",), "/tmp/torchtune/out",
-    )  # fmt: skip
+        "cosine",
+        2,
+        ("wandb",),
+        "/tmp/torchtune/out",
+    )
     assert len([note for note in conversion.notes if "profiler" in note.text]) == 1, "one line for a section"
 
 
@@ -373,19 +378,30 @@ def test_a_script_of_another_trainer_class_is_refused(refused, call):
     ("text", "objective", "settings"),
     [
         (AXOLOTL + "rl: dpo\ndpo_beta: 0.3\n", "dpo", {"beta": 0.3}),
-        (AXOLOTL + "rl: simpo\nrl_beta: 2.5\nsimpo_gamma: 1.5\ncpo_alpha: 0.2\n", "simpo",
-         {"beta": 2.5, "gamma": 1.5, "sft_weight": 0.2}),
+        (
+            AXOLOTL + "rl: simpo\nrl_beta: 2.5\nsimpo_gamma: 1.5\ncpo_alpha: 0.2\n",
+            "simpo",
+            {"beta": 2.5, "gamma": 1.5, "sft_weight": 0.2},
+        ),
         (AXOLOTL + "rl: orpo\norpo_alpha: 0.2\n", "orpo", {"beta": 0.2}),
         (AXOLOTL + "rl: kto\nkto_undesirable_weight: 0.2\n", "kto", {"undesirable_weight": 0.2}),
-        (LLAMA_FACTORY.replace("stage: sft", "stage: dpo\npref_beta: 0.2\npref_loss: sigmoid\npref_ftx: 0.5"), "dpo",
-         {"beta": 0.2, "sft_weight": 0.5}),
+        (
+            LLAMA_FACTORY.replace("stage: sft", "stage: dpo\npref_beta: 0.2\npref_loss: sigmoid\npref_ftx: 0.5"),
+            "dpo",
+            {"beta": 0.2, "sft_weight": 0.5},
+        ),
         (LLAMA_FACTORY.replace("stage: sft", "pref_loss: orpo\nstage: dpo"), "orpo", {}),
     ],
-)  # fmt: skip
+)
 def test_preferences_are_converted(made, text, objective, settings, tmp_path):
     (tmp_path / "data").mkdir()
-    info = DATASET_INFO | {"tickets": {"file_name": "t.json", "ranking": True, "columns": {
-        "prompt": "question", "chosen": "good", "rejected": "bad"}}}  # fmt: skip
+    info = DATASET_INFO | {
+        "tickets": {
+            "file_name": "t.json",
+            "ranking": True,
+            "columns": {"prompt": "question", "chosen": "good", "rejected": "bad"},
+        }
+    }
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
     conversion, recipe = made(text)
     assert recipe.train.objective == objective
@@ -429,10 +445,15 @@ trainer = SFTTrainer(model=model, args=args, train_dataset=data, peft_config=pef
 """
 
 
-@pytest.mark.parametrize(("bits", "quant", "double"), [
-    ("", "fp4", False), (', bnb_4bit_quant_type="nf4"', "nf4", False), (', bnb_4bit_quant_type="fp4"', "fp4", False),
-    (', bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True', "nf4", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "quant", "double"),
+    [
+        ("", "fp4", False),
+        (', bnb_4bit_quant_type="nf4"', "nf4", False),
+        (', bnb_4bit_quant_type="fp4"', "fp4", False),
+        (', bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True', "nf4", True),
+    ],
+)
 def test_four_bits_are_those_that_bitsandbytes_would_take(made, bits, quant, double):
     _, recipe = made(PEFT_SCRIPT.format(bits=bits, targets=', target_modules="all-linear"'), name="train.py")
     assert (recipe.model.quant, recipe.model.double_quant) == (quant, double)
@@ -449,11 +470,15 @@ def test_settings_that_what_is_learned_depends_on_are_not_lost_without_a_word(ma
     text = AXOLOTL + "neftune_noise_alpha: 5\nlora_modules_to_save: [up_proj]\nval_set: 3\nuse_dora: false\n"
     problems = refused(text.replace("optimizer: adamw_bnb_8bit", "optimizer: adafactor"))
     assert [problem.partition(" = ")[0] for problem in problems[:-1]] == [
-        "theirs.yml:22: optimizer", "theirs.yml:33: neftune_noise_alpha", "theirs.yml:34: lora_modules_to_save",
+        "theirs.yml:22: optimizer",
+        "theirs.yml:33: neftune_noise_alpha",
+        "theirs.yml:34: lora_modules_to_save",
         "theirs.yml:35: val_set",
-    ]  # fmt: skip
-    assert problems[-1].endswith("4 settings not converted; give train.optimizer=... adapter.train_also=... "
-                                 "after the file, or leave them out, with --partial")  # fmt: skip
+    ]
+    assert problems[-1].endswith(
+        "4 settings not converted; give train.optimizer=... adapter.train_also=... "
+        "after the file, or leave them out, with --partial"
+    )
     conversion, _ = made(text, partial=True)
     assert conversion.text.splitlines()[2] == "# NOT CONVERTED, although training depends on it:"
     assert len(notes(conversion, "lost")) == 3
@@ -830,18 +855,27 @@ def test_no_setting_of_a_public_configuration_is_lost_without_a_line(name, of_sh
 
 
 UNUSUAL = {
-    "a word": lambda name, _number: f"odd-{name}", "a number": lambda _name, number: 1_000_003 + number,
+    "a word": lambda name, _number: f"odd-{name}",
+    "a number": lambda _name, number: 1_000_003 + number,
     "a share": lambda _name, number: 0.3 + number / 10_000,
     "a negative number": lambda _name, number: -1_000_003 - number,
-    "a list": lambda name, _number: [f"odd-{name}"], "a mapping": lambda _name, number: {"odd": 1_000_003 + number},
-}  # fmt: skip
+    "a list": lambda name, _number: [f"odd-{name}"],
+    "a mapping": lambda _name, number: {"odd": 1_000_003 + number},
+}
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_an_unusual_value_of_any_known_setting_is_taken_over_or_named(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = {"base_model": "a/b", "adapter": "lora", "lora_target_linear": True, "lora_r": 8, "sequence_len": 512,
-            "datasets": [{"path": "./rows.jsonl", "type": "alpaca"}], "val_set_size": 0.1}  # fmt: skip
+    base = {
+        "base_model": "a/b",
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "lora_r": 8,
+        "sequence_len": 512,
+        "datasets": [{"path": "./rows.jsonl", "type": "alpaca"}],
+        "val_set_size": 0.1,
+    }
 
     def lines(settings):
         (tmp_path / "theirs.yml").write_text(yaml.safe_dump(base | settings))
@@ -869,14 +903,22 @@ def test_an_unusual_value_of_any_known_setting_is_taken_over_or_named(kind, tmp_
     assert [name for name, value in silent.items() if is_silent(name, value)] == []
 
 
-@pytest.mark.parametrize(("script", "wanted"), [
-    ("#!/bin/bash\n# trl sft --packing\npip install trl\nMODEL=a/b\nexport LR='2e-6'\ntrl sft \\\n"
-     "  --model_name_or_path $MODEL --learning_rate \"${LR}\" \\\n  --dataset_name them/rows\n", 2e-6),
-    ("cd ..\nllamafactory-cli train theirs.yml\n", 1e-4),
-    ("accelerate launch -m axolotl.cli.train theirs.yml  # all of it\n", 1e-4),
-    ("trl sft --model_name_or_path $1 --learning_rate 1e-5\n", None), ("trl sft --x 1\ntrl dpo --x 1\n", None),
-    ("trl sft --x 1 > log.txt\n", None), ("echo hello\n", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        (
+            "#!/bin/bash\n# trl sft --packing\npip install trl\nMODEL=a/b\nexport LR='2e-6'\ntrl sft \\\n"
+            '  --model_name_or_path $MODEL --learning_rate "${LR}" \\\n  --dataset_name them/rows\n',
+            2e-6,
+        ),
+        ("cd ..\nllamafactory-cli train theirs.yml\n", 1e-4),
+        ("accelerate launch -m axolotl.cli.train theirs.yml  # all of it\n", 1e-4),
+        ("trl sft --model_name_or_path $1 --learning_rate 1e-5\n", None),
+        ("trl sft --x 1\ntrl dpo --x 1\n", None),
+        ("trl sft --x 1 > log.txt\n", None),
+        ("echo hello\n", None),
+    ],
+)
 def test_a_shell_script_is_read_where_one_plain_line_starts_the_training(made, tmp_path, script, wanted):
     (tmp_path / "theirs.yml").write_text(AXOLOTL)
     (tmp_path / "train.sh").write_text(script)
@@ -888,14 +930,17 @@ def test_a_shell_script_is_read_where_one_plain_line_starts_the_training(made, t
     assert load_recipe(tmp_path / "ours.yaml", check_files=False).train.learning_rate == wanted
 
 
-@pytest.mark.parametrize(("item", "named", "path"), [
-    ("{path: them/rows, type: alpaca, data_files: a.jsonl}", "data_files", None),
-    ("{path: them/rows, type: alpaca, data_dir: part}", "data_dir", None),
-    ("{path: json, type: alpaca, data_files: a.jsonl, split: test}", "split", None),
-    ("{path: json, type: alpaca, data_files: a.jsonl, name: part}", "name", None),
-    ("{path: here, type: alpaca, data_dir: part}", "", "here/part"),
-    ("{path: here, type: alpaca, data_files: [a.jsonl]}", "", "here/a.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("item", "named", "path"),
+    [
+        ("{path: them/rows, type: alpaca, data_files: a.jsonl}", "data_files", None),
+        ("{path: them/rows, type: alpaca, data_dir: part}", "data_dir", None),
+        ("{path: json, type: alpaca, data_files: a.jsonl, split: test}", "split", None),
+        ("{path: json, type: alpaca, data_files: a.jsonl, name: part}", "name", None),
+        ("{path: here, type: alpaca, data_dir: part}", "", "here/part"),
+        ("{path: here, type: alpaca, data_files: [a.jsonl]}", "", "here/a.jsonl"),
+    ],
+)
 def test_what_of_a_data_set_is_read_is_a_path_or_named(made, refused, tmp_path, item, named, path):
     (tmp_path / "here").mkdir()
     text = re.sub("(?s)  - path:.*?split: train", f"  - {item}", AXOLOTL)

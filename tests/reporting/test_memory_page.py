@@ -36,11 +36,20 @@ def data_of(html):
 def test_the_peak_is_told_with_its_place_its_parts_and_what_is_left():
     text = Elements(memory_page(small())).text
     for words in [
-        "small fits", "Peak 4.0 GiB", "Where backward b", "Largest part 75 % logits", "Budget 6.0 GiB", "Left 2.0 GiB",
+        "small fits",
+        "Peak 4.0 GiB",
+        "Where backward b",
+        "Largest part 75 % logits",
+        "Budget 6.0 GiB",
+        "Left 2.0 GiB",
         "Peak of 4.0 GiB in backward of b: logits 75 %, base weights 25 %.",
-        "base weights 1.0 GiB 25 %", "logits 3.0 GiB 75 %", "4.0 GiB at the peak · backward · b",
-        "peak 4.0 GiB", "budget 6.0 GiB", "changes of memory, in order",
-    ]:  # fmt: skip
+        "base weights 1.0 GiB 25 %",
+        "logits 3.0 GiB 75 %",
+        "4.0 GiB at the peak · backward · b",
+        "peak 4.0 GiB",
+        "budget 6.0 GiB",
+        "changes of memory, in order",
+    ]:
         assert words in text
 
 
@@ -48,8 +57,13 @@ def test_what_stands_outside_the_tensors_counts_against_the_budget():
     constants = [{"name": "context", "bytes": 3 * GIB, "why": "driver"}]
     html = memory_page(small(constants=constants))
     text = Elements(html).text
-    for words in ["does not fit", "Peak 7.0 GiB tensors 4.0 GiB", "Too much 1.0 GiB", "non-tensor memory 3.0 GiB 43 %",
-                  "context 3.0 GiB driver"]:  # fmt: skip
+    for words in [
+        "does not fit",
+        "Peak 7.0 GiB tensors 4.0 GiB",
+        "Too much 1.0 GiB",
+        "non-tensor memory 3.0 GiB 43 %",
+        "context 3.0 GiB driver",
+    ]:
         assert words in text
     assert [sum(row) for row in data_of(html)["kib"]] == [5 * MIB, 7 * MIB, 6 * MIB]
 
@@ -160,13 +174,16 @@ def test_a_peak_alone_is_enough():
 def test_no_text_of_the_record_becomes_markup():
     good = sample_record()
     record = good | {
-        "title": HOSTILE, "subtitle": HOSTILE, "sentences": [HOSTILE],
+        "title": HOSTILE,
+        "subtitle": HOSTILE,
+        "sentences": [HOSTILE],
         "peak": good["peak"] | {"phase": HOSTILE, "module": HOSTILE, "breakdown": {HOSTILE: 1}},
         "timeline": [{"phase": HOSTILE, "module": HOSTILE, "bytes": {HOSTILE: 5}}] * 3,
-        "predicted": {HOSTILE: 3}, "measured": {HOSTILE: 2},
+        "predicted": {HOSTILE: 3},
+        "measured": {HOSTILE: 2},
         "alternatives": [{"change": HOSTILE, "peak_bytes": 1, "step_seconds": 1.0, "fits": True}],
         "constants": [{"name": HOSTILE, "bytes": 1, "why": HOSTILE}],
-    }  # fmt: skip
+    }
     html = memory_page(record)
     page = Elements(html)
     assert page.tags.count("script") == 2 and "img" not in page.tags

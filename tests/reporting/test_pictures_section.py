@@ -27,10 +27,14 @@ def test_a_card_shows_label_share_neighbours_and_map_before_and_after():
 @pytest.mark.parametrize(
     "found",
     [
-        {}, {"given": 3}, {"given": [7]}, {"given": [GIVEN | {"picture": "https://x/y.png"}]},
-        {"given": [GIVEN | {"picture": 'data:image/png;base64,A" onload="x'}]}, {"given": [GIVEN | {"picture": None}]},
+        {},
+        {"given": 3},
+        {"given": [7]},
+        {"given": [GIVEN | {"picture": "https://x/y.png"}]},
+        {"given": [GIVEN | {"picture": 'data:image/png;base64,A" onload="x'}]},
+        {"given": [GIVEN | {"picture": None}]},
     ],
-)  # fmt: skip
+)
 def test_what_is_no_picture_is_left_out(found):
     assert pictures_of(found) == ""
 

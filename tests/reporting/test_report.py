@@ -15,20 +15,33 @@ from qlora_lite.reporting.report import write_report
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="a()">&'\"""" + "\x1b[2J\u202e\u2028"
 SUMMARY = {
-    "status": "complete", "name": "orders", "model": "tiny.gguf", "device": "cpu", "steps": 3,
-    "seconds": 125.0, "started": "2026-11-25T09:14:22+00:00", "tokens": 53077, "labelled_tokens": 20152,
-    "peak_bytes": 3 * 2**29, "tokens_per_second": 208.4, "trainable_parameters": 4884480,
+    "status": "complete",
+    "name": "orders",
+    "model": "tiny.gguf",
+    "device": "cpu",
+    "steps": 3,
+    "seconds": 125.0,
+    "started": "2026-11-25T09:14:22+00:00",
+    "tokens": 53077,
+    "labelled_tokens": 20152,
+    "peak_bytes": 3 * 2**29,
+    "tokens_per_second": 208.4,
+    "trainable_parameters": 4884480,
     "adapter_sha256": "ab" * 32,
-    "eval_loss_before": 1.5714, "eval_loss_after": 0.0213, "exact_match_before": 0.0,
-    "exact_match_after": 0.925, "exact_match_rows": 120,
+    "eval_loss_before": 1.5714,
+    "eval_loss_after": 0.0213,
+    "exact_match_before": 0.0,
+    "exact_match_after": 0.925,
+    "exact_match_rows": 120,
     "versions": {"torch": "2.13.0"},
-    "data": {"rows_read": 1960, "packing_efficiency": 0.984}, "other_results": [],
+    "data": {"rows_read": 1960, "packing_efficiency": 0.984},
+    "other_results": [],
     "samples": [{"prompt": "two pies for mon", "reference": "{2}", "before": "I am sorry", "after": "{2}"}],
     "memory_table": [
         {"group": "base weights", "dtype": "nf4", "device": "cpu", "bytes": 2**20, "why": "frozen"},
         {"group": "adapter", "dtype": "bfloat16", "device": "cpu", "bytes": 2**19, "why": "trained"},
     ],
-}  # fmt: skip
+}
 RECIPE = "model:\n  path: tiny.gguf\ntrain:\n  learning_rate: 0.001\n  trackers: []\n"
 
 
@@ -106,11 +119,14 @@ def everywhere(value, text):
 def test_the_headline_figures_are_shown_from_before_to_after(report):
     text = Elements(report()).text
     for words in [
-        "Exact match 0 % → 92.5 % 120 held-out examples", "Evaluation loss 1.57 → 0.0213",
-        "Peak memory 1.5 GiB", "Tokens per second 208.4 53,077 in total", "Time 2m 05s 3 steps",
+        "Exact match 0 % → 92.5 % 120 held-out examples",
+        "Evaluation loss 1.57 → 0.0213",
+        "Peak memory 1.5 GiB",
+        "Tokens per second 208.4 53,077 in total",
+        "Time 2m 05s 3 steps",
         "orders complete",
         "2026-11-25 09:14:22 UTC",
-    ]:  # fmt: skip
+    ]:
         assert words in text
 
 
@@ -122,9 +138,14 @@ def test_what_ended_the_run_is_shown(report):
 def test_settings_versions_data_and_memory_are_shown(report):
     text = Elements(report()).text
     for words in [
-        "learning_rate 0.001", "trackers []", "torch 2.13.0", "rows read 1,960", "weights 4,884,480",
-        "base weights nf4 cpu 1.0 MiB frozen", "total cpu 1.5 MiB",
-    ]:  # fmt: skip
+        "learning_rate 0.001",
+        "trackers []",
+        "torch 2.13.0",
+        "rows read 1,960",
+        "weights 4,884,480",
+        "base weights nf4 cpu 1.0 MiB frozen",
+        "total cpu 1.5 MiB",
+    ]:
         assert words in text
 
 

@@ -82,9 +82,9 @@ def pixels(path):
         return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in (*PIPELINES, "dit")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in (*PIPELINES, "dit")]
+)
 def test_every_family_is_trained_and_shown_before_and_after(bases, tmp_path, family):
     data = {} if family == "dit" else SMALL
     folder = run_recipe(load_recipe(diffusion_recipe(tmp_path, bases[family], **data)))
@@ -111,8 +111,9 @@ def test_another_run_begins_with_its_adapter(run, bases, tmp_path):
     }
     second = run_recipe(load_recipe(diffusion_recipe(tmp_path, bases["sd"], **begun)))
     last = sorted((folder / "samples").glob("after-*.png"))
-    assert last and all((second / "samples" / each.name.replace("after", "before")).read_bytes() == each.read_bytes()
-                        for each in last)  # fmt: skip
+    assert last and all(
+        (second / "samples" / each.name.replace("after", "before")).read_bytes() == each.read_bytes() for each in last
+    )
 
 
 def test_it_learns(bases, tmp_path):
@@ -155,8 +156,10 @@ def test_a_stopped_run_is_resumed_to_the_bit(run, tmp_path):
     assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
     one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    losses = [[json.loads(line).get("loss") for line in (path / "metrics.jsonl").read_text().splitlines()]
-              for path in (folder, tmp_path / "out")]  # fmt: skip
+    losses = [
+        [json.loads(line).get("loss") for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (folder, tmp_path / "out")
+    ]
     assert losses[0] == losses[1]
     assert (tmp_path / "out" / "samples" / "before-01.png").is_file()
 
@@ -220,10 +223,13 @@ def test_a_damaged_latent_or_text_in_the_cache_is_encoded_anew(bases, tmp_path, 
 # What encode_prompt gives beside the text, by place, and what it is asked for beside the prompt.
 ALONE = {"do_classifier_free_guidance": False}
 TEXTS = {
-    "sd": ({}, ALONE), "sdxl": ({"pooled": 2}, ALONE), "pixart": ({"mask": 1}, ALONE),
-    "sd3": ({"pooled": 2}, {**ALONE, "prompt_2": None, "prompt_3": None}), "flux": ({"pooled": 1}, {"prompt_2": None}),
+    "sd": ({}, ALONE),
+    "sdxl": ({"pooled": 2}, ALONE),
+    "pixart": ({"mask": 1}, ALONE),
+    "sd3": ({"pooled": 2}, {**ALONE, "prompt_2": None, "prompt_3": None}),
+    "flux": ({"pooled": 1}, {"prompt_2": None}),
     "klein": ({}, {}),
-}  # fmt: skip
+}
 
 
 def latents_of(pipeline, pictures):
@@ -284,10 +290,20 @@ def test_pictures_are_those_that_the_pipeline_draws(bases, tmp_path, family):
     elif family == "klein":
         said = {}
     with torch.no_grad():
-        pipeline(prompt="hot", num_inference_steps=4, guidance_scale=3.0, latents=begin, height=16, width=16,
-                 output_type="pil", **said, **kept)  # fmt: skip
-        ours = denoise(model, scheduler_of(open_pipeline(bases[family])), noise, told, neutral, Drawing(4, 3.0),
-                       torch.float32)  # fmt: skip
+        pipeline(
+            prompt="hot",
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            latents=begin,
+            height=16,
+            width=16,
+            output_type="pil",
+            **said,
+            **kept,
+        )
+        ours = denoise(
+            model, scheduler_of(open_pipeline(bases[family])), noise, told, neutral, Drawing(4, 3.0), torch.float32
+        )
     if family == "flux":
         ours = pipeline._pack_latents(ours, 1, 4, 8, 8)
     elif family == "klein":
@@ -332,8 +348,12 @@ def test_diffusers_draws_the_same_with_the_layout_that_other_programs_read(run, 
     assert np.abs(pictures[1] - pictures[0]).max() > 0.02
     np.testing.assert_allclose(pictures[2], pictures[1], atol=1e-4)
     with pytest.raises(RecipeError, match="draws pictures"):
-        CliRunner().invoke(cli, ["export", str(folder), "--to", "peft", "--out", str(tmp_path / "peft")],
-                           catch_exceptions=False, standalone_mode=False)  # fmt: skip
+        CliRunner().invoke(
+            cli,
+            ["export", str(folder), "--to", "peft", "--out", str(tmp_path / "peft")],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )
 
 
 def test_pictures_are_drawn_by_command(run, tmp_path):
@@ -350,8 +370,9 @@ def test_pictures_are_drawn_by_command(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["0001.png", "0002.png"]
     for wrong, fault in (("--prompt hot", "--out FILE.png"), ("--prompt hot --out x.jpg", "is a .png file")):
         with pytest.raises(Exception, match=re.escape(fault)):
-            CliRunner().invoke(cli, ["generate", str(folder), *wrong.split()], catch_exceptions=False,
-                               standalone_mode=False)  # fmt: skip
+            CliRunner().invoke(
+                cli, ["generate", str(folder), *wrong.split()], catch_exceptions=False, standalone_mode=False
+            )
     with pytest.raises(RecipeError, match=r"draws pictures .*use `qlora-lite generate`"):
         CliRunner().invoke(cli, ["evaluate", str(folder)], catch_exceptions=False, standalone_mode=False)
 
@@ -372,8 +393,16 @@ def test_full_fine_tuning_leaves_a_pipeline_with_its_other_parts(bases, tmp_path
     folder = run_recipe(load_recipe(recipe))
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder / "model")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    theirs = pipeline("hot", negative_prompt="", guidance_scale=4.0, latents=noise, num_inference_steps=3,
-                      output_type="np", height=16, width=16).images[0]  # fmt: skip
+    theirs = pipeline(
+        "hot",
+        negative_prompt="",
+        guidance_scale=4.0,
+        latents=noise,
+        num_inference_steps=3,
+        output_type="np",
+        height=16,
+        width=16,
+    ).images[0]
     assert np.abs(255 * theirs - pixels(folder / "samples" / "after-01.png")).max() < 2
     (mine,) = draw_prompts(folder, ["hot"])
     assert np.array_equal(mine, pixels(folder / "samples" / "after-01.png"))
@@ -419,13 +448,18 @@ def test_prompts_are_lines_or_a_column_and_what_cannot_be_drawn_is_said_before_a
         drawn[name] = sorted((tmp_path / "new" / name).iterdir())
     assert [len(files) for files in drawn.values()] == [2, 1, 1]
     assert len({files[0].read_bytes() for files in drawn.values()}) == 1
-    for name, fault in (("named.csv", "no prompt is among the columns 'n', 'said'; name it with --column"),
-                        ("latin.txt", "not UTF-8"), ("empty.txt", "there is no prompt")):  # fmt: skip
+    for name, fault in (
+        ("named.csv", "no prompt is among the columns 'n', 'said'; name it with --column"),
+        ("latin.txt", "not UTF-8"),
+        ("empty.txt", "there is no prompt"),
+    ):
         with pytest.raises(DataError, match=fault):
             command("generate", folder, "--prompts", tmp_path / name, *few, tmp_path / "none")
     (tmp_path / "file").touch()
-    for out in (("--prompt", "hot", "--out", tmp_path / "file" / "a.png"),
-                ("--prompts", tmp_path / "lines.txt", "--out", tmp_path / "file")):  # fmt: skip
+    for out in (
+        ("--prompt", "hot", "--out", tmp_path / "file" / "a.png"),
+        ("--prompts", tmp_path / "lines.txt", "--out", tmp_path / "file"),
+    ):
         with pytest.raises(OutputError, match="cannot write"):
             command("generate", folder, "--model", tmp_path / "gone", *out)
     (tmp_path / "a.png").mkdir()
@@ -492,13 +526,15 @@ def test_the_objective_is_what_the_scheduler_says(bases, tmp_path):
     path.write_text(json.dumps(said | {"prediction_type": "v_prediction"}))
     recipe = load_recipe(diffusion_recipe(tmp_path / "vr", base, **SMALL, diffusion={"weighting": "min_snr"}))
     assert (loss_of(recipe).prediction, loss_of(recipe).weighting) == ("v", "min_snr")
-    for change, fault in (({"beta_schedule": "squaredcos_cap_v2"}, "betas .squaredcos"), (
-        {"rescale_betas_zero_snr": True}, "rescaled to zero SNR"),
+    for change, fault in (
+        ({"beta_schedule": "squaredcos_cap_v2"}, "betas .squaredcos"),
+        ({"rescale_betas_zero_snr": True}, "rescaled to zero SNR"),
         ({"prediction_type": "sample"}, "prediction_type is"),
         ({"num_train_timesteps": 500}, "the scheduler has 500 timesteps"),
-        ({"beta_start": -1}, r"betas rise .*from -1\.0 to"), ({"beta_end": 1e9}, "rise between 0"),
+        ({"beta_start": -1}, r"betas rise .*from -1\.0 to"),
+        ({"beta_end": 1e9}, "rise between 0"),
         ({"beta_start": "x"}, "the scheduler's beta_start is 'x', which is no number"),
-    ):  # fmt: skip
+    ):
         path.write_text(json.dumps(said | change))
         with pytest.raises(ModelError, match=fault):
             loss_of(load_recipe(diffusion_recipe(tmp_path / "w", base, **SMALL)))
@@ -540,17 +576,20 @@ def test_a_run_s_own_recipe_loads_again(bases, tmp_path):
     assert load_recipe(path).recipe_hash == recipe.recipe_hash
 
 
-@pytest.mark.parametrize(("changes", "fault"), [
-    ({"data": {"augment": "flip"}}, "data.augment = flip: not possible with task.kind image-generation"),
-    ({"adapter": {"method": "dora"}}, "adapter.method = dora: a denoiser"),
-    ({"adapter": {"method": "full"}, "model": {"quant": "nf4"}}, "full fine-tuning trains 16-bit weights"),
-    ({"diffusion": {"weighting": "cosmap", "prediction": "epsilon"}}, "diffusion.weighting = cosmap: not with"),
-    ({"task": {"kind": "image-classification"}}, "diffusion.sample_prompts: only with task.kind image-generation"),
-    ({"memory": {"stream_from": "disk"}}, "memory.stream_from = disk: not possible"),
-    ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype = float16: not possible"),
-    ({"lora": {"targets": []}}, "lora.targets = []: nothing is trained"),
-    ({"diffusion": {"min_snr_gamma": 3.0}}, "diffusion.min_snr_gamma: only with diffusion.weighting min_snr"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"data": {"augment": "flip"}}, "data.augment = flip: not possible with task.kind image-generation"),
+        ({"adapter": {"method": "dora"}}, "adapter.method = dora: a denoiser"),
+        ({"adapter": {"method": "full"}, "model": {"quant": "nf4"}}, "full fine-tuning trains 16-bit weights"),
+        ({"diffusion": {"weighting": "cosmap", "prediction": "epsilon"}}, "diffusion.weighting = cosmap: not with"),
+        ({"task": {"kind": "image-classification"}}, "diffusion.sample_prompts: only with task.kind image-generation"),
+        ({"memory": {"stream_from": "disk"}}, "memory.stream_from = disk: not possible"),
+        ({"model": {"compute_dtype": "float16"}}, "model.compute_dtype = float16: not possible"),
+        ({"lora": {"targets": []}}, "lora.targets = []: nothing is trained"),
+        ({"diffusion": {"min_snr_gamma": 3.0}}, "diffusion.min_snr_gamma: only with diffusion.weighting min_snr"),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(bases, tmp_path, changes, fault):
     with pytest.raises(RecipeError, match=re.escape(fault)):
         load_recipe(diffusion_recipe(tmp_path, bases["sd"], **changes))
@@ -604,22 +643,41 @@ LAST = "final_layer_norm.bias"
 VAE, ENCODER = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
 
-@pytest.mark.parametrize(("damage", "fault"), [
-    (lambda base: rewrite_tensors(base / ENCODER, lambda each: each.pop(named(each, LAST))),
-     r"text_encoder lack 1 weight that .*, first .*final_layer_norm\.bias; fetch it again"),
-    (lambda base: rewrite_tensors(base / ENCODER, lambda each: each[named(each, LAST)].fill_(math.nan)),
-     "encodes a caption to NaN or infinity"),
-    (lambda base: rewrite_json(base / "model_index.json", text_encoder=["transformers", "BertModel"]),
-     "text_encoder is BertModel, and StableDiffusionPipeline takes CLIPTextModel"),
-    (lambda base: rewrite_json(base / "text_encoder" / "config.json", num_hidden_layers=3), "lack 16 weights"),
-    (lambda base: rewrite_json(base / "text_encoder" / "config.json", hidden_size=2**30), "hidden_size 1,073,741,824"),
-    (lambda base: rewrite_tensors(base / VAE, lambda each: each.pop("decoder.conv_in.weight")),
-     r"vae lack 1 weight that .*, first decoder\.conv_in\.weight"),
-    (lambda base: rewrite_tensors(base / VAE, lambda each: each["decoder.conv_in.weight"].fill_(math.nan)),
-     r"the weight decoder\.conv_in\.weight holds NaN"),
-    (lambda base: rewrite_json(base / "vae" / "config.json", scaling_factor=0), "scaling_factor 0 is no number above"),
-    (lambda base: rewrite_json(base / "vae" / "config.json", shift_factor="x"), "shift_factor 'x' no number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (
+            lambda base: rewrite_tensors(base / ENCODER, lambda each: each.pop(named(each, LAST))),
+            r"text_encoder lack 1 weight that .*, first .*final_layer_norm\.bias; fetch it again",
+        ),
+        (
+            lambda base: rewrite_tensors(base / ENCODER, lambda each: each[named(each, LAST)].fill_(math.nan)),
+            "encodes a caption to NaN or infinity",
+        ),
+        (
+            lambda base: rewrite_json(base / "model_index.json", text_encoder=["transformers", "BertModel"]),
+            "text_encoder is BertModel, and StableDiffusionPipeline takes CLIPTextModel",
+        ),
+        (lambda base: rewrite_json(base / "text_encoder" / "config.json", num_hidden_layers=3), "lack 16 weights"),
+        (
+            lambda base: rewrite_json(base / "text_encoder" / "config.json", hidden_size=2**30),
+            "hidden_size 1,073,741,824",
+        ),
+        (
+            lambda base: rewrite_tensors(base / VAE, lambda each: each.pop("decoder.conv_in.weight")),
+            r"vae lack 1 weight that .*, first decoder\.conv_in\.weight",
+        ),
+        (
+            lambda base: rewrite_tensors(base / VAE, lambda each: each["decoder.conv_in.weight"].fill_(math.nan)),
+            r"the weight decoder\.conv_in\.weight holds NaN",
+        ),
+        (
+            lambda base: rewrite_json(base / "vae" / "config.json", scaling_factor=0),
+            "scaling_factor 0 is no number above",
+        ),
+        (lambda base: rewrite_json(base / "vae" / "config.json", shift_factor="x"), "shift_factor 'x' no number"),
+    ],
+)
 def test_damaged_encoders_are_one_clean_error(bases, tmp_path, damage, fault):
     base = shutil.copytree(bases["sd"], tmp_path / "base")
     damage(base)
@@ -645,13 +703,20 @@ def test_a_tokenizer_that_sets_no_length_takes_as_many_tokens_as_clip(bases, tmp
         TextEncoders(open_pipeline(base), CPU).encode(["hot"])
 
 
-@pytest.mark.parametrize(("family", "changes", "fault"), [
-    ("sd", {"timestep_spacing": "none"}, "DDIMScheduler: diffusers cannot follow its scheduler_config.* .none is not"),
-    ("sd", {"beta_start": "x"}, "DDIMScheduler: diffusers cannot"),
-    ("sd", {"prediction_type": "none"}, "prediction_type"),
-    ("sdxl", {"final_sigmas_type": "none"}, "EulerDiscreteScheduler: diffusers cannot .*final_sigmas_type"),
-    ("sd3", {"shift": "x"}, "FlowMatchEulerDiscreteScheduler: diffusers cannot"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "changes", "fault"),
+    [
+        (
+            "sd",
+            {"timestep_spacing": "none"},
+            "DDIMScheduler: diffusers cannot follow its scheduler_config.* .none is not",
+        ),
+        ("sd", {"beta_start": "x"}, "DDIMScheduler: diffusers cannot"),
+        ("sd", {"prediction_type": "none"}, "prediction_type"),
+        ("sdxl", {"final_sigmas_type": "none"}, "EulerDiscreteScheduler: diffusers cannot .*final_sigmas_type"),
+        ("sd3", {"shift": "x"}, "FlowMatchEulerDiscreteScheduler: diffusers cannot"),
+    ],
+)
 def test_schedulers_that_cannot_draw_are_one_clean_error(bases, tmp_path, family, changes, fault):
     base = shutil.copytree(bases[family], tmp_path / "base")
     rewrite_json(base / "scheduler" / "scheduler_config.json", **changes)

@@ -21,11 +21,21 @@ from qlora_lite.prepare.ranks import share_of
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
-TRAIN = {"gradient_accumulation_steps": 2, "optimizer": "adamw_8bit", "learning_rate": 0.003, "save_every_steps": 2,
-         "lr_scheduler": "constant", "eval_every_steps": 3}  # fmt: skip
+TRAIN = {
+    "gradient_accumulation_steps": 2,
+    "optimizer": "adamw_8bit",
+    "learning_rate": 0.003,
+    "save_every_steps": 2,
+    "lr_scheduler": "constant",
+    "eval_every_steps": 3,
+}
 DIVIDED = "memory.stream_from=ranks", "memory.resident_layers=0"
-IN_BACKWARD = ("memory.optimizer_in_backward=true", "train.max_grad_norm=0", "train.micro_batch_size=2",
-               "train.gradient_accumulation_steps=1")  # fmt: skip
+IN_BACKWARD = (
+    "memory.optimizer_in_backward=true",
+    "train.max_grad_norm=0",
+    "train.micro_batch_size=2",
+    "train.gradient_accumulation_steps=1",
+)
 
 
 @pytest.fixture

@@ -170,8 +170,14 @@ def test_a_run_of_dora_is_resumed_to_the_bit_begun_with_and_answers(model_folder
 
 
 def test_a_run_with_a_prefix_begins_as_its_text_before_every_row_does(model_folder, tmp_path):
-    path = write_recipe(tmp_path, model_folder, adapter={"method": "prefix"}, lora={},
-                        prompt={"init_text": "Some words."}, train={"max_steps": 1, "learning_rate": 1e-9})  # fmt: skip
+    path = write_recipe(
+        tmp_path,
+        model_folder,
+        adapter={"method": "prefix"},
+        lora={},
+        prompt={"init_text": "Some words."},
+        train={"max_steps": 1, "learning_rate": 1e-9},
+    )
     path.write_text(path.read_text().replace("lora:\n  alpha: 8\n  rank: 4\n", ""))
     recipe = load_recipe(path)
     saved = load_file(run_recipe(recipe) / "adapter" / WEIGHTS)

@@ -139,10 +139,14 @@ def test_what_is_read_is_never_written(run, tmp_path):
     assert rows.read_bytes() == before
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (("--side-by-side",), "models that write text: use `qlora-lite predict` or `evaluate`"),
-    (("--shots", "2"), "models that write text"), (("--out", "a.jsonl"), "is written by `qlora-lite predict`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--side-by-side",), "models that write text: use `qlora-lite predict` or `evaluate`"),
+        (("--shots", "2"), "models that write text"),
+        (("--out", "a.jsonl"), "is written by `qlora-lite predict`"),
+    ],
+)
 def test_evaluate_says_what_a_run_with_a_head_cannot(run, options, said):
     with pytest.raises((RecipeError, click.UsageError), match=said):
         CliRunner().invoke(cli, ["evaluate", str(run[0]), *options], catch_exceptions=False, standalone_mode=False)
@@ -160,9 +164,10 @@ def test_another_run_begins_with_its_head_for_the_same_labels_alone(run, bert, t
     folder, _ = run
     begun = {"lora": {"init_from": str(folder)}, "train": {"max_steps": 1, "learning_rate": 1e-6, "seed": 3}}
     rows = {"rows": named(labelled_rows(24)), "eval_rows": named(labelled_rows(12, "e"))}
-    first, second = summary_of(folder), summary_of(
-        run_recipe(load_recipe(head_recipe(tmp_path / "second", bert, **begun, **rows)))
-    )  # fmt: skip
+    first, second = (
+        summary_of(folder),
+        summary_of(run_recipe(load_recipe(head_recipe(tmp_path / "second", bert, **begun, **rows)))),
+    )
     assert second["metrics"]["before"] == first["metrics"]["after"] and second["labels"] == ["bad", "good"]
     assert second["eval_loss_before"] == pytest.approx(first["eval_loss_after"], rel=1e-4)
     other = {k: [r | {"label": r["label"].replace("good", "fair")} for r in found] for k, found in rows.items()}
@@ -190,9 +195,11 @@ def test_evaluate_measures_it_again(run):
 def test_commands_of_language_models_say_what_to_use_instead(run, tmp_path):
     folder, recipe = run
     for call in (
-        lambda: open_session(folder), lambda: open_model(str(recipe)), lambda: open_trained(folder),
+        lambda: open_session(folder),
+        lambda: open_model(str(recipe)),
+        lambda: open_trained(folder),
         lambda: merge_run(folder, tmp_path / "merged", MergeSettings()),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RecipeError, match=r"labels texts \(task.kind classification\).*qlora-lite predict"):
             call()
 
@@ -233,16 +240,24 @@ def test_a_budget_and_streamed_blocks_change_no_number(run, tmp_path):
     _, recipe = run
     short = ["train.max_steps=6", "train.eval_every_steps=0"]
     losses = []
-    for name, overrides in (("plain", []), ("streamed", ["memory.resident_layers=1"]),
-                            ("budget", ["memory.micro_batches=auto", "memory.checkpointing=auto"])):  # fmt: skip
+    for name, overrides in (
+        ("plain", []),
+        ("streamed", ["memory.resident_layers=1"]),
+        ("budget", ["memory.micro_batches=auto", "memory.checkpointing=auto"]),
+    ):
         out = run_recipe(load_recipe(recipe, [*short, *overrides, f"output.dir={tmp_path / name}"]))
         losses.append([line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line])
     assert losses[0] == losses[1] and losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
 def test_full_fine_tuning_leaves_a_classifier_that_transformers_loads(bert, tmp_path):
-    path = head_recipe(tmp_path, bert, adapter={"method": "full"}, model={"quant": "none"},
-                       train={"max_steps": 20, "learning_rate": 0.003})  # fmt: skip
+    path = head_recipe(
+        tmp_path,
+        bert,
+        adapter={"method": "full"},
+        model={"quant": "none"},
+        train={"max_steps": 20, "learning_rate": 0.003},
+    )
     settings = yaml.safe_load(path.read_text())
     del settings["lora"]
     path.write_text(yaml.safe_dump(settings))
@@ -313,8 +328,9 @@ def test_a_plan_is_made_before_any_row_is_read(bert, tmp_path):
 
 
 def test_held_out_rows_and_streamed_ones_are_labelled_too(bert, tmp_path):
-    path = head_recipe(tmp_path, bert, rows=named(labelled_rows(40)), data={"eval_share": 0.25},
-                       train={"save_every_minutes": 0})  # fmt: skip
+    path = head_recipe(
+        tmp_path, bert, rows=named(labelled_rows(40)), data={"eval_share": 0.25}, train={"save_every_minutes": 0}
+    )
     settings = yaml.safe_load(path.read_text())
     del settings["data"]["eval"]
     path.write_text(yaml.safe_dump(settings))

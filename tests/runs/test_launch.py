@@ -129,8 +129,14 @@ def test_a_rank_has_its_share_of_a_step(given, processes, expected, model_folder
 def start(recipe, *arguments, module=("-m", "qlora_lite", "train"), ranks=("--gpus", "2"), cwd=None, **variables):
     """Begin a run of several processes, of one core each."""
     command = [sys.executable, *module, str(recipe), *map(str, arguments), *ranks]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)  # fmt: skip
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+    )
 
 
 def ended(process, code=0):
@@ -371,8 +377,13 @@ def torchrun(*options):
 @pytest.mark.parametrize(("rank", "machines"), [(0, 1), (1, 1), (1, 2)])
 def test_processes_that_are_started_again_resume_the_run_that_was_begun(rank, machines, model_folder, tmp_path):
     """Of a recipe without output.dir, that has another run already, and without --resume."""
-    recipe = write_recipe(tmp_path, model_folder, train=LONG, lora={"rank": 4, "alpha": 8, "dropout": 0.1},
-                          output={"dir": None, "name": "again"})  # fmt: skip
+    recipe = write_recipe(
+        tmp_path,
+        model_folder,
+        train=LONG,
+        lora={"rank": 4, "alpha": 8, "dropout": 0.1},
+        output={"dir": None, "name": "again"},
+    )
     ended(start(recipe, f"output.dir={tmp_path / 'whole'}"))
     other = tmp_path / "runs" / "again-99990101-000000"  # newer than any, which --resume would take
     shutil.copytree(tmp_path / "whole", other)
@@ -542,13 +553,22 @@ def test_the_slurm_script_saves_at_its_signal_and_goes_on_when_it_is_queued_agai
     )
     (tmp_path / "job.sh").write_text(script.replace("/shared/runs/my-run", str(tmp_path / "job")))
     variables = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "PYTHON": sys.executable,
-        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1",
-    }  # fmt: skip
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HERE": str(tmp_path),
+        "PYTHON": sys.executable,
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
 
     def job():
-        return subprocess.Popen(["bash", tmp_path / "job.sh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, env=os.environ | variables)  # fmt: skip
+        return subprocess.Popen(
+            ["bash", tmp_path / "job.sh"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | variables,
+        )
 
     process = job()
     stop_when(process, "checkpoint written", lambda: process.send_signal(signal.SIGTERM))

@@ -157,10 +157,14 @@ def test_real_peft_and_transformers_have_the_loss_that_the_run_has(run, bases):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
-@pytest.mark.parametrize("name", [
-    name if name in ("smolvlm", "qwen3_vl") else pytest.param(name, marks=pytest.mark.slow)
-    for name in FAMILIES if name != "qwen3_5_moe"
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("smolvlm", "qwen3_vl") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+        if name != "qwen3_5_moe"
+    ],
+)
 def test_answers_are_those_of_transformers_and_depend_on_the_picture(bases, tmp_path, name):
     train = {"max_steps": 30, "lr_scheduler": "constant", "metrics_examples": 4}
     lora = {"targets": ["all-linear", "*vis*.0.*"], "rank": 8, "alpha": 16, "dtype": "float32"}
@@ -293,8 +297,13 @@ def test_what_is_pushed_reads_pictures(run, bases, tmp_path):
         (sent / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
     processor, model = AutoProcessor.from_pretrained(sent), AutoModelForImageTextToText.from_pretrained(sent)
     content = [{"type": "image", "image": drawn("hot", 0)}, {"type": "text", "text": "What is it?"}]
-    given = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                          tokenize=True, return_tensors="pt", return_dict=True)  # fmt: skip
+    given = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     assert isinstance(processor.decode(model.generate(**given, max_new_tokens=2)[0], skip_special_tokens=True), str)
 
 
@@ -352,13 +361,18 @@ def test_adapted_experts_are_merged_whichever_way_the_files_have_them(bases, tmp
 
 @pytest.mark.slow
 def test_other_ways_to_train_it(bases, tmp_path):
-    for number, (name, sections) in enumerate({
-        "llava": {"model": {"quant": "none"}, "adapter": {"method": "dora"}},
-        "idefics3": {"model": {"keep_16bit": ["*vision*"]}, "data": {"resolution": 32}},
-        "smolvlm": {"memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"}},
-        "qwen3_vl": {"memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"},
-                     "data": {"resolution": 32}, "model": {"keep_16bit": ["*visual*"]}},
-    }.items()):  # fmt: skip
+    for number, (name, sections) in enumerate(
+        {
+            "llava": {"model": {"quant": "none"}, "adapter": {"method": "dora"}},
+            "idefics3": {"model": {"keep_16bit": ["*vision*"]}, "data": {"resolution": 32}},
+            "smolvlm": {"memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"}},
+            "qwen3_vl": {
+                "memory": {"budget": "2GiB", "resident_layers": 0, "checkpointing": "block"},
+                "data": {"resolution": 32},
+                "model": {"keep_16bit": ["*visual*"]},
+            },
+        }.items()
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
         summary = summary_of(run_recipe(load_recipe(chat_recipe(folder, bases[name], **sections))))
@@ -376,7 +390,7 @@ def test_other_ways_to_train_it(bases, tmp_path):
         ({"lora": {"start": "pissa"}}, "lora.start = pissa: not possible with task.kind image-text-to-text"),
         ({"train": {"merge_aware": "nf4"}}, "train.merge_aware = nf4: not possible with task.kind image-text-to-text"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_do_not_go_with_pictures_are_refused(bases, tmp_path, sections, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(chat_recipe(tmp_path, bases["llava"], **sections))

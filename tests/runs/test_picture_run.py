@@ -100,8 +100,10 @@ def test_a_stopped_run_with_augmentations_is_resumed_to_the_bit(run, tmp_path):
     assert run_recipe(settings, resume=tmp_path / "out") == tmp_path / "out"
     one, other = (load_file(path / "adapter-last" / "adapter_model.safetensors") for path in (folder, tmp_path / "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    losses = [[line["loss"] for line in lines(path / "metrics.jsonl") if "loss" in line]
-              for path in (folder, tmp_path / "out")]  # fmt: skip
+    losses = [
+        [line["loss"] for line in lines(path / "metrics.jsonl") if "loss" in line]
+        for path in (folder, tmp_path / "out")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -201,9 +203,12 @@ def test_evaluate_measures_it_again_without_augmentations(run):
 @pytest.mark.parametrize("how", ["dora", "probe", "nf4", "held out", "budget"])
 def test_other_ways_to_train_it(bases, tmp_path, how):
     sections = {
-        "dora": {"adapter": {"method": "dora"}}, "probe": {"lora": {"targets": []}}, "nf4": {"model": {"quant": "nf4"}},
-        "held out": {"data": {"eval_share": 0.25}}, "budget": {"memory": {"micro_batches": "auto", "budget": "2GiB"}},
-    }[how]  # fmt: skip
+        "dora": {"adapter": {"method": "dora"}},
+        "probe": {"lora": {"targets": []}},
+        "nf4": {"model": {"quant": "nf4"}},
+        "held out": {"data": {"eval_share": 0.25}},
+        "budget": {"memory": {"micro_batches": "auto", "budget": "2GiB"}},
+    }[how]
     path = picture_recipe(tmp_path, bases["dinov2"], **sections)
     if how == "held out":
         settings = yaml.safe_load(path.read_text())
@@ -312,10 +317,13 @@ def test_labels_that_are_not_trained_are_named_with_what_to_do(bases, tmp_path):
     cases = [
         (pictures, ["task.labels=[hot, warm]"], "'cool' is none of those that are trained: hot, warm; name it in task"),
         (pictures, [f"data.eval={rare}"], "'warm' is none of those that are trained: cool, hot; give training rows"),
-        (pictures, [f"data.train={rare}", "data.eval=null", "data.eval_share=0.6"],
-         "'warm' is none of those that are trained: cool, hot; data.eval_share held out all rows with it"),
+        (
+            pictures,
+            [f"data.train={rare}", "data.eval=null", "data.eval_share=0.6"],
+            "'warm' is none of those that are trained: cool, hot; data.eval_share held out all rows with it",
+        ),
         (masks, ["task.labels=[a, b]"], "'2' is none of those that are trained: 0 (a), 1 (b); name it in task.labels"),
-    ]  # fmt: skip
+    ]
     for path, overrides, fault in cases:
         recipe = load_recipe(path, overrides)
         found = preflight(recipe, reader_of(recipe))
@@ -400,8 +408,11 @@ def test_numbers_as_labels_stay_in_their_order(bases, tmp_path):
 
 
 def test_a_run_of_a_hub_data_set_has_the_classes_of_a_folder(bases, tmp_path, monkeypatch):
-    rows = [{"image": encoded(drawn(label, number)), "label": CLASSES["label"].str2int(label)}
-            for label in COLOURS for number in range(12)]  # fmt: skip
+    rows = [
+        {"image": encoded(drawn(label, number)), "label": CLASSES["label"].str2int(label)}
+        for label in COLOURS
+        for number in range(12)
+    ]
     path = write_parquet(tmp_path / "hub.parquet", rows, CLASSES)
     data = {"train": hub_of(monkeypatch, tmp_path, "parquet", data_files=path)}  # and folders to evaluate on
     recipe = picture_recipe(tmp_path / "run", bases["vit"], data=data, train={"max_steps": 16})

@@ -122,12 +122,23 @@ def recipe(folder, model, overrides=(), rewards="judge.py:letters", **sections):
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_tokens": 200}
     train = {
-        "objective": "grpo", "max_steps": 4, "save_every_steps": 2, "learning_rate": 0.003, "metrics_examples": 3,
+        "objective": "grpo",
+        "max_steps": 4,
+        "save_every_steps": 2,
+        "learning_rate": 0.003,
+        "metrics_examples": 3,
         "eval_every_steps": 2,
-    } | sections.pop("train", {})  # fmt: skip
+    } | sections.pop("train", {})
     objective = {"rewards": rewards, "group_size": 4, "max_completion_tokens": 8} | sections.pop("objective", {})
-    path = write_recipe(folder, model, data=data | sections.pop("data", {}), train=train, objective=objective,
-                        lora={"rank": 8, "alpha": 16}, **sections)  # fmt: skip
+    path = write_recipe(
+        folder,
+        model,
+        data=data | sections.pop("data", {}),
+        train=train,
+        objective=objective,
+        lora={"rank": 8, "alpha": 16},
+        **sections,
+    )
     return load_recipe(path, list(overrides))
 
 
@@ -278,9 +289,10 @@ def test_a_file_of_functions_may_have_dataclasses_and_its_errors_are_told(tmp_pa
     (tmp_path / "own.py").write_text(code + JUDGE)
     assert judges_of([f"{tmp_path / 'own.py'}:letters"])([_Row()], ["aab"]) is not None
     for code, said in (
-        ("x = undefined", "NameError: name 'undefined' is not"), ("assert False, 'no key'", "AssertionError: no key"),
+        ("x = undefined", "NameError: name 'undefined' is not"),
+        ("assert False, 'no key'", "AssertionError: no key"),
         ("import sys; sys.exit('usage')", "SystemExit: usage"),
-    ):  # fmt: skip
+    ):
         (tmp_path / "broken.py").write_text(code + "\n")
         with pytest.raises(RecipeError, match=rf"broken\.py:f cannot be imported: {said}"):
             judges_of([f"{tmp_path / 'broken.py'}:f"])

@@ -46,8 +46,11 @@ def write_pairs(path, mark, labels=False):
         for n, name in enumerate(NAMES)
     ]
     if labels:
-        rows = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-                for row in rows for side in ("chosen", "rejected")]  # fmt: skip
+        rows = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -292,8 +295,10 @@ def test_what_is_measured_later_are_answers_to_imitate_of_the_rows_held_out(obje
     assert [row.where for row in measured] == [row.where for row in expected]
     assert [row.answer for row in measured] == [row.answer for row in expected]
     assert {row.answer for row in measured} <= {*NAMES}
-    assert all(row.first == 0 and row.token_ids.tolist() == other.token_ids.tolist()
-               for row, other in zip(measured, expected, strict=True))  # fmt: skip
+    assert all(
+        row.first == 0 and row.token_ids.tolist() == other.token_ids.tolist()
+        for row, other in zip(measured, expected, strict=True)
+    )
 
 
 def test_metrics_of_likelihood_and_answers_are_of_good_answers(model_folder, tmp_path):
@@ -309,8 +314,13 @@ def test_metrics_of_likelihood_and_answers_are_of_good_answers(model_folder, tmp
 
 def test_runs_of_other_objectives_are_compared_in_either_order(model_folder, tmp_path):
     run_recipe(recipe(tmp_path / "dpo", model_folder))
-    plain = write_recipe(tmp_path / "dpo", model_folder, lora={"rank": 8, "alpha": 16}, train={"max_steps": 1},
-                         output={"dir": str(tmp_path / "dpo" / "sft")})  # fmt: skip
+    plain = write_recipe(
+        tmp_path / "dpo",
+        model_folder,
+        lora={"rank": 8, "alpha": 16},
+        train={"max_steps": 1},
+        output={"dir": str(tmp_path / "dpo" / "sft")},
+    )
     run_recipe(load_recipe(plain))
     runs = [str(tmp_path / "dpo" / name) for name in ("out", "sft")]
     for order in (runs, runs[::-1]):
@@ -320,8 +330,9 @@ def test_runs_of_other_objectives_are_compared_in_either_order(model_folder, tmp
 
 def test_a_prompt_that_is_learned_has_a_reference_too(model_folder, tmp_path):
     made = recipe(tmp_path / "run", model_folder, train={"learning_rate": 0.01})
-    changed = made.model_copy(update={"adapter": made.adapter.model_copy(update={"method": "prompt"}),
-                                      "lora": type(made.lora)()})  # fmt: skip
+    changed = made.model_copy(
+        update={"adapter": made.adapter.model_copy(update={"method": "prompt"}), "lora": type(made.lora)()}
+    )
     torch.manual_seed(0)
     run_recipe(changed)
     first = next(line for line in lines(Path(tmp_path / "run")) if "loss" in line)

@@ -36,9 +36,13 @@ from qlora_lite.train.step import Evaluation
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "metrics_sha256", "started", "resumed", "plan", "memory_table"}  # of the summary
 STEPS = {
-    "max_steps": 8, "eval_every_steps": 3, "save_every_steps": 2, "keep_checkpoints": 3, "learning_rate": 0.003,
+    "max_steps": 8,
+    "eval_every_steps": 3,
+    "save_every_steps": 2,
+    "keep_checkpoints": 3,
+    "learning_rate": 0.003,
     "metrics_examples": 0,
-}  # fmt: skip
+}
 WHOLE = {"train": STEPS, "lora": {"rank": 64, "dropout": 0.1}}
 
 
@@ -139,13 +143,25 @@ def test_a_stopped_run_goes_on_to_the_very_same_end(lab, whole, stops):
     assert [line["step"] for line in lab.lines if "loss" in line] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("sections", [
-    {"data": {"order": "as-is", "streaming": True}, "train": {"optimizer": "paged_adamw_8bit"}},
-    {"data": {"packing": False}, "train": {"gradient_accumulation_steps": 3, "micro_batch_size": 2, "max_steps": None,
-                                          "epochs": 1.5, "optimizer": "adamw_8bit"}},
-    {"data": {"eval": None}, "train": {"eval_every_steps": 0, "metrics_examples": 0, "optimizer": "lion_8bit"}},
-    {"train": {"metrics": ["exact_match", "bleu", "answer_loss"], "metrics_examples": 2, "metrics_every_steps": 2}},
-], ids=["streaming", "accumulation", "no evaluation", "metrics"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"order": "as-is", "streaming": True}, "train": {"optimizer": "paged_adamw_8bit"}},
+        {
+            "data": {"packing": False},
+            "train": {
+                "gradient_accumulation_steps": 3,
+                "micro_batch_size": 2,
+                "max_steps": None,
+                "epochs": 1.5,
+                "optimizer": "adamw_8bit",
+            },
+        },
+        {"data": {"eval": None}, "train": {"eval_every_steps": 0, "metrics_examples": 0, "optimizer": "lion_8bit"}},
+        {"train": {"metrics": ["exact_match", "bleu", "answer_loss"], "metrics_examples": 2, "metrics_every_steps": 2}},
+    ],
+    ids=["streaming", "accumulation", "no evaluation", "metrics"],
+)
 def test_runs_of_every_kind_go_on_to_the_very_same_end(lab, tmp_path, model_folder, sections):
     other = Lab(tmp_path / "whole", model_folder)
     other.run(**sections)
@@ -180,10 +196,15 @@ def test_a_merge_aware_run_goes_on_to_the_very_same_end_with_streamed_weights(tm
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("memory", [
-    {}, {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
-    {"resident_layers": 0, "checkpointing": "selective", "cache_dequantized": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"offload_checkpoints": True, "embeddings": "host", "head": "host"},
+        {"resident_layers": 0, "checkpointing": "selective", "cache_dequantized": True},
+    ],
+    ids=str,
+)
 def test_on_a_gpu_a_repeatable_run_goes_on_to_the_very_same_end(tmp_path, model_folder, memory):
     train = {"deterministic": True, "optimizer": "paged_adamw_8bit", "metrics_examples": 2}
     lab, other = (Lab(tmp_path / name, model_folder, ["model.device=cuda"]) for name in ("stopped", "whole"))
@@ -296,8 +317,13 @@ def test_changes_that_make_another_run_are_refused_one_by_one_and_leave_it_as_it
     before = [(lab.out / name).read_bytes() for name in names]
     with pytest.raises(CheckpointError) as caught:
         lab.run(resume="", lora={"rank": 32, "alpha": 16}, train={"seed": 3, "optimizer": "lion_32bit"})
-    for text in ("lora.rank: 64 -> 32", "lora.alpha: 8.0 -> 16.0", "train.seed: 0 -> 3", "--force",
-                 "train.optimizer: adamw_torch -> lion_32bit"):  # fmt: skip
+    for text in (
+        "lora.rank: 64 -> 32",
+        "lora.alpha: 8.0 -> 16.0",
+        "train.seed: 0 -> 3",
+        "--force",
+        "train.optimizer: adamw_torch -> lion_32bit",
+    ):
         assert text in str(caught.value)
     assert [(lab.out / name).read_bytes() for name in names] == before
     lab.run(resume="")
@@ -349,9 +375,10 @@ def test_another_instruction_set_is_reported(tmp_path, model_folder, monkeypatch
 
 def test_whose_loss_is_computed_is_compared_with_what_the_checkpoint_knows_of_it():
     for before, now, said in (
-        ("liger", "chunked", ["loss liger -> chunked"]), ("chunked", "liger", ["loss chunked -> liger"]),
+        ("liger", "chunked", ["loss liger -> chunked"]),
+        ("chunked", "liger", ["loss chunked -> liger"]),
         ("liger", "liger", []),
-    ):  # fmt: skip
+    ):
         continuation = Continuation(SimpleNamespace(documents={RUN: {"environment": {"loss": before}}}))
         continuation.say_changes({"loss": now})
         assert continuation.accepted == said
@@ -599,11 +626,16 @@ def test_a_second_signal_stops_at_once(lab, whole, request, before):
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
-@pytest.mark.parametrize("sent", [
-    [(loop, "train_step", 6, [INT, INT])], [(loop, "train_step", 6, [TERM, TERM])],  # its number is counted already
-    [(loop, "train_step", 5, [INT]), (training, "capture", 3, [TERM])],  # in the save of what was learned
-    [(Trainer, "evaluate", 3, [TERM]), (training, "capture", 3, [INT])],
-], ids=["step", "step by TERM", "save", "save from evaluation"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [(loop, "train_step", 6, [INT, INT])],
+        [(loop, "train_step", 6, [TERM, TERM])],  # its number is counted already
+        [(loop, "train_step", 5, [INT]), (training, "capture", 3, [TERM])],  # in the save of what was learned
+        [(Trainer, "evaluate", 3, [TERM]), (training, "capture", 3, [INT])],
+    ],
+    ids=["step", "step by TERM", "save", "save from evaluation"],
+)
 def test_two_signals_to_the_command_never_save_half_a_step(lab, whole, monkeypatch, command, sent):
     """The second one acts by the command line's handler, which ends the run at any place."""
     for owner, name, call, numbers in sent:
@@ -1070,8 +1102,10 @@ class TrackersOwn(Exception):
     """As mlflow's and wandb's are: a kind of its own."""
 
 
-@pytest.mark.parametrize(("kind", "package"), [(ConnectionError, "wandb"), (RuntimeError, "wandb"),
-                                               (TrackersOwn, "wandb"), (TrackersOwn, "mlflow")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [(ConnectionError, "wandb"), (RuntimeError, "wandb"), (TrackersOwn, "wandb"), (TrackersOwn, "mlflow")],
+)
 def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, kind, package, monkeypatch, caplog):
     sent = []
 
@@ -1102,8 +1136,9 @@ def test_a_tracker_that_fails_is_sent_no_more_and_ends_no_training(lab, whole, k
     assert_same_run(lab, whole)
     assert max(sent) == 3 and lab.summary["status"] == "complete"
     assert [m for m in caplog.messages if "mlflow" in m] == [
-        "step 3: mlflow takes no metrics (away); it is sent no more", "mlflow did not end well (away)",
-    ]  # fmt: skip
+        "step 3: mlflow takes no metrics (away); it is sent no more",
+        "mlflow did not end well (away)",
+    ]
 
 
 def test_a_tracker_that_cannot_begin_ends_no_training(lab, whole, monkeypatch, caplog):

@@ -45,14 +45,35 @@ from qlora_lite.train.out_of_memory import another_plan_may_help, free_cached_me
 CPU = torch.device("cpu")
 
 METRICS = {
-    "step", "loss", "learning_rate", "grad_norm", "tokens", "labelled_tokens", "tokens_per_second", "peak_bytes",
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "labelled_tokens",
+    "tokens_per_second",
+    "peak_bytes",
     "seconds",
-}  # fmt: skip
+}
 SUMMARY = {
-    "status", "steps", "seconds", "tokens", "tokens_per_second", "peak_bytes", "trainable_parameters",
-    "eval_loss_before", "eval_loss_after", "exact_match_before", "exact_match_after", "adapter_sha256", "versions",
-    "samples", "memory_table", "data", "other_results",
-}  # fmt: skip
+    "status",
+    "steps",
+    "seconds",
+    "tokens",
+    "tokens_per_second",
+    "peak_bytes",
+    "trainable_parameters",
+    "eval_loss_before",
+    "eval_loss_after",
+    "exact_match_before",
+    "exact_match_after",
+    "adapter_sha256",
+    "versions",
+    "samples",
+    "memory_table",
+    "data",
+    "other_results",
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +103,18 @@ def lines_of(folder):
 def test_a_finished_run_has_every_file(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "metrics.jsonl", "summary.json", "adapter", "adapter-last", "report.html", "log.txt",
-        "data.html", "data.json", "template.jinja", "checkpoints",
-    }  # fmt: skip
+        "recipe.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "adapter",
+        "adapter-last",
+        "report.html",
+        "log.txt",
+        "data.html",
+        "data.json",
+        "template.jinja",
+        "checkpoints",
+    }
     for name in ("adapter", "adapter-last"):
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= {
             path.name for path in (folder / name).iterdir()
@@ -192,8 +222,10 @@ def test_the_best_adapter_is_kept_and_its_loss_is_the_one_reported(finished):
     assert summary_of(folder)["eval_loss_after"] == pytest.approx(min(losses[1:]), rel=1e-5)
 
 
-@pytest.mark.parametrize(("report", "quant", "warned"), [({"quantized": None}, "nf4", True), ({}, "none", False),
-                                                         ({"quantized": "nf4"}, "nf4", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("report", "quant", "warned"),
+    [({"quantized": None}, "nf4", True), ({}, "none", False), ({"quantized": "nf4"}, "nf4", False)],
+)
 def test_training_on_a_merged_model_in_4_bit_is_warned_of(model_folder, tmp_path, caplog, report, quant, warned):
     merged = shutil.copytree(model_folder, tmp_path / "merged")
     (merged / "merge_report.json").write_text(json.dumps(report))
@@ -364,10 +396,15 @@ def test_a_run_of_the_same_recipe_on_fewer_rows_may_have_learned_those_held_out_
     assert is_said(run("after"), before)
 
 
-@pytest.mark.parametrize(("method", "uses"), [
-    ("lora", "(or generate, evaluate, merge, export, serve)"), ("prompt", "(or generate, evaluate, serve)"),
-    ("prefix", "(or generate, evaluate, serve)"), ("bottleneck", "(or generate, evaluate, serve)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "uses"),
+    [
+        ("lora", "(or generate, evaluate, merge, export, serve)"),
+        ("prompt", "(or generate, evaluate, serve)"),
+        ("prefix", "(or generate, evaluate, serve)"),
+        ("bottleneck", "(or generate, evaluate, serve)"),
+    ],
+)
 def test_train_names_the_commands_that_take_what_its_method_trains(finished, command, monkeypatch, method, uses):
     folder, recipe = finished
     monkeypatch.setattr("qlora_lite.runs.run.run_recipe", lambda *_: folder)
@@ -439,11 +476,17 @@ def test_prompts_and_answers_that_a_model_has_no_positions_for_are_told_before_t
         train(("q" * 70, "a"), ("q", "a" * 70))
 
 
-@pytest.mark.parametrize(("fault", "raised", "said"), [
-    (DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it"), DoesNotFitError,
-     r"train\.metrics_examples: memory ran out over .* 9 tokens; set it to 0"),
-    (ModelError("token 3 cannot be chosen"), ModelError, "token 3 cannot be chosen"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "raised", "said"),
+    [
+        (
+            DoesNotFitError("memory ran out over a prompt of 9 tokens: shorten it"),
+            DoesNotFitError,
+            r"train\.metrics_examples: memory ran out over .* 9 tokens; set it to 0",
+        ),
+        (ModelError("token 3 cannot be chosen"), ModelError, "token 3 cannot be chosen"),
+    ],
+)
 @pytest.mark.parametrize("call", [1, 2])
 def test_prompts_that_cannot_be_answered_end_the_run_before_training_and_not_after_it(
     run, monkeypatch, caplog, call, fault, raised, said
@@ -737,10 +780,13 @@ def test_what_needs_more_than_was_planned_is_planned_again_and_proved(wide_run):
         assert said and all(words in line for line in said)
 
 
-@pytest.mark.parametrize(("more", "memory"), [
-    pytest.param(take_all, {"checkpointing": "auto"}, marks=pytest.mark.slow),
-    (run_out, {"checkpointing": "block", "uncheckpointed_layers": 0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "memory"),
+    [
+        pytest.param(take_all, {"checkpointing": "auto"}, marks=pytest.mark.slow),
+        (run_out, {"checkpointing": "block", "uncheckpointed_layers": 0}),
+    ],
+)
 def test_a_run_that_no_memory_probe_proves_ends_before_its_first_step(wide_run, more, memory):
     tried = []
 
@@ -774,8 +820,10 @@ def test_memory_of_the_host_that_runs_out_is_a_reason_to_plan_again_on_a_cpu_and
     of_device = torch.OutOfMemoryError("CUDA out of memory.")
     assert all(another_plan_may_help(each, CPU) for each in (error, MemoryError(), of_device))
     assert [another_plan_may_help(each, torch.device("cuda")) for each in (error, MemoryError(), of_device)] == [
-        False, False, True,
-    ]  # fmt: skip
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_target_that_matches_nothing_fails_with_its_name(run):

@@ -13,8 +13,17 @@ from qlora_lite.inference.generate import Answer
 from qlora_lite.recipe.load import load_recipe
 
 ALL = ["exact_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
-SCORES = ["exact_match", "accuracy_likelihood", "accuracy_generated", "bleu", "chrf", "rouge1", "rouge2", "rougeL",
-          "answer_loss"]  # fmt: skip
+SCORES = [
+    "exact_match",
+    "accuracy_likelihood",
+    "accuracy_generated",
+    "bleu",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "answer_loss",
+]
 
 
 @pytest.fixture

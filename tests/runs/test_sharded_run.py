@@ -64,8 +64,13 @@ def train_unequal(folder, recipe, *arguments, code=0):
     (folder / "unequal.py").write_text(UNEQUAL)
     start = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "unequal.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, (*start, recipe, *arguments))], capture_output=True, text=True,
-                          env=environment, timeout=SECONDS)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, (*start, recipe, *arguments))],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=SECONDS,
+    )
     assert done.returncode == code, done.stderr
     return done.stderr
 

@@ -42,9 +42,13 @@ def test_of_one_process_the_second_signal_acts_at_once(clock):
 
 @pytest.mark.parametrize(
     ("number", "says"),
-    [(9, "SIGKILL, perhaps for the memory"), (6, "SIGABRT: a library ended it for a fault, or NCCL"), (11, "SIGSEGV$"),
-     (255, "signal 255$")],
-)  # fmt: skip
+    [
+        (9, "SIGKILL, perhaps for the memory"),
+        (6, "SIGABRT: a library ended it for a fault, or NCCL"),
+        (11, "SIGSEGV$"),
+        (255, "signal 255$"),
+    ],
+)
 def test_only_a_signal_that_may_be_for_memory_is_explained_by_it(number, says):
     assert re.match(says, describe_kill(number)) and ("memory" in describe_kill(number)) is (number == 9)
 

@@ -56,8 +56,13 @@ def lab(tmp_path, model_folder, monkeypatch):
             if not self.exit_code:
                 loss = self.loss(settings)
                 scores = {"bleu": {"value": 10 * loss, "standard_error": 1.0, "examples": 9}}
-                found = {"status": "complete", "eval_loss_after": loss, "peak_bytes": 2**20, "seconds": 1.0,
-                         "metrics": {"after": scores}}  # fmt: skip
+                found = {
+                    "status": "complete",
+                    "eval_loss_after": loss,
+                    "peak_bytes": 2**20,
+                    "seconds": 1.0,
+                    "metrics": {"after": scores},
+                }
                 (folder / "summary.json").write_text(json.dumps(found))
             error = "a line\nerror: does not fit: 2 MiB of 1 MiB (of which 1 MiB)\nerror: more\n"
             return self.exit_code, error
@@ -143,8 +148,9 @@ def test_a_run_that_was_killed_says_so(lab):
     lab.exit_code = -9
     point = lab.run(axes={"lora.rank": [1]})["points"][0]
     assert (point["status"], point["runs"][0]["error"]) == (
-        FAILED, "the run was killed by SIGKILL, perhaps for the memory that it took",
-    )  # fmt: skip
+        FAILED,
+        "the run was killed by SIGKILL, perhaps for the memory that it took",
+    )
 
 
 def test_a_folder_whose_name_means_something_in_yaml_holds_the_runs(lab, tmp_path, monkeypatch):
@@ -173,8 +179,11 @@ def test_a_stopped_sweep_goes_on_within_the_run_and_leaves_alone_what_another_pr
 def test_a_sampler_finds_the_valley_goes_on_after_a_stop_and_runs_no_trial_twice(lab):
     pytest.importorskip("optuna")
     lab.loss = lambda settings: (settings["train.learning_rate"] * 1000 - 3) ** 2 + settings["lora.rank"]
-    said = {"axes": {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": {"from": 1e-4, "to": 1e-2, "log": True}},
-            "search": "tpe", "trials": 30}  # fmt: skip
+    said = {
+        "axes": {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": {"from": 1e-4, "to": 1e-2, "log": True}},
+        "search": "tpe",
+        "trials": 30,
+    }
     lab.exit_code = 130
     with pytest.raises(Interrupted):
         lab.run(**said)
@@ -242,11 +251,14 @@ def test_what_a_sampler_draws_is_run_and_shown_once_and_is_failed_where_it_does_
         run_sweep(wrong, lab.folder, "a sweep")
 
 
-@pytest.mark.parametrize("axes", [
-    {"lora.rank": {"from": 1, "to": 8, "log": True}, "train.learning_rate": [1e-3]},
-    {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3, 1e-4]},
-    {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3], "lora.alpha": [8]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"lora.rank": {"from": 1, "to": 8, "log": True}, "train.learning_rate": [1e-3]},
+        {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3, 1e-4]},
+        {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3], "lora.alpha": [8]},
+    ],
+)
 def test_a_study_of_other_axes_is_one_error_and_one_of_another_range_goes_on(lab, axes):
     pytest.importorskip("optuna")
     said = {"axes": {"lora.rank": {"from": 1, "to": 8}, "train.learning_rate": [1e-3]}, "search": "random"}
@@ -309,11 +321,14 @@ def test_a_wrong_setting_of_any_point_is_an_error_before_the_first_runs(lab):
     assert not lab.trained and not lab.folder.exists()
 
 
-@pytest.mark.parametrize(("train", "data", "goal", "why"), [
-    ({"metrics_examples": 0}, {}, "exact_match", r"train\.metrics_examples is 0"),
-    ({"metrics": ["bleu"]}, {}, "accuracy_likelihood", r"train\.metrics is bleu"),
-    ({"metrics_examples": 0}, {"eval": None}, "eval_loss", "there are no evaluation rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train", "data", "goal", "why"),
+    [
+        ({"metrics_examples": 0}, {}, "exact_match", r"train\.metrics_examples is 0"),
+        ({"metrics": ["bleu"]}, {}, "accuracy_likelihood", r"train\.metrics is bleu"),
+        ({"metrics_examples": 0}, {"eval": None}, "eval_loss", "there are no evaluation rows"),
+    ],
+)
 def test_a_goal_that_no_run_measures_is_an_error_before_the_first_runs(train, data, goal, why, lab, model_folder):
     recipe = yaml.safe_load((lab.folder.parent / "recipe.yaml").read_text())
     sections = {name: recipe.get(name, {}) | said for name, said in (("train", train), ("data", data))}
@@ -342,10 +357,15 @@ def test_labels_of_a_chart_are_text(lab):
 
 def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
     points = [
-        {"choice": {"<a>": label}, "status": "complete", "runs": [], "standard_deviation": {},
-         "mean": {"exact_match_after": match, "peak_bytes": size}}
+        {
+            "choice": {"<a>": label},
+            "status": "complete",
+            "runs": [],
+            "standard_deviation": {},
+            "mean": {"exact_match_after": match, "peak_bytes": size},
+        }
         for label, match, size in (("x", 0.5, 100), ("y", 0.9, 200), ("z", 0.4, 300))
-    ]  # fmt: skip
+    ]
     page = render_sweep({"name": "n", "goal": "exact_match", "axes": ["<a>"], "seeds": 1, "points": points})
     assert "<a>" not in page and "&lt;a&gt;" in page and "90.0%" in page
     lines = re.findall(r'<polyline class="line-2" points="([^"]*)"', page)
@@ -355,10 +375,12 @@ def test_the_page_names_what_no_point_beats_and_escapes_what_it_is_given():
 
 @pytest.mark.parametrize("handler", ["lambda *_: (print('error: saved', file=sys.stderr), sys.exit(130))", "0"])
 def test_a_signal_is_handed_on_once_and_the_run_is_waited_for(tmp_path, monkeypatch, handler):
-    script = ("import signal, sys, time\n"
-              f"signal.signal(signal.SIGTERM, {handler})\n"  # 0: it has none yet, and is killed
-              "print('ready', file=sys.stderr, flush=True)\n"
-              "time.sleep(30)\n")  # fmt: skip
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, {handler})\n"  # 0: it has none yet, and is killed
+        "print('ready', file=sys.stderr, flush=True)\n"
+        "time.sleep(30)\n"
+    )
 
     class Stopped(subprocess.Popen):
         def wait(self, *arguments):

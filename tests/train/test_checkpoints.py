@@ -163,11 +163,21 @@ def test_a_forged_manifest_reaches_no_other_file(root, name):
     assert "is no name of a file in it" in forged(root, lambda m: m["files"].update({name: entry}))
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m.update(files=[]), lambda m: m.update(files={"x.json": 3}), lambda m: m.update(files=None),
-    lambda m: m.update(format=1), lambda m: m.update(step="12"), lambda m: m.update(step=True), lambda m: m.pop("step"),
-    lambda m: m["files"]["state.json"].update(bytes="9"), lambda m: m["files"]["state.json"].pop("sha256"),
-], ids=range(9))  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(files=[]),
+        lambda m: m.update(files={"x.json": 3}),
+        lambda m: m.update(files=None),
+        lambda m: m.update(format=1),
+        lambda m: m.update(step="12"),
+        lambda m: m.update(step=True),
+        lambda m: m.pop("step"),
+        lambda m: m["files"]["state.json"].update(bytes="9"),
+        lambda m: m["files"]["state.json"].pop("sha256"),
+    ],
+    ids=range(9),
+)
 def test_a_forged_manifest_is_one_clean_error(root, change):
     assert "\n" not in forged(root, change)
 

@@ -40,12 +40,22 @@ MORE_TARGETS = {
     "flux2": ("to_qkv_mlp_proj", "to_out"),
 }
 LOSSES = {
-    "epsilon": DenoisingLoss(), "min_snr": DenoisingLoss(weighting="min_snr"),
-    "v": DenoisingLoss("v", weighting="min_snr"), "flow": DenoisingLoss("flow", "logit_normal", shift=3.0),
-    "cosmap": DenoisingLoss("flow", weighting="cosmap"), "sigma_sqrt": DenoisingLoss("flow", weighting="sigma_sqrt"),
-}  # fmt: skip
-USUAL = {"unet": "min_snr", "pixart": "epsilon", "sd3": "flow", "flux": "flow", "flux2": "cosmap", "dit": "epsilon",
-         "unet2d": "min_snr"}  # fmt: skip
+    "epsilon": DenoisingLoss(),
+    "min_snr": DenoisingLoss(weighting="min_snr"),
+    "v": DenoisingLoss("v", weighting="min_snr"),
+    "flow": DenoisingLoss("flow", "logit_normal", shift=3.0),
+    "cosmap": DenoisingLoss("flow", weighting="cosmap"),
+    "sigma_sqrt": DenoisingLoss("flow", weighting="sigma_sqrt"),
+}
+USUAL = {
+    "unet": "min_snr",
+    "pixart": "epsilon",
+    "sd3": "flow",
+    "flux": "flow",
+    "flux2": "cosmap",
+    "dit": "epsilon",
+    "unet2d": "min_snr",
+}
 NOT_LOADED = "pixart", *OF_CLASSES  # families that diffusers loads no LoRA file into
 
 
@@ -93,33 +103,50 @@ def in_diffusers(folder, name):
 def predicted_by(model, name, noisy, timesteps, given):
     """What diffusers' training scripts ask of each class."""
     if name == "unet":
-        return model(noisy, timesteps.long(), given.text, added_cond_kwargs={
-            "text_embeds": given.pooled, "time_ids": given.sizes}).sample  # fmt: skip
+        return model(
+            noisy,
+            timesteps.long(),
+            given.text,
+            added_cond_kwargs={"text_embeds": given.pooled, "time_ids": given.sizes},
+        ).sample
     if name == "pixart":
         sizes = {"resolution": None, "aspect_ratio": None}
-        out = model(noisy, encoder_hidden_states=given.text, encoder_attention_mask=given.mask, timestep=timesteps,
-                    added_cond_kwargs=sizes).sample  # fmt: skip
+        out = model(
+            noisy,
+            encoder_hidden_states=given.text,
+            encoder_attention_mask=given.mask,
+            timestep=timesteps,
+            added_cond_kwargs=sizes,
+        ).sample
         return out.chunk(2, 1)[0]
     if name == "sd3":
-        return model(noisy, timestep=timesteps, encoder_hidden_states=given.text,
-                     pooled_projections=given.pooled).sample  # fmt: skip
+        return model(
+            noisy, timestep=timesteps, encoder_hidden_states=given.text, pooled_projections=given.pooled
+        ).sample
     n, c, h, w = noisy.shape
     if name in OF_CLASSES:
         return model(noisy, timesteps.long(), given.labels).sample[:, :c]
     if name == "flux":
         pipe = diffusers.FluxPipeline
         out = model(
-            hidden_states=pipe._pack_latents(noisy, n, c, h, w), timestep=timesteps / 1000, guidance=torch.ones(n),
-            pooled_projections=given.pooled, encoder_hidden_states=given.text, txt_ids=torch.zeros(5, 3),
+            hidden_states=pipe._pack_latents(noisy, n, c, h, w),
+            timestep=timesteps / 1000,
+            guidance=torch.ones(n),
+            pooled_projections=given.pooled,
+            encoder_hidden_states=given.text,
+            txt_ids=torch.zeros(5, 3),
             img_ids=pipe._prepare_latent_image_ids(n, h // 2, w // 2, CPU, torch.float32),
-        ).sample  # fmt: skip
+        ).sample
         return pipe._unpack_latents(out, h * 8, w * 8, 8)
     pipe = diffusers.Flux2Pipeline
     places = pipe._prepare_latent_ids(noisy)
     out = model(
-        hidden_states=pipe._pack_latents(noisy), timestep=timesteps / 1000, encoder_hidden_states=given.text,
-        txt_ids=pipe._prepare_text_ids(given.text), img_ids=places,
-    ).sample  # fmt: skip
+        hidden_states=pipe._pack_latents(noisy),
+        timestep=timesteps / 1000,
+        encoder_hidden_states=given.text,
+        txt_ids=pipe._prepare_text_ids(given.text),
+        img_ids=places,
+    ).sample
     return pipe._unpack_latents_with_ids(out, places)
 
 
@@ -160,8 +187,10 @@ def reference_step(model, name, loss, batch):
     return result.item()
 
 
-@pytest.mark.parametrize(("family", "loss"), [*USUAL.items(), ("unet", "epsilon"), ("unet", "v"), ("sd3", "cosmap"),
-                                              ("pixart", "v"), ("sd3", "sigma_sqrt")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "loss"),
+    [*USUAL.items(), ("unet", "epsilon"), ("unet", "v"), ("sd3", "cosmap"), ("pixart", "v"), ("sd3", "sigma_sqrt")],
+)
 def test_loss_and_gradients_are_those_of_a_training_step_of_diffusers(folders, family, loss):
     work = workload(family, loss=loss)
     model = adapted(folders, work, family)
@@ -184,10 +213,16 @@ def test_loss_and_gradients_are_those_of_a_training_step_of_diffusers(folders, f
             torch.testing.assert_close(own.grad, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("options", [
-    MemoryOptions("none"), MemoryOptions(uncheckpointed_layers=1), MemoryOptions(resident_layers=1),
-    MemoryOptions(offload_checkpoints=True, resident_layers=0),
-], ids=["none", "kept", "streamed", "offloaded"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions("none"),
+        MemoryOptions(uncheckpointed_layers=1),
+        MemoryOptions(resident_layers=1),
+        MemoryOptions(offload_checkpoints=True, resident_layers=0),
+    ],
+    ids=["none", "kept", "streamed", "offloaded"],
+)
 def test_memory_options_change_no_gradient(folders, family, options):
     work = workload(family)
     batch = work.training_batch(latent_examples(family)[:2], 0, 1)
@@ -224,8 +259,11 @@ def test_it_is_planned_and_holds_to_the_plan(folders, family, quant):
         assert measured.total == pytest.approx(candidate.prediction.simulation.peak().total, rel=0.01)
 
 
-@pytest.mark.parametrize("options", [MemoryOptions(resident_layers=1), MemoryOptions(offload_checkpoints=True)],
-                         ids=["streamed", "offloaded"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [MemoryOptions(resident_layers=1), MemoryOptions(offload_checkpoints=True)],
+    ids=["streamed", "offloaded"],
+)
 def test_what_goes_to_host_memory_holds_to_the_plan(folders, family, options):
     tried = case(folders, family, "nf4")
     if family == "dit" and options.resident_layers is not None:  # whose blocks are not for that
@@ -235,8 +273,14 @@ def test_what_goes_to_host_memory_holds_to_the_plan(folders, family, options):
     trainer, work = placed(tried, options), tried.workload
     largest, evaluation = largest_batches(work, tried.examples, tried.examples, trainer.epochs)
     accumulates = trainer.settings.gradient_accumulation_steps > 1
-    job = Job(work, work.shape(largest), work.shape(evaluation), optimizer="adamw_torch", accumulating=accumulates,
-              options=options)  # fmt: skip
+    job = Job(
+        work,
+        work.shape(largest),
+        work.shape(evaluation),
+        optimizer="adamw_torch",
+        accumulating=accumulates,
+        options=options,
+    )
     ledger, found = ledger_of(trainer), simulate(job)
     assert ledger.peak.total == pytest.approx(found.peak().total, rel=0.01)
     assert ledger.offloaded_peak_bytes == pytest.approx(found.offloaded_bytes, rel=0.01) != 0
@@ -391,8 +435,9 @@ def test_files_that_are_not_those_of_the_configuration_are_refused(folders, tmp_
     name = "transformer_blocks.0.attn1.to_q.weight"
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     for changed, said in (
-        ({"other": torch.zeros(1)}, "other, which the model has not"), ({name: torch.zeros(2, 2)}, r"of the shape \(2"),
-    ):  # fmt: skip
+        ({"other": torch.zeros(1)}, "other, which the model has not"),
+        ({name: torch.zeros(2, 2)}, r"of the shape \(2"),
+    ):
         save_file(tensors | changed, file)
         for quant in ("none", "nf4"):
             with pytest.raises(ModelError, match=said):
@@ -406,10 +451,17 @@ def test_files_that_are_not_those_of_the_configuration_are_refused(folders, tmp_
         spec_of(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("layers_per_block", 10**6), ("layers_per_block", [2, 10**6]), ("transformer_layers_per_block", [[1], [10**6]]),
-    ("block_out_channels", [16, 2**30]), ("cross_attention_dim", 2**30), ("num_layers", 501),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers_per_block", 10**6),
+        ("layers_per_block", [2, 10**6]),
+        ("transformer_layers_per_block", [[1], [10**6]]),
+        ("block_out_channels", [16, 2**30]),
+        ("cross_attention_dim", 2**30),
+        ("num_layers", 501),
+    ],
+)
 def test_sizes_of_no_model_are_refused_before_anything_is_built(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", key: value}))
     with pytest.raises(ModelError, match=rf"has {key} [\d,]+, and no model has more than"):
@@ -455,10 +507,15 @@ def test_layers_outside_of_blocks_are_adapted_only_where_they_are_named(folders)
     assert [path for path, _ in lora_layers(model)] == ["transformer.x_embedder"]
 
 
-@pytest.mark.parametrize("options", [
-    MemoryOptions(), pytest.param(MemoryOptions(uncheckpointed_layers=3), marks=pytest.mark.slow),
-    MemoryOptions(resident_layers=2, offload_checkpoints=True),
-], ids=["block", "kept", "streamed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(),
+        pytest.param(MemoryOptions(uncheckpointed_layers=3), marks=pytest.mark.slow),
+        MemoryOptions(resident_layers=2, offload_checkpoints=True),
+    ],
+    ids=["block", "kept", "streamed"],
+)
 @pytest.mark.parametrize(("family", "depth"), [pytest.param("pixart", 9, marks=pytest.mark.slow), ("flux", 9)])
 def test_a_deep_model_is_planned_as_two_shallow_ones_continued(family, depth, options):
     work = workload(family, "nf4").at_depth(depth)

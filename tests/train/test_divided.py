@@ -140,8 +140,9 @@ def on_machines(number, count, folder):
     """What each process of two machines with two each does: both machines have all parts, alike to the bit."""
     group, options = ProcessGroup(number, count, 2), divided_by(2)
     for changes in (
-        dict(optimizer="adamw_torch", max_grad_norm=0.1), dict(optimizer="adamw_8bit", dtype="bfloat16"),
-    ):  # fmt: skip
+        dict(optimizer="adamw_torch", max_grad_norm=0.1),
+        dict(optimizer="adamw_8bit", dtype="bfloat16"),
+    ):
         settings = UNCLIPPED | dict(gradient_accumulation_steps=4) | changes
         training = trainer(group, options, **settings)
         found, learned = course(training)
@@ -250,8 +251,15 @@ def planned(group, options):
 
 def resumed(group, options, folder):
     """On as many ranks to the bit; from whole models to divided ones, and back, likewise: files hold whole tensors."""
-    make = partial(trainer, group, dtype="bfloat16", optimizer="adamw_8bit", stochastic_rounding=False, max_steps=4,
-                   max_grad_norm=0.0)  # fmt: skip
+    make = partial(
+        trainer,
+        group,
+        dtype="bfloat16",
+        optimizer="adamw_8bit",
+        stochastic_rounding=False,
+        max_steps=4,
+        max_grad_norm=0.0,
+    )
     whole = make(options)
     list(whole)
     expected = whole_weights(whole)

@@ -37,9 +37,11 @@ def test_a_part_of_an_epoch_is_what_it_is_in_decimals(epochs, steps):
 
 
 @given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=30), st.sampled_from(ORDERS), st.booleans(),
+    st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    st.sampled_from(ORDERS),
+    st.booleans(),
     st.one_of(st.integers(1, 9), st.fractions(Fraction(1, 50), 3).map(float)),
-)  # fmt: skip
+)
 def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, order, packing, until):
     many = {"max_steps": until} if isinstance(until, int) else {"max_steps": None, "epochs": until}
     settings = TrainSettings(**SETTINGS | many | {"max_tokens": 64, "order": order, "packing": packing})
@@ -56,12 +58,13 @@ def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, 
     largest, most = epochs.largest()
     assert largest in seen and sum(lengths[row] for row in largest) == most.tokens
     assert most == (
-        max(sum(lengths[row] for row in rows) for rows in micro_batches), max(map(len, micro_batches)),
+        max(sum(lengths[row] for row in rows) for rows in micro_batches),
+        max(map(len, micro_batches)),
         max(lengths[row] for rows in micro_batches for row in rows),
         max(sum(learned[row] for row in rows) for rows in micro_batches),
         max(sum(pictures[row, 0] for row in rows) for rows in micro_batches),
         max(pictures[row, 1] for rows in micro_batches for row in rows),
-    )  # fmt: skip
+    )
 
 
 def test_of_a_run_without_an_end_on_few_rows_no_micro_batch_is_taken_to_have_more_than_all_of_them(monkeypatch):

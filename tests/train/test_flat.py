@@ -65,8 +65,10 @@ def test_weights_and_states_equal_those_of_bitsandbytes_after_every_step(
     name, dtype, weight_decay, lacking, device_type
 ):
     sides = [weights(dtype) for _ in range(2)]
-    optimizers = (build_optimizer(sides[0], name, 0.01, weight_decay, stochastic_rounding=False),
-                  bitsandbytes_own(name, sides[1], weight_decay))  # fmt: skip
+    optimizers = (
+        build_optimizer(sides[0], name, 0.01, weight_decay, stochastic_rounding=False),
+        bitsandbytes_own(name, sides[1], weight_decay),
+    )
     for step in range(1, 5):
         for side, optimizer in zip(sides, optimizers, strict=True):
             optimizer.param_groups[0]["lr"] = 0.01 / step
@@ -203,15 +205,24 @@ def test_two_optimizers_of_the_same_weights_do_not_disturb_each_other():
     assert_same(sides[0], first, sides[1], alone)
 
 
-@pytest.mark.parametrize(("name", "calls_of_a_cpu"), [
-    ("adamw_8bit", 1), ("paged_adamw_8bit", 1), ("lion_8bit", 1), ("adamw_32bit", PIECES),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "calls_of_a_cpu"),
+    [
+        ("adamw_8bit", 1),
+        ("paged_adamw_8bit", 1),
+        ("lion_8bit", 1),
+        ("adamw_32bit", PIECES),
+    ],
+)
 def test_each_piece_is_one_call_which_on_a_cpu_is_bitsandbytes_own_for_32_bit_states(name, calls_of_a_cpu, monkeypatch):
     calls = []
     for function in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
         real = getattr(bitsandbytes.functional, function)
-        monkeypatch.setattr(bitsandbytes.functional, function,
-                            lambda *args, real=real, **kwargs: calls.append(args) or real(*args, **kwargs))  # fmt: skip
+        monkeypatch.setattr(
+            bitsandbytes.functional,
+            function,
+            lambda *args, real=real, **kwargs: calls.append(args) or real(*args, **kwargs),
+        )
     parameters = weights(torch.float32)
     optimizer = build_optimizer(parameters, name, 0.0, 0.0)
     give_gradients(parameters, 1)

@@ -48,11 +48,18 @@ def test_a_nan_in_a_frozen_weight_names_the_step_the_rows_and_the_module():
     assert "rows rows.jsonl:" in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
-    ("model.norm.weight", float("nan"), r"its own logits are not finite: model\.norm\.weight holds NaN or infinity"),
-    ("lm_head.weight", 3e38, r"its own logits are not finite: weights are too large, most of all lm_head\.weight"),
-    ("model.embed_tokens.weight", float("nan"), "the embedding of token 7 is not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "model.norm.weight",
+            float("nan"),
+            r"its own logits are not finite: model\.norm\.weight holds NaN or infinity",
+        ),
+        ("lm_head.weight", 3e38, r"its own logits are not finite: weights are too large, most of all lm_head\.weight"),
+        ("model.embed_tokens.weight", float("nan"), "the embedding of token 7 is not finite"),
+    ],
+)
 def test_weights_that_cannot_be_computed_with_are_named_as_such(name, value, said):
     model, _ = quantized_pair("llama")
     model.get_parameter(name).data[7] = value
@@ -350,12 +357,17 @@ def test_a_trainer_that_is_gone_leaves_no_thread():
 ROTATED_TOGETHER = {
     "phi3": {
         "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64,
-            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
         },
-        "original_max_position_embeddings": 64, "max_position_embeddings": 512,
+        "original_max_position_embeddings": 64,
+        "max_position_embeddings": 512,
     },
-}  # fmt: skip
+}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 64}
 
 

@@ -37,9 +37,14 @@ def fused_norms(model):
     return {norm.fused for norm in wrappers(model, LeanNorm)}
 
 
-@pytest.mark.parametrize(("options", "names"), [
-    (MemoryOptions(), OF_LLAMA), (MemoryOptions(kernels="plain"), set()), (MemoryOptions(compile=True), set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (MemoryOptions(), OF_LLAMA),
+        (MemoryOptions(kernels="plain"), set()),
+        (MemoryOptions(compile=True), set()),
+    ],
+)
 def test_kernels_are_allowed_unless_plain_operators_are_asked_for_or_a_compiler_makes_its_own(options, names):
     model, _ = quantized_pair("llama")
     assert fused_norms(model) == {False} and not kernels_of(model)

@@ -46,15 +46,18 @@ def peak_of(training, run):
 @pytest.mark.parametrize(
     "options",
     [
-        MemoryOptions(), MemoryOptions("none"), MemoryOptions("selective"),
+        MemoryOptions(),
+        MemoryOptions("none"),
+        MemoryOptions("selective"),
         pytest.param(MemoryOptions(uncheckpointed_layers=1), marks=pytest.mark.slow),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("rows", SETS.values(), ids=SETS)
 def test_no_step_holds_more_than_the_memory_probe_did(rows, options):
-    training = trainer(rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1,
-                       options=options)  # fmt: skip
+    training = trainer(
+        rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1, options=options
+    )
     rehearsed, steps = peak_of(training, training.probe_memory), iter(training)
     later = [peak_of(training, lambda: next(steps)) for _ in range(training.total_steps)]
     assert max(later) <= 1.01 * rehearsed

@@ -22,9 +22,13 @@ ROWS_PER_STEP = 2
 @pytest.mark.model
 @pytest.mark.timeout(1800)  # of 40 steps two minutes on two quiet cores; nine were seen on busy ones
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K rows of ../shared/data are not here")
-@pytest.mark.parametrize(("held_out_rows", "steps", "loss"), [
-    (8, 6, 1.4), pytest.param(40, 40, 1.30, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("held_out_rows", "steps", "loss"),
+    [
+        (8, 6, 1.4),
+        pytest.param(40, 40, 1.30, marks=pytest.mark.slow),
+    ],
+)
 def test_smollm2_learns_held_out_gsm8k_answers(tmp_path, held_out_rows, steps, loss):
     examples = _examples(tmp_path / "rows.jsonl", held_out_rows + steps * ROWS_PER_STEP)
     held_out, rows = examples[:held_out_rows], examples[held_out_rows:]
@@ -51,8 +55,23 @@ def _examples(path: Path, count: int):
 
 def _settings(steps: int) -> TrainSettings:
     return TrainSettings(
-        max_steps=steps, epochs=1.0, learning_rate=1e-3, micro_batch_size=ROWS_PER_STEP,
-        gradient_accumulation_steps=1, optimizer="adamw_torch", lr_scheduler="cosine", warmup_ratio=0.03,
-        max_grad_norm=1.0, weight_decay=0.0, loraplus_lr_ratio=1.0, seed=0, max_tokens=1024, packing=False,
-        order="shuffle", on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
-    )  # fmt: skip
+        max_steps=steps,
+        epochs=1.0,
+        learning_rate=1e-3,
+        micro_batch_size=ROWS_PER_STEP,
+        gradient_accumulation_steps=1,
+        optimizer="adamw_torch",
+        lr_scheduler="cosine",
+        warmup_ratio=0.03,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        loraplus_lr_ratio=1.0,
+        seed=0,
+        max_tokens=1024,
+        packing=False,
+        order="shuffle",
+        on_not_finite="stop",
+        max_skipped_steps=0,
+        stochastic_rounding=True,
+        fused_loss="off",
+    )

@@ -60,8 +60,9 @@ def product_flops(model, name):
     """Return the operations of ``x W^T + low B^T`` in the layers of a name, over all blocks."""
     return sum(
         2 * LENGTH * layer.base.out_features * (layer.base.in_features + RANK)
-        for path, layer in lora_layers(model) if path.endswith(name)
-    )  # fmt: skip
+        for path, layer in lora_layers(model)
+        if path.endswith(name)
+    )
 
 
 def test_keeping_everything_computes_each_product_once_forward_and_its_gradients_once(model):

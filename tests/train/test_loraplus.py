@@ -27,9 +27,11 @@ RATIOS = [1.0, 16.0] * 4
 def theirs_of(name, parameters):
     """The optimizer that is not this package's, with two groups of parameters."""
     groups = [{"params": parameters[0::2], "lr": 0.01}, {"params": parameters[1::2], "lr": 0.16}]
-    own = torch.optim.AdamW if name == "adamw_torch" else (
-        getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name.removeprefix("paged_")])
-    )  # fmt: skip
+    own = (
+        torch.optim.AdamW
+        if name == "adamw_torch"
+        else (getattr(bitsandbytes.optim, BITSANDBYTES_NAMES[name.removeprefix("paged_")]))
+    )
     return own(groups, lr=0.01, weight_decay=0.1)
 
 

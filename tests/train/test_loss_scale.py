@@ -68,8 +68,9 @@ def test_a_run_in_float16_learns_what_one_in_float32_does(dtype):
 
 
 def test_only_float16_has_a_scale():
-    assert [trainer(compute_dtype=dtype).loss_scale is None for dtype in
-            (torch.float32, torch.bfloat16, torch.float16)] == [True, True, False]  # fmt: skip
+    assert [
+        trainer(compute_dtype=dtype).loss_scale is None for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ] == [True, True, False]
 
 
 def test_a_step_that_overflows_is_recomputed_at_half_the_scale_until_it_does_not(monkeypatch, caplog):
@@ -145,8 +146,12 @@ def test_after_many_steps_without_an_overflow_the_scale_is_doubled():
 
 def test_updates_in_backward_are_refused_in_float16():
     with pytest.raises(TrainingError, match="incompatible with: a model in float16"):
-        trainer(compute_dtype=torch.float16, max_grad_norm=0.0, gradient_accumulation_steps=1,
-                options=MemoryOptions(optimizer_in_backward=True))  # fmt: skip
+        trainer(
+            compute_dtype=torch.float16,
+            max_grad_norm=0.0,
+            gradient_accumulation_steps=1,
+            options=MemoryOptions(optimizer_in_backward=True),
+        )
 
 
 def test_scores_that_exceed_float16_before_they_are_scaled_are_no_fault_of_the_model():

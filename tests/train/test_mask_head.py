@@ -85,8 +85,10 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, rows, na
         patches = torch.cat([hidden[:, :1].repeat(1, side * side, 1), patches], dim=-1)
     logits = inner.classifier(patches).reshape(len(rows), side, side, 3).permute(0, 3, 1, 2)
     logits = functional.interpolate(logits, size=(size, size), mode="bilinear")
-    each = [functional.cross_entropy(one[None], target[None], ignore_index=-100)
-            for one, target in zip(logits, batch.targets, strict=True)]  # fmt: skip
+    each = [
+        functional.cross_entropy(one[None], target[None], ignore_index=-100)
+        for one, target in zip(logits, batch.targets, strict=True)
+    ]
     loss = torch.stack(each).mean()
     loss.backward()
     assert ours == pytest.approx(loss.item(), rel=1e-5)
@@ -95,8 +97,12 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, rows, na
 
 @pytest.mark.parametrize("name", ["dinov2", "clip"])
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name):
-    one = Case(workload(folders[name]), lambda: loaded(folders[name]), rows,
-               {"max_tokens": 3, "packing": False, "micro_batch_size": 3})  # fmt: skip
+    one = Case(
+        workload(folders[name]),
+        lambda: loaded(folders[name]),
+        rows,
+        {"max_tokens": 3, "packing": False, "micro_batch_size": 3},
+    )
     assert_as_planned(one, plan(one, 2**40))
 
 
@@ -105,8 +111,10 @@ def test_a_mask_is_cut_and_turned_as_its_picture_is(rows, augment):
     processor = replace(processor_of(STILL, 28, None, augment), resize=(28, 28), resample=0)
     for step in range(12):
         chance = None if augment == "none" else f"0/{step}"
-        picture, classes = (processor.cut(decode(rows[step % 6].prompt), 0, 0, chance and random.Random(chance)),
-                            classes_of(rows[step % 6], processor, chance and random.Random(chance)))  # fmt: skip
+        picture, classes = (
+            processor.cut(decode(rows[step % 6].prompt), 0, 0, chance and random.Random(chance)),
+            classes_of(rows[step % 6], processor, chance and random.Random(chance)),
+        )
         label = 1 + int(rows[step % 6].prompt[-7:-4]) % 2
         there = np.abs(picture[0].astype(int) - 120) > 80  # red is 20 or 220 in the box, and about 120 beside it
         known = classes != -100

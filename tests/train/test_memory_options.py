@@ -110,9 +110,12 @@ class Kernels(TorchDispatchMode):
 
 
 WITH_ATTENTION_KEPT = [
-    {"offload_checkpoints": True}, {"uncheckpointed_layers": 1}, {"tile_tokens": 7}, {"cache_dequantized": True},
+    {"offload_checkpoints": True},
+    {"uncheckpointed_layers": 1},
+    {"tile_tokens": 7},
+    {"cache_dequantized": True},
     {"resident_layers": 0, "offload_checkpoints": True},
-]  # fmt: skip
+]
 COMPUTED_AGAIN = "gemma2", "falcon"  # its scores are capped, for which there is no kernel; it calls torch's by itself
 WITH_WINDOW = "mistral", "gemma3_text"
 
@@ -306,10 +309,12 @@ def test_of_streamed_blocks_at_most_two_are_on_the_device():
     stream = stream_of(model)
     evaluate_loss(CausalLM(), model, [random_batch()])
     on_device = {
-        number for number, block in enumerate(blocks(model)) for module in block.modules()
+        number
+        for number, block in enumerate(blocks(model))
+        for module in block.modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None and not tensor.requires_grad and not on_host(model, module, tensor)
-    }  # fmt: skip
+    }
     assert on_device == {DEPTH - 3, DEPTH - 2, DEPTH - 1}  # the last two that ran, and the resident one
     assert len(stream.slots) == 2
 
@@ -504,15 +509,21 @@ def test_any_two_memory_options_give_the_plain_gradients(pair):
 
 
 options_strategy = st.builds(
-    MemoryOptions, checkpointing=st.sampled_from(["block", "selective", "none"]),
+    MemoryOptions,
+    checkpointing=st.sampled_from(["block", "selective", "none"]),
     uncheckpointed_layers=st.integers(0, DEPTH),
     layers_per_checkpoint=st.sampled_from([1, 1, 2, DEPTH]),
-    loss_chunk_tokens=st.sampled_from([None, 3, 50]), tile_tokens=st.sampled_from([None, 1, 5, 64]),
-    offload_checkpoints=st.booleans(), resident_layers=st.sampled_from([None, 0, 1, 3, DEPTH]),
-    host_embeddings=st.booleans(), host_head=st.booleans(), cache_dequantized=st.booleans(),
-    optimizer_in_backward=st.booleans(), offload_folder=st.sampled_from([None, FOLDER]),
+    loss_chunk_tokens=st.sampled_from([None, 3, 50]),
+    tile_tokens=st.sampled_from([None, 1, 5, 64]),
+    offload_checkpoints=st.booleans(),
+    resident_layers=st.sampled_from([None, 0, 1, 3, DEPTH]),
+    host_embeddings=st.booleans(),
+    host_head=st.booleans(),
+    cache_dequantized=st.booleans(),
+    optimizer_in_backward=st.booleans(),
+    offload_folder=st.sampled_from([None, FOLDER]),
     stream_from=st.sampled_from(["host", "disk"]),
-)  # fmt: skip  # ``compile`` is in tests/train/test_compiled.py: a graph takes seconds
+)  # ``compile`` is in tests/train/test_compiled.py: a graph takes seconds
 
 
 @settings(max_examples=25, deadline=None)
@@ -581,10 +592,16 @@ def test_quantised_and_sixteen_bit_blocks_stream_alike():
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "lfm2"])
-@pytest.mark.parametrize("options", [
-    MemoryOptions(offload_checkpoints=True), MemoryOptions(offload_checkpoints=True, offload_folder=FOLDER),
-    MemoryOptions(layers_per_checkpoint=2), MemoryOptions(resident_layers=0, offload_checkpoints=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        MemoryOptions(offload_checkpoints=True),
+        MemoryOptions(offload_checkpoints=True, offload_folder=FOLDER),
+        MemoryOptions(layers_per_checkpoint=2),
+        MemoryOptions(resident_layers=0, offload_checkpoints=True),
+    ],
+    ids=str,
+)
 def test_rows_that_run_one_by_one_come_back_from_the_host_each(options, model_type):
     def steps(options):
         training = trainer(model_type, options=options, max_steps=2)

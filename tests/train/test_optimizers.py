@@ -28,8 +28,10 @@ def run(optimizer, parameters, steps=3):
 def states_of(optimizer, parameters):
     if parameters[0].is_cuda:
         torch.cuda.synchronize()  # paged ones are the host's too
-    return [{key: _host_copy(value) if torch.is_tensor(value) else value for key, value in optimizer.state[p].items()}
-            for p in parameters]  # fmt: skip
+    return [
+        {key: _host_copy(value) if torch.is_tensor(value) else value for key, value in optimizer.state[p].items()}
+        for p in parameters
+    ]
 
 
 def assert_bitsandbytes_own(name, device):

@@ -36,10 +36,13 @@ WORDINGS = [
     MemoryError(),
 ]
 OTHERS = [
-    RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError("CUDA error: an illegal memory access"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("CUDA error: an illegal memory access"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSetStream(handle, stream)`"),
-    RuntimeError("CUDA error: device-side assert triggered"), ValueError("out of memory"), OSError("out of memory"),
-]  # fmt: skip
+    RuntimeError("CUDA error: device-side assert triggered"),
+    ValueError("out of memory"),
+    OSError("out of memory"),
+]
 OPTIONS = dict(max_tokens=40, gradient_accumulation_steps=2, max_steps=3, dtype=torch.float32)
 
 
@@ -265,8 +268,11 @@ def test_a_limit_that_was_lowered_holds_for_the_memory_probe_too(monkeypatch):
     training.most_tokens = 20
     seen = []
     real = loop.probe_step
-    monkeypatch.setattr(loop, "probe_step", lambda w, m, p, o, inputs, *rest: (
-        seen.append(sum(inputs.row_lengths)), real(w, m, p, o, inputs, *rest)))  # fmt: skip
+    monkeypatch.setattr(
+        loop,
+        "probe_step",
+        lambda w, m, p, o, inputs, *rest: (seen.append(sum(inputs.row_lengths)), real(w, m, p, o, inputs, *rest)),
+    )
     training.probe_memory(examples(5))
     assert seen and seen[0] <= 20
 

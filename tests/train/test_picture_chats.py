@@ -195,9 +195,10 @@ def test_a_plan_counts_what_the_tower_takes(folders):
 OPTIONS = MemoryOptions(), MemoryOptions(layers_per_checkpoint=3), MemoryOptions(uncheckpointed_layers=2)
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    *product(("smolvlm",), OPTIONS), ("qwen3_vl", OPTIONS[1]), ("qwen3_5", OPTIONS[0]), ("gemma4", OPTIONS[2])
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*product(("smolvlm",), OPTIONS), ("qwen3_vl", OPTIONS[1]), ("qwen3_5", OPTIONS[0]), ("gemma4", OPTIONS[2])],
+)
 def test_a_deep_model_is_planned_from_two_shallow_ones(folders, name, options):
     config = AutoConfig.from_pretrained(folders[name])
     if name == "gemma4":

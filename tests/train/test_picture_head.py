@@ -129,11 +129,18 @@ def case(folder, rows, **how):
     return Case(work, lambda: loaded(folder, quant), rows, changes)
 
 
-@pytest.mark.parametrize(("name", "quant", "kind"), [
-    ("dinov2", "none", PictureHead), ("dinov2", "nf4", PictureHead), ("vit", "none", PictureHead),
-    ("clip", "nf4", PictureHead), ("siglip", "nf4", PictureHead), ("dinov2", "none", PictureEmbedding),
-    ("clip", "none", PictureEmbedding),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "quant", "kind"),
+    [
+        ("dinov2", "none", PictureHead),
+        ("dinov2", "nf4", PictureHead),
+        ("vit", "none", PictureHead),
+        ("clip", "nf4", PictureHead),
+        ("siglip", "nf4", PictureHead),
+        ("dinov2", "none", PictureEmbedding),
+        ("clip", "none", PictureEmbedding),
+    ],
+)
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name, quant, kind):
     one = case(folders[name], rows, quant=quant, kind=kind)
     assert_as_planned(one, plan(one, 2**40))

@@ -146,16 +146,28 @@ def trl_trainer(model, folder, **changes):
     from trl import GRPOConfig, GRPOTrainer
 
     usual = dict(
-        output_dir=str(folder / "out"), per_device_train_batch_size=6, num_generations=GROUP, max_completion_length=NEW,
-        max_steps=1, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, logging_strategy="no",
-        save_strategy="no", temperature=1.0, beta=0.0,
-    )  # fmt: skip
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=6,
+        num_generations=GROUP,
+        max_completion_length=NEW,
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        temperature=1.0,
+        beta=0.0,
+    )
     prompts = [{"prompt": text} for text in ("ab", "cde", "f", "ghij")]
     return GRPOTrainer(
-        model, reward_funcs=lambda completions, **_: [float(len({*text})) for text in completions],
-        args=GRPOConfig(**usual | changes), train_dataset=Dataset.from_list(prompts),
+        model,
+        reward_funcs=lambda completions, **_: [float(len({*text})) for text in completions],
+        args=GRPOConfig(**usual | changes),
+        train_dataset=Dataset.from_list(prompts),
         processing_class=byte_tokenizer(None),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # of trl, about what transformers renames
@@ -195,9 +207,11 @@ def test_loss_and_gradients_equal_trls(changes, tmp_path):
     o = {"loss_type": "dapo", "scale_rewards": "group", "temperature": 1.0} | changes
     policy = GroupPolicy(GROUP, NEW, o["temperature"], o["loss_type"], o["scale_rewards"] != "none")
     work = PolicyLM(
-        policy, method=of_text().workload.method, answer=lambda model, prompts, *_: [next(left) for _ in prompts],
+        policy,
+        method=of_text().workload.method,
+        answer=lambda model, prompts, *_: [next(left) for _ in prompts],
         judge=different_letters,
-    )  # fmt: skip
+    )
     means = accumulate_gradients(work, ours, prepared(work, ours, [work.collate(examples)]))
 
     assert len({*map(len, answers)}) > 1
@@ -377,9 +391,10 @@ def test_memory_that_only_the_answers_took_is_free_before_the_step_learns(monkey
     monkeypatch.setattr("qlora_lite.train.policy.free_cached_memory", lambda device: done.append(f"free {device}"))
     work = workload()
     work = replace(
-        work, answer=lambda *given: done.append("answer") or said(*given),
+        work,
+        answer=lambda *given: done.append("answer") or said(*given),
         judge=lambda *given: done.append("judge") or judged(*given),
-    )  # fmt: skip
+    )
     work.prepare_step(adapted(work), [work.collate(rows())])
     assert done == ["answer", "free cpu", "judge"]
 

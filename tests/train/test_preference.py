@@ -29,12 +29,16 @@ from qlora_lite.train.step import accumulate_gradients, evaluate_loss
 CPU = torch.device("cpu")
 BETA, GAMMA, SMOOTHING, GOOD, BAD = 0.7, 0.3, 0.1, 1.5, 0.5
 OBJECTIVES = {
-    "dpo": Preference("dpo", BETA), "dpo, smoothed": Preference("dpo", BETA, SMOOTHING),
-    "dpo with sft": Preference("dpo", BETA, sft_weight=0.4), "ipo": Preference("ipo", BETA),
-    "hinge": Preference("hinge", 0.05), "orpo": Preference("orpo", BETA, sft_weight=1.0),
-    "simpo": Preference("simpo", BETA, gamma=GAMMA), "cpo": Preference("cpo", BETA, sft_weight=1.0),
+    "dpo": Preference("dpo", BETA),
+    "dpo, smoothed": Preference("dpo", BETA, SMOOTHING),
+    "dpo with sft": Preference("dpo", BETA, sft_weight=0.4),
+    "ipo": Preference("ipo", BETA),
+    "hinge": Preference("hinge", 0.05),
+    "orpo": Preference("orpo", BETA, sft_weight=1.0),
+    "simpo": Preference("simpo", BETA, gamma=GAMMA),
+    "cpo": Preference("cpo", BETA, sft_weight=1.0),
     "kto": Preference("kto", BETA, desirable_weight=GOOD, undesirable_weight=BAD),
-}  # fmt: skip
+}
 
 
 def pairs(count=7, with_references=True):
@@ -294,11 +298,14 @@ def test_ranks_learn_what_one_process_learns(name, tmp_path):
 # of objectives with a mean over tokens each pair is a batch.
 
 TRL = {
-    "dpo": Preference("dpo", 0.3), "ipo": Preference("ipo", 0.3), "hinge": Preference("hinge", 0.3),
+    "dpo": Preference("dpo", 0.3),
+    "ipo": Preference("ipo", 0.3),
+    "hinge": Preference("hinge", 0.3),
     "kto": Preference("kto", 0.3, desirable_weight=GOOD, undesirable_weight=BAD),
-    "orpo": Preference("orpo", 0.3, sft_weight=1.0), "cpo": Preference("cpo", 0.3, sft_weight=1.0),
+    "orpo": Preference("orpo", 0.3, sft_weight=1.0),
+    "cpo": Preference("cpo", 0.3, sft_weight=1.0),
     "simpo": Preference("simpo", 0.3, 0.1, GAMMA),
-}  # fmt: skip
+}
 ROWS = [("q", "yes", "no, not at all"), ("w", "a longer answer", "b"), ("e", "one", "two"), ("r", "x", "yz")]
 
 
@@ -308,8 +315,16 @@ def trl_trainer(kind, model, folder):
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    usual = {"output_dir": str(folder), "report_to": "none", "bf16": False, "use_cpu": True, "max_length": 64,
-             "gradient_checkpointing": False, "per_device_train_batch_size": len(ROWS), "beta": 0.3}  # fmt: skip
+    usual = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "max_length": 64,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": len(ROWS),
+        "beta": 0.3,
+    }
     rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in ROWS]
     if kind in ("dpo", "ipo", "hinge"):
         config, trainer = DPOConfig(**usual, loss_type="sigmoid" if kind == "dpo" else kind), DPOTrainer
@@ -341,8 +356,10 @@ def examples_of(kind, batch):
     if kind in ("orpo", "cpo", "simpo"):
         names = "input_ids", "attention_mask", "labels"
         chosen, rejected = (zip(*(batch[f"{side}_{n}"] for n in names), strict=True) for side in ("chosen", "rejected"))
-        sides = [[row_of(ids, mask, labels != -100) for ids, mask, labels in both]
-                 for both in zip(chosen, rejected, strict=True)]  # fmt: skip
+        sides = [
+            [row_of(ids, mask, labels != -100) for ids, mask, labels in both]
+            for both in zip(chosen, rejected, strict=True)
+        ]
         good = [True] * len(sides)
     elif kind == "kto":
         names = "input_ids", "attention_mask", "completion_mask"

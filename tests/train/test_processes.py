@@ -63,10 +63,12 @@ def found_by(number, folder):
 @pytest.mark.parametrize(
     ("count", "changes", "failing"),
     [
-        (2, {}, None), (3, {"gradient_accumulation_steps": 3}, None), (2, {"optimizer": "adamw_torch"}, 1),
+        (2, {}, None),
+        (3, {"gradient_accumulation_steps": 3}, None),
+        (2, {"optimizer": "adamw_torch"}, 1),
         (2, {"optimizer": "adamw_torch", "shares": [(1, 1), (3, 2)]}, 1),
     ],
-)  # fmt: skip
+)
 def test_ranks_learn_what_one_process_learns(count, changes, failing, tmp_path):
     """Over epochs of 12 rows, so that the last step of each has fewer micro-batches than ranks."""
     settings = SETTINGS | changes

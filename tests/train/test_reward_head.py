@@ -56,8 +56,13 @@ def test_loss_and_gradients_equal_the_definition_packed_or_not(llama):
     work, rows = workload(llama), pairs()
     model = loaded(llama)
     METHOD.apply(model)
-    scores = [[model(input_ids=torch.from_numpy(each.token_ids).long()[None]).logits[0, 0].double()
-               for each in sequences_of(row)] for row in rows]  # fmt: skip
+    scores = [
+        [
+            model(input_ids=torch.from_numpy(each.token_ids).long()[None]).logits[0, 0].double()
+            for each in sequences_of(row)
+        ]
+        for row in rows
+    ]
     expected = sum(-torch.log(1 / (1 + torch.exp(-(chosen - rejected)))) for chosen, rejected in scores) / len(rows)
     expected.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -91,8 +96,10 @@ def test_loss_and_gradients_equal_trls(llama, tmp_path):
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     sides = [row_of(ids, mask, mask)[0] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    found = [Example(np.concatenate([a, b]), np.ones(len(a) + len(b), np.bool_), "", "", f"row {n}", len(a))
-             for n, (a, b) in enumerate(zip(sides[:4], sides[4:], strict=True))]  # fmt: skip
+    found = [
+        Example(np.concatenate([a, b]), np.ones(len(a) + len(b), np.bool_), "", "", f"row {n}", len(a))
+        for n, (a, b) in enumerate(zip(sides[:4], sides[4:], strict=True))
+    ]
     ours.requires_grad_(True)
     work = workload(llama)
 
@@ -117,16 +124,26 @@ def test_a_plan_knows_the_peak_to_one_per_cent(llama):
 
 def chats(count, mark=""):
     """Pairs of an answer in capitals and one without."""
-    return [{"prompt": f"{mark}{n}?", "chosen": "GOOD" * (1 + n % 3), "rejected": "bad " * (1 + n % 4)}
-            for n in range(count)]  # fmt: skip
+    return [
+        {"prompt": f"{mark}{n}?", "chosen": "GOOD" * (1 + n % 3), "rejected": "bad " * (1 + n % 4)}
+        for n in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
 def run(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     train = {"max_steps": 30, "learning_rate": 0.003, "lr_scheduler": "constant", "micro_batch_size": 2}
-    path = head_recipe(folder, llama, "reward", chats(24), chats(8, "e"), train=train, model={"quant": "none"},
-                       data={"max_tokens": 192})  # fmt: skip
+    path = head_recipe(
+        folder,
+        llama,
+        "reward",
+        chats(24),
+        chats(8, "e"),
+        train=train,
+        model={"quant": "none"},
+        data={"max_tokens": 192},
+    )
     return run_recipe(load_recipe(path)), path
 
 

@@ -65,8 +65,11 @@ def texts(problem=ONE_LABEL, count=9):
         ids[0], ids[-1] = 1, 2
         if number % 3 == 0:
             ids[length // 2] = 2
-        label = {ONE_LABEL: NAMES[number % 3], LABELS: ("[]", '["a", "c"]', '["b"]')[number % 3],
-                 NUMBER: repr(number / 4 - 1)}[problem]  # fmt: skip
+        label = {
+            ONE_LABEL: NAMES[number % 3],
+            LABELS: ("[]", '["a", "c"]', '["b"]')[number % 3],
+            NUMBER: repr(number / 4 - 1),
+        }[problem]
         found.append(Example(ids, np.arange(length) == length - 1, "", label, f"rows.jsonl:{number + 1}"))
     return found
 
@@ -101,9 +104,11 @@ def as_peft_takes_them(examples, problem, types):
     """A padded batch of transformers for each example alone, and its label."""
     for example in examples:
         ids = torch.from_numpy(example.token_ids.astype(np.int64))[None]
-        label = {ONE_LABEL: lambda e: torch.tensor([NAMES.index(e.answer)]),
-                 LABELS: lambda e: torch.tensor([[float(f'"{name}"' in e.answer) for name in NAMES]]),
-                 NUMBER: lambda e: torch.tensor([float(e.answer)])}[problem](example)  # fmt: skip
+        label = {
+            ONE_LABEL: lambda e: torch.tensor([NAMES.index(e.answer)]),
+            LABELS: lambda e: torch.tensor([[float(f'"{name}"' in e.answer) for name in NAMES]]),
+            NUMBER: lambda e: torch.tensor([float(e.answer)]),
+        }[problem](example)
         more = {}
         if types:
             seps = (ids == 2).long()

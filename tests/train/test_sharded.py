@@ -127,9 +127,17 @@ class Together:
 
 
 @pytest.mark.parametrize(
-    ("weights", "in_host_memory"), [([1], False), ([1, 1], True), ([1] * 5, False), ([1] * 8, True),
-                                    ([24, 12], False), ([1, 5, 1000], True), ([10**6, 1, 1], False)],
-)  # fmt: skip
+    ("weights", "in_host_memory"),
+    [
+        ([1], False),
+        ([1, 1], True),
+        ([1] * 5, False),
+        ([1] * 8, True),
+        ([24, 12], False),
+        ([1, 5, 1000], True),
+        ([10**6, 1, 1], False),
+    ],
+)
 def test_the_parts_of_all_ranks_are_the_blocks(weights, in_host_memory):
     """Of tensors of several types whose bytes end anywhere, some cut in the middle of a number."""
     torch.manual_seed(0)

@@ -113,18 +113,31 @@ def test_a_loss_scale_that_is_none_is_refused(tmp_path, scale):
         restore(trainer(), replace(checkpoint, documents={STATE: state}))
 
 
-@pytest.mark.parametrize(("packing", "accumulation", "streaming"), [
-    (True, 1, False), (True, 3, True), (False, 1, True), (False, 3, False),
-    *(pytest.param(*others, marks=pytest.mark.slow) for others in (
-        (True, 1, True), (True, 3, False), (False, 1, False), (False, 3, True)
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("packing", "accumulation", "streaming"),
+    [
+        (True, 1, False),
+        (True, 3, True),
+        (False, 1, True),
+        (False, 3, False),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow)
+            for others in ((True, 1, True), (True, 3, False), (False, 1, False), (False, 3, True))
+        ),
+    ],
+)
 def test_every_place_to_stop_gives_the_uninterrupted_run(tmp_path, packing, accumulation, streaming):
     rows = examples(5)
     options = dict(
-        rows=rows, packing=packing, gradient_accumulation_steps=accumulation, dropout=0.1, max_steps=7,
-        order="as-is" if streaming else "shuffle", stream=rows if streaming else None, warmup_ratio=0.5,
-    )  # fmt: skip
+        rows=rows,
+        packing=packing,
+        gradient_accumulation_steps=accumulation,
+        dropout=0.1,
+        max_steps=7,
+        order="as-is" if streaming else "shuffle",
+        stream=rows if streaming else None,
+        warmup_ratio=0.5,
+    )
     whole = trainer(**options)
     steps = steps_of(whole)
     assert whole.epoch > 0
@@ -213,13 +226,18 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, lacking):
         restore(trainer(), Checkpoint(1, tensors, {STATE: state}))
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"step": 2}, r"state\.json is of step 2, the checkpoint of step 3"),
-    ({"epoch": 10**9}, "step 3 cannot be step 1 of epoch 1000000000"),
-    ({"epoch_step": 10**12}, "step 3 cannot be step 1000000000000 of epoch 1"),
-    ({"epoch": 0}, "step 3 cannot be step 1 of epoch 0"),
-    ({"skipped": 4}, "4 skipped steps and 3 of 4 steps"), ({"total_steps": 2}, "0 skipped steps and 3 of 2 steps"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step": 2}, r"state\.json is of step 2, the checkpoint of step 3"),
+        ({"epoch": 10**9}, "step 3 cannot be step 1 of epoch 1000000000"),
+        ({"epoch_step": 10**12}, "step 3 cannot be step 1000000000000 of epoch 1"),
+        ({"epoch": 0}, "step 3 cannot be step 1 of epoch 0"),
+        ({"skipped": 4}, "4 skipped steps and 3 of 4 steps"),
+        ({"total_steps": 2}, "0 skipped steps and 3 of 2 steps"),
+    ],
+    ids=str,
+)
 def test_a_checkpoint_whose_numbers_contradict_each_other_is_refused(tmp_path, changes, said):
     training = trainer()
     steps_of(training, 3)

@@ -40,9 +40,15 @@ def micro_batches(per_batch: int) -> list[Batch]:
     """The same eight ragged rows, so many to a batch; their target tokens differ widely."""
     whole = random_batch(LENGTHS)
     rows = list(
-        zip(whole.input_ids.split(LENGTHS, 1), whole.position_ids.split(LENGTHS, 1), whole.labels.split(LENGTHS),
-            LENGTHS, whole.where, strict=True)
-    )  # fmt: skip
+        zip(
+            whole.input_ids.split(LENGTHS, 1),
+            whole.position_ids.split(LENGTHS, 1),
+            whole.labels.split(LENGTHS),
+            LENGTHS,
+            whole.where,
+            strict=True,
+        )
+    )
     groups = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
     return [
         Batch(torch.cat(ids, 1), torch.cat(positions, 1), torch.cat(labels), lengths, where)
@@ -253,8 +259,11 @@ def test_a_trainer_s_products_add_in_float32_and_the_process_is_left_as_it_was()
     training.model.get_input_embeddings().register_forward_hook(lambda *_: found.append(sums_in_float32()))
     for parameter in training.parameters:
         parameter.register_post_accumulate_grad_hook(lambda _: found.append(sums_in_float32()))
-    for call in (lambda: training.probe_memory(training.examples), lambda: training.evaluate(training.examples),
-                 lambda: list(training)):  # fmt: skip
+    for call in (
+        lambda: training.probe_memory(training.examples),
+        lambda: training.evaluate(training.examples),
+        lambda: list(training),
+    ):
         found.clear()
         call()
         assert found and all(found)

@@ -33,15 +33,19 @@ def run(options, **changes):
 
 OPTIMIZERS = "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit"
 WITHOUT_AND_WITH_MORE = [
-    MemoryOptions("none"), MemoryOptions(offload_checkpoints=True, resident_layers=0, tile_tokens=5),
-]  # fmt: skip
+    MemoryOptions("none"),
+    MemoryOptions(offload_checkpoints=True, resident_layers=0, tile_tokens=5),
+]
 
 
-@pytest.mark.parametrize(("optimizer", "dtype", "options"), [
-    *product(OPTIMIZERS, [torch.float32, torch.bfloat16], [MemoryOptions()]),
-    *product(["adamw_torch"], [torch.float32, torch.bfloat16], WITHOUT_AND_WITH_MORE),
-    *product(["lion_8bit"], [torch.bfloat16], WITHOUT_AND_WITH_MORE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "options"),
+    [
+        *product(OPTIMIZERS, [torch.float32, torch.bfloat16], [MemoryOptions()]),
+        *product(["adamw_torch"], [torch.float32, torch.bfloat16], WITHOUT_AND_WITH_MORE),
+        *product(["lion_8bit"], [torch.bfloat16], WITHOUT_AND_WITH_MORE),
+    ],
+)
 def test_the_steps_are_those_of_updates_after_backward(optimizer, dtype, options):
     # what is rounded stochastically depends on what is updated together, which adamw_torch's does not
     rounds = optimizer == "adamw_torch"
@@ -103,22 +107,30 @@ def test_a_memory_probe_leaves_no_trace():
     assert all(torch.equal(a, b) for a, b in zip(training.parameters, plain.parameters, strict=True))
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"max_grad_norm": 1.0}, r"train\.max_grad_norm 1\.0 \(set it to 0\)"),
-    ({"gradient_accumulation_steps": 2}, r"train\.gradient_accumulation_steps 2 \(set it to 1\)"),
-    ({"on_not_finite": "skip"}, r"train\.on_not_finite skip \(set it to stop\)"),
-    ({"max_grad_norm": 1.0, "on_not_finite": "skip"}, r"train\.max_.* to 0\); train\.on_.* \(set it to stop\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_grad_norm": 1.0}, r"train\.max_grad_norm 1\.0 \(set it to 0\)"),
+        ({"gradient_accumulation_steps": 2}, r"train\.gradient_accumulation_steps 2 \(set it to 1\)"),
+        ({"on_not_finite": "skip"}, r"train\.on_not_finite skip \(set it to stop\)"),
+        ({"max_grad_norm": 1.0, "on_not_finite": "skip"}, r"train\.max_.* to 0\); train\.on_.* \(set it to stop\)"),
+    ],
+)
 def test_what_needs_all_gradients_is_refused(changes, reason):
     with pytest.raises(TrainingError, match=f"optimizer_in_backward is incompatible with: {reason}$"):
         trainer(**(WHOLE | changes), options=IN_BACKWARD)
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("mamba", MemoryOptions()), ("lfm2", MemoryOptions(layers_per_checkpoint=2)),
-    ("lfm2", MemoryOptions(resident_layers=0, offload_checkpoints=True)), ("lfm2", MemoryOptions("none")),
-    ("recurrent_gemma", MemoryOptions(uncheckpointed_layers=1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mamba", MemoryOptions()),
+        ("lfm2", MemoryOptions(layers_per_checkpoint=2)),
+        ("lfm2", MemoryOptions(resident_layers=0, offload_checkpoints=True)),
+        ("lfm2", MemoryOptions("none")),
+        ("recurrent_gemma", MemoryOptions(uncheckpointed_layers=1)),
+    ],
+)
 def test_sequences_that_run_one_by_one_add_up_their_parts_of_a_gradient_before_its_update(name, options):
     plain, steps = run(options, model_type=name, max_steps=2)
     training, in_backward = run(replace(options, optimizer_in_backward=True), model_type=name, max_steps=2)

@@ -67,11 +67,16 @@ def step_by_step(cases: Mapping[str, Any], steps: int) -> dict[str, list[float]]
     found: dict[str, list[float]] = {name: [] for name in cases}
     with ExitStack() as stack:
         running = {
-            name: stack.enter_context(subprocess.Popen(
-                [sys.executable, sys.argv[0], CASE, json.dumps(case)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True,
-            )) for name, case in cases.items()
-        }  # fmt: skip
+            name: stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, sys.argv[0], CASE, json.dumps(case)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for name, case in cases.items()
+        }
         for _ in range(steps):
             for name, process in running.items():
                 process.stdin.write("\n")

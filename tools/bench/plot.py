@@ -65,8 +65,9 @@ def _table(table: Mapping, top: int, device: str) -> tuple[str, int]:
     parts = [
         f'<text class="title" x="12" y="{top + 20}">{escape(table["model"])}, 1 x {table["tokens"]:,} tokens, '
         f"{escape(device)}</text>",
-        _small(12, top + HEAD - 14, "each row adds a memory option"), _small(RIGHT, top + HEAD - 14, "tokens a second"),
-    ]  # fmt: skip
+        _small(12, top + HEAD - 14, "each row adds a memory option"),
+        _small(RIGHT, top + HEAD - 14, "tokens a second"),
+    ]
     for tick in ticks:
         x = round(LEFT + tick * unit_bytes * scale, 1)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top + HEAD - 8}" y2="{bottom - 6}"/>')
@@ -99,8 +100,9 @@ def _speed(row: Mapping, top: int, fastest: float) -> str:
         return f'<text class="small missing" x="{RIGHT}" y="{top + 13}">out of memory (bar: predicted)</text>'
     speed = row["tokens_per_second"]
     width = (SPEED_END - RIGHT) * speed / fastest
-    return (f'<rect class="speed" x="{RIGHT}" y="{top}" width="{width:.1f}" height="{BAR}"/>'
-            + _small(RIGHT + width + 6, top + 13, short_number(round(speed, 1))))  # fmt: skip
+    return f'<rect class="speed" x="{RIGHT}" y="{top}" width="{width:.1f}" height="{BAR}"/>' + _small(
+        RIGHT + width + 6, top + 13, short_number(round(speed, 1))
+    )
 
 
 def _legend(names: list[str], top: int) -> tuple[str, int]:

@@ -7,9 +7,13 @@ from torch.nn import functional
 
 
 def probe(
-    train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, there: torch.Tensor, penalties: Sequence[float],
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    test: torch.Tensor,
+    there: torch.Tensor,
+    penalties: Sequence[float],
     most_steps: int,
-) -> dict:  # fmt: skip
+) -> dict:
     """Return the best accuracy on the test's features [N, D], standardised, over penalties of the weights."""
     mean, deviation = train.mean(0), train.std(0)
     train, test, best = (train - mean) / deviation, (test - mean) / deviation, {"accuracy": 0.0}

@@ -69,8 +69,9 @@ class Product(NamedTuple):
 
     def described(self) -> str:
         """Return the operator and the shapes, a "t" behind those whose columns lie together."""
-        shapes = ["x".join(map(str, a.shape)) + "t" * (a.stride[-1] != 1) for a in self.arguments
-                  if isinstance(a, Layout)]  # fmt: skip
+        shapes = [
+            "x".join(map(str, a.shape)) + "t" * (a.stride[-1] != 1) for a in self.arguments if isinstance(a, Layout)
+        ]
         return f"{self.function._overloadpacket.__name__} {' '.join(shapes)}"
 
 

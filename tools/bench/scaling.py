@@ -18,9 +18,11 @@ RANKS = 2, 4, 8, 64, 1024
 ONE_MACHINE = 8  # GPUs
 WIDTH, HEIGHT, HEAD, LEGEND = 760, 300, 40, 20  # pixels
 COLOURS = "#2f6fb0", "#c4662d", "#3f8f5f", "#8a5fb0", "#a03a4f", "#6b7280"
-STYLE = ("text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2328}.title{font-size:15px;"
-         "font-weight:600}.grid{stroke:#d8dee4}.tick{fill:#57606a}[class^=line]{fill:none;stroke-width:2}"
-         + "".join(f".line-{n}{{stroke:{c}}}.dot-{n}{{fill:{c}}}" for n, c in enumerate(COLOURS, 1)))  # fmt: skip
+STYLE = (
+    "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2328}.title{font-size:15px;"
+    "font-weight:600}.grid{stroke:#d8dee4}.tick{fill:#57606a}[class^=line]{fill:none;stroke-width:2}"
+    + "".join(f".line-{n}{{stroke:{c}}}.dot-{n}{{fill:{c}}}" for n, c in enumerate(COLOURS, 1))
+)
 
 
 class Scaled(NamedTuple):
@@ -79,12 +81,24 @@ def _cluster_rows(cluster: Scaled, ranks: Sequence[int], plans: dict) -> list[di
         all_of_them = Cluster(gpus, count // gpus, cluster.inside, cluster.between if count > gpus else None)
         step, link = shared_step(alone.chosen, share.chosen, all_of_them), all_of_them.slowest
         found = count * step.packs * tokens / step.step_seconds
-        rows.append({
-            "recipe": cluster.recipe, "gpu": gpu.name, "between": cluster.between, "ranks": count, "link": link,
-            "packs_each": step.packs, "packs": count * step.packs, "weak": not is_divided,
-            "wire_bytes": step.wire_bytes, "wire_seconds": step.wire_seconds, "step_seconds": step.step_seconds,
-            "alone_tokens_per_second": speed, "tokens_per_second": found, "of_linear": found / (count * speed),
-        })  # fmt: skip
+        rows.append(
+            {
+                "recipe": cluster.recipe,
+                "gpu": gpu.name,
+                "between": cluster.between,
+                "ranks": count,
+                "link": link,
+                "packs_each": step.packs,
+                "packs": count * step.packs,
+                "weak": not is_divided,
+                "wire_bytes": step.wire_bytes,
+                "wire_seconds": step.wire_seconds,
+                "step_seconds": step.step_seconds,
+                "alone_tokens_per_second": speed,
+                "tokens_per_second": found,
+                "of_linear": found / (count * speed),
+            }
+        )
         print(f"{cluster.recipe} on {count} {gpu.name} by {link}: {found:,.0f} tokens/s", flush=True)
     return rows
 

@@ -11,8 +11,11 @@ NAMES = {"smollm2-135m": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
 
 def head_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/head``."""
-    lines = ["| model | text, tokens | loss: 16 bit, NF4 | difference (standard error) | perplexity: 16 bit, NF4 "
-             "| KL, nats | same first choice | head: 16 bit, NF4 |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model | text, tokens | loss: 16 bit, NF4 | difference (standard error) | perplexity: 16 bit, NF4 "
+        "| KL, nats | same first choice | head: 16 bit, NF4 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         sizes = ", ".join(format_bytes(row[f"head_bytes_{kind}"]) for kind in ("16_bit", "nf4"))
         lines.append(
@@ -26,9 +29,11 @@ def head_table(result: Mapping) -> list[str]:
 
 def damage_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/damage``."""
-    lines = ["| model, task, rows | what is in 16 bit | more bytes: of the 4-bit layers, of the base | KL on these "
-             "rows, on others | closed | loss on these rows, on others | closed |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model, task, rows | what is in 16 bit | more bytes: of the 4-bit layers, of the base | KL on these "
+        "rows, on others | closed | loss on these rows, on others | closed |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case in result["cases"]:
         plain, four, *rest = case["checked"]
         title = f"{_name(case)}, {case['task'].upper()}, {case['rows']} and {case['other_rows']}"
@@ -39,8 +44,10 @@ def damage_table(result: Mapping) -> list[str]:
             cells = [title, f"{asked}: {kept}" if kept else asked, shares if size else ""]
             for key in ("kl", "loss"):
                 figures = [[each[part][key] for part in ("rows", "others")] for each in (plain, four, row)]
-                gaps = [f"{(was - now) / (was - best):.0%}" if was > best else "no gap"
-                        for best, was, now in zip(*figures, strict=True)]  # fmt: skip
+                gaps = [
+                    f"{(was - now) / (was - best):.0%}" if was > best else "no gap"
+                    for best, was, now in zip(*figures, strict=True)
+                ]
                 cells += [", ".join(f"{value:.4f}" for value in figures[2]), ", ".join(gaps)]
             lines.append(f"| {' | '.join(cells)} |")
         losses = ", ".join(f"{plain[part]['loss']:.4f}" for part in ("rows", "others"))
@@ -53,8 +60,12 @@ def limit_table(result: Mapping) -> list[str]:
     cases = result["cases"]
     titles = [f"{_name(case)}, {case['tokens']} tokens, blocks {KINDS[case['checkpointing']]}" for case in cases]
     large = result["large_product_flops_per_second"] / 1e9
-    lines = [f"One product of two 4,096 x 4,096 matrices: {large:.0f} GFLOP/s.", "",
-             f"| ms of a step | {' | '.join(titles)} |", "|---" * (len(cases) + 1) + "|"]  # fmt: skip
+    lines = [
+        f"One product of two 4,096 x 4,096 matrices: {large:.0f} GFLOP/s.",
+        "",
+        f"| ms of a step | {' | '.join(titles)} |",
+        "|---" * (len(cases) + 1) + "|",
+    ]
 
     def add(label: str, cells: Sequence[str]) -> None:
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -81,11 +92,16 @@ def limit_sentence(cases: Sequence[Mapping]) -> str:
     found = []
     for name in dict.fromkeys(map(_name, cases)):
         own = [case for case in cases if _name(case) == name]
-        ways = [f"{way} {_best(own, key)}" for way, key in (("plain", "share"), ("compiled", "compiled_share"))
-                if all(key in case for case in own)]  # fmt: skip
+        ways = [
+            f"{way} {_best(own, key)}"
+            for way, key in (("plain", "share"), ("compiled", "compiled_share"))
+            if all(key in case for case in own)
+        ]
         found.append(f"{name} {', '.join(ways)}")
-    return (f"The target is {TARGET_SHARE:.0%} of the limit of a step's own products. Reached, by the better of blocks "
-            f"recomputed and kept: {'; '.join(found)}.")  # fmt: skip
+    return (
+        f"The target is {TARGET_SHARE:.0%} of the limit of a step's own products. Reached, by the better of blocks "
+        f"recomputed and kept: {'; '.join(found)}."
+    )
 
 
 def _best(cases: Sequence[Mapping], key: str) -> str:
@@ -99,14 +115,19 @@ def learning_rate_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/learning_rates``: a row for each model and task."""
     models = result["models"]
     rates = [rate for rate in next(iter(models.values()))["mean_loss"] if rate != "auto"]
-    lines = [f"| model, task | before | {' | '.join(f'{float(rate):.2g}' for rate in rates)} | auto | above the best "
-             "| measured on |", "|---" * (len(rates) + 5) + "|"]  # fmt: skip
+    lines = [
+        f"| model, task | before | {' | '.join(f'{float(rate):.2g}' for rate in rates)} | auto | above the best "
+        "| measured on |",
+        "|---" * (len(rates) + 5) + "|",
+    ]
     for case, row in models.items():
         model, task = case.split(", ")
         losses = [_loss(row, rate) for rate in rates]
         auto = f"{_loss(row, 'auto')} at {row['auto']:.2g}"
-        lines.append(f"| {NAMES[model]}, {task} | {row['loss_before']:.3f} | {' | '.join(losses)} | {auto} "
-                     f"| {row['auto_over_best']:+.1%} | {row['processor']}, {row['date']} |")  # fmt: skip
+        lines.append(
+            f"| {NAMES[model]}, {task} | {row['loss_before']:.3f} | {' | '.join(losses)} | {auto} "
+            f"| {row['auto_over_best']:+.1%} | {row['processor']}, {row['date']} |"
+        )
     return lines
 
 
@@ -135,9 +156,13 @@ def study_tables(result: Mapping) -> list[str]:
 
 def _few_shot_table(where: str, rows: Sequence[Mapping]) -> list[str]:
     scores = list(rows[0]["scores"])
-    lines = ["", f"**Examples in the prompt.** {where}, one run of LoRA beside:", "",
-             f"| model | loss | {' | '.join(name.replace('_', ' ') for name in scores)} |",
-             "|---" * (len(scores) + 2) + "|"]  # fmt: skip
+    lines = [
+        "",
+        f"**Examples in the prompt.** {where}, one run of LoRA beside:",
+        "",
+        f"| model | loss | {' | '.join(name.replace('_', ' ') for name in scores)} |",
+        "|---" * (len(scores) + 2) + "|",
+    ]
     for row in rows:
         cells = [row["name"], f"{row['loss']:.4f}", *(f"{row['scores'][name]:.3f}" for name in scores)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -147,13 +172,19 @@ def _few_shot_table(where: str, rows: Sequence[Mapping]) -> list[str]:
 def _subspaces_table(found: Mapping) -> list[str]:
     lines = ["| first directions of A | shared, mean over the layers |", "|---|---|"]
     lines += [f"| {name} | {share:.2f} |" for name, share in found["first_directions"].items()]
-    lines += [f"| {count} in {count}, both rank 64, of two seeds | {share:.2f} |"
-              for count, share in found["seeds"].items()]  # fmt: skip
+    lines += [
+        f"| {count} in {count}, both rank 64, of two seeds | {share:.2f} |" for count, share in found["seeds"].items()
+    ]
     return [*lines, f"| 8 in 8 by chance | {found['chance_8_in_8']:.2f} |"]
 
 
-STUDY = {"rank": "Rank and layers.", "bits": "Bits of the base.", "method": "Methods.", "few-shot": "Methods.",
-         "subspaces": "Subspaces of rank 8 and rank 64."}  # fmt: skip
+STUDY = {
+    "rank": "Rank and layers.",
+    "bits": "Bits of the base.",
+    "method": "Methods.",
+    "few-shot": "Methods.",
+    "subspaces": "Subspaces of rank 8 and rank 64.",
+}
 
 
 def _study_table(rows: Sequence[Mapping]) -> list[str]:
@@ -163,10 +194,14 @@ def _study_table(rows: Sequence[Mapping]) -> list[str]:
     head = [*rows[0]["choice"], "loss", *titles, "trainable weights", "peak memory", "adapter on disk", "time"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in done:
-        cells = [*row["choice"].values(), *(_score(row, key, 4 if key == "eval_loss_after" else 3)
-                                            for key in ("eval_loss_after", *scores)),
-                 format_count(int(row["trainable_parameters"])), format_bytes(int(row["peak_bytes"])),
-                 format_bytes(int(row["disk_bytes"])), format_seconds(row["seconds"])]  # fmt: skip
+        cells = [
+            *row["choice"].values(),
+            *(_score(row, key, 4 if key == "eval_loss_after" else 3) for key in ("eval_loss_after", *scores)),
+            format_count(int(row["trainable_parameters"])),
+            format_bytes(int(row["peak_bytes"])),
+            format_bytes(int(row["disk_bytes"])),
+            format_seconds(row["seconds"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     others = [f"{', '.join(row['choice'].values())}: {row['status']}" for row in rows if row["status"] != "complete"]
     return lines + (["", f"Without a result: {'; '.join(others)}."] if others else [])
@@ -185,40 +220,53 @@ def starts_table(result: Mapping) -> list[str]:
             for start in dict.fromkeys(row["start"] for row in rows):
                 best = max((row for row in rows if row["start"] == start), key=lambda row: (row["seeds"], -row["loss"]))
                 spread = "" if best["standard_deviation"] is None else f" ± {best['standard_deviation']:.4f}"
-                lines.append(f"| {NAMES[model]} | {int(steps):,} | {start} | {best['before']:.4f} "
-                             f"| {best['loss']:.4f}{spread} | {best['rate']:g} |")  # fmt: skip
+                lines.append(
+                    f"| {NAMES[model]} | {int(steps):,} | {start} | {best['before']:.4f} "
+                    f"| {best['loss']:.4f}{spread} | {best['rate']:g} |"
+                )
     return lines
 
 
 def merged_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/merged``: each way beside the run that it merges."""
-    lines = ["| model | task | merged | trained: loss | in 4 bit: loss | KL to trained | same first token |",
-             "|---" * 7 + "|"]  # fmt: skip
+    lines = [
+        "| model | task | merged | trained: loss | in 4 bit: loss | KL to trained | same first token |",
+        "|---" * 7 + "|",
+    ]
     for model, tasks in result["models"].items():
         for task, found in tasks.items():
             for way, row in found["ways"].items():
-                lines.append(f"| {NAMES[model]} | {task} | {way} | {row['trained']:.4f} | {row['loss']:.4f} "
-                             f"| {row['kl']:.1e} | {row['agreement']:.1%} |")  # fmt: skip
+                lines.append(
+                    f"| {NAMES[model]} | {task} | {way} | {row['trained']:.4f} | {row['loss']:.4f} "
+                    f"| {row['kl']:.1e} | {row['agreement']:.1%} |"
+                )
     return lines
 
 
 def q4_0_table(result: Mapping) -> list[str]:
     """Return the lines of the table of ``tools/bench/q4_0``: each way beside the run that it exports."""
-    lines = ["| model | task | Q4_0 | trained: loss | in Q4_0: loss | KL to trained | same first token |",
-             "|---" * 7 + "|"]  # fmt: skip
+    lines = [
+        "| model | task | Q4_0 | trained: loss | in Q4_0: loss | KL to trained | same first token |",
+        "|---" * 7 + "|",
+    ]
     for model, tasks in result["models"].items():
         for task, found in tasks.items():
             for way in ("rounded", "chosen"):
                 row = found[way]
-                lines.append(f"| {NAMES[model]} | {task} | {way} | {found['trained']['loss']:.4f} | {row['loss']:.4f} "
-                             f"| {row['kl']:.1e} | {row['agreement']:.1%} |")  # fmt: skip
+                lines.append(
+                    f"| {NAMES[model]} | {task} | {way} | {found['trained']['loss']:.4f} | {row['loss']:.4f} "
+                    f"| {row['kl']:.1e} | {row['agreement']:.1%} |"
+                )
     return lines
 
 
 def scaling_table(rows: Sequence[Mapping]) -> list[str]:
     """Return the lines of the table of what ``bench.scaling`` calculates."""
-    lines = ["| recipe, GPU | GPUs | link | packs each, a step | gradients sent by each | on the wire "
-             "| step | tokens/s | of so many times one GPU |", "|---" * 9 + "|"]  # fmt: skip
+    lines = [
+        "| recipe, GPU | GPUs | link | packs each, a step | gradients sent by each | on the wire "
+        "| step | tokens/s | of so many times one GPU |",
+        "|---" * 9 + "|",
+    ]
     shown = set()
     for row in rows:
         key = row["recipe"], row["gpu"], row["ranks"], row["link"]
@@ -236,30 +284,53 @@ def scaling_table(rows: Sequence[Mapping]) -> list[str]:
 
 # The result's name -> what stands above its table, and the function that makes the table's lines.
 TABLES = {
-    "limit": ("A training step beside the limit that its own matrix products set: each distinct product timed alone, "
-              "warm, times its count. What the rest of the step takes is told by place.", limit_table),
+    "limit": (
+        "A training step beside the limit that its own matrix products set: each distinct product timed alone, "
+        "warm, times its count. What the rest of the step takes is told by place.",
+        limit_table,
+    ),
     "limit_no_amx": ("The same without the processor's matrix unit, as on one that has none:", limit_table),
-    "damage": ("What four bits cost, and what the sets of `model.keep_16bit` that `qlora-lite damage` recommends give "
-               "back: chosen on a few rows, then loaded as any model and measured on these and on three times as many "
-               "others. Both models come from 4-bit GGUF files, so that 16 bit is what those hold.", damage_table),
-    "head": ("What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
-             "same, on text that neither was trained on.", head_table),
-    "learning_rates": ("Held-out loss after 40 steps by learning rate, mean and standard deviation of three seeds. "
-                       "'Above the best' compares `auto` with the best of the sweep. E2E is split by meaning "
-                       "representation.", learning_rate_table),
-    "study": ("Held-out loss and scores of runs of 40 steps, mean and standard deviation of three seeds, best loss "
-              "first. Memory is the peak of the process; time is that of the whole run, on a machine that others used "
-              "too.", study_tables),
-    "starts": ("What LoRA weights begin as (`lora.start`): held-out loss on GSM8K, mean and standard deviation of "
-               "three seeds, or that of the first where no deviation stands, each start at its own best learning rate, "
-               "on NF4; 16 bit with the plain start.", starts_table),
-    "merged": ("What writing a merged model in NF4 costs, on 32 held-out rows. Merge-aware runs (`train.merge_aware: "
-               "nf4`) trained the weights that are written; the others are merged into the original weights and then "
-               "quantised (`--base original`), or into the codes that they were trained on.", merged_table),
-    "q4_0": ("What a GGUF file in Q4_0 costs (`export --to gguf --dtype q4_0`), on 32 held-out rows: each weight "
-             "rounded by itself, or codes chosen by training rows, as an export does where it can read them.",
-             q4_0_table),
-}  # fmt: skip
+    "damage": (
+        "What four bits cost, and what the sets of `model.keep_16bit` that `qlora-lite damage` recommends give "
+        "back: chosen on a few rows, then loaded as any model and measured on these and on three times as many "
+        "others. Both models come from 4-bit GGUF files, so that 16 bit is what those hold.",
+        damage_table,
+    ),
+    "head": (
+        "What `model.quant_head` costs: the 16-bit head against the same head in NF4, blocks and embeddings the "
+        "same, on text that neither was trained on.",
+        head_table,
+    ),
+    "learning_rates": (
+        "Held-out loss after 40 steps by learning rate, mean and standard deviation of three seeds. "
+        "'Above the best' compares `auto` with the best of the sweep. E2E is split by meaning "
+        "representation.",
+        learning_rate_table,
+    ),
+    "study": (
+        "Held-out loss and scores of runs of 40 steps, mean and standard deviation of three seeds, best loss "
+        "first. Memory is the peak of the process; time is that of the whole run, on a machine that others used "
+        "too.",
+        study_tables,
+    ),
+    "starts": (
+        "What LoRA weights begin as (`lora.start`): held-out loss on GSM8K, mean and standard deviation of "
+        "three seeds, or that of the first where no deviation stands, each start at its own best learning rate, "
+        "on NF4; 16 bit with the plain start.",
+        starts_table,
+    ),
+    "merged": (
+        "What writing a merged model in NF4 costs, on 32 held-out rows. Merge-aware runs (`train.merge_aware: "
+        "nf4`) trained the weights that are written; the others are merged into the original weights and then "
+        "quantised (`--base original`), or into the codes that they were trained on.",
+        merged_table,
+    ),
+    "q4_0": (
+        "What a GGUF file in Q4_0 costs (`export --to gguf --dtype q4_0`), on 32 held-out rows: each weight "
+        "rounded by itself, or codes chosen by training rows, as an export does where it can read them.",
+        q4_0_table,
+    ),
+}
 
 
 def _name(row: Mapping) -> str:

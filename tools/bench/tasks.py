@@ -85,8 +85,11 @@ def recipe_of(model: str, task: str, folder: Path, steps: int) -> dict:
         recipe = {"model": {}, "data": recipe["data"] | rows, "train": {"learning_rate": 1.5e-3}}
     else:
         rows = {name: str(folder / f"{task}-{name}.jsonl") for name in ("train", "eval")}
-        recipe = {"model": {}, "data": rows | {"max_tokens": TOKENS[task], "overflow": "drop"},
-                  "train": {"max_steps": steps}}  # fmt: skip
+        recipe = {
+            "model": {},
+            "data": rows | {"max_tokens": TOKENS[task], "overflow": "drop"},
+            "train": {"max_steps": steps},
+        }
     recipe["model"]["path"], recipe["data"]["template"] = path_of(model), TEMPLATES.get(model)
     return recipe
 
@@ -113,9 +116,14 @@ def trained(model: str, task: str, aware: str, folder: Path, steps: int) -> Path
 
 
 def sweep(
-    folder: Path, name: str, model: str, task: str, train: Mapping[str, Any], axes: Mapping[str, Iterable | Mapping],
+    folder: Path,
+    name: str,
+    model: str,
+    task: str,
+    train: Mapping[str, Any],
+    axes: Mapping[str, Iterable | Mapping],
     goal: str = "eval_loss",
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Run a sweep of a model on a task in a folder that has its rows, as far as it is not run; return its points.
 
     Args:
@@ -126,10 +134,15 @@ def sweep(
     """
     recipe = {
         "model": {"path": path_of(model)},
-        "data": {"train": f"{task}-train.jsonl", "eval": f"{task}-eval.jsonl", "max_tokens": TOKENS[task],
-                 "overflow": "drop", "template": TEMPLATES.get(model)},
+        "data": {
+            "train": f"{task}-train.jsonl",
+            "eval": f"{task}-eval.jsonl",
+            "max_tokens": TOKENS[task],
+            "overflow": "drop",
+            "template": TEMPLATES.get(model),
+        },
         "train": train,
-    }  # fmt: skip
+    }
     wanted = {"recipe": f"{name}-recipe.yaml", "axes": axes, "goal": goal}
     for file, values in ((f"{name}-recipe", recipe), (name, wanted)):
         (folder / f"{file}.yaml").write_text(json.dumps(values, indent=1), encoding="utf-8")  # JSON is YAML
@@ -137,8 +150,9 @@ def sweep(
     points = json.loads((folder / "sweeps" / name / "sweep.json").read_text(encoding="utf-8"))["points"]
     for axis, choices in axes.items():
         if isinstance(choices, Mapping) and {point["choice"][axis] for point in points} != choices.keys():
-            raise RuntimeError(f"{folder / 'sweeps' / name} has another sweep's points: give each process a part of "
-                               "its own")  # fmt: skip
+            raise RuntimeError(
+                f"{folder / 'sweeps' / name} has another sweep's points: give each process a part of its own"
+            )
     return points
 
 

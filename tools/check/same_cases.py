@@ -43,10 +43,22 @@ Found = dict[str, Any]  # what a case gave: text, numbers, bools and None by nam
 
 SENTENCES = {"why", "notes", "use", "transfers", "measured_because"}
 MEASURED = {  # of runs and exports; a plan's bytes are the same each time
-    "started", "seconds", "computing_seconds", "waiting_seconds", "tokens_per_second", "peak_bytes",
-    "measured_peak_bytes", "predicted_peak_bytes", "peak_bytes_above_start", "budget_bytes", "device", "versions",
-    "metrics_sha256", "size_bytes", "base_fingerprint",
-}  # fmt: skip
+    "started",
+    "seconds",
+    "computing_seconds",
+    "waiting_seconds",
+    "tokens_per_second",
+    "peak_bytes",
+    "measured_peak_bytes",
+    "predicted_peak_bytes",
+    "peak_bytes_above_start",
+    "budget_bytes",
+    "device",
+    "versions",
+    "metrics_sha256",
+    "size_bytes",
+    "base_fingerprint",
+}
 MAX_SECONDS = 1800  # that a command may take, on a busy machine too
 STEPS = 10
 FIXED = {
@@ -66,8 +78,12 @@ FIXED = {
 CARD = "rtx-4060"  # that each tiny run is planned for too
 KIND_STEPS = 4
 TWO = ["--gpus", "2", "train.gradient_accumulation_steps=2"]
-OF_RANKS = {"LoRA": TWO, "DPO": TWO, "GRPO": TWO,
-            "full": [*TWO, "memory.stream_from=ranks", "memory.resident_layers=0"]}  # fmt: skip
+OF_RANKS = {
+    "LoRA": TWO,
+    "DPO": TWO,
+    "GRPO": TWO,
+    "full": [*TWO, "memory.stream_from=ranks", "memory.resident_layers=0"],
+}
 USES = {  # of a finished run of any kind; what a kind refuses is recorded as refused
     "evaluate": ["evaluate", "out", "--json"],
     "generate": ["generate", "out", "--prompt", "3?", "--max-new-tokens", "6"],
@@ -75,8 +91,10 @@ USES = {  # of a finished run of any kind; what a kind refuses is recorded as re
     "predict": ["predict", "out", "--rows", "ROWS", "--out", "used.jsonl"],
     "merge": ["merge", "out", "--out", "used"],
     "report": ["report", "out"],
-} | {f"to {form}": ["export", "out", "--to", form, "--out", "used"] for form in (
-    "peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya")}  # fmt: skip
+} | {
+    f"to {form}": ["export", "out", "--to", form, "--out", "used"]
+    for form in ("peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya")
+}
 
 OPTIONS = {  # name -> what differs from FIXED, or from the tiny recipe
     "checkpointing none": ["memory.checkpointing=none"],
@@ -97,9 +115,15 @@ OPTIONS = {  # name -> what differs from FIXED, or from the tiny recipe
     "micro_batches auto": ["memory.micro_batches=auto", "train.micro_batch_size=2"],
     "quant_head": ["model.quant_head=true"],
     "paged optimizer": ["train.optimizer=paged_adamw_8bit", "lora.rank=64"],
-    "all on the host": ["memory.resident_layers=0", "memory.embeddings=host", "memory.head=host",
-                        "memory.offload_checkpoints=true", "memory.tile_tokens=20", "memory.cache_dequantized=true"],
-}  # fmt: skip
+    "all on the host": [
+        "memory.resident_layers=0",
+        "memory.embeddings=host",
+        "memory.head=host",
+        "memory.offload_checkpoints=true",
+        "memory.tile_tokens=20",
+        "memory.cache_dequantized=true",
+    ],
+}
 SETTINGS = {
     "several micro-batches": ["train.micro_batch_size=2", "train.gradient_accumulation_steps=2"],
     "no packing": ["data.packing=false"],
@@ -310,13 +334,17 @@ def kind(folder: Path, name: str, ranks: Sequence[str] = ()) -> Found:
 
 def cases() -> dict[str, Callable[[Path], Found]]:
     """Return what is run, by name: a function of an empty folder."""
-    families = {f"family {name}": partial(train_and_plan, changes=OF_FAMILIES.get(name, ()), family=name)
-                for name in (*ARCHITECTURES, *UNUSUAL, *NESTED)}  # fmt: skip
+    families = {
+        f"family {name}": partial(train_and_plan, changes=OF_FAMILIES.get(name, ()), family=name)
+        for name in (*ARCHITECTURES, *UNUSUAL, *NESTED)
+    }
     changed = {f"option {name}": changes for name, changes in OPTIONS.items()}
     changed |= {f"setting {name}": changes for name, changes in SETTINGS.items()}
     options = {name: partial(train_and_plan, changes=changes, num_hidden_layers=4) for name, changes in changed.items()}
-    plans = {f"plan {named} {card}": partial(plan, named=named, card=card, arguments=arguments)
-             for (named, card), arguments in PLANS.items()}  # fmt: skip
+    plans = {
+        f"plan {named} {card}": partial(plan, named=named, card=card, arguments=arguments)
+        for (named, card), arguments in PLANS.items()
+    }
     kinds = {f"kind {name}": partial(kind, name=name) for name in KINDS}
     kinds |= {f"ranks {name}": partial(kind, name=name, ranks=ranks) for name, ranks in OF_RANKS.items()}
     return {"quickstart": quickstart, "report": report, "exports": exports} | families | options | plans | kinds

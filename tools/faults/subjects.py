@@ -49,8 +49,11 @@ def _preferences(objective: str, folder: Path, model: Path) -> Path:
     for part, mark in (("train", "?"), ("eval", "!")):
         rows = _pairs(mark)
         if objective == "kto":
-            rows = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-                    for row in rows for side in ("chosen", "rejected")]  # fmt: skip
+            rows = [
+                {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                for row in rows
+                for side in ("chosen", "rejected")
+            ]
         data[part] = str(tiny_heads.write_jsonl(folder / f"{objective}-{part}.jsonl", rows))
     return write_recipe(folder, model, data=data, train={"objective": objective, "metrics_examples": 0})
 
@@ -128,18 +131,23 @@ def subjects() -> dict[str, list[Subject]]:
         ],
         "preferences": [
             Subject(f"{name} {objective}", save, partial(_preferences, objective))
-            for name, save in text.items() for objective in (*PREFERENCES["pairs"], *PREFERENCES["labels"])
+            for name, save in text.items()
+            for objective in (*PREFERENCES["pairs"], *PREFERENCES["labels"])
         ],
         "rewards": [Subject(f"{name} grpo", save, _rewarded) for name, save in text.items()],
         "heads": [*labelled, Subject("llama reward", text["llama"], partial(_labelled, "reward"))],
         "pictures": [
             Subject(f"{name} {kind}", save, partial(_pictured, kind))
-            for name, save in encoders.items() for kind in CLASSIFYING_PICTURES
+            for name, save in encoders.items()
+            for kind in CLASSIFYING_PICTURES
         ],
         "chats about pictures": [
-            Subject(f"{name} chats", partial(tiny_vision_language.save_vision_language, name=name),
-                    tiny_vision_language.chat_recipe)
+            Subject(
+                f"{name} chats",
+                partial(tiny_vision_language.save_vision_language, name=name),
+                tiny_vision_language.chat_recipe,
+            )
             for name in tiny_vision_language.FAMILIES
         ],
         "denoisers": [*pipelines, Subject("dit", tiny_diffusion.save_dit_pipeline, _of_classes)],
-    }  # fmt: skip
+    }

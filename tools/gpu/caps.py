@@ -59,9 +59,16 @@ class CappedDevice:
         self._key, self._model = None, None
 
     def run(
-        self, name: str, tokens: int, options: MemoryOptions, cap_bytes: int, steps: int, overhead_bytes: int,
-        train: Callable[[Trainer], dict] = trained, **case,
-    ) -> dict:  # fmt: skip
+        self,
+        name: str,
+        tokens: int,
+        options: MemoryOptions,
+        cap_bytes: int,
+        steps: int,
+        overhead_bytes: int,
+        train: Callable[[Trainer], dict] = trained,
+        **case,
+    ) -> dict:
         """Train some steps below a cap; return "fits", what training found and what was measured.
 
         Args:
@@ -127,8 +134,15 @@ def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> 
     if cap_bytes > capped.machine.memory_bytes:
         return {"kind": "choice", "model": name, "cap_bytes": cap_bytes, "skipped": "the GPU has less free"}
     plan = plan_below(capped.machine, name, tokens, cap_bytes)
-    row = {"kind": "choice", "model": name, "tokens": tokens, "cap_bytes": cap_bytes, "planned_to_fit": plan.fits,
-           "planned_bytes": plan.peak_bytes, "chosen": plan.chosen.settings}  # fmt: skip
+    row = {
+        "kind": "choice",
+        "model": name,
+        "tokens": tokens,
+        "cap_bytes": cap_bytes,
+        "planned_to_fit": plan.fits,
+        "planned_bytes": plan.peak_bytes,
+        "chosen": plan.chosen.settings,
+    }
     if not plan.fits:
         return row
     prediction = plan.chosen.prediction

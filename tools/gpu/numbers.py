@@ -41,8 +41,15 @@ def gradient_rows(name: str, tokens: int, device: torch.device, types: tuple[tor
                 with context():
                     found = _gradients(layer, x, (upstream * scale).to(dtype))
                 errors = {key: _error(found[key] / scale, expected[key]) for key in expected}
-                row = {"kind": "gradients", "dtype": _name(dtype), "sums": sums, "loss_scale": scale, "tokens": tokens,
-                       "rank": RANK, **{f"{key}_error": error for key, error in errors.items()}}  # fmt: skip
+                row = {
+                    "kind": "gradients",
+                    "dtype": _name(dtype),
+                    "sums": sums,
+                    "loss_scale": scale,
+                    "tokens": tokens,
+                    "rank": RANK,
+                    **{f"{key}_error": error for key, error in errors.items()},
+                }
                 wrong = context is float32_partial_sums and scale == scales[0] and max(errors.values()) > GRADIENT_ERROR
                 yield row | ({"problem": f"gradients in {_name(dtype)} are off"} if wrong else {})
 
@@ -89,10 +96,15 @@ def rate_rows(name: str, tokens: int, device: torch.device, dtype: torch.dtype) 
             for rows in (tokens, config.intermediate_size)
         )
         target, flops = torch.empty_like(weight), 2 * tokens * weight.numel()
-        yield {"kind": "rate", "operands": operands, "dtype": _name(dtype),
-               "flops_per_second": flops / _fastest(lambda x=x, weight=weight: x @ weight.t(), device),
-               "bytes_per_second": 2 * weight.nbytes / _fastest(
-                   lambda target=target, weight=weight: target.copy_(weight), device)}  # fmt: skip
+        yield {
+            "kind": "rate",
+            "operands": operands,
+            "dtype": _name(dtype),
+            "flops_per_second": flops / _fastest(lambda x=x, weight=weight: x @ weight.t(), device),
+            "bytes_per_second": 2
+            * weight.nbytes
+            / _fastest(lambda target=target, weight=weight: target.copy_(weight), device),
+        }
 
 
 def _fastest(action, device: torch.device) -> float:
@@ -123,8 +135,12 @@ def lengths_row(name: str, longest: int, steps: int, budget_bytes: int, device: 
     finally:
         trainer.meter.close()
         set_memory_limit(device, None)
-    row |= {"dtype": _name(model.dtype), "first_loss": metrics[0].loss, "last_loss": metrics[-1].loss,
-            "peak_bytes": metrics[-1].peak_bytes}  # fmt: skip
+    row |= {
+        "dtype": _name(model.dtype),
+        "first_loss": metrics[0].loss,
+        "last_loss": metrics[-1].loss,
+        "peak_bytes": metrics[-1].peak_bytes,
+    }
     row |= {"loss_scale": trainer.loss_scale.value} if trainer.loss_scale else {}
     return row | {key: value - before[key] for key, value in _retries(device).items()}
 

@@ -114,8 +114,12 @@ def _ours(case: dict, device: torch.device) -> dict:
     free_memory(device)
     metrics = list(trainer)
     trainer.meter.close()
-    return {"tokens_per_second": statistics.median(step.tokens_per_second for step in metrics[WARMUP:]),
-            "first_loss": metrics[0].loss, "first_step_seconds": metrics[0].seconds, **_peak(device)}  # fmt: skip
+    return {
+        "tokens_per_second": statistics.median(step.tokens_per_second for step in metrics[WARMUP:]),
+        "first_loss": metrics[0].loss,
+        "first_step_seconds": metrics[0].seconds,
+        **_peak(device),
+    }
 
 
 def peers_side(case: dict, device: torch.device, liger: bool) -> dict:
@@ -138,8 +142,11 @@ def peers_side(case: dict, device: torch.device, liger: bool) -> dict:
         started = time.perf_counter()
         losses.append(peers_step(model, optimizer, rows, at_once, device))
         seconds.append(time.perf_counter() - started)
-    return {"tokens_per_second": case["tokens"] / statistics.median(seconds[WARMUP:]), "first_loss": losses[0],
-            **_peak(device)}  # fmt: skip
+    return {
+        "tokens_per_second": case["tokens"] / statistics.median(seconds[WARMUP:]),
+        "first_loss": losses[0],
+        **_peak(device),
+    }
 
 
 def _peak(device: torch.device) -> dict:
@@ -206,8 +213,11 @@ def _timed_loss(loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, targets:
         if hidden.is_cuda:
             torch.cuda.synchronize(hidden.device)
         seconds.append(time.perf_counter() - started)
-    found = {"tokens_per_second": len(targets) / statistics.median(seconds[WARMUP:]), "loss": mean,
-             **_peak(hidden.device)}  # fmt: skip
+    found = {
+        "tokens_per_second": len(targets) / statistics.median(seconds[WARMUP:]),
+        "loss": mean,
+        **_peak(hidden.device),
+    }
     loss_error, gradient_error = errors_of(loss, hidden[:CHECKED_TOKENS], targets[:CHECKED_TOKENS], Head(weight))
     return found | {"loss_error": loss_error, "gradient_error": gradient_error}
 

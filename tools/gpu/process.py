@@ -18,9 +18,17 @@ from pathlib import Path
 
 MARK = "ROW "
 LIMIT_SECONDS = {  # of the sections of tools/gpu_check, in order of value; "ranks" is for several GPUs
-    "tests": 95, "streamed": 40, "plan": 50, "numbers": 20, "caps": 80, "peers": 85, "answers": 25, "options": 55,
-    "paged": 20, "ranks": 100,
-}  # fmt: skip
+    "tests": 95,
+    "streamed": 40,
+    "plan": 50,
+    "numbers": 20,
+    "caps": 80,
+    "peers": 85,
+    "answers": 25,
+    "options": 55,
+    "paged": 20,
+    "ranks": 100,
+}
 TAIL_LINES = 15  # of a failed section's own output
 
 
@@ -46,9 +54,12 @@ def run_section(command: Sequence[str], limit_seconds: float, environment: Mappi
         path = Path(folder) / "output"
         with path.open("wb") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**os.environ, **(environment or {})},
-            )  # fmt: skip
+            )
             code, ended = None, "timed out"
             try:
                 code = process.wait(max(limit_seconds, 0.0))

@@ -51,8 +51,12 @@ def rank_rows(name: str, tokens: int, ranks: int, limit_seconds: float) -> Itera
             yield found
             return
     yield {"kind": "speed", "ranks": 1, "tokens_per_second": alone["tokens_per_second"]}
-    yield {"kind": "speed", "ranks": ranks, "tokens_per_second": all_of_them["tokens_per_second"],
-           "of_one": all_of_them["tokens_per_second"] / alone["tokens_per_second"]}  # fmt: skip
+    yield {
+        "kind": "speed",
+        "ranks": ranks,
+        "tokens_per_second": all_of_them["tokens_per_second"],
+        "of_one": all_of_them["tokens_per_second"] / alone["tokens_per_second"],
+    }
     yield losses_row(alone["losses"], all_of_them["losses"])
     yield killed_row(run_ranks(case, ranks, KILLED_STEPS, limit_seconds, KILLED_AFTER))
 
@@ -85,8 +89,12 @@ def run_ranks(case: Mapping, ranks: int, steps: int, limit_seconds: float, kille
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
-                 "PYTHONPATH": f"{TOOLS}{os.pathsep}{TOOLS.parent}"}  # fmt: skip
+    variables = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "PYTHONPATH": f"{TOOLS}{os.pathsep}{TOOLS.parent}",
+    }
     command = [sys.executable, "-m", "gpu.ranks", json.dumps([case, steps, killed_after])]
     with tempfile.TemporaryFile("w+") as said:
         processes = [

@@ -113,13 +113,37 @@ class Scale:
 
 
 CARD = Scale(
-    False, ("llama-8b", "llama-7b"), "llama-1b", 2048, 16384, tuple(n * GIB for n in (8, 12, 6, 16, 24)),
-    (6 * GIB, 8 * GIB), ((1, 2048), (4, 512)), ((32, 128), (64, 64)), 2**28, 768 * MIB, 50, (1, 8, 32), 64,
-)  # fmt: skip
+    False,
+    ("llama-8b", "llama-7b"),
+    "llama-1b",
+    2048,
+    16384,
+    tuple(n * GIB for n in (8, 12, 6, 16, 24)),
+    (6 * GIB, 8 * GIB),
+    ((1, 2048), (4, 512)),
+    ((32, 128), (64, 64)),
+    2**28,
+    768 * MIB,
+    50,
+    (1, 8, 32),
+    64,
+)
 REHEARSAL = Scale(
-    True, ("tiny",), "tiny", 256, 512, (80 * MIB, 64 * MIB, 700 * MIB), (64 * MIB,), ((2, 64),), ((8, 16),), 2**24,
-    64 * MIB, 5, (1, 2), 12,
-)  # fmt: skip
+    True,
+    ("tiny",),
+    "tiny",
+    256,
+    512,
+    (80 * MIB, 64 * MIB, 700 * MIB),
+    (64 * MIB,),
+    ((2, 64),),
+    ((8, 16),),
+    2**24,
+    64 * MIB,
+    5,
+    (1, 2),
+    12,
+)
 
 
 def resident_task(
@@ -483,8 +507,15 @@ def paged(scale: Scale) -> Iterator[dict]:
         free_memory(device)
     found, seconds = _optimized("paged_adamw_32bit", scale, device)
     equal = torch.equal(found, expected)
-    row = {"kind": "filled GPU", "optimizer": "paged_adamw_32bit", "fits": True, "seconds": seconds, "equal": equal,
-           "states_bytes": 8 * scale.paged_weights, "free_bytes": scale.spare_bytes}  # fmt: skip
+    row = {
+        "kind": "filled GPU",
+        "optimizer": "paged_adamw_32bit",
+        "fits": True,
+        "seconds": seconds,
+        "equal": equal,
+        "states_bytes": 8 * scale.paged_weights,
+        "free_bytes": scale.spare_bytes,
+    }
     if filled is None:
         row |= {"kind": "without a GPU", "note": "without CUDA nothing is paged: ordinary memory, the same numbers"}
     yield row | ({} if equal else {"problem": "paged states changed the update"})
@@ -496,16 +527,29 @@ def paged(scale: Scale) -> Iterator[dict]:
 def paged_run(optimizer: str, scale: Scale, device: torch.device) -> dict:
     """Train a model with adapters of high rank, whose states are worth paging; return speed and memory."""
     free_memory(device)
-    case = {"model": scale.small_model, "tokens": scale.tokens // 4, "checkpointing": "block", "rank": PAGED_RANK,
-            "optimizer": optimizer}  # fmt: skip
+    case = {
+        "model": scale.small_model,
+        "tokens": scale.tokens // 4,
+        "checkpointing": "block",
+        "rank": PAGED_RANK,
+        "optimizer": optimizer,
+    }
     trainer = trainer_of(case, model_of(case, device), 1 + TIMED)
     before = free_bytes(device)
     metrics = list(trainer)
     trainer.meter.close()
-    return {"kind": f"a run, r = {PAGED_RANK}", "model": case["model"], "tokens": case["tokens"],
-            "optimizer": optimizer, "seconds": min(step.seconds for step in metrics[1:]), "loss": metrics[-1].loss,
-            "peak_bytes": metrics[-1].peak_bytes, "states_bytes": 8 * sum(p.numel() for p in trainer.parameters),
-            "free_before_bytes": before, "free_after_bytes": free_bytes(device)}  # fmt: skip
+    return {
+        "kind": f"a run, r = {PAGED_RANK}",
+        "model": case["model"],
+        "tokens": case["tokens"],
+        "optimizer": optimizer,
+        "seconds": min(step.seconds for step in metrics[1:]),
+        "loss": metrics[-1].loss,
+        "peak_bytes": metrics[-1].peak_bytes,
+        "states_bytes": 8 * sum(p.numel() for p in trainer.parameters),
+        "free_before_bytes": before,
+        "free_after_bytes": free_bytes(device),
+    }
 
 
 def _optimized(name: str, scale: Scale, device: torch.device) -> tuple[torch.Tensor, float]:
@@ -538,6 +582,14 @@ def ranks(scale: Scale) -> Iterator[dict]:
 
 
 SECTIONS: dict[str, Callable[[Scale], Iterator[dict]]] = {
-    "tests": tests, "streamed": streamed, "plan": plan, "numbers": numbers, "caps": caps, "peers": peers,
-    "answers": answers, "options": options, "paged": paged, "ranks": ranks,
-}  # fmt: skip
+    "tests": tests,
+    "streamed": streamed,
+    "plan": plan,
+    "numbers": numbers,
+    "caps": caps,
+    "peers": peers,
+    "answers": answers,
+    "options": options,
+    "paged": paged,
+    "ranks": ranks,
+}

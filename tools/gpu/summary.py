@@ -143,5 +143,15 @@ def _ranks(rows: Sequence[Mapping]) -> list[str]:
     return lines
 
 
-_HEADLINES = {"tests": _tests, "streamed": _streamed, "plan": _plan, "numbers": _numbers, "caps": _caps,
-              "peers": _peers, "answers": _answers, "options": _options, "paged": _paged, "ranks": _ranks}  # fmt: skip
+_HEADLINES = {
+    "tests": _tests,
+    "streamed": _streamed,
+    "plan": _plan,
+    "numbers": _numbers,
+    "caps": _caps,
+    "peers": _peers,
+    "answers": _answers,
+    "options": _options,
+    "paged": _paged,
+    "ranks": _ranks,
+}

@@ -29,17 +29,31 @@ from simulated_gpu.runtime import LIBRARY
 
 aten = torch.ops.aten
 ORDERS = {  # when a stream's work is done: when it is waited for, or as soon as it may be, on which streams
-    "late": 0, "computing first": 1, "copies first": 2, "at random": 3,
-}  # fmt: skip
+    "late": 0,
+    "computing first": 1,
+    "copies first": 2,
+    "at random": 3,
+}
 OF_VALUES = {  # what the host learns, or the form of the results, comes from values on the GPU
-    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
-    aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default, aten.repeat_interleave.Tensor,
-}  # fmt: skip
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.repeat_interleave.Tensor,
+}
 MEMORY_ONLY = {
-    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
-    aten.new_empty_strided.default, aten.lift_fresh.default, aten.record_stream.default,
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.lift_fresh.default,
+    aten.record_stream.default,
     aten.set_.source_Storage_storage_offset,
-}  # fmt: skip
+}
 
 
 class ComputingCard(TorchDispatchMode):
@@ -265,16 +279,42 @@ def _packed(tensors, ends, causal, scale, window):
 
 
 def _packed_flash(
-    query, key, value, ends, _ends, _mq, _mk, _dropout, causal, _debug, *, scale=None, window_size_left=None,
+    query,
+    key,
+    value,
+    ends,
+    _ends,
+    _mq,
+    _mk,
+    _dropout,
+    causal,
+    _debug,
+    *,
+    scale=None,
+    window_size_left=None,
     window_size_right=None,
-):  # fmt: skip
+):
     return _packed((query, key, value), ends, causal, scale, window_size_left).out()[0].transpose(0, 1)
 
 
 def _packed_gradients(
-    grad, query, key, value, _out, _sums, ends, _ends, _mq, _mk, _dropout, causal, *_seeds, scale=None,
-    window_size_left=None, window_size_right=None,
-):  # fmt: skip
+    grad,
+    query,
+    key,
+    value,
+    _out,
+    _sums,
+    ends,
+    _ends,
+    _mq,
+    _mk,
+    _dropout,
+    causal,
+    *_seeds,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+):
     found = _packed((query, key, value), ends, causal, scale, window_size_left).gradients(grad[None].transpose(1, 2))
     return [each[0].transpose(0, 1) for each in found]
 

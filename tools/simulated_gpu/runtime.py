@@ -59,8 +59,12 @@ def card_environment(folder: Path, gib: int) -> dict[str, str]:
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
     subprocess.run([*compiler, str(rest), "-o", str(library)], check=True)
     (folder / "libnvidia-ml.so.1").symlink_to(library)  # torch asks that one too whether there are links to other GPUs
-    return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(folder), LIBRARY: str(library),
-            "CARD_BYTES": str(gib * GIB)}  # fmt: skip
+    return {
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": str(folder),
+        LIBRARY: str(library),
+        "CARD_BYTES": str(gib * GIB),
+    }
 
 
 def _package(name: str) -> Path:

@@ -65,9 +65,11 @@ def share_out(shares: Mapping[str, Sequence[float]], own: Mapping[str, int]) -> 
     """
     order = sorted((-share, place) for place, path in enumerate(own) for share in shares[path])
     if len(order) < (budget := sum(own.values())):
-        raise ModelError(f"lora.start eva found {len(order)} directions in the inputs of {len(own)} layers, fewer than "
-                         f"their ranks, {budget}: set lora.rank to {len(order) // len(own)} or less, or train on more "
-                         "rows")  # fmt: skip
+        raise ModelError(
+            f"lora.start eva found {len(order)} directions in the inputs of {len(own)} layers, fewer than "
+            f"their ranks, {budget}: set lora.rank to {len(order) // len(own)} or less, or train on more "
+            "rows"
+        )
     taken = Counter(place for _, place in order[:budget])
     return {path: taken[place] for place, path in enumerate(own) if taken[place]}
 

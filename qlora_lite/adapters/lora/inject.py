@@ -37,8 +37,14 @@ from .layer import LoraExperts, LoraLinear, LoraWeights, merging_of
 from .shared import share_inputs
 
 ALL_LINEAR, EXPERTS = "all-linear", "experts"
-_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
-               "use_rslora": "rslora", "use_dora": "dora"}  # fmt: skip
+_PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +66,11 @@ class Target:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every linear layer but those of the head and ``untouched`` ones by path: those that LoRA may wrap."""
     head, left_out = model.get_output_embeddings(), untouched(model) | head_paths(model)
-    return {name: module for name, module in model.named_modules()
-            if is_linear(module) and module is not head and name not in left_out}  # fmt: skip
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and name not in left_out
+    }
 
 
 def sharing_layers(model: nn.Module) -> set[str]:
@@ -114,14 +123,18 @@ def matching(
         return found or {name for name in experts if _matches(pattern, name)}
 
     of_targets = [matched(target.pattern) for target in targets]
-    return {name: tuple(number for number, names in enumerate(of_targets) if name in names)
-            for name in (*linear, *experts)}  # fmt: skip
+    return {
+        name: tuple(number for number, names in enumerate(of_targets) if name in names) for name in (*linear, *experts)
+    }
 
 
 def choose_layers(
-    linear: Collection[str], experts: Collection[str], targets: Sequence[Target], inside: Container[str],
+    linear: Collection[str],
+    experts: Collection[str],
+    targets: Sequence[Target],
+    inside: Container[str],
     setting: str = "lora.targets",
-) -> dict[str, Target]:  # fmt: skip
+) -> dict[str, Target]:
     """Return the target of each chosen layer, and of each chosen weight of experts.
 
     Args:
@@ -143,10 +156,17 @@ def choose_layers(
 
 
 def add_lora(
-    model: nn.Module, targets: str | Sequence[str | Target] = ALL_LINEAR, rank: int = 16, alpha: float = 32.0,
-    dropout: float = 0.0, rslora: bool = False, dtype: torch.dtype = torch.bfloat16, dora: bool = False,
-    merge_aware: str = OFF, **unknown: Never,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    targets: str | Sequence[str | Target] = ALL_LINEAR,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    dora: bool = False,
+    merge_aware: str = OFF,
+    **unknown: Never,
+) -> nn.Module:
     """Freeze the model, wrap the chosen linear layers in place and adapt the chosen experts; return the model.
 
     Args:
@@ -178,8 +198,10 @@ def add_lora(
     adapted = experts.keys() & chosen.keys()
     if adapted and (dropout or dora):
         is_set, cure = ("adapter.method dora", "to lora") if dora else (f"lora.dropout {dropout:g}", "to 0")
-        raise ModelError(f"{is_set} is for linear layers, and lora.targets name experts too, such as {min(adapted)}: "
-                         f"set it {cure}, or leave the experts out")  # fmt: skip
+        raise ModelError(
+            f"{is_set} is for linear layers, and lora.targets name experts too, such as {min(adapted)}: "
+            f"set it {cure}, or leave the experts out"
+        )
     if merge_aware != OFF:
         _check_merging(merge_aware, [layers[path] for path in chosen.keys() - adapted], adapted or dropout or dora)
         _check_all_merged(
@@ -216,18 +238,21 @@ def _check_merging(to: str, layers: Sequence[nn.Module], not_plain: object) -> N
     """
     require_one_of("merge_aware", to, (OFF, NF4, *GGUF))
     if not_plain:
-        raise ModelError(f"train.merge_aware {to} is for LoRA beside linear layers, without dropout, DoRA or experts; "
-                         "set it to off")  # fmt: skip
+        raise ModelError(
+            f"train.merge_aware {to} is for LoRA beside linear layers, without dropout, DoRA or experts; set it to off"
+        )
     specs = [frozen_weight(layer)[0] for layer in layers]
     kinds = {spec.quant_type for spec in specs}
     if kinds - {None, *([NF4] if to == NF4 else FOUR_BIT)} or (to == NF4 and NF4 not in kinds):
         found = ", ".join(sorted(kind or "16 bit" for kind in kinds))
-        raise ModelError(f"train.merge_aware {to}: the adapted weights are in {found} and would be quantised twice; "
-                         "set it to off")  # fmt: skip
+        raise ModelError(
+            f"train.merge_aware {to}: the adapted weights are in {found} and would be quantised twice; set it to off"
+        )
     multiple = 2 if to == NF4 else GGUF_BLOCK
     if odd := {spec.shape[1] for spec in specs if spec.shape[1] % multiple}:
-        raise ModelError(f"train.merge_aware {to}: a weight has rows of {min(odd)}, no multiple of {multiple}; set it "
-                         "to off")  # fmt: skip
+        raise ModelError(
+            f"train.merge_aware {to}: a weight has rows of {min(odd)}, no multiple of {multiple}; set it to off"
+        )
 
 
 def _check_all_merged(to: str, left: Collection[str]) -> None:
@@ -240,9 +265,11 @@ def _check_all_merged(to: str, left: Collection[str]) -> None:
         ModelError: some would.
     """
     if to in GGUF and left:
-        raise ModelError(f"train.merge_aware {to}: a GGUF file of that type rounds every matrix of the blocks, and "
-                         f"{len(left)} would be trained as they are now, such as {min(left)}: adapt all linear layers "
-                         "(lora.targets: [all-linear]) of a model without experts, or set it to off")  # fmt: skip
+        raise ModelError(
+            f"train.merge_aware {to}: a GGUF file of that type rounds every matrix of the blocks, and "
+            f"{len(left)} would be trained as they are now, such as {min(left)}: adapt all linear layers "
+            "(lora.targets: [all-linear]) of a model without experts, or set it to off"
+        )
 
 
 def require_model(model: object) -> nn.Module:
@@ -306,8 +333,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraWeights]]:
 @contextmanager
 def merged_once(model: nn.Module) -> Iterator[None]:
     """Keep the merged weights of layers with ``caches_merged`` for all products inside. No LoRA weight may change."""
-    layers = [layer for _, layer in lora_layers(model)
-              if isinstance(layer, LoraLinear) and layer.caches_merged and layer.merged is None]  # fmt: skip
+    layers = [
+        layer
+        for _, layer in lora_layers(model)
+        if isinstance(layer, LoraLinear) and layer.caches_merged and layer.merged is None
+    ]
     try:
         with torch.no_grad(), once_a_step(), category("base weights"):
             for layer in layers:

@@ -76,8 +76,9 @@ def add_update(y, x, lora_a, lora_b, scale: float) -> torch.Tensor:
 
 def no_weight(path: str) -> ModelError:
     """Return the error of an architecture that reads the weight of an adapted layer itself, past its LoRA weights."""
-    return ModelError(f"this architecture reads the weight of {path} itself, past the LoRA weights: leave it out of "
-                      "lora.targets")  # fmt: skip
+    return ModelError(
+        f"this architecture reads the weight of {path} itself, past the LoRA weights: leave it out of lora.targets"
+    )
 
 
 class Begun(NamedTuple):
@@ -99,8 +100,11 @@ def begin(x: torch.Tensor, layers: Sequence["LoraLinear"]) -> Begun:
     """Begin the products of x with layers of one scale: their low-rank parts, and their place in the graph."""
     weights, kept = [layer.described for layer in layers], kept_for(x)
     specs, counts = [spec for spec, _ in weights], [len(frozen) for _, frozen in weights]
-    tensors = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers),
-               *(tensor for _, frozen in weights for tensor in frozen)]  # fmt: skip
+    tensors = [
+        *(layer.lora_A for layer in layers),
+        *(layer.lora_B for layer in layers),
+        *(tensor for _, frozen in weights for tensor in frozen),
+    ]
     merged: dict[int, tuple[WeightSpec, tuple[torch.Tensor, ...]]] = {}
     low, *placeholders = _LoraGradient.apply(x, layers[0].scale, specs, counts, kept, merged, *tensors)
     return Begun(x, kept, low.chunk(len(layers), dim=1), placeholders, weights, merged)

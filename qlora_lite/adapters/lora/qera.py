@@ -41,7 +41,7 @@ class RandomSums:
 
 def correction(
     error: torch.Tensor, sums: torch.Tensor, rank: int, scale: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, float]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return A and B, singular vectors times roots of singular values of their product, and the share that they make
     up for of the error's squares in the layer's outputs.
 

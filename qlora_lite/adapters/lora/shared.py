@@ -69,6 +69,7 @@ def forget_begun(model: nn.Module) -> None:
 
 
 def _alike(layers: Sequence[LoraLinear]) -> bool:
-    kinds = {(layer.rank, layer.scale, layer.lora_A.dtype, layer.lora_A.shape[1], layer.merging is None)
-             for layer in layers}  # fmt: skip
+    kinds = {
+        (layer.rank, layer.scale, layer.lora_A.dtype, layer.lora_A.shape[1], layer.merging is None) for layer in layers
+    }
     return len(kinds) == 1 and not any(layer.dropout for layer in layers)

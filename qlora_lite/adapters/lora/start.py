@@ -62,7 +62,7 @@ _bases: WeakKeyDictionary[nn.Module, _Base] = WeakKeyDictionary()  # by model, s
 
 def chosen_layers(
     model: nn.Module, targets: Sequence[Target], rank: int, alpha: float, start: str
-) -> dict[str, tuple[int, float]]:  # fmt: skip
+) -> dict[str, tuple[int, float]]:
     """Return rank and alpha of each layer that a start is for, by path; a skeleton is enough.
 
     Args:
@@ -74,8 +74,10 @@ def chosen_layers(
     experts = expert_weights(model)
     chosen = choose_layers(linear_layers(model), experts, targets, usually_adapted(model))
     if adapted := experts.keys() & chosen.keys():
-        raise ModelError(f"lora.start {start} is for linear layers, and lora.targets name experts too, such as "
-                         f"{min(adapted)}: set it to kaiming, or leave the experts out")  # fmt: skip
+        raise ModelError(
+            f"lora.start {start} is for linear layers, and lora.targets name experts too, such as "
+            f"{min(adapted)}: set it to kaiming, or leave the experts out"
+        )
     return {path: (target.rank or rank, target.alpha or alpha) for path, target in chosen.items()}
 
 
@@ -112,12 +114,17 @@ class Start:
         """
         chosen = chosen_layers(model, self.targets, self.rank, self.alpha, self.kind)
         if shared := chosen.keys() & sharing_layers(model):
-            raise ModelError(f"lora.start {self.kind} splits each weight by itself, and {min(shared)} has one that is "
-                             "another layer's too: set it to kaiming, or leave these layers out")  # fmt: skip
+            raise ModelError(
+                f"lora.start {self.kind} splits each weight by itself, and {min(shared)} has one that is "
+                "another layer's too: set it to kaiming, or leave these layers out"
+            )
         layers, experts = linear_layers(model), expert_weights(model)
         kept = matching(layers, experts, [Target(pattern) for pattern in self.kept], in_blocks(model))
-        return {path: (rank, lora_scale(alpha, rank, self.rslora))
-                for path, (rank, alpha) in chosen.items() if not kept[path]}  # fmt: skip
+        return {
+            path: (rank, lora_scale(alpha, rank, self.rslora))
+            for path, (rank, alpha) in chosen.items()
+            if not kept[path]
+        }
 
     @torch.no_grad()
     def split(
@@ -222,8 +229,11 @@ def take_first(model: nn.Module) -> First:
 
 def write_first(folder: Path, first: First) -> None:
     """Write what LoRA weights begin as into a folder."""
-    named = {f"{path}.{leaf}": tensor.contiguous() for path, pair in first.items()
-             for leaf, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}  # fmt: skip
+    named = {
+        f"{path}.{leaf}": tensor.contiguous()
+        for path, pair in first.items()
+        for leaf, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
     write_tensors(folder / FIRST_NAME, named)
 
 
@@ -238,8 +248,10 @@ def load_first(folder: Path) -> First:
         paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         return {path: (tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
     except (OSError, SafetensorError, KeyError) as error:
-        raise ModelError(f"{folder / FIRST_NAME} cannot be read, and what is not for the model in 4 bit needs it: "
-                         f"{error}; use the folder `adapter` of a run that has ended") from None  # fmt: skip
+        raise ModelError(
+            f"{folder / FIRST_NAME} cannot be read, and what is not for the model in 4 bit needs it: "
+            f"{error}; use the folder `adapter` of a run that has ended"
+        ) from None
 
 
 def _new_factors(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -128,8 +128,10 @@ def _only(biases: Iterable[torch.Tensor | None], path: str) -> torch.Tensor | No
     """
     found = {id(bias): bias for bias in biases}
     if len(found) > 1:
-        raise ModelError(f"this architecture reads the bias of {path} itself, so that rows with biases of their own "
-                         "cannot go through it together; answer them separately")  # fmt: skip
+        raise ModelError(
+            f"this architecture reads the bias of {path} itself, so that rows with biases of their own "
+            "cannot go through it together; answer them separately"
+        )
     return next(iter(found.values()))
 
 
@@ -149,10 +151,16 @@ class SwitchLinear(nn.Module):
     path = "a layer"
 
     def __init__(
-        self, base: nn.Module, switch: Switch, factors: Mapping[str, Factors], device: torch.device, dtype: torch.dtype,
-        biases: Mapping[str, torch.Tensor], merging: Mapping[str, Merging] = MappingProxyType({}),
+        self,
+        base: nn.Module,
+        switch: Switch,
+        factors: Mapping[str, Factors],
+        device: torch.device,
+        dtype: torch.dtype,
+        biases: Mapping[str, torch.Tensor],
+        merging: Mapping[str, Merging] = MappingProxyType({}),
         in_place: bool = False,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.base, self.switch, self.merging = base.requires_grad_(False), switch, merging
         self.in_place: str | None = None  # the adapter that is merged into the base
@@ -369,8 +377,10 @@ class SwitchModule(Around):
             places = self.switch.places_in(x, name)
             found = self._of(name)(*(each.index_select(0, places) for each in (x, *others)))
             if not isinstance(found, torch.Tensor):
-                raise ModelError(f"{type(self.inner).__name__} gives more than one tensor, so that rows with different "
-                                 "adapters cannot go through it together; answer them separately")  # fmt: skip
+                raise ModelError(
+                    f"{type(self.inner).__name__} gives more than one tensor, so that rows with different "
+                    "adapters cannot go through it together; answer them separately"
+                )
             parts.append((places, found))
         widest = max(part.shape[-1] for _, part in parts)  # the head of an adapter with new tokens has more
         y = parts[0][1].new_full((x.shape[0], *parts[0][1].shape[1:-1], widest), -torch.inf)
@@ -418,8 +428,11 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved], in_pla
         factors = {name: adapter.layers[path] for name, adapter in of_lora.items() if path in adapter.layers}
         biases = {name: leaves["bias"] for name, leaves in weights.pop(path, {}).items()}
         if factors or biases:
-            merging = {name: merged for name, each in factors.items()
-                       if (merged := merging_of(layer, of_lora[name].merge_aware, each.scale, path))}  # fmt: skip
+            merging = {
+                name: merged
+                for name, each in factors.items()
+                if (merged := merging_of(layer, of_lora[name].merge_aware, each.scale, path))
+            }
             wrapped = SwitchLinear(layer, switch, factors, device, model.dtype, biases, merging, in_place)
             wrapped.path = path
             model.set_submodule(path, wrapped)
@@ -444,8 +457,10 @@ def add_switch(model: nn.Module, adapters: Mapping[str, Adapter | Saved], in_pla
         module.path = path
         model.set_submodule(path, module)
     for path, experts in {weight.path: weight.experts for weight in expert_weights(model).values()}.items():
-        both = {name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
-                for name, adapter in of_lora.items()}  # fmt: skip
+        both = {
+            name: {leaf: found for leaf in both_names(experts) if (found := adapter.layers.get(f"{path}.{leaf}"))}
+            for name, adapter in of_lora.items()
+        }
         if any(both.values()):
             model.set_submodule(path, SwitchExperts(experts, switch, both, device))
     for name, saved in others.items():

@@ -66,13 +66,17 @@ def build_app(tasks: Tasks, limits: Limits, hosts: tuple[str, ...] = LOCAL) -> S
     """
     api = _Api(tasks, limits)
     routes = [
-        Route("/v1/models", api.models), Route("/v1/models/{name:path}", api.model),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
-    ]  # fmt: skip
+    ]
     handlers = {
-        ApiError: _api_error, HTTPException: _http_error, DoesNotFitError: _memory_error,
-        ClientDisconnect: _client_left, Exception: _internal_error,
-    }  # fmt: skip
+        ApiError: _api_error,
+        HTTPException: _http_error,
+        DoesNotFitError: _memory_error,
+        ClientDisconnect: _client_left,
+        Exception: _internal_error,
+    }
     guard = Middleware(_Guard, hosts=hosts)
     app = Starlette(routes=routes, exception_handlers=handlers, middleware=[guard])
     app.state.engine = api.engine
@@ -106,10 +110,16 @@ def run_server(tasks: Tasks, limits: Limits, host: str, port: int) -> None:
 
 def http_server(app: Starlette) -> uvicorn.Server:
     """Return a server of the application whose connections are bounded in number and in time without a request."""
-    return _Server(uvicorn.Config(
-        app, log_level="warning", http=_Connection, ws="none", limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=REQUEST_SECONDS,
-    ))  # fmt: skip
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            http=_Connection,
+            ws="none",
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=REQUEST_SECONDS,
+        )
+    )
 
 
 class _Server(uvicorn.Server):
@@ -205,8 +215,12 @@ class _Api:
             first = await _while_client_listens(request, anext(pieces))
             return StreamingResponse(_events(reply, first, pieces, wanted), media_type="text/event-stream")
         text, last = await _while_client_listens(request, _whole_answer(pieces))
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last.finish,
-                  "logprobs": None}  # fmt: skip
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": last.finish,
+            "logprobs": None,
+        }
         return JSONResponse(reply | {"object": "chat.completion", "choices": [choice], "usage": _usage(last)})
 
     def _describe(self, name: str) -> dict:
@@ -262,9 +276,10 @@ async def _whole_answer(pieces: AsyncIterator[Piece]) -> tuple[str, Piece]:
 
 def _usage(last: Piece) -> dict:
     return {
-        "prompt_tokens": last.prompt_tokens, "completion_tokens": last.answer_tokens,
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.answer_tokens,
         "total_tokens": last.prompt_tokens + last.answer_tokens,
-    }  # fmt: skip
+    }
 
 
 async def _events(reply: dict, first: Piece, rest: AsyncIterator[Piece], wanted: ChatRequest) -> AsyncIterator[str]:

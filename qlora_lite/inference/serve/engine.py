@@ -72,9 +72,7 @@ class Engine:
                 async for piece in pieces:
                     yield piece
 
-    async def _pieces(
-        self, request: ChatRequest, prompt: str | Shown, new_tokens: int
-    ) -> AsyncGenerator[Piece, None]:  # fmt: skip
+    async def _pieces(self, request: ChatRequest, prompt: str | Shown, new_tokens: int) -> AsyncGenerator[Piece, None]:
         await self._take_turn()
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         stop = self._stop = threading.Event()
@@ -136,9 +134,11 @@ class Engine:
         count += self.tasks.virtual_tokens(self._name(request))
         if count >= limit:
             raise ApiError(
-                400, f"the messages have {count} tokens, and the model takes {limit} with the answer",
-                "context_length_exceeded", "messages",
-            )  # fmt: skip
+                400,
+                f"the messages have {count} tokens, and the model takes {limit} with the answer",
+                "context_length_exceeded",
+                "messages",
+            )
         return prompt, limit - count
 
     def _name(self, request: ChatRequest) -> str | None:
@@ -146,7 +146,7 @@ class Engine:
 
     def _generate(
         self, request: ChatRequest, prompt: str | Shown, new_tokens: int, hand_over: Callable, stop: threading.Event
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Run in a thread."""
         tokenizer = self.tasks.tokenizer
         with self.tasks.using(self._name(request)) as task:
@@ -154,9 +154,15 @@ class Engine:
                 torch.manual_seed(request.seed)
             writer = _Writer(tokenizer, request.stops, task.stop, hand_over, stop)
             answer(
-                self.tasks.model, tokenizer, [prompt], new_tokens, task.stop,
-                sampling=request.sampling, streamer=writer, stopping=StoppingCriteriaList([_Flag(stop)]),
-            )  # fmt: skip
+                self.tasks.model,
+                tokenizer,
+                [prompt],
+                new_tokens,
+                task.stop,
+                sampling=request.sampling,
+                streamer=writer,
+                stopping=StoppingCriteriaList([_Flag(stop)]),
+            )
         writer.finish()
 
 

@@ -140,7 +140,13 @@ class GgufBlocks:
 GGUF_BLOCKS = {
     name: GgufBlocks(f"{name} blocks as the GGUF file has them", block, block_bytes, values)
     for name, block, block_bytes, values in (
-        ("q4_0", 32, 18, _q4_0), ("q4_1", 32, 20, _q4_1), ("q5_0", 32, 22, _q5_0), ("q5_1", 32, 24, _q5_1),
-        ("q8_0", 32, 34, _q8_0), ("q4_k", 256, 144, _q4_k), ("q5_k", 256, 176, _q5_k), ("q6_k", 256, 210, _q6_k),
+        ("q4_0", 32, 18, _q4_0),
+        ("q4_1", 32, 20, _q4_1),
+        ("q5_0", 32, 22, _q5_0),
+        ("q5_1", 32, 24, _q5_1),
+        ("q8_0", 32, 34, _q8_0),
+        ("q4_k", 256, 144, _q4_k),
+        ("q5_k", 256, 176, _q5_k),
+        ("q6_k", 256, 210, _q6_k),
     )
-}  # fmt: skip
+}
