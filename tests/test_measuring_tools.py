@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +17,8 @@ import psutil
 import pytest
 import torch
 
-from common import memory_options, results
+from common import results
 from common.memory_options import (
-    by_saving,
-    first_case,
     measure,
     memory_option_cases,
     merged,
@@ -31,14 +28,12 @@ from common.memory_options import (
 from gpu import caps, numbers, peers, sections
 from gpu.process import LIMIT_SECONDS, run_section
 from gpu.ranks import NOTICED_SECONDS, killed_row, losses_row, run_ranks
-from gpu.sections import CARD, REHEARSAL, SECTIONS, option_problem, resident_task
+from gpu.sections import CARD, REHEARSAL, SECTIONS, option_problem
 from gpu.summary import summary
 from qlora_lite import files
-from qlora_lite.errors import DoesNotFitError, OutputError, TrainingError
-from qlora_lite.memory.gpus import find_gpu
+from qlora_lite.errors import DoesNotFitError, OutputError
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.planning.machine import machine_of_gpu
-from simulated_gpu.runtime import LIBRARY, card_environment
+from simulated_gpu.runtime import card_environment
 
 TOOLS = Path(__file__).parent.parent / "tools"
 MIB = 2**20
@@ -76,25 +71,6 @@ def test_a_section_that_takes_too_long_is_stopped_with_its_children_and_its_find
     assert not lasting.exists()
 
 
-STOPPED = """
-import json, os, signal, sys
-from gpu.process import interruptible, run_section
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run below nohup, as SIGINT is in the background
-signal.signal(signal.SIGINT, signal.default_int_handler)
-interruptible()
-code = f"from gpu.process import report; report({{'kind': 'first'}}); import os, time; " \
-    f"os.kill({os.getpid()}, int({sys.argv[1]})); time.sleep(30)"
-print(json.dumps(run_section([sys.executable, "-c", code], 60)))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_section_of_a_process_that_is_interrupted_is_stopped_and_its_findings_stay(number):
-    done = subprocess.run([sys.executable, "-c", STOPPED, str(int(number))], capture_output=True, text=True, cwd=TOOLS)
-    found = json.loads(done.stdout)
-    assert found["status"] == "stopped" and found["rows"] == [{"kind": "first"}] and found["seconds"] < 25
-
-
 def test_results_name_the_versions_of_what_is_installed_and_are_replaced_at_once(tmp_path, monkeypatch):
     installed = {name: "1.0" for name in (*results.PACKAGES, "peft")}
     monkeypatch.setattr(results, "version", lambda name: installed[name] if name in installed else not_there(name))
@@ -116,24 +92,9 @@ def full_disk(_path):
     raise OSError(28, "No space left on device")
 
 
-def test_a_section_that_found_nothing_failed_and_one_that_only_skipped_was_skipped():
-    assert run_section([sys.executable, "-c", "pass"], 60)["status"] == "failed"
-    only_skip = "from gpu.process import report; report({'skipped': 'no GPU'})"
-    found = run_section([sys.executable, "-c", only_skip], 60, {"PYTHONPATH": str(TOOLS)})
-    assert found["status"] == "skipped"
-
-
 def test_all_sections_of_one_gpu_end_within_eight_minutes():
     assert sum(LIMIT_SECONDS.values()) - LIMIT_SECONDS["ranks"] <= 8 * 60 and list(LIMIT_SECONDS) == list(SECTIONS)
     assert set(CARD.caps_bytes) == {n * 2**30 for n in (6, 8, 12, 16, 24)}
-
-
-def test_on_a_machine_with_one_gpu_several_are_skipped_in_one_line(monkeypatch):
-    monkeypatch.setattr(sections, "resolve_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    [row] = sections.ranks(CARD)
-    text = summary({"ranks": {"status": "skipped", "seconds": 1.0, "rows": [row]}})
-    assert text.splitlines()[2:] == ["    skipped:  this machine has one GPU, and two or more can train together"]
 
 
 @pytest.mark.parametrize(("other", "problem"), [(5.004, False), (5.006, True), (float("nan"), True)])
@@ -174,34 +135,6 @@ def test_problems_are_in_the_summary():
     assert "paged      failed" in text and "PROBLEM: wrong" in text and "0.500 s a step" in text and "last line" in text
 
 
-def test_a_failed_test_is_named_in_the_summary_and_a_side_that_did_not_run_is_not_called_out_of_memory():
-    tests = [{"test": "tests/a.py::test_b", "problem": "failed"}, {"summary": "1 failed", "problem": "a test failed"}]
-    side = {"side": "ours", "model": "tiny", "rows": 1, "length": 64}
-    peers = [side | {"problem": "no compiler"}, side | {"out_of_memory": "2 GiB"}]
-    found = {"tests": tests, "peers": peers}
-    text = summary({name: {"status": "failed", "seconds": 1.0, "rows": rows} for name, rows in found.items()})
-    assert "PROBLEM: tests/a.py::test_b failed" in text and "64: did not run: ours" in text
-    assert text.count("out of memory") == 1
-
-
-class TooLarge:
-    meter = SimpleNamespace(close=lambda: None)
-
-    def probe_memory(self):
-        pass
-
-    def __iter__(self):
-        raise DoesNotFitError("the row alone needs more memory than there is. More words")
-
-
-def test_a_row_that_is_too_large_for_a_cap_is_a_finding_and_no_end(monkeypatch):
-    monkeypatch.setattr(caps, "trainer_of", lambda *_, **__: TooLarge())
-    capped = caps.CappedDevice()
-    monkeypatch.setattr(capped, "_placed", lambda *_: torch.nn.Module())
-    found = capped.run("tiny", 64, MemoryOptions(), 2**30, 1, 0)
-    assert found == {"fits": False, "error": "the row alone needs more memory than there is"}
-
-
 @pytest.mark.slow
 def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to_fail(monkeypatch):
     capped = caps.CappedDevice()
@@ -212,30 +145,6 @@ def test_a_cap_under_which_every_length_fits_is_a_problem_since_none_was_seen_to
     longest = last["planned_longest_tokens"]
     monkeypatch.setattr(capped, "run", lambda name, tokens, *_, **__: {"fits": tokens == longest})
     assert [row.get("problem") for row in caps.length_rows(capped, "tiny", 256, 96 * MIB)] == [None, None]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        pytest.param({"flops_per_second": 1.0}, "options", marks=pytest.mark.slow),
-        ({"memory_bytes": 1}, "less free"),
-    ],
-)
-def test_where_no_length_can_be_run_it_is_said(changes, reason):
-    capped = caps.CappedDevice()
-    capped.machine = replace(machine_of_gpu(find_gpu("rtx-4090")), **changes)
-    [row] = caps.length_rows(capped, "tiny", 64, 672 * MIB)
-    assert reason in row["skipped"]
-    assert "skipped: length of tiny" in summary({"caps": {"status": "skipped", "seconds": 1.0, "rows": [row]}})
-
-
-def test_a_model_that_there_is_no_room_to_build_in_is_a_finding_and_no_end(monkeypatch):
-    def model_of(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. More words")
-
-    monkeypatch.setattr(caps, "model_of", model_of)
-    row = caps.chosen_row(caps.CappedDevice(), "tiny", 256, 96 * MIB)
-    assert row["error"] == "CUDA out of memory" and not row["fits"] and "build" in row["problem"]
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -267,16 +176,6 @@ def test_a_side_that_a_foreign_package_ends_is_a_problem_and_the_others_go_on(er
     assert problems == [None, None, words, words, None]
 
 
-def test_a_compiled_side_with_another_first_loss_is_a_problem(monkeypatch):
-    monkeypatch.setattr(peers, "_missing", lambda *_: "")
-    monkeypatch.setattr(peers, "peers_side", lambda *_: {"first_loss": 2.0})
-    monkeypatch.setattr(peers, "_ours", lambda case, _: {"first_loss": 2.1 if case["compile"] else 2.0})
-    plan = SimpleNamespace(fits=True, chosen=SimpleNamespace(options=MemoryOptions()))
-    sides = peers.Comparison("tiny", 1, 64, plan, torch.device("cpu"))
-    assert not any("problem" in row for row in sides.plain())
-    assert ["problem" in row for row in sides.compiled()] == [True]
-
-
 def test_gradients_that_are_not_those_of_float64_are_a_problem(monkeypatch):
     cpu, types = torch.device("cpu"), (torch.bfloat16, torch.float16)
     rows = list(numbers.gradient_rows("tiny", 64, cpu, types))
@@ -292,46 +191,6 @@ def test_gradients_that_are_not_those_of_float64_are_a_problem(monkeypatch):
         "gradients in bfloat16 are off",
         "gradients in float16 are off",
     ]
-
-
-def test_steps_of_random_lengths_that_exceed_their_budget_are_a_problem(monkeypatch):
-    row = numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
-    assert row["last_loss"] > 0 and row["dtype"] == "bfloat16" and "problem" not in row
-    monkeypatch.setattr(numbers, "trainer_of", lambda *_: TooLarge())
-    row = numbers.lengths_row("tiny", 64, 3, 2**30, torch.device("cpu"))
-    assert row["problem"] == "the row alone needs more memory than there is"
-
-
-@pytest.mark.parametrize(("capability", "problem"), [((7, 5), ""), ((6, 1), "compute capability 6.1")])
-def test_a_gpu_is_checked_from_the_first_with_fast_float16_on(capability, problem, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found = runpy.run_path(str(TOOLS / "gpu_check"))["missing_card"]("a GPU")
-    assert problem in found and bool(found) == bool(problem)
-
-
-def test_a_loss_that_ends_with_an_error_or_without_memory_is_a_row(monkeypatch):
-    def broken(*_):
-        raise AttributeError("no such name")
-
-    def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. More words")
-
-    losses = {"broken": ("", broken), "large": ("", too_large), "ours": ("", peers._our_loss)}
-    monkeypatch.setattr(peers, "LOSSES", losses)
-    cpu = torch.device("cpu")
-    first, second, third = peers.compare_losses("tiny", 64, cpu)
-    assert first["problem"] == "AttributeError: no such name" and third["loss"] > 0 and "problem" not in third
-    assert second["out_of_memory"] == "CUDA out of memory" and "problem" not in second
-    monkeypatch.setattr(peers, "_loss_inputs", too_large)
-    [row] = peers.compare_losses("tiny", 64, cpu)
-    assert row["out_of_memory"] == "CUDA out of memory"
-    assert "out of memory: the loss alone" in summary({"peers": {"status": "passed", "seconds": 1.0, "rows": [row]}})
-
-
-def test_a_memory_option_row_that_runs_out_of_memory_is_a_problem_if_it_was_predicted_to_fit():
-    failed = {"failed": "out of memory", "planned_bytes": 100}
-    there_is = [SimpleNamespace(memory_bytes=size, device_type="cpu") for size in (100, 99)]
-    assert [bool(option_problem(failed, machine)) for machine in there_is] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -356,39 +215,6 @@ def test_a_memory_option_row_whose_memory_was_predicted_wrong_is_a_problem(tenso
         assert problem == (f"prediction of {wrong} is off" if wrong else "")
 
 
-def test_blocks_that_cannot_be_compiled_are_a_problem_and_without_a_compiler_skipped(monkeypatch):
-    def measured(case, warmup, steps):
-        raise TrainingError("blocks cannot be compiled here")
-
-    monkeypatch.setattr(sections, "measure", measured)
-    case, machine = resident_cases("tiny", 64)[-1], SimpleNamespace(device_type="cpu")
-    for missing, said in (("", {"problem": "blocks cannot be compiled here"}), ("g++", {"skipped": "g++ is missing"})):
-        monkeypatch.setattr(peers, "missing_for_compile", lambda _, missing=missing: missing)
-        assert said.items() <= sections.option_row(case, 1, machine).items()
-    monkeypatch.setenv(LIBRARY, "simulated")
-    assert "simulated GPU" in sections.option_row(case, 1, machine)["skipped"]
-
-
-def test_where_nothing_can_be_paged_it_is_said(monkeypatch):
-    monkeypatch.setattr(sections, "resolve_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(sections, "can_page", lambda _: False)
-    [row] = sections.paged(REHEARSAL)
-    assert "WSL" in row["skipped"]
-
-
-def test_the_loss_alone_is_timed_and_one_that_gives_another_number_is_a_problem(monkeypatch):
-    def wrong(*inputs):
-        return 1.1 * peers._our_loss(*inputs)
-
-    cpu, known = torch.device("cpu"), dict(peers.LOSSES)
-    monkeypatch.setattr(peers, "LOSSES", known | {"wrong": ("", wrong), "alike": ("", peers._our_loss)})
-    ours, *others, wrong_row, alike = peers.compare_losses("tiny", 64, cpu)
-    assert ours["tokens_per_second"] > 0 and ours["loss"] == pytest.approx(alike["loss"])
-    assert all("skipped" in row for row in others) and len(others) == 2
-    assert ours["gradient_error"] < 0.01 < 0.09 < wrong_row["gradient_error"]
-    assert "problem" in wrong_row and not {"problem", "skipped"} & {*ours, *alike}
-
-
 def test_a_test_that_fails_on_the_gpu_is_a_problem_with_its_name(tmp_path, monkeypatch):
     text = "import pytest\npytestmark = pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert False\n"
     (tmp_path / "test_some.py").write_text(text, encoding="utf-8")
@@ -397,12 +223,6 @@ def test_a_test_that_fails_on_the_gpu_is_a_problem_with_its_name(tmp_path, monke
     first, last = sections.tests(REHEARSAL)
     assert first["test"].endswith("::test_b") and first["problem"] == "failed"
     assert "1 failed, 1 passed" in last["summary"] and "problem" in last
-
-
-def test_tests_without_an_end_say_how_many_had_passed():
-    rows = [{"passed": 20}, {"summary": "35 passed"}, {"passed": 40}]
-    section = {"status": "timed out", "seconds": 1.0, "rows": rows}
-    assert "35 passed\n    40 or more passed" in summary({"tests": section})
 
 
 def gpu_check(*arguments):
@@ -435,30 +255,10 @@ def test_a_check_that_is_stopped_ends_its_section_and_writes_what_it_found(tmp_p
     assert [path.name for path in written.parent.iterdir()] == ["kit.json"]
 
 
-def test_free_memory_is_asked_of_another_process_before_and_after_context_step_and_save(monkeypatch):
-    elsewhere = (
-        "import sys; device = sys.argv[1]\nfor count, _ in enumerate(sys.stdin): print(5000 - count, flush=True)"
-    )
-    monkeypatch.setattr(sections, "FREE", elsewhere)
-    row = sections.free_memory_row(REHEARSAL, torch.device("cpu"))
-    moments = ("before_context", "after_context", "after_step", "after_save")
-    assert [row[f"{moment}_bytes"] for moment in moments] == [5000, 4999, 4998, 4997]
-    row |= {"context_held_bytes": 0, "step_held_bytes": 1, "save_held_bytes": 1}
-    text = summary({"plan": {"status": "passed", "seconds": 1.0, "rows": [row]}})
-    assert "1 B with a context, 1 B after a step, 2 B after a save" in text
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_no_check():
     done = gpu_check("--only", "paged")
     assert done.returncode == 2 and "no CUDA device" in done.stderr
-
-
-def test_a_small_or_slow_gpu_is_given_a_task_that_it_has_room_and_time_for():
-    card = machine_of_gpu(find_gpu("a100-80gb"))
-    small, slow = replace(card, memory_bytes=5 * 2**30), replace(card, flops_per_second=card.flops_per_second / 3)
-    tasks = [resident_task("streamed", 25, CARD, machine) for machine in (card, small, slow)]
-    assert tasks == [("llama-8b", 2048), ("llama-1b", 2048), ("llama-8b", 1024)]
 
 
 @pytest.mark.slow
@@ -493,21 +293,6 @@ def test_each_row_of_the_memory_option_table_adds_one_memory_option_to_the_row_b
     assert {"uncheckpointed_layers", "compile"} <= set(rows[-1])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "third_last"),
-    [
-        pytest.param(2048, "MLPs and norms in tiles", marks=pytest.mark.slow),
-        (8192, "8-bit optimizer states"),
-    ],
-)
-def test_the_memory_options_of_the_table_are_in_the_order_of_what_they_save_which_the_length_decides(
-    tokens, third_last
-):
-    order = by_saving("llama-8b", tokens, "cuda")
-    assert sorted(order) == sorted(saving_options(tokens)) and order[-3] == third_last
-    assert order[:3] == ["weights in host memory", "embeddings, head in host memory", "block inputs in host memory"]
-
-
 @pytest.mark.slow
 def test_a_row_of_the_memory_option_table_is_measured_as_it_is_planned():
     by_name = {case["option"]: case for case in memory_option_cases("tiny", 64, list(saving_options(64)))}
@@ -520,74 +305,6 @@ def test_a_row_of_the_memory_option_table_is_measured_as_it_is_planned():
         assert row["tokens_per_second"] > 0 and row["loss"] > 0
     assert found[1]["measured_bytes"] < found[0]["measured_bytes"]
     assert found[1]["measured_host_bytes"] > found[0]["measured_host_bytes"] == 0
-
-
-@pytest.mark.parametrize("place", ["model_of", "trainer_of", "under_ledger"])
-def test_a_memory_option_row_is_its_prediction_wherever_memory_runs_out(place, monkeypatch):
-    def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. More words")
-
-    case = first_case("tiny", 64)
-    expected = measure(case, warmup=0, steps=1)
-    monkeypatch.setattr(memory_options, place, too_large)
-    row = measure(case, warmup=0, steps=1)
-    assert row == {key: expected.get(key, "CUDA out of memory") for key in row}
-    assert {"failed", "planned_bytes", "predicted_bytes"} <= set(row) and "measured_bytes" not in row
-
-
-def result():
-    rows = [
-        {
-            "option": "none: all kept",
-            "predicted_bytes": 900 * MIB,
-            "predicted_host_bytes": 0,
-            "predicted_breakdown": {"workspace": 900 * MIB},
-            "failed": "CUDA out of memory",
-        },
-        {
-            "option": "tiles <1>",
-            "predicted_bytes": 300 * MIB,
-            "measured_bytes": 310 * MIB,
-            "tokens_per_second": 100.0,
-            "measured_host_bytes": 0,
-            "measured_breakdown": {"base weights": 200 * MIB, "workspace": 110 * MIB},
-        },
-        {
-            "option": "weights in host memory",
-            "predicted_bytes": 150 * MIB,
-            "measured_bytes": 150 * MIB,
-            "tokens_per_second": 50.0,
-            "measured_host_bytes": 200 * MIB,
-            "measured_breakdown": {"base weights": 100 * MIB, "workspace": 50 * MIB, "offloaded": 200 * MIB},
-        },
-    ]
-    machine = {"gpu": None, "cpu": "a <small> CPU"}
-    return {"machine": machine, "tables": [{"model": "tiny", "tokens": 64, "rows": rows}]}
-
-
-def test_the_table_says_what_each_row_is_of_the_first():
-    lines = runpy.run_path(str(TOOLS / "render_results"))["option_tables"](result())
-    assert "| none: all kept | out of memory, 900.0 MiB | | | | | |" in lines
-    assert "| weights in host memory | 150.0 MiB, 150.0 MiB | 17% | 200.0 MiB | 50.0 |  | 0.50 |" in lines
-    of_options_alone = result()
-    of_options_alone["tables"][0] |= {"alone": True, "rows": of_options_alone["tables"][0]["rows"][1:]}
-    lines = runpy.run_path(str(TOOLS / "render_results"))["option_tables"](of_options_alone)
-    assert lines[-1] == "| weights in host memory | 150.0 MiB, 150.0 MiB | 48% | 200.0 MiB | 50.0 | 0.50 |"
-    assert lines[2].startswith("| one option alone |") and lines[2].count("|") == lines[3].count("|") == 7
-
-
-def test_a_speed_that_repeats_do_not_tell_from_another_is_marked_with_its_spread_beside_it():
-    found = result()
-    for row, each in zip(
-        found["tables"][0]["rows"], ([90.0, 80.0, 99.0], [99.5, 100.0, 130.0], [50.0, 40.0, 99.5]), strict=True
-    ):
-        row |= {"measured_bytes": MIB, "measured_host_bytes": 0, "tokens_per_second": sorted(each)[1]}
-        row["each_tokens_per_second"] = each
-        row.pop("failed", None)
-    first, faster, slower = (line for line in runpy.run_path(str(TOOLS / "render_results"))["option_tables"](found)[4:])
-    assert first.endswith("| 90.0 (80.0 to 99.0) |  |  |")
-    assert faster.endswith("| 100.0 (99.5 to 130.0) | 1.11 | 1.11 |")
-    assert slower.endswith("| 50.0 (40.0 to 99.5) | 0.56, within the spread | 0.50, within the spread |")
 
 
 def test_speeds_of_several_processes_are_kept_and_their_median_is_the_rows():
@@ -610,12 +327,6 @@ def test_the_least_memory_in_which_a_plan_runs_is_found_within_8_mib():
     assert needed <= row["least_bytes"] < needed + 8 * MIB
     assert tried[0] == machine.memory_bytes and len(tried) < 10
     assert row["planned_bytes"] > row["predicted_bytes"] > 0 and row["allocated_bytes"] == 500 * MIB
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
-def test_without_a_torch_for_cuda_there_is_no_gpu_that_computes_nothing():
-    done = subprocess.run([sys.executable, TOOLS / "check" / "card"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "error: this torch is built without CUDA")
 
 
 OVER_A_CARD = pytest.mark.skipif(

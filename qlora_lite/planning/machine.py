@@ -26,7 +26,7 @@ BANDWIDTH_REACHED = 0.9  # of a GPU's memory bandwidth: 3.0 of 3.35 TB/s on an H
 # was not measured here.
 OPERATION_SECONDS = 10e-6
 WSL_OPERATION_SECONDS = 20e-6  # there the driver hands each kernel on to Windows; assumed, not measured here
-# Of weights that the host updates by an 8-bit AdamW (``tools/bench/host_updates``), on two cores; more go faster.
+# Of weights that the host updates by an 8-bit AdamW (``tools/experiments/host_updates``), on two cores; more go faster.
 HOST_UPDATES_PER_SECOND = 50e6
 DISK_BYTES_PER_SECOND = 2e9  # assumed of a common NVMe disk, for a file that is seen as memory; not measured here
 # Large enough for a fast GPU: far longer than a launch, more than its second-level cache holds.

@@ -10,9 +10,9 @@ On a GPU the operator takes the packed weight as it is, double quantisation incl
 plan, whose tensors are on no device, takes the plain way and counts a dequantised weight. A CPU's operator wants
 another order of the codes (32 rows of the weight side by side) and the maxima in bfloat16, so its weights are arranged
 once, beside the packed ones: 4.25 more bits a weight, for products of a block of SmolLM2 that are 8 times as fast with
-one row, 7 with four, 1.2 with 32 (two cores of an EPYC; ``tools/bench/adapters``). It needs AVX512-BF16; without that,
-the operator of the same name would take the arranged codes for packed ones. Training arranges nothing: its plan has no
-room for a second form of the weights.
+one row, 7 with four, 1.2 with 32 (two cores of an EPYC; ``tools/experiments/adapters``). It needs AVX512-BF16; without
+that, the operator of the same name would take the arranged codes for packed ones. Training arranges nothing: its plan
+has no room for a second form of the weights.
 
 Both are kept away from rows that are not made of whole blocks, which bitsandbytes' CPU kernels have got wrong before
 (see ``quant.nf4.dequantize``).
@@ -35,7 +35,7 @@ from .nf4 import BLOCK_SIZE, Packed, absmax_of, dequantize, quantize
 # whether its kernel or dequantisation is faster; with 513 rows it dequantises every weight of 4 million numbers or more
 # (bitsandbytes 0.50, _gemm_4bit_use_custom_cuda), as the plain way does, which rounds once less. On a CPU: with 32 rows
 # it was 1.2 times as fast without a matrix unit and 0.8 times with one (AMX), with 16 rows 1.3 times with it
-# (``tools/bench/adapters``).
+# (``tools/experiments/adapters``).
 MAX_ROWS = {"cuda": 512, "cpu": 16}
 MAX_ERROR = 0.05  # relative, of a product in the right order: rounding to bfloat16 is 0.5 %, another order 100 %
 _SIDE_BY_SIDE = 32  # rows of the weight that lie together in the CPU kernel's order

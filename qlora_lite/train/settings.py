@@ -42,21 +42,21 @@ class TrainSettings:
 # Of LoRA with alpha 32, by the beginning of transformers' ``model_type``: the rate at a hidden size of 2,000, and the
 # exponent of 2,000 / hidden size. Llama's and Qwen's are the rule of Thinking Machines' tinker-cookbook
 # (``hyperparam_utils``); Gemma's rate is from a sweep of its smallest model, with Llama's exponent, which errs on the
-# low side (tools/bench/learning_rates). Other families have no published sweep, and take Llama's.
+# low side (tools/experiments/learning_rates). Other families have no published sweep, and take Llama's.
 LEARNING_RATES = {"qwen": (5e-4, 0.0775), "gemma": (2.25e-4, 0.781), "": (5e-4, 0.781)}
 
 
 # Of LoRA's rate with alpha 32. Full fine-tuning's is from LoRA Without Regret (Thinking Machines, 2025), the other from
-# sweeps of both demo models, 40 steps of E2E and SST-2 (tools/bench/study).
+# sweeps of both demo models, 40 steps of E2E and SST-2 (tools/experiments/study).
 METHOD_SHARES = {"full": 0.1, "bottleneck": 1.5}
 # Of these rates, for preferences: LoRA's usual 5e-6 to 1e-5 of DPO is a sixtieth to a thirtieth of a 7B model's. Single
 # runs of the recipe preferences, of one seed: short answers were learned at a sixteenth, none at a fortieth, and at a
-# fifth all margins were reached in answers of 2.6 words. tools/bench/preferences measures this one.
+# fifth all margins were reached in answers of 2.6 words. tools/experiments/preferences measures this one.
 PREFERENCE_SHARE = 0.05
 # Of that of LoRA weights that begin as kaiming has them, by ``lora.start``: of others B has a part in the first updates
 # of their product, or A is larger. SmolLM2-135M on GSM8K, 40 steps, at a quarter of auto, half, and auto: qera 0.936,
 # 0.925 and 0.959, loftq 0.963, 0.934 and 0.943, pissa 0.943, 0.983 and 1.119, olora 0.971, 1.060 and 1.219, eva 0.953,
-# 0.981 and 1.068 (first seed; tools/bench/starts).
+# 0.981 and 1.068 (first seed; tools/experiments/starts).
 START_SHARES = {"qera": 0.5, "loftq": 0.5, "pissa": 0.25, "olora": 0.25, "eva": 0.25}
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from inspect import isgeneratorfunction
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.results import write_result
 
-__all__ = ["apart", "in_turns", "mean_of", "parser", "ratio", "start", "step_by_step", "write_result"]
+__all__ = ["apart", "in_turns", "parser", "ratio", "start", "write_result"]
 CASE = "--case"
 
 
@@ -34,7 +33,7 @@ def start(main: Callable[[], None], measure: Callable[[Any], Any]) -> None:
     """Begin a tool: with a measurement, where ``apart`` has started this process for one."""
     if sys.argv[1:2] == [CASE] and isgeneratorfunction(measure):
         steps = measure(json.loads(sys.argv[2]))
-        for _ in sys.stdin:  # a line for each step, see ``step_by_step``
+        for _ in sys.stdin:  # a line for each step, see ``experiments.harness.step_by_step``
             print(json.dumps(next(steps)), flush=True)
     elif sys.argv[1:2] == [CASE]:
         print(json.dumps(measure(json.loads(sys.argv[2]))))
@@ -56,39 +55,6 @@ def apart(case: Any, variables: Mapping[str, str] | None = None) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def step_by_step(cases: Mapping[str, Any], steps: int) -> dict[str, list[float]]:
-    """Let the running tool's ``measure`` go on in a process of its own for each case, one step of each in turn.
-
-    Where other programs change the speed of a machine from minute to minute, this compares what was slowed down alike.
-
-    Args:
-        cases: each an argument of ``measure``, which is a generator here: of a number for each step.
-    """
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    with ExitStack() as stack:
-        running = {
-            name: stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, sys.argv[0], CASE, json.dumps(case)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for name, case in cases.items()
-        }
-        for _ in range(steps):
-            for name, process in running.items():
-                process.stdin.write("\n")
-                process.stdin.flush()
-                if not (line := process.stdout.readline()):
-                    raise SystemExit(f"error: {cases[name]} ended with {process.wait()}")
-                found[name].append(json.loads(line))
-        for process in running.values():
-            process.stdin.close()
-    return found
-
-
 def in_turns(ways: Mapping[str, Callable[[], dict]], rounds: int) -> dict[str, list[dict]]:
     """Measure every way once a round, so that a machine that slows down slows all of them; return each way's rows."""
     found: dict[str, list[dict]] = {way: [] for way in ways}
@@ -97,13 +63,6 @@ def in_turns(ways: Mapping[str, Callable[[], dict]], rounds: int) -> dict[str, l
             found[way].append(measure())
             print(f"{number}/{rounds} {way}", file=sys.stderr, flush=True)
     return found
-
-
-def mean_of(rows: Iterable[dict], key: str) -> dict[str, float | None]:
-    """Return a number's mean over rows, and its standard deviation where there are several."""
-    values = [row[key] for row in rows]
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {key: statistics.fmean(values), "standard_deviation": spread}
 
 
 def ratio(ours: Iterable[dict], theirs: Iterable[dict], key: str) -> dict[str, float]:
