@@ -84,6 +84,33 @@ def test_results_name_the_versions_of_what_is_installed_and_are_replaced_at_once
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
+def test_a_result_has_a_row_on_each_line_the_spread_of_many_numbers_and_no_raw_rows(tmp_path):
+    rows = [{"step": step, "seconds": 0.1 * step, "shapes": [1, 2], "why": "x" * 300} for step in range(3)]
+    found = {"date": "2030-01-02", "losses": [*range(11)], "steps": 3, "rows": rows, "few": [3, 1, 2]}
+    path = results.write_result("a", found, tmp_path, raw={"shapes"})
+    text = path.read_text("utf-8")
+    read = json.loads(text)
+    assert read["date"] == "2030-01-02" and read["few"] == [3, 1, 2]
+    assert read["losses"] == {"n": 11, "lowest": 0, "median": 5, "highest": 10}
+    assert [row["seconds"] for row in read["rows"]] == [0.0, 0.1, 0.2] and "shapes" not in text
+    assert [line.count('"step"') for line in text.splitlines()].count(1) == 3
+    results.write_result("a", read, tmp_path)
+    assert path.read_text("utf-8") == text, "written again it is the same"
+    spreads = results.spread_of([{"side": "ours", "speed": speed} for speed in (2.0, 1.0)])
+    assert spreads == {"speed": {"n": 2, "lowest": 1.0, "median": 1.5, "highest": 2.0}}
+
+
+SUMMARIES = [path for path in sorted(results.RESULTS.glob("*.json")) if path.stem != "gpu_check"]  # whose rows stay
+
+
+@pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.stem)
+def test_each_result_is_a_short_summary_with_its_date_and_machine(path):
+    text = path.read_text("utf-8")
+    found = json.loads(text)
+    assert len(text.splitlines()) <= 60
+    assert found["date"][:2] == "20" and found["machine"]["cpu"] and found["versions"]["torch"]
+
+
 def not_there(name):
     raise PackageNotFoundError(name)
 

@@ -1,10 +1,12 @@
-"""Write what a benchmark measured, and on which machine and versions, to tools/results/NAME.json."""
+"""Write a summary of what a benchmark measured, on which machine and versions, to tools/results/NAME.json."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,15 +18,20 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "numpy")
 OTHERS = ("peft", "triton", "liger_kernel", "cut_cross_entropy")  # what is compared with, or compiles; if installed
 UNKNOWN = "unknown"
+MOST_NUMBERS = 10  # of a list that a result keeps
+SHORT, LONG = 300, 1200  # characters of what stays on one line: of a part of a result, and inside of one
 
 
-def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write a benchmark's figures; an earlier result of the same name is replaced.
+def write_result(
+    name: str, payload: dict[str, Any], folder: Path = RESULTS, raw: frozenset[str] | set[str] = frozenset()
+) -> Path:
+    """Write a summary of a benchmark's figures, a table's row on each line; an earlier result is replaced.
 
     Args:
         name: the file's stem.
         payload: anything JSON can hold; the keys "date", "machine" and "versions" are added where it has none.
         folder: where, if it is not for tools/results.
+        raw: keys, at any depth, of what a summary leaves out.
 
     Returns:
         The file written.
@@ -37,8 +44,66 @@ def write_result(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> 
         "versions": versions(),
         **payload,
     }
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    write_text(path, as_text(summary(result, raw)) + "\n")
     return path
+
+
+def summary(value: Any, raw: frozenset[str] | set[str] = frozenset()) -> Any:
+    """Return what a result keeps: floats of nine digits, the spread of many numbers in their place, no raw keys."""
+    if isinstance(value, dict):
+        return {key: summary(each, raw) for key, each in value.items() if key not in raw}
+    if isinstance(value, list | tuple):
+        many = len(value) > MOST_NUMBERS and all(isinstance(each, int | float) for each in value)
+        return summary(spread(value)) if many else [summary(each, raw) for each in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return how many numbers there are, and their range and median."""
+    return {"n": len(values), "lowest": min(values), "median": statistics.median(values), "highest": max(values)}
+
+
+def spread_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the spread of each number over the rows of equal runs."""
+    numbers = [key for key in rows[0] if all(isinstance(row.get(key), int | float) for row in rows)]
+    return {key: spread([row[key] for row in rows]) for key in numbers}
+
+
+def as_text(value: Any, depth: int = 0) -> str:
+    """Return JSON in which a row of a table, and whatever is short, stands on one line."""
+    line, inner = json.dumps(value), "  " * (depth + 1)
+    if depth and (len(line) <= (SHORT if depth == 1 else LONG) or not _has_rows(value)):
+        return line
+    if isinstance(value, list):
+        parts = [as_text(each, depth + 1) for each in value]
+        return "[\n" + ",\n".join(inner + part for part in parts) + f"\n{inner[2:]}]"
+    text, before = "", True
+    for key, each in value.items():
+        alone = not (before and _is_plain(each)) if depth else isinstance(each, dict | list)
+        text += "," if text else ""
+        text += f"\n{inner}" if (alone and text) or not (text or depth) else " " if text else ""
+        text, before = text + f"{json.dumps(key)}: {as_text(each, depth + 1)}", True
+    return f"{{{text}}}" if depth else f"{{{text}\n}}"
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, dict | list) or not any(isinstance(each, dict | list) for each in _values(value))
+
+
+def _has_rows(value: Any) -> bool:
+    """Return whether a list of rows, or rows by name, are in it."""
+    if not isinstance(value, dict | list):
+        return False
+    inside = _values(value)
+    return bool(inside) and (
+        all(isinstance(each, dict | list) for each in inside)
+        or any(isinstance(each, list) and not _is_plain(each) for each in inside)
+        or any(isinstance(each, dict) and not all(map(_is_plain, each.values())) for each in inside)
+    )
+
+
+def _values(value: dict | list) -> list:
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 def earlier(name: str, key: str, shape: dict[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
