@@ -77,13 +77,13 @@ def as_text(value: Any, depth: int = 0) -> str:
     if isinstance(value, list):
         parts = [as_text(each, depth + 1) for each in value]
         return "[\n" + ",\n".join(inner + part for part in parts) + f"\n{inner[2:]}]"
-    text, before = "", True
+    text = ""
     for key, each in value.items():
-        alone = not (before and _is_plain(each)) if depth else isinstance(each, dict | list)
-        text += "," if text else ""
-        text += f"\n{inner}" if (alone and text) or not (text or depth) else " " if text else ""
-        text, before = text + f"{json.dumps(key)}: {as_text(each, depth + 1)}", True
-    return f"{{{text}}}" if depth else f"{{{text}\n}}"
+        begins_line = not _is_plain(each) if depth else isinstance(each, dict | list)
+        if text:
+            text += f",\n{inner}" if begins_line else ", "
+        text += f"{json.dumps(key)}: {as_text(each, depth + 1)}"
+    return f"{{{text}}}" if depth else f"{{\n{inner}{text}\n}}"
 
 
 def _is_plain(value: Any) -> bool:
