@@ -9,8 +9,7 @@ from tiny import build_tiny
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
-from qlora_lite.adapters.lora.layer import LoraLinear
-from qlora_lite.adapters.lora.shared import SharedInput
+from qlora_lite.adapters.lora.layer import LoraLinear, SharedInput
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 

@@ -18,7 +18,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1; rank-stabilised scale: arXiv 2312.0
 import math
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,9 +40,6 @@ from qlora_lite.quant.product import (
     product,
     product_beside,
 )
-
-if TYPE_CHECKING:
-    from .shared import SharedInput
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
@@ -255,7 +252,7 @@ class LoraLinear(LoraWeights):
         base: ``QuantLinear``, ``nn.Linear`` or ``Conv1D``; its parameters are frozen here.
         rank, alpha, dropout, rslora, dtype: see ``LoraWeights``.
 
-    ``shared`` is the set of layers that this one's input is shared with, if any; see ``shared``. ``path`` is its
+    ``shared`` is the set of layers that this one's input is shared with, if any; see ``SharedInput``. ``path`` is its
     name in the model. ``merging`` says into what the update is merged in the weight that the layer computes with; None
     adds it to the frozen weight's product. ``merged`` is that weight while it is kept (``inject.merged_once``), which
     ``caches_merged`` allows.
@@ -319,3 +316,36 @@ class LoraLinear(LoraWeights):
         """Return ``scale * (x A^T) B^T`` by plain autograd."""
         low = self.scale * functional.linear(x, self.lora_A.to(x.dtype))
         return functional.linear(low, self.lora_B.to(x.dtype))
+
+
+class SharedInput:
+    """LoRA layers of one rank, scale and type, called in order with the same input; each holds its set."""
+
+    def __init__(self, layers: Sequence[LoraLinear]):
+        self.layers = tuple(layers)
+        self._begun: Begun | None = None
+        for layer in self.layers:
+            layer.shared = self
+
+    def begun_for(self, layer: LoraLinear, x: torch.Tensor) -> tuple[Begun, int]:
+        """Return the products that the first layer began for all, and which of them is this layer's."""
+        number = self.layers.index(layer)
+        if number == 0:
+            self._begun = begin(x, self.layers)
+        begun = self._begun
+        if begun is None or begun.x is not x:
+            self.fall_apart()
+            return begin(x, [layer]), 0
+        if number == len(self.layers) - 1:
+            self._begun = None
+        return begun, number
+
+    def forget(self) -> None:
+        """Drop what the first layer began."""
+        self._begun = None
+
+    def fall_apart(self) -> None:
+        """Let each layer compute by itself."""
+        self.forget()
+        for layer in self.layers:
+            layer.shared = None

@@ -5,50 +5,17 @@ gradient of x, to which the layers add in place, in place of one tensor for each
 product with its frozen weight stays where it was.
 
 A model's code calls its projections one by one, so the first call of a set begins for all of them, and the others take
-what it left (``layer``). A set whose layers are not called so after all falls apart, and each computes by itself.
+what it left (``layer.SharedInput``). A set whose layers are not called so after all falls apart, and each computes by
+itself.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from .layer import Begun, LoraLinear, begin
+from .layer import LoraLinear, SharedInput
 
 SETS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # in the order in which models call them
-
-
-class SharedInput:
-    """LoRA layers of one rank, scale and type, called in order with the same input; each holds its set."""
-
-    def __init__(self, layers: Sequence[LoraLinear]):
-        self.layers = tuple(layers)
-        self._begun: Begun | None = None
-        for layer in self.layers:
-            layer.shared = self
-
-    def begun_for(self, layer: LoraLinear, x: torch.Tensor) -> tuple[Begun, int]:
-        """Return the products that the first layer began for all, and which of them is this layer's."""
-        number = self.layers.index(layer)
-        if number == 0:
-            self._begun = begin(x, self.layers)
-        begun = self._begun
-        if begun is None or begun.x is not x:
-            self.fall_apart()
-            return begin(x, [layer]), 0
-        if number == len(self.layers) - 1:
-            self._begun = None
-        return begun, number
-
-    def forget(self) -> None:
-        """Drop what the first layer began."""
-        self._begun = None
-
-    def fall_apart(self) -> None:
-        """Let each layer compute by itself."""
-        self.forget()
-        for layer in self.layers:
-            layer.shared = None
 
 
 def share_inputs(model: nn.Module) -> None:
