@@ -17,7 +17,6 @@ Source: Houlsby et al., arXiv 1902.00751, section 2.1; Pfeiffer et al., arXiv 20
 import math
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,9 +28,7 @@ from qlora_lite.quant.linear import frozen_weight
 from .checkpoint_names import inside, outside
 from .lora.inject import blocks_of, linear_layers, require_base
 from .method import AdapterMethod
-
-if TYPE_CHECKING:
-    from .lora.switch import Switch
+from .switch import Switch
 
 PEFT_TYPE = "BOTTLENECK"  # in adapter_config.json; peft has no such adapters
 # The last linear layer of a part, by its path in a block.
@@ -94,13 +91,13 @@ class BottleneckLinear(nn.Module):
 
 
 class SwitchBottleneck(nn.Module):
-    """A layer with one adapter behind it for the rows that use it; see ``lora.switch``. Only for inference.
+    """A layer with one adapter behind it for the rows that use it; see ``switch``. Only for inference.
 
     Args:
         tensors: D, d, U and u.
     """
 
-    def __init__(self, base: nn.Module, switch: "Switch", name: str, tensors: list[torch.Tensor], activation: str):
+    def __init__(self, base: nn.Module, switch: Switch, name: str, tensors: list[torch.Tensor], activation: str):
         super().__init__()
         self.base, self.switch, self.name, self.tensors, self.activation = base, switch, name, tensors, activation
 
@@ -216,7 +213,7 @@ class Bottleneck(AdapterMethod):
             for leaf, shape in shapes_of(model.get_submodule(path), self.width).items()
         }
 
-    def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add_switched(self, model: nn.Module, switch: Switch, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""
         device: torch.device = model.device
         for path in dict.fromkeys(key.rpartition(".")[0] for key in tensors):

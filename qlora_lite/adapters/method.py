@@ -13,6 +13,8 @@ from torch import nn
 from qlora_lite.errors import TrainingError
 from qlora_lite.quant.merging import OFF
 
+from .switch import Switch
+
 
 class AdapterMethod:
     """A way to adapt a frozen model. ``apply`` and ``config`` are a method's own; the rest has defaults.
@@ -137,8 +139,8 @@ class AdapterMethod:
         """
         raise NotImplementedError
 
-    def add_switched(self, model: nn.Module, switch, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add an adapter to a model for answers, used where a switch says so (``lora.switch.Switch``).
+    def add_switched(self, model: nn.Module, switch: Switch, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add an adapter to a model for answers, used where a switch says so (``switch.Switch``).
 
         Args:
             model: its base, to which others may have been added.

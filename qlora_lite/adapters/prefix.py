@@ -19,7 +19,6 @@ import sys
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -39,9 +38,7 @@ from .prompt import (
     switched_tokens,
     virtual_tokens,
 )
-
-if TYPE_CHECKING:
-    from .lora.switch import Switch
+from .switch import Switch
 
 _KEY, _VALUE = "k_proj", "v_proj"
 _ENDS = f".{_KEY}", f".{_VALUE}"  # of paths
@@ -188,7 +185,7 @@ class PrefixTuning(AdapterMethod):
             for path, prefix in _by_layer(model, list(found), tensors[TENSOR]):
                 found[path].prefix.copy_(prefix)
 
-    def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add_switched(self, model: nn.Module, switch: Switch, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""
         part = switched_tokens(model, switch)
         part.counts[name] = self.virtual_tokens

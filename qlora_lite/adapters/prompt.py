@@ -18,7 +18,6 @@ import inspect
 from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,9 +25,7 @@ from torch import nn
 from qlora_lite.errors import ModelError
 
 from .method import AdapterMethod
-
-if TYPE_CHECKING:
-    from .lora.switch import Switch
+from .switch import Switch
 
 _NAME = "virtual_tokens"  # of the decoder's part
 TENSOR = "prompt_embeddings"  # in adapter files, [k, D]
@@ -93,13 +90,13 @@ class VirtualTokens(VirtualPlaces):
 
 
 class SwitchedTokens(VirtualPlaces):
-    """The virtual tokens of several adapters, those used that a switch says (``lora.switch``). Only for inference.
+    """The virtual tokens of several adapters, those used that a switch says (``switch``). Only for inference.
 
     Args:
         switch: of the model. Rows of one batch may not use several of them, since each wants tokens of its own.
     """
 
-    def __init__(self, switch: "Switch"):
+    def __init__(self, switch: Switch):
         super().__init__()
         self.switch = switch
         self.counts: dict[str, int] = {}
@@ -143,7 +140,7 @@ def count_in(config: Mapping) -> int:
     return count
 
 
-def switched_tokens(model: nn.Module, switch: "Switch") -> SwitchedTokens:
+def switched_tokens(model: nn.Module, switch: Switch) -> SwitchedTokens:
     """Return the part of a model for the virtual tokens of several adapters, added to it where it is not there."""
     part = virtual_tokens(model)
     if not isinstance(part, SwitchedTokens):
@@ -271,7 +268,7 @@ class PromptTuning(AdapterMethod):
         """See ``AdapterMethod``."""
         return {TENSOR: (self.virtual_tokens, model.get_input_embeddings().weight.shape[1])}
 
-    def add_switched(self, model: nn.Module, switch: "Switch", name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add_switched(self, model: nn.Module, switch: Switch, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """See ``AdapterMethod``."""
         part = switched_tokens(model, switch)
         part.counts[name], part.by_name[name] = self.virtual_tokens, tensors[TENSOR].to(model.device)

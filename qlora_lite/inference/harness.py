@@ -29,8 +29,8 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from yaml import YAMLError
 
-from qlora_lite.adapters.lora.switch import Switch
 from qlora_lite.adapters.prompt import count_virtual
+from qlora_lite.adapters.switch import Switch
 from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.batch import IGNORED_LABEL, Batch, plan_epoch
 from qlora_lite.data.hub import hub_errors

@@ -12,10 +12,11 @@ from pathlib import Path
 from torch import nn
 
 from qlora_lite.adapters.lora.start import first_sum_of
-from qlora_lite.adapters.lora.switch import Switch, add_switch
+from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.prompt import SwitchedTokens, virtual_tokens
 from qlora_lite.adapters.read import Adapter, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
+from qlora_lite.adapters.switch import Switch
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.adapters.lora.layer import LoraLinear
-from qlora_lite.adapters.lora.switch import Switch, SwitchLinear
+from qlora_lite.adapters.lora.switch import SwitchLinear
 from qlora_lite.adapters.read import Factors
+from qlora_lite.adapters.switch import Switch
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.quant import linear, small_batch
 from qlora_lite.quant.linear import QuantLinear, arrange_weights
