@@ -28,7 +28,7 @@ from qlora_lite.quant.blockwise import BLOCK_VALUES
 
 from .divided_weights import Parts
 from .eight_bit import CpuAdamW8bit, CpuLion8bit
-from .optim import are_finite, parameters_of
+from .gradients import are_finite, parameters_of
 from .rounding import places_of, round_stochastically
 
 # Values that are updated at once, if several factors have them. A CPU's float32 copies of them have 1 MiB: larger ones

@@ -36,10 +36,11 @@ from .causal_lm import CausalLM, answer_losses
 from .divided_weights import names_of_norms, parts_of, trained_here
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
+from .gradients import parameters_of
 from .guards import check_choice, check_shareable, check_trainable, explain_not_finite
 from .loss_scale import LossScale
 from .memory_probe import probe_step
-from .optim import build_optimizer, parameters_of, set_learning_rate
+from .optim import build_optimizer, set_learning_rate
 from .out_of_memory import cut, free_cached_memory, is_out_of_memory, lower_limit, no_retry
 from .processes import ALONE, OtherRankError, Processes
 from .settings import TrainSettings, lr_factor

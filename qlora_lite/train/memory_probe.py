@@ -14,7 +14,8 @@ from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.packing import passes
 
 from .divided_weights import parts_of
-from .optim import UpdatesInBackward, clip_scale, fill_gradients, gradient_norms, is_updated_on_host, updating
+from .gradients import clip_scale, fill_gradients, gradient_norms
+from .optim import UpdatesInBackward, is_updated_on_host, updating
 from .step import accumulate_gradients
 from .workload import Workload
 

@@ -10,7 +10,6 @@ them.
 
 import ctypes
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,7 +21,9 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.ops.shapes import is_planned, planning_for
 
+from . import flat
 from .divided_weights import Parts
+from .gradients import are_finite, fill_gradients, gradient_norms, parameters_of
 from .processes import ALONE, Processes
 from .rounding import in_float32, places_of
 
@@ -77,8 +78,6 @@ def build_optimizer(
         )
         optimizer.on_host = frozenset(on_host)
         return optimizer
-    from . import flat
-
     device = parameters[0].device
     if name.startswith("paged_") and (on_host or not can_page(device)):
         name = name.removeprefix("paged_")
@@ -110,11 +109,6 @@ def updating(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Par
     kernels = planning_for("cpu") if is_on_host and is_planned() else nullcontext()
     with category("offloaded" if is_on_host else "optimizer"), kernels:
         yield
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    """Return an optimizer's parameters, group by group."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -170,36 +164,6 @@ def can_page(device: torch.device) -> bool:
     number = torch.cuda.current_device() if device.index is None else device.index
     error = driver.cuDeviceGetAttribute(ctypes.byref(found), CONCURRENT_MANAGED_ACCESS, number)
     return error == 0 and found.value == 1
-
-
-def fill_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give parameters that nothing has read a gradient of zero, such as those that a model has for another task."""
-    with category("gradients"):
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-
-def gradient_norms(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """Return the L2 norm of each parameter's gradient, float32 [n], accumulated in float32 whatever their type.
-
-    No value is read back to the host.
-    """
-    return torch.stack(torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32))
-
-
-def are_finite(numbers: torch.Tensor | None) -> bool:
-    """Return whether numbers are finite, which the host waits for; those of a plan, and none, are."""
-    return numbers is None or numbers.is_meta or all(map(math.isfinite, numbers.tolist()))
-
-
-def clip_scale(norm: torch.Tensor, max_norm: float) -> torch.Tensor | None:
-    """Return what scales gradients of a total L2 norm to ``max_norm`` at most, as ``clip_grad_norm_`` does; None for 0.
-
-    An optimizer's step applies it to the gradients that it copies together: in place, torch would scale bfloat16
-    gradients by a float32 number one after the other on a GPU, and round them once more.
-    """
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
 
 
 class UpdatesInBackward:

@@ -21,8 +21,9 @@ from qlora_lite.ops.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
 from .divided_weights import norms_of_all, parts_of
+from .gradients import clip_scale, fill_gradients, gradient_norms, parameters_of
 from .loss_scale import unscale
-from .optim import UpdatesInBackward, clip_scale, fill_gradients, gradient_norms, parameters_of
+from .optim import UpdatesInBackward
 from .out_of_memory import no_retry
 from .processes import ALONE, Processes
 from .workload import Workload

@@ -11,7 +11,8 @@ from qlora_lite.planning.simulate import META
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 from qlora_lite.quant.tensor_file import write_tensors
 from qlora_lite.train import eight_bit, flat
-from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, clip_scale, gradient_norms
+from qlora_lite.train.gradients import clip_scale, gradient_norms
+from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer
 from qlora_lite.train.state import _host_copy
 
 OPTIMIZERS = [*BITSANDBYTES_NAMES, "adamw_torch"]

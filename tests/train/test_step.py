@@ -19,7 +19,8 @@ from qlora_lite.recipe.reference import choices_of, field_at
 from qlora_lite.train import loop, optim
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.forward import labelled_count, prepare
-from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, can_page, clip_scale, gradient_norms
+from qlora_lite.train.gradients import clip_scale, gradient_norms
+from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, can_page
 from qlora_lite.train.settings import lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, train_step
 from qlora_lite.train.workload import LossSum
