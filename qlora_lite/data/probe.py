@@ -27,6 +27,8 @@ from functools import lru_cache
 
 from qlora_lite.errors import DataError, ModelError
 
+from .unseen_words import render_blind
+
 CPU_SECONDS = 1  # an honest template takes milliseconds; and as much more for a million letters of a row
 CLOCK_SECONDS = 10  # where no processor time is counted: other processes may have the cores
 MEMORY_BYTES = 512 << 20  # and 20 times the row
@@ -92,7 +94,7 @@ def render_apart(
         source: the Jinja text.
         messages: of the conversation.
         special_tokens: what templates are given by name, such as bos_token.
-        options: of ``render_jinja_template``, or blind=True and those of ``fast_render.render_blind``.
+        options: of ``render_jinja_template``, or blind=True and those of ``unseen_words.render_blind``.
 
     Raises:
         TakesTooMuchError: it takes too much time or memory, or writes too much; the text says which.
@@ -201,8 +203,6 @@ def _serve() -> None:
     """
     import transformers.utils.chat_template_utils  # noqa: F401 (before time and memory are counted)
 
-    from . import fast_render  # noqa: F401 (likewise)
-
     try:
         import resource
     except ModuleNotFoundError:  # on Windows
@@ -252,8 +252,6 @@ def _render(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if blind:
-        from .fast_render import render_blind
-
         return render_blind(source, messages, special_tokens, **options)
     (text,), blocks = render_jinja_template([messages], chat_template=source, **special_tokens, **options)
     return text, blocks[0] if blocks else []

@@ -19,13 +19,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from qlora_lite.errors import DataError
 
 from .picture_turns import MARK
 from .probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
-from .row_formats import Conversation, Turn, as_message
+from .row_formats import ROW_DAY, Conversation, Turn, as_message
 from .template import CHATML_TOOLS, NAMED_TEMPLATES, Template
 from .tools import written_names
 
@@ -33,7 +32,6 @@ CONTROL_TOKEN = "control token in text"
 TEMPLATE = "template does not fit"
 END_OF_ANSWER = "answer without an end token"
 _CURE_OF_TOOLS = f"set data.template to {CHATML_TOOLS}, or to a .jinja file that writes tools, calls and results"
-ROW_DAY = datetime(2024, 7, 26)  # what Llama 3.1's template, the first of its kind, writes where it is given no clock
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPTIONS = {"text": {}, "prompt": {"add_generation_prompt": True}, "blocks": {"return_assistant_tokens_mask": True}}
 _LETTERS_PER_MESSAGE = 2_000_000  # that are to be written, about; more rows at once save little

@@ -38,6 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
@@ -71,6 +72,7 @@ ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
+ROW_DAY = datetime(2024, 7, 26)  # of rows that templates date (``render``): what Llama 3.1's writes without a clock
 _NOT_SUPPORTED = {
     "functions": "write it as 'tools'",
     "function_call": "write it as 'tool_calls'",

@@ -34,8 +34,15 @@ from qlora_lite.data.pictures import FORMAT as PICTURES
 from qlora_lite.data.pictures import classes_without_pictures, is_folder_of_pictures, not_read, picture_columns
 from qlora_lite.data.preferences import answer_tokens, check_labels
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
-from qlora_lite.data.render import ROW_DAY
-from qlora_lite.data.row_formats import LABELS, PAIRS, answer_beside_text, check_format, recognise, used_columns
+from qlora_lite.data.row_formats import (
+    LABELS,
+    PAIRS,
+    ROW_DAY,
+    answer_beside_text,
+    check_format,
+    recognise,
+    used_columns,
+)
 from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
 from qlora_lite.data.storage import Example, Examples, prompt_tokens, row_lengths, sequences_of

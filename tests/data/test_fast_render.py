@@ -10,8 +10,8 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.fast_render import make_form
 from qlora_lite.data.mask import render_row
-from qlora_lite.data.render import ROW_DAY, render
-from qlora_lite.data.row_formats import Conversation, Turn
+from qlora_lite.data.render import render
+from qlora_lite.data.row_formats import ROW_DAY, Conversation, Turn
 from qlora_lite.data.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.errors import DataError
 
