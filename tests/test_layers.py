@@ -1,6 +1,8 @@
-"""Imports point down: each layer may use the layers before it, never itself or a later one."""
+"""Imports point down: each layer may use the layers before it, never itself or a later one, and no files use each other
+in a circle."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -92,6 +94,45 @@ def test_the_walk_finds_an_upward_or_sideways_import(tmp_path, file, line):
     path.parent.mkdir(exist_ok=True)
     path.write_text(line)
     assert len(forbidden_imports(tmp_path)) == 1
+
+
+def import_cycle(package=PACKAGE):
+    """Return the files of a cycle of imports, each of which imports the next one; none if there is no cycle."""
+    files = {}
+    for path in package.rglob("*.py"):
+        parts = ("qlora_lite", *path.relative_to(package).with_suffix("").parts)
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    imported = {name: {*imported_names(path, package)} for name, path in files.items()}
+    graph = {
+        name: {file for each in names for file in (each, each.rpartition(".")[0]) if file in files and file != name}
+        for name, names in imported.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert import_cycle() == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from qlora_lite.quant import b",
+        "from .b import x",
+        "import qlora_lite.quant.b",
+        "def f():\n    from .b import x",
+        "if TYPE_CHECKING:\n    from .b import x",
+    ],
+)
+def test_the_walk_finds_a_circle_of_files(tmp_path, line):
+    (tmp_path / "quant").mkdir()
+    for name, text in {"a": line, "b": "from .c import x", "c": "from . import a"}.items():
+        (tmp_path / "quant" / f"{name}.py").write_text(text)
+    assert {*import_cycle(tmp_path)} == {f"qlora_lite.quant.{name}" for name in "abc"}
 
 
 def test_the_lowest_layer_imports_the_standard_library_only():
