@@ -1,17 +1,15 @@
 """Imports point down: each layer may use the layers before it, never itself or a later one, and no files use each other
 in a circle."""
 
-import ast
-import graphlib
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "qlora_lite"
+from check.source import PACKAGE, import_cycles, imported_names
+
 LAYERS = [
     {"errors", "units", "terminal", "constraints", "compilers"},
     {"files"},
@@ -38,18 +36,6 @@ ENTRY_POINTS = {"__init__", "__main__"}  # the package's own front door: imports
 def unit_of(path, package=PACKAGE):
     """Return the package or module directly below qlora_lite that a file belongs to."""
     return path.relative_to(package).with_suffix("").parts[0]
-
-
-def imported_names(path, package=PACKAGE):
-    """Yield the absolute dotted name of everything that a file imports, wherever in the file."""
-    here = ("qlora_lite", *path.relative_to(package).with_suffix("").parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(here[: -node.level]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def forbidden_imports(package=PACKAGE):
@@ -96,26 +82,8 @@ def test_the_walk_finds_an_upward_or_sideways_import(tmp_path, file, line):
     assert len(forbidden_imports(tmp_path)) == 1
 
 
-def import_cycle(package=PACKAGE):
-    """Return the files of a cycle of imports, each of which imports the next one; none if there is no cycle."""
-    files = {}
-    for path in package.rglob("*.py"):
-        parts = ("qlora_lite", *path.relative_to(package).with_suffix("").parts)
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    imported = {name: {*imported_names(path, package)} for name, path in files.items()}
-    graph = {
-        name: {file for each in names for file in (each, each.rpartition(".")[0]) if file in files and file != name}
-        for name, names in imported.items()
-    }
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        return error.args[1][::-1]
-    return []
-
-
 def test_no_files_import_each_other_in_a_circle():
-    assert import_cycle() == []
+    assert import_cycles() == []
 
 
 @pytest.mark.parametrize(
@@ -132,7 +100,7 @@ def test_the_walk_finds_a_circle_of_files(tmp_path, line):
     (tmp_path / "quant").mkdir()
     for name, text in {"a": line, "b": "from .c import x", "c": "from . import a"}.items():
         (tmp_path / "quant" / f"{name}.py").write_text(text)
-    assert {*import_cycle(tmp_path)} == {f"qlora_lite.quant.{name}" for name in "abc"}
+    assert import_cycles(tmp_path) == [[f"qlora_lite.quant.{name}" for name in "abc"]]
 
 
 def test_the_lowest_layer_imports_the_standard_library_only():
