@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.quant.merging import OFF
@@ -10,6 +11,8 @@ from qlora_lite.train.workload import BatchShape
 from .machine import HOST_UPDATES_PER_SECOND, Machine
 from .predict import Prediction, predict
 from .simulate import Job
+
+Changes = dict[str, Any]  # fields of MemoryOptions, and what they become
 
 NOT_CHOSEN = {
     "optimizer_in_backward",
@@ -33,7 +36,7 @@ class Step:
     pack: BatchShape
     packs: int
     micro_batches: int
-    fixed: Mapping[str, object] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     may_split: bool = True
     known: dict[Job, Prediction] = field(default_factory=dict, compare=False, repr=False)
 

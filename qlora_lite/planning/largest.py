@@ -70,7 +70,7 @@ def _most_that_fit(
     smallest = prediction_of(1)
     if not smallest.fits(limit_bytes, host_limit_bytes):
         needed, limit, where = smallest.peak_bytes, limit_bytes, ""
-        if smallest.peak_bytes <= limit_bytes:
+        if smallest.peak_bytes <= limit_bytes and host_limit_bytes is not None:
             needed, limit, where = smallest.host_bytes, host_limit_bytes, " host memory"
         raise DoesNotFitError(f"even the smallest needs {format_bytes(needed)} of {format_bytes(limit)}{where}")
     missing = smallest.missing_bytes(limit_bytes, host_limit_bytes)

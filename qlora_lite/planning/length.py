@@ -35,7 +35,8 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
     largest = min(largest, step.job.workload.most_tokens or largest)
     prediction_of = partial(predicted, step)
     ways = _ways(with_disk(step), host_limit_bytes)
-    saving_most, guess, reason = next(ways), start, None
+    saving_most, guess = next(ways), start
+    reason: DoesNotFitError | None = None
     try:
         guess = longest(saving_most, limit_bytes, None, start, largest, prediction_of)
         job = saving_most(guess)
@@ -54,9 +55,10 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
             found_by = job_of
         except DoesNotFitError as error:
             reason = reason or error
-    if not found:
-        raise reason
-    return found_by(found)
+    if found:
+        return found_by(found)
+    assert reason is not None  # the last way found none
+    raise reason
 
 
 def _ways(step: Step, host_limit_bytes: int | None) -> Iterator[JobOf]:

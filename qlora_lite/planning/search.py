@@ -25,7 +25,7 @@ from itertools import chain
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 
-from .candidate import EQUALLY_FAST, Candidate, Step, build_candidate, choose, settled, timed
+from .candidate import EQUALLY_FAST, Candidate, Changes, Step, build_candidate, choose, settled, timed
 from .largest import most
 from .machine import Machine
 from .predict import with_constants
@@ -70,8 +70,9 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     """Yield the step, then with its block inputs on the device, then with all weights there too, as far as may be; at
     last with streamed weights on the disk, and then with its block inputs on the device."""
     yield step
-    inputs, on_disk = {"offload_checkpoints": False}, {"stream_from": "disk"}
-    blocks = {"stream_from": "ranks"} if shards_of(step) > 1 else {"resident_layers": None}
+    inputs: Changes = {"offload_checkpoints": False}
+    on_disk: Changes = {"stream_from": "disk"}
+    blocks: Changes = {"stream_from": "ranks"} if shards_of(step) > 1 else {"resident_layers": None}
     weights = {"host_embeddings": False, "host_head": False, **blocks}
     ways = [inputs, inputs | weights]
     if step.job.workload.is_quantized and step.fixed.get("resident_layers", 0) is not None:
@@ -87,7 +88,7 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
 def in_segments(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
     """Yield the memory options with the inputs of fewer and fewer blocks kept, and no weights streamed, if that may
     be."""
-    changes = {"layers_per_checkpoint": 1, "resident_layers": None}
+    changes: Changes = {"layers_per_checkpoint": 1, "resident_layers": None}
     if options.recomputes and not changes.keys() & {name for name in step.fixed if step.fixed[name] is not None}:
         for every in CHECKPOINT_EVERY:
             yield replace(options, **changes | {"layers_per_checkpoint": every})
@@ -119,7 +120,7 @@ def _search(step: Step, machine: Machine, limit_bytes: int) -> list[Candidate]:
         best = choose(found, limit_bytes)
     if best is not None:
         found += _spending(step, machine, best, limit_bytes)
-        found += _freeing_and_spending(step, machine, best, choose(found, limit_bytes), limit_bytes)
+        found += _freeing_and_spending(step, machine, best, choose(found, limit_bytes) or best, limit_bytes)
         return _with_single_changes(step, machine, found, limit_bytes)
     if "loss_chunk_tokens" not in step.fixed:
         small = replace(found[-1].options, loss_chunk_tokens=SMALL_CHUNK_TOKENS)
@@ -149,7 +150,7 @@ def first_options(step: Step) -> MemoryOptions:
 def smaller(step: Step) -> Iterator[MemoryOptions]:
     """Yield memory options that need less and less memory, the cheapest in time first."""
     options = first_options(step)
-    changes: list[dict] = [{"tile_tokens": TILE_TOKENS}]
+    changes: list[Changes] = [{"tile_tokens": TILE_TOKENS}]
     # blocks that keep their activations must stay where they are
     streamed = [_streamed(step, options)] if options.recomputes and _may_stream(step, options) else []
     if shards_of(step) > 1:
@@ -173,7 +174,7 @@ def shards_of(step: Step) -> int:
     return step.fixed["shards"].count if "shards" in step.fixed else 1
 
 
-def _streamed(step: Step, options: MemoryOptions) -> dict[str, object]:
+def _streamed(step: Step, options: MemoryOptions) -> Changes:
     """Return the memory options that stream all blocks but the uncheckpointed ones, from other ranks if there are
     any."""
     return {
@@ -209,7 +210,7 @@ def _may_keep_all(step: Step) -> bool:
 def _spending(step: Step, machine: Machine, best: Candidate, limit_bytes: int) -> list[Candidate]:
     """Return candidates that spend on speed what memory the best leaves."""
     reusing = _with_weights_reused(step, machine, best, limit_bytes)
-    best = choose([best, *reusing], limit_bytes)
+    best = choose([best, *reusing], limit_bytes) or best
     selective = _with_attention_kept(step, machine, best, limit_bytes)
     room = int((1 - SPARED) * limit_bytes)
     more = [_with_more_on_device(step, machine, each, room) for each in (best, *selective)]
@@ -233,7 +234,7 @@ def _freeing_and_spending(
                 freeing = build_candidate(step, machine, options, packs)
                 if freeing.fits(limit_bytes):
                     found += [freeing, *_spending(step, machine, freeing, limit_bytes)]
-        earlier, best = best, choose([best, *found], limit_bytes)
+        earlier, best = best, choose([best, *found], limit_bytes) or best
         if best is earlier and options != start.options:
             break
     return found
@@ -245,8 +246,10 @@ def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], l
 
     What moves more to the host is left out, since it is never faster, and what would spend the memory that is spared.
     """
-    best, room = None, (1 - SPARED) * limit_bytes
+    best: Candidate | None = None
+    room = (1 - SPARED) * limit_bytes
     while best is not (best := choose(found, limit_bytes)):
+        assert best is not None  # one fits
         known = {candidate.options for candidate in found if candidate.packs == best.packs}
         changed = [
             options
@@ -260,7 +263,7 @@ def _with_single_changes(step: Step, machine: Machine, found: list[Candidate], l
 
 def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions]:
     """Yield memory options with one of them changed, those left out that the user fixed."""
-    changes: list[dict[str, object]] = []
+    changes: list[Changes] = []
     if options.recomputes:
         changes.append({"tile_tokens": None if options.tile_tokens else TILE_TOKENS})
         if step.job.workload.is_quantized:
@@ -308,7 +311,7 @@ def _moved_to_host(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
     """Yield the memory options, then with embeddings and head in a GPU's host memory, then with block inputs there too;
     where there are tiles, which cost time, with all of that at once in their place."""
     yield options
-    changes = [dict(ChainMap(*movable_tables(step))), {"offload_checkpoints": True}]
+    changes: list[Changes] = [dict(ChainMap(*movable_tables(step))), {"offload_checkpoints": True}]
     if options.tile_tokens is not None:
         changes = [{"tile_tokens": None} | changes[0] | changes[1]]
     for change in changes if step.job.device_type == "cuda" else ():
@@ -356,7 +359,7 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     allows any; where it has room for nearly all, also one that keeps all."""
     if not best.options.recomputes:
         return []
-    ways = [("uncheckpointed_layers",)]
+    ways: list[tuple[str, ...]] = [("uncheckpointed_layers",)]
     if best.options.resident_layers is not None:  # of the same last blocks, so not where the user fixed some
         ways = (
             []
@@ -369,7 +372,7 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     nearly_all = step.job.workload.depth - FEWEST_ALIKE, None
     kept = [(candidate.options.uncheckpointed_layers, candidate.options.resident_layers) for candidate in found]
     if nearly_all in kept and _may_keep_all(step):
-        changes = {"checkpointing": "none", "cache_dequantized": False, "offload_checkpoints": False}
+        changes: Changes = {"checkpointing": "none", "cache_dequantized": False, "offload_checkpoints": False}
         unset = {name: value for name, value in changes.items() if name not in step.fixed}
         keeps_all = build_candidate(step, machine, replace(best.options, **unset), best.packs)
         found += [keeps_all] if keeps_all.fits(limit_bytes) else []
@@ -390,7 +393,12 @@ def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], l
 def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str], limit_bytes: int) -> Candidate:
     """Return a candidate with as many last blocks kept, resident or both, by the memory options' names, as fit."""
     depth = step.job.workload.depth
-    job = replace(best.prediction.job, options=replace(best.options, **dict.fromkeys(names, 1)))
+
+    def options_with(count: int) -> MemoryOptions:
+        changes: Changes = dict.fromkeys(names, count)
+        return replace(best.options, **changes)
+
+    job = replace(best.prediction.job, options=options_with(1))
     at = along_last_blocks(job)
     line = {0: best.prediction.simulation}
 
@@ -401,6 +409,6 @@ def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str],
     few = FEWEST_ALIKE - 1  # are left out at both ends
     count = most(lambda n: peak_of(n + few if n else 0), limit_bytes, depth - 1 - 2 * few)
     count += few if count else 0
-    options = replace(best.options, **dict.fromkeys(names, count))
+    options = options_with(count)
     prediction = with_constants(replace(job, options=options), line[count])
     return timed(machine, options, best.packs, best.micro_batches, prediction)

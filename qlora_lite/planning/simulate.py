@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import lcm, prod
 from operator import attrgetter
 from typing import Literal, NamedTuple, overload
@@ -252,7 +252,11 @@ def streamed_sizes(job: Job, simulation: Simulation) -> list[int]:
     return [sizes[n if n < unlike else unlike + (n - unlike) % pattern] for n in range(streamed)]
 
 
-def _on_meta(job: Job, timeline: bool = False) -> Simulation | tuple[Simulation, list[Moment]]:
+@overload
+def _on_meta(job: Job) -> Simulation: ...
+@overload
+def _on_meta(job: Job, timeline: Literal[True]) -> tuple[Simulation, list[Moment]]: ...
+def _on_meta(job, timeline=False):
     """Run the step on tensors without values.
 
     An operator that cannot, or whose result's shape depends on them, is no reason to guess: the step then runs on real
@@ -302,7 +306,8 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
     names, parameters = zip(*trained_here(workload.method, model).items(), strict=True)
     parts = parts_of(model)
     lr_ratios = workload.method.lr_ratios(names, job.loraplus_lr_ratio)
-    optimizer = _optimizer(job, parameters, lr_ratios, trained_on_host(model), parts)
+    settings = job.device_type, job.optimizer, job.stochastic_rounding
+    optimizer = _optimizer(*settings, parameters, lr_ratios, trained_on_host(model), parts)
     remember = with_values if workload.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
@@ -362,16 +367,16 @@ def _as_counted(job: Job) -> MemoryOptions:
 
 
 def _optimizer(
-    job: Job,
+    device_type: str,
+    name: str,
+    stochastic_rounding: bool,
     parameters: Sequence[nn.Parameter],
     lr_ratios: Sequence[float],
     on_host: Sequence[nn.Parameter] = (),
     parts: Parts | None = None,
 ) -> torch.optim.Optimizer:
-    with planning_for(job.device_type):  # and below no ledger: its tables are real numbers
-        return build_optimizer(
-            parameters, job.optimizer, 0.0, 0.0, job.stochastic_rounding, lr_ratios, on_host, parts=parts
-        )
+    with planning_for(device_type):  # and below no ledger: its tables are real numbers
+        return build_optimizer(parameters, name, 0.0, 0.0, stochastic_rounding, lr_ratios, on_host, parts=parts)
 
 
 def _at_depth(job: Job, layers: int) -> Job:
@@ -423,26 +428,32 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
         others = [(values(other), steps) for other, steps in slopes]
         return tuple(x + sum((other[i] - x) * steps for other, steps in others) for i, x in enumerate(start))
 
-    moments = {}
+    moments: dict[tuple[str, str], Moment] = {}
     for key in base.moments:
         if all(key in other.moments for other, _ in slopes):
             name, module, place = key
             if place is not None:
                 module = module.replace("#", str(_number(place, depth, last) - _before(job, module)), 1)
-            moments[name, module] = Moment(name, module, line(lambda ends, key=key: ends.moments[key].bytes))
+            moments[name, module] = Moment(name, module, line(partial(lambda key, ends: ends.moments[key].bytes, key)))
     trained = base.simulation.trained
     trained += sum((other.simulation.trained[len(trained) :] * steps for other, steps in slopes), ())
     if not job.options.optimizer_in_backward:
-        updated = _update(replace(job, workload=None, shape=None, eval_shape=None, options=MemoryOptions()), trained)
-        for key, moment in moments.items():
+        settings = job.device_type, job.optimizer, job.stochastic_rounding, job.max_grad_norm, job.deterministic
+        updated = _update(*settings, trained)
+        for at, moment in moments.items():
             if moment.phase in updated:
-                moments[key] = moment.with_category("optimizer", updated[moment.phase].breakdown["optimizer"])
+                moments[at] = moment.with_category("optimizer", updated[moment.phase].breakdown["optimizer"])
     resident = base.simulation.resident
+    offloaded, in_folder, frozen, saved, states = line(lambda ends: _ELSEWHERE(ends.simulation))
     return Simulation(
         moments,
         Moment(resident.phase, "", line(lambda ends: ends.simulation.resident.bytes)),
         Work(*line(lambda ends: ends.simulation.work)),
-        *line(lambda ends: _ELSEWHERE(ends.simulation)),
+        offloaded,
+        in_folder,
+        frozen,
+        saved,
+        states,
         base.simulation.measured_because,
         base.simulation.streamed_sizes,
         trained,
@@ -450,21 +461,29 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
 
 
 @lru_cache(_KNOWN_UPDATES)
-def _update(job: Job, trained: tuple[Trained, ...]) -> dict[str, Moment]:
+def _update(
+    device_type: str,
+    optimizer_name: str,
+    stochastic_rounding: bool,
+    max_grad_norm: float,
+    is_deterministic: bool,
+    trained: tuple[Trained, ...],
+) -> dict[str, Moment]:
     """Return the highest moments of updates of such parameters, where nothing else lies in memory, by phase: of the
     first, which makes the states, "load", and of any later one, "optimizer"."""
     parameters = [nn.Parameter(torch.empty(each.shape, dtype=each.dtype, device=META)) for each in trained]
     parts = {p: each.part_of for p, each in zip(parameters, trained, strict=True) if each.part_of}
-    optimizer = _optimizer(job, parameters, [each.lr_ratio for each in trained], parts=Parts(parts))
-    ledger = PlanLedger(job.device_type, run=remembered)
-    with planning_for(job.device_type), deterministic(job.deterministic), ledger:
+    settings = device_type, optimizer_name, stochastic_rounding
+    optimizer = _optimizer(*settings, parameters, [each.lr_ratio for each in trained], parts=Parts(parts))
+    ledger = PlanLedger(device_type, run=remembered)
+    with planning_for(device_type), deterministic(is_deterministic), ledger:
         ledger.claim(parameters, "adapter")
         with category("gradients"):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         with phase("load"), category("optimizer"):
             optimizer.step()
-        probe_update(parameters, optimizer, job.max_grad_norm)
+        probe_update(parameters, optimizer, max_grad_norm)
     highest = sorted(ledger.peaks.values(), key=lambda moment: moment.total)
     return {moment.phase: moment for moment in highest}
 
