@@ -268,8 +268,8 @@ _NOT_OFFERED = {
         "mix_strategy interleave_probs data_mixture min_sample_len dataset_exact_deduplication",
     "write the system turn into the data, or into a .jinja file of your own (data.template)":
         "default_system_message default_system system_prompt",
-    "remove it; pictures in chats are for task.kind image-text-to-text (qlora-lite explain pictures), and their paths "
-    "begin where the rows lie": "image_resize_algorithm media_dir vision_all_linear",
+    "remove it; pictures in chats are for task.kind image-text-to-text (qlora-lite explain vision-language), and "
+    "their paths begin where the rows lie": "image_resize_algorithm media_dir vision_all_linear",
     "remove it; lora.targets names the layers, those of a vision tower as *vis*":
         "finetune_vision_layers finetune_language_layers finetune_attention_modules finetune_mlp_modules",
     "remove it; roles are recognised, and the assistant's turns are target tokens, or all tokens (data.train_on: all)":

@@ -145,7 +145,7 @@ class Model(_Section):
     """How the frozen linear layers and experts are stored: 4-bit NF4 or FP4 as in bitsandbytes, or none for 16 bit.
     keep trains on a GGUF file's own codes (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K; its other layers in 16 bit),
     so that the adapter fits the very file that llama.cpp or Ollama serves. A checkpoint that is published packed (NF4,
-    int8, FP8, GPTQ, AWQ, MXFP4) keeps its codes whatever this says (qlora-lite explain export)."""
+    int8, FP8, GPTQ, AWQ, MXFP4) keeps its codes whatever this says (qlora-lite explain base-models)."""
     double_quant: bool = True
     """Quantise the absmax values too: 4.13 bits per weight instead of 4.5."""
     quant_head: bool = False
@@ -188,7 +188,7 @@ class Task(_Section):
         "image-text-to-text",
     ] = "language-model"
     """language-model learns to write, image-text-to-text to write about pictures in chats, with a vision-language model
-    (qlora-lite explain pictures). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
+    (qlora-lite explain vision-language). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
     label of several, multi-label any number of them, regression a number. Rows are texts, or pairs of texts, with a
     label. reward scores chats: rows are those of train.objective dpo, and the chosen answer's score is to be the higher
@@ -505,7 +505,7 @@ class Train(_Section):
     """Train with the weights that the merged model will have once it is quantised: what merge --quantize nf4, or export
     --to gguf --dtype q4_0 or q8_0, then writes is the model that was trained (in a GGUF file but for embeddings and
     head, which are q8_0 there). A step takes a little longer; without that, quantising costs a part of what was learned
-    (qlora-lite explain export). For adapter.method lora and models without experts; nf4 needs model.quant nf4."""
+    (qlora-lite explain merge). For adapter.method lora and models without experts; nf4 needs model.quant nf4."""
     compile: bool = False
     """Run the blocks through torch.compile: faster steps after a minute or so of compilation, with results that differ
     by rounding. Not with dropout (lora.dropout or the model's own) or memory.checkpointing selective; needs
