@@ -30,6 +30,7 @@ TEXTS = {
     for path in [ROOT / "README.md", *sorted(EXPLAIN.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
 }
 WRITTEN = "\n".join(TEXTS.values())
+DEVELOPMENT = ("all", "dev", "docs")  # extras that users do not install one by one
 NO_SETTINGS = {"data.examples", "data.batch", "adapters.lora.inject", "adapters.files", "train.step"}  # modules
 
 
@@ -48,11 +49,11 @@ def test_the_generated_blocks_and_pages_are_what_render_results_writes():
 
 def test_a_package_to_install_has_the_bounds_of_its_extra():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    known = {line for name, lines in extras.items() if name not in ("all", "dev") for line in lines}
+    known = {line for name, lines in extras.items() if name not in DEVELOPMENT for line in lines}
     recipes = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
     named = {line for text in (WRITTEN, *recipes) for line in re.findall(r"'([\w-]+[<>=]=[^']+)'", text)}
     assert named >= {"pillow>=10", "diffusers>=0.42,<1", "lm-eval>=0.4.13,<0.5"} and named <= known
-    assert extras["all"] == [f"qlora-lite[{','.join(name for name in extras if name not in ('all', 'dev'))}]"]
+    assert extras["all"] == [f"qlora-lite[{','.join(name for name in extras if name not in DEVELOPMENT)}]"]
     assert "qlora-lite[" not in WRITTEN, "an index has no such package yet"
 
 

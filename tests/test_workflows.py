@@ -24,7 +24,7 @@ def load(path):
 
 
 def test_there_are_workflows_for_every_system_and_for_a_gpu():
-    assert [path.name for path in WORKFLOWS] == ["gpu.yml", "tests.yml"]
+    assert [path.name for path in WORKFLOWS] == ["gpu.yml", "site.yml", "tests.yml"]
     _, jobs = load(ROOT / ".github" / "workflows" / "tests.yml")
     systems = {case["system"].split("-")[0] for case in jobs["newest"]["strategy"]["matrix"]["include"]}
     assert systems == {"ubuntu", "windows", "macos"}
