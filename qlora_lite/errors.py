@@ -141,6 +141,12 @@ class LaunchError(QloraLiteError):
     exit_code = 2
 
 
+class ExtensionError(QloraLiteError):
+    """Report an extension that cannot be loaded, or does not go with another one."""
+
+    exit_code = 2
+
+
 class OutputError(QloraLiteError):
     """Report a folder or file that cannot be written (permission, full or read-only disk)."""
 

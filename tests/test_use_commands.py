@@ -286,8 +286,8 @@ def test_evaluate_measures_a_run_that_held_rows_out_on_those_or_on_others(tmp_pa
         (("merge", "NEW", "--out", "NEW"), "is not a run folder"),
         (("merge", "RUN", "--out", "NEW", "--model", "/nowhere"), "is not where it was"),
         (("export", "RUN", "--out", "RUN", "--to", "peft"), "is not an empty folder"),
-        (("export", "RUN", "--out", "NEW", "--to", "peft", "--dtype", "q8_0"), "not for --to peft"),
-        (("export", "RUN", "--out", "NEW", "--to", "vllm", "--base", "original"), "not for --to vllm"),
+        (("export", "RUN", "--out", "NEW", "--to", "peft", "--dtype", "q8_0"), "not for peft"),
+        (("export", "RUN", "--out", "NEW", "--to", "vllm", "--base", "original"), "not for vllm"),
         (("compare", "RUN", "NEW"), "is not a run folder"),
     ],
 )

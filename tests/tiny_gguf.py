@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from tiny import build_tiny
 from tiny_files import MERGES, VOCABULARY, byte_tokenizer
 
-from qlora_lite.export.gguf_config import write_config
-from qlora_lite.export.gguf_tokenizer import write_tokenizer
+from qlora_lite.ext.gguf.config import write_config
+from qlora_lite.ext.gguf.tokenizer import write_tokenizer
 from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.quant.formats.gguf_blocks import GGUF_BLOCKS
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from qlora_lite import registry
 from qlora_lite.units import format_bytes
 
 from .options import of_a_run
@@ -12,9 +13,7 @@ from .output import echo, echo_agreement, prepare
 
 @click.command()
 @click.argument("run")
-@click.option(
-    "--to", "form", required=True, type=click.Choice(["peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya"])
-)
+@click.option("--to", "form", required=True, type=click.Choice(registry.names("forms")))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option(
     "--base",
@@ -23,8 +22,7 @@ from .output import echo, echo_agreement, prepare
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_0"]),
-    help="gguf, ollama: type of the matrices (default f16, or that of train.merge_aware).",
+    help="gguf, ollama: type of the matrices: f16 (default, or that of train.merge_aware), bf16, q8_0 or q4_0.",
 )
 @of_a_run
 def export(
@@ -35,8 +33,6 @@ def export(
 
     RUN is a run folder, or an adapter folder in the PEFT format.
     """
-    if (base or dtype) and form not in ("gguf", "ollama"):
-        raise click.UsageError(f"--base and --dtype are for merged models (gguf, ollama), not for --to {form}")
     prepare()
     from qlora_lite.export.formats import REPORT, ExportSettings, export_run
 

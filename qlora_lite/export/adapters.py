@@ -1,4 +1,4 @@
-"""Adapter folders for peft and vLLM, and adapter files for llama.cpp.
+"""Adapter folders for peft and vLLM.
 
 peft
     What a run writes already, with few keys in ``adapter_config.json``: a key that an older peft does not know
@@ -7,9 +7,6 @@ vLLM
     It reads ``r``, ``lora_alpha``, ``use_rslora`` and ``target_modules``, and ignores every other key without a word:
     per-layer ranks and alphas would give wrong scales (``vllm/lora/peft_helper.py``). So scales are folded into B
     and all layers get one rank (``with_one_scaling``).
-llama.cpp
-    ``BLOCK.weight.lora_a`` [r, in] and ``.lora_b`` [out, r] in a GGUF file of type "adapter", with one alpha
-    (``src/llama-adapter.cpp``; scale = alpha / r of each pair). Rows of B follow the rows of the base's weight.
 
 The adapted weight is W + s_i B_i A_i with a scale of its own for each layer. A reader that takes one alpha for all
 computes alpha / r_i (or, with one rank R, alpha / R). So the commonest alpha is kept, B_i is multiplied by what is
@@ -20,21 +17,26 @@ Shapes: A [r, in], B [out, r]; R the common rank.
 """
 
 import math
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from qlora_lite.adapters.checkpoint_names import outside
-from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, write_adapter
+from qlora_lite.adapters.checkpoint_names import outside, prefixes_of
+from qlora_lite.adapters.files import adapter_config, attach_adapter, detach_adapter, load_adapter, write_adapter
 from qlora_lite.adapters.fused_names import why_no_dora
 from qlora_lite.adapters.parts import TOKEN_ROWS
 from qlora_lite.adapters.read import Adapter, Factors, stored_names, tensor_names, weight_name
 from qlora_lite.errors import ModelError
-from qlora_lite.files import replacing_folder
-from qlora_lite.models.gguf_names import GgufNames
+from qlora_lite.models.locate import read_json
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.quant.linear import stands_for_conv1d
+
+from .check import check_change, logits_of
+from .form import Job, Written, adapter_change, load_base
 
 # vLLM models that take adapters and whose layers have the names and the joins that transformers' have.
 VLLM_FAMILIES = (
@@ -50,7 +52,6 @@ VLLM_FAMILIES = (
     "cohere",
 )
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
-ADAPTER_FILE = "adapter.gguf"
 
 
 def write_peft(adapter: Adapter, skeleton: nn.Module, out: Path, base_model: str, tokenizer) -> None:
@@ -168,54 +169,59 @@ def _folded(factors: Factors, alpha: float, gain: float, rank: int, dtype: torch
     return Factors(lora_a, lora_b, alpha)
 
 
-def write_gguf_adapter(adapter: Adapter, names: GgufNames, out: Path) -> None:
-    """Write an adapter file for llama.cpp's ``--lora`` into a new folder.
+class AdapterFolder:
+    """An adapter folder, read back by this package's own reader."""
 
-    Raises:
-        ModelError: an adapted layer has no name in GGUF.
-        OutputError: the folder cannot be written.
-    """
-    from gguf import GGUFWriter, Keys
+    dtypes = ()
+    draws = False
 
-    folded = with_one_scaling(adapter)
-    with replacing_folder(out) as new:
-        writer = GGUFWriter(new / ADAPTER_FILE, names.architecture)
-        writer.add_type("adapter")
-        writer.add_string(Keys.Adapter.TYPE, "lora")
-        writer.add_float32(Keys.Adapter.LORA_ALPHA, next(iter(folded.layers.values())).alpha)
-        for path, factors in folded.layers.items():
-            name = names.of(f"{path}.weight")
-            rows = names.to_gguf(f"{path}.weight", factors.lora_B.float())
-            writer.add_tensor(f"{name}.lora_a", factors.lora_A.float().contiguous().numpy())
-            writer.add_tensor(f"{name}.lora_b", rows.contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    def write(self, job: Job) -> Written:
+        """Write the folder for peft."""
+        refuse_dora_without_peft(job.adapter, job.skeleton)
+        write_peft(job.adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
+        use = f'PeftModel.from_pretrained(base, "{job.out}")'
+        return Written({"notes": _of_the_whole(job), "use": use})
+
+    def check(self, job: Job, _written: Written) -> dict:
+        """Compare what the folder's adapter changes in the base's logits with what the run's changes."""
+        change = adapter_change(job)
+        return {"error": check_change(change, logits_of(load_adapter(load_base(job), job.out)), str(job.out))}
 
 
-def read_gguf_adapter(path: Path, names: GgufNames, adapted: list[str]) -> Adapter:
-    """Read an adapter file as llama.cpp does.
+class VllmFolder(AdapterFolder):
+    """Likewise, with one rank and one scale for all layers."""
 
-    Args:
-        adapted: paths of the layers that it must adapt.
+    def write(self, job: Job) -> Written:
+        """Write the folder for vLLM."""
+        adapter, needed_rank = for_vllm(job.adapter, job.skeleton, str(job.skeleton.config.model_type))
+        write_peft(adapter, job.skeleton, job.out, job.trained.recipe.model.path, job.trained.tokenizer())
+        module = shlex.quote(f"{job.trained.name}={job.out}")
+        use = f"vllm serve BASE --enable-lora --max-lora-rank {needed_rank} --lora-modules {module}"
+        return Written({"notes": [*_of_the_whole(job), *_to_tell_vllm(job)], "use": use})
 
-    Raises:
-        ModelError: it is no adapter, or a pair is missing.
-    """
-    from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    if (fields.get("general.type"), fields.get("adapter.type")) != ("adapter", "lora"):
-        raise ModelError(f"{path} is not a LoRA adapter")
-    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    layers = {}
-    for path_in_model in adapted:
-        parameter = f"{path_in_model}.weight"
-        lora_a, stored_b = (tensors.get(f"{names.of(parameter)}.lora_{side}") for side in "ab")
-        if lora_a is None or stored_b is None:
-            raise ModelError(f"{path} has no LoRA weights for {path_in_model}")
-        lora_b = names.from_gguf(parameter, stored_b)
-        layers[path_in_model] = Factors(lora_a, lora_b.contiguous(), float(fields["adapter.lora.alpha"]))
-    return Adapter(layers, 0.0)
+def _of_the_whole(job: Job) -> list[str]:
+    """Return what an adapter folder fits, if the run's model is part of a larger one."""
+    if (begins := prefixes_of(job.skeleton)) is None:
+        return []
+    return [
+        f"the adapter fits the whole of {job.trained.files.name} as transformers loads it, with layer names that "
+        f"begin with {begins[1]!r}, and not its language model alone"
+    ]
+
+
+def _to_tell_vllm(job: Job) -> Iterator[str]:
+    """Yield what a server of the base model does not know of the run: its chat template, and what ends its answers."""
+    trained = job.trained
+    own, model = trained.tokenizer().chat_template, trained.recipe.model
+    if own is not None and own != load_tokenizer(model.path, model.revision).chat_template:
+        template = shlex.quote(str(job.out / "chat_template.jinja"))
+        yield f"vLLM renders chats with the base's template: serve with --chat-template {template}"
+    generation = trained.files.folder / "generation_config.json"
+    config = read_json(generation) if generation.is_file() else trained.files.config
+    known = config.get("eos_token_id")
+    if ends := sorted(set(trained.end_token_ids) - set(known if isinstance(known, list) else [known])):
+        yield f"vLLM does not stop at the end tokens of the training data: send stop_token_ids {ends} with requests"
+
+
+PEFT, VLLM = AdapterFolder(), VllmFolder()

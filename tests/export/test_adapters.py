@@ -23,10 +23,12 @@ from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError, OutputError
-from qlora_lite.export import formats as forms
-from qlora_lite.export.adapters import ADAPTER_FILE, VLLM_FAMILIES, for_vllm, with_one_scaling
+from qlora_lite.export import adapters
+from qlora_lite.export import form as export_form
+from qlora_lite.export.adapters import VLLM_FAMILIES, for_vllm, with_one_scaling
 from qlora_lite.export.check import Change, check_change, check_merged
 from qlora_lite.export.formats import ExportSettings, export_run
+from qlora_lite.ext.gguf.adapter import ADAPTER_FILE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers
@@ -121,8 +123,8 @@ def test_a_large_base_in_16_bit_is_read_block_by_block_for_the_check(
 ):
     run = tiny_run(tmp_path, model_type, lora, [*PLAIN_WEIGHTS, *overrides])
     whole = export_run(run, tmp_path / "whole", ExportSettings("peft"))
-    monkeypatch.setattr(forms, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded as a whole"))
+    monkeypatch.setattr(export_form, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(export_form, "build_to_use", lambda *_: pytest.fail("a model was loaded as a whole"))
     streamed = export_run(run, tmp_path / "streamed", ExportSettings("peft"))
     assert streamed["error"] < 1e-5 and streamed["notes"] == whole["notes"]
     weights = "adapter_model.safetensors"
@@ -150,7 +152,7 @@ def test_dora_is_exported_to_peft_and_refused_where_its_magnitudes_would_be_left
     assert not torch.allclose(logits(theirs), adapted_logits(run), atol=1e-2)  # which are LoRA's
     keys = json.loads((tmp_path / "out" / "adapter_config.json").read_text()).keys()
     assert "use_dora" in keys and keys <= PEFT_0_13
-    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(export_form, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
     for form, program in (("vllm", "vLLM"), ("gguf-adapter", "llama.cpp's --lora")):
         with pytest.raises(ModelError, match=f"is DoRA, and {program} takes LoRA alone.*`qlora-lite merge`"):
             export_run(run, tmp_path / form, ExportSettings(form))
@@ -166,7 +168,7 @@ def test_lora_on_experts_is_exported_to_peft_and_refused_where_it_would_be_left_
     trained = peft.PeftModel.from_pretrained(plain(tmp_path), run / "adapter")
     assert torch.equal(logits(theirs), logits(trained)) and report["error"] < 1e-4
     assert not torch.allclose(logits(theirs), logits(plain(tmp_path)), atol=1e-2)
-    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(export_form, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
     for form, program in (("vllm", "vLLM"), ("gguf-adapter", "llama.cpp's --lora")):
         with pytest.raises(ModelError, match=f"weights for fused experts, and {program} takes .*`qlora-lite merge`"):
             export_run(run, tmp_path / form, ExportSettings(form))
@@ -183,7 +185,7 @@ def test_layers_named_like_experts_are_exported_for_peft_to_find(tmp_path, monke
     assert torch.allclose(logits(theirs), trained, atol=2e-4) and report["error"] < 1e-4
     assert not torch.allclose(trained, logits(plain(tmp_path)), atol=1e-2)
     run = make_run(tmp_path / "dora", tmp_path / "model", [*PLAIN_WEIGHTS, "adapter.method=dora"])
-    monkeypatch.setattr(forms, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(export_form, "build_to_use", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ModelError, match=r"no DoRA for them in 16 bit: leave them out of lora\.targets, .* or merge"):
         export_run(run, tmp_path / "other", ExportSettings("peft"))
     assert not (tmp_path / "other").exists()
@@ -399,8 +401,8 @@ def test_a_file_that_does_nothing_or_too_little_is_an_error_and_is_not_left(tmp_
         nothing = {n: Factors(f.lora_A, f.lora_B * 0, f.alpha) for n, f in adapter.layers.items()}
         whole(Adapter(nothing, 0.0), skeleton, out, base_model, tokenizer)
 
-    whole = forms.write_peft
-    monkeypatch.setattr(forms, "write_peft", write_nothing)
+    whole = adapters.write_peft
+    monkeypatch.setattr(adapters, "write_peft", write_nothing)
     with pytest.raises(ModelError, match=r"does not do what the adapter does \(it changes nothing\)"):
         export_run(run, tmp_path / "out", ExportSettings("peft"))
     assert not (tmp_path / "out").exists()

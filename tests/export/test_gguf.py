@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_lite.artifacts.run_folder import digests_of
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
-from qlora_lite.export import formats as forms
 from qlora_lite.export import own_codes
 from qlora_lite.export.formats import ExportSettings, export_run
-from qlora_lite.export.gguf_model import MODEL_FILE
-from qlora_lite.export.gguf_tokenizer import ADDED, CONTROL, ORDINARY, UNUSED, describe_tokenizer
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.ext.gguf import forms
+from qlora_lite.ext.gguf.model import MODEL_FILE
+from qlora_lite.ext.gguf.tokenizer import ADDED, CONTROL, ORDINARY, UNUSED, describe_tokenizer
 from qlora_lite.models.cache import from_gguf_header
 from qlora_lite.models.gguf_settings import as_the_file_says, rope_factors
 from qlora_lite.models.load import load_model

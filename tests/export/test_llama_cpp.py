@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.data.render import render_prompt
 from qlora_lite.data.row_formats import Turn
-from qlora_lite.export.adapters import ADAPTER_FILE
 from qlora_lite.export.formats import ExportSettings, export_run
-from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.ext.gguf.adapter import ADAPTER_FILE
+from qlora_lite.ext.gguf.model import MODEL_FILE
 
 llama = pytest.importorskip("xllamacpp", reason="the dev extra has it; it has wheels for most systems")
 ENDS = {2, 4}  # of the byte tokenizer
@@ -98,7 +98,7 @@ def test_llama_cpp_applies_the_adapter_file(family, run_of, tmp_path):
 
     nothing = {name: t * (1e-30 if "lora_B" in name else 1) for name, t in load_file(weights).items()}
     replace_adapter(run, nothing)
-    from qlora_lite.export import formats as forms
+    from qlora_lite.ext.gguf import forms
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "check_merged", lambda *_args: (0.0, 0.0))

@@ -15,8 +15,8 @@ from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError
 from qlora_lite.export import own_codes
 from qlora_lite.export.formats import ExportSettings, export_run
-from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.ext.gguf.model import MODEL_FILE
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.multi_adapter import load_tasks
 from qlora_lite.models.gguf_names import gguf_names

@@ -14,8 +14,8 @@ from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.errors import ModelError
 from qlora_lite.export.formats import ExportSettings, export_run
-from qlora_lite.export.go_template import render_go
-from qlora_lite.export.ollama import CONVERSATIONS, check_template, go_template, modelfile, pieces_of
+from qlora_lite.ext.gguf.go_template import render_go
+from qlora_lite.ext.gguf.ollama import CONVERSATIONS, check_template, go_template, modelfile, pieces_of
 
 # As models ship them: a default system message, turns checked and trimmed, a system message inside the user's turn.
 SHIPPED = {

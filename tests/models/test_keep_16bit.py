@@ -14,8 +14,8 @@ from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.adapters.lora.start import Start
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
-from qlora_lite.export.gguf_model import MODEL_FILE
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.ext.gguf.model import MODEL_FILE
 from qlora_lite.models.kept import kept_layers
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options

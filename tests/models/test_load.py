@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from qlora_lite import doctor
 from qlora_lite.errors import ModelError
 from qlora_lite.export.formats import ExportSettings, export_run
-from qlora_lite.export.gguf_model import MODEL_FILE
+from qlora_lite.ext.gguf.model import MODEL_FILE
 from qlora_lite.models import unused_gpu
 from qlora_lite.models.load import _warn_once, adopt, load_model, missing_kernels, resolve_compute_dtype, resolve_device
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeOnArrival, quantize_head, quantize_in_place

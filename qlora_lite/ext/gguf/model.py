@@ -18,8 +18,8 @@ from qlora_lite.models.gguf_names import gguf_names
 from qlora_lite.models.gguf_settings import ROPE_FACTORS, rope_factors
 from qlora_lite.models.merge import Merged
 
-from .gguf_config import write_config
-from .gguf_tokenizer import write_tokenizer
+from .config import write_config
+from .tokenizer import write_tokenizer
 
 MODEL_FILE = "model.gguf"
 # -> llama.cpp's name of the file type

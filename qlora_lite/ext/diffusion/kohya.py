@@ -18,6 +18,9 @@ import torch
 from qlora_lite.adapters.diffusers_files import scaled
 from qlora_lite.adapters.read import Factors
 from qlora_lite.errors import ModelError
+from qlora_lite.export.form import Job, Written
+from qlora_lite.files import explain_write_errors
+from qlora_lite.quant.tensor_file import write_tensors
 
 UNET, FLUX = "UNet2DConditionModel", ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 _OF_UNETS = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
@@ -104,3 +107,26 @@ def _joined(held: Mapping[str, Factors], order: Mapping[str, int]) -> tuple[torc
         for part, times in order.items()
     ]
     return torch.cat([factors.lora_A for factors in there]), torch.block_diag(*blocks)
+
+
+class KohyaFile:
+    """One safetensors file."""
+
+    dtypes = ()
+    draws = True
+
+    def write(self, job: Job) -> Written:
+        """Write the file."""
+        tensors = kohya_tensors(job.adapter.layers, job.trained.files.config["_class_name"])
+        path = job.out / f"{job.trained.name}.safetensors"
+        with explain_write_errors(path):
+            job.out.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, tensors)
+        return Written({"use": f"in ComfyUI, put {path} into models/loras, and name it in a LoraLoader"})
+
+    def check(self, _job: Job, _written: Written) -> dict:
+        """Return nothing: the programs that read this layout are no Python packages."""
+        return {}
+
+
+KOHYA = KohyaFile()

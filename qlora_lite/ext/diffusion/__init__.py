@@ -1,0 +1,1 @@
+"""Denoisers: the forms in which other programs take their LoRA weights."""

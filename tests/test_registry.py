@@ -1,0 +1,81 @@
+"""What another distribution brings is found by its name, and what is wrong with it is one error that names it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from tiny_runs import tiny_run
+
+from qlora_lite import registry
+from qlora_lite.errors import ExtensionError, ModelError
+from qlora_lite.explain import explain
+
+SUMS = next(code for code in re.findall(r"```python\n(.*?)```", explain("extending"), re.S) if "class Sums" in code)
+
+
+def distribution(folder, name, entries, module=None):
+    """Write a distribution as an installer leaves it, with entry points of export forms."""
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    lines = [f"{each} = {value}" for each, value in entries.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[qlora_lite.forms]", *lines, ""]))
+    if module is not None:
+        (folder / f"{name}.py").write_text(module)
+
+
+def test_a_form_of_another_distribution_is_written_by_the_command(tmp_path):
+    distribution(tmp_path / "site", "sums", {"sums": "sums:SUMS"}, SUMS)
+    run = tiny_run(tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from qlora_lite.cli.main import main; main()"
+    command = sys.executable, "-c", code, "export", str(run), "--to", "sums", "--out", str(tmp_path / "out")
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "add them up" in found.stdout
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == "sums"
+    assert len(json.loads((tmp_path / "out" / "sums.json").read_text())) == 14
+
+
+def test_names_are_listed_without_an_import(tmp_path, monkeypatch):
+    distribution(tmp_path, "other", {"onnx": "nowhere:ONNX"})
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"peft", "vllm", "gguf", "gguf-adapter", "ollama", "kohya"}
+    assert registry.names("forms") == sorted({*own, "onnx"}) and "nowhere" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("value", "module", "said"),
+    [
+        ("nowhere:ONNX", None, "nowhere:ONNX: ModuleNotFoundError: No module named 'nowhere'"),
+        ("other_form:ONNX", "", "other_form:ONNX: AttributeError"),
+        ("other_form:ONNX", "raise RuntimeError('two\\nlines')", "other_form:ONNX: RuntimeError: two lines"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line_that_names_the_distribution(value, module, said, tmp_path, monkeypatch):
+    distribution(tmp_path, "other_form", {"onnx": value}, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_form", raising=False)
+    with pytest.raises(ExtensionError) as refused:
+        registry.find("forms", "onnx")
+    text = str(refused.value)
+    assert said in text and "update or uninstall other_form" in text and "\n" not in text
+
+
+def test_one_name_of_two_distributions_is_an_error_that_names_both(tmp_path, monkeypatch):
+    distribution(tmp_path, "other", {"peft": "other:PEFT"})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ExtensionError, match=r"peft is registered twice, by .*other.*; uninstall one of them"):
+        registry.names("forms")
+
+
+def test_a_name_that_nothing_has_is_refused_with_those_there_are():
+    with pytest.raises(ModelError, match="export form is 'onnx'; choose one of gguf, gguf-adapter, kohya, ollama"):
+        registry.find("forms", "onnx")
+
+
+def test_a_clone_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: ())
+    with pytest.raises(ExtensionError, match=r"not registered: .*pip install -e \."):
+        registry.names("forms")
