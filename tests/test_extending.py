@@ -164,7 +164,7 @@ def pictures():
 
 
 def test_the_page_about_it_holds(tmp_path, monkeypatch, capsys):
-    loop, objective = re.findall(r"```python\n(.*?)```", explain("extending"), re.DOTALL)
+    loop, objective, _form = re.findall(r"```python\n(.*?)```", explain("extending"), re.DOTALL)
     (tmp_path / "users_own.py").write_text(objective + "\n\n" + loop, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     users_own = import_module("users_own")

@@ -31,7 +31,7 @@ PLACES = {
     "data/labels.py": 1,
     "data/pictures.py": 1,
     "data/statistics.py": 2,
-    "export/formats.py": 3,
+    "export/form.py": 1,
     "export/merge.py": 6,
     "export/model_card.py": 14,
     "export/push.py": 1,

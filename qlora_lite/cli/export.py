@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from qlora_lite import registry
+from qlora_lite.registry import names
 from qlora_lite.units import format_bytes
 
 from .options import of_a_run
@@ -13,7 +13,7 @@ from .output import echo, echo_agreement, prepare
 
 @click.command()
 @click.argument("run")
-@click.option("--to", "form", required=True, type=click.Choice(registry.names("forms")))
+@click.option("--to", "form", required=True, type=click.Choice(names("forms")))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must be new or empty.")
 @click.option(
     "--base",

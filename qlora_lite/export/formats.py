@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from qlora_lite import registry
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError, require_one_of
 from qlora_lite.files import require_empty, write_text
 from qlora_lite.prepare.build import without_start
 from qlora_lite.quant.merging import OFF
+from qlora_lite.registry import find, names
 
 from .check import distance_of, logits_of
 from .form import ExportForm, Job, load_base
@@ -38,7 +38,7 @@ class ExportSettings:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        require_one_of("to", self.to, registry.names("forms"))
+        require_one_of("to", self.to, names("forms"))
         require_one_of("base", self.base, BASES)
         if (self.base or self.dtype) and not self.form.dtypes:
             raise ModelError(f"base and dtype are for merged models (gguf, ollama), not for {self.to}; leave them out")
@@ -47,7 +47,7 @@ class ExportSettings:
     @property
     def form(self) -> ExportForm:
         """The form of that name."""
-        return cast(ExportForm, registry.find("forms", self.to))
+        return cast(ExportForm, find("forms", self.to))
 
 
 def export_run(
