@@ -8,7 +8,7 @@ where it stands. So names are listed without importing anything, and a thing is 
     onnx = "my_package.export:ONNX"
 """
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 
 from .errors import ExtensionError, require_one_of
 
@@ -48,19 +48,22 @@ def find(kind: str, name: str) -> object:
 
 
 def _registered(kind: str) -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for each in entry_points(group=f"qlora_lite.{kind}"):
-        if (other := found.setdefault(each.name, each)) is not each:
-            raise ExtensionError(
-                f"the {KINDS[kind]} {each.name} is registered twice, by {_owner(other)} ({other.value}) and by "
-                f"{_owner(each)} ({each.value}); uninstall one of them"
-            )
-    if DISTRIBUTION not in map(_owner, found.values()):
+    found: dict[str, tuple[EntryPoint, str]] = {}
+    # not entry_points(), which reads the first distribution of each name alone: in a clone that may be an old build's
+    for distribution in distributions():
+        for each in distribution.entry_points.select(group=f"qlora_lite.{kind}"):
+            other, owner = found.setdefault(each.name, (each, distribution.name))
+            if owner != distribution.name:
+                raise ExtensionError(
+                    f"the {KINDS[kind]} {each.name} is registered twice, by {owner} ({other.value}) and by "
+                    f"{distribution.name} ({each.value}); uninstall one of them"
+                )
+    if DISTRIBUTION not in (owner for _, owner in found.values()):
         raise ExtensionError(
             f"the package's own {KINDS[kind]}s are not registered: it is run from a clone, or was installed by an "
             "earlier version; install it again (pip install -e . in a clone)"
         )
-    return found
+    return {name: each for name, (each, _) in found.items()}
 
 
 def _owner(entry: EntryPoint) -> str:

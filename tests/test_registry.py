@@ -45,6 +45,14 @@ def test_names_are_listed_without_an_import(tmp_path, monkeypatch):
     assert registry.names("forms") == sorted({*own, "onnx"}) and "nowhere" not in sys.modules
 
 
+def test_an_old_build_in_a_clone_does_not_hide_what_is_installed(tmp_path, monkeypatch):
+    info = tmp_path / "qlora_lite.egg-info"
+    info.mkdir()
+    (info / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: qlora-lite\nVersion: 0.0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "peft" in registry.names("forms")
+
+
 @pytest.mark.parametrize(
     ("value", "module", "said"),
     [
@@ -76,6 +84,6 @@ def test_a_name_that_nothing_has_is_refused_with_those_there_are():
 
 
 def test_a_clone_that_is_not_installed_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda group: ())
+    monkeypatch.setattr(registry, "distributions", lambda: ())
     with pytest.raises(ExtensionError, match=r"not registered: .*pip install -e \."):
         registry.names("forms")
