@@ -229,7 +229,7 @@ def test_gpus_machines_and_budgets(place):
         (q.MergeSettings, {"quantize": "q4"}, "quantize is 'q4'"),
         (q.MergeSettings, {"rows": -1}, "rows is -1"),
         (q.MergeSettings, {"rows": None}, "rows is None"),
-        (q.ExportSettings, {"to": "onnx"}, "to is 'onnx'; choose one of peft, vllm, gguf"),
+        (q.ExportSettings, {"to": "onnx"}, "to is 'onnx'; choose one of gguf, gguf-adapter, kohya, ollama"),
         (q.ExportSettings, {"to": "gguf", "dtype": "f64"}, "dtype is 'f64'; choose one of None, f16"),
         (q.ExportSettings, {"to": "gguf", "base": "x"}, "base is 'x'"),
     ],
