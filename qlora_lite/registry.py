@@ -9,6 +9,7 @@ where it stands. So names are listed without importing anything, and a thing is 
 """
 
 from importlib.metadata import EntryPoint, distributions
+from typing import Any
 
 from .errors import ExtensionError, require_one_of
 
@@ -28,26 +29,33 @@ def names(kind: str) -> list[str]:
     return sorted(_registered(kind))
 
 
-def find(kind: str, name: str) -> object:
+def find(kind: str, name: str, protocol: type) -> Any:
     """Import a thing and return it.
 
+    Args:
+        kind: of ``KINDS``.
+        protocol: of things of that kind, which can be checked at run time.
+
     Raises:
-        ExtensionError: it cannot be imported; see ``names``.
+        ExtensionError: it cannot be imported, or lacks a member of the protocol; see ``names``.
         ModelError: there is none of that name.
     """
     known = _registered(kind)
     require_one_of(KINDS[kind], name, sorted(known))
+    entry, owner = known[name]
+    what, cure = f"the {KINDS[kind]} {name} of {owner}", f"update or uninstall {owner}"
     try:
-        return known[name].load()
-    except Exception as error:  # the code of others, which may raise anything
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ExtensionError(
-            f"the {KINDS[kind]} {name} of {_owner(known[name])} cannot be loaded ({known[name].value}: {what}); update "
-            f"or uninstall {_owner(known[name])}"
-        ) from error
+        found = entry.load()
+    except (Exception, SystemExit) as error:  # the code of others, which may raise anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ExtensionError(f"{what} cannot be loaded ({entry.value}: {why}); {cure}") from error
+    if isinstance(found, type) or not isinstance(found, protocol):
+        raise ExtensionError(f"{what} is no {KINDS[kind]} ({entry.value} is no object with the members of one); {cure}")
+    return found
 
 
-def _registered(kind: str) -> dict[str, EntryPoint]:
+def _registered(kind: str) -> dict[str, tuple[EntryPoint, str]]:
+    """Return entry points by name, each with its distribution."""
     found: dict[str, tuple[EntryPoint, str]] = {}
     # not entry_points(), which reads the first distribution of each name alone: in a clone that may be an old build's
     for distribution in distributions():
@@ -63,8 +71,4 @@ def _registered(kind: str) -> dict[str, EntryPoint]:
             f"the package's own {KINDS[kind]}s are not registered: it is run from a clone, or was installed by an "
             "earlier version; install it again (pip install -e . in a clone)"
         )
-    return {name: each for name, (each, _) in found.items()}
-
-
-def _owner(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else "an unknown distribution"
+    return found

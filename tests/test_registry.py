@@ -11,8 +11,9 @@ from tiny_runs import tiny_run
 from qlora_lite import registry
 from qlora_lite.errors import ExtensionError, ModelError
 from qlora_lite.explain import explain
+from qlora_lite.export.form import ExportForm
 
-SUMS = next(code for code in re.findall(r"```python\n(.*?)```", explain("extending"), re.S) if "class Sums" in code)
+PAGE = next(code for code in re.findall(r"```python\n(.*?)```", explain("extending"), re.S) if "class Sums" in code)
 
 
 def distribution(folder, name, entries, module=None):
@@ -27,7 +28,7 @@ def distribution(folder, name, entries, module=None):
 
 
 def test_a_form_of_another_distribution_is_written_by_the_command(tmp_path):
-    distribution(tmp_path / "site", "sums", {"sums": "sums:SUMS"}, SUMS)
+    distribution(tmp_path / "site", "sums", {"sums": "sums:SUMS"}, PAGE)
     run = tiny_run(tmp_path)
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from qlora_lite.cli.main import main; main()"
     command = sys.executable, "-c", code, "export", str(run), "--to", "sums", "--out", str(tmp_path / "out")
@@ -59,6 +60,9 @@ def test_an_old_build_in_a_clone_does_not_hide_what_is_installed(tmp_path, monke
         ("nowhere:ONNX", None, "nowhere:ONNX: ModuleNotFoundError: No module named 'nowhere'"),
         ("other_form:ONNX", "", "other_form:ONNX: AttributeError"),
         ("other_form:ONNX", "raise RuntimeError('two\\nlines')", "other_form:ONNX: RuntimeError: two lines"),
+        ("other_form:ONNX", "raise SystemExit(0)", "other_form:ONNX: SystemExit: 0"),
+        ("other_form:ONNX", "ONNX = lambda job: None", "is no export form (other_form:ONNX is no object with the"),
+        ("other_form:Sums", PAGE, "is no export form (other_form:Sums is no object with the"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line_that_names_the_distribution(value, module, said, tmp_path, monkeypatch):
@@ -66,7 +70,7 @@ def test_what_cannot_be_loaded_is_one_line_that_names_the_distribution(value, mo
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "other_form", raising=False)
     with pytest.raises(ExtensionError) as refused:
-        registry.find("forms", "onnx")
+        registry.find("forms", "onnx", ExportForm)
     text = str(refused.value)
     assert said in text and "update or uninstall other_form" in text and "\n" not in text
 
@@ -80,7 +84,7 @@ def test_one_name_of_two_distributions_is_an_error_that_names_both(tmp_path, mon
 
 def test_a_name_that_nothing_has_is_refused_with_those_there_are():
     with pytest.raises(ModelError, match="export form is 'onnx'; choose one of gguf, gguf-adapter, kohya, ollama"):
-        registry.find("forms", "onnx")
+        registry.find("forms", "onnx", ExportForm)
 
 
 def test_a_clone_that_is_not_installed_says_how_to_install_it(monkeypatch):

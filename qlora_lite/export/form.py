@@ -9,7 +9,7 @@ import copy
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -59,6 +59,7 @@ class Written:
     kept: object = None
 
 
+@runtime_checkable
 class ExportForm(Protocol):
     """A form of another program.
 

@@ -5,7 +5,6 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.artifacts.trained_run import open_trained
@@ -47,7 +46,7 @@ class ExportSettings:
     @property
     def form(self) -> ExportForm:
         """The form of that name."""
-        return cast(ExportForm, find("forms", self.to))
+        return find("forms", self.to, ExportForm)
 
 
 def export_run(
