@@ -19,7 +19,7 @@ _API = {
     "Source": "qlora_lite.data.sources",
     "build_examples": "qlora_lite.data.examples",
     "Trainer": "qlora_lite.train.loop",
-    "train_settings": "qlora_lite.prepare.build",
+    "train_settings": "qlora_lite.prepare.settings",
     "run_recipe": "qlora_lite.runs.run",
     "plan_recipe": "qlora_lite.prepare.plan",
     "find_gpu": "qlora_lite.memory.gpus",
@@ -76,8 +76,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test compares it wit
     from .models.memory_options import MemoryOptions as MemoryOptions
     from .models.tokenizer import load_tokenizer as load_tokenizer
     from .planning.machine import machine_of_gpu as machine_of_gpu
-    from .prepare.build import train_settings as train_settings
     from .prepare.plan import plan_recipe as plan_recipe
+    from .prepare.settings import train_settings as train_settings
     from .recipe.load import load_recipe as load_recipe
     from .runs.run import run_recipe as run_recipe
     from .train.causal_lm import CausalLM as CausalLM

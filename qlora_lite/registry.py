@@ -8,12 +8,14 @@ where it stands. So names are listed without importing anything, and a thing is 
     onnx = "my_package.export:ONNX"
 """
 
+import sys
+from functools import cache
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from .errors import ExtensionError, require_one_of
 
-KINDS = {"forms": "export form"}  # -> what one is called
+KINDS = {"forms": "export form", "tasks": "task"}  # -> what one is called
 DISTRIBUTION = "qlora-lite"
 
 
@@ -56,9 +58,14 @@ def find(kind: str, name: str, protocol: type) -> Any:
 
 def _registered(kind: str) -> dict[str, tuple[EntryPoint, str]]:
     """Return entry points by name, each with its distribution."""
+    return _registered_on(kind, tuple(sys.path))
+
+
+@cache
+def _registered_on(kind: str, path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, str]]:
     found: dict[str, tuple[EntryPoint, str]] = {}
     # not entry_points(), which reads the first distribution of each name alone: in a clone that may be an old build's
-    for distribution in distributions():
+    for distribution in distributions(path=list(path)):
         for each in distribution.entry_points.select(group=f"qlora_lite.{kind}"):
             other, owner = found.setdefault(each.name, (each, distribution.name))
             if owner != distribution.name:

@@ -23,8 +23,8 @@ from torch import nn
 from qlora_lite.adapters.files import CONFIG_NAME, WEIGHTS_NAME, adapter_config, load_adapter
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.locate import INDEX_NAME, check_gguf, locate
-from qlora_lite.prepare.build import with_plan
 from qlora_lite.prepare.preflight import Preflight
+from qlora_lite.prepare.settings import with_plan
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.resume import RUN, Continuation, checked
 from qlora_lite.runs.stages import Proven

@@ -26,6 +26,7 @@ LAYERS = [
     {"inference"},
     {"export"},
     {"runs"},
+    {"tasks"},
     {"doctor", "explain"},
     {"cli"},
     {"ext"},  # which the core finds by name (``registry``)

@@ -88,6 +88,6 @@ def test_a_name_that_nothing_has_is_refused_with_those_there_are():
 
 
 def test_a_clone_that_is_not_installed_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(registry, "distributions", lambda: ())
+    monkeypatch.setattr("sys.path", [])
     with pytest.raises(ExtensionError, match=r"not registered: .*pip install -e \."):
         registry.names("forms")

@@ -19,7 +19,7 @@ from qlora_lite.data.template import NAMED_TEMPLATES
 from qlora_lite.errors import Interrupted
 from qlora_lite.files import sha256
 from qlora_lite.models.locate import locate
-from qlora_lite.prepare.build import build_model, fingerprint_of
+from qlora_lite.prepare.model import build_model, fingerprint
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Output, Recipe
 from qlora_lite.runs.run import run_recipe
@@ -54,7 +54,7 @@ def make_run(
         "model": str(base),
         "data": {"end_token_ids": [END_OF_ANSWER]},
         **digests_of(run / "adapter"),
-        "base_fingerprint": fingerprint_of(recipe, files),
+        "base_fingerprint": fingerprint(recipe, files),
         "tokenizer_sha256": None if files.gguf_file else tokenizer_sha256(files.folder),
     }
     (run / "summary.json").write_text(json.dumps(summary))

@@ -35,19 +35,12 @@ from qlora_lite.models.locate import ModelFiles, locate, read_json
 from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import first_lora_weights
-from qlora_lite.prepare.build import (
-    base_files,
-    build_skeleton,
-    build_to_use,
-    compute_dtype_of,
-    fingerprint_of,
-    quantization_of,
-    start_of,
-    with_plan,
-    without_start,
-)
 from qlora_lite.prepare.datasets import build_sources
-from qlora_lite.prepare.recipe_head import picture_processor, picture_reader
+from qlora_lite.prepare.model import build_skeleton, build_to_use, fingerprint
+from qlora_lite.prepare.settings import with_plan
+from qlora_lite.prepare.start import resolve_start, without_start
+from qlora_lite.prepare.task import find_task
+from qlora_lite.prepare.transformer import quantization
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import OF_PICTURES, PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
 
@@ -101,7 +94,7 @@ class TrainedRun:
     @property
     def has_base(self) -> bool:
         """Whether the model is its base model where the adapter is left out."""
-        return not self.began_as and (self.adapter is None or start_of(self.recipe) is None)
+        return not self.began_as and (self.adapter is None or resolve_start(self.recipe) is None)
 
     def require_base(self) -> None:
         """Check that the base model is there without what was trained.
@@ -144,17 +137,17 @@ class TrainedRun:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the type to compute in."""
-        return compute_dtype_of(self.recipe, self.device)
+        return find_task(self.recipe).compute_dtype(self.recipe, self.device)
 
     @property
     def fingerprint(self) -> str:
         """Return what names the base model by its content, and by how its weights were split."""
-        return fingerprint_of(self.recipe, self.files)
+        return fingerprint(self.recipe, self.files)
 
     @property
     def quantization(self) -> tuple[str, bool]:
         """Return how the run saw the linear layers: their type, and whether their absmax values were quantised too."""
-        return quantization_of(self.recipe, self.files.config)
+        return quantization(self.recipe, self.files.config)
 
     def skeleton(self) -> nn.Module:
         """Return the base model on the meta device, its layers 4-bit where the run's were."""
@@ -162,8 +155,9 @@ class TrainedRun:
 
     def tokenizer(self):
         """Return the tokenizer with the chat template that training used; of pictures their processor."""
-        if self.recipe.of_pictures:
-            return picture_processor(self.recipe)
+        task = find_task(self.recipe)
+        if not task.has_tokens:
+            return task.reader(self.recipe)
         tokenizer = load_tokenizer(self.recipe.model.path, self.recipe.model.revision, self.recipe.adapter.train_tokens)
         if self.recipe.data.template or self.own_template or tokenizer.chat_template:
             tokenizer.chat_template = self.template(tokenizer).source
@@ -181,7 +175,7 @@ class TrainedRun:
                 "that it was trained with into that folder, as chat_template.jinja"
             )
         found = choose_template(tokenizer, self.recipe.data.template, self.own_template)
-        reader = picture_reader(self.recipe)
+        reader = find_task(self.recipe).picture_reader(self.recipe)
         return for_pictures(found, reader.token) if reader else found
 
     def shared_system(self) -> str | None:
@@ -229,7 +223,7 @@ class TrainedRun:
     def split_base(self) -> nn.Module | None:
         """Load the base model as the run saw it into host memory, from the cache if it is there; None where its weights
         were not split (``lora.start``)."""
-        if (start := start_of(self.recipe)) is None:
+        if (start := resolve_start(self.recipe)) is None:
             return None
         m = self.recipe.model
         base = load_model(
@@ -251,7 +245,7 @@ class TrainedRun:
         """
         if self.adapter and begins_with_qera(self.adapter):
             first = _first_beside(self.adapter, adapter)
-        elif start := start_of(self.recipe):
+        elif start := resolve_start(self.recipe):
             m = self.recipe.model
             first = first_lora_weights(self.files, start, m.quant, m.double_quant, self.compute_dtype, m.keep_16bit)
             if self.adapter:
@@ -267,7 +261,7 @@ class TrainedRun:
         """The ``lora.start`` whose LoRA weights fit no model but the one that they began with; None of another."""
         if self.adapter and begins_with_qera(self.adapter):
             return QERA
-        start = start_of(self.recipe)
+        start = resolve_start(self.recipe)
         return start.kind if start else None
 
     def build_base(self) -> nn.Module:
@@ -316,11 +310,11 @@ def open_trained(
         return _open_whole(folder, opened, model_path)
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
-        files = base_files(recipe)
+        files = find_task(recipe).locate(recipe)
     except ModelError as error:
         moved = f"the base model of {folder} is not where it was ({opened.recipe.model.path}): {error}"
         raise ModelError(moved if model_path else f"{moved}. Give its new location with --model PATH") from error
-    _check_base(opened.summary, fingerprint_of(recipe, files), files, folder, "--model PATH")
+    _check_base(opened.summary, fingerprint(recipe, files), files, folder, "--model PATH")
     name = folder.resolve().name
     held_out = opened.summary["data"].get(HELD_OUT_DIGEST)
     return TrainedRun(name, recipe, opened.adapter, opened.end_token_ids, files, held_out=held_out)
@@ -336,19 +330,20 @@ def require_kind(recipe: Recipe, name: str | Path, has_head: bool | None, draws:
     Raises:
         RecipeError: it is of another kind.
     """
-    if draws and not recipe.generates_pictures:
-        raise RecipeError(f"{name} is of task.kind {recipe.task.kind}, and draws no pictures")
-    if recipe.generates_pictures:
+    task, kind = find_task(recipe), recipe.task.kind
+    if draws and not task.draws:
+        raise RecipeError(f"{name} is of task.kind {kind}, and draws no pictures")
+    if task.draws:
         if draws:
             return
-        raise RecipeError(f"{name} draws pictures (task.kind {recipe.task.kind}): use `qlora-lite generate`")
-    if has_head is False and recipe.problem is not None:
-        what = f"has a head that labels {'pictures' if recipe.of_pictures else 'texts'} (task.kind {recipe.task.kind})"
+        raise RecipeError(f"{name} draws pictures (task.kind {kind}): use `qlora-lite generate`")
+    if has_head is False and task.has_head:
+        what = f"has a head that labels {'texts' if task.has_tokens else 'pictures'} (task.kind {kind})"
         raise RecipeError(
             f"{name} {what}, and this is for models that write text: use `qlora-lite predict` or "
             "`evaluate`, or its adapter folder with peft"
         )
-    if has_head and recipe.problem is None:
+    if has_head and not task.has_head:
         raise RecipeError(f"{name} is a language model without a head for labels: use `qlora-lite generate`")
 
 
@@ -356,7 +351,7 @@ def _open_whole(folder: Path, opened: OpenedRun, model_path: str | None) -> Trai
     if model_path:
         raise ModelError(f"{folder} has a whole model, and needs no base model: leave out --model")
     recipe, path = _where_it_lies_now(_as_it_ran(opened), str(opened.adapter)), opened.recipe.model.path
-    files, held_out = base_files(recipe), opened.summary["data"].get(HELD_OUT_DIGEST)
+    files, held_out = find_task(recipe).locate(recipe), opened.summary["data"].get(HELD_OUT_DIGEST)
     return TrainedRun(folder.resolve().name, recipe, None, opened.end_token_ids, files, None, path, held_out)
 
 
@@ -377,7 +372,7 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
         raise ModelError(said if model_path else f"{said}. Give its location with --model PATH") from error
     recipe = recipe.model_copy(update={"adapter": Adapter(train_tokens=_new_tokens(folder, recipe))})
     trained = TrainedRun(folder.resolve().name, recipe, folder, (), files, template_in(folder))
-    if recipe.problem is not None:
+    if find_task(recipe).has_head:
         return trained
     try:
         tokenizer = trained.tokenizer()
@@ -527,9 +522,9 @@ def adapter_to_begin_with(recipe: Recipe) -> Path | None:
             check_adapter(folder)
             return folder
         opened = open_run(folder)
-        files = base_files(recipe)
+        files = find_task(recipe).locate(recipe)
         where = "model.path, and the settings of its lora.start"
-        _check_base(opened.summary, fingerprint_of(recipe, files), files, folder, where)
+        _check_base(opened.summary, fingerprint(recipe, files), files, folder, where)
     except (RecipeError, ModelError) as error:
         raise ModelError(f"lora.init_from: {error}") from error
     return opened.adapter

@@ -31,9 +31,9 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
         prepare(verbose=False)
         logging.getLogger("qlora_lite.progress").setLevel(logging.INFO)
         from qlora_lite.prepare.preflight import preflight
-        from qlora_lite.prepare.readers import reader_of
+        from qlora_lite.prepare.task import find_task
 
-        found = preflight(settings, reader_of(settings), rows)
+        found = preflight(settings, find_task(settings).reader(settings), rows)
     except QloraLiteError as error:
         if as_json:
             echo_exactly(json.dumps(_report_of(error)))

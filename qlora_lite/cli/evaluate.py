@@ -132,8 +132,9 @@ def evaluate(
         recipe = load_recipe(run_or_recipe, overrides)
         prepare(verbose=False)
     from qlora_lite.inference.evaluate import measure_recipe, write_answers
+    from qlora_lite.prepare.task import find_task
 
-    if out and recipe.problem is not None:
+    if out and find_task(recipe).has_head:
         raise click.UsageError(
             f"--out is for answers; what {run_or_recipe} gives to each row is written by `qlora-lite predict`"
         )

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from qlora_lite.artifacts.run_files import RECIPE
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, require_writable
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.load import load_recipe
 
 from .options import context_option, model_option
@@ -175,7 +176,7 @@ def generate(
 def _draws_pictures(folder: Path) -> bool:
     """Return whether a folder is that of a run of a denoiser."""
     try:
-        return load_recipe(folder / RECIPE, check_files=False).generates_pictures
+        return find_task(load_recipe(folder / RECIPE, check_files=False)).draws
     except RecipeError:
         return False
 
@@ -185,7 +186,7 @@ def _is_denoiser(path: Path) -> bool:
     if path.is_dir():
         return (path / "model_index.json").is_file()
     try:
-        return path.is_file() and load_recipe(path, check_files=False).generates_pictures
+        return path.is_file() and find_task(load_recipe(path, check_files=False)).draws
     except RecipeError:
         return False
 

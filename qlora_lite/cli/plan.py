@@ -241,18 +241,12 @@ def _title(settings, machine) -> str:
 
 
 def _length(settings) -> str:
-    from qlora_lite.prepare.recipe_denoiser import fit_of
-    from qlora_lite.prepare.recipe_head import picture_processor
+    from qlora_lite.prepare.task import find_task
 
-    if not settings.of_pictures:
-        batch = settings.train.micro_batch_size
-        return f"data.max_tokens {settings.data.max_tokens}" + (f", train.micro_batch_size {batch}" * (batch > 1))
-    if settings.generates_pictures:
-        height, width = fit_of(settings).largest
-    else:
-        processor = picture_processor(settings)
-        height, width = processor.height, processor.width
     count = settings.train.micro_batch_size
+    if (size := find_task(settings).picture_size(settings)) is None:
+        return f"data.max_tokens {settings.data.max_tokens}" + (f", train.micro_batch_size {count}" * (count > 1))
+    height, width = size
     return f"{counted(count, 'picture')} of {height} x {width} pixels"
 
 
@@ -261,7 +255,7 @@ def machine_for(settings, vram=None, gpu=None):
     from qlora_lite.memory.gpus import find_gpu, slowest_gpu
     from qlora_lite.models.load import resolve_device
     from qlora_lite.planning.machine import machine_of_gpu, this_machine
-    from qlora_lite.prepare.build import compute_dtype_of
+    from qlora_lite.prepare.task import find_task
 
     if gpu is not None:
         machine = machine_of_gpu(find_gpu(gpu))
@@ -271,16 +265,19 @@ def machine_for(settings, vram=None, gpu=None):
         machine = machine_of_gpu(like).renamed(named, vram)
     else:
         device = resolve_device(settings.model.device)
-        machine = this_machine(device, compute_dtype_of(settings, device))
+        machine = this_machine(device, find_task(settings).compute_dtype(settings, device))
     return machine
 
 
 def _check_searches(settings, max_tokens: bool, max_resolution: bool) -> None:
-    if max_tokens and settings.of_pictures:
+    from qlora_lite.prepare.task import find_task
+
+    has_tokens = find_task(settings).has_tokens
+    if max_tokens and not has_tokens:
         raise click.UsageError(
             "--max-tokens is for rows of tokens, and this recipe's are pictures; see --max-resolution"
         )
-    if max_resolution and not settings.of_pictures:
+    if max_resolution and has_tokens:
         raise click.UsageError(
             "--max-resolution is for rows that are pictures, and this recipe's are of tokens; see --max-tokens"
         )

@@ -34,9 +34,9 @@ def predict(run: str, rows: str, out: Path, model_path: str | None, unfinished: 
     Texts longer than the run's data.max_tokens are cut; longer chats are an error.
     """
     prepare(verbose=False)
-    from qlora_lite.inference.label_texts import predict_labels
+    from qlora_lite.inference.label import label_rows
 
     with step_progress("loading"):
-        done = predict_labels(run, rows, out, model_path, unfinished)
+        done = label_rows(run, rows, out, model_path, unfinished)
     cut = f"; cut to data.max_tokens: {done.cut:,}" if done.cut else ""
-    echo(f"{counted(done.texts, 'row')} labelled in {out}{cut}")
+    echo(f"{counted(done.rows, 'row')} labelled in {out}{cut}")

@@ -50,6 +50,8 @@ def serve(
     tasks = open_tasks(runs, model_path, unfinished, context_tokens)
     runs_by_name = {name: tasks.task(name).run for name in tasks.names}
     tell_of_system(runs_by_name, "requests may have none; to add it, as their first message:")
-    with_pictures = any(run.recipe.with_vision for run in runs_by_name.values())
+    from qlora_lite.prepare.task import find_task
+
+    with_pictures = any(find_task(run.recipe).multimodal for run in runs_by_name.values())
     body_bytes = BODY_BYTES_WITH_PICTURES if with_pictures else BODY_BYTES
     run_server(tasks, Limits(body_bytes, max_waiting, max_new_tokens), host, port)

@@ -65,7 +65,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
         raise click.exceptions.Exit(start(gpus, ["train", *again], settings))
     prepare()
     with importing():
-        from qlora_lite.prepare.build import method_of
+        from qlora_lite.prepare.method import build_method
         from qlora_lite.runs import run
 
     with step_progress(of_pictures=settings.of_pictures) as progress:
@@ -73,7 +73,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
     if not is_first:
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    can_merge = not method_of(settings).why_not_merged
+    can_merge = not build_method(settings).why_not_merged
     print_result(_result(folder, summary, settings.of_pictures, can_merge), folder)
 
 

@@ -18,7 +18,8 @@ from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.weights import open_weights
-from qlora_lite.prepare.build import build_to_use
+from qlora_lite.prepare.model import build_to_use
+from qlora_lite.prepare.task import find_task
 
 from .check import Change, change_of
 
@@ -93,7 +94,7 @@ def load_base(job: Job) -> nn.Module:
     gc.collect()  # the model before this one
     recipe, adapter, config = job.trained.recipe, job.trained.adapter, job.skeleton.config
     is_large = 4 * sum(parameter.numel() for parameter in job.skeleton.parameters()) > WHOLE_BYTES
-    if is_large and recipe.model.quant == "none" and not recipe.with_vision and not config.problem_type:
+    if is_large and recipe.model.quant == "none" and not find_task(recipe).multimodal and not config.problem_type:
         read = open_weights(job.trained.files, job.skeleton, torch.float32).reader()
         return streamed_model(copy.deepcopy(config), lambda name: read(name).float())
     model = recipe.model.model_copy(update={"compute_dtype": "float32"})

@@ -10,7 +10,7 @@ from qlora_lite.adapters.files import attach_adapter
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import ModelError, require_one_of
 from qlora_lite.files import require_empty, write_text
-from qlora_lite.prepare.build import without_start
+from qlora_lite.prepare.start import without_start
 from qlora_lite.quant.merging import OFF
 from qlora_lite.registry import find, names
 

@@ -44,8 +44,12 @@ from qlora_lite.models.merge import (
 )
 from qlora_lite.models.save import SHARD_BYTES, bnb_config, save_quantized
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.prepare.build import build_to_use, start_of, train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data, warn_of_other_rows
+from qlora_lite.prepare.job import likelihood_workload
+from qlora_lite.prepare.model import build_to_use
+from qlora_lite.prepare.settings import train_settings
+from qlora_lite.prepare.start import resolve_start
+from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.merging import NF4, OFF
@@ -158,7 +162,7 @@ def merge_run(
         if settings.quantize:
             _check_quantized(trained, report["models"], f"merged, then {settings.quantize}", merged.onto)
             # what the dense model says of ends and pictures is true of this one
-            for name in ("generation_config.json", *(PROCESSOR_FILES if trained.recipe.with_vision else ())):
+            for name in ("generation_config.json", *(PROCESSOR_FILES if find_task(trained.recipe).multimodal else ())):
                 if (dense / name).is_file():
                     shutil.copyfile(dense / name, new / name)
         write_text(new / REPORT, json.dumps(report, indent=2) + "\n")
@@ -233,7 +237,7 @@ def held_out(trained: TrainedRun, count: int) -> HeldOut:
         raise DataError(f"{error}\n{_UNMEASURED}") from error
     warn_of_other_rows(recipe, data, trained.held_out)
     examples = data.examples[:count]
-    work = work_to_measure(recipe)
+    work = likelihood_workload(recipe)
     return HeldOut(list(eval_batches(work, examples, train_settings(recipe))), len(examples), name, work)
 
 
@@ -369,7 +373,7 @@ def _keeps_codes(trained: TrainedRun, merged: Merged, settings: MergeSettings) -
         each.experts == 1 and each.lora_magnitude_vector is None and each.lora_A.shape[1] % 2 == 0
         for each in merged.adapter.layers.values()
     )
-    plain = plain and not trained.recipe.with_vision  # whose codes would be chosen without their pictures
+    plain = plain and not find_task(trained.recipe).multimodal  # whose codes would be chosen without their pictures
     return own and plain and merged.adapter.merge_aware in (OFF, NF4)
 
 
@@ -410,7 +414,7 @@ def _write_quantized(trained: TrainedRun, dense: Path, out: Path, quant: str) ->
         torch.bfloat16,
         use_cache=False,
         keep_16bit=m.keep_16bit,
-        with_vision=trained.recipe.with_vision,
+        with_vision=find_task(trained.recipe).multimodal,
     )
     save_quantized(model, out, trained.tokenizer())
 
@@ -464,7 +468,7 @@ def measure(trained: TrainedRun, rows: HeldOut, others: Mapping[str, Callable[[]
     def said(model: nn.Module) -> Outputs:
         return outputs(model, rows.batches, rows.work)
 
-    found = {"base": said(build_to_use(trained.recipe))} if start_of(trained.recipe) else {}
+    found = {"base": said(build_to_use(trained.recipe))} if resolve_start(trained.recipe) else {}
     model = trained.build_base()
     if not trained.began_as:
         found = found or {"base": said(model)}

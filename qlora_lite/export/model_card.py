@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.terminal import printable
 from qlora_lite.units import format_score, format_seconds
@@ -84,7 +85,7 @@ def _metadata(facts: CardFacts) -> dict:
         "base_model": facts.base_model,
         "base_model_relation": facts.base_model and ("finetune" if facts.is_model else "adapter"),
         "library_name": "transformers" if facts.is_model else "peft",
-        "pipeline_tag": "image-text-to-text" if facts.recipe.with_vision else "text-generation",
+        "pipeline_tag": "image-text-to-text" if find_task(facts.recipe).multimodal else "text-generation",
         "tags": [*_methods(facts), PROJECT],
         "datasets": list(dict.fromkeys("/".join(parts) for parts in data)),
     }
@@ -127,7 +128,7 @@ def _name_of_method(recipe: Recipe) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    if facts.recipe.with_vision:
+    if find_task(facts.recipe).multimodal:
         return _use_with_pictures(facts)
     if facts.is_model:
         name, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"

@@ -26,8 +26,8 @@ from qlora_lite.models.merge import Merged
 from qlora_lite.models.progress import Progress
 from qlora_lite.models.save import save_quantized
 from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
-from qlora_lite.prepare.build import start_of
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.start import resolve_start
 from qlora_lite.quant.closest import closest_q4_0
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.merging import NF4, OFF, closest_codes, merged_codes
@@ -111,7 +111,7 @@ def _with_adapter(trained: TrainedRun, adapter: Adapter) -> nn.Module:
         "cpu",
         m.revision,
         keep_16bit=m.keep_16bit,
-        start=start_of(trained.recipe),
+        start=resolve_start(trained.recipe),
     )
     return attach_adapter(model, replace(adapter, dropout=0.0))
 

@@ -32,7 +32,7 @@ from qlora_lite.models.load import KEEP, stored_quantization
 from qlora_lite.models.locate import read_json
 from qlora_lite.models.merge import PROCESSOR_FILES
 from qlora_lite.models.skeleton import read_config
-from qlora_lite.prepare.build import formats_of
+from qlora_lite.prepare.transformer import kept_codes
 from qlora_lite.quant.formats import FORMATS
 
 from .formats import ExportSettings, export_run
@@ -203,7 +203,7 @@ def _packed_as(trained: TrainedRun) -> str:
     """Return how the base model's files have the weights that a run was trained on; "" where they are in 16 bit."""
     m, (quant, _) = trained.recipe.model, trained.quantization
     if quant == KEEP:
-        kinds = {kind for _, kind in formats_of(trained.recipe, read_config(m.path, m.revision))}
+        kinds = {kind for _, kind in kept_codes(trained.recipe, read_config(m.path, m.revision))}
         return ", ".join(sorted({FORMATS[kind].about for kind in kinds}))
     return f"{quant} codes as published" if stored_quantization(trained.files.config) else ""
 

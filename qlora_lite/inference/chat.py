@@ -20,7 +20,7 @@ from qlora_lite.data.row_formats import Turn
 from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.models.anatomy import position_limit, text_config
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.task import find_task
 from qlora_lite.terminal import printable
 
 from .generate import Sampling, answer, shown_prompt, text_of_prompt
@@ -88,7 +88,7 @@ class Session:
 
     @property
     def _reader(self) -> PictureReader | None:
-        return picture_reader(self.tasks.task(self.task).run.recipe)
+        return find_task(self.tasks.task(self.task).run.recipe).picture_reader(self.tasks.task(self.task).run.recipe)
 
     def reply(self, show: bool = False) -> str:
         """Answer the turns so far, and remember the answer; ``show`` prints it word by word as it comes."""

@@ -17,9 +17,10 @@ from qlora_lite.data.storage import row_lengths
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data, held_out_digest, measures_of, warn_of_other_rows
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.job import likelihood_workload
+from qlora_lite.prepare.settings import train_settings
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.compare_page import render_comparison
 from qlora_lite.train.loop import eval_batches
@@ -159,7 +160,7 @@ def _measure(
         rows = own.data.model_copy(update={key: getattr(rows_of.data, key) for key in _ROWS})
         recipe = own.model_copy(update={"data": rows})
         data, settings = data or build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
-        work = work_to_measure(recipe, count_virtual(tasks.model)).with_options(settings.options)
+        work = likelihood_workload(recipe, count_virtual(tasks.model)).with_options(settings.options)
         settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
         if name and own is not rows_of and _may_have_learned(task.run, rows_of, data, tasks.tokenizer):
             log.warning(
@@ -189,7 +190,7 @@ def _measure(
             measures_of(rows_of),
             new_tokens_of(rows_of),
             watch and (lambda what, *counts: watch(f"{called}: {what}", *counts)),
-            reader=picture_reader(recipe),
+            reader=find_task(recipe).picture_reader(recipe),
         )
     said = [
         record

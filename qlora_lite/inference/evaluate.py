@@ -9,7 +9,7 @@ from itertools import compress
 from math import fsum
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -40,11 +40,12 @@ from qlora_lite.memory.process import CUDA_CONTEXT_BYTES
 from qlora_lite.models.anatomy import device_of, position_limit
 from qlora_lite.models.memory_options import stream_of
 from qlora_lite.planning.answering import MAX_PROMPTS, prompts_at_once
-from qlora_lite.prepare.build import build_skeleton, build_to_use, train_settings, work_to_measure
 from qlora_lite.prepare.datasets import build_data, measures_of, warn_of_other_rows
-from qlora_lite.prepare.label_checks import with_labels
-from qlora_lite.prepare.readers import reader_of
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.job import likelihood_workload
+from qlora_lite.prepare.model import build_skeleton, build_to_use
+from qlora_lite.prepare.moment import Measured, Watch
+from qlora_lite.prepare.settings import train_settings
+from qlora_lite.prepare.task import find_preference, find_task
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -55,7 +56,6 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
 
 from .generate import Answer, Shown, answers, stop_ids
-from .label_texts import load_head, measure_labels
 from .preferred import attach_and_judge
 
 log = logging.getLogger("qlora_lite")
@@ -64,7 +64,6 @@ SPARE_TOKENS = 8  # beyond the longest answer of the rows: enough to see that an
 EXACT_MATCH = Measures()
 
 Losses = Callable[[Sequence[Example]], list[list[float]]]  # of each example's target tokens, in nats
-Watch = Callable[[str, int, int], None]  # is told what is being done, how many are done, and of how many
 
 
 def watching(watch: Watch | None, what: str, total: int) -> Callable[[int], None] | None:
@@ -73,39 +72,6 @@ def watching(watch: Watch | None, what: str, total: int) -> Callable[[int], None
         return None
     watch(what, 0, total)
     return lambda done: watch(what, done, total)
-
-
-class Measured(NamedTuple):
-    """What was measured on examples.
-
-    Args:
-        scores: by name, in the order of the metrics.
-        answers: in the order of the examples; "" for one left out, and CUT behind one that had to be cut. None are
-            there where no metric is of answers.
-        matches: whether each answer is its own reference, in their order; None where a checkpoint of an earlier version
-            did not say.
-        records: of each compared example, see ``_record``, with answer_loss and, of accuracy, the likeliest choice.
-        prompts: how many different ones the compared examples have.
-    """
-
-    scores: dict[str, Score]
-    answers: tuple[str, ...] = ()
-    matches: tuple[bool | None, ...] = ()
-    records: tuple[dict, ...] = ()
-    prompts: int = 0
-
-    @property
-    def compared(self) -> str:
-        """Say how many examples were compared."""
-        count = f"{len(self.records):,} examples"
-        return count if self.prompts == len(self.records) else f"{self.prompts:,} prompts with {count}"
-
-    def figures(self) -> dict[str, Any]:
-        """Return what JSON says: exact match under the keys that it had before there were other metrics, and all."""
-        exact = self.scores.get("exact_match")
-        known = {"exact_match": exact.value, "exact_match_rows": exact.examples} if exact else {}
-        prompts = {"metrics_prompts": self.prompts} if self.prompts < len(self.records) else {}
-        return known | {"metrics": {name: score.as_dict() for name, score in self.scores.items()}} | prompts
 
 
 def measure(
@@ -424,31 +390,31 @@ def measure_recipe(
     require_recipe(recipe)
     if not recipe.data.has_eval:
         raise RecipeError("there is no evaluation data; name some, as in data.eval=rows.jsonl")
-    if recipe.generates_pictures:
-        raise RecipeError(
-            "a denoiser (task.kind image-generation) is not evaluated by itself: its run measures the "
-            "loss on data.eval before and after training"
-        )
     if metrics_rows:
         check_packages(recipe.train.metrics)
     adapter = adapter and Path(adapter)
     if out:
         check_out(Path(out), recipe)
-    tokenizer = tokenizer or reader_of(recipe)
-    if recipe.problem is not None:
-        return _evaluate_labels(recipe, adapter, tokenizer, watch, held_out), ()
+    task = find_task(recipe)
+    return task.evaluate(recipe, adapter, metrics_rows, tokenizer or task.reader(recipe), watch, held_out)
+
+
+def measure_text(
+    recipe: Recipe, adapter: Path | None, metrics_rows: int, tokenizer, watch: Watch | None, held_out: str | None
+) -> tuple[dict[str, Any], Sequence[dict]]:
+    """Measure a language model; see ``measure_recipe``."""
     data, settings = build_data(recipe, tokenizer, "eval"), train_settings(recipe)
     warn_of_other_rows(recipe, data, held_out)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
     judged: dict[str, float] = {}
-    if adapter and recipe.preference:
+    if adapter and find_preference(recipe):
         judged = attach_and_judge(recipe, model, adapter, tokenizer, settings)
     elif adapter:
         load_adapter(model, adapter, recipe.train.merge_aware)
     if stream_of(model) is None:
         put_merged_in_place(model)
-    work = work_to_measure(recipe, count_virtual(model)).with_options(settings.options)
+    work = likelihood_workload(recipe, count_virtual(model)).with_options(settings.options)
     work.check_examples(model, data.examples)
     work.check_forward(model, settings.max_tokens)
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
@@ -476,34 +442,11 @@ def measure_recipe(
             measures_of(recipe),
             new_tokens_of(recipe),
             watch,
-            reader=picture_reader(recipe),
+            reader=find_task(recipe).picture_reader(recipe),
         )
         measured |= found.figures()
         records = found.records
     return measured, records
-
-
-def _evaluate_labels(
-    recipe: Recipe, adapter: Path | None, tokenizer, watch: Watch | None, held_out: str | None
-) -> dict[str, Any]:
-    """Measure a recipe's model with its head on its evaluation rows, see ``evaluate_recipe``."""
-    data = build_data(recipe, tokenizer, "eval")
-    warn_of_other_rows(recipe, data, held_out)
-    if recipe.task.labels is None:  # of a recipe, whose rows say them
-        recipe = with_labels(recipe, build_data(recipe, tokenizer))
-    model, work = load_head(recipe, adapter, tokenizer)
-    work.check_examples(model, data.examples)
-    settings = train_settings(recipe)
-    watched = watching(watch, "evaluation", len(data.examples))
-    result = evaluate_loss(work, model, eval_batches(work, data.examples, settings, watched))
-    found = {"adapter": str(adapter) if adapter else None, "rows": len(data.examples), "eval_loss": result.loss}
-    if recipe.label_problem is None:
-        return found | {"eval_metrics": dict(result.metrics)}
-    scores, matrix = measure_labels(work, model, eval_batches(work, data.examples, settings))
-    return found | {
-        "metrics": {name: score.as_dict() for name, score in scores.items()},
-        **({"confusion": {"labels": list(work.labels), "matrix": matrix}} if matrix else {}),
-    }
 
 
 def measurable(examples: Sequence[Example], measures: Measures) -> Sequence[Example]:

@@ -39,8 +39,8 @@ from qlora_lite.errors import DataError, ModelError, RecipeError, how_to_install
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.ops.loss import likeliest_tokens, token_losses
-from qlora_lite.prepare.build import train_settings
-from qlora_lite.prepare.recipe_head import config_of
+from qlora_lite.prepare.settings import train_settings
+from qlora_lite.prepare.task import find_task
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.settings import TrainSettings
@@ -86,7 +86,9 @@ class HarnessLM(TemplateLM):
         super().__init__()
         self.run, self.adapter, self.watch = run, adapter, watch
         self.tokenizer = run.tokenizer()
-        self.max_length = resolve_max_length(of_blocks(config_of(run.recipe)), self.tokenizer)
+        self.max_length = resolve_max_length(
+            of_blocks(find_task(run.recipe).describe_model(run.recipe).config), self.tokenizer
+        )
         self.virtual = 0  # tokens before every row, by the adapter; known with the model
         self._encode = lru_cache(maxsize=4096)(self._encoded)  # choices share their prompt
 

@@ -24,7 +24,7 @@ from qlora_lite.data.template import Template
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.models.memory_options import stream_of
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import build_to_use
+from qlora_lite.prepare.model import build_to_use
 from qlora_lite.quant.linear import arrange_weights
 
 from .evaluate import context_tokens_of

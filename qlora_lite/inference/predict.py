@@ -27,7 +27,7 @@ from qlora_lite.files import explain_write_errors, flush_to_disk, locked, requir
 from qlora_lite.models.anatomy import position_limit, text_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_sources
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.task import find_task
 
 from .chat import tell_of_system
 from .evaluate import Watch, answered_at_once, watching
@@ -106,7 +106,7 @@ def predict_file(
     m = trained.recipe.model
     tokenizer = load_tokenizer(m.path, m.revision, trained.recipe.adapter.train_tokens)
     template = trained.template(tokenizer)
-    texts = _rendered(read, template, picture_reader(trained.recipe))
+    texts = _rendered(read, template, find_task(trained.recipe).picture_reader(trained.recipe))
     with tokenizer_faults():
         longest = max(map(len, tokenizer(list(map(text_of_prompt, texts)), add_special_tokens=False).input_ids))
     with explain_write_errors(out):
@@ -125,7 +125,7 @@ def _read_prompts(path: Path, trained: TrainedRun, settings: PredictSettings) ->
     is_text = reader_of(path) == "text"
     column = settings.column and "{" + settings.column + "}"
     recipe, lines = trained.recipe, "lines" if is_text else None
-    source = Source(str(path), prompt=column, documents=lines, with_pictures=recipe.with_vision)
+    source = Source(str(path), prompt=column, documents=lines, with_pictures=find_task(recipe).multimodal)
     known = (
         []
         if trained.is_alone
@@ -136,7 +136,7 @@ def _read_prompts(path: Path, trained: TrainedRun, settings: PredictSettings) ->
             for each in build_sources(recipe, part)
         ]
     )
-    prompts = read_prompts(source, [replace(each, with_pictures=recipe.with_vision) for each in known])
+    prompts = read_prompts(source, [replace(each, with_pictures=find_task(recipe).multimodal) for each in known])
     if settings.system is None:
         return prompts
     return [_with_system(prompt, settings.system) for prompt in prompts]

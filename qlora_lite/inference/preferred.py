@@ -19,8 +19,9 @@ from qlora_lite.adapters.read import Adapter, read_adapter
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.data.storage import Examples
 from qlora_lite.errors import ModelError
-from qlora_lite.prepare.build import workload_of
 from qlora_lite.prepare.datasets import build_data, told_by
+from qlora_lite.prepare.job import build_workload
+from qlora_lite.prepare.task import find_preference
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.preference import PreferenceLM
@@ -38,9 +39,9 @@ def attach_and_judge(
     Nothing is returned for rows that are no preferences, and where the model that training began with is not the base
     with LoRA weights: of DoRA, of weights of the base, and of a lora.start that splits them.
     """
-    trained, first, work = read_adapter(model, adapter), None, workload_of(recipe).with_options(settings.options)
-    if can_judge := recipe.lora.start == KAIMING and _is_lora(trained) and recipe.preference is not None:
-        can_judge = told_by(recipe, "eval") == recipe.preference
+    trained, first, work = read_adapter(model, adapter), None, build_workload(recipe).with_options(settings.options)
+    if can_judge := recipe.lora.start == KAIMING and _is_lora(trained) and find_preference(recipe) is not None:
+        can_judge = told_by(recipe, "eval") == find_preference(recipe)
     if can_judge and work.objective.needs_reference:
         try:
             folder = adapter_to_begin_with(recipe)

@@ -38,8 +38,9 @@ from qlora_lite.models.weights import open_weights
 from qlora_lite.ops.loss import Head, head_logits
 from qlora_lite.planning.answering import UNPLANNED, memory_to_use, prompt_bytes
 from qlora_lite.planning.meta_results import NeedsValuesError
-from qlora_lite.prepare.build import compute_dtype_of, train_settings
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.settings import train_settings
+from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import is_conv1d
 from qlora_lite.quant.nf4 import dequantize, empty_packed, quantize
@@ -256,7 +257,7 @@ class StreamedBase:
             )
         check_kept(part.config, m.keep_16bit, m.path)
         self.recipe, self.watch, self.name = recipe, watch, files.name
-        self.device, dtype = resolve_device(m.device), compute_dtype_of(recipe, resolve_device(m.device))
+        self.device, dtype = resolve_device(m.device), find_task(recipe).compute_dtype(recipe, resolve_device(m.device))
         self.skeleton = without_weights(part.config, dtype=dtype)
         check_shared_keys(self.skeleton)
         self.weights, work = weights_of(self.skeleton), CausalLM()

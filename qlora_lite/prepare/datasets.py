@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal, overload
 
 from qlora_lite.data.example_checks import Matching
-from qlora_lite.data.examples import Dataset, RowStream, largest_rows, read_examples
+from qlora_lite.data.examples import Dataset, RowStream, largest_rows
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.metrics import Measures
@@ -22,9 +22,10 @@ from qlora_lite.data.sources import Source, read_rows
 from qlora_lite.data.statistics import Settings
 from qlora_lite.data.storage import Example, stored
 from qlora_lite.errors import DataError
-from qlora_lite.files import cache_root
 from qlora_lite.recipe import schema
-from qlora_lite.recipe.schema import GRPO, Recipe
+from qlora_lite.recipe.schema import Recipe
+
+from .task import find_preference, find_task
 
 log = logging.getLogger("qlora_lite")
 STREAM_SAMPLE_ROWS = 1000  # of each streamed source, looked at before training
@@ -45,7 +46,7 @@ def build_data(recipe, tokenizer, which="train", compares=False):
     """
     if which == "eval" and not recipe.data.has_eval:
         return None
-    parts = read_data(recipe, tokenizer, (which,), compares or recipe.problem is not None)  # a head has to compare
+    parts = read_data(recipe, tokenizer, (which,), compares or find_task(recipe).has_head)  # a head has to compare
     for part in parts.values():
         part.problems.raise_if_any(recipe.data.max_bad_rows)
     return parts[which]
@@ -65,7 +66,7 @@ def read_data(
     """
 
     def read(which: str) -> Dataset:
-        preference = recipe.preference if compares else told_by(recipe, which)
+        preference = find_preference(recipe) if compares else told_by(recipe, which)
         return _read(recipe, tokenizer, which, preference, compares)
 
     if share := recipe.data.eval_share:
@@ -100,9 +101,10 @@ def told_by(recipe: Recipe, which: str) -> str | None:
     sources = build_sources(recipe, which)
     firsts = [row for source in sources for row in [_first_row(source)] if row is not None]
     has_templates = all(source.rejected for source in sources)
-    if recipe.preference == PAIRS and (has_templates or all(map(is_preference, firsts))):
+    preference = find_preference(recipe)
+    if preference == PAIRS and (has_templates or all(map(is_preference, firsts))):
         return PAIRS
-    return LABELS if recipe.preference == LABELS and all({"label", "kto_tag"} & row.keys() for row in firsts) else None
+    return LABELS if preference == LABELS and all({"label", "kto_tag"} & row.keys() for row in firsts) else None
 
 
 def _first_row(source: Source) -> dict | None:
@@ -126,24 +128,10 @@ def _to_imitate(data: Dataset) -> Dataset:
     )
 
 
-def _read(recipe: Recipe, tokenizer, which: str, preference: str | None, compares: bool) -> Dataset:
-    d = recipe.data
+def _read(recipe: Recipe, reader, which: str, preference: str | None, compares: bool) -> Dataset:
     sources = build_sources(recipe, which, compares)
-    if recipe.generates_pictures:
-        return read_examples(sources, None, problem=recipe.label_problem, of_pictures=True, fit=tokenizer)
-    if recipe.of_pictures:
-        return read_examples(sources, None, problem=recipe.label_problem, of_pictures=True)
-    room = d.max_tokens - recipe.virtual_tokens * (2 if preference else 1)  # of two sequences, or one
-    train_on = "last" if recipe.train.objective == GRPO else d.train_on  # what the model itself is to answer
-    settings = d.template, train_on, room, d.overflow, d.train_on_end
-    if recipe.with_vision:
-        from .recipe_head import picture_reader  # and with it the libraries that a model needs
-
-        return read_examples(sources, tokenizer, *settings, pictures=picture_reader(recipe))
-    if d.streaming and which == "train":
-        rows = STREAM_SAMPLE_ROWS
-        return read_examples(sources, tokenizer, *settings, None, rows, preference, recipe.label_problem)
-    return read_examples(sources, tokenizer, *settings, cache_root() / "tokens", None, preference, recipe.label_problem)
+    max_rows = STREAM_SAMPLE_ROWS if recipe.data.streaming and which == "train" else None
+    return find_task(recipe).read(recipe, sources, reader, preference, max_rows)
 
 
 def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
@@ -152,7 +140,7 @@ def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
     if not d.streaming:
         return None
     longest = d.max_tokens - recipe.virtual_tokens
-    settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=recipe.label_problem)
+    settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=find_task(recipe).label_kind)
     return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
 
 
@@ -222,7 +210,7 @@ def build_sources(recipe: Recipe, which: str, compares: bool = True) -> list[Sou
             s.documents,
             f"data.{part}",
             s.rejected,
-            recipe.with_vision,
+            find_task(recipe).multimodal,
         )
         for s in getattr(recipe.data, part)
     ]

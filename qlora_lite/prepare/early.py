@@ -9,6 +9,8 @@ from qlora_lite.files import require_writable
 from qlora_lite.models.locate import layer_names
 from qlora_lite.recipe.schema import Recipe
 
+from .task import find_task
+
 _OTHER_PACKAGES = {"tensorboard": "tensorboardX"}  # that serve as well
 
 
@@ -43,7 +45,7 @@ def check_layers(recipe: Recipe) -> None:
     targets = [t.pattern for t in recipe.lora.targets] if recipe.adapter.method in ("lora", "dora") else []
     named = {"lora.targets": targets, "model.keep_16bit": m.keep_16bit}
     plain = {key: [name for name in names if name.isidentifier()] for key, names in named.items()}
-    known = layer_names(m.path, m.revision) if any(plain.values()) and not recipe.of_pictures else ()
+    known = layer_names(m.path, m.revision) if any(plain.values()) and find_task(recipe).has_tokens else ()
     for key, names in plain.items():
         if known and (unknown := [name for name in names if name not in known]):
             problems.append(f"{key}: {matches_nothing(unknown, known)}")

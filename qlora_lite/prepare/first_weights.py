@@ -40,7 +40,11 @@ from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
 
-from .build import build_skeleton, build_to_use, compute_dtype_of, quantization_of, targets_of, tokens_of
+from .method import trained_tokens
+from .model import build_skeleton, build_to_use
+from .start import lora_targets
+from .task import find_task
+from .transformer import quantization
 
 log = logging.getLogger("qlora_lite")
 Ranks = Mapping[str, tuple[int, float]]  # rank and alpha by path
@@ -70,8 +74,8 @@ def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:
         start=start,
         ranks={path: rank for path, (rank, _) in own.items()},
         keep_16bit=m.keep_16bit,
-        quantization=quantization_of(recipe, files.config),
-        dtype=str(compute_dtype_of(recipe, device)),
+        quantization=quantization(recipe, files.config),
+        dtype=str(find_task(recipe).compute_dtype(recipe, device)),
         lora_dtype=recipe.lora.dtype,
         rows=rows.hexdigest(),
         run="each sequence alone",
@@ -105,7 +109,7 @@ def with_ranks(recipe: Recipe, ranks: Ranks) -> Recipe:
 
 def _layers(recipe: Recipe) -> Ranks:
     x = recipe.lora
-    return chosen_layers(build_skeleton(recipe), targets_of(recipe), x.rank, x.alpha, x.start)
+    return chosen_layers(build_skeleton(recipe), lora_targets(recipe), x.rank, x.alpha, x.start)
 
 
 def _scales(recipe: Recipe, own: Ranks) -> dict[str, float]:
@@ -208,7 +212,7 @@ def _run(
     """
     log.info("lora.start %s: running the model on %d sequences of the training rows", recipe.lora.start, len(batches))
     work, model, seen = CausalLM(), build_to_use(recipe), _Inputs(new)
-    train_tokens(model, *tokens_of(recipe), getattr(torch, recipe.lora.dtype))  # rows may have some that it lacks
+    train_tokens(model, *trained_tokens(recipe), getattr(torch, recipe.lora.dtype))  # rows may have some that it lacks
     work.check_examples(model, [row for batch in batches for row in batch])
     work.check_forward(model, recipe.data.max_tokens)
     batches = [[each for row in batch for each in sequences_of(row)] for batch in batches]

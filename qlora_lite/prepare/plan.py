@@ -5,7 +5,6 @@ micro-batch taken as full) and for ``run`` (with the rows that were really read)
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,13 +25,13 @@ from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.picture_head import PictureHead
+from qlora_lite.train.transformer import TransformerWorkload
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from . import recipe_denoiser, recipe_head
-from .build import fixed_options, job_of, learning_rate_of
-from .recipe_head import part_of
+from .job import build_job
+from .settings import fixed_options, learning_rate
+from .task import find_task, packs, sequence_tokens
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class Plan:
     each rank, by recipe keys, of several that do not all have the same.
     """
 
+    recipe: Recipe
     machine: Machine
     budget_bytes: int
     chosen: Candidate
@@ -114,9 +114,8 @@ def plan_recipe(
         raise GpuError(f"budget_bytes is {budget_bytes!r}; give a number, such as 8 * 2**30")
     t, m = recipe.train, recipe.memory
     d = recipe.data
-    config = None if recipe.generates_pictures else part_of(recipe).config
-    job = job_of(recipe, config, machine, eval_shape)
-    together, tokens = not job.workload.runs_row_by_row(d.max_tokens), recipe.sequence_tokens
+    job = build_job(recipe, machine, eval_shape)
+    together, tokens = not job.workload.runs_row_by_row(d.max_tokens), sequence_tokens(recipe)
     if d.has_eval and eval_shape is None:
         job = replace(job, eval_shape=job.workload.full_pack(tokens, packing=together), saved_adapters=2)
     machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
@@ -140,7 +139,7 @@ def plan_recipe(
             "memory.stream_from ranks divides the weights of layers among several processes, and this is "
             "one: start more (qlora-lite train --gpus), or set it to auto"
         )
-    pack = shape or job.workload.full_pack(tokens, recipe.packs and together)
+    pack = shape or job.workload.full_pack(tokens, packs(recipe) and together)
     step = Step(
         job,
         pack,
@@ -160,8 +159,7 @@ def plan_recipe(
     least = min(found, key=lambda candidate: (not candidate.fits_host, candidate.peak_bytes))
     if (
         recipe.model.quant_head
-        and config is not None
-        and config.tie_word_embeddings
+        and find_task(recipe).describe_model(recipe).config.tie_word_embeddings
         and not (chosen or least).options.host_embeddings
     ):
         log.warning(
@@ -169,9 +167,16 @@ def plan_recipe(
             "the 4-bit copy takes memory and saves none"
         )
     _warn_of_length(job, max(shape.lengths) if shape else tokens)
-    kept = recipe.train.keep_checkpoints
     return Plan(
-        machine, budget_bytes, chosen or least, chosen is not None, tuple(found), step, kept, learning_rate_of(recipe)
+        recipe=recipe,
+        machine=machine,
+        budget_bytes=budget_bytes,
+        chosen=chosen or least,
+        fits=chosen is not None,
+        found=tuple(found),
+        step=step,
+        kept_checkpoints=recipe.train.keep_checkpoints,
+        learning_rate=learning_rate(recipe),
     )
 
 
@@ -249,9 +254,9 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
         half_job = replace(job, eval_shape=evaluation)
         half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
         changed[f"data.max_tokens={tokens // 2}"] = half
-    work = job.workload
-    if isinstance(work, PictureHead) and work.spec and not work.method.trains_base:  # what 4 bits save
-        quant = "none" if work.is_quantized else "nf4"
+    work, task = job.workload, find_task(plan.recipe)
+    if not task.quantizes and isinstance(work, TransformerWorkload) and work.spec and not work.method.trains_base:
+        quant = "none" if work.is_quantized else "nf4"  # what 4 bits save
         stored = replace(work, spec=replace(work.spec, quant=quant))
         changed[f"model.quant={quant}"] = replace(step, job=replace(job, workload=stored), known={})
     for change, other_step in changed.items():
@@ -349,7 +354,8 @@ def largest_resolution(recipe: Recipe, machine: Machine, budget_bytes: int) -> i
     Raises:
         ModelError: the model takes pictures of one size alone.
     """
-    multiple = (recipe_denoiser if recipe.generates_pictures else recipe_head).resolution_multiple(recipe)
+    task = find_task(recipe)
+    multiple = task.resolution_multiple(recipe)
     if not multiple:
         raise ModelError(f"{recipe.model.path} takes pictures of its own size alone; remove --max-resolution")
     step = -(-RESOLUTION_STEP // multiple) * multiple
@@ -358,7 +364,7 @@ def largest_resolution(recipe: Recipe, machine: Machine, budget_bytes: int) -> i
         data = recipe.data.model_copy(update={"resolution": steps * step})
         return not plan_recipe(recipe.model_copy(update={"data": data}), machine, budget_bytes).fits
 
-    limit = recipe_denoiser.largest_edge(recipe) if recipe.generates_pictures else math.inf
+    limit = task.max_resolution(recipe)
     return step * most(missing, 0, int(min(MAX_RESOLUTION, limit)) // step)
 
 

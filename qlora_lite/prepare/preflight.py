@@ -9,29 +9,20 @@ Lengths and counts are in tokens and rows; shares go from 0 to 1.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
-from qlora_lite.data.captions import BESIDE, CAPTIONS, METADATA
-from qlora_lite.data.data_files import left_out
 from qlora_lite.data.example_checks import check_overlap, check_prompts, count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
-from qlora_lite.data.fields import columns_of
-from qlora_lite.data.labelled_rows import FORMAT as LABELLED
-from qlora_lite.data.labelled_rows import columns_for
-from qlora_lite.data.labels import MASKS, NUMBER, names_of
+from qlora_lite.data.labels import NUMBER, names_of
 from qlora_lite.data.metrics import check_references
-from qlora_lite.data.pictures import FORMAT as PICTURES
-from qlora_lite.data.pictures import classes_without_pictures, is_folder_of_pictures, not_read, picture_columns
 from qlora_lite.data.preferences import answer_tokens, check_labels
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
 from qlora_lite.data.row_formats import (
@@ -39,12 +30,8 @@ from qlora_lite.data.row_formats import (
     PAIRS,
     ROW_DAY,
     answer_beside_text,
-    check_format,
-    recognise,
-    used_columns,
 )
-from qlora_lite.data.sources import Source, read_rows, text_files
-from qlora_lite.data.statistics import unused_of
+from qlora_lite.data.sources import read_rows
 from qlora_lite.data.storage import Example, Examples, prompt_tokens, row_lengths, sequences_of
 from qlora_lite.data.template import special_ids_of
 from qlora_lite.errors import DataError, ModelError
@@ -52,16 +39,11 @@ from qlora_lite.recipe.schema import GRPO, Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
-from .label_checks import balance_of, label_faults, rare_labels, with_labels
+from .task import find_preference, find_task, packs
+from .text_rows import format_of_row
 
 _SHOWN_PER_RULE = 5
-_SHOWN_NAMES = 5
 _SAMPLED_ROWS = 20  # of each source
-_HOW = {
-    "lines": "each line is a document",
-    "blank-lines": "blank lines part documents",
-    "file": "each file is a document",
-}
 RENDERED = "rendered chat in a document"
 UNUSED_ANSWER = "answer beside plain text"
 FEW_TOKENS = 10_000  # fewer than the LoRA weights of any model worth training
@@ -175,10 +157,14 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         tokenizer: the model's.
         rows_to_show: rows whose text goes into the report.
     """
-    parts = read_data(recipe, tokenizer)
+    task, parts = find_task(recipe), read_data(recipe, tokenizer)
+    labels = task.labels
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
-    faults = *_groups_too_long(recipe, data, eval_data), *label_faults(with_labels(recipe, data), data, eval_data)
+    faults = (
+        *_groups_too_long(recipe, data, eval_data),
+        *(labels.faults(labels.name(recipe, data), data, eval_data) if labels else ()),
+    )
     for fault in faults:
         problems.append(problem_entry(fault, True))
         error_count += 1
@@ -188,7 +174,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         *_unused_answers(recipe),
         *_more_than_weights_hold(recipe, data),
         *_absent_tokens(recipe, tokenizer, data),
-        *rare_labels(recipe, data),
+        *(labels.warnings(recipe, data) if labels else ()),
     )
     problems += [problem_entry(problem, False) for problem in warned]
     report = empty_report(problems) | {
@@ -200,14 +186,14 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
         "answer_tokens": _answer_tokens(recipe, data),
         "sources": _sources(recipe, data, "train"),
         "template": _describe_template(data, tokenizer),
-        "special_tokens": [] if recipe.of_pictures else _special_tokens(data, tokenizer),
+        "special_tokens": _special_tokens(data, tokenizer) if task.has_tokens else [],
         "eval": eval_data
         and {
             **_counts(recipe, eval_data),
             "sources": _sources(recipe, eval_data, "eval"),
         },
-        "rows": [] if recipe.of_pictures else _rows(data, tokenizer, recipe.label_problem, rows_to_show),
-        **({"labels": balance} if (balance := balance_of(recipe, data, eval_data)) else {}),
+        "rows": _rows(data, tokenizer, task.label_kind, rows_to_show) if task.has_tokens else [],
+        **({"labels": balance} if labels and (balance := labels.balance(recipe, data, eval_data)) else {}),
     }
     return Preflight(data, eval_data, report)
 
@@ -222,7 +208,7 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
         listed += [problem for problem in new if problem not in known]
         error_count += part.problems.count - len(known) if is_error else 0
         listed += [problem_entry(problem, False) for problem in part.problems.warnings]
-    if recipe.preference == LABELS and (alike := check_labels(data.examples)):
+    if find_preference(recipe) == LABELS and (alike := check_labels(data.examples)):
         listed.append(problem_entry(alike, True))
         error_count += 1
     for problem, is_error in _faults_of_evaluation(recipe, data, eval_data) if eval_data else ():
@@ -233,14 +219,14 @@ def _problems(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> tuple
 
 def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
     """Yield the first document of each source that holds a special token as text, as a chat that was rendered does."""
-    if recipe.label_problem:
+    if find_task(recipe).labels:
         return
     ids = special_ids_of(tokenizer) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
     tokens = tokenizer.convert_ids_to_tokens(sorted(ids))
     for source in build_sources(recipe, "train"):
         with suppress(DataError, OSError):  # the rows were read before: what is wrong is among the problems
             for where, row in islice(read_rows(source, Problems()), _SAMPLED_ROWS):
-                if _format_of(row, where, source, recipe) != "text":
+                if format_of_row(row, where, source, find_preference(recipe)) != "text":
                     break
                 text = str(row.get("text"))
                 held = next((token for token in tokens if len(token) > 3 and token in text), None)  # not "<s>"
@@ -253,18 +239,12 @@ def _rendered_chats(recipe: Recipe, tokenizer) -> Iterator[RowProblem]:
                     break
 
 
-def _format_of(row: dict, where: str, source: Source, recipe: Recipe) -> str:
-    """Return the format of a source, the one that it has been given or what its first row looks like."""
-    by = recipe.preference
-    return check_format(source, by) or recognise(row, where, source, by)
-
-
 def _unused_answers(recipe: Recipe) -> Iterator[RowProblem]:
     """Yield the first row of each source that was taken for plain text and has a column named like an answer."""
-    for source in build_sources(recipe, "train") if recipe.label_problem is None else ():
+    for source in () if find_task(recipe).labels else build_sources(recipe, "train"):
         with suppress(DataError, StopIteration, OSError):  # as above
             where, row = next(read_rows(source, Problems()))
-            is_text = source.format is None and _format_of(row, where, source, recipe) == "text"
+            is_text = source.format is None and format_of_row(row, where, source, find_preference(recipe)) == "text"
             if is_text and (message := answer_beside_text(row, source)):
                 yield RowProblem(where, UNUSED_ANSWER, message)
 
@@ -315,18 +295,19 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
     if (
         recipe.data.streaming
         or tokens < FEW_TOKENS
-        or recipe.label_problem
+        or find_task(recipe).labels
         or recipe.adapter.method not in ("lora", "dora")
         or not x.targets
     ):
         return
     from qlora_lite.adapters.lora.inject import lora_parameters
 
-    from .build import build_skeleton, method_of  # and with it the libraries that a model needs
+    from .method import build_method
+    from .model import build_skeleton  # and with it the libraries that a model needs
 
     with suppress(ModelError):  # a model that cannot be had, or not adapted so: for the plan to say
         model = build_skeleton(recipe)
-        method_of(recipe).apply(model)
+        build_method(recipe).apply(model)
         weights = sum(parameter.numel() for _, parameter in lora_parameters(model))
         if tokens <= weights:
             return
@@ -374,7 +355,7 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
 
 
 def _counts(recipe: Recipe, data: Dataset) -> dict:
-    tokens, targets = (0, 0) if recipe.of_pictures else (data.tokens, data.learned_tokens)
+    tokens, targets = (data.tokens, data.learned_tokens) if find_task(recipe).has_tokens else (0, 0)
     return {
         "rows_read": data.rows_read,
         "rows_kept": data.rows_kept,
@@ -389,14 +370,15 @@ def _counts(recipe: Recipe, data: Dataset) -> dict:
 
 def _lengths(recipe: Recipe, data: Dataset) -> dict:
     d = recipe.data
-    lengths = [] if recipe.of_pictures else row_lengths(data.examples)
-    virtual = recipe.virtual_tokens * (2 if recipe.preference else 1)  # before both sequences
+    lengths = row_lengths(data.examples) if find_task(recipe).has_tokens else []
+    virtual = recipe.virtual_tokens * (2 if find_preference(recipe) else 1)  # before both sequences
     taken = [length + virtual for length in lengths]
-    packs = plan_epoch(taken, d.max_tokens, recipe.packs, 1, d.order, recipe.train.seed, 0)
+    packs_examples = packs(recipe)
+    found = plan_epoch(taken, d.max_tokens, packs_examples, 1, d.order, recipe.train.seed, 0)
     return {
         "max_tokens": d.max_tokens,
-        "packs": len(packs) if recipe.packs else None,
-        "packing_efficiency": packing_efficiency(taken, d.max_tokens, packs) if recipe.packs else None,
+        "packs": len(found) if packs_examples else None,
+        "packing_efficiency": packing_efficiency(taken, d.max_tokens, found) if packs_examples else None,
         "longest_tokens": max(lengths, default=0),
         "lengths": [{"from": first, "to": last, "rows": count} for first, last, count in histogram(lengths)],
     }
@@ -404,10 +386,10 @@ def _lengths(recipe: Recipe, data: Dataset) -> dict:
 
 def _answer_tokens(recipe: Recipe, data: Dataset) -> dict[str, float] | None:
     """Return how long answers are on average that are compared or judged: what separates them may be length alone."""
-    if recipe.preference is None or not len(data.examples):
+    if (preference := find_preference(recipe)) is None or not len(data.examples):
         return None
     first, second = answer_tokens(data.examples)
-    if recipe.preference == PAIRS:
+    if preference == PAIRS:
         return {"chosen": first, "rejected": second}
     good, bad = (data.examples.rows[data.examples.order + 1, 7] == label for label in (1, 0))
     order = data.examples.order
@@ -420,19 +402,12 @@ def _answer_tokens(recipe: Recipe, data: Dataset) -> dict[str, float] | None:
 
 def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     """Describe each source, and count what it gives: examples, their tokens and those that are learned."""
-    described = []
+    task, described = find_task(recipe), []
     for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
         counts["learned_tokens"] = int(part.learned_counts.sum())
-        how = _describe(source, unused, recipe)
-        described.append(how | counts)
+        described.append(task.describe_source(recipe, source, unused) | counts)
     return described
-
-
-def _describe(source: Source, unused: dict[str, Counter[str]], recipe: Recipe) -> dict:
-    if recipe.of_pictures:
-        return _describe_pictures(source, unused, recipe.label_problem or "")
-    return _describe_labelled(source, unused) if recipe.label_problem else _describe_source(source, unused, recipe)
 
 
 def _parts(data: Dataset) -> Iterator[Examples]:
@@ -441,71 +416,6 @@ def _parts(data: Dataset) -> Iterator[Examples]:
     for count in data.examples_of:
         start, end = end, end + count
         yield data.examples[start:end]
-
-
-def _describe_source(source: Source, unused: dict[str, Counter[str]], recipe: Recipe) -> dict:
-    """Name the format of a source, and how it was read.
-
-    What is left out of a source by design is no problem, but said: a user may have meant it to be trained on.
-    """
-    chosen, notes = None, []
-    with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
-        chosen = check_format(source, recipe.preference)
-        notes += [*_not_read(source, left_out(source.path)), *_documents(source)]
-        where, row = next(read_rows(source, Problems()))
-        chosen = chosen or _format_of(row, where, source, recipe)
-        for what, names in unused_of(unused, used_columns(chosen, source)):
-            notes.append(f"{what} not used: {_first(names)}")
-    return {"path": source.path, "format": chosen, "weight": source.weight, "notes": notes}
-
-
-def _describe_labelled(source: Source, unused: dict[str, Counter[str]]) -> dict:
-    """Describe a source of labelled texts: their columns, and those that are not used."""
-    notes = _not_read(source, left_out(source.path))
-    with suppress(DataError, StopIteration, OSError):  # as above
-        where, row = next(read_rows(source, Problems()))
-        if columns := columns_for(row, where, source):
-            notes.append(f"text: {' and '.join(columns.texts)}; label: {columns.label}")
-        used = columns.names if columns else columns_of(source.prompt) + columns_of(source.completion)
-        notes += [f"{what} not used: {_first(names)}" for what, names in unused_of(unused, used)]
-    return {"path": source.path, "format": LABELLED, "weight": source.weight, "notes": notes}
-
-
-def _describe_pictures(source: Source, unused: dict[str, Counter[str]], problem: str) -> dict:
-    """Describe a source of pictures: the columns of a table, and what of it is not used."""
-    notes = []
-    with suppress(DataError, StopIteration, OSError):  # as above
-        if is_folder_of_pictures(source.path):
-            own = {BESIDE, *METADATA} if problem == CAPTIONS else set()
-            files = [path for path in not_read(source.path) if not own & {path.name, path.suffix}]
-            notes += _not_read(source, files)
-            if empty := classes_without_pictures(source.path) if problem not in (CAPTIONS, MASKS) else []:
-                notes.append(f"no pictures in {_first(empty)}")
-        else:
-            where, row = next(read_rows(source, Problems()))
-            held, label = picture_columns(row, where, source, problem=problem)
-            notes += [f"picture: {held}; label: {label}"] if held and label else []
-            used = {held or "", label or "", *columns_of(source.prompt), *columns_of(source.completion)}
-            notes += [f"{what} not used: {_first(names)}" for what, names in unused_of(unused, used)]
-    return {"path": source.path, "format": PICTURES, "weight": source.weight, "notes": notes}
-
-
-def _not_read(source: Source, files: Iterable[Path]) -> list[str]:
-    """Say what of a folder is not read."""
-    unread = [str(path.relative_to(os.path.expanduser(source.path))) for path in files]
-    return [f"{len(unread):,} not read: {_first(unread)}"] if unread else []
-
-
-def _documents(source: Source) -> Iterator[str]:
-    """Say what a document of each plain-text file is."""
-    files = [(path.name, documents) for path, documents in text_files(source)]
-    for documents, how in _HOW.items():
-        if names := [name for name, each in files if each == documents]:
-            yield f"{how}: {_first(names)}"
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
 
 
 def _distinct(examples: Examples) -> Iterator[Example]:

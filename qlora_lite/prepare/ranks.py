@@ -37,9 +37,11 @@ from qlora_lite.train.shares import Share, deal
 from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
-from .build import compute_dtype_of, train_settings, with_plan, workload_of
+from .job import build_workload
 from .plan import Plan, alternatives, budget_of, does_not_fit, plan_recipe
+from .settings import train_settings, with_plan
 from .share import check_packs, share_of, with_packs
+from .task import find_task
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +78,14 @@ def plan_run(
     device = resolve_device(recipe.model.device)
     processes.connect(device, recipe.adapter.method == "full")  # first: what NCCL takes is not free for the run
     link = processes.shards.bytes_per_second(device)
-    machine = this_machine(device, compute_dtype_of(recipe, device)).shared_by(processes.local_world_size)
+    machine = this_machine(device, find_task(recipe).compute_dtype(recipe, device)).shared_by(
+        processes.local_world_size
+    )
     machine = replace(machine, link_bytes_per_second=link)
     settings = train_settings(recipe)
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
-    work, recipe = workload_of(recipe), recipe if kept is None else with_plan(recipe, kept)
+    work, recipe = build_workload(recipe), recipe if kept is None else with_plan(recipe, kept)
     counts = work.lengths(examples), work.target_counts(examples)
     epochs = Epochs(*counts, one_by_one, pictures=work.picture_counts(examples))
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)

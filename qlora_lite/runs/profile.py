@@ -6,7 +6,7 @@ the state at the failure. On CUDA the allocator's own history is written too, fo
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -16,7 +16,6 @@ import torch
 
 from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
-from qlora_lite.data.storage import Example
 from qlora_lite.errors import DoesNotFitError, first_line
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.memory.ledger import Ledger, Moment
@@ -28,14 +27,12 @@ from qlora_lite.models.memory_options import set_memory_options
 from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
-from qlora_lite.prepare.build import build_model
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
 from qlora_lite.prepare.first_weights import FROM_ROWS, first_of, ranks_of, with_ranks
-from qlora_lite.prepare.label_checks import with_labels
-from qlora_lite.prepare.latents import encode, named_classes
+from qlora_lite.prepare.model import build_model
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
-from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.task import find_task, name_labels
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.memory_page import memory_page
 from qlora_lite.reporting.plan_text import constants, reason
@@ -44,8 +41,6 @@ from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.out_of_memory import is_out_of_memory
 from qlora_lite.units import format_bytes, format_seconds
-
-from .stages import ready
 
 log = logging.getLogger("qlora_lite")
 ALLOCATOR_EVENTS = 100_000
@@ -71,14 +66,13 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
             state at the failure.
         OutputError: the folder cannot be written.
     """
-    tokenizer = reader_of(recipe)
+    task = find_task(recipe)
+    tokenizer = task.reader(recipe)
     data, eval_data = build_data(recipe, tokenizer, compares=True), build_data(recipe, tokenizer, "eval", compares=True)
-    eval_examples: Sequence[Example] = eval_data.examples if eval_data else ()
-    recipe = with_labels(recipe, data)
-    if recipe.generates_pictures:
-        recipe = named_classes(recipe, data)
-        data, *others = encode(recipe, tokenizer, [data, *([eval_data] if eval_data else [])]).parts
-        eval_examples = others[0].examples if others else ()
+    recipe = name_labels(recipe, data)
+    encoded = task.encode(recipe, tokenizer, [data, *([eval_data] if eval_data else [])])
+    recipe, (data, *others) = encoded.recipe, encoded.parts
+    eval_examples = others[0].examples if others else ()
     first_adapter = adapter_to_begin_with(recipe)
     if first_adapter:
         with_labels_of(first_adapter, recipe)
@@ -92,7 +86,7 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
         with explain_write_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         model = build_model(recipe, settings.options, first_adapter, first)
-        work = ready(plan, recipe, tokenizer, rows, data.end_token_ids)
+        work = task.ready(plan.step.job.workload, recipe, tokenizer, rows, data.end_token_ids)
         trainer = Trainer(model, rows, settings, build_stream(recipe, tokenizer), work)
         trainer.check()
         largest = largest_batches(work, rows, eval_examples, trainer.epochs)

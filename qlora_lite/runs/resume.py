@@ -9,7 +9,6 @@ its last bit differs from one machine to another. Other bits are said like anoth
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,16 +28,13 @@ from qlora_lite.artifacts.run_folder import (
     newest_path,
     package_versions,
 )
-from qlora_lite.data.captions import Fit
 from qlora_lite.data.data_files import find_files
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.hub import PREFIX
-from qlora_lite.data.labels import MASKS
-from qlora_lite.data.picture_processor import Processor
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.task import Labels, find_task
 from qlora_lite.recipe.load import settings_to_yaml
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe, Train
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
@@ -396,30 +392,29 @@ def data_identity(recipe: Recipe, tokenizer, data: Dataset, eval_data: Dataset |
         local = [source.path for source in build_sources(recipe, "train") if not source.path.startswith(PREFIX)]
         files = [file for path in local for file in find_files(path)]
         training = " ".join([training, *map(content_digest, files)])
-    problem = recipe.label_problem
-    labels = {} if problem is None else {"labels": _digest_of_labels(problem, data, eval_data)}
+    task = find_task(recipe)
+    labels = {"labels": _digest_of_labels(task.labels, data, eval_data)} if task.labels else {}
     return labels | {
         "training rows": hashlib.sha256(training.encode()).hexdigest(),
         "evaluation rows": eval_data.examples.digest() if eval_data else None,
         **_digest_of_reader(tokenizer),
-        **({"picture processor": reader.digest} if (reader := picture_reader(recipe)) else {}),
+        **({"picture processor": reader.digest} if (reader := task.picture_reader(recipe)) else {}),
     }
 
 
 def _digest_of_reader(reader) -> dict[str, str | None]:
     """Return a digest of a tokenizer, or of what makes pixels of pictures."""
-    if isinstance(reader, Processor | Fit):
+    if not hasattr(reader, "backend_tokenizer"):
         return {"picture processor": reader.digest}
     return {"tokenizer": hashlib.sha256(reader.backend_tokenizer.to_str().encode()).hexdigest()}
 
 
-def _digest_of_labels(problem: str, data: Dataset, eval_data: Dataset | None) -> str:
+def _digest_of_labels(labels: Labels, data: Dataset, eval_data: Dataset | None) -> str:
     """Return a digest of the labels of texts, which are no tokens."""
     found = hashlib.sha256()
     for part in filter(None, (data, eval_data)):
         for example in part.examples:
-            mask = json.loads(example.answer) if problem == MASKS else {}  # by content, wherever it lies
-            found.update(f"{mask.get('sha256', example.answer)}\n".encode())
+            found.update(f"{labels.content(example.answer)}\n".encode())
     return found.hexdigest()
 
 

@@ -31,6 +31,7 @@ from qlora_lite.memory.meter import PeakMeter
 from qlora_lite.models.load import resolve_device
 from qlora_lite.prepare.ranks import speeds_of
 from qlora_lite.prepare.share import check_packs
+from qlora_lite.prepare.task import find_preference
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.report import write_report
@@ -292,7 +293,7 @@ def _samples(trained: Trained) -> list[dict]:
         return trained.tokenizer.decode(ids, skip_special_tokens=True)
 
     answers = before.answers, before.matches, after.answers, after.matches
-    examples = answered(rows.examples, trained.recipe.preference, len(before.answers))
+    examples = answered(rows.examples, find_preference(trained.recipe), len(before.answers))
     return [
         {
             "prompt": plain(row.prompt),

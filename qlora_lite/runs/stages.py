@@ -12,10 +12,10 @@ import gc
 import json
 import logging
 import platform
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,8 +33,6 @@ from qlora_lite.artifacts.run_folder import (
     trained_folders,
 )
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
-from qlora_lite.data.captions import Fit
-from qlora_lite.data.latents import Stored
 from qlora_lite.data.storage import Example
 from qlora_lite.data.template import portable_source
 from qlora_lite.errors import DoesNotFitError, OutputError, first_line
@@ -47,31 +45,19 @@ from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.locate import ModelFiles
 from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
-from qlora_lite.prepare.build import (
-    MICRO_BATCHES,
-    add_adapter,
-    base_files,
-    build_model,
-    build_skeleton,
-    fingerprint_of,
-    learning_rate_of,
-    workload_of,
-)
 from qlora_lite.prepare.datasets import build_stream, held_out_digest, rows_to_plan
 from qlora_lite.prepare.early import check_run
 from qlora_lite.prepare.first_weights import FROM_ROWS, Ranks, first_of, ranks_of, with_ranks
-from qlora_lite.prepare.label_checks import with_labels
-from qlora_lite.prepare.latents import encode, named_classes
+from qlora_lite.prepare.job import build_workload
+from qlora_lite.prepare.model import add_adapter, build_model, build_skeleton, fingerprint
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
-from qlora_lite.prepare.readers import reader_of
-from qlora_lite.prepare.recipe_denoiser import with_neutral
-from qlora_lite.prepare.recipe_head import head_of
+from qlora_lite.prepare.settings import MICRO_BATCHES, learning_rate
+from qlora_lite.prepare.task import find_task, name_labels
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.data_page import write_data_page
 from qlora_lite.reporting.plan_text import reason
-from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.guards import frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import StepMetrics, Trainer, largest_batches
@@ -81,16 +67,14 @@ from qlora_lite.train.out_of_memory import (
     explaining_memory,
     free_cached_memory,
 )
-from qlora_lite.train.policy import PolicyLM
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE
-from qlora_lite.train.workload import Workload
 from qlora_lite.units import counted, format_bytes, format_count
 
 from .async_checkpoint import check_space
 from .resume import BASE_MODEL, Continuation, data_identity, environment
-from .rewards import digest_of, judges_of, with_answers
+from .rewards import digest_of, judges_of
 from .signals import Stop
 
 log = logging.getLogger("qlora_lite")
@@ -118,7 +102,7 @@ class Prepared:
     first: First | None  # what the LoRA weights begin as, of lora.start eva and qera
     ranks: Ranks | None  # of which each layer is, of eva
     identity: dict  # see ``Continuation.compare_identity``
-    prompts: Mapping[str, Stored]  # of pictures that a denoiser draws, what was computed of each
+    kept: Mapping[str, Any]  # of ``prepare.task.Encoded``
 
     @property
     def eval_examples(self) -> Sequence[Example]:
@@ -199,15 +183,15 @@ def prepare(
     if continuation:  # before other code than the run's is executed
         continuation.compare_identity(rewards)
     judges_of(recipe.objective.rewards)  # stops at once where a function is not there
-    if recipe.generates_pictures:
-        base_files(recipe)  # stops at once where they are not there
-    tokenizer = reader_of(recipe)
+    task = find_task(recipe)
+    task.locate(recipe)  # stops at once where the model's files are not there
+    tokenizer = task.reader(recipe)
     if recipe.train.learning_rate == "auto":
-        rate = continuation.learning_rate if continuation else learning_rate_of(recipe)
+        rate = continuation.learning_rate if continuation else learning_rate(recipe)
         log.info("train.learning_rate: auto is %g", rate)
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
     # a checkpoint has its own weights, and a reference model those that training began with, as qera's files do
-    is_needed = not continuation or workload_of(recipe).objective.needs_reference or continuation.is_of_qera
+    is_needed = not continuation or build_workload(recipe).objective.needs_reference or continuation.is_of_qera
     first_adapter = adapter_to_begin_with(recipe) if is_needed else None
     if first_adapter:
         begun = with_labels_of(first_adapter, recipe)
@@ -217,7 +201,7 @@ def prepare(
     if run.proven:
         write_data(run, found)
     found.raise_if_unusable()
-    recipe = with_labels(recipe, found.data)
+    recipe = name_labels(recipe, found.data)
     if first_adapter:
         with_labels_of(first_adapter, recipe)
     template = found.data.template
@@ -227,12 +211,10 @@ def prepare(
     identity = data_identity(recipe, tokenizer, found.data, found.eval_data)
     if continuation:
         continuation.compare_identity(identity)
-    prompts: Mapping[str, Stored] = {}
-    if recipe.generates_pictures:
-        recipe = named_classes(recipe, found.data)
-        encoded = encode(recipe, tokenizer, [found.data, *([found.eval_data] if found.eval_data else [])], watch)
-        prompts, (training, *evaluation) = encoded.prompts, encoded.parts
-        found = replace(found, data=training, eval_data=next(iter(evaluation), None))
+    parts = (found.data,) if found.eval_data is None else (found.data, found.eval_data)
+    encoded = task.encode(recipe, tokenizer, parts, watch)
+    recipe, (training, *evaluation) = encoded.recipe, encoded.parts
+    found = replace(found, data=training, eval_data=next(iter(evaluation), None))
     rows = rows_to_plan(recipe, found.data)
     first: First | None = None
     ranks: Ranks | None = None
@@ -259,7 +241,7 @@ def prepare(
         first,
         ranks,
         identity | rewards,
-        prompts,
+        encoded.kept,
     )
 
 
@@ -326,7 +308,9 @@ def load(planned: Planned) -> Loaded:
     with ran_out, planned.processes.one_ahead():
         options, shards = planned.settings.options, planned.processes.shards
         model = build_model(planned.with_ranks, options, planned.first_adapter, planned.first, shards)
-    work = ready(planned.plan, recipe, planned.tokenizer, planned.rows, planned.data.data.end_token_ids)
+    work = find_task(recipe).ready(
+        planned.plan.step.job.workload, recipe, planned.tokenizer, planned.rows, planned.data.data.end_token_ids
+    )
     stream = build_stream(recipe, planned.tokenizer)
     trainer = Trainer(model, planned.rows, planned.settings, stream, work, planned.processes)
     trainer.check()
@@ -339,10 +323,10 @@ def load(planned: Planned) -> Loaded:
         )
     if continuation:
         trainer.most_tokens = continuation.checkpoint.documents[STATE]["most_tokens"]
-    files = base_files(recipe)
-    fingerprint = fingerprint_of(recipe, files)
+    files = find_task(recipe).locate(recipe)
+    base = fingerprint(recipe, files)
     identity = {
-        BASE_MODEL: fingerprint,
+        BASE_MODEL: base,
         "type of device": device_of(model).type,
         "compute type": str(model.dtype).removeprefix("torch."),
     }
@@ -351,20 +335,12 @@ def load(planned: Planned) -> Loaded:
     alike = known["identity"] | {"weights": checksum, "versions": package_versions(), "lora ranks": planned.ranks}
     planned.processes.require_equal("data, base weights or versions", json.dumps(alike, sort_keys=True, default=str))
     loaded = Loaded(**known, model=model, trainer=trainer, checksum=checksum)
-    _describe_model(loaded, fingerprint, files)
+    _describe_model(loaded, base, files)
     if continuation:
         continuation.compare_identity(identity)
         if recipe.train.max_steps is None:  # what only the rows tell
             continuation.compare_schedule(trainer.total_steps, planned.settings)
     return loaded
-
-
-def ready(plan: Plan, recipe: Recipe, tokenizer, rows: Sequence[Example], end_token_ids: Collection[int]) -> Workload:
-    """Return the workload of a plan with what a training needs that a plan does not."""
-    work = plan.step.job.workload.of_tokenizer(tokenizer)
-    if isinstance(work, PolicyLM):
-        return with_answers(work, recipe.objective.rewards, tokenizer, end_token_ids)
-    return with_neutral(work, rows) if isinstance(work, Denoiser) else work
 
 
 def probe(loaded: Loaded) -> Proven | Overrun:
@@ -493,7 +469,7 @@ def write_data(run: RunFolder, found: Preflight) -> None:
     run.update(data=counted)
 
 
-def _describe_model(loaded: Loaded, fingerprint: str, files: ModelFiles) -> None:
+def _describe_model(loaded: Loaded, base: str, files: ModelFiles) -> None:
     table = inventory(loaded.trainer.workload, loaded.model)
     method = loaded.trainer.workload.method
     at_a_time = sum(parameter.numel() for _, parameter in method.parameters(loaded.model))
@@ -524,21 +500,13 @@ def _describe_model(loaded: Loaded, fingerprint: str, files: ModelFiles) -> None
         trainable_parameters=trainable,
         memory_table=[asdict(entry) for entry in table],
         versions=package_versions(),
-        base_fingerprint=fingerprint,
+        base_fingerprint=base,
         **{TOKENIZER_DIGEST: None if files.gguf_file else tokenizer_sha256(files.folder)},
         other_results=[what for what, is_set in changing.items() if is_set],
         learning_rate=loaded.settings.learning_rate,
-        **({"labels": [*head.labels]} if (head := head_of(loaded.recipe)) else {}),
-        **_of_denoiser(loaded),
+        **find_task(loaded.recipe).summary(loaded.recipe, loaded.tokenizer),
         **({"lora_ranks": loaded.ranks} if loaded.ranks else {}),
     )
-
-
-def _of_denoiser(loaded: Loaded) -> dict[str, list]:
-    """Return what a summary says of a denoiser: height and width of its largest pictures, and names of its classes."""
-    if not isinstance(loaded.tokenizer, Fit):
-        return {}
-    return {"picture_size": [*loaded.tokenizer.largest], "classes": [*(loaded.recipe.task.labels or ())]}
 
 
 def _device_name(device: torch.device) -> str:

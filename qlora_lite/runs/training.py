@@ -4,21 +4,19 @@ All that it must remember to go on after an interruption is in ``_progress``; th
 two steps both belong together, and only there are they saved.
 """
 
-import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qlora_lite.adapters.diffusers_files import save_for_diffusers
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME
-from qlora_lite.artifacts.run_files import METRICS_DIGEST, PICTURES, SAMPLES
+from qlora_lite.artifacts.run_files import METRICS_DIGEST
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
     digests_of,
@@ -29,36 +27,18 @@ from qlora_lite.artifacts.run_folder import (
     trained_folders,
 )
 from qlora_lite.data.examples import Dataset
-from qlora_lite.data.preferences import answered
-from qlora_lite.data.storage import Example
-from qlora_lite.errors import CheckpointError, DataError, DoesNotFitError, Interrupted, ModelError, OutputError
-from qlora_lite.files import write_text
-from qlora_lite.inference.draw import Drawing, by_prompt, draw, write_samples
-from qlora_lite.inference.evaluate import Measured, answered_at_once, measure, new_tokens_of, watching
-from qlora_lite.inference.label_texts import measure_labels
-from qlora_lite.inference.shown_pictures import COMPARED, SHOWN, Seen, described, given, look, neighbour_score, spread
-from qlora_lite.models.anatomy import device_of
-from qlora_lite.models.denoisers import DenoiserModel
+from qlora_lite.errors import CheckpointError, Interrupted, OutputError
+from qlora_lite.inference.evaluate import answered_at_once, watching
 from qlora_lite.models.memory_options import settle
-from qlora_lite.models.pipelines import save_pipeline
-from qlora_lite.models.save import save_model
-from qlora_lite.prepare.datasets import measures_of
-from qlora_lite.prepare.latents import NEUTRAL
-from qlora_lite.prepare.recipe_denoiser import pipeline_of
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.moment import AFTER, BEFORE, DURING, Measured, Moment
+from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.checkpoints import Checkpoint, Tensors
-from qlora_lite.train.denoiser import Denoiser
 from qlora_lite.train.divided_weights import fill_here, parts_of, tensors_here
 from qlora_lite.train.guards import check_frozen
-from qlora_lite.train.head_workload import HeadWorkload
 from qlora_lite.train.loop import StepMetrics
-from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
-from qlora_lite.train.picture_head import PictureHead
-from qlora_lite.train.processes import ALONE
 from qlora_lite.train.state import STATE, capture, collection_of, compare_tensors, restore
 from qlora_lite.train.whole_tensors import Collection, Whole, layout_of, parts_here
-from qlora_lite.units import counted, format_score
 
 from .async_checkpoint import Saver
 from .references import with_references
@@ -101,6 +81,7 @@ class Training:
     def __init__(self, proven: Proven):
         self.proven, self.recipe, self.run, self.trainer = proven, proven.recipe, proven.run, proven.trainer
         self.model, self.method = proven.model, self.trainer.workload.method
+        self.task = find_task(self.recipe)
         self.best, self.last = trained_folders(self.recipe)  # names of the folders of what is trained
         self.eval_data, self.stop = proven.data.eval_data, proven.stop
         self.progress, self.watch, self.processes = proven.progress, proven.watch, proven.processes
@@ -234,12 +215,10 @@ class Training:
                 with tracking(t.trackers, self.recipe.output.name or "qlora-lite", self.run.path) as self.track:
                     self.processes.wait(long=True)  # for the first, whose trackers have begun
                     if continuation is None:
-                        self.before = self._measure("before")
-                        self._draw("before")
+                        self.before = self._measure(BEFORE)
                     self.run.trains = True
                     self._train()
                     after = self._measure_best()
-                    self._draw("after")
             except StopNow as cut:
                 if cut.stop is not self.stop:  # a second signal, by the caller's handler: perhaps in half a step
                     raise
@@ -376,20 +355,19 @@ class Training:
         step, every = self.trainer.step, self.recipe.train.metrics_every_steps
         due = every > 0 and step % every == 0 and self.measured_step < step < self.trainer.total_steps
         if due and self.eval_data is not None:
-            if result := self._metrics(self.eval_data, f"after step {step}"):
+            if result := self.task.metrics(self._moment(DURING)):
                 self._log({"step": step, **{name: score.value for name, score in result.scores.items()}})
             self.measured_step = step
 
     def _measure(self, when: str, loss: float | None = None) -> Measured | None:
-        """Measure loss, if it is not known, and the metrics; ``when`` is "before" or "after"."""
-        if self.eval_data is None:
-            return None
-        self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.eval_data) if loss is None else loss})
-        if metrics := self.eval_metrics if loss is None else self.best_metrics:
-            self.run.update(eval_metrics=self.run.summary.get("eval_metrics", {}) | {when: metrics})
-        result = self._metrics(self.eval_data, f"{when} training")
-        if isinstance(work := self.trainer.workload, PictureHead) and not self.recipe.has_masks:
-            result = self._with_pictures(work.plain(), self.eval_data, when, result)
+        """Measure loss, if it is not known, and the metrics; ``when`` is BEFORE or AFTER."""
+        moment, result = self._moment(when), None
+        if self.eval_data is not None:
+            self.run.update(**{f"eval_loss_{when}": self._eval_loss(self.eval_data) if loss is None else loss})
+            if metrics := self.eval_metrics if loss is None else self.best_metrics:
+                self.run.update(eval_metrics=self.run.summary.get("eval_metrics", {}) | {when: metrics})
+            result = self.task.metrics(moment)
+        result = self.task.illustrate(moment, result)
         if result:
             found = result.figures()
             if "exact_match" in found:
@@ -398,112 +376,22 @@ class Training:
             self.run.update(metrics=self.run.summary.get("metrics", {}) | {when: found["metrics"]})
         return result
 
-    def _metrics(self, eval_data: Dataset, when: str) -> Measured | None:
-        """Measure the metrics; what keeps them from it ends the run before training, and is a warning later."""
-        if self.recipe.task.kind == "reward":  # whose evaluations say all
-            return None
-        if isinstance(work := self.trainer.workload, HeadWorkload):
-            return self._label_metrics(work.plain(), eval_data, when)
-        rows = answered(eval_data.examples, self.recipe.preference, self.recipe.train.metrics_examples)
-        if not rows:
-            return None
-        try:
-            with self._at_once():
-                result = measure(
-                    self.model,
-                    self.proven.tokenizer,
-                    rows,
-                    eval_data.end_token_ids,
-                    self.trainer.answer_losses,
-                    self._prompts_at_once,
-                    measures_of(self.recipe),
-                    new_tokens_of(self.recipe),
-                    self._watch,
-                    ALONE if self.trainer.is_sharded else self.processes,  # else all run each block together
-                    picture_reader(self.recipe),
-                )
-        except (DoesNotFitError, ModelError) as error:
-            if self.trainer.step:
-                log.warning("train.metrics %s are not measured: %s", when, error)
-                return None
-            if isinstance(error, ModelError):
-                raise
-            reason, _, _ = str(error).partition(":")
-            raise DoesNotFitError(
-                f"train.metrics_examples: {reason}; set it to 0, and measure with "
-                "`qlora-lite evaluate` when the run has ended"
-            ) from None
-        finally:
-            free_cached_memory(device_of(self.model))  # no other tensor gets what a recorded token took until then
-        of = f" of {len(eval_data.examples):,} (train.metrics_examples)" if len(rows) < len(eval_data.examples) else ""
-        self._log_scores(result, when, result.compared + of)
-        return result
-
-    def _label_metrics(self, work: HeadWorkload, eval_data: Dataset, when: str) -> Measured:
-        """Measure what a head gives for all evaluation rows."""
-        with self._at_once():
-            scores, matrix = self.trainer.computed(
-                eval_data.examples, lambda _, batches: measure_labels(work, self.model, batches)
-            )
-        result = Measured(scores)
-        if matrix is not None and not when.startswith("after step"):
-            known = self.run.summary.get("confusion", {"labels": list(work.labels)})
-            self.run.update(confusion=known | {when.partition(" ")[0]: matrix})
-        self._log_scores(result, when, counted(len(eval_data.examples), "example"))
-        return result
-
-    def _with_pictures(
-        self, work: PictureHead, eval_data: Dataset, when: str, result: Measured | None
-    ) -> Measured | None:
-        """Write down what the model makes of some held-out pictures, for the report; return the scores with that of
-        neighbours. What hinders it is a warning."""
-        training, held = (spread(part, COMPARED) for part in (self.proven.data.data.examples, eval_data.examples))
-        shown = spread(held, SHOWN)
-
-        def seen(part: Sequence[Example], patches: bool = False) -> Seen:
-            return self.trainer.computed(part, lambda _, batches: look(work, self.model, batches, patches))
-
-        try:
-            with self._at_once():
-                known, features, all_of_shown = seen(training), seen(held).features, seen(shown, patches=True)
-            score = neighbour_score(held, features, training, known.features)
-            if self.processes.is_first:
-                path = self.run.path / PICTURES
-                before = json.loads(path.read_text(encoding="utf-8")) if when == "after" and path.is_file() else {}
-                found = before | {"given": given(shown), when: described(work, shown, all_of_shown, training, known)}
-                write_text(path, json.dumps(found) + "\n")
-        except (DataError, OutputError, DoesNotFitError, ValueError) as error:
-            log.warning("the report shows no pictures %s training: %s", when, error)
-            return result
-        more = Measured({"accuracy_nearest_neighbour": score})
-        self._log_scores(more, f"{when} training", counted(len(held), "example"))
-        return result._replace(scores=result.scores | more.scores) if result else more
-
-    def _draw(self, when: str) -> None:
-        """Write pictures of the recipe's prompts, for the report; the first rank does, and the others wait."""
-        work, prompts = self.trainer.workload, self.recipe.diffusion.sample_prompts
-        if isinstance(work, Denoiser) and prompts:
-            if self.processes.is_first:
-                self._draw_prompts(work, prompts, when)
-            self.processes.wait(long=True)
-
-    def _draw_prompts(self, work: Denoiser, prompts: Sequence[str], when: str) -> None:
-        """Write pictures of prompts; what hinders it is a warning."""
-        d = self.recipe.diffusion
-        how = Drawing(d.sample_steps, d.guidance_scale, self.recipe.train.seed)
-        known, folder = self.proven.prompts, self.run.path / SAMPLES
-        try:
-            with self._at_once(), explaining_memory("lower data.resolution", "memory ran out over a picture"):
-                stored = by_prompt(prompts, known)
-                pictures = draw(work, self.model, pipeline_of(self.recipe), stored, known[NEUTRAL], how)
-            write_samples(folder, when, prompts, pictures)
-        except (DataError, ModelError, OutputError, DoesNotFitError) as error:
-            log.warning("the report shows no pictures %s training: %s", when, error)
-
-    def _log_scores(self, result: Measured, when: str, compared: str) -> None:
-        shown = {name.replace("_", " "): format_score(name, each.as_dict()) for name, each in result.scores.items()}
-        said = ", ".join(f"{name} {score}" for name, score in shown.items())
-        log.info("metrics %s, %s: %s", when, compared, said)
+    def _moment(self, when: str) -> Moment:
+        return Moment(
+            when=when,
+            recipe=self.recipe,
+            trainer=self.trainer,
+            reader=self.proven.tokenizer,
+            data=self.proven.data.data,
+            eval_data=self.eval_data,
+            folder=self.run.path,
+            kept=self.proven.kept,
+            watch=self._watch,
+            at_once=self._at_once,
+            prompts_at_once=self._prompts_at_once,
+            summary=self.run.summary,
+            record=self.run.update,
+        )
 
     def _prompts_at_once(self, tokens: int) -> int:
         """Return how many prompts all ranks have room for, given the tokens of the longest with its answer."""
@@ -530,8 +418,8 @@ class Training:
                 self._keep_if_best(self._eval_loss(self.eval_data))
             settle(self.model)
             fill_here(self.method, self.model, self.best_factors)
-            return self._measure("after", self.best_loss)
-        return self._measure("after")
+            return self._measure(AFTER, self.best_loss)
+        return self._measure(AFTER)
 
     def _save_checkpoint(self) -> None:
         """Begin to write a checkpoint; all wait as long as the one before takes a slow disk."""
@@ -588,17 +476,16 @@ class Training:
         if not self.processes.is_first:
             return
         save_adapter(self.model, folder, self.recipe.model.path, self.proven.tokenizer, self.method)
-        if self.recipe.generates_pictures:
-            save_for_diffusers(self.model, folder)
+        self.task.save_beside(self.model, folder)
         self.digests |= digests_of(folder)
 
     def _save_model(self, folder: Path, collection: Collection | None) -> None:
-        if isinstance(self.model, DenoiserModel):
-            save_pipeline(pipeline_of(self.recipe), self.model, folder, self.proven.recipe.task.labels)
-            return
         found = collection.tensors[WEIGHTS_NAME] if collection else {}
         elsewhere = {name: each for name, each in found.items() if isinstance(each, Whole)}
-        save_model(self.model, folder, self.proven.tokenizer, self.proven.data.data.end_token_ids, elsewhere)
+        proven = self.proven
+        self.task.save_model(
+            self.recipe, self.model, folder, proven.tokenizer, proven.data.data.end_token_ids, elsewhere
+        )
 
     def _try_save(self, name: str) -> None:
         try:

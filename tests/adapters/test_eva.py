@@ -21,8 +21,8 @@ from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare import first_weights as eva
-from qlora_lite.prepare.build import build_model, build_to_use
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.model import build_model, build_to_use
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import stages

@@ -22,9 +22,9 @@ from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.models.load import load_model
 from qlora_lite.prepare import first_weights
-from qlora_lite.prepare.build import build_model, build_to_use
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.first_weights import first_of
+from qlora_lite.prepare.model import build_model, build_to_use
 from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.recipe.load import load_recipe

@@ -10,7 +10,7 @@ from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.errors import Interrupted
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.prepare import build
+from qlora_lite.prepare import model as base_model
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
@@ -58,9 +58,9 @@ def test_a_run_is_resumed_to_the_bit_evaluated_and_used_and_not_merged(
     assert found["eval_loss"] < summary["eval_loss_before"]
     said = [command("generate", tmp_path / "whole", "--prompt", "3?", *base) for base in ((), ("--base",))]
     assert [code for code, *_ in said] == [0, 0] and said[0][1] != said[1][1]
-    monkeypatch.setattr(build, "memory_to_use", lambda *_: 0)
+    monkeypatch.setattr(base_model, "memory_to_use", lambda *_: 0)
     for places in (MemoryOptions(resident_layers=0), MemoryOptions(resident_layers=0, stream_from="disk")):
-        monkeypatch.setattr(build, "placement", lambda *_, places=places: places)
+        monkeypatch.setattr(base_model, "placement", lambda *_, places=places: places)
         streamed = evaluate_recipe(whole, tmp_path / "whole" / "adapter", 0)
         assert streamed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
         assert command("generate", tmp_path / "whole", "--prompt", "3?")[1] == said[0][1]

@@ -29,17 +29,11 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.weights import first_lora_weights
-from qlora_lite.prepare.build import (
-    build_model,
-    build_skeleton,
-    build_to_use,
-    fingerprint_of,
-    method_of,
-    start_of,
-    without_start,
-)
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.method import build_method
+from qlora_lite.prepare.model import build_model, build_skeleton, build_to_use, fingerprint
 from qlora_lite.prepare.ranks import plan_run
+from qlora_lite.prepare.start import resolve_start, without_start
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.recipe.load import load_recipe
@@ -306,7 +300,7 @@ def test_a_16_bit_model_that_is_split_stays_on_the_disk_where_memory_has_no_room
 def test_an_adapter_that_did_not_learn_is_known_by_its_first_weights(tmp_path):
     recipe = recipe_of(tmp_path, "loftq")
     model = build_model(recipe)
-    method = method_of(recipe)
+    method = build_method(recipe)
     assert method.does_nothing(model)
     with torch.no_grad():
         next(lora_layers(model))[1].lora_B[0, 0] += 1
@@ -404,7 +398,7 @@ def test_an_export_finds_the_first_lora_weights_in_the_cache_or_splits_one_weigh
     _, run, _ = trained
     opened = open_trained(run)
     m = opened.recipe.model
-    kept = {"keep_16bit": m.keep_16bit, "start": start_of(opened.recipe)}
+    kept = {"keep_16bit": m.keep_16bit, "start": resolve_start(opened.recipe)}
     wanted = take_first(load_model(m.path, m.quant, compute_dtype=opened.compute_dtype, **kept))
     split, own = [], Start.split
     monkeypatch.setattr(Start, "split", lambda self, weight, *how: split.append(1) or own(self, weight, *how))
@@ -453,7 +447,7 @@ def test_another_start_is_another_base_and_refused(trained, tmp_path):
         recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"start": "olora"})}),
     ]
     for other in others:
-        assert fingerprint_of(other, opened.files) != mine
+        assert fingerprint(other, opened.files) != mine
         with pytest.raises(ModelError, match=f"belongs to the base {mine} of lora.start, and this is the"):
             load_adapter(load_again(other), run / "adapter")
         begins = other.model_copy(update={"lora": other.lora.model_copy(update={"init_from": str(run)})})

@@ -19,9 +19,9 @@ from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_turns import MARK, take_out
 from qlora_lite.data.sources import Source
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.ext.vision_language.reader import build_reader
 from qlora_lite.models import vision_language as families
 from qlora_lite.models.pretrained import processor_of
-from qlora_lite.prepare.recipe_head import picture_reader
 from qlora_lite.recipe.schema import Data, Model, Recipe, Task
 
 
@@ -41,7 +41,7 @@ def pictures(tmp_path_factory):
 
 def reader_of(folder, resolution=None):
     data = Data.model_construct(train=(), resolution=resolution)
-    return picture_reader(Recipe(model=Model(path=str(folder)), task=Task(kind="image-text-to-text"), data=data))
+    return build_reader(Recipe(model=Model(path=str(folder)), task=Task(kind="image-text-to-text"), data=data))
 
 
 def read(folder, rows, where, **settings):

@@ -24,7 +24,7 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.planning.answering import prompt_bytes
-from qlora_lite.prepare.build import build_to_use
+from qlora_lite.prepare.model import build_to_use
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.train import text_guards
 

@@ -14,7 +14,7 @@ from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import DataError, RecipeError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.ops.loss import Head, head_logits, likeliest_tokens
-from qlora_lite.prepare import build
+from qlora_lite.prepare import model as base_model
 
 pytest.importorskip("lm_eval", reason="the eval extra has it")
 from lm_eval import simple_evaluate
@@ -63,7 +63,7 @@ def harness(run, with_adapter=True):
     from dataclasses import replace
 
     from qlora_lite.inference.multi_adapter import load_switched
-    from qlora_lite.prepare.build import train_settings
+    from qlora_lite.prepare.settings import train_settings
 
     trained = open_trained(run)
     model, switch = load_switched({"run": trained})[:2]
@@ -88,8 +88,8 @@ def assert_same(ours, theirs):
 def test_likelihoods_greedy_flags_and_answers_are_those_of_hflm(runs, monkeypatch, quant, placed, with_adapter):
     if placed == "streamed":
         options = MemoryOptions(resident_layers=1, host_embeddings=True)
-        monkeypatch.setattr(build, "memory_to_use", lambda *_: 0)
-        monkeypatch.setattr(build, "placement", lambda *_: options)
+        monkeypatch.setattr(base_model, "memory_to_use", lambda *_: 0)
+        monkeypatch.setattr(base_model, "placement", lambda *_: options)
     lm, theirs = harness(runs[quant], with_adapter), oracle(runs[quant], quant, with_adapter)
     whole = asked([(prompt, {"until": [], "max_gen_toks": 24}) for prompt in PROMPTS])
     answers = theirs.generate_until(whole, disable_tqdm=True)

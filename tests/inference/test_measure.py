@@ -18,8 +18,8 @@ from qlora_lite.inference.evaluate import losses_by, measure
 from qlora_lite.inference.few_shot import with_shots
 from qlora_lite.inference.generate import Answer
 from qlora_lite.models.load import use_row_attention
-from qlora_lite.prepare.build import train_settings
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.settings import train_settings
 from qlora_lite.recipe.load import load_recipe, recipe_of
 from qlora_lite.train.causal_lm import CausalLM
 

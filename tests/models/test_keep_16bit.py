@@ -22,7 +22,7 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.quantizer import InFiles, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import block_pattern, meta_model, read_config
-from qlora_lite.prepare.build import build_model, build_skeleton, build_to_use
+from qlora_lite.prepare.model import build_model, build_skeleton, build_to_use
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.product import materialize

@@ -25,7 +25,7 @@ from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.models.quantizer import InFiles
 from qlora_lite.models.skeleton import block_pattern, meta_model, read_config
-from qlora_lite.prepare.build import build_model
+from qlora_lite.prepare.model import build_model
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe

@@ -12,10 +12,10 @@ from tiny_diffusion import save_sd_pipeline
 from qlora_lite.cli.main import cli
 from qlora_lite.data.latents import LatentShapes
 from qlora_lite.errors import ModelError
+from qlora_lite.ext.diffusion.spec import build_fit, build_loss, recipe_shapes
 from qlora_lite.models.denoisers import skeleton_of
 from qlora_lite.models.families import known_pipelines
 from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
-from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, shapes_of_recipe
 from qlora_lite.recipe.load import recipe_of
 
 
@@ -48,8 +48,8 @@ def test_weights_shapes_and_objective_are_those_that_are_published(name):
         (),
         "x",
     )
-    assert shapes_of_recipe(recipe, model, fit_of(recipe)) == shapes
-    assert loss_of(recipe).prediction == prediction
+    assert recipe_shapes(recipe, model, build_fit(recipe)) == shapes
+    assert build_loss(recipe).prediction == prediction
 
 
 def test_a_known_model_is_planned_by_its_name(monkeypatch):

@@ -24,7 +24,7 @@ from qlora_lite.export.merge import MergeSettings, merge_run, prepare_merge
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import ORIGINAL, TRAINED, merged_weight, open_merged
 from qlora_lite.models.save import save_quantized
-from qlora_lite.prepare.build import build_to_use
+from qlora_lite.prepare.model import build_to_use
 from qlora_lite.quant.linear import frozen_weight, is_conv1d
 from qlora_lite.quant.product import materialize
 from qlora_lite.quant.tensor_file import stream_tensors

@@ -47,7 +47,7 @@ from qlora_lite.planning.answering import (
     prompts_at_once,
 )
 from qlora_lite.planning.meta_results import NeedsValuesError
-from qlora_lite.prepare import build
+from qlora_lite.prepare import model as base_model
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 WITH_STATES = {"mamba", "mamba2", "recurrent_gemma"}  # in place of keys and values
@@ -276,11 +276,11 @@ def test_a_tiled_model_takes_adapters(model_type):
 def test_a_small_gpu_evaluates_answers_and_compares_as_a_large_one(tmp_path, monkeypatch, caplog, device, tied):
     run = tiny_run(tmp_path, overrides=[f"model.device={device}"], num_hidden_layers=4, tie_word_embeddings=tied)
     found, placed, some = [], [], MemoryOptions(resident_layers=1, host_embeddings=not tied)
-    monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
+    monkeypatch.setattr(base_model, "place", lambda *args: placed.append(args[-1]) or place(*args))
     small = needed(open_trained(run), some)
     for memory, host in ((2**40, 2**40), (small, 2**40), (0, 2**40), (small, 0)):
-        monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
-        monkeypatch.setattr(build, "free_bytes", lambda _device, host=host: host)
+        monkeypatch.setattr(base_model, "memory_to_use", lambda _device, _budget, memory=memory: memory)
+        monkeypatch.setattr(base_model, "free_bytes", lambda _device, host=host: host)
         found.append(uses(run, device))
     for loss, answer_text, alike in found[1:]:
         assert answer_text == found[0][1]
@@ -321,9 +321,9 @@ def test_the_device_has_room_for_the_adapters_and_the_context(tmp_path, monkeypa
     if use == "tasks":  # both adapters
         enough += (run / "adapter" / WEIGHTS_NAME).stat().st_size
     assert longest is trained or enough > needed(trained, MemoryOptions()) + 2**19
-    monkeypatch.setattr(build, "place", lambda *args: placed.append(args[-1]) or place(*args))
+    monkeypatch.setattr(base_model, "place", lambda *args: placed.append(args[-1]) or place(*args))
     for memory, expected in ((enough, 0), (enough - 1, 1)):
-        monkeypatch.setattr(build, "memory_to_use", lambda _device, _budget, memory=memory: memory)
+        monkeypatch.setattr(base_model, "memory_to_use", lambda _device, _budget, memory=memory: memory)
         uses_of_model[use]()
         assert len(placed) == expected
 

@@ -32,7 +32,7 @@ from qlora_lite.planning.machine import DISK_BYTES_PER_SECOND, Machine, machine_
 from qlora_lite.planning.predict import predict
 from qlora_lite.prepare import plan as planner
 from qlora_lite.prepare import ranks
-from qlora_lite.prepare.build import job_of
+from qlora_lite.prepare.job import build_job
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting import plan_text
 from qlora_lite.runs.run import run_recipe
@@ -207,8 +207,7 @@ def test_prefix_tuning_of_a_model_that_runs_row_by_row_is_refused_by_the_plan(tm
 
 @pytest.mark.parametrize(("gpu", "capability"), [("t4", (7, 5)), ("rtx-4090", (8, 9))])
 def test_a_step_is_planned_with_kernels_that_the_gpu_planned_for_can_have(gpu, capability, recipe):
-    config = AutoConfig.for_model(**known_config("meta-llama/Llama-3.2-1B"))
-    assert job_of(recipe(), config, machine_of_gpu(find_gpu(gpu)), None).capability == capability
+    assert build_job(recipe(), machine_of_gpu(find_gpu(gpu)), None).capability == capability
 
 
 def test_a_size_of_memory_is_planned_for_with_the_speed_of_a_gpu_that_computes_in_bfloat16(recipe):

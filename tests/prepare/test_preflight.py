@@ -13,8 +13,8 @@ from qlora_lite.data.held_out import HELD_OUT
 from qlora_lite.data.row_formats import BAD_ANSWER
 from qlora_lite.errors import DataError
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.prepare.build import workload_of
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.preflight import CAPACITY, first_places, line_of_problem, preflight
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting.data_page import render
@@ -121,7 +121,7 @@ def test_packs_are_counted_with_virtual_tokens(tmp_path, model_folder):
     virtual = {"lora": None, "adapter": {"method": "prompt"}, "prompt": {"virtual_tokens": 40}}
     path = write_recipe(tmp_path, model_folder, train={"learning_rate": 0.1}, **virtual)
     recipe = load_recipe(path)
-    lengths = workload_of(recipe).lengths(build_data(recipe, byte_tokenizer()).examples)
+    lengths = build_workload(recipe).lengths(build_data(recipe, byte_tokenizer()).examples)
     report = preflight(recipe, byte_tokenizer(), 0).report
     expected = plan_epoch(lengths, 128, True, 1, recipe.data.order, 0, 0)
     assert report["packs"] == len(expected) > 6

@@ -9,7 +9,7 @@ from recipe.foreign_shapes import SHAPES, Code, write_files
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.prepare.preflight import preflight
-from qlora_lite.prepare.readers import reader_of
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe import convert as convert_module
 from qlora_lite.recipe import reference
 from qlora_lite.recipe.convert import convert
@@ -816,7 +816,7 @@ def test_public_configurations_become_recipes_that_data_accepts(name, of_shape, 
     assert conversion.trainer == name.partition(",")[0] and not notes(conversion, "lost")
     got = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in SHAPES[name].wanted}
     assert got == SHAPES[name].wanted
-    preflight(recipe, reader_of(recipe), 0).raise_if_unusable()
+    preflight(recipe, find_task(recipe).reader(recipe), 0).raise_if_unusable()
 
 
 def another(value):

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_lite.errors import CheckpointError, RecipeError
 from qlora_lite.explain import explain
-from qlora_lite.prepare.build import with_plan
+from qlora_lite.prepare.settings import with_plan
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 from qlora_lite.runs.resume import RUN, Continuation

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_lite.artifacts.run_files import RunFiles
-from qlora_lite.inference.shown_pictures import maps_of, neighbour_score, spread
+from qlora_lite.ext.pictures.shown import maps_of, neighbour_score, spread
 from qlora_lite.reporting.pictures_section import pictures_of
 from qlora_lite.reporting.report import render
 

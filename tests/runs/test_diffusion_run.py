@@ -25,15 +25,17 @@ from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.cli.main import cli
 from qlora_lite.data.latents import LatentExample, LatentSet, arrays_in
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
-from qlora_lite.inference.draw import Drawing, denoise, draw_prompts, scheduler_of
+from qlora_lite.ext.diffusion.draw import Drawing, denoise, scheduler_of
+from qlora_lite.ext.diffusion.encode import encode, encode_texts, named_classes
+from qlora_lite.ext.diffusion.spec import build_fit, build_loss, with_neutral
+from qlora_lite.inference.draw import draw_prompts
 from qlora_lite.models.denoisers import Conditions, meta_denoiser
 from qlora_lite.models.pipelines import Autoencoder, TextEncoders, open_pipeline, spec_in
 from qlora_lite.models.skeleton import give_storage
-from qlora_lite.prepare.build import build_model, workload_of
 from qlora_lite.prepare.datasets import read_data
-from qlora_lite.prepare.latents import encode, encode_texts, named_classes
-from qlora_lite.prepare.readers import reader_of
-from qlora_lite.prepare.recipe_denoiser import fit_of, loss_of, with_neutral
+from qlora_lite.prepare.job import build_workload
+from qlora_lite.prepare.model import build_model
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.catalog import copy_recipe
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.runs.run import run_recipe
@@ -191,14 +193,14 @@ def test_what_was_encoded_is_found_again_and_no_encoder_is_loaded(run, tmp_path,
     _, recipe = run
     settings = load_recipe(recipe, [f"output.dir={tmp_path / 'out'}", "train.max_steps=1"])
     for name in ("Autoencoder", "TextEncoders"):
-        monkeypatch.setattr(f"qlora_lite.prepare.latents.{name}", lambda *_, name=name: pytest.fail(name))
+        monkeypatch.setattr(f"qlora_lite.ext.diffusion.encode.{name}", lambda *_, name=name: pytest.fail(name))
     run_recipe(settings)
 
 
 def test_a_damaged_latent_or_text_in_the_cache_is_encoded_anew(bases, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("QLORA_LITE_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe(diffusion_recipe(tmp_path, bases["sd"], **SMALL))
-    fit = reader_of(recipe)
+    fit = find_task(recipe).reader(recipe)
     data = read_data(recipe, fit, ("train",))["train"]
 
     def arrays():
@@ -243,7 +245,7 @@ def latents_of(pipeline, pictures):
 @pytest.mark.parametrize("family", PIPELINES)
 def test_latents_and_texts_are_what_the_pipeline_gives(bases, tmp_path, family):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases[family], data={"resolution": 16}))
-    fit = reader_of(recipe)
+    fit = find_task(recipe).reader(recipe)
     data = read_data(recipe, fit, ("train",))["train"]
     found = encode(recipe, fit, [data]).parts[0].examples
     assert isinstance(found, LatentSet) and len(found) == 12
@@ -471,10 +473,10 @@ def test_prompts_are_lines_or_a_column_and_what_cannot_be_drawn_is_said_before_a
 
 def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases["dit"], diffusion={"caption_dropout": 0.3}))
-    fit = reader_of(recipe)
+    fit = find_task(recipe).reader(recipe)
     data = read_data(recipe, fit, ("train",))["train"]
     rows = encode(named_classes(recipe, data), fit, [data]).parts[0].examples
-    work = with_neutral(workload_of(recipe), rows)
+    work = with_neutral(build_workload(recipe), rows)
     labels = torch.cat([work.training_batch(list(rows), 0, step).conditions.labels for step in range(1, 60)])
     assert (labels == 2).float().mean() == pytest.approx(0.3, abs=0.05)
     assert not (work.collate(list(rows)).conditions.labels == 2).any()
@@ -486,9 +488,9 @@ def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
 
 def test_pictures_keep_their_sizes_where_a_caption_is_left_out(bases, tmp_path):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases["sdxl"], **SMALL, diffusion={"caption_dropout": 0.5}))
-    fit = reader_of(recipe)
+    fit = find_task(recipe).reader(recipe)
     rows = encode(recipe, fit, [read_data(recipe, fit, ("train",))["train"]]).parts[0].examples
-    work, alike = with_neutral(workload_of(recipe), rows), list(rows)[::3]
+    work, alike = with_neutral(build_workload(recipe), rows), list(rows)[::3]
     neutral, are_left_out = torch.from_numpy(rows.neutral_example().text), set()
     for step in range(1, 9):
         conditions = work.training_batch(alike, 0, step).conditions
@@ -499,9 +501,9 @@ def test_pictures_keep_their_sizes_where_a_caption_is_left_out(bases, tmp_path):
 
 def test_pictures_of_other_shapes_in_a_batch_have_the_losses_that_they_have_alone(bases, tmp_path):
     recipe = load_recipe(diffusion_recipe(tmp_path, bases["sd"], **SMALL))
-    fit = reader_of(recipe)
+    fit = find_task(recipe).reader(recipe)
     rows = list(encode(recipe, fit, [read_data(recipe, fit, ("train",))["train"]]).parts[0].examples)[:5]
-    model, work = build_model(recipe).train(), workload_of(recipe)
+    model, work = build_model(recipe).train(), build_workload(recipe)
     torch.manual_seed(0)
     for _, layer in lora_layers(model):
         layer.lora_B.data.normal_(0, 0.1)
@@ -518,14 +520,18 @@ def test_pictures_of_other_shapes_in_a_batch_have_the_losses_that_they_have_alon
 
 def test_the_objective_is_what_the_scheduler_says(bases, tmp_path):
     sd, sd3 = (load_recipe(diffusion_recipe(tmp_path / name, bases[name], **SMALL)) for name in ("sd", "sd3"))
-    assert (loss_of(sd).prediction, loss_of(sd).schedule, loss_of(sd).beta_end) == ("epsilon", "scaled_linear", 0.012)
-    assert (loss_of(sd3).prediction, loss_of(sd3).shift) == ("flow", 3.0)
+    assert (build_loss(sd).prediction, build_loss(sd).schedule, build_loss(sd).beta_end) == (
+        "epsilon",
+        "scaled_linear",
+        0.012,
+    )
+    assert (build_loss(sd3).prediction, build_loss(sd3).shift) == ("flow", 3.0)
     base = shutil.copytree(bases["sd"], tmp_path / "v")
     path = base / "scheduler" / "scheduler_config.json"
     said = json.loads(path.read_text())
     path.write_text(json.dumps(said | {"prediction_type": "v_prediction"}))
     recipe = load_recipe(diffusion_recipe(tmp_path / "vr", base, **SMALL, diffusion={"weighting": "min_snr"}))
-    assert (loss_of(recipe).prediction, loss_of(recipe).weighting) == ("v", "min_snr")
+    assert (build_loss(recipe).prediction, build_loss(recipe).weighting) == ("v", "min_snr")
     for change, fault in (
         ({"beta_schedule": "squaredcos_cap_v2"}, "betas .squaredcos"),
         ({"rescale_betas_zero_snr": True}, "rescaled to zero SNR"),
@@ -537,13 +543,13 @@ def test_the_objective_is_what_the_scheduler_says(bases, tmp_path):
     ):
         path.write_text(json.dumps(said | change))
         with pytest.raises(ModelError, match=fault):
-            loss_of(load_recipe(diffusion_recipe(tmp_path / "w", base, **SMALL)))
+            build_loss(load_recipe(diffusion_recipe(tmp_path / "w", base, **SMALL)))
 
 
 def test_captions_beside_pictures_in_tables_and_for_all(bases, tmp_path):
     def captions(source, **data):
         recipe = load_recipe(diffusion_recipe(tmp_path / "r", bases["dit"], data={"train": str(source), **data}))
-        found = read_data(recipe, reader_of(recipe), ("train",))["train"]
+        found = read_data(recipe, find_task(recipe).reader(recipe), ("train",))["train"]
         return [example.answer for example in found.examples], found.problems
 
     pictures = write_captioned(tmp_path / "pictures", 4)
@@ -597,7 +603,7 @@ def test_settings_that_make_no_sense_are_refused(bases, tmp_path, changes, fault
 
 def test_resolutions_and_folders_that_are_wrong_are_one_clean_error(bases, tmp_path):
     def fit(base, **data):
-        return fit_of(load_recipe(diffusion_recipe(tmp_path / "r", base, data=data)))
+        return build_fit(load_recipe(diffusion_recipe(tmp_path / "r", base, data=data)))
 
     with pytest.raises(ModelError, match=r"data.resolution 18 is no multiple of the model's 4 pixels; write 16 or 20"):
         fit(bases["sd"], resolution=18)

@@ -17,7 +17,8 @@ from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.prepare.build import add_adapter, build_model, build_skeleton, method_of
+from qlora_lite.prepare.method import build_method
+from qlora_lite.prepare.model import add_adapter, build_model, build_skeleton
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.run import run_recipe
@@ -182,7 +183,7 @@ def test_a_run_with_a_prefix_begins_as_its_text_before_every_row_does(model_fold
     recipe = load_recipe(path)
     saved = load_file(run_recipe(recipe) / "adapter" / WEIGHTS)
     model = build_model(recipe)
-    method = method_of(recipe)
+    method = build_method(recipe)
     assert method.init_ids
     method.begin(model)
     torch.testing.assert_close(saved, method.files(model), rtol=1e-5, atol=1e-6)

@@ -20,10 +20,11 @@ from qlora_lite.artifacts.trained_run import open_model, open_trained
 from qlora_lite.cli.main import cli
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.ext.heads.predict import read_texts
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.damage import measure_damage
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.inference.label_texts import predict_labels, read_texts
+from qlora_lite.inference.label import label_rows
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.preflight import preflight
 from qlora_lite.recipe.load import load_recipe
@@ -78,8 +79,8 @@ def test_real_peft_loads_it_and_gives_the_probabilities_that_predict_wrote(bert,
     folder, _ = run
     recipe = tmp_path / "plain"  # of a base that peft has too, which is in 16 bit
     folder = run_recipe(load_recipe(head_recipe(recipe, bert, model={"quant": "none"}, train=LEARNS)))
-    done = predict_labels(folder, recipe / "eval.jsonl", tmp_path / "out.jsonl")
-    assert (done.texts, done.cut) == (8, 0)
+    done = label_rows(folder, recipe / "eval.jsonl", tmp_path / "out.jsonl")
+    assert (done.rows, done.cut) == (8, 0)
     adapter = folder / "adapter"
     base = AutoModelForSequenceClassification.from_pretrained(bert, config=AutoConfig.from_pretrained(adapter))
     model, tokenizer = peft.PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(adapter)
@@ -96,7 +97,7 @@ def test_labels_that_summary_and_adapter_name_otherwise_are_refused(run, tmp_pat
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"labels": ["good", "bad"]}))
     with pytest.raises(ModelError, match=r"names the labels \['good', 'bad'\], and .*config\.json \['bad', 'good'\]"):
-        predict_labels(folder, run[1].parent / "eval.jsonl", tmp_path / "out.jsonl")
+        label_rows(folder, run[1].parent / "eval.jsonl", tmp_path / "out.jsonl")
 
 
 def test_predict_takes_rows_without_labels_and_an_adapter_alone(run, bert, tmp_path):
@@ -112,12 +113,12 @@ def test_predict_takes_rows_without_labels_and_an_adapter_alone(run, bert, tmp_p
     alone.mkdir()
     for file in (folder / "adapter").iterdir():
         (alone / file.name).write_bytes(file.read_bytes())
-    predict_labels(alone, rows, tmp_path / "b.jsonl")
+    label_rows(alone, rows, tmp_path / "b.jsonl")
     for one, other in zip(found, lines(tmp_path / "b.jsonl"), strict=True):
         assert one["label"] == other["label"]  # the base is loaded in NF4 and bfloat16, as a recipe's defaults say
     (alone / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json beside it says its labels"):
-        predict_labels(alone, rows, tmp_path / "c.jsonl")
+        label_rows(alone, rows, tmp_path / "c.jsonl")
 
 
 def test_rows_to_predict_are_read_with_the_templates_of_the_run_that_fit_without_the_label(tmp_path):
@@ -127,7 +128,7 @@ def test_rows_to_predict_are_read_with_the_templates_of_the_run_that_fit_without
     recipe = load_recipe(tmp_path / "recipe.yaml", check_files=False)
     for name, text in (("new.csv", "subject,text\nS1,hello\n"), ("blank.csv", "subject,text,topic\nS1,hello,\n")):
         (tmp_path / name).write_text(text)
-        (row,) = read_texts(recipe, tmp_path / name)
+        (row,) = read_texts(recipe, tmp_path / name, "single_label_classification")
         assert (row.texts, row.label) == (("Subject S1: hello",), None)
 
 
@@ -135,7 +136,7 @@ def test_what_is_read_is_never_written(run, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", labelled_rows(2))
     before = rows.read_bytes()
     with pytest.raises(OutputError, match=r"rows\.jsonl holds what is read; choose another --out"):
-        predict_labels(run[0], rows, rows)
+        label_rows(run[0], rows, rows)
     assert rows.read_bytes() == before
 
 
@@ -154,10 +155,10 @@ def test_evaluate_says_what_a_run_with_a_head_cannot(run, options, said):
 
 def test_a_long_text_is_cut_and_counted_and_a_bad_row_named(run, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"sentence": "long " * 60}, {"sentence": "it is good"}])
-    assert predict_labels(run[0], rows, tmp_path / "out.jsonl").cut == 1
+    assert label_rows(run[0], rows, tmp_path / "out.jsonl").cut == 1
     write_jsonl(rows, [{"sentence": "it is good"}, {"sentence": None}])
     with pytest.raises(DataError, match=r"rows.jsonl:2: 'sentence' is missing or null"):
-        predict_labels(run[0], rows, tmp_path / "out.jsonl")
+        label_rows(run[0], rows, tmp_path / "out.jsonl")
 
 
 def test_another_run_begins_with_its_head_for_the_same_labels_alone(run, bert, tmp_path):
@@ -207,7 +208,7 @@ def test_commands_of_language_models_say_what_to_use_instead(run, tmp_path):
 def test_a_language_model_s_run_has_no_labels_to_predict(model_folder, tmp_path):
     run = make_run(tmp_path, model_folder)
     with pytest.raises(RecipeError, match=r"a language model without a head.*qlora-lite generate"):
-        predict_labels(run, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
+        label_rows(run, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
 
 
 def test_a_stopped_run_is_resumed_to_the_bit(run, bert, tmp_path):
@@ -264,7 +265,7 @@ def test_full_fine_tuning_leaves_a_classifier_that_transformers_loads(bert, tmp_
     folder = run_recipe(load_recipe(path))
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    predict_labels(folder, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
+    label_rows(folder, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
     for row, found in zip(lines(tmp_path / "eval.jsonl"), lines(tmp_path / "out.jsonl"), strict=True):
         with torch.no_grad():
             shares = model(**tokenizer(row["sentence"], return_tensors="pt")).logits.softmax(-1)[0]
@@ -278,7 +279,7 @@ def test_numbers_and_several_labels_are_learned_too(bert, tmp_path):
     folder = run_recipe(load_recipe(recipe))
     after = summary_of(folder)["metrics"]["after"]
     assert after["pearson"]["value"] > 0.9 and after["rmse"]["value"] < 0.5 and "confusion" not in summary_of(folder)
-    predict_labels(folder, tmp_path / "number" / "eval.jsonl", tmp_path / "n.jsonl")
+    label_rows(folder, tmp_path / "number" / "eval.jsonl", tmp_path / "n.jsonl")
     assert all(abs(row["value"] - float(row["reference"])) < 1 for row in lines(tmp_path / "n.jsonl"))
 
     names = ["x"], ["x", "y"]
@@ -286,7 +287,7 @@ def test_numbers_and_several_labels_are_learned_too(bert, tmp_path):
     recipe = head_recipe(tmp_path / "several", bert, "multi-label", *rows, train=LEARNS)
     folder = run_recipe(load_recipe(recipe))
     assert summary_of(folder)["metrics"]["after"]["accuracy"]["value"] == 1.0
-    predict_labels(folder, tmp_path / "several" / "eval.jsonl", tmp_path / "s.jsonl")
+    label_rows(folder, tmp_path / "several" / "eval.jsonl", tmp_path / "s.jsonl")
     assert [row["labels"] for row in lines(tmp_path / "s.jsonl")] == [["x"], ["x", "y"]] * 4
 
 
@@ -361,7 +362,7 @@ def test_the_texts_of_a_pair_have_the_types_that_transformers_gives_them(bert, t
     folder = run_recipe(
         load_recipe(head_recipe(tmp_path, bert, rows=rows, eval_rows=held_out, model={"quant": "none"}))
     )
-    predict_labels(folder, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
+    label_rows(folder, tmp_path / "eval.jsonl", tmp_path / "out.jsonl")
     adapter = folder / "adapter"
     base = AutoModelForSequenceClassification.from_pretrained(bert, config=AutoConfig.from_pretrained(adapter))
     model, tokenizer = peft.PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(adapter)

@@ -23,6 +23,7 @@ from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.export.push import PushSettings, prepare_push
+from qlora_lite.ext.vision_language.reader import load_processor
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.multi_adapter import open_tasks
@@ -34,9 +35,8 @@ from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.models.weights import open_weights
-from qlora_lite.prepare.build import workload_of
 from qlora_lite.prepare.datasets import build_data
-from qlora_lite.prepare.recipe_head import loaded_processor
+from qlora_lite.prepare.job import build_workload
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
@@ -68,7 +68,7 @@ def losses(folder):
 
 def of_transformers(model, recipe):
     """The mean loss of a recipe's evaluation rows, each by itself, by transformers' own forward."""
-    data, work = build_data(recipe, load_tokenizer(recipe.model.path), "eval"), workload_of(recipe)
+    data, work = build_data(recipe, load_tokenizer(recipe.model.path), "eval"), build_workload(recipe)
     total, count = 0.0, 0
     for example in data.examples:
         ids = torch.from_numpy(example.token_ids.copy()).long()[None]
@@ -131,11 +131,11 @@ def test_another_picture_is_another_run(bases, tmp_path):
 
 
 def resumed_in_another_process(recipe, folder):
-    loaded_processor.cache_clear()
+    load_processor.cache_clear()
     try:
         run_recipe(load_recipe(recipe), resume=folder / "out")
     finally:
-        loaded_processor.cache_clear()
+        load_processor.cache_clear()
 
 
 def test_evaluate_measures_it_again(run):

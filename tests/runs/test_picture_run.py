@@ -36,14 +36,13 @@ from qlora_lite.cli.main import cli
 from qlora_lite.data.picture_files import decode
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.inference.label_texts import predict_labels
+from qlora_lite.inference.label import label_rows
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.models.load import load_model
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.prepare.plan import plan_recipe
 from qlora_lite.prepare.preflight import preflight
-from qlora_lite.prepare.readers import reader_of
-from qlora_lite.prepare.recipe_head import picture_processor
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
 
@@ -144,7 +143,7 @@ def test_real_peft_and_transformers_give_the_probabilities_that_predict_wrote(ba
     recipe = picture_recipe(tmp_path, bases[name])
     folder = run_recipe(load_recipe(recipe))
     adapter = folder / "adapter"
-    assert predict_labels(folder, tmp_path / "eval", tmp_path / "out.jsonl").texts == 8
+    assert label_rows(folder, tmp_path / "eval", tmp_path / "out.jsonl").rows == 8
     base = AutoModelForImageClassification.from_pretrained(bases[name], config=AutoConfig.from_pretrained(adapter))
     model = peft.PeftModel.from_pretrained(base, adapter).eval()
     processor = AutoImageProcessor.from_pretrained(adapter, backend="pil")
@@ -165,24 +164,24 @@ def test_predict_takes_a_folder_a_table_and_an_adapter_alone(run, tmp_path):
     assert {row["label"] for row in found} == {"hot"} and "reference" not in found[0]
     table = tmp_path / "rows.csv"
     table.write_text("path\n" + "".join(f"{path}\n" for path in sorted(rows.iterdir())))
-    predict_labels(folder, table, tmp_path / "b.jsonl")
+    label_rows(folder, table, tmp_path / "b.jsonl")
     assert [row["probabilities"] for row in lines(tmp_path / "b.jsonl")] == [row["probabilities"] for row in found]
     shutil.copytree(folder / "adapter", tmp_path / "alone")
-    predict_labels(tmp_path / "alone", rows, tmp_path / "c.jsonl")
+    label_rows(tmp_path / "alone", rows, tmp_path / "c.jsonl")
     alone = [row["probabilities"]["hot"] for row in lines(tmp_path / "c.jsonl")]
     assert alone == pytest.approx([row["probabilities"]["hot"] for row in found], abs=0.05)  # in bfloat16, maybe
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"none")
     with pytest.raises(DataError, match="not a whole picture"):
-        predict_labels(folder, tmp_path / "bad", tmp_path / "d.jsonl")
+        label_rows(folder, tmp_path / "bad", tmp_path / "d.jsonl")
 
 
 def test_predict_says_that_its_file_cannot_be_written_before_anything_is_read_and_makes_new_folders(run, tmp_path):
     folder, recipe = run
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
-        predict_labels(folder, "no rows", tmp_path / "file" / "out.jsonl", "no model")
-    predict_labels(folder, recipe.parent / "eval", out := tmp_path / "new" / "one" / "out.jsonl")
+        label_rows(folder, "no rows", tmp_path / "file" / "out.jsonl", "no model")
+    label_rows(folder, recipe.parent / "eval", out := tmp_path / "new" / "one" / "out.jsonl")
     assert len(out.read_text().splitlines()) == 8
 
 
@@ -230,7 +229,7 @@ def test_full_fine_tuning_leaves_a_classifier_that_transformers_loads(bases, tmp
     folder = run_recipe(load_recipe(path))
     model = AutoModelForImageClassification.from_pretrained(folder / "model").eval()
     processor = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
-    predict_labels(folder, tmp_path / "eval", tmp_path / "out.jsonl")
+    label_rows(folder, tmp_path / "eval", tmp_path / "out.jsonl")
     for row in lines(tmp_path / "out.jsonl"):
         with torch.no_grad():
             shares = model(**processor(decode(row["picture"]), return_tensors="pt")).logits.softmax(-1)[0]
@@ -263,14 +262,14 @@ def test_segmentation_is_learned_resumed_evaluated_and_written_as_masks(bases, t
     assert all(torch.equal(one[key], other[key]) for key in one)
 
     images = tmp_path / "masked-eval" / "images"
-    assert predict_labels(folder, images, tmp_path / "out.jsonl").texts == 6
+    assert label_rows(folder, images, tmp_path / "out.jsonl").rows == 6
     for row in lines(tmp_path / "out.jsonl"):
         with Image.open(row["mask"]) as given, Image.open(row["picture"].replace("images", "masks")) as mask:
             assert given.size == mask.size
             assert (np.asarray(given) == np.asarray(mask)).mean() > 0.8
         assert sum(row["shares"].values()) == pytest.approx(1)
     shutil.copytree(folder / "adapter", tmp_path / "alone")
-    predict_labels(tmp_path / "alone", images, tmp_path / "b.jsonl")
+    label_rows(tmp_path / "alone", images, tmp_path / "b.jsonl")
     for row, other in zip(lines(tmp_path / "out.jsonl"), lines(tmp_path / "b.jsonl"), strict=True):
         with Image.open(row["mask"]) as one, Image.open(other["mask"]) as two:
             assert (np.asarray(one) == np.asarray(two)).mean() > 0.95  # in bfloat16, maybe
@@ -285,7 +284,7 @@ def test_embeddings_bring_a_class_together_and_are_written_by_predict(bases, tmp
     shutil.copytree(folder / "adapter", tmp_path / "alone")
     written = []
     for trained in (folder, tmp_path / "alone"):
-        predict_labels(trained, rows, out := tmp_path / "found" / f"{trained.name}.jsonl")
+        label_rows(trained, rows, out := tmp_path / "found" / f"{trained.name}.jsonl")
         written.append(torch.tensor([line["embedding"] for line in lines(out)]))
     found, alone = written
     assert (found * alone).sum(1).min() > 0.999  # in bfloat16, maybe
@@ -300,7 +299,7 @@ def test_a_picture_with_a_mask_is_resized_whole(bases, tmp_path):
     middle = {"do_resize": True, "size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": 28}
     (base / "preprocessor_config.json").write_text(json.dumps(middle))
     recipes = picture_recipe(tmp_path / "a", base), mask_recipe(tmp_path / "b", base)
-    assert [picture_processor(load_recipe(recipe)).resize for recipe in recipes] == [32, (28, 28)]
+    assert [find_task(load_recipe(recipe)).reader(load_recipe(recipe)).resize for recipe in recipes] == [32, (28, 28)]
 
 
 def test_a_mask_with_a_class_that_training_lacks_is_found_before(bases, tmp_path):
@@ -326,7 +325,7 @@ def test_labels_that_are_not_trained_are_named_with_what_to_do(bases, tmp_path):
     ]
     for path, overrides, fault in cases:
         recipe = load_recipe(path, overrides)
-        found = preflight(recipe, reader_of(recipe))
+        found = preflight(recipe, find_task(recipe).reader(recipe))
         with pytest.raises(DataError, match=re.escape(fault)):
             found.raise_if_unusable()
 
@@ -337,7 +336,7 @@ def test_classes_of_no_picture_and_of_one_are_spoken_of(bases, tmp_path):
     (rare / "cold").mkdir()
     (rare / ".trash").mkdir()
     recipe = load_recipe(picture_recipe(tmp_path / "a", bases["vit"]), [f"data.train={rare}", "data.eval=null"])
-    report = preflight(recipe, reader_of(recipe)).report
+    report = preflight(recipe, find_task(recipe).reader(recipe)).report
     assert report["sources"][0]["notes"] == ["no pictures in cold"]
     messages = [problem["message"] for problem in report["problems"]]
     assert messages == ["only one row has the label warm; give more rows of it, or leave it out"] and report["ok"]

@@ -35,8 +35,8 @@ from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.planning.answering import UNPLANNED, prompt_bytes
 from qlora_lite.planning.predict import Prediction
-from qlora_lite.prepare.build import build_model, build_skeleton
 from qlora_lite.prepare.datasets import build_data
+from qlora_lite.prepare.model import build_model, build_skeleton
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import stages
 from qlora_lite.train.loop import Trainer

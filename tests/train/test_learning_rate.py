@@ -12,8 +12,8 @@ from qlora_lite.export.model_card import CardFacts, model_card
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.planning.machine import machine_of_gpu
-from qlora_lite.prepare.build import learning_rate_of, train_settings
 from qlora_lite.prepare.plan import budget_of, plan_recipe
+from qlora_lite.prepare.settings import learning_rate, train_settings
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting.plan_text import as_json, describe
 from qlora_lite.runs.run import run_recipe
@@ -56,7 +56,7 @@ def auto(folder, model, **train):
 
 def test_rank_alpha_and_scale_are_those_of_the_recipe(tmp_path, model_folder):
     path = write_recipe(tmp_path, model_folder, train={"learning_rate": "auto"}, lora={"rank": 4, "alpha": 8})
-    rate = learning_rate_of(load_recipe(path))  # two digits of it are kept
+    rate = learning_rate(load_recipe(path))  # two digits of it are kept
     for override, factor in (
         ("lora.rslora=true", 1 / 2),
         ("lora.alpha=16", 1 / 2),
@@ -67,25 +67,25 @@ def test_rank_alpha_and_scale_are_those_of_the_recipe(tmp_path, model_folder):
         ("lora.start=pissa", 1 / 4),
         ("lora.start=eva", 1 / 4),
     ):
-        assert learning_rate_of(load_recipe(path, [override])) == pytest.approx(rate * factor, rel=0.06)
+        assert learning_rate(load_recipe(path, [override])) == pytest.approx(rate * factor, rel=0.06)
     none = ["lora.start=loftq", "lora.start_alternations=0"]
-    assert learning_rate_of(load_recipe(path, none)) == rate, "which is the plain start"
+    assert learning_rate(load_recipe(path, none)) == rate, "which is the plain start"
 
 
 def test_other_methods_have_rates_of_their_own(tmp_path, model_folder):
     path = write_recipe(tmp_path, model_folder, train={"learning_rate": "auto"}, lora={"rank": 16, "alpha": 32})
-    rate = learning_rate_of(load_recipe(path))
+    rate = learning_rate(load_recipe(path))
     for overrides, factor in (
         (["adapter.method=dora"], 1),
         (["adapter.method=full", "model.quant=none"], 1 / 10),
         (["adapter.method=bottleneck"], 1.5),
     ):
-        assert learning_rate_of(load_recipe(path, overrides)) == pytest.approx(rate * factor, rel=0.03), overrides
+        assert learning_rate(load_recipe(path, overrides)) == pytest.approx(rate * factor, rel=0.03), overrides
 
 
 def test_plan_settings_run_and_model_card_have_one_rate(tmp_path, model_folder):
     recipe = auto(tmp_path, model_folder)
-    rate = learning_rate_of(recipe)
+    rate = learning_rate(recipe)
     assert rate > 1e-3 and train_settings(recipe).learning_rate == rate
     machine = machine_of_gpu(find_gpu("rtx-4090"))
     plan = plan_recipe(recipe, machine, budget_of(recipe, machine))
@@ -120,7 +120,7 @@ def stopped(tmp_path, model_folder):
 def test_a_resumed_run_keeps_its_rate_though_the_rule_is_another_now(stopped, tmp_path, model_folder, monkeypatch):
     out = stopped()
     began = json.loads((out / "summary.json").read_text())["learning_rate"]
-    monkeypatch.setattr("qlora_lite.prepare.build.auto_learning_rate", lambda *_: 0.5)
+    monkeypatch.setattr("qlora_lite.prepare.transformer.lora_learning_rate", lambda *_: 0.5)
     run_recipe(auto(tmp_path, model_folder), resume=out)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["learning_rate"], summary["steps"]) == (began, 4) and summary["resumed"][0]["changes"] == []

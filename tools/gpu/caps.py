@@ -28,6 +28,7 @@ from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import first_options, search, smaller
 from qlora_lite.planning.simulate import Job
 from qlora_lite.prepare.plan import MAX_TOKENS, Plan, max_tokens
+from qlora_lite.recipe.load import recipe_of
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.transformer import ModelSpec
@@ -126,7 +127,8 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
     found = search(step, machine, cap_bytes)
     chosen = choose(found, cap_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
-    return Plan(machine, cap_bytes, chosen or least, chosen is not None, tuple(found), step, 0, 0.0)
+    recipe = recipe_of({"model": {"path": name}, "data": {"train": "not-read.jsonl"}})
+    return Plan(recipe, machine, cap_bytes, chosen or least, chosen is not None, tuple(found), step, 0, 0.0)
 
 
 def chosen_row(capped: CappedDevice, name: str, tokens: int, cap_bytes: int) -> dict:

@@ -1,1 +1,1 @@
-"""Denoisers: the forms in which other programs take their LoRA weights."""
+"""Denoisers of diffusion models: task.kind image-generation, and the forms in which other programs take them."""

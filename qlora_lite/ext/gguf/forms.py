@@ -29,7 +29,8 @@ from qlora_lite.models.merge import ORIGINAL, TRAINED, Merged
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.streamed import streamed_model
 from qlora_lite.models.weights import open_weights
-from qlora_lite.prepare.build import build_to_use
+from qlora_lite.prepare.model import build_to_use
+from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.formats import FORMATS
 
 from .adapter import ADAPTER_FILE, read_gguf_adapter, write_gguf_adapter
@@ -208,7 +209,7 @@ def _chosen(job: Job, merged: Merged) -> tuple[dict[str, torch.Tensor], list[str
     recipe, why = job.trained.recipe, ""
     if job.trained.is_alone:
         why = "an adapter alone names none"
-    elif recipe.data.streaming or recipe.with_vision:
+    elif recipe.data.streaming or find_task(recipe).multimodal:
         why = "they are streamed" if recipe.data.streaming else "they have pictures, and the file has no tower"
     else:
         try:
@@ -224,7 +225,7 @@ def _chosen(job: Job, merged: Merged) -> tuple[dict[str, torch.Tensor], list[str
 def _cost(job: Job, has_new_tokens: bool) -> dict:
     """Return how far the file's model is from the trained one on held-out rows, or a note on why it is not known."""
     try:
-        if has_new_tokens or job.trained.recipe.with_vision:
+        if has_new_tokens or find_task(job.trained.recipe).multimodal:
             raise DataError("the base has no new tokens" if has_new_tokens else "the file's model takes no pictures")
         rows = held_out(job.trained, MEASURED_ROWS)
     except DataError as error:

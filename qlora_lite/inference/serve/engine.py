@@ -24,7 +24,7 @@ from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.inference.generate import Shown, answer, shown_prompt, text_of_prompt
 from qlora_lite.inference.multi_adapter import BASE, Tasks
 from qlora_lite.models.anatomy import text_config
-from qlora_lite.prepare.recipe_head import picture_reader
+from qlora_lite.prepare.task import find_task
 
 from .requests import ApiError, ChatRequest
 
@@ -121,7 +121,7 @@ class Engine:
             files.append(str(folder / str(number)))
             Path(files[-1]).write_bytes(content)
         try:
-            reader = picture_reader(task.run.recipe) if files else None
+            reader = find_task(task.run.recipe).picture_reader(task.run.recipe) if files else None
             if files and reader is None:
                 raise DataError(f"{request.model} reads no pictures")
             prompt = shown_prompt(render_prompt(task.template, request.turns), files, task.template, reader)

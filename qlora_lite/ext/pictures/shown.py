@@ -12,6 +12,8 @@ Shapes: features [N, D], patches [N, H, W, D], maps [N, H, W, 3].
 
 import base64
 import io
+import json
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,14 +23,20 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.adapters.parts import base_path
+from qlora_lite.artifacts.run_files import PICTURES
 from qlora_lite.data.label_metrics import probabilities
 from qlora_lite.data.metrics import Score, mean
 from qlora_lite.data.picture_files import thumbnail
 from qlora_lite.data.storage import Example
+from qlora_lite.errors import DataError, DoesNotFitError, OutputError
+from qlora_lite.files import write_text
 from qlora_lite.models.nested import of_blocks
+from qlora_lite.prepare.moment import AFTER, Measured, Moment
 from qlora_lite.train.picture_head import PictureHead, Pictures
 from qlora_lite.train.step import evaluating
+from qlora_lite.units import counted
 
+log = logging.getLogger("qlora_lite")
 SHOWN, NEIGHBOURS = 12, 3  # held-out pictures, and neighbours of each
 COMPARED = 500  # pictures of either kind, at most, for the score of neighbours
 
@@ -128,3 +136,34 @@ def _png(colours: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(colours).save(buffer, "png")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def show_pictures(moment: Moment, result: Measured | None) -> Measured | None:
+    """Write down what a run's model makes of some held-out pictures, for the report; return the scores with that of
+    neighbours. What hinders it is a warning."""
+    trainer, data = moment.trainer, moment.eval_data
+    if data is None:
+        return result
+    work = trainer.workload.plain()
+    assert isinstance(work, PictureHead)
+    training, held = (spread(part, COMPARED) for part in (moment.data.examples, data.examples))
+    shown = spread(held, SHOWN)
+
+    def seen(part: Sequence[Example], patches: bool = False) -> Seen:
+        return trainer.computed(part, lambda _, batches: look(work, trainer.model, batches, patches))
+
+    try:
+        with moment.at_once():
+            known, features, all_of_shown = seen(training), seen(held).features, seen(shown, patches=True)
+        score = neighbour_score(held, features, training, known.features)
+        if trainer.processes.is_first:
+            path = moment.folder / PICTURES
+            before = json.loads(path.read_text(encoding="utf-8")) if moment.when == AFTER and path.is_file() else {}
+            made = described(work, shown, all_of_shown, training, known)
+            write_text(path, json.dumps(before | {"given": given(shown), moment.when: made}) + "\n")
+    except (DataError, OutputError, DoesNotFitError, ValueError) as error:
+        log.warning("the report shows no pictures %s: %s", moment, error)
+        return result
+    more = Measured({"accuracy_nearest_neighbour": score})
+    moment.log_scores(more, counted(len(held), "example"))
+    return result._replace(scores=result.scores | more.scores) if result else more

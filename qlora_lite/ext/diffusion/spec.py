@@ -1,4 +1,4 @@
-"""The denoiser that a recipe's task section asks for: its pipeline, what it learns, and the shapes of its examples."""
+"""A recipe's denoiser: its pipeline, what it learns, and the shapes of its examples."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,14 @@ from qlora_lite.models.denoisers import TIMESTEPS, DenoiserModel, DenoiserSpec, 
 from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.denoiser import EPSILON, FLOW, Denoiser, DenoisingLoss, V
+from qlora_lite.train.workload import Workload
 
 _PREDICTIONS = {"epsilon": EPSILON, "v_prediction": V, "flow_prediction": FLOW}  # by diffusers' words
 _SCHEDULES = "linear", "scaled_linear"
 LORA_RATE, FULL_RATE = 1e-4, 1e-5  # train.learning_rate auto: what diffusers' scripts recommend
 
 
-def pipeline_of(recipe: Recipe, with_weights: bool = False) -> Pipeline:
+def recipe_pipeline(recipe: Recipe, with_weights: bool = False) -> Pipeline:
     """Return the pipeline that a recipe's model.path names.
 
     Raises:
@@ -30,33 +31,33 @@ def pipeline_of(recipe: Recipe, with_weights: bool = False) -> Pipeline:
     return open_pipeline(recipe.model.path, recipe.model.revision, with_weights)
 
 
-def spec_of_recipe(recipe: Recipe, dtype: torch.dtype) -> DenoiserSpec:
+def recipe_spec(recipe: Recipe, dtype: torch.dtype) -> DenoiserSpec:
     """Return how a recipe's denoiser is computed."""
     m = recipe.model
-    return spec_in(pipeline_of(recipe), quant=m.quant, double_quant=m.double_quant, compute_dtype=dtype)
+    return spec_in(recipe_pipeline(recipe), quant=m.quant, double_quant=m.double_quant, compute_dtype=dtype)
 
 
 def resolution_multiple(recipe: Recipe) -> int:
     """Return what ``data.resolution`` has to be a multiple of; 0 where the denoiser takes one size alone."""
-    pipeline = pipeline_of(recipe)
+    pipeline = recipe_pipeline(recipe)
     model = skeleton_of(spec_in(pipeline))
     return pipeline.pixels_per_latent * model.multiple if model.takes_rectangles else 0
 
 
 def largest_edge(recipe: Recipe) -> float:
     """Return how many pixels high and wide a picture may be: as far as the model's position embeddings reach."""
-    pipeline = pipeline_of(recipe)
+    pipeline = recipe_pipeline(recipe)
     model = skeleton_of(spec_in(pipeline))
     return pipeline.pixels_per_latent * model.multiple * getattr(model.config, "pos_embed_max_size", math.inf)
 
 
-def fit_of(recipe: Recipe) -> Fit:
+def build_fit(recipe: Recipe) -> Fit:
     """Return how a recipe's pictures become pixels.
 
     Raises:
         ModelError: ``data.resolution`` is not one that the denoiser can compute.
     """
-    pipeline = pipeline_of(recipe)
+    pipeline = recipe_pipeline(recipe)
     model = skeleton_of(spec_in(pipeline))
     scale, own = pipeline.pixels_per_latent, getattr(model.config, "sample_size", None)
     size = own[0] if isinstance(own, list | tuple) else own
@@ -90,21 +91,21 @@ def fit_of(recipe: Recipe) -> Fit:
     return Fit(sizes, channels, recipe.data.caption)
 
 
-def shapes_of_recipe(recipe: Recipe, model: DenoiserModel, fit: Fit) -> LatentShapes:
+def recipe_shapes(recipe: Recipe, model: DenoiserModel, fit: Fit) -> LatentShapes:
     """Return the shapes of a recipe's examples, with the largest latents."""
-    pipeline = pipeline_of(recipe)
+    pipeline = recipe_pipeline(recipe)
     height, width = (edge // pipeline.pixels_per_latent for edge in fit.largest)
     tokens = pipeline.text_tokens if model.takes_text else 0
     return LatentShapes((model.latent_channels, height, width), **model.condition_shapes(tokens))
 
 
-def loss_of(recipe: Recipe) -> DenoisingLoss:
+def build_loss(recipe: Recipe) -> DenoisingLoss:
     """Return what a recipe's denoiser minimises, as far as the recipe leaves it open by its scheduler.
 
     Raises:
         ModelError: the scheduler is not one that training here has the formulas of, or a setting does not go with it.
     """
-    d, said = recipe.diffusion, pipeline_of(recipe).scheduler
+    d, said = recipe.diffusion, recipe_pipeline(recipe).scheduler
     name = str(said.get("_class_name"))
     is_flow = name.startswith("FlowMatch") or bool(said.get("use_flow_sigmas"))
     if (steps := said.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
@@ -150,21 +151,21 @@ def _number(said: Mapping[str, Any], name: str, unset: float) -> float:
     return float(value)
 
 
-def denoiser_of(recipe: Recipe, method: AdapterMethod, dtype: torch.dtype) -> Denoiser:
+def build_denoiser(recipe: Recipe, method: AdapterMethod, dtype: torch.dtype) -> Denoiser:
     """Return what a recipe trains.
 
     Raises:
-        ModelError: see ``fit_of`` and ``loss_of``.
+        ModelError: see ``build_fit`` and ``build_loss``.
     """
-    spec = spec_of_recipe(recipe, dtype)
-    shapes = shapes_of_recipe(recipe, skeleton_of(spec), fit_of(recipe))
-    scale = pipeline_of(recipe).pixels_per_latent
-    return Denoiser(spec, shapes, loss_of(recipe), method, recipe.diffusion.caption_dropout, scale)
+    spec = recipe_spec(recipe, dtype)
+    shapes = recipe_shapes(recipe, skeleton_of(spec), build_fit(recipe))
+    scale = recipe_pipeline(recipe).pixels_per_latent
+    return Denoiser(spec, shapes, build_loss(recipe), method, recipe.diffusion.caption_dropout, scale)
 
 
 def with_classes(recipe: Recipe) -> Recipe:
     """Return a recipe with the names of the classes that its pipeline says, if it asks for those."""
-    names = pipeline_of(recipe).labels
+    names = recipe_pipeline(recipe).labels
     if recipe.task.labels is not None or names is None:
         return recipe
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": names})})
@@ -175,10 +176,11 @@ def in_float32_or_bfloat16(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def with_neutral(work: Denoiser, rows) -> Denoiser:
+def with_neutral(work: Workload, rows) -> Workload:
     """Return a workload that knows what the empty text is, for captions that are left out.
 
     Args:
         rows: ``data.latents.LatentSet``.
     """
+    assert isinstance(work, Denoiser)
     return replace(work, neutral=rows.neutral_example()) if work.caption_dropout else work

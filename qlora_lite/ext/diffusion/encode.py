@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,34 +39,22 @@ from qlora_lite.models.pipelines import (
     part_digest,
     spec_in,
 )
+from qlora_lite.prepare.moment import Watch
+from qlora_lite.prepare.task import Encoded
 from qlora_lite.quant.tensor_file import write_tensors
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import counted, format_bytes
 
-from .recipe_denoiser import pipeline_of, shapes_of_recipe, with_classes
+from .spec import recipe_pipeline, recipe_shapes, with_classes
 
 log = logging.getLogger("qlora_lite")
-Watch = Callable[[str, int, int], None]
 NEUTRAL = ""  # the prompt that leaves all open
 _TEXTS_AT_ONCE = 16
 _BESIDE_WEIGHTS = 4 * 2**30  # that an encoder's activations may take
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A run's examples as its denoiser takes them, and prompts to draw pictures of.
-
-    Args:
-        parts: of the data sets.
-        prompts: what was computed of each prompt.
-    """
-
-    parts: tuple[Dataset, ...]
-    prompts: Mapping[str, Stored]
-
-
 def encode(recipe: Recipe, fit: Fit, parts: Sequence[Dataset], watch: Watch | None = None) -> Encoded:
-    """Return data sets whose examples are latents and encoded texts.
+    """Return data sets whose examples are latents and encoded texts, and what was computed of each prompt.
 
     Args:
         parts: pictures with captions.
@@ -76,9 +64,9 @@ def encode(recipe: Recipe, fit: Fit, parts: Sequence[Dataset], watch: Watch | No
         DataError: a picture is broken by now, or a caption is no class of a denoiser that knows classes.
         ModelError: an encoder cannot be loaded.
     """
-    pipeline = pipeline_of(recipe, with_weights=True)
+    pipeline = recipe_pipeline(recipe, with_weights=True)
     model = skeleton_of(spec_in(pipeline))
-    shapes = shapes_of_recipe(recipe, model, fit)
+    shapes = recipe_shapes(recipe, model, fit)
     rows: list[list[Example]] = [list(part.examples) for part in parts]
     captions = [example.answer for examples in rows for example in examples]
     prompts = NEUTRAL, *recipe.diffusion.sample_prompts
@@ -92,7 +80,7 @@ def encode(recipe: Recipe, fit: Fit, parts: Sequence[Dataset], watch: Watch | No
         places = [example.where for example in examples]
         sets.append(replace(part, examples=LatentSet(stored, places, texts[NEUTRAL])))  # type: ignore[arg-type]
         first += len(examples)
-    return Encoded(tuple(sets), {prompt: texts[prompt] for prompt in prompts})
+    return Encoded(recipe, tuple(sets), {prompt: texts[prompt] for prompt in prompts})
 
 
 def named_classes(recipe: Recipe, data: Dataset) -> Recipe:
@@ -101,7 +89,7 @@ def named_classes(recipe: Recipe, data: Dataset) -> Recipe:
     Raises:
         ModelError: there are more than the denoiser tells apart.
     """
-    model = skeleton_of(spec_in(pipeline_of(recipe)))
+    model = skeleton_of(spec_in(recipe_pipeline(recipe)))
     if not model.classes:
         if recipe.task.labels is not None:
             raise ModelError(
@@ -127,7 +115,7 @@ def encode_texts(recipe: Recipe, texts: Iterable[str], watch: Watch | None = Non
         DataError: a text is no class of a denoiser that knows classes.
         ModelError: an encoder cannot be loaded.
     """
-    pipeline = pipeline_of(recipe, with_weights=True)
+    pipeline = recipe_pipeline(recipe, with_weights=True)
     model, distinct = skeleton_of(spec_in(pipeline)), list(dict.fromkeys(texts))
     if not model.takes_text:
         return {text: _class_of(text, recipe, model) for text in distinct}

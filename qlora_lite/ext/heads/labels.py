@@ -1,12 +1,13 @@
-"""The labels that a recipe's rows have, how they are spread, and what is wrong with them.
+"""The labels of rows: their names, how they are spread, and what is wrong with them. Needs no torch."""
 
-Apart from ``recipe_head``, because it needs no model code, see ``datasets``.
-"""
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
-from collections.abc import Iterator
-
-from qlora_lite.data.captions import CAPTIONS
+from qlora_lite.data.data_files import left_out
 from qlora_lite.data.examples import Dataset
+from qlora_lite.data.fields import columns_of
+from qlora_lite.data.labelled_rows import FORMAT, columns_for
 from qlora_lite.data.labels import (
     CURE_OF_MULTI_HOT,
     LABELS,
@@ -18,7 +19,11 @@ from qlora_lite.data.labels import (
     label_names,
     names_of,
 )
-from qlora_lite.data.problems import RowProblem
+from qlora_lite.data.problems import Problems, RowProblem
+from qlora_lite.data.sources import Source, read_rows
+from qlora_lite.data.statistics import unused_of
+from qlora_lite.errors import DataError
+from qlora_lite.prepare.text_rows import files_not_read, first_names
 from qlora_lite.recipe.schema import Recipe
 
 UNKNOWN_LABEL, ONE_CLASS, MANY_LABELS = "label without an output", "one label in all rows", "more labels than classes"
@@ -26,24 +31,24 @@ RARE_LABEL = "label that a single row has"
 _SHOWN = 5  # names
 
 
-def with_labels(recipe: Recipe, data: Dataset) -> Recipe:
+def named(recipe: Recipe, data: Dataset, problem: str) -> Recipe:
     """Return a recipe with the names of its rows' labels, if it asks for those."""
-    if recipe.label_problem in (None, NUMBER, CAPTIONS) or recipe.task.labels is not None:
+    if problem == NUMBER or recipe.task.labels is not None:
         return recipe
-    names = label_names(data.examples, recipe.label_problem)
-    if recipe.has_masks:  # whose numbers are the classes' own
+    names = label_names(data.examples, problem)
+    if problem == MASKS:  # whose numbers are the classes' own
         names = tuple(map(str, range(1 + max(map(int, names), default=-1))))
     return recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": names})})
 
 
-def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> Iterator[RowProblem]:
+def faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None, problem: str) -> Iterator[RowProblem]:
     """Yield what makes labels useless for training.
 
     Args:
         recipe: with the names of its labels.
     """
-    problem, names = recipe.label_problem, recipe.task.labels or ()
-    if problem in (None, NUMBER, CAPTIONS) or not len(data.examples):
+    names = recipe.task.labels or ()
+    if problem == NUMBER or not len(data.examples):
         return
     if problem in (ONE_LABEL, MASKS) and len(names) == 1:
         message = f"all rows have the label {names[0]!r}, so that there is nothing to learn; give rows of others too"
@@ -74,23 +79,33 @@ def label_faults(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> It
                 break
 
 
-def rare_labels(recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:
+def rare(recipe: Recipe, data: Dataset, problem: str) -> Iterator[RowProblem]:
     """Yield a warning of classes that only one training row has."""
-    if recipe.label_problem not in (ONE_LABEL, LABELS) or recipe.data.streaming:
+    if problem not in (ONE_LABEL, LABELS) or recipe.data.streaming:
         return
     places: dict[str, set[str]] = {}  # a row that is repeated by a weight is one row
     for example in data.examples:
-        for name in names_of(example, recipe.label_problem):
+        for name in names_of(example, problem):
             places.setdefault(name, set()).add(example.where)
-    if rare := [name for name in sorted(places) if len(places[name]) == 1]:
-        names = ", ".join(rare[:_SHOWN]) + (", ..." if len(rare) > _SHOWN else "")
+    if alone := [name for name in sorted(places) if len(places[name]) == 1]:
+        names = ", ".join(alone[:_SHOWN]) + (", ..." if len(alone) > _SHOWN else "")
         message = f"only one row has the label {names}; give more rows of it, or leave it out"
-        yield RowProblem(min(places[rare[0]]), RARE_LABEL, message)
+        yield RowProblem(min(places[alone[0]]), RARE_LABEL, message)
 
 
-def balance_of(recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> dict | None:
-    """Return how the labels of training and evaluation rows are spread; None of a language model."""
-    if (problem := recipe.label_problem) in (None, CAPTIONS):
-        return None
+def spread(recipe: Recipe, data: Dataset, eval_data: Dataset | None, problem: str) -> dict:
+    """Return how the labels of training and evaluation rows are spread."""
     found = {"kind": recipe.task.kind, "train": balance(data.examples, problem)}
     return found | ({"eval": balance(eval_data.examples, problem)} if eval_data else {})
+
+
+def describe_source(source: Source, unused: Mapping[str, Counter[str]]) -> dict:
+    """Describe a source of labelled texts: their columns, and those that are not used."""
+    notes = files_not_read(source, left_out(source.path))
+    with suppress(DataError, StopIteration, OSError):  # the rows were read before: what is wrong is among the problems
+        where, row = next(read_rows(source, Problems()))
+        if columns := columns_for(row, where, source):
+            notes.append(f"text: {' and '.join(columns.texts)}; label: {columns.label}")
+        used = columns.names if columns else columns_of(source.prompt) + columns_of(source.completion)
+        notes += [f"{what} not used: {first_names(names)}" for what, names in unused_of(unused, used)]
+    return {"path": source.path, "format": FORMAT, "weight": source.weight, "notes": notes}

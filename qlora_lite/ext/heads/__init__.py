@@ -1,0 +1,1 @@
+"""Heads that label texts: task.kind classification, multi-label, regression and reward."""

@@ -1,0 +1,154 @@
+"""The tasks that put a head on a model of text: one label of several, any number of them, a number, or a reward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_lite.prepare.task import Labels, Task
+from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
+
+if TYPE_CHECKING:
+    from qlora_lite.adapters.method import AdapterMethod
+    from qlora_lite.data.examples import Dataset
+    from qlora_lite.data.problems import RowProblem
+    from qlora_lite.data.sources import Source
+    from qlora_lite.models.heads import Head
+    from qlora_lite.prepare.moment import LabelledRows, Measured, Moment, Watch
+    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.workload import Workload
+
+ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
+
+
+class HeadLabels(Labels):
+    """Labels that a head gives."""
+
+    def name(self, recipe: Recipe, data: Dataset) -> Recipe:
+        """See ``labels.named``."""
+        from .labels import named
+
+        return named(recipe, data, self.kind)
+
+    def faults(self, recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> Iterator[RowProblem]:
+        """See ``labels.faults``."""
+        from .labels import faults
+
+        return faults(recipe, data, eval_data, self.kind)
+
+    def warnings(self, recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:
+        """See ``labels.rare``."""
+        from .labels import rare
+
+        return rare(recipe, data, self.kind)
+
+    def balance(self, recipe: Recipe, data: Dataset, eval_data: Dataset | None) -> dict:
+        """See ``labels.spread``."""
+        from .labels import spread
+
+        return spread(recipe, data, eval_data, self.kind)
+
+
+class LabeledText(Task):
+    """Texts, or pairs of texts, with a label each.
+
+    Args:
+        problem: what the head is for, in transformers' words.
+        outputs: names of the head's outputs; None are the labels of the training rows.
+    """
+
+    has_head = True
+    writes_text = False
+
+    def __init__(self, problem: str, outputs: tuple[str, ...] | None = None) -> None:
+        self.problem, self.outputs, self.labels = problem, outputs, HeadLabels(problem)
+
+    def head(self, recipe: Recipe) -> Head:
+        """Return the head, with the labels of the recipe or those that stand for them in a plan."""
+        from qlora_lite.models.heads import Head
+
+        return Head(self.problem, self.outputs or recipe.task.labels or PLANNED_LABELS, recipe.train.seed)
+
+    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
+        """Return the model with its head."""
+        from qlora_lite.train.head_workload import HeadLoss
+        from qlora_lite.train.sequence_head import SequenceHead
+
+        return SequenceHead(HeadLoss(self.problem), method, spec, labels=self.head(recipe).labels)
+
+    def describe_source(self, recipe: Recipe, source: Source, unused: Mapping[str, Counter[str]]) -> dict:
+        """See ``labels.describe_source``."""
+        from .labels import describe_source
+
+        return describe_source(source, unused)
+
+    def metrics(self, moment: Moment) -> Measured | None:
+        """See ``measure.head_metrics``."""
+        from .measure import head_metrics
+
+        return head_metrics(moment)
+
+    def evaluate(
+        self, recipe: Recipe, adapter: Path | None, rows: int, reader: Any, watch: Watch | None, held_out: str | None
+    ) -> tuple[dict[str, Any], Sequence[dict]]:
+        """See ``measure.evaluate_head``."""
+        from .measure import evaluate_head
+
+        return evaluate_head(recipe, adapter, reader, watch, held_out)
+
+    def label(self, recipe: Recipe, adapter: Path | None, reader: Any, rows: str | Path, out: Path) -> LabelledRows:
+        """See ``predict.label_texts``."""
+        from .predict import label_texts
+
+        return label_texts(recipe, adapter, reader, rows, out, self.problem)
+
+    def summary(self, recipe: Recipe, reader: Any) -> dict[str, Any]:
+        """Return the labels."""
+        return {"labels": [*self.head(recipe).labels]}
+
+
+class Reward(Task):
+    """Pairs of chats, of which the chosen one is to be given the higher number."""
+
+    has_head = True
+    writes_text = False
+    preference = "pairs"
+
+    def head(self, recipe: Recipe) -> Head:
+        """Return the head, whose one output is the reward."""
+        from qlora_lite.models.heads import Head
+
+        return Head(NUMBER, (REWARD_LABEL,), recipe.train.seed)
+
+    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
+        """Return the model with its head, and the loss of pairs."""
+        from qlora_lite.train.reward_head import PairLoss, RewardHead
+
+        return RewardHead(PairLoss(), method, spec, labels=(REWARD_LABEL,))
+
+    def evaluate(
+        self, recipe: Recipe, adapter: Path | None, rows: int, reader: Any, watch: Watch | None, held_out: str | None
+    ) -> tuple[dict[str, Any], Sequence[dict]]:
+        """Measure the objective, which says all of a reward model."""
+        from .measure import evaluate_head
+
+        return evaluate_head(recipe, adapter, reader, watch, held_out, score=None)
+
+    def label(self, recipe: Recipe, adapter: Path | None, reader: Any, rows: str | Path, out: Path) -> LabelledRows:
+        """See ``predict.score_chats``."""
+        from .predict import score_chats
+
+        return score_chats(recipe, adapter, reader, rows, out)
+
+    def summary(self, recipe: Recipe, reader: Any) -> dict[str, Any]:
+        """Return the name of the one output."""
+        return {"labels": [REWARD_LABEL]}
+
+
+CLASSIFICATION = LabeledText(ONE_LABEL)
+MULTI_LABEL = LabeledText(LABELS)
+REGRESSION = LabeledText(NUMBER, ("number",))
+REWARD = Reward()

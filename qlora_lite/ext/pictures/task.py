@@ -1,0 +1,174 @@
+"""The tasks of vision encoders: a label for each picture, a class for each pixel, or embeddings for searches."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_lite.ext.heads.task import ONE_LABEL, PLANNED_LABELS, HeadLabels
+from qlora_lite.prepare.task import Labels, Task
+from qlora_lite.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from qlora_lite.adapters.method import AdapterMethod
+    from qlora_lite.data.examples import Dataset
+    from qlora_lite.data.picture_processor import Processor
+    from qlora_lite.data.sources import Source
+    from qlora_lite.ext.heads.measure import Scorer
+    from qlora_lite.models.heads import Head
+    from qlora_lite.planning.machine import Machine
+    from qlora_lite.prepare.moment import LabelledRows, Measured, Moment, Watch
+    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.workload import Workload
+
+MASKS = "segmentation"
+
+
+class MaskLabels(HeadLabels):
+    """A class for each pixel, which a picture of its own says."""
+
+    def content(self, label: str) -> str:
+        """Return the digest of the file."""
+        return json.loads(label)["sha256"]
+
+
+class PictureClasses(Task):
+    """Pictures with one label each, or with one for each of their pixels.
+
+    Args:
+        name: of the task.
+        labels: of its pictures.
+    """
+
+    has_tokens = False
+    has_head = True
+    writes_text = False
+    quantizes = False
+    labels: Labels
+
+    def __init__(self, name: str, labels: Labels) -> None:
+        self.name, self.labels = name, labels
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether each pixel has a label."""
+        return self.labels.kind == MASKS
+
+    def head(self, recipe: Recipe) -> Head:
+        """Return the head, with the labels of the recipe or those that stand for them in a plan."""
+        from qlora_lite.models.heads import MARKS, Head
+
+        labels = recipe.task.labels or PLANNED_LABELS
+        return Head(ONE_LABEL, labels, recipe.train.seed, of_pictures=True, mark=MARKS.get(self.name))
+
+    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
+        """Return the encoder with its head."""
+        from qlora_lite.train.head_workload import HeadLoss
+        from qlora_lite.train.mask_head import MaskHead, MaskLoss
+        from qlora_lite.train.picture_head import PictureHead
+
+        labels, processor = self.head(recipe).labels, self.reader(recipe)
+        if self.has_masks:
+            return MaskHead(MaskLoss(), method, spec, labels=labels, processor=processor)
+        return PictureHead(HeadLoss(ONE_LABEL), method, spec, labels=labels, processor=processor)
+
+    def plan_workload(self, recipe: Recipe, method: AdapterMethod, machine: Machine) -> Workload:
+        """See ``Task``.
+
+        Raises:
+            ModelError: torch has no deterministic operators on the GPU for what the recipe asks.
+        """
+        if machine.device_type == "cuda" and recipe.train.deterministic:
+            from .processor import check_deterministic
+
+            check_deterministic(recipe, self.reader(recipe), method.trains_base, self.has_masks)
+        return super().plan_workload(recipe, method, machine)
+
+    def picture_size(self, recipe: Recipe) -> tuple[int, int]:
+        """Return height and width of all pictures."""
+        processor = self.reader(recipe)
+        return processor.height, processor.width
+
+    def resolution_multiple(self, recipe: Recipe) -> int:
+        """Return the patch size."""
+        from .processor import patch_size
+
+        return patch_size(recipe)
+
+    def reader(self, recipe: Recipe) -> Processor:
+        """Return how the pictures become pixels."""
+        from .processor import build_processor
+
+        return build_processor(recipe, self.has_masks)
+
+    def read(
+        self, recipe: Recipe, sources: Sequence[Source], reader: Any, preference: str | None, max_rows: int | None
+    ) -> Dataset:
+        """Read pictures with their labels."""
+        from qlora_lite.data.examples import read_examples
+
+        return read_examples(sources, None, problem=self.labels.kind, of_pictures=True)
+
+    def describe_source(self, recipe: Recipe, source: Source, unused: Mapping[str, Counter[str]]) -> dict:
+        """See ``rows.describe_source``."""
+        from .rows import describe_source
+
+        return describe_source(source, unused, self.labels.kind)
+
+    @property
+    def _score(self) -> Scorer:
+        from qlora_lite.ext.heads.measure import score_labels
+
+        from .masks import score_masks
+
+        return score_masks if self.has_masks else score_labels
+
+    def metrics(self, moment: Moment) -> Measured | None:
+        """See ``heads.measure.head_metrics``."""
+        from qlora_lite.ext.heads.measure import head_metrics
+
+        return head_metrics(moment, self._score)
+
+    def illustrate(self, moment: Moment, result: Measured | None) -> Measured | None:
+        """See ``shown.show_pictures``."""
+        from .shown import show_pictures
+
+        return result if self.has_masks else show_pictures(moment, result)
+
+    def evaluate(
+        self, recipe: Recipe, adapter: Path | None, rows: int, reader: Any, watch: Watch | None, held_out: str | None
+    ) -> tuple[dict[str, Any], Sequence[dict]]:
+        """See ``heads.measure.evaluate_head``."""
+        from qlora_lite.ext.heads.measure import evaluate_head
+
+        return evaluate_head(recipe, adapter, reader, watch, held_out, self._score)
+
+    def label(self, recipe: Recipe, adapter: Path | None, reader: Any, rows: str | Path, out: Path) -> LabelledRows:
+        """See ``predict.label_pictures`` and ``predict.write_masks``."""
+        from .predict import label_pictures, write_masks
+
+        return (write_masks if self.has_masks else label_pictures)(recipe, adapter, reader, rows, out)
+
+    def summary(self, recipe: Recipe, reader: Any) -> dict[str, Any]:
+        """Return the labels."""
+        return {"labels": [*self.head(recipe).labels]}
+
+
+class PictureEmbeddings(PictureClasses):
+    """Pictures, of which those of one label are to lie together."""
+
+    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
+        """Return the encoder with the directions of its labels."""
+        from qlora_lite.train.head_workload import HeadLoss
+        from qlora_lite.train.picture_embedding import PictureEmbedding
+
+        labels, processor = self.head(recipe).labels, self.reader(recipe)
+        return PictureEmbedding(HeadLoss(ONE_LABEL), method, spec, labels=labels, processor=processor)
+
+
+CLASSIFICATION = PictureClasses("image-classification", HeadLabels(ONE_LABEL))
+SEGMENTATION = PictureClasses("image-segmentation", MaskLabels(MASKS))
+EMBEDDING = PictureEmbeddings("image-embedding", HeadLabels(ONE_LABEL))

@@ -1,0 +1,37 @@
+"""What of a recipe's lora section says which layers LoRA weights are on, and how they are initialized."""
+
+import torch
+
+from qlora_lite.adapters.lora.eva import EVA
+from qlora_lite.adapters.lora.inject import Target
+from qlora_lite.adapters.lora.qera import QERA
+from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, Start
+from qlora_lite.recipe.schema import Recipe
+
+
+def lora_targets(recipe: Recipe) -> tuple[Target, ...]:
+    """Return what lora.targets names."""
+    return tuple(Target(t.pattern, t.rank, t.alpha) for t in recipe.lora.targets)
+
+
+def resolve_start(recipe: Recipe) -> Start | None:
+    """Return what splits a recipe's weights between base and LoRA weights; None if nothing does."""
+    x = recipe.lora
+    if x.start in (KAIMING, EVA, QERA) or (x.start == LOFTQ and not x.start_alternations):
+        return None
+    return Start(
+        kind=x.start,
+        alternations=x.start_alternations,
+        targets=lora_targets(recipe),
+        rank=x.rank,
+        alpha=x.alpha,
+        rslora=x.rslora,
+        dtype=getattr(torch, x.dtype),
+        kept=recipe.model.keep_16bit,
+    )
+
+
+def without_start(recipe: Recipe) -> Recipe:
+    """Return a recipe whose base is the model as its files have it."""
+    unset = {name: Recipe.model_fields["lora"].default.model_dump()[name] for name in ("start", "start_alternations")}
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update=unset)})

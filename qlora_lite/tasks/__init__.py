@@ -1,0 +1,1 @@
+"""The tasks of the core; others are in ``ext``."""
