@@ -15,7 +15,12 @@ from typing import Any
 
 from .errors import ExtensionError, require_one_of
 
-KINDS = {"forms": "export form", "tasks": "task"}  # -> what one is called
+KINDS = {  # -> what one is called
+    "forms": "export form",
+    "methods": "method",
+    "objectives": "objective",
+    "tasks": "task",
+}
 DISTRIBUTION = "qlora-lite"
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"inference"},
     {"export"},
     {"runs"},
-    {"tasks"},
+    {"tasks", "methods"},
     {"doctor", "explain"},
     {"cli"},
     {"ext"},  # which the core finds by name (``registry``)

@@ -30,6 +30,7 @@ from qlora_lite.files import (
     sha256,
     write_text,
 )
+from qlora_lite.prepare.method import find_method
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.terminal import LogFormatter
@@ -323,7 +324,7 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
 
 def trained_folders(recipe: Recipe) -> tuple[str, str]:
     """Return the names of the folders of what a run trains: the best by evaluation, and the last."""
-    return (MODEL, MODEL_LAST) if recipe.adapter.method == "full" else (ADAPTER, ADAPTER_LAST)
+    return (MODEL, MODEL_LAST) if find_method(recipe).trains_base else (ADAPTER, ADAPTER_LAST)
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -440,7 +441,7 @@ def open_run(path: str | Path) -> OpenedRun:
     adapter = next((folder / name for name in trained_folders(recipe) if _holds_weights(folder / name)), None)
     if adapter:
         check_adapter(adapter)
-    elif recipe.adapter.method == "full":
+    elif find_method(recipe).trains_base:
         steps = steps_on_disk(folder / CHECKPOINTS)
         go_on = f"{newest_checkpoint(steps[0])}. {how_to_go_on(folder)}" if steps else f"see {folder / LOG}"
         raise RecipeError(f"{folder} has no model; the run ended before one was saved: {go_on}")

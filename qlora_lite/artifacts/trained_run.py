@@ -29,20 +29,23 @@ from qlora_lite.data.render import end_of_answers, for_pictures
 from qlora_lite.data.row_formats import Conversation, read_conversations
 from qlora_lite.data.template import Template, choose_template, template_in
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError
-from qlora_lite.models.heads import MARKS
 from qlora_lite.models.load import load_model, resolve_device
 from qlora_lite.models.locate import ModelFiles, locate, read_json
 from qlora_lite.models.pretrained import tokenizer_of
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import first_lora_weights
 from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.prepare.method import find_method
 from qlora_lite.prepare.model import build_skeleton, build_to_use, fingerprint
 from qlora_lite.prepare.settings import with_plan
 from qlora_lite.prepare.start import resolve_start, without_start
+from qlora_lite.prepare.task import Task as Kind
 from qlora_lite.prepare.task import find_task
 from qlora_lite.prepare.transformer import quantization
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.recipe.schema import OF_PICTURES, PROBLEMS, REWARD_LABEL, Adapter, Data, Model, Recipe, Task
+from qlora_lite.recipe.part import Part
+from qlora_lite.recipe.schema import Adapter, Data, Model, Recipe, Task
+from qlora_lite.registry import find, names
 
 from .run_files import HELD_OUT_DIGEST, SUMMARY
 from .run_folder import (
@@ -306,7 +309,7 @@ def open_trained(
         )
     if status != "complete":
         log.warning("the run %s did not finish; using %s", folder, opened.adapter)
-    if opened.recipe.adapter.method == "full":
+    if find_method(opened.recipe).trains_base:
         return _open_whole(folder, opened, model_path)
     recipe = _where_it_lies_now(_as_it_ran(opened), model_path)
     try:
@@ -360,10 +363,9 @@ def _open_alone(folder: Path, model_path: str | None) -> TrainedRun:
     if not (path := base or model_path):
         raise ModelError(f"the adapter {folder} does not name its base model; give that with --model PATH")
     task = _task_of(folder)
-    model, size = Model(path=path, revision=revision), None
-    if task.kind in OF_PICTURES:
-        model, size = Model(path=path, revision=revision, quant="none"), _size_of(folder)
-    named = Recipe(model=model, task=task, data=Data.model_construct(train=(), resolution=size))
+    implied = {name: value for (_, name), value in find("tasks", task.kind, Part).implied.items()}
+    model = Model.model_validate({"path": path, "revision": revision, **implied})
+    named = Recipe(model=model, task=task, data=Data.model_construct(train=(), resolution=_size_of(folder)))
     recipe = _where_it_lies_now(named, model_path)
     try:
         files = locate(recipe.model.path, recipe.model.revision)
@@ -398,28 +400,27 @@ def _labels_in(folder: Path) -> tuple[str, ...] | None:
 
 
 def _task_of(folder: Path) -> Task:
-    """Return what an adapter alone is for: of peft's SEQ_CLS its head's labels, which ``config.json`` beside it says.
+    """Return what an adapter alone is for; of one with a head, ``config.json`` beside it says the labels.
 
     Raises:
         ModelError: it does not.
     """
-    said = read_json(folder / MODEL_CONFIG_NAME) if (folder / MODEL_CONFIG_NAME).is_file() else {}
-    of_pictures = str(said.get("architectures")).endswith("ForImageClassification']")
-    if not of_pictures and read_json(folder / ADAPTER_CONFIG).get("task_type") != "SEQ_CLS":
-        return Task()
-    kind = next((kind for kind, problem in PROBLEMS.items() if problem == said.get("problem_type")), None)
-    if of_pictures:
-        kind = next((kind for kind, mark in MARKS.items() if said.get(mark)), "image-classification")
-    labels = _labels_in(folder)
-    if kind == "regression" and labels == (REWARD_LABEL,):
-        kind = "reward"
-    if kind is None or labels is None:
+    config = read_json(folder / MODEL_CONFIG_NAME) if (folder / MODEL_CONFIG_NAME).is_file() else {}
+    adapter, labels = read_json(folder / ADAPTER_CONFIG), _labels_in(folder)
+    tasks = {name: find("tasks", name, Kind) for name in names("tasks")}
+    kind = next((name for name, each in tasks.items() if each.trained(adapter, config, labels)), None)
+    has_head = adapter.get("task_type") == "SEQ_CLS" or str(config.get("architectures")).endswith(
+        "ForImageClassification']"
+    )
+    if has_head and (kind is None or labels is None):
         raise ModelError(
             f"{folder} is an adapter with a head, and no config.json beside it says its labels (id2label) "
             "and problem_type: add them, or use the run that trained it"
         )
+    if kind is None:
+        return Task()
     try:
-        return Task.model_validate({"kind": kind, "labels": None if kind in ("regression", "reward") else labels})
+        return Task.model_validate({"kind": kind, "labels": labels if "task.labels" in tasks[kind].settings else None})
     except ValueError as error:  # pydantic's are such too
         raise ModelError(
             f"{folder / MODEL_CONFIG_NAME}: id2label must name each output by its number, 0 and so "
@@ -537,7 +538,7 @@ def with_labels_of(adapter: Path, recipe: Recipe) -> Recipe:
         ModelError: the adapter is for another kind of task, or for other labels than the recipe has already.
     """
     task = _task_of(adapter)
-    if PROBLEMS[task.kind] is None and recipe.problem is None:  # neither has a head
+    if not (find("tasks", task.kind, Kind).has_head or find_task(recipe).has_head):
         return recipe
     if task.kind != recipe.task.kind:
         raise ModelError(
@@ -555,7 +556,8 @@ def with_labels_of(adapter: Path, recipe: Recipe) -> Recipe:
 def _as_it_ran(opened: OpenedRun) -> Recipe:
     """Return a run's recipe with the labels and the plan that it recorded; an earlier version's may say nothing now."""
     recipe = opened.recipe
-    if recipe.problem not in (None, PROBLEMS["regression"]) and (labels := opened.summary.get("labels")):
+    task = find_task(recipe)
+    if task.has_head and "task.labels" in task.settings and (labels := opened.summary.get("labels")):
         if (said := _labels_in(opened.adapter)) not in (None, tuple(labels)):
             own, theirs = (short([*each]) for each in (labels, said))
             raise ModelError(
@@ -564,8 +566,8 @@ def _as_it_ran(opened: OpenedRun) -> Recipe:
                 "a copy"
             )
         recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(labels)})})
-    if recipe.generates_pictures and (names := opened.summary.get("classes")):
-        recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(names)})})
+    if classes := opened.summary.get("classes"):
+        recipe = recipe.model_copy(update={"task": recipe.task.model_copy(update={"labels": tuple(classes)})})
     try:
         return with_plan(recipe, opened.summary["plan"]["chosen"], micro_batches=False)
     except (KeyError, TypeError, CheckpointError):

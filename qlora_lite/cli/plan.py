@@ -13,9 +13,12 @@ from qlora_lite.errors import QloraLiteError, RecipeError
 from qlora_lite.files import PACKAGE_PREFIX, require_writable, write_text
 from qlora_lite.memory.gpus import GPUS, LINK, LINKS, NETWORK
 from qlora_lite.models.families import CONFIG_IS_ENOUGH, known_models, known_pipelines, namesake, nearest
+from qlora_lite.prepare.method import find_method
+from qlora_lite.prepare.task import Task, find_task
 from qlora_lite.recipe.catalog import closest_recipe, find_recipe, list_recipes, recipe_for_every_gpu
 from qlora_lite.recipe.load import load_recipe, recipe_of
-from qlora_lite.recipe.schema import GENERATING_PICTURES, WITH_VIRTUAL_TOKENS, Recipe
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.registry import find, names
 from qlora_lite.terminal import printable
 from qlora_lite.units import counted, format_bytes, format_seconds, parse_bytes
 
@@ -151,7 +154,7 @@ def plan(
     if as_json:
         echo_exactly(json.dumps(plan_text.as_json(made, others) | found))
     else:
-        _show(found, planner.MAX_PACKS, html, settings.adapter.method == "full")
+        _show(found, planner.MAX_PACKS, html, find_method(settings).trains_base)
     if not made.fits:
         if not as_json:
             raise planner.does_not_fit(made, others)
@@ -213,9 +216,9 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
         near = [name for name in (closest_recipe(named), *nearest(named)) if name]
         meant = f"did you mean {', '.join(near)}?" if near else "see qlora-lite recipes list, and plan --models."
         raise RecipeError(f"no recipe or known model is called {named!r}; {meant} {CONFIG_IS_ENOUGH}")
-    is_pipeline = path.is_dir() and (path / "model_index.json").is_file()
-    if is_pipeline or (not path.exists() and named in known_pipelines()):
-        task, model = {"kind": GENERATING_PICTURES}, os.path.abspath(path) if is_pipeline else named
+    if kind := next((name for name in names("tasks") if find("tasks", name, Task).fits_model(str(path))), None):
+        model = os.path.abspath(path) if path.is_dir() else named
+        task = {"kind": kind}
         return recipe_of({"model": {"path": model}, "task": task, "data": {"train": "not-read"}}, overrides, named)
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{named} has no config.json; name a recipe's .yaml file, or a model's folder")
@@ -226,13 +229,7 @@ def _settings(named: str, overrides: Sequence[str]) -> Recipe:
 
 def _title(settings, machine) -> str:
     """Name what is planned, with the settings by which plans of one model differ most: step and adapter."""
-    sizes = {
-        "full": "one block at a time trained" if settings.adapter.switch_every else "all weights trained",
-        "bottleneck": f"width {settings.bottleneck.width}",
-        **dict.fromkeys(WITH_VIRTUAL_TOKENS, f"{settings.virtual_tokens} virtual tokens"),
-    }
-    alone = f"{', '.join(settings.adapter.train_also) or 'rows of tokens'} alone"
-    size = sizes.get(settings.adapter.method, f"rank {settings.lora.rank}" if settings.lora.targets else alone)
+    size = find_method(settings).size(settings)
     steps = f"train.gradient_accumulation_steps {settings.train.gradient_accumulation_steps}"
     return (
         f"Memory plan of {settings.output.name}: {settings.model.path}, {_length(settings)}, {steps}, {size}, on "
@@ -241,8 +238,6 @@ def _title(settings, machine) -> str:
 
 
 def _length(settings) -> str:
-    from qlora_lite.prepare.task import find_task
-
     count = settings.train.micro_batch_size
     if (size := find_task(settings).picture_size(settings)) is None:
         return f"data.max_tokens {settings.data.max_tokens}" + (f", train.micro_batch_size {count}" * (count > 1))
@@ -255,7 +250,6 @@ def machine_for(settings, vram=None, gpu=None):
     from qlora_lite.memory.gpus import find_gpu, slowest_gpu
     from qlora_lite.models.load import resolve_device
     from qlora_lite.planning.machine import machine_of_gpu, this_machine
-    from qlora_lite.prepare.task import find_task
 
     if gpu is not None:
         machine = machine_of_gpu(find_gpu(gpu))
@@ -270,8 +264,6 @@ def machine_for(settings, vram=None, gpu=None):
 
 
 def _check_searches(settings, max_tokens: bool, max_resolution: bool) -> None:
-    from qlora_lite.prepare.task import find_task
-
     has_tokens = find_task(settings).has_tokens
     if max_tokens and not has_tokens:
         raise click.UsageError(

@@ -8,6 +8,7 @@ import click
 
 from qlora_lite.errors import DataError, OutputError, Problem, RecipeError
 from qlora_lite.files import write_text
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.catalog import copy_recipe, list_recipes, show_recipe
 from qlora_lite.recipe.convert import convert as convert_file
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
@@ -88,42 +89,18 @@ def _first_rows(settings: Recipe) -> list:
     """
     from qlora_lite.prepare.datasets import build_sources
 
-    found, problems = [], []
+    task, found, problems = find_task(settings), [], []
     for part in ("train", "eval") if settings.data.eval else ("train",):
         for source in build_sources(settings, part):
             try:
                 is_hub = source.path.startswith("hub:")
-                found.append((source, "not read: it is on the hub" if is_hub else _first_row(settings, source)))
+                read = "not read: it is on the hub" if is_hub else task.check_first_row(settings, source)
+                found.append((source, read))
             except DataError as error:
                 problems.append(Problem(str(error), key=source.setting))
     if problems:
         raise RecipeError(problems)
     return found
-
-
-def _first_row(settings: Recipe, source) -> str:
-    """Check the first row of a source as the recipe's task reads it, and return its format.
-
-    Raises:
-        DataError: a file cannot be read, its columns are not known, or the row does not fit them.
-    """
-    from qlora_lite.data import labelled_rows, pictures, row_formats
-    from qlora_lite.data.problems import Problems
-    from qlora_lite.data.sources import read_rows
-
-    problem, problems = settings.label_problem, Problems()
-    if problem is None:
-        return row_formats.check_first_row(source, settings.preference)
-    if not settings.of_pictures:
-        next(labelled_rows.read_labelled(source, problems, problem), None)
-        problems.raise_if_any()
-        return labelled_rows.FORMAT
-    source = pictures.with_metadata(source) if settings.generates_pictures else source
-    if not pictures.is_folder_of_pictures(source.path):
-        where, row = next(read_rows(source, problems), ("", {}))
-        problems.raise_if_any()
-        pictures.picture_columns(row, where, source, settings.data.caption is None, problem)
-    return pictures.FORMAT
 
 
 @recipes.command()

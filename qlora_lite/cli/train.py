@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qlora_lite.errors import CheckpointError
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.launch import launched, start
 from qlora_lite.units import format_bytes, format_score, format_seconds
@@ -68,13 +69,13 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
         from qlora_lite.prepare.method import build_method
         from qlora_lite.runs import run
 
-    with step_progress(of_pictures=settings.of_pictures) as progress:
+    with step_progress(of_pictures=not find_task(settings).has_tokens) as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)
     if not is_first:
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     can_merge = not build_method(settings).why_not_merged
-    print_result(_result(folder, summary, settings.of_pictures, can_merge), folder)
+    print_result(_result(folder, summary, not find_task(settings).has_tokens, can_merge), folder)
 
 
 def _result(folder, summary: dict, of_pictures: bool = False, can_merge: bool = True) -> str:

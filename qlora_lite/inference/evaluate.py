@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from qlora_lite.adapters.files import load_adapter
 from qlora_lite.adapters.lora.inject import merged_once, put_merged_in_place
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.data_files import local_files
@@ -44,8 +43,9 @@ from qlora_lite.prepare.datasets import build_data, measures_of, warn_of_other_r
 from qlora_lite.prepare.job import likelihood_workload
 from qlora_lite.prepare.model import build_skeleton, build_to_use
 from qlora_lite.prepare.moment import Measured, Watch
+from qlora_lite.prepare.objective import find_objective
 from qlora_lite.prepare.settings import train_settings
-from qlora_lite.prepare.task import find_preference, find_task
+from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
@@ -56,7 +56,6 @@ from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
 
 from .generate import Answer, Shown, answers, stop_ids
-from .preferred import attach_and_judge
 
 log = logging.getLogger("qlora_lite")
 CUT = " […]"  # behind an answer that did not end where its reference could have
@@ -407,11 +406,7 @@ def measure_text(
     warn_of_other_rows(recipe, data, held_out)
     rows = measurable(data.examples[:metrics_rows], measures_of(recipe))
     model = build_to_use(recipe, [adapter] if adapter else [], context_tokens_of(recipe))
-    judged: dict[str, float] = {}
-    if adapter and find_preference(recipe):
-        judged = attach_and_judge(recipe, model, adapter, tokenizer, settings)
-    elif adapter:
-        load_adapter(model, adapter, recipe.train.merge_aware)
+    judged = find_objective(recipe).attach(recipe, model, adapter, tokenizer, settings) if adapter else {}
     if stream_of(model) is None:
         put_merged_in_place(model)
     work = likelihood_workload(recipe, count_virtual(model)).with_options(settings.options)

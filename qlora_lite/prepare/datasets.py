@@ -25,6 +25,7 @@ from qlora_lite.errors import DataError
 from qlora_lite.recipe import schema
 from qlora_lite.recipe.schema import Recipe
 
+from .method import virtual_tokens
 from .task import find_preference, find_task
 
 log = logging.getLogger("qlora_lite")
@@ -139,7 +140,7 @@ def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
     d = recipe.data
     if not d.streaming:
         return None
-    longest = d.max_tokens - recipe.virtual_tokens
+    longest = d.max_tokens - virtual_tokens(recipe)
     settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=find_task(recipe).label_kind)
     return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
 
@@ -154,7 +155,7 @@ def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:
         return data.examples
     t = recipe.train
     count = t.micro_batch_size * t.gradient_accumulation_steps
-    return largest_rows(data.examples, recipe.data.max_tokens - recipe.virtual_tokens, recipe.data.packing, count)
+    return largest_rows(data.examples, recipe.data.max_tokens - virtual_tokens(recipe), recipe.data.packing, count)
 
 
 def with_known_columns(

@@ -9,6 +9,7 @@ from qlora_lite.files import require_writable
 from qlora_lite.models.locate import layer_names
 from qlora_lite.recipe.schema import Recipe
 
+from .method import find_method
 from .task import find_task
 
 _OTHER_PACKAGES = {"tensorboard": "tensorboardX"}  # that serve as well
@@ -42,7 +43,7 @@ def check_layers(recipe: Recipe) -> None:
         ModelError: they are not.
     """
     m, problems = recipe.model, []
-    targets = [t.pattern for t in recipe.lora.targets] if recipe.adapter.method in ("lora", "dora") else []
+    targets = [t.pattern for t in recipe.lora.targets] if find_method(recipe).has_targets else []
     named = {"lora.targets": targets, "model.keep_16bit": m.keep_16bit}
     plain = {key: [name for name in names if name.isidentifier()] for key, names in named.items()}
     known = layer_names(m.path, m.revision) if any(plain.values()) and find_task(recipe).has_tokens else ()

@@ -40,9 +40,8 @@ from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
 
-from .method import trained_tokens
 from .model import build_skeleton, build_to_use
-from .start import lora_targets
+from .start import lora_targets, trained_tokens
 from .task import find_task
 from .transformer import quantization
 

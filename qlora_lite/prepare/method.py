@@ -1,75 +1,78 @@
-"""The adapter method that a recipe describes."""
+"""An adapter method as a recipe names it: what is asked of ``adapter.method``, and its one lookup.
 
-import torch
+The name is found in the group ``qlora_lite.methods`` (``registry``), the package's own likewise. Recipes are checked
+without torch, so a module that defines an entry imports it within methods alone.
+"""
 
-from qlora_lite.adapters.bottleneck import Bottleneck
-from qlora_lite.adapters.files import Lora
-from qlora_lite.adapters.full import Full
-from qlora_lite.adapters.method import AdapterMethod
-from qlora_lite.adapters.prefix import PrefixTuning
-from qlora_lite.adapters.prompt import PromptTuning
-from qlora_lite.errors import ModelError
-from qlora_lite.models.skeleton import read_config
-from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.recipe.schema import WITH_VIRTUAL_TOKENS, Recipe
+from __future__ import annotations
 
-from .start import lora_targets, resolve_start
-from .task import find_task
+from typing import TYPE_CHECKING
+
+from qlora_lite.recipe.part import Part
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.registry import find
+
+if TYPE_CHECKING:
+    from qlora_lite.adapters.method import AdapterMethod
+
+
+class MethodEntry(Part):
+    """A value of ``adapter.method``.
+
+    Args:
+        label: what people call the method.
+        trains_base: whether it trains the model's own weights, so that a run leaves a model and no adapter.
+        has_targets: whether ``lora.targets`` says which layers it adapts.
+        rate_share: the learning rate that auto means, as a share of LoRA's with alpha 32.
+    """
+
+    label: str = ""
+    trains_base: bool = False
+    has_targets: bool = False
+    rate_share: float = 1.0
+
+    def build(self, recipe: Recipe) -> AdapterMethod:
+        """Return the method with the settings of a recipe.
+
+        Raises:
+            ModelError: the model has no part that a setting names.
+        """
+        raise NotImplementedError
+
+    def virtual_tokens(self, recipe: Recipe) -> int:
+        """Return how many virtual tokens stand before every row."""
+        return 0
+
+    def auto_learning_rate(self, recipe: Recipe, family: str, width: int) -> float:
+        """Return the peak learning rate that auto means.
+
+        Args:
+            family: transformers' ``model_type``.
+            width: the hidden size.
+        """
+        from qlora_lite.train.settings import method_learning_rate
+
+        return method_learning_rate(family, width, self.rate_share)
+
+    def size(self, recipe: Recipe) -> str:
+        """Return in a few words how much is trained, for the title of a plan."""
+        return self.label
+
+
+def find_method(recipe: Recipe) -> MethodEntry:
+    """Return what a recipe names in ``adapter.method``.
+
+    Raises:
+        ExtensionError, ModelError: see ``registry.find``.
+    """
+    return find("methods", recipe.adapter.method, MethodEntry)
+
+
+def virtual_tokens(recipe: Recipe) -> int:
+    """Return how many virtual tokens a recipe puts before every row."""
+    return find_method(recipe).virtual_tokens(recipe)
 
 
 def build_method(recipe: Recipe) -> AdapterMethod:
-    """Return the adapter method that a recipe describes."""
-    if recipe.adapter.method == "bottleneck":
-        b = recipe.bottleneck
-        return Bottleneck(b.width, b.placement, b.activation, getattr(torch, b.dtype))
-    if recipe.adapter.method in WITH_VIRTUAL_TOKENS:
-        p = recipe.prompt
-        begin = p.virtual_tokens, _prompt_tokens(recipe)
-        return PrefixTuning(*begin) if recipe.adapter.method == "prefix" else PromptTuning(*begin, p.encoder_width)
-    if recipe.adapter.method == "full":
-        return Full(recipe.adapter.switch_every)
-    x, (tokens, known_tokens) = recipe.lora, trained_tokens(recipe)
-    return Lora(
-        targets=lora_targets(recipe),
-        rank=x.rank,
-        alpha=x.alpha,
-        dropout=x.dropout,
-        rslora=x.rslora,
-        dtype=getattr(torch, x.dtype),
-        dora=recipe.adapter.method == "dora",
-        also=recipe.adapter.train_also,
-        also_lr_ratio=recipe.adapter.train_also_lr_ratio,
-        tokens=tokens,
-        known_tokens=known_tokens,
-        split=resolve_start(recipe),
-        merge_aware=recipe.train.merge_aware,
-        head=find_task(recipe).head(recipe) is not None,
-    )
-
-
-def trained_tokens(recipe: Recipe) -> tuple[tuple[int, ...], int]:
-    """Return the ids of ``adapter.train_tokens``, rising, and how many tokens the tokenizer has without new ones.
-
-    Without a tokenizer, in a plan of what is not there yet, they are those behind the model's vocabulary.
-    """
-    wanted, m = recipe.adapter.train_tokens, recipe.model
-    if not wanted:
-        return (), 0
-    try:
-        known = len(load_tokenizer(m.path, m.revision))
-        found = load_tokenizer(m.path, m.revision, wanted).convert_tokens_to_ids(list(wanted))
-    except ModelError:
-        known = read_config(m.path, m.revision).get_text_config(decoder=True).vocab_size
-        found = range(known, known + len(wanted))
-    return tuple(sorted({*found})), known
-
-
-def _prompt_tokens(recipe: Recipe) -> tuple[int, ...]:
-    """Return the tokens of ``prompt.init_text``; none without a tokenizer, in a plan of what is not there yet."""
-    text, m = recipe.prompt.init_text, recipe.model
-    if not text:
-        return ()
-    try:
-        return tuple(load_tokenizer(m.path, m.revision)(text, add_special_tokens=False).input_ids)
-    except ModelError:
-        return ()
+    """Return the adapter method of a recipe; see ``MethodEntry.build``."""
+    return find_method(recipe).build(recipe)

@@ -32,13 +32,15 @@ from qlora_lite.data.row_formats import (
     answer_beside_text,
 )
 from qlora_lite.data.sources import read_rows
-from qlora_lite.data.storage import Example, Examples, prompt_tokens, row_lengths, sequences_of
+from qlora_lite.data.storage import Example, Examples, row_lengths, sequences_of
 from qlora_lite.data.template import special_ids_of
 from qlora_lite.errors import DataError, ModelError
-from qlora_lite.recipe.schema import GRPO, Recipe
+from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_bytes, format_count
 
 from .datasets import STREAM_SAMPLE_ROWS, build_sources, measures_of, read_data
+from .method import build_method, find_method, virtual_tokens
+from .objective import find_objective
 from .task import find_preference, find_task, packs
 from .text_rows import format_of_row
 
@@ -50,8 +52,6 @@ FEW_TOKENS = 10_000  # fewer than the LoRA weights of any model worth training
 CAPACITY = "more target tokens than LoRA weights"
 ABSENT = "tokens of adapter.train_tokens that no row has"
 SEAM = "line end before an answer that begins with white space"
-LONG_GROUP = "group of answers longer than data.max_tokens"
-NO_PROMPT = "no prompt before the answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def preflight(recipe: Recipe, tokenizer, rows_to_show: int = 4) -> Preflight:
     data, eval_data = parts["train"], parts.get("eval")
     problems, error_count = _problems(recipe, data, eval_data)
     faults = (
-        *_groups_too_long(recipe, data, eval_data),
+        *find_objective(recipe).row_faults(recipe, data, eval_data),
         *(labels.faults(labels.name(recipe, data), data, eval_data) if labels else ()),
     )
     for fault in faults:
@@ -263,28 +263,6 @@ def _broken_seams(data: Dataset) -> Iterator[RowProblem]:
             return
 
 
-def _groups_too_long(recipe: Recipe, *parts: Dataset | None) -> Iterator[RowProblem]:
-    """Yield the row whose answers by the model may take more room than there is, and rows without a prompt."""
-    o, most = recipe.objective, recipe.data.max_tokens
-    if recipe.train.objective != GRPO:
-        return
-    for part in filter(None, parts):
-        prompts = [prompt_tokens(example) for example in part.examples]
-        if not prompts:
-            continue
-        longest, tokens = max(enumerate(prompts), key=lambda pair: pair[1])
-        if (group := o.group_size * (recipe.virtual_tokens + tokens + o.max_completion_tokens)) > most:
-            message = (
-                f"objective.group_size {o.group_size} answers of up to {o.max_completion_tokens:,} tokens to a "
-                f"prompt of {tokens:,} take {group:,}, and data.max_tokens is {most:,}; write at least "
-                f"{group:,} there, or lower one of the two"
-            )
-            yield RowProblem(part.examples[longest].where, LONG_GROUP, message)
-        if 0 in prompts:
-            message = "there is no prompt before the answer; give rows with a prompt, or remove this one"
-            yield RowProblem(part.examples[prompts.index(0)].where, NO_PROMPT, message)
-
-
 def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProblem]:
     """Yield a warning if the LoRA weights are fewer than the target tokens of an epoch, with the rank that suffices.
 
@@ -296,13 +274,12 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
         recipe.data.streaming
         or tokens < FEW_TOKENS
         or find_task(recipe).labels
-        or recipe.adapter.method not in ("lora", "dora")
+        or not find_method(recipe).has_targets
         or not x.targets
     ):
         return
     from qlora_lite.adapters.lora.inject import lora_parameters
 
-    from .method import build_method
     from .model import build_skeleton  # and with it the libraries that a model needs
 
     with suppress(ModelError):  # a model that cannot be had, or not adapted so: for the plan to say
@@ -371,7 +348,7 @@ def _counts(recipe: Recipe, data: Dataset) -> dict:
 def _lengths(recipe: Recipe, data: Dataset) -> dict:
     d = recipe.data
     lengths = row_lengths(data.examples) if find_task(recipe).has_tokens else []
-    virtual = recipe.virtual_tokens * (2 if find_preference(recipe) else 1)  # before both sequences
+    virtual = virtual_tokens(recipe) * (2 if find_preference(recipe) else 1)  # before both sequences
     taken = [length + virtual for length in lengths]
     packs_examples = packs(recipe)
     found = plan_epoch(taken, d.max_tokens, packs_examples, 1, d.order, recipe.train.seed, 0)

@@ -28,7 +28,7 @@ from qlora_lite.planning.machine import Machine, machine_of_gpu, this_machine
 from qlora_lite.planning.search import SPARED
 from qlora_lite.planning.shared_step import Cluster, SharedStep, shared_step
 from qlora_lite.planning.simulate import streamed_sizes
-from qlora_lite.recipe.schema import GRPO, Recipe
+from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.epochs import Epochs
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.processes import ALONE, Processes
@@ -38,6 +38,8 @@ from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 from .job import build_workload
+from .method import find_method
+from .objective import find_objective
 from .plan import Plan, alternatives, budget_of, does_not_fit, plan_recipe
 from .settings import train_settings, with_plan
 from .share import check_packs, share_of, with_packs
@@ -76,7 +78,7 @@ def plan_run(
         ModelError: see ``plan_recipe``.
     """
     device = resolve_device(recipe.model.device)
-    processes.connect(device, recipe.adapter.method == "full")  # first: what NCCL takes is not free for the run
+    processes.connect(device, find_method(recipe).trains_base)  # first: what NCCL takes is not free for the run
     link = processes.shards.bytes_per_second(device)
     machine = this_machine(device, find_task(recipe).compute_dtype(recipe, device)).shared_by(
         processes.local_world_size
@@ -240,7 +242,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
         return ranks.plan(recipes) if recipes[0].memory.resident_layers == "all" else _divided(recipes, ranks)
     check_packs(recipe, ranks.speeds)
     divides = memory.stream_from == "ranks" or memory.optimizer_in_backward
-    if recipe.adapter.method == "full" and divides and len(ranks.machines) > 1:
+    if find_method(recipe).trains_base and divides and len(ranks.machines) > 1:
         setting = "optimizer_in_backward" if memory.optimizer_in_backward else "stream_from ranks"
         raise RecipeError(f"memory.{setting}: {DIVIDED_ON_GPUS}, and these GPUs are not alike: leave it out")
     packs = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
@@ -264,7 +266,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
 
 def _has_no_unequal_parts(recipe: Recipe) -> bool:
     """Return whether no rank can have an unequal part of the model."""
-    return recipe.adapter.method == "full" or recipe.train.objective == GRPO
+    return find_method(recipe).trains_base or find_objective(recipe).answers
 
 
 def _fastest_divided(recipe: Recipe, ranks: Ranks, packs: int, source: str) -> list[Plan]:
@@ -409,9 +411,9 @@ def dividing(recipe: Recipe, machine: Machine, world_size: int) -> Machine:
         RecipeError: ranks of several machines would update what each machine divides in the backward pass, when a
             gradient is added up within the machine alone.
     """
-    if recipe.train.objective == GRPO:
+    if find_objective(recipe).answers:
         return replace(machine, shards=UNDIVIDED)
-    is_trained = recipe.adapter.method == "full" and machine.shards.count not in (1, world_size)
+    is_trained = find_method(recipe).trains_base and machine.shards.count not in (1, world_size)
     if is_trained and recipe.memory.optimizer_in_backward:
         raise RecipeError(
             "memory.optimizer_in_backward is for weights that are divided among the GPUs of one machine, "

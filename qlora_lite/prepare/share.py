@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.schema import Recipe
 
+from .method import find_method
+
 
 def check_packs(recipe: Recipe, speeds: Sequence[float]) -> None:
     """Check that ranks can share the packs of a recipe's steps: all have as many, or of unequal GPUs one at least.
@@ -52,7 +54,7 @@ def share_of(recipe: Recipe, world_size: int) -> Recipe:
 def _divides_in_backward(recipe: Recipe) -> bool:
     memory = recipe.memory
     asks_for_it = memory.stream_from in ("auto", "ranks") and memory.resident_layers in ("auto", 0)
-    return recipe.adapter.method == "full" and not recipe.adapter.switch_every and asks_for_it
+    return find_method(recipe).trains_base and not recipe.adapter.switch_every and asks_for_it
 
 
 def with_packs(recipe: Recipe, packs: int, runs: int | None = None) -> Recipe:

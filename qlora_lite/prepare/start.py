@@ -6,6 +6,9 @@ from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.qera import QERA
 from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, Start
+from qlora_lite.errors import ModelError
+from qlora_lite.models.skeleton import read_config
+from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.recipe.schema import Recipe
 
 
@@ -35,3 +38,20 @@ def without_start(recipe: Recipe) -> Recipe:
     """Return a recipe whose base is the model as its files have it."""
     unset = {name: Recipe.model_fields["lora"].default.model_dump()[name] for name in ("start", "start_alternations")}
     return recipe.model_copy(update={"lora": recipe.lora.model_copy(update=unset)})
+
+
+def trained_tokens(recipe: Recipe) -> tuple[tuple[int, ...], int]:
+    """Return the ids of ``adapter.train_tokens``, rising, and how many tokens the tokenizer has without new ones.
+
+    Without a tokenizer, in a plan of what is not there yet, they are those behind the model's vocabulary.
+    """
+    wanted, m = recipe.adapter.train_tokens, recipe.model
+    if not wanted:
+        return (), 0
+    try:
+        known = len(load_tokenizer(m.path, m.revision))
+        found = load_tokenizer(m.path, m.revision, wanted).convert_tokens_to_ids(list(wanted))
+    except ModelError:
+        known = read_config(m.path, m.revision).get_text_config(decoder=True).vocab_size
+        found = range(known, known + len(wanted))
+    return tuple(sorted({*found})), known

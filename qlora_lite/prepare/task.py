@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.models.locate import ModelFiles, locate
+from qlora_lite.recipe.part import Part
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.registry import find
+
+from .objective import find_objective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +95,7 @@ class Labels:
         return None
 
 
-class Task:
+class Task(Part):
     """A kind of thing that is trained. What raises here is a task's own; the rest is that of a language model of text.
 
     Args:
@@ -103,7 +106,7 @@ class Task:
         draws: whether models of the kind draw pictures of prompts.
         quantizes: whether the model is stored in 4 bit where a recipe does not say how.
         labels: what examples are labelled with; None of examples that are texts to write.
-        preference: of examples that are always compared or judged, see ``Recipe.preference``.
+        preference: of examples that are always compared or judged, see ``ObjectiveEntry``.
     """
 
     has_tokens: bool = True
@@ -202,6 +205,20 @@ class Task:
 
         return auto_learning_rate(recipe, self.multimodal)
 
+    def fits_model(self, path: str) -> bool:
+        """Return whether a model that is named without a recipe is one of the kind, and of no other."""
+        return False
+
+    def trained(self, adapter: Mapping, model: Mapping, labels: Sequence[str] | None) -> bool:
+        """Return whether an adapter that lies alone in its folder is one of the kind, and no language model's.
+
+        Args:
+            adapter: what ``adapter_config.json`` says.
+            model: what ``config.json`` beside it says; empty without one.
+            labels: those that it names.
+        """
+        return False
+
     # What is trained.
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
@@ -278,6 +295,16 @@ class Task:
         from .text_rows import read_texts
 
         return read_texts(recipe, sources, reader, preference, max_rows, self.label_kind)
+
+    def check_first_row(self, recipe: Recipe, source: Source) -> str:
+        """Check the first row of a source as ``read`` would read it, and return its format.
+
+        Raises:
+            DataError: a file cannot be read, its columns are not known, or the row does not fit them.
+        """
+        from qlora_lite.data.row_formats import check_first_row
+
+        return check_first_row(source, find_preference(recipe))
 
     def describe_source(self, recipe: Recipe, source: Source, unused: Mapping[str, Counter[str]]) -> dict:
         """Return what the report on data says of a source: path, format, weight and notes.
@@ -388,7 +415,7 @@ def find_task(recipe: Recipe) -> Task:
 
 def find_preference(recipe: Recipe) -> str | None:
     """Return what preferences are told by, "pairs" or "labels"; None where answers are imitated."""
-    return find_task(recipe).preference or recipe.preference
+    return find_task(recipe).preference or find_objective(recipe).preference
 
 
 def name_labels(recipe: Recipe, data: Dataset) -> Recipe:

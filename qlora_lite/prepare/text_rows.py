@@ -15,7 +15,10 @@ from qlora_lite.data.sources import Source, read_rows, text_files
 from qlora_lite.data.statistics import unused_of
 from qlora_lite.errors import DataError
 from qlora_lite.files import cache_root
-from qlora_lite.recipe.schema import GRPO, Recipe
+from qlora_lite.recipe.schema import Recipe
+
+from .method import virtual_tokens
+from .objective import find_objective
 
 _SHOWN_NAMES = 5
 _HOW = {
@@ -45,8 +48,8 @@ def read_texts(
         sources,
         tokenizer,
         template=d.template,
-        train_on="last" if recipe.train.objective == GRPO else d.train_on,  # what the model itself is to answer
-        max_tokens=d.max_tokens - recipe.virtual_tokens * (2 if preference else 1),  # of two sequences, or one
+        train_on="last" if find_objective(recipe).answers else d.train_on,  # what the model itself is to answer
+        max_tokens=d.max_tokens - virtual_tokens(recipe) * (2 if preference else 1),  # of two sequences, or one
         overflow=d.overflow,
         train_on_end=d.train_on_end,
         cache=cache_root() / "tokens" if max_rows is None and pictures is None else None,

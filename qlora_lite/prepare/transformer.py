@@ -5,7 +5,6 @@ from torch import nn
 
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
 from qlora_lite.adapters.lora.eva import EVA
-from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.lora.qera import QERA
 from qlora_lite.adapters.lora.start import chosen_layers, set_base
 from qlora_lite.adapters.method import AdapterMethod
@@ -38,10 +37,11 @@ from qlora_lite.ops.stream import Ranks
 from qlora_lite.planning.machine import Machine
 from qlora_lite.quant.merging import GGUF, NF4
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.settings import METHOD_SHARES, PREFERENCE_SHARE, START_SHARES, method_learning_rate
-from qlora_lite.train.settings import auto_learning_rate as lora_learning_rate
+from qlora_lite.train.settings import START_SHARES
 from qlora_lite.train.transformer import ModelSpec
 
+from .method import find_method
+from .objective import find_objective
 from .start import lora_targets, resolve_start
 
 
@@ -102,12 +102,8 @@ def auto_learning_rate(recipe: Recipe, multimodal: bool) -> float:
         raise ModelError(
             "train.learning_rate auto needs the model's hidden_size, which its configuration does not say; set a number"
         )
-    if recipe.adapter.method in METHOD_SHARES:
-        rate = method_learning_rate(config.model_type, width, recipe.adapter.method)
-    else:
-        scale = lora_scale(lora.alpha, lora.rank, lora.rslora)
-        rate = lora_learning_rate(config.model_type, width, lora.rank, scale)
-    share = PREFERENCE_SHARE if recipe.train.objective != "sft" else 1.0
+    rate = find_method(recipe).auto_learning_rate(recipe, config.model_type, width)
+    share = find_objective(recipe).rate_share
     share *= START_SHARES.get(lora.start, 1.0) if lora.start_alternations else 1.0  # none is the plain start
     return rate if share == 1.0 else float(f"{rate * share:.1e}")
 

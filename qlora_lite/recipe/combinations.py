@@ -4,50 +4,37 @@ Each check is given a function from a setting's place to its value as written (N
 place of what it complains about, with the cure.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from functools import partial
 
-from qlora_lite.constraints import (
-    OF_CHATS,
-    STREAMED_TRAINED,
-    UPDATES_IN_FLOAT16,
-    WITH_COMPILE,
-    WITH_DENOISERS,
-    WITH_FULL,
-    WITH_HEAD,
-    WITH_PICTURES,
-    WITH_UPDATES_IN_BACKWARD,
-    WITH_VISION,
-)
+from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
+from qlora_lite.registry import find, names
 
-from .reference import written
-from .schema import (
-    CLASSIFYING_PICTURES,
-    GENERATING_PICTURES,
-    GRPO,
-    OF_PICTURES,
-    PREFERENCES,
-    SHORTEST_ROW,
-    WITH_VIRTUAL_TOKENS,
-    Data,
-    Diffusion,
-    Lora,
-    Memory,
-    Objective,
-    Prompt,
-    Recipe,
-)
+from .part import NAMING, Found, Part, Value, implied_settings, parts
+from .reference import default_value, either, settings_in, written
+from .schema import Lora, Memory, Recipe
 from .strict_yaml import shown
 
-Location = tuple[str | int, ...]
-OF_ANSWERS = "language-model", "image-text-to-text"  # kinds of tasks whose models write answers
-RATES_TO_BEGIN_WITH = {"prompt": "2e-2", "prefix": "5e-2"}  # of methods whose rate no rule is known for
-_Found = Iterator[tuple[Location, str]]
-_Value = Callable[..., object]
+# Settings, or whole sections, that have a meaning with some tasks, methods or objectives only, which say so themselves.
+_OWNED = {
+    "tasks": ("task.labels", "data.resolution", "data.augment", "data.buckets", "data.caption", "diffusion"),
+    "methods": (
+        "lora",
+        "bottleneck",
+        "prompt",
+        "adapter.switch_every",
+        "adapter.train_also",
+        "adapter.train_also_lr_ratio",
+        "adapter.train_tokens",
+    ),
+    "objectives": ("objective",),
+}
 
 
-def conflicts(value: _Value) -> _Found:
+def conflicts(value: Value) -> Found:
     """Yield place and message of every setting that does not go with others."""
+    named = parts(value)
+    value = partial(_as_loaded, value, implied_settings(value))
     for check in (
         _kept_16_bit,
         _patience,
@@ -62,29 +49,52 @@ def conflicts(value: _Value) -> _Found:
         _segments,
         _folder,
         _stream_from,
-        _other_methods,
-        _full,
-        _known_rate,
-        _virtual,
         _start,
-        _no_layers,
         _merge_aware,
-        _preferences,
-        _with_head,
-        _pictures,
-        _denoisers,
     ):
-        yield from check(partial(_as_loaded, value))
+        yield from check(value)
+    if not any(getattr(part, "preference", None) == "pairs" for part in named.values()):
+        yield from _rejected(value)
+    for group, part in named.items():
+        yield from _of_others(value, group, part)
+        yield from part.conflicts(value)
 
 
-def _as_loaded(value: _Value, *location: str | int) -> object:
-    """Return a value as written, and model.quant also where it follows from task.kind."""
+def _as_loaded(value: Value, implied: Mapping[tuple[str, str], object], *location: str | int) -> object:
+    """Return a value as written, or as it follows from what the recipe names."""
     given = value(*location)
-    follows = given is None and location == ("model", "quant") and value("task", "kind") in CLASSIFYING_PICTURES
-    return "none" if follows else given
+    return implied.get((str(location[0]), str(location[-1]))) if given is None else given
 
 
-def without_evaluation(value: _Value) -> _Found:
+def _of_others(value: Value, group: str, part: Part) -> Found:
+    """Yield settings that have a meaning with other parts than the one that the recipe names."""
+    key = next(".".join(place) for place, name in NAMING.items() if name == group)
+    for setting in (each for owned in _OWNED[group] for each in settings_in(owned)):
+        if _owns(part, setting):
+            continue
+        section, _, name = setting.partition(".")
+        given, default = value(section, name), default_value(section, name)
+        if given is None or given == default or (isinstance(default, tuple) and given == list(default)):
+            continue
+        whose = [other for other in names(group) if _owns(find(group, other, Part), setting)]
+        yield (section, name), f"{setting}: only with {key} {either(whose)}; remove one of the two"
+
+
+def _owns(part: Part, setting: str) -> bool:
+    return setting in part.settings or setting.partition(".")[0] in part.settings
+
+
+def _rejected(value: Value) -> Found:
+    """Yield an objective that has no use for a template of answers that others are preferred to."""
+    parts_of_data = (value("data", "train"), value("data", "eval"))
+    sources = [each for part in parts_of_data if isinstance(part, list | tuple) for each in part]
+    if any(isinstance(each, dict) and each.get("rejected") for each in sources):
+        objective = value("train", "objective") or "sft"
+        message = f"train.objective = {objective}: the template rejected is of rows with two answers"
+        yield ("train", "objective"), f"{message}; write dpo here, or remove the template"
+
+
+def without_evaluation(value: Value) -> Found:
     """Yield the settings that need evaluation rows where there are none."""
     if value("data", "eval") is None and not value("data", "eval_share"):
         for name in ("eval_every_steps", "early_stopping_patience", "metrics_examples", "metrics_every_steps"):
@@ -111,111 +121,7 @@ def table_columns(source: dict) -> str | None:
     return None
 
 
-def _virtual(value: _Value) -> _Found:
-    if value("adapter", "method") == "prefix" and value("prompt", "encoder_width") is not None:
-        message = "prompt.encoder_width: only with adapter.method prompt"
-        yield ("prompt", "encoder_width"), f"{message}; remove one of the two"
-    own = value("prompt", "virtual_tokens"), value("data", "max_tokens")
-    defaults = Prompt.model_fields["virtual_tokens"].default, Data.model_fields["max_tokens"].default
-    tokens, room = (default if given is None else given for given, default in zip(own, defaults, strict=True))
-    if (
-        value("adapter", "method") not in WITH_VIRTUAL_TOKENS
-        or not isinstance(tokens, int)
-        or not isinstance(room, int)
-    ):
-        return
-    if room - tokens < SHORTEST_ROW:
-        message = f"prompt.virtual_tokens = {tokens}: leaves {room - tokens} of data.max_tokens {room} for a row"
-        yield ("prompt", "virtual_tokens"), f"{message}; raise data.max_tokens"
-
-
-def _with_head(value: _Value) -> _Found:
-    kind = value("task", "kind") or "language-model"
-    labels = value("task", "labels")
-    if kind in ("language-model", "regression", "reward", "image-text-to-text"):
-        if labels is not None:
-            yield ("task", "labels"), f"task.labels: only with a task.kind that gives labels, not {kind}"
-    elif value("data", "streaming") is True and labels is None:
-        yield ("task", "labels"), "task.labels: a stream is not read for its labels beforehand; write their names"
-    if kind in ("classification", *CLASSIFYING_PICTURES) and isinstance(labels, list) and len(labels) == 1:
-        yield ("task", "labels"), "task.labels: one label is nothing to choose from; write at least two"
-    if kind in OF_ANSWERS:
-        return
-    method = value("adapter", "method") or "lora"
-    is_denoiser = kind == GENERATING_PICTURES
-    if method not in ("lora", "full", *(() if is_denoiser else ("dora",))):
-        what, methods = ("a denoiser", "lora or full") if is_denoiser else ("a head", "lora, dora or full")
-        message = f"adapter.method = {written(method)}: {what} (task.kind {kind}) is trained with {methods}"
-        yield ("adapter", "method"), f"{message}; write one of these"
-    if value("data", "overflow") == "split":
-        yield ("data", "overflow"), f"data.overflow = split: a text of task.kind {kind} has one label; write truncate"
-    for (section, name), only in WITH_HEAD.items():
-        if kind == "reward" and (section, name) in OF_CHATS:
-            continue
-        if (given := value(section, name)) not in (None, only):
-            message = f"{section}.{name} = {written(given)}: for a language model, not with task.kind {kind}"
-            yield (section, name), f"{message}; remove it"
-
-
-def _pictures(value: _Value) -> _Found:
-    kind, has_vision = value("task", "kind"), value("task", "kind") == "image-text-to-text"
-    if kind not in OF_PICTURES:
-        for name in ("augment",) if has_vision else ("resolution", "augment"):
-            if value("data", name) not in (None, "none"):
-                kinds = " or ".join(CLASSIFYING_PICTURES if name == "augment" else OF_PICTURES)
-                yield ("data", name), f"data.{name}: only with task.kind {kinds}; remove it"
-        if not has_vision:
-            return
-    allowed_there = WITH_VISION if has_vision else WITH_PICTURES
-    if kind == GENERATING_PICTURES:
-        allowed_there = WITH_PICTURES | WITH_DENOISERS
-    for (section, name), allowed in allowed_there.items():
-        given = value(section, name)
-        if given is None or given == "auto" or any(given == each for each in allowed):
-            continue
-        example = "has pictures" if has_vision else "is a picture"
-        why = f"not possible with task.kind {kind}, where an example {example}"
-        cure = "remove it" if name == "max_tokens" else f"write {' or '.join(map(written, allowed))}, or remove it"
-        yield (section, name), f"{section}.{name} = {written(given)}: {why}; {cure}"
-
-
-def _denoisers(value: _Value) -> _Found:
-    own = {"data": {"buckets": True, "caption": None}, "diffusion": Diffusion().model_dump()}
-    if value("task", "kind") != GENERATING_PICTURES:
-        for section, unset in own.items():
-            for name, usual in unset.items():
-                given = value(section, name)
-                if (tuple(given) if isinstance(given, list) else given) not in (None, usual):
-                    message = f"{section}.{name}: only with task.kind {GENERATING_PICTURES}"
-                    yield (section, name), f"{message}; remove it"
-        return
-    if value("lora", "targets") == [] and value("adapter", "method") in (None, "lora"):
-        yield ("lora", "targets"), "lora.targets = []: nothing is trained; name layers, or remove it"
-    prediction, weighting = value("diffusion", "prediction"), value("diffusion", "weighting")
-    fitting = {"flow": ("sigma_sqrt", "cosmap"), "epsilon": ("min_snr",), "v": ("min_snr",)}.get(str(prediction), ())
-    if fitting and weighting not in (None, "none", *fitting):
-        message = f"diffusion.weighting = {written(weighting)}: not with diffusion.prediction {prediction}"
-        yield ("diffusion", "weighting"), f"{message}; write none or {' or '.join(fitting)}"
-    usual_gamma = Diffusion.model_fields["min_snr_gamma"].default
-    if value("diffusion", "min_snr_gamma") not in (None, usual_gamma) and weighting != "min_snr":
-        message = "diffusion.min_snr_gamma: only with diffusion.weighting min_snr"
-        yield ("diffusion", "min_snr_gamma"), f"{message}; remove it, or write that"
-    if prediction in ("epsilon", "v") and value("diffusion", "shift") not in (None, "auto", 1):
-        yield ("diffusion", "shift"), "diffusion.shift: only with diffusion.prediction flow; remove it"
-
-
-def _no_layers(value: _Value) -> _Found:
-    if value("lora", "targets") != [] or value("task", "kind") not in (None, "language-model", "image-text-to-text"):
-        return
-    plain = {("adapter", "method"): "lora", ("lora", "start"): "kaiming", ("train", "merge_aware"): "off"}
-    for (section, name), usual in plain.items():
-        if (given := value(section, name)) not in (None, usual):
-            yield (section, name), f"{section}.{name} = {written(given)}: needs layers, and lora.targets is []"
-    if not value("adapter", "train_also") and not value("adapter", "train_tokens"):
-        yield ("lora", "targets"), "lora.targets = []: nothing is trained; write adapter.train_also, or train_tokens"
-
-
-def _kept_16_bit(value: _Value) -> _Found:
+def _kept_16_bit(value: Value) -> Found:
     packs = {
         "none": "all layers are in 16 bit; remove it, or write model.quant: nf4",
         "keep": "the model's files say what is packed; remove one of the two",
@@ -225,17 +131,16 @@ def _kept_16_bit(value: _Value) -> _Found:
         yield ("model", "keep_16bit"), f"model.keep_16bit: with model.quant {quant} {why}"
 
 
-def _patience(value: _Value) -> _Found:
+def _patience(value: Value) -> Found:
     patience = value("train", "early_stopping_patience")
     if isinstance(patience, int) and patience > 0 and not value("train", "eval_every_steps"):
         message = f"train.early_stopping_patience = {patience}: needs evaluations during training; write "
         yield ("train", "early_stopping_patience"), f"{message}train.eval_every_steps, or 0 here"
 
 
-def _measured(value: _Value) -> _Found:
+def _measured(value: Value) -> Found:
     metrics, choices = value("train", "metrics"), value("train", "metrics_choices")
-    kind, examples = value("task", "kind") or "language-model", value("train", "metrics_examples")
-    if examples == 0:
+    if value("train", "metrics_examples") == 0:
         is_meant = {
             "metrics": metrics not in (None, "exact_match", ["exact_match"]),
             "metrics_every_steps": value("train", "metrics_every_steps"),
@@ -243,13 +148,11 @@ def _measured(value: _Value) -> _Found:
         for name in filter(is_meant.get, is_meant):
             message = f"train.{name}: nothing is measured; write train.metrics_examples (with evaluate, --rows), or "
             yield ("train", name), f"{message}remove this"
-    elif metrics is not None and kind not in OF_ANSWERS:
-        yield ("train", "metrics"), f"train.metrics: for a language model, not with task.kind {kind}; remove it"
     if choices and "accuracy" not in (metrics if isinstance(metrics, list | str) else ()):
         yield ("train", "metrics_choices"), "train.metrics_choices: write accuracy in train.metrics, or remove this"
 
 
-def _held_out(value: _Value) -> _Found:
+def _held_out(value: Value) -> Found:
     share = value("data", "eval_share")
     if not isinstance(share, int | float) or share == 0:
         return
@@ -263,7 +166,7 @@ def _held_out(value: _Value) -> _Found:
         yield ("data", "eval_share"), f"{message}; name evaluation rows in data.eval"
 
 
-def _streaming(value: _Value) -> _Found:
+def _streaming(value: Value) -> Found:
     if value("data", "streaming") is not True:
         return
     needs = {
@@ -274,7 +177,7 @@ def _streaming(value: _Value) -> _Found:
         yield ("data", "streaming"), f"data.streaming = true: a stream has no order or end of its own; write {missing}"
 
 
-def _update_in_backward(value: _Value) -> _Found:
+def _update_in_backward(value: Value) -> Found:
     if value("memory", "optimizer_in_backward") is not True:
         return
     needs, given = WITH_UPDATES_IN_BACKWARD, Recipe.model_fields["train"].default.model_dump()
@@ -286,7 +189,7 @@ def _update_in_backward(value: _Value) -> _Found:
         yield ("memory", "optimizer_in_backward"), f"memory.optimizer_in_backward = true: {UPDATES_IN_FLOAT16}"
 
 
-def _compile(value: _Value) -> _Found:
+def _compile(value: Value) -> Found:
     if value("train", "compile") is not True:
         return
     needs = {("lora", "dropout"): 0, **{("memory", name): only for name, only in WITH_COMPILE.items()}}
@@ -302,7 +205,7 @@ def _compile(value: _Value) -> _Found:
             yield location, f"{message}{written(only)} here, or train.compile: false"
 
 
-def _head(value: _Value) -> _Found:
+def _head(value: Value) -> Found:
     if value("memory", "head") == "host" and value("model", "quant_head") is True:
         yield (
             ("memory", "head"),
@@ -310,7 +213,7 @@ def _head(value: _Value) -> _Found:
         )
 
 
-def _all_kept(value: _Value) -> _Found:
+def _all_kept(value: Value) -> Found:
     if value("memory", "checkpointing") != "none":
         return
     given = {name: value("memory", name) for name in Memory.model_fields}
@@ -327,7 +230,7 @@ def _all_kept(value: _Value) -> _Found:
             yield ("memory", name), f"{message}; remove one of the two"
 
 
-def _kept_and_streamed(value: _Value) -> _Found:
+def _kept_and_streamed(value: Value) -> Found:
     kept, resident = value("memory", "uncheckpointed_layers"), value("memory", "resident_layers")
     is_merged = value("memory", "cache_merged") is True and value("train", "merge_aware") not in (None, "off")
     if is_merged and resident not in (None, "auto", "all"):
@@ -344,14 +247,14 @@ def _kept_and_streamed(value: _Value) -> _Found:
         )
 
 
-def _segments(value: _Value) -> _Found:
+def _segments(value: Value) -> Found:
     every, resident = value("memory", "layers_per_checkpoint"), value("memory", "resident_layers")
     if every not in (None, "auto", 1) and resident not in (None, "auto", "all"):
         message = f"memory.layers_per_checkpoint = {written(every)}: only for weights that are not streamed"
         yield ("memory", "layers_per_checkpoint"), f"{message}; write 1 here, or memory.resident_layers: all"
 
 
-def _folder(value: _Value) -> _Found:
+def _folder(value: Value) -> Found:
     unused = {"offload_checkpoints": False, "checkpointing": "none"}
     if value("memory", "offload_folder") is None:
         return
@@ -361,7 +264,7 @@ def _folder(value: _Value) -> _Found:
             yield ("memory", name), f"{message}; remove one of the two"
 
 
-def _stream_from(value: _Value) -> _Found:
+def _stream_from(value: Value) -> Found:
     source = value("memory", "stream_from")
     if source not in ("disk", "ranks"):
         return
@@ -375,21 +278,7 @@ def _stream_from(value: _Value) -> _Found:
             yield ("memory", "stream_from"), f"{message}; remove one of the two"
 
 
-def _other_methods(value: _Value) -> _Found:
-    method, of_lora = value("adapter", "method") or "lora", ("lora", "dora")
-    own = {name: Recipe.model_fields[name].default.model_dump() for name in ("lora", "bottleneck", "prompt", "adapter")}
-    del own["adapter"]["method"], own["adapter"]["switch_every"]
-    whose = {"lora": of_lora, "adapter": of_lora, "bottleneck": ("bottleneck",), "prompt": WITH_VIRTUAL_TOKENS}
-    for section, methods in whose.items():
-        if method in methods:
-            continue
-        for name, unset in own[section].items():
-            if value(section, name) not in (None, unset, list(unset) if isinstance(unset, tuple) else unset):
-                message = f"{section}.{name}: only with adapter.method {' or '.join(methods)}"
-                yield (section, name), f"{message}; remove one of the two"
-
-
-def _start(value: _Value) -> _Found:
+def _start(value: Value) -> Found:
     start, quant = value("lora", "start"), value("model", "quant")
     if start in ("loftq", "qera") and quant == "none":
         message = f"lora.start = {start}: begins with the error of 4 bits, and model.quant none has none"
@@ -406,7 +295,7 @@ def _start(value: _Value) -> _Found:
         yield ("lora", "start_alternations"), f"{message}; remove one of the two"
 
 
-def _merge_aware(value: _Value) -> _Found:
+def _merge_aware(value: Value) -> Found:
     if (to := value("train", "merge_aware")) in (None, "off"):
         return
     needs = {
@@ -423,131 +312,3 @@ def _merge_aware(value: _Value) -> _Found:
         if (given := value(*location)) not in (None, only):
             message = f"{'.'.join(location)} = {written(given)}: not possible with train.merge_aware {to}; write "
             yield location, f"{message}{written(only)} here, or train.merge_aware: off"
-
-
-def _known_rate(value: _Value) -> _Found:
-    method = value("adapter", "method")
-    if isinstance(method, str) and method in RATES_TO_BEGIN_WITH and value("train", "learning_rate") in (None, "auto"):
-        message = f"adapter.method = {method}: train.learning_rate auto is not known for virtual tokens"
-        yield ("adapter", "method"), f"{message}; write a number there, such as {RATES_TO_BEGIN_WITH[method]}"
-
-
-def _preferences(value: _Value) -> _Found:
-    objective = value("train", "objective") or "sft"
-    whose = {
-        "beta": (*PREFERENCES["pairs"], *PREFERENCES["labels"]),
-        "label_smoothing": ("dpo", "cpo", "simpo"),
-        "gamma": ("simpo",),
-        "sft_weight": PREFERENCES["pairs"],
-        "desirable_weight": ("kto",),
-        "undesirable_weight": ("kto",),
-    }
-    for name, unset in Objective().model_dump().items():
-        given = value("objective", name)
-        given = tuple(given) if isinstance(given, list) else given
-        if objective not in whose.get(name, (GRPO,)) and given not in (None, unset):
-            message = f"objective.{name}: only with train.objective {' or '.join(whose.get(name, (GRPO,)))}"
-            yield ("objective", name), f"{message}; remove one of the two"
-    parts = [part for part in (value("data", "train"), value("data", "eval")) if isinstance(part, list | tuple)]
-    sources = [each for part in parts for each in part if isinstance(each, dict)]
-    compares = objective in PREFERENCES["pairs"] or value("task", "kind") == "reward"
-    if not compares and any(source.get("rejected") for source in sources):
-        message = f"train.objective = {objective}: the template rejected is of rows with two answers"
-        yield ("train", "objective"), f"{message}; write dpo here, or remove the template"
-    if value("task", "kind") == "reward":
-        objective = "reward"
-    if objective == "sft":
-        return
-    if objective == GRPO:
-        yield from _rewards(value)
-        return
-    of = "task.kind reward" if objective == "reward" else f"train.objective {objective}"
-    why = "an example has two answers, or one that is judged"
-    needs: dict[tuple[str, str], tuple[object, ...]] = {
-        ("data", "streaming"): (False,),
-        ("data", "overflow"): ("error", "drop"),
-        ("data", "train_on"): ("assistant", "completion", "last"),
-    }
-    for location, allowed in needs.items():
-        if (given := value(*location)) is not None and given not in allowed:
-            message = f"{'.'.join(location)} = {written(given)}: not possible with {of}: {why}"
-            yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
-
-
-def _rewards(value: _Value) -> _Found:
-    if not value("objective", "rewards"):
-        yield (
-            ("train", "objective"),
-            "train.objective = grpo: there is nothing to judge answers by; write objective.rewards: FILE.py:FUNCTION",
-        )
-    needs: dict[tuple[str, str], tuple[object, ...]] = {
-        ("data", "streaming"): (False,),
-        ("data", "overflow"): ("error", "drop"),
-        ("data", "train_on"): ("assistant", "completion", "last"),
-        ("task", "kind"): ("language-model",),
-        ("adapter", "method"): ("lora", "dora", "full"),
-        ("lora", "dropout"): (0,),
-        ("train", "merge_aware"): ("off",),
-        ("memory", "stream_from"): ("auto", "host", "disk"),
-    }
-    for location, allowed in needs.items():
-        if (given := value(*location)) is not None and given not in allowed:
-            message = f"{'.'.join(location)} = {written(given)}: not possible with train.objective grpo"
-            yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
-    measured = value("train", "metrics") or ()
-    measured = (measured,) if isinstance(measured, str) else measured
-    if isinstance(measured, list | tuple) and (wrong := {"accuracy", "answer_loss"}.intersection(measured)):
-        message = f"train.metrics = {', '.join(sorted(wrong))}: not measured with train.objective grpo"
-        yield ("train", "metrics"), f"{message}; remove it, and measure with qlora-lite evaluate"
-
-
-def _full(value: _Value) -> _Found:
-    switches = value("adapter", "switch_every") not in (None, 0)
-    if value("adapter", "method") != "full":
-        if switches:
-            yield (
-                ("adapter", "switch_every"),
-                "adapter.switch_every: only with adapter.method full; remove one of the two",
-            )
-        return
-    if switches and value("train", "compile") is True:
-        message = "adapter.switch_every: not possible with train.compile, which would compile every block once a turn"
-        yield ("adapter", "switch_every"), f"{message}; remove one of the two"
-    quant = value("model", "quant")
-    if quant != "none":
-        said = f"model.quant = {written(quant)}" if quant else "adapter.method = full"
-        yield (
-            ("model", "quant") if quant else ("adapter", "method"),
-            f"{said}: full fine-tuning trains 16-bit weights; write model.quant: none",
-        )
-    resident, optimizer = value("memory", "resident_layers"), value("train", "optimizer")
-    if switches and isinstance(resident, int) and resident > 0:
-        message = f"memory.resident_layers = {resident}: with adapter.switch_every all blocks are streamed, or none"
-        yield ("memory", "resident_layers"), f"{message}; write 0 or all"
-    if switches and isinstance(optimizer, str) and optimizer.startswith("paged_"):
-        message = (
-            f"train.optimizer = {optimizer}: paged memory is never given back, and each block has states of its own"
-        )
-        yield ("train", "optimizer"), f"{message} (adapter.switch_every); write {optimizer.removeprefix('paged_')}"
-    for (section, name), only in WITH_FULL.items():
-        if (given := value(section, name)) not in (None, "auto", only):
-            message = f"{section}.{name} = {written(given)}: not possible with adapter.method full"
-            yield (section, name), f"{message}; write {written(only)}, or remove it"
-    yield from _full_and_streamed(value, resident)
-    if value("model", "compute_dtype") == "float16":
-        message = "model.compute_dtype = float16: full fine-tuning has no updates of float16 weights"
-        yield ("model", "compute_dtype"), f"{message}; write bfloat16 or float32"
-
-
-def _full_and_streamed(value: _Value, resident: object) -> _Found:
-    in_backward = value("memory", "optimizer_in_backward") is True
-    if value("memory", "stream_from") == "ranks":
-        if value("adapter", "switch_every") not in (None, 0):
-            message = "adapter.switch_every: not possible with memory.stream_from ranks, where each rank has a part of"
-            yield ("adapter", "switch_every"), f"{message} every block; remove one of the two"
-        if resident not in (None, "auto", "all", 0):
-            message = f"memory.resident_layers = {resident}: with adapter.method full ranks divide all blocks, or none"
-            yield ("memory", "resident_layers"), f"{message}; write 0 or all"
-    elif resident not in (None, "auto", "all") and not in_backward:
-        message = f"memory.resident_layers: {STREAMED_TRAINED}"
-        yield ("memory", "resident_layers"), f"{message}; write memory.optimizer_in_backward: true, or all here"

@@ -26,7 +26,7 @@ from .foreign_files import is_command, read_command, read_script, read_settings
 from .foreign_values import FOUR_BIT, Draft, Kind, Note, take, take_dataset, warmup
 from .load import recipe_of
 from .overrides import apply_overrides
-from .schema import GRPO, Recipe
+from .schema import Recipe
 from .strict_yaml import dump, parse, plain, shown
 
 MAX_LINES = 50  # of notes of a kind in the recipe's comments, for a recipe has to stay small
@@ -256,7 +256,7 @@ def _learned(draft: Draft, defaults: dict[str, object]) -> None:
         return
     defaults.pop("data.train_on", None)
     key, limit = "data.max_tokens", draft.number("data.max_tokens", defaults.get("data.max_tokens"))
-    if objective == GRPO:
+    if objective == "grpo":
         answers, steps = draft.number("objective.group_size", 8), draft.number("train.gradient_accumulation_steps", 1)
         prompt = draft.given.get("max_prompt_length")
         prompt_tokens = prompt.value if prompt and isinstance(prompt.value, int) else _PROMPT_TOKENS

@@ -18,9 +18,10 @@ from qlora_lite.errors import Problem, RecipeError
 
 from . import foreign_names, paths, reference
 from .catalog import closest_recipe, recipe_for_every_gpu
-from .combinations import Location, conflicts, table_columns, without_evaluation
+from .combinations import conflicts, table_columns, without_evaluation
 from .foreign_files import trainer_of
 from .overrides import apply_overrides, override_number
+from .part import Location, implied_settings
 from .schema import FORMER_NAMES, Recipe, Rule, fault_of_pattern
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
@@ -194,6 +195,9 @@ class _Checker:
         for section in Recipe.model_fields:
             if values.get(section) is None:
                 values[section] = {}
+        for (section, name), implied in implied_settings(self._value).items():
+            if isinstance(values[section], dict):
+                values[section].setdefault(name, implied)
         try:
             return Recipe.model_validate(values)
         except ValidationError as error:

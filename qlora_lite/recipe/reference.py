@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .schema import Recipe, Rule, Source, Target
+from qlora_lite.registry import names
+
+from .schema import Recipe, Registered, Rule, Source, Target
 
 _LISTS = {"data": ("data.train", "data.eval"), "lora": ("lora.targets",)}  # by section: settings that hold mappings
 _ITEMS: dict[str, type[BaseModel]] = {"targets": Target, "train": Source, "eval": Source}
@@ -64,6 +67,8 @@ def item_keys(location: tuple[str | int, ...]) -> list[str]:
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
     """Return the words that a field accepts, where it accepts a few words only."""
+    if named := _registered(field.metadata):
+        return named
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
@@ -78,10 +83,16 @@ def rule_of(field: FieldInfo) -> str:
     return _rule(field.annotation, field.metadata)
 
 
+def _registered(metadata: list) -> tuple[str, ...]:
+    return next((tuple(names(item.group)) for item in metadata if isinstance(item, Registered)), ())
+
+
 def _rule(annotation: object, metadata: list) -> str:
     for item in metadata:
         if isinstance(item, Rule):
             return item.text
+    if named := _registered(metadata):
+        return either(named)
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *outer = get_args(annotation)
@@ -92,8 +103,7 @@ def _rule(annotation: object, metadata: list) -> str:
         rules = ["null" if option is type(None) else _rule(option, metadata) for option in options]
         return ", or ".join(rules)
     if origin is Literal:
-        choices = [str(choice) for choice in get_args(annotation)]
-        return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+        return either([str(choice) for choice in get_args(annotation)])
     if annotation is bool:
         return "true or false"
     if annotation in (int, float):
@@ -101,6 +111,11 @@ def _rule(annotation: object, metadata: list) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a mapping of settings"
     return "text"
+
+
+def either(choices: Sequence[str]) -> str:
+    """Return choices as text: "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
 def _range(metadata: list) -> str:
@@ -126,11 +141,21 @@ def default_of(section: str, name: str) -> str | None:
     return written(field.default)
 
 
+def default_value(section: str, name: str) -> object:
+    """Return a setting's default as it is in the schema."""
+    return _section(section).model_fields[name].default
+
+
+def settings_in(name: str) -> list[str]:
+    """Return the dotted settings of a section; a setting is its own."""
+    return [name] if "." in name else [f"{name}.{each}" for each in _section(name).model_fields]
+
+
 def written(value: object) -> str:
     """Return a value as a recipe would write it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"[{', '.join(value)}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

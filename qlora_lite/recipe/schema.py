@@ -16,28 +16,20 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    model_validator,
+)
 
+from qlora_lite.registry import names
 from qlora_lite.units import parse_bytes
 
 ALL_LINEAR = "all-linear"
-PROBLEMS = {  # of task.kind, in transformers' words
-    "language-model": None,
-    "classification": "single_label_classification",
-    "multi-label": "multi_label_classification",
-    "regression": "regression",
-    "reward": "regression",
-    "image-classification": "single_label_classification",
-    "image-segmentation": "single_label_classification",
-    "image-embedding": "single_label_classification",
-    "image-text-to-text": None,
-    "image-generation": None,
-}
-CLASSIFYING_PICTURES = "image-classification", "image-segmentation", "image-embedding"  # of task.kind
-GENERATING_PICTURES = "image-generation"
-OF_PICTURES = *CLASSIFYING_PICTURES, GENERATING_PICTURES
-REWARD_LABEL = "reward"  # of the one output of a reward model
-WITH_VIRTUAL_TOKENS = "prompt", "prefix"  # of adapter.method
 SHORTEST_ROW = 8  # tokens that there must be room for
 METRICS_EXAMPLES = 100  # where metrics are named, and not how many examples they are of
 LONGEST_ROW = 2**24  # tokens: beyond the context of any model
@@ -63,6 +55,24 @@ class Rule:
     """Describe what a setting accepts, where its type alone would not read well."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Accept the names of a group (``registry``)."""
+
+    group: str
+
+
+def _name_in(group: str):
+    """Return a validator of names of a group."""
+
+    def check(value: str) -> str:
+        if value not in names(group):
+            raise ValueError(f"not among the {group}")
+        return value
+
+    return AfterValidator(check)
 
 
 def _one_or_many(field: str):
@@ -175,18 +185,7 @@ class Model(_Section):
 class Task(_Section):
     """What the model is trained to give: text, or labels of texts or pictures by way of a head that is trained too."""
 
-    kind: Literal[
-        "language-model",
-        "classification",
-        "multi-label",
-        "regression",
-        "reward",
-        "image-classification",
-        "image-segmentation",
-        "image-embedding",
-        "image-generation",
-        "image-text-to-text",
-    ] = "language-model"
+    kind: Annotated[Text, _name_in("tasks"), Registered("tasks")] = "language-model"
     """language-model learns to write, image-text-to-text to write about pictures in chats, with a vision-language model
     (qlora-lite explain vision-language). The others put a head on a decoder (Llama, Qwen, ...) or an encoder (BERT,
     RoBERTa, DeBERTa, ModernBERT) and train it whole, beside LoRA weights or all of the model: classification gives one
@@ -225,7 +224,7 @@ _Part = Literal["embeddings", "head", "norms", "biases", "projector"]
 class Adapter(_Section):
     """What is trained: weights beside the frozen model, or the model itself."""
 
-    method: Literal["lora", "dora", "bottleneck", "prompt", "prefix", "full"] = "lora"
+    method: Annotated[Text, _name_in("methods"), Registered("methods")] = "lora"
     """lora trains LoRA weights. dora also trains the norm of each row of the adapted weights (DoRA, or QDoRA on a 4-bit
     model): a little more memory and time, and vLLM and llama.cpp take it merged only. The lora section sets up
     both. bottleneck trains small networks behind the parts of each block, prompt embeddings of virtual tokens before
@@ -447,16 +446,13 @@ _Tracker = Literal[
 ]
 
 
-# Objectives by what a row has: two answers to a prompt, or one and whether it is a good one.
-GRPO = "grpo"
-PREFERENCES = {"pairs": ("dpo", "ipo", "hinge", "orpo", "simpo", "cpo"), "labels": ("kto",)}
 _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 
 
 class Train(_Section):
     """How training runs: steps, optimizer, evaluation and checkpoints."""
 
-    objective: Literal["sft", "dpo", "ipo", "hinge", "orpo", "simpo", "cpo", "kto", "grpo"] = "sft"
+    objective: Annotated[Text, _name_in("objectives"), Registered("objectives")] = "sft"
     """What is learned. sft imitates answers. The others learn from preferences: dpo, ipo and hinge from pairs of a
     chosen and a rejected answer, as against the model that training begins with; orpo, simpo and cpo from pairs without
     such a reference; kto from single answers with a label, good or bad, and with a reference (qlora-lite explain
@@ -780,77 +776,12 @@ class Recipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _unpacked_pictures(cls, settings: object) -> object:
-        """Take model.quant none where pictures are classified and nothing else is said: 4 bits save little there."""
-        if not isinstance(settings, dict):
-            return settings
-        task, model = settings.get("task"), settings.get("model")
-        if not isinstance(task, dict) or task.get("kind") not in CLASSIFYING_PICTURES:
-            return settings
-        return {**settings, "model": {"quant": "none", **model}} if isinstance(model, dict) else settings
-
-    @model_validator(mode="before")
-    @classmethod
     def _examples_to_measure(cls, settings: object) -> object:
         """Take so many examples for metrics where these are set and nothing is said of how many."""
         if not isinstance(settings, dict) or not isinstance(train := settings.get("train"), dict):
             return settings
         is_meant = "metrics" in train or train.get("metrics_every_steps")
         return {**settings, "train": {"metrics_examples": METRICS_EXAMPLES, **train}} if is_meant else settings
-
-    @property
-    def virtual_tokens(self) -> int:
-        """Virtual tokens before every row."""
-        return self.prompt.virtual_tokens if self.adapter.method in WITH_VIRTUAL_TOKENS else 0
-
-    @property
-    def preference(self) -> str | None:
-        """What preferences are told by, "pairs" or "labels"; None where answers are imitated."""
-        if self.task.kind == "reward":
-            return "pairs"
-        return next((by for by, names in PREFERENCES.items() if self.train.objective in names), None)
-
-    @property
-    def problem(self) -> str | None:
-        """What a head is for, in transformers' words; None of a language model."""
-        return PROBLEMS[self.task.kind]
-
-    @property
-    def label_problem(self) -> str | None:
-        """What the labels of rows are for, likewise; None where rows have none."""
-        if self.has_masks or self.generates_pictures:
-            return "segmentation" if self.has_masks else "captions"
-        return None if self.task.kind == "reward" else self.problem
-
-    @property
-    def of_pictures(self) -> bool:
-        """Whether rows are pictures."""
-        return self.task.kind in OF_PICTURES
-
-    @property
-    def with_vision(self) -> bool:
-        """Whether chats have pictures, which a vision tower beside the language model reads."""
-        return self.task.kind == "image-text-to-text"
-
-    @property
-    def generates_pictures(self) -> bool:
-        """Whether the model is a denoiser."""
-        return self.task.kind == GENERATING_PICTURES
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether rows are pictures with a class for each pixel."""
-        return self.task.kind == "image-segmentation"
-
-    @property
-    def sequence_tokens(self) -> int:
-        """Length of a packed sequence; of pictures, which count as one token each, how many are evaluated at once."""
-        return self.train.micro_batch_size if self.of_pictures else self.data.max_tokens
-
-    @property
-    def packs(self) -> bool:
-        """Whether a sequence holds several rows; pictures stand one by one."""
-        return self.data.packing and not self.of_pictures
 
     @property
     def recipe_hash(self) -> str:

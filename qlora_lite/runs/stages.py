@@ -50,6 +50,7 @@ from qlora_lite.prepare.early import check_run
 from qlora_lite.prepare.first_weights import FROM_ROWS, Ranks, first_of, ranks_of, with_ranks
 from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.model import add_adapter, build_model, build_skeleton, fingerprint
+from qlora_lite.prepare.objective import find_objective
 from qlora_lite.prepare.plan import Plan, as_measured, expected_peak
 from qlora_lite.prepare.preflight import Preflight, line_of_problem, preflight
 from qlora_lite.prepare.ranks import plan_run
@@ -74,7 +75,6 @@ from qlora_lite.units import counted, format_bytes, format_count
 
 from .async_checkpoint import check_space
 from .resume import BASE_MODEL, Continuation, data_identity, environment
-from .rewards import digest_of, judges_of
 from .signals import Stop
 
 log = logging.getLogger("qlora_lite")
@@ -179,10 +179,11 @@ def prepare(
             "model.path is a merged model: in 4 bit it loses much or all of what was merged into it; train "
             "on its base with lora.init_from, or with model.quant none"
         )
-    rewards = digest_of(recipe.objective.rewards)
+    objective = find_objective(recipe)
+    code = objective.identity(recipe)
     if continuation:  # before other code than the run's is executed
-        continuation.compare_identity(rewards)
-    judges_of(recipe.objective.rewards)  # stops at once where a function is not there
+        continuation.compare_identity(code)
+    objective.check(recipe)
     task = find_task(recipe)
     task.locate(recipe)  # stops at once where the model's files are not there
     tokenizer = task.reader(recipe)
@@ -240,7 +241,7 @@ def prepare(
         first_adapter,
         first,
         ranks,
-        identity | rewards,
+        identity | code,
         encoded.kept,
     )
 

@@ -1,20 +1,22 @@
-"""The task of a language model, which learns to write text: task.kind language-model."""
+"""The task of a language model, which learns to write text: task.kind language-model, with its usual objective."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qlora_lite.prepare.objective import ObjectiveEntry, find_objective
 from qlora_lite.prepare.task import Task
-from qlora_lite.recipe.schema import GRPO, Recipe
+from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from qlora_lite.adapters.method import AdapterMethod
+    from qlora_lite.data.storage import Example
     from qlora_lite.prepare.moment import Measured, Moment, Watch
     from qlora_lite.train.transformer import ModelSpec
-    from qlora_lite.train.workload import Workload
+    from qlora_lite.train.workload import Objective, Workload
 
 
 class Text(Task):
@@ -22,32 +24,13 @@ class Text(Task):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the language model with the objective of the recipe."""
-        from qlora_lite.train.causal_lm import CausalLM
-        from qlora_lite.train.policy import GroupPolicy, PolicyLM
-        from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
+        return find_objective(recipe).workload(recipe, method, spec)
 
-        o, kind = recipe.objective, recipe.train.objective
-        if kind == GRPO:
-            policy = GroupPolicy(
-                group_size=o.group_size,
-                max_completion_tokens=o.max_completion_tokens,
-                temperature=o.sampling_temperature,
-                policy_loss=o.policy_loss,
-                scale_rewards=o.scale_rewards,
-            )
-            return PolicyLM(policy, method=method, spec=spec)
-        if recipe.preference is None:
-            return CausalLM(method=method, spec=spec)
-        preference = Preference(
-            kind=kind,
-            beta=BETAS.get(kind, USUAL_BETA) if o.beta == "auto" else o.beta,
-            label_smoothing=o.label_smoothing,
-            gamma=o.gamma,
-            sft_weight=SFT_WEIGHTS.get(kind, 0.0) if o.sft_weight == "auto" else o.sft_weight,
-            desirable_weight=o.desirable_weight,
-            undesirable_weight=o.undesirable_weight,
-        )
-        return PreferenceLM(objective=preference, method=method, spec=spec)
+    def ready(
+        self, work: Workload, recipe: Recipe, reader: Any, rows: Sequence[Example], end_token_ids: Collection[int]
+    ) -> Workload:
+        """See ``ObjectiveEntry.ready``."""
+        return find_objective(recipe).ready(work, recipe, reader, end_token_ids)
 
     def metrics(self, moment: Moment) -> Measured | None:
         """See ``inference.course.text_metrics``."""
@@ -64,4 +47,14 @@ class Text(Task):
         return measure_text(recipe, adapter, rows, reader, watch, held_out)
 
 
-TEXT = Text()
+class FineTuning(ObjectiveEntry):
+    """Cross-entropy: answers are imitated."""
+
+    def objective(self, recipe: Recipe) -> Objective:
+        """Return the cross-entropy."""
+        from qlora_lite.train.causal_lm import CrossEntropy
+
+        return CrossEntropy()
+
+
+TEXT, SFT = Text(), FineTuning()

@@ -46,13 +46,6 @@ class TrainSettings:
 LEARNING_RATES = {"qwen": (5e-4, 0.0775), "gemma": (2.25e-4, 0.781), "": (5e-4, 0.781)}
 
 
-# Of LoRA's rate with alpha 32. Full fine-tuning's is from LoRA Without Regret (Thinking Machines, 2025), the other from
-# sweeps of both demo models, 40 steps of E2E and SST-2 (tools/experiments/study).
-METHOD_SHARES = {"full": 0.1, "bottleneck": 1.5}
-# Of these rates, for preferences: LoRA's usual 5e-6 to 1e-5 of DPO is a sixtieth to a thirtieth of a 7B model's. Single
-# runs of the recipe preferences, of one seed: short answers were learned at a sixteenth, none at a fortieth, and at a
-# fifth all margins were reached in answers of 2.6 words. tools/experiments/preferences measures this one.
-PREFERENCE_SHARE = 0.05
 # Of that of LoRA weights that begin as kaiming has them, by ``lora.start``: of others B has a part in the first updates
 # of their product, or A is larger. SmolLM2-135M on GSM8K, 40 steps, at a quarter of auto, half, and auto: qera 0.936,
 # 0.925 and 0.959, loftq 0.963, 0.934 and 0.943, pissa 0.943, 0.983 and 1.119, olora 0.971, 1.060 and 1.219, eva 0.953,
@@ -75,13 +68,14 @@ def auto_learning_rate(family: str, width: int, rank: int, scale: float) -> floa
     return float(f"{_rule(family, width) * 32 / (rank * scale):.1e}")
 
 
-def method_learning_rate(family: str, width: int, method: str) -> float:
-    """Return the peak learning rate of a method of ``METHOD_SHARES`` for a model, to two digits.
+def method_learning_rate(family: str, width: int, share: float) -> float:
+    """Return the peak learning rate of a method for a model, to two digits.
 
     Args:
         family, width: as for ``auto_learning_rate``.
+        share: of LoRA's rate with alpha 32.
     """
-    return float(f"{_rule(family, width) * METHOD_SHARES[method]:.1e}")
+    return float(f"{_rule(family, width) * share:.1e}")
 
 
 def _rule(family: str, width: int) -> float:

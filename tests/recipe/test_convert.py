@@ -9,7 +9,7 @@ from recipe.foreign_shapes import SHAPES, Code, write_files
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.prepare.preflight import preflight
-from qlora_lite.prepare.task import find_task
+from qlora_lite.prepare.task import find_preference, find_task
 from qlora_lite.recipe import convert as convert_module
 from qlora_lite.recipe import reference
 from qlora_lite.recipe.convert import convert
@@ -417,7 +417,7 @@ def test_a_reward_model_is_converted(made, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATASET_INFO))
     _, recipe = made(LLAMA_FACTORY.replace("stage: sft", "stage: rm").replace("tickets,replies", "pairs"), partial=True)
-    assert recipe.task.kind == "reward" and recipe.preference == "pairs"
+    assert recipe.task.kind == "reward" and find_preference(recipe) == "pairs"
 
 
 def test_pairs_without_an_objective_are_named(refused, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from qlora_lite.errors import RecipeError
+from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.load import load_recipe
 
 
@@ -16,16 +17,17 @@ def recipe(tmp_path, *overrides, **sections):
 
 def test_a_task_says_what_its_head_is_for_in_transformers_words(tmp_path):
     problems = {
-        kind: recipe(tmp_path, f"task.kind={kind}").problem
-        for kind in ("language-model", "classification", "multi-label", "regression")
+        kind: find_task(found).head(found).problem
+        for kind in ("classification", "multi-label", "regression", "reward")
+        for found in [recipe(tmp_path, f"task.kind={kind}")]
     }
     assert problems == {
-        "language-model": None,
         "classification": "single_label_classification",
         "multi-label": "multi_label_classification",
         "regression": "regression",
+        "reward": "regression",
     }
-    assert recipe(tmp_path).problem is None
+    assert find_task(recipe(tmp_path)).head(recipe(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_what_makes_no_sense_beside_a_head_is_an_error_with_the_cure(tmp_path, o
 
 def test_names_of_labels_belong_to_labels(tmp_path):
     for kind in ("language-model", "regression"):
-        with pytest.raises(RecipeError, match=r"task\.labels: only with a task\.kind that gives labels"):
+        with pytest.raises(RecipeError, match=r"task\.labels: only with task\.kind classification, .* or multi-label"):
             recipe(tmp_path, task={"kind": kind, "labels": ["a", "b"]})
     assert recipe(tmp_path, task={"kind": "classification", "labels": ["a", "b"]}).task.labels == ("a", "b")
 

@@ -14,6 +14,7 @@ from tiny_runs import lines, stop_at, summary_of
 from qlora_lite.cli.main import cli
 from qlora_lite.data.storage import prompt_tokens
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
+from qlora_lite.ext.grpo.rewards import digest_of, judges_of
 from qlora_lite.files import sha256
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.planning.machine import machine_of_gpu
@@ -23,7 +24,6 @@ from qlora_lite.prepare.datasets import build_data
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.profile import profile_recipe
 from qlora_lite.runs.resume import RUN, Continuation
-from qlora_lite.runs.rewards import digest_of, judges_of
 from qlora_lite.runs.run import run_recipe
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
@@ -313,7 +313,7 @@ class _Row:
         (["objective.rewards=[]"], "nothing to judge answers by"),
         (["objective.rewards=judge.py"], "write FILE.py:FUNCTION"),
         (["objective.rewards=absent.py:letters"], "no such file"),
-        (["objective.beta=0.2"], r"objective\.beta: only with train\.objective dpo"),
+        (["objective.beta=0.2"], r"objective\.beta: only with train\.objective cpo"),
         (["train.objective=dpo"], r"objective\.rewards: only with train\.objective grpo"),
         (["train.metrics=answer_loss"], "not measured with train.objective grpo"),
         (["lora.dropout=0.1"], "not possible with train.objective grpo"),

@@ -229,7 +229,7 @@ def test_an_adapter_to_begin_with_is_the_reference_also_when_the_run_resumes(mod
         ({"data": {"train_on": "all"}}, "data.train_on = all: not possible with train.objective dpo"),
         ({"objective": {"gamma": 2.0}}, "objective.gamma: only with train.objective simpo"),
         ({"objective": {"desirable_weight": 2.0}}, "objective.desirable_weight: only with train.objective kto"),
-        ({"train": {"objective": "sft"}, "objective": {"beta": 0.2}}, "objective.beta: only with train.objective dpo"),
+        ({"train": {"objective": "sft"}, "objective": {"beta": 0.2}}, "objective.beta: only with train.objective cpo"),
     ],
 )
 def test_settings_of_another_objective_are_refused(changes, said, model_folder, tmp_path):

@@ -120,7 +120,7 @@ def stopped(tmp_path, model_folder):
 def test_a_resumed_run_keeps_its_rate_though_the_rule_is_another_now(stopped, tmp_path, model_folder, monkeypatch):
     out = stopped()
     began = json.loads((out / "summary.json").read_text())["learning_rate"]
-    monkeypatch.setattr("qlora_lite.prepare.transformer.lora_learning_rate", lambda *_: 0.5)
+    monkeypatch.setattr("qlora_lite.train.settings.auto_learning_rate", lambda *_: 0.5)
     run_recipe(auto(tmp_path, model_folder), resume=out)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["learning_rate"], summary["steps"]) == (began, 4) and summary["resumed"][0]["changes"] == []

@@ -17,10 +17,10 @@ from torch.nn.functional import log_softmax
 
 from qlora_lite.data.storage import Example, prompt_tokens
 from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.ext.grpo.rewards import with_answers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.runs.rewards import with_answers
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.policy import Answered, GroupPolicy, PolicyLM

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import get_args
 
-from qlora_lite.recipe.schema import Adapter, Task, Train
+from qlora_lite.registry import names
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qlora_lite"
 # Properties of a recipe (or of a model's head) that say what kind of run it is.
@@ -32,11 +31,13 @@ SETTINGS = {
 BASES = {"Workload", "AdapterMethod", "Objective"}  # of the classes of a kind
 OTHER_CLASSES = {"DenoiserModel"}  # of a kind
 # Values of task.kind, adapter.method and train.objective that are not words of something else too.
-WORDS = {
-    word
-    for section, setting in ((Task, "kind"), (Adapter, "method"), (Train, "objective"))
-    for word in get_args(section.model_fields[setting].annotation)
-} - {"full", "lora", "prefix", "prompt", "reward"}
+WORDS = {word for group in ("tasks", "methods", "objectives") for word in names(group)} - {
+    "full",
+    "lora",
+    "prefix",
+    "prompt",
+    "reward",
+}
 
 
 def parse(path: Path) -> ast.Module:

@@ -20,7 +20,8 @@ import yaml
 from tiny_files import save_nested, save_tiny, write_recipe
 from tiny_gguf import write_tiny_gguf
 
-from qlora_lite.recipe.schema import CLASSIFYING_PICTURES, PREFERENCES
+from qlora_lite.prepare.objective import ObjectiveEntry
+from qlora_lite.registry import find, names
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,15 @@ def subjects() -> dict[str, list[Subject]]:
         "preferences": [
             Subject(f"{name} {objective}", save, partial(_preferences, objective))
             for name, save in text.items()
-            for objective in (*PREFERENCES["pairs"], *PREFERENCES["labels"])
+            for objective in names("objectives")
+            if find("objectives", objective, ObjectiveEntry).preference
         ],
         "rewards": [Subject(f"{name} grpo", save, _rewarded) for name, save in text.items()],
         "heads": [*labelled, Subject("llama reward", text["llama"], partial(_labelled, "reward"))],
         "pictures": [
             Subject(f"{name} {kind}", save, partial(_pictured, kind))
             for name, save in encoders.items()
-            for kind in CLASSIFYING_PICTURES
+            for kind in ("image-classification", "image-segmentation", "image-embedding")
         ],
         "chats about pictures": [
             Subject(

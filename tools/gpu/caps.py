@@ -127,7 +127,7 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
     found = search(step, machine, cap_bytes)
     chosen = choose(found, cap_bytes)
     least = min(found, key=lambda candidate: candidate.peak_bytes)
-    recipe = recipe_of({"model": {"path": name}, "data": {"train": "not-read.jsonl"}})
+    recipe = recipe_of({"model": {"path": name}, "data": {"train": "not-read.jsonl"}}, (), name)
     return Plan(recipe, machine, cap_bytes, chosen or least, chosen is not None, tuple(found), step, 0, 0.0)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_lite.errors import RecipeError
 from qlora_lite.models.locate import ModelFiles
 from qlora_lite.prepare.task import Encoded, Labels, Task
+from qlora_lite.recipe.part import Found, Value
 from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ class Drawing(Task):
     has_tokens = False
     writes_text = False
     draws = True
+    settings = "task.labels", "data.resolution", "data.augment", "data.buckets", "data.caption", "diffusion"
     labels = Labels("captions")
+
+    def conflicts(self, value: Value) -> Found:
+        """See ``rules``."""
+        from .rules import conflicts
+
+        return conflicts(value)
 
     def locate(self, recipe: Recipe) -> ModelFiles:
         """Return the files of the pipeline."""
@@ -139,6 +147,21 @@ class Drawing(Task):
         from qlora_lite.data.examples import read_examples
 
         return read_examples(sources, None, problem=self.labels.kind, of_pictures=True, fit=reader)
+
+    def fits_model(self, path: str) -> bool:
+        """Return whether it is a pipeline's folder, or a known pipeline."""
+        from qlora_lite.models.families import known_pipelines
+
+        if Path(path).is_dir():
+            return (Path(path) / "model_index.json").is_file()
+        return not Path(path).exists() and path in known_pipelines()
+
+    def check_first_row(self, recipe: Recipe, source: Source) -> str:
+        """See ``pictures.rows.check_first_row``."""
+        from qlora_lite.data.pictures import with_metadata
+        from qlora_lite.ext.pictures.rows import check_first_row
+
+        return check_first_row(with_metadata(source), self.labels.kind, recipe.data.caption is None)
 
     def describe_source(self, recipe: Recipe, source: Source, unused: Mapping[str, Counter[str]]) -> dict:
         """See ``pictures.rows.describe_source``."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.prepare.task import Labels, Task
-from qlora_lite.recipe.schema import REWARD_LABEL, Recipe
+from qlora_lite.recipe.part import Found, Value, refused
+from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_lite.train.workload import Workload
 
 ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+REWARD_LABEL = "reward"  # of the one output of a reward model
 PLANNED_LABELS = ("0", "1")  # where no row is known yet; others take a few hundred bytes each
 
 
@@ -65,6 +67,15 @@ class LabeledText(Task):
 
     def __init__(self, problem: str, outputs: tuple[str, ...] | None = None) -> None:
         self.problem, self.outputs, self.labels = problem, outputs, HeadLabels(problem)
+        self.settings = () if outputs else ("task.labels",)
+
+    def conflicts(self, value: Value) -> Found:
+        """See ``rules``."""
+        from .rules import labels, no_text
+
+        if self.settings:
+            yield from labels(value, self.problem == ONE_LABEL)
+        yield from no_text(value)
 
     def head(self, recipe: Recipe) -> Head:
         """Return the head, with the labels of the recipe or those that stand for them in a plan."""
@@ -78,6 +89,21 @@ class LabeledText(Task):
         from qlora_lite.train.sequence_head import SequenceHead
 
         return SequenceHead(HeadLoss(self.problem), method, spec, labels=self.head(recipe).labels)
+
+    def trained(self, adapter: Mapping, model: Mapping, labels: Sequence[str] | None) -> bool:
+        """See ``Task``."""
+        is_of_kind = adapter.get("task_type") == "SEQ_CLS" and model.get("problem_type") == self.problem
+        return is_of_kind and labels != (REWARD_LABEL,)
+
+    def check_first_row(self, recipe: Recipe, source: Source) -> str:
+        """See ``Task``."""
+        from qlora_lite.data.labelled_rows import FORMAT, read_labelled
+        from qlora_lite.data.problems import Problems
+
+        problems = Problems()
+        next(read_labelled(source, problems, self.problem), None)
+        problems.raise_if_any()
+        return FORMAT
 
     def describe_source(self, recipe: Recipe, source: Source, unused: Mapping[str, Counter[str]]) -> dict:
         """See ``labels.describe_source``."""
@@ -117,11 +143,25 @@ class Reward(Task):
     writes_text = False
     preference = "pairs"
 
+    def conflicts(self, value: Value) -> Found:
+        """See ``rules``."""
+        from qlora_lite.ext.preferences.entry import NEEDS, WHY
+
+        from .rules import OF_CHATS, no_text
+
+        yield from no_text(value, but=OF_CHATS)
+        yield from refused(value, NEEDS, "task.kind reward", WHY)
+
     def head(self, recipe: Recipe) -> Head:
         """Return the head, whose one output is the reward."""
         from qlora_lite.models.heads import Head
 
         return Head(NUMBER, (REWARD_LABEL,), recipe.train.seed)
+
+    def trained(self, adapter: Mapping, model: Mapping, labels: Sequence[str] | None) -> bool:
+        """See ``Task``."""
+        is_of_kind = adapter.get("task_type") == "SEQ_CLS" and model.get("problem_type") == NUMBER
+        return is_of_kind and labels == (REWARD_LABEL,)
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the model with its head, and the loss of pairs."""

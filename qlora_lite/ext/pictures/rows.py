@@ -38,3 +38,17 @@ def describe_source(source: Source, unused: Mapping[str, Counter[str]], labels: 
             used = {held or "", label or "", *columns_of(source.prompt), *columns_of(source.completion)}
             notes += [f"{what} not used: {first_names(names)}" for what, names in unused_of(unused, used)]
     return {"path": source.path, "format": FORMAT, "weight": source.weight, "notes": notes}
+
+
+def check_first_row(source: Source, labels: str, needs_label: bool = True) -> str:
+    """Check the columns of a table of pictures, and return the format.
+
+    Raises:
+        DataError: a file cannot be read, or its columns are not known.
+    """
+    if not is_folder_of_pictures(source.path):
+        problems = Problems()
+        where, row = next(read_rows(source, problems), ("", {}))
+        problems.raise_if_any()
+        picture_columns(row, where, source, needs_label, labels)
+    return FORMAT

@@ -6,10 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.ext.heads.task import ONE_LABEL, PLANNED_LABELS, HeadLabels
 from qlora_lite.prepare.task import Labels, Task
+from qlora_lite.recipe.part import Found, Value
 from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class PictureClasses(Task):
     has_head = True
     writes_text = False
     quantizes = False
+    implied = MappingProxyType({("model", "quant"): "none"})  # 4 bits save little of them
+    settings = "task.labels", "data.resolution", "data.augment"
     labels: Labels
 
     def __init__(self, name: str, labels: Labels) -> None:
@@ -56,6 +60,16 @@ class PictureClasses(Task):
     def has_masks(self) -> bool:
         """Whether each pixel has a label."""
         return self.labels.kind == MASKS
+
+    def conflicts(self, value: Value) -> Found:
+        """See ``rules``."""
+        from qlora_lite.ext.heads.rules import labels, no_text
+
+        from .rules import no_tokens
+
+        yield from labels(value, are_exclusive=True)
+        yield from no_text(value)
+        yield from no_tokens(value)
 
     def head(self, recipe: Recipe) -> Head:
         """Return the head, with the labels of the recipe or those that stand for them in a plan."""
@@ -111,6 +125,19 @@ class PictureClasses(Task):
         from qlora_lite.data.examples import read_examples
 
         return read_examples(sources, None, problem=self.labels.kind, of_pictures=True)
+
+    def trained(self, adapter: Mapping, model: Mapping, labels: Sequence[str] | None) -> bool:
+        """See ``Task``."""
+        from qlora_lite.models.heads import MARKS
+
+        marks = [name for name, mark in MARKS.items() if model.get(mark)] or ["image-classification"]
+        return str(model.get("architectures")).endswith("ForImageClassification']") and self.name in marks
+
+    def check_first_row(self, recipe: Recipe, source: Source) -> str:
+        """See ``rows.check_first_row``."""
+        from .rows import check_first_row
+
+        return check_first_row(source, self.labels.kind)
 
     def describe_source(self, recipe: Recipe, source: Source, unused: Mapping[str, Counter[str]]) -> dict:
         """See ``rows.describe_source``."""

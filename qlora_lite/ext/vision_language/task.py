@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.prepare.task import Task
+from qlora_lite.recipe.part import Found, Needs, Value
 from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -20,10 +21,30 @@ if TYPE_CHECKING:
     from qlora_lite.train.transformer import ModelSpec
 
 
+_NEEDS: Needs = {
+    ("adapter", "method"): ("lora", "dora"),
+    ("adapter", "train_tokens"): ([],),
+    ("lora", "start"): ("kaiming",),
+    ("model", "quant"): ("nf4", "fp4", "none"),
+    ("data", "overflow"): ("error", "drop"),
+    ("data", "streaming"): (False,),
+    ("train", "objective"): ("sft",),
+    ("train", "compile"): (False,),
+    ("train", "merge_aware"): ("off",),
+}
+
+
 class PictureChats(Task):
     """Chats with pictures."""
 
     multimodal = True
+    settings = ("data.resolution",)
+
+    def conflicts(self, value: Value) -> Found:
+        """Yield what does not go with pictures in chats."""
+        from qlora_lite.ext.pictures.rules import no_tokens
+
+        return no_tokens(value, _NEEDS, "has pictures")
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> CausalLM:
         """Return the vision-language model."""

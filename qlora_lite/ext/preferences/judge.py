@@ -24,7 +24,7 @@ from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.task import find_preference
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.loop import eval_batches
-from qlora_lite.train.preference import PreferenceLM
+from qlora_lite.train.preference import PreferenceInputs, PreferenceLM
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss, evaluating
 
@@ -55,7 +55,9 @@ def attach_and_judge(
     )
     if not can_judge:
         return {}
-    examples = build_data(recipe, tokenizer, "eval", compares=True).examples
+    data = build_data(recipe, tokenizer, "eval", compares=True)
+    assert data is not None and isinstance(work, PreferenceLM)
+    examples = data.examples
     settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(examples)))
     if work.objective.needs_reference:
         if first is None:
@@ -74,9 +76,12 @@ def _is_lora(adapter) -> bool:
 
 
 def _with_references(work: PreferenceLM, model: nn.Module, examples: Examples, settings: TrainSettings) -> Examples:
-    device = work.device(model)
+    device, found = work.device(model), []
     with torch.no_grad(), evaluating(model):
-        found = [work.references(model, work.inputs(batch, device)) for batch in eval_batches(work, examples, settings)]
+        for batch in eval_batches(work, examples, settings):
+            inputs = work.inputs(batch, device)
+            assert isinstance(inputs, PreferenceInputs)
+            found.append(work.references(model, inputs))
     references: np.ndarray = np.zeros((len(examples.rows) - 1, 2), np.float32)
     references[examples.order] = torch.cat(found).cpu().numpy()
     return replace(examples, references=references)

@@ -1,0 +1,1 @@
+"""Learning from the model's own answers and rewards for them: train.objective grpo."""

@@ -1,0 +1,1 @@
+"""Objectives that learn from preferences: train.objective dpo, ipo, hinge, orpo, simpo, cpo and kto."""

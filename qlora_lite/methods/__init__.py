@@ -1,0 +1,1 @@
+"""The adapter methods that a recipe can name."""
