@@ -28,7 +28,6 @@ import numpy as np
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .example_checks import NOTHING_TO_LEARN
-from .fast_render import Form, make_form
 from .labelled_rows import labelled_examples
 from .mask import Marked, Row, answers_of, mark_rows, render_row, with_pictures
 from .pictures import picture_examples
@@ -38,7 +37,7 @@ from .row_formats import LABELS, PAIRS, Conversation, Document, read_conversatio
 from .sources import Source
 from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
 from .storage import Example
-from .template import Template, begin_of_text, choose_template, special_ids_of
+from .template import begin_of_text, choose_template, special_ids_of
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
     from transformers import PreTrainedTokenizerFast
@@ -213,30 +212,20 @@ def _control_tokens(encoded: list[list[int]], tokenizer: "PreTrainedTokenizerFas
 
 
 def _rendered(conversations: Sequence[Conversation], settings: Settings, statistics: Statistics) -> list:
-    """Return the conversations that can be rendered, each with its text; what has no form is rendered many at once.
+    """Return the conversations that can be rendered, each with its text.
 
     Of two conversations of one row, both or none; what is wrong is noted once.
     """
-    template, formless, bad = statistics.template, [], set()
-    forms: list[Form | DataError | None] = []
-    for conversation in conversations:
-        try:
-            form = _form(conversation, template, statistics)
-            _, needed = answers_of(conversation, settings.train_on, settings.train_on_end)
-            if not form or not form.fits(conversation.turns, needed):
-                form = None
-                formless.append((conversation, needed))
-        except DataError as error:
-            form = error
-        forms.append(form)
-    ahead, rendered, reader = render_ahead(template, formless), [], settings.pictures
+    template, reader, rendered, bad = statistics.template, settings.pictures, [], set()
+    needed = [_needed_answers(conversation, settings, statistics) for conversation in conversations]
+    pairs = zip(conversations, needed, strict=True)
+    ahead = render_ahead(template, [(talk, answers) for talk, answers in pairs if not isinstance(answers, DataError)])
     shown = reader.looked_at([each.pictures for each in conversations]) if reader else [None] * len(conversations)
-    for conversation, form, pictures in zip(conversations, forms, shown, strict=True):
+    for conversation, answers, pictures in zip(conversations, needed, shown, strict=True):
         try:
-            if isinstance(form, DataError):
-                raise form
-            made = None if form else next(ahead)
-            row = render_row(conversation, template, settings.train_on, settings.train_on_end, form, made)
+            if isinstance(answers, DataError):
+                raise answers
+            row = render_row(conversation, template, settings.train_on, settings.train_on_end, next(ahead))
             if isinstance(pictures, DataError):
                 raise pictures
             rendered.append((conversation, with_pictures(row, template.picture, pictures) if pictures else row))
@@ -247,14 +236,17 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, statist
     return [each for each in rendered if each[0].where not in bad]
 
 
-def _form(conversation: Conversation, template: Template, statistics: Statistics) -> Form | None:
-    """Return the form for this sequence of roles, which is checked until a row of it passes."""
+def _needed_answers(conversation: Conversation, settings: Settings, statistics: Statistics) -> list[int] | DataError:
+    """Return the answers to find, or what is wrong; a sequence of roles is checked until a row of it passes."""
     turns = conversation.turns
     shape = (*[(turn.role, not turn.content, bool(turn.calls)) for turn in turns], bool(conversation.tools))
-    if shape not in statistics.shapes:
-        check_shape(template, conversation)
-        statistics.shapes[shape] = None if template.picture else make_form(template, conversation)
-    return statistics.shapes[shape]
+    try:
+        if shape not in statistics.shapes:
+            check_shape(statistics.template, conversation)
+            statistics.shapes.add(shape)
+        return answers_of(conversation, settings.train_on, settings.train_on_end)[1]
+    except DataError as error:
+        return error
 
 
 def _conversations(

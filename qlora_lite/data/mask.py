@@ -27,7 +27,6 @@ import numpy as np
 from qlora_lite.errors import DataError
 
 from .example_checks import NOTHING_TO_LEARN
-from .fast_render import Form
 from .render import END_OF_ANSWER, TEMPLATE, Ahead, render
 from .row_formats import Conversation
 from .storage import Example, PictureFile
@@ -116,7 +115,6 @@ def render_row(
     template: Template,
     train_on: str,
     train_on_end: bool = True,
-    form: Form | None = None,
     ahead: Ahead | None = None,
 ) -> Row:
     """Render a conversation and choose the characters to learn, end tokens among them.
@@ -126,7 +124,6 @@ def render_row(
         template: how to write it.
         train_on: see ``examples.read_examples``.
         train_on_end: False if the caller needs every end token's place, to unlearn it.
-        form: of conversations with these roles, to be filled in instead of rendering.
         ahead: see ``render.render``.
 
     Raises:
@@ -134,10 +131,7 @@ def render_row(
     """
     turns = conversation.turns
     learned, needed = answers_of(conversation, train_on, train_on_end)
-    if form and form.fits(turns, needed):
-        rendering = form.fill(template, turns, needed)
-    else:
-        rendering = render(template, conversation, needed, ahead)
+    rendering = render(template, conversation, needed, ahead)
     spans = [rendering.answers[index] for index in learned]
     if train_on == "all":
         left_out = [rendering.answers[index] for index in needed if turns[index].left_out]

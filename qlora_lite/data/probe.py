@@ -9,8 +9,8 @@ Windows has none that a process sets for itself: there a thread that is no Pytho
 
 A template is tried out on a short conversation before anything is read, and every rendering of a template that is none
 of the named ones is made there too: it may do its harm for particular words only. The process lives as long as this
-one; a row costs it a line of JSON each way (rows that fill in a form are not rendered, see ``fast_render``). Many rows
-go there in one message, since changing between processes takes longer than rendering a short row.
+one; a row costs it a line of JSON each way. Many rows go there in one message, since changing between processes takes
+longer than rendering a short row.
 """
 
 import atexit
@@ -26,8 +26,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from qlora_lite.errors import DataError, ModelError
-
-from .unseen_words import render_blind
 
 CPU_SECONDS = 1  # an honest template takes milliseconds; and as much more for a million letters of a row
 CLOCK_SECONDS = 10  # where no processor time is counted: other processes may have the cores
@@ -94,7 +92,7 @@ def render_apart(
         source: the Jinja text.
         messages: of the conversation.
         special_tokens: what templates are given by name, such as bos_token.
-        options: of ``render_jinja_template``, or blind=True and those of ``unseen_words.render_blind``.
+        options: of ``render_jinja_template``.
 
     Raises:
         TakesTooMuchError: it takes too much time or memory, or writes too much; the text says which.
@@ -246,13 +244,9 @@ def _reply(source: str, messages: list[dict], special_tokens: dict, options: dic
         _limit_seconds(None)
 
 
-def _render(
-    source: str, messages: list[dict], special_tokens: dict, blind: bool = False, **options: object
-) -> tuple[str, list]:
+def _render(source: str, messages: list[dict], special_tokens: dict, **options: object) -> tuple[str, list]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    if blind:
-        return render_blind(source, messages, special_tokens, **options)
     (text,), blocks = render_jinja_template([messages], chat_template=source, **special_tokens, **options)
     return text, blocks[0] if blocks else []
 

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .captions import Fit
-from .fast_render import Form
 from .picture_reader import PictureReader
 from .problems import Problems, RowProblem
 from .row_formats import ROLES, WITH_TURNS
@@ -67,7 +66,7 @@ class Statistics:
         seen_files: rows of each file that became tokens.
         kept_files: files with at least one example.
         dropped_long: rows of each kind, and of each file, that data.overflow drop leaves out.
-        shapes: sequence of roles -> the form that its rows fill in (None: each is rendered).
+        shapes: sequences of roles that the template writes whole, as a row of each has shown.
     """
 
     problems: Problems = field(default_factory=Problems)
@@ -86,7 +85,7 @@ class Statistics:
     seen_files: Counter[str] = field(default_factory=Counter)
     kept_files: set[str] = field(default_factory=set)
     dropped_long: Counter[str] = field(default_factory=Counter)
-    shapes: dict[tuple, Form | None] = field(default_factory=dict)
+    shapes: set[tuple] = field(default_factory=set)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a row that is left out."""

@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.render import last_turn, render, render_prompt
-from qlora_lite.data.row_formats import Conversation, Turn
+from qlora_lite.data.row_formats import ROW_DAY, Conversation, Turn
 from qlora_lite.data.template import NAMED_TEMPLATES, Template, choose_template, portable_source
 from qlora_lite.errors import DataError
 
@@ -182,6 +182,12 @@ def test_a_template_that_writes_the_date_writes_one_day_in_rows_and_today_in_pro
     assert text == "26 July 2024\n" + render(plain, Conversation(TURNS, "f:1"), (1,)).text
     today = datetime.strptime(render_prompt(dated, TURNS[:1]).partition("\n")[0], "%d %B %Y")
     assert 0 <= (datetime.now() - today).days <= 1
+
+
+@pytest.mark.parametrize("code", ["%d %b %Y", "%-d %B", "%A, %j", "%Y-%m-%d %H:%M:%S", "%y%U%p %x", "%F %T", "none"])
+def test_the_clock_of_rows_writes_what_that_of_python_does(own, code):
+    template = own(f"{{{{ strftime_now('{code}') }}}}" + CHATML)
+    assert render(template, Conversation(TURNS, "f:1"), ()).text.startswith(ROW_DAY.strftime(code) + "<|im_start|>")
 
 
 @pytest.mark.parametrize("opens", ["", "<think>\n"])
