@@ -16,8 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from .example_checks import NOTHING_TO_LEARN, is_judged, prompt_signatures, scattered, signatures
+from .example_checks import NOTHING_TO_LEARN
 from .examples import Dataset
+from .overlap import is_judged, prompt_signatures, scattered, signatures
 from .problems import Problems
 from .storage import Examples
 

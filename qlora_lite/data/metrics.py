@@ -26,7 +26,7 @@ import numpy as np
 
 from qlora_lite.errors import RecipeError, how_to_install
 
-from .example_checks import NO_ANSWER, WHOLE, Matching, can_match, check_answers
+from .matching import NO_ANSWER, WHOLE, Matching, can_match, check_answers
 from .problems import RowProblem
 from .storage import Example
 

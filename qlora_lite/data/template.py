@@ -44,7 +44,7 @@ import numpy as np
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .probe import probe
-from .tokenise import can_be_cut, lengths_of_tokens
+from .tokenizer_facts import can_be_cut, lengths_of_tokens
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
     from transformers import PreTrainedTokenizerFast
@@ -134,7 +134,7 @@ class Template:
         ending: matches the special tokens and white space that end a text; group 1 is the first token.
         cut: ``special`` where a text may be cut before each match and tokenised piece by piece, else None.
         special_ids: the ids of the special tokens.
-        token_lengths: see ``tokenise.lengths_of_tokens``.
+        token_lengths: see ``tokenizer_facts.lengths_of_tokens``.
         picture: what stands for a picture in what it writes; "" where turns are text alone.
         takes_parts: whether it is given turns as lists of parts, as those of vision-language models want them.
     """

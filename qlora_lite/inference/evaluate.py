@@ -17,7 +17,7 @@ from torch import nn
 from qlora_lite.adapters.lora.inject import merged_once, put_merged_in_place
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.data.data_files import local_files
-from qlora_lite.data.example_checks import WHOLE, Matching
+from qlora_lite.data.matching import WHOLE, Matching
 from qlora_lite.data.metrics import (
     Measures,
     Score,

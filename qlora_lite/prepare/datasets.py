@@ -10,10 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, overload
 
-from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import Dataset, RowStream, largest_rows
 from qlora_lite.data.fields import columns_of
 from qlora_lite.data.held_out import hold_out
+from qlora_lite.data.matching import Matching
 from qlora_lite.data.metrics import Measures
 from qlora_lite.data.preferences import answers_alone
 from qlora_lite.data.problems import Problems

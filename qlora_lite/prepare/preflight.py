@@ -19,18 +19,14 @@ import numpy as np
 import torch
 
 from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
-from qlora_lite.data.example_checks import check_overlap, check_prompts, count_special_tokens, histogram
+from qlora_lite.data.example_checks import count_special_tokens, histogram
 from qlora_lite.data.examples import Dataset
 from qlora_lite.data.labels import NUMBER, names_of
 from qlora_lite.data.metrics import check_references
+from qlora_lite.data.overlap import check_overlap, check_prompts
 from qlora_lite.data.preferences import answer_tokens, check_labels
 from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
-from qlora_lite.data.row_formats import (
-    LABELS,
-    PAIRS,
-    ROW_DAY,
-    answer_beside_text,
-)
+from qlora_lite.data.row_formats import LABELS, PAIRS, ROW_DAY, answer_beside_text
 from qlora_lite.data.sources import read_rows
 from qlora_lite.data.storage import Example, Examples, row_lengths, sequences_of
 from qlora_lite.data.template import special_ids_of

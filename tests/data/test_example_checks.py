@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_lite.data import example_checks
-from qlora_lite.data.example_checks import (
-    check_examples,
-    check_overlap,
-    check_prompts,
-    count_special_tokens,
-    histogram,
-    signatures,
-)
+from qlora_lite.data.example_checks import check_examples, count_special_tokens, histogram
+from qlora_lite.data.overlap import IN_BOTH, check_overlap, check_prompts, signatures
 from qlora_lite.data.storage import Example
 
 BEGIN, END = 1, 2
@@ -88,7 +82,7 @@ def overlap(train, evaluation):
 
 def test_evaluation_rows_that_are_training_rows_are_counted_and_named():
     problem, is_error = overlap([[5], [6], [7]], [[8], [6], [6]])
-    assert is_error and (problem.rule, problem.where) == (example_checks.IN_BOTH, "eval:1")
+    assert is_error and (problem.rule, problem.where) == (IN_BOTH, "eval:1")
     assert "2 of 3 evaluation rows" in problem.message and "eval:1 is train:1, eval:2 is train:1" in problem.message
 
 

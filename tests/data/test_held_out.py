@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.example_checks import check_overlap, check_prompts
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.held_out import HELD_OUT, hold_out
+from qlora_lite.data.overlap import check_overlap, check_prompts
 from qlora_lite.data.sources import Source
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]

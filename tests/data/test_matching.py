@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from qlora_lite.data import example_checks
-from qlora_lite.data.example_checks import WHOLE, Matching
+from qlora_lite.data import matching
+from qlora_lite.data.matching import WHOLE, Matching
 
 GSM8K = Matching(r"#### (-?[0-9.,]+)", r"[,$]|[.]$")
 CLASS = Matching("positive|negative", ignore_case=True)
@@ -34,7 +34,7 @@ def test_what_is_compared_of_a_text(rules, text, compared):
 
 
 def test_a_pattern_that_takes_for_ever_gives_up(monkeypatch):
-    monkeypatch.setattr(example_checks, "MATCH_SECONDS", 0.05)
+    monkeypatch.setattr(matching, "MATCH_SECONDS", 0.05)
     started = time.process_time()
     for rules in (Matching("(a|aa)+$"), Matching(ignore="(a|aa)+$")):
         with pytest.raises(TimeoutError):

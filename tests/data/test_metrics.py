@@ -9,7 +9,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from qlora_lite.data.example_checks import Matching
+from qlora_lite.data.matching import Matching
 from qlora_lite.data.metrics import (
     Measures,
     Score,

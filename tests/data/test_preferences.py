@@ -7,10 +7,10 @@ import pytest
 from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data import encode
-from qlora_lite.data.example_checks import check_overlap, check_prompts
 from qlora_lite.data.examples import read_examples
 from qlora_lite.data.held_out import hold_out
 from qlora_lite.data.mask import Marked
+from qlora_lite.data.overlap import check_overlap, check_prompts
 from qlora_lite.data.preferences import (
     ONE_END,
     ONE_LABEL,

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.mask import tokenise
 from qlora_lite.data.template import choose_template
-from qlora_lite.data.tokenise import can_be_cut, lengths_of_tokens, tokenise_rows
+from qlora_lite.data.tokenise import tokenise_rows
+from qlora_lite.data.tokenizer_facts import can_be_cut, lengths_of_tokens
 
 CORPUS = ["user assistant the answer is 42", "ab  a b\n\nab ä user<a", "b a  >b"] * 5
 

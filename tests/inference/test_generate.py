@@ -12,8 +12,8 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 from tokenizers import normalizers
 
-from qlora_lite.data.example_checks import Matching
 from qlora_lite.data.examples import build_examples
+from qlora_lite.data.matching import Matching
 from qlora_lite.data.metrics import Measures
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK
