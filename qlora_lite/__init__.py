@@ -16,8 +16,8 @@ _API = {
     "add_lora": "qlora_lite.adapters.lora.inject",
     "save_adapter": "qlora_lite.adapters.files",
     "load_adapter": "qlora_lite.adapters.files",
-    "Source": "qlora_lite.data.sources",
-    "build_examples": "qlora_lite.data.examples",
+    "Source": "qlora_lite.data.readers.sources",
+    "build_examples": "qlora_lite.data.tokens.examples",
     "Trainer": "qlora_lite.train.loop",
     "train_settings": "qlora_lite.prepare.settings",
     "run_recipe": "qlora_lite.runs.run",
@@ -30,7 +30,7 @@ _API = {
     "export_run": "qlora_lite.export.formats",
     "ExportSettings": "qlora_lite.export.formats",
     "open_tasks": "qlora_lite.inference.multi_adapter",
-    "Turn": "qlora_lite.data.row_formats",
+    "Turn": "qlora_lite.data.chat.row_formats",
     "compare_runs": "qlora_lite.inference.compare",
     "predict_file": "qlora_lite.inference.predict",
     "PredictSettings": "qlora_lite.inference.predict",
@@ -58,9 +58,9 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test compares it wit
     from .adapters.full import Full as Full
     from .adapters.lora.inject import add_lora as add_lora
     from .adapters.method import AdapterMethod as AdapterMethod
-    from .data.examples import build_examples as build_examples
-    from .data.row_formats import Turn as Turn
-    from .data.sources import Source as Source
+    from .data.chat.row_formats import Turn as Turn
+    from .data.readers.sources import Source as Source
+    from .data.tokens.examples import build_examples as build_examples
     from .errors import QloraLiteError as QloraLiteError
     from .export.formats import ExportSettings as ExportSettings
     from .export.formats import export_run as export_run

@@ -8,8 +8,8 @@ import torch
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import ALL_LINEAR, Target, add_lora
 from qlora_lite.adapters.lora.layer import LoraLinear
-from qlora_lite.data.batch import plan_epoch
-from qlora_lite.data.examples import build_examples, read_examples
+from qlora_lite.data.tokens.batch import plan_epoch
+from qlora_lite.data.tokens.examples import build_examples, read_examples
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.simulate import Job

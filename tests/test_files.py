@@ -16,7 +16,7 @@ from tiny import build_tiny
 from qlora_lite import files
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.lora.inject import add_lora
-from qlora_lite.data.data_files import find_files
+from qlora_lite.data.readers.data_files import find_files
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import cache_root, explain_write_errors, replacing_folder, require_empty, sha256, write_text
 from qlora_lite.runs.tracking import tracking

@@ -31,6 +31,8 @@ LAYERS = [
     {"cli"},
     {"ext"},  # which the core finds by name (``registry``)
 ]
+# Rooms with floors of their own: each folder may use itself and those before it.
+FLOORS = {"data": ["readers", "chat", "tokens", "checks"]}
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 ENTRY_POINTS = {"__init__", "__main__"}  # the package's own front door: imports lazily
 
@@ -65,13 +67,39 @@ def test_no_import_points_up_or_sideways():
     assert forbidden_imports() == []
 
 
+def imports_of_higher_floors(package=PACKAGE):
+    found = []
+    for room, floors in FLOORS.items():
+        for number, floor in enumerate(floors, start=1):
+            higher = tuple(f"qlora_lite.{room}.{name}." for name in floors[number:])
+            for path in (package / room / floor).rglob("*.py"):
+                names = (name for name in imported_names(path, package) if f"{name}.".startswith(higher))
+                found += [f"{path.relative_to(package)} imports {name}" for name in names]
+    return found
+
+
+def test_no_import_inside_a_room_points_to_a_higher_floor():
+    assert imports_of_higher_floors() == []
+    folders = {path.parent.name for room in FLOORS for path in (PACKAGE / room).glob("*/__init__.py")}
+    assert folders == {floor for floors in FLOORS.values() for floor in floors}
+
+
+@pytest.mark.parametrize(
+    "line", ["from ..chat import mask", "import qlora_lite.data.tokens.batch", "from .. import checks"]
+)
+def test_the_walk_finds_an_import_of_a_higher_floor(tmp_path, line):
+    (tmp_path / "data" / "readers").mkdir(parents=True)
+    (tmp_path / "data" / "readers" / "hub.py").write_text(f"from . import fields\nif True:\n    {line}")
+    assert len(imports_of_higher_floors(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [
         ("quant/nf4.py", "from qlora_lite.adapters.lora import layer"),
         ("quant/nf4.py", "import qlora_lite.train.loop"),
         ("quant/nf4.py", "from ..models.load import load_model"),
-        ("quant/nf4.py", "def f():\n    from qlora_lite.data import sources"),
+        ("quant/nf4.py", "def f():\n    from qlora_lite.data.readers import sources"),
         ("quant/nf4.py", "from qlora_lite import ops"),
         ("errors.py", "from .recipe import load"),
         ("units.py", "from . import errors"),

@@ -14,7 +14,7 @@ import pytest
 from tiny_files import save_tiny
 
 from qlora_lite.cli.main import COMMANDS
-from qlora_lite.data.row_formats import Source, check_first_row
+from qlora_lite.data.chat.row_formats import Source, check_first_row
 from qlora_lite.explain import explain
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.reference import known_keys

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from tiny import DEMO_MODEL
 
-from qlora_lite.data.mask import mark_row, render_row, tokenise
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import Conversation, read_conversations
-from qlora_lite.data.template import choose_template
+from qlora_lite.data.chat.row_formats import Conversation, read_conversations
+from qlora_lite.data.chat.template import choose_template
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.tokens.mask import mark_row, render_row, tokenise
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_data, build_sources
 from qlora_lite.recipe.load import load_recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_files import save_tiny, write_recipe
 
-from qlora_lite.data import probe
+from qlora_lite.data.chat import probe
 
 COMMANDS = """
 import sys
@@ -87,7 +87,7 @@ for path in ("run", "none"):
 
 def test_a_template_that_computes_for_ever_is_ended_by_the_clock_on_windows():
     probe.end_child()  # of this process, which is forgotten below
-    code = "from qlora_lite.data import probe\nprobe.CLOCK_SECONDS = 0.2\n"
+    code = "from qlora_lite.data.chat import probe\nprobe.CLOCK_SECONDS = 0.2\n"
     code += "probe._limit_seconds(0)\nprobe._limit_seconds(None)\nprint('there')\n"
     process = on_windows("-c", code + "probe._limit_seconds(0)\n9 ** (9**8)")
     assert process.stdout.readline() == "there\n"

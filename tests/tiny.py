@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from qlora_lite.adapters.lora.layer import LoraLinear
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.models.load import adopt
 from qlora_lite.models.quantizer import quantize_in_place
 

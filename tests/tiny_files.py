@@ -10,7 +10,7 @@ from tiny import build_nested, build_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 264  # 256 bytes and the special tokens, rounded up to a multiple of 8

@@ -15,7 +15,7 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.artifacts.run_folder import digests_of, tokenizer_sha256
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
 from qlora_lite.errors import Interrupted
 from qlora_lite.files import sha256
 from qlora_lite.models.locate import locate

@@ -5,7 +5,7 @@ import torch
 from tiny import quantized_pair
 
 from qlora_lite.adapters.lora.inject import add_lora
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.processes import ALONE

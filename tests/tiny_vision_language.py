@@ -28,7 +28,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from qlora_lite.data.picture_grids import BudgetReader, GridReader, RowsReader
 from qlora_lite.data.picture_reader import PictureReader
-from qlora_lite.data.storage import Example, PictureFile
+from qlora_lite.data.tokens.storage import Example, PictureFile
 from qlora_lite.models.pretrained import processor_of
 
 _TEXT = dict(

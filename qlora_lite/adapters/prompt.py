@@ -1,7 +1,7 @@
 """Prompt tuning and p-tuning: embeddings of virtual tokens before every row are trained, and nothing in the model.
 
 A virtual token is a negative id, -1 to -k. Whoever makes a row, for training or as a prompt, puts those ids in front of
-it (``data.storage.virtual_ids``): so they count in lengths, packs, positions, plans and caches as any token does, and
+it (``tokens.storage.virtual_ids``): so they count in lengths, packs, positions, plans and caches as any token does, and
 the one place that knows more of them is the decoder's way from ids to embeddings.
 
     prompt tuning   e_i = P_i                               trained: P [k, D]

@@ -53,7 +53,7 @@ def data(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, html
 
 def _report_of(error: QloraLiteError) -> dict:
     """Return the report of rows that were not read, because of an error of the recipe or the model."""
-    from qlora_lite.data.problems import RowProblem
+    from qlora_lite.data.readers.problems import RowProblem
     from qlora_lite.prepare.preflight import empty_report, problem_entry
 
     problems = [(p.where, p.message) for p in error.problems] if isinstance(error, RecipeError) else [("", str(error))]

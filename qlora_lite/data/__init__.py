@@ -1,7 +1,7 @@
 """From files to batches in which every token is accounted for.
 
-data_files, sources (files to rows) -> row_formats (rows to conversations) -> template, render
-(conversations to text and answers) -> tokenise, mask (text to tokens, and which of them to learn) -> encode, examples
-(all of that, counted in statistics, kept in storage and token_cache) -> example_checks (the finished rows looked at
-once more) -> batch (rows to packs, packs to tensors, and tensors back to text, for a person).
+readers (files to rows) -> chat (rows to conversations, and those to text) -> tokens (text to examples: which tokens are
+learned, stored and cached, and packs of them) -> checks (the finished set: rows held out, rows on both sides, answers
+beside their references). Each imports those before it only; what the reader of a set checks while it reads is in
+tokens. Pictures, masks, latents, captions and labels are modules beside these folders.
 """

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.readers.data_files import open_bytes, reader_of
+from qlora_lite.data.readers.fields import kind_of
+from qlora_lite.data.readers.sources import Source, read_rows
 from qlora_lite.errors import DataError
-
-from .data_files import open_bytes, reader_of
-from .fields import kind_of
-from .sources import Source, read_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image

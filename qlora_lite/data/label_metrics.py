@@ -16,8 +16,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qlora_lite.data.checks.metrics import Score, mean
+
 from .labels import LABELS, NUMBER
-from .metrics import Score, mean
 
 
 def scores_of(outputs: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, Score]:

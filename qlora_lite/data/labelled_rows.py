@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.readers.fields import columns_of, fill, text_of
+from qlora_lite.data.readers.json_rows import ask_for_columns
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.example_checks import NOTHING_TO_LEARN
+from qlora_lite.data.tokens.statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, tokenizer_faults
 
-from .example_checks import NOTHING_TO_LEARN
-from .fields import columns_of, fill, text_of
-from .json_rows import ask_for_columns
 from .labels import label_if_any, label_text
-from .problems import Problems
-from .sources import Source, read_rows
-from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
-from .storage import Example
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
     from transformers import PreTrainedTokenizerFast

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
+from qlora_lite.data.readers.fields import kind_of
+from qlora_lite.data.readers.json_rows import decode_text
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
-
-from .fields import kind_of
-from .json_rows import decode_text
-from .storage import Example
 
 # Kinds of problem, in transformers' words (``config.problem_type``).
 ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classification", "regression"

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 
 from .picture_files import BROKEN, open_picture
 from .picture_processor import Processor
-from .storage import Example
 
 if TYPE_CHECKING:
     from PIL.Image import Image

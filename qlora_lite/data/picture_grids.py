@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from qlora_lite.data.tokens.storage import PictureFile
 from qlora_lite.errors import DataError
 
 from .picture_reader import MADE_UP, PictureReader
-from .storage import PictureFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image

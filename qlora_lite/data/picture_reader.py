@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from qlora_lite.data.tokens.storage import Example, PictureFile
 from qlora_lite.errors import DataError
 
 from .picture_files import decode, decoding_threads, pillow
-from .storage import Example, PictureFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -29,21 +29,21 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_lite.data.readers.data_files import READER_OF_SUFFIX, data_suffix
+from qlora_lite.data.readers.fields import columns_of, fill
+from qlora_lite.data.readers.hub import PREFIX
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.statistics import Settings, Statistics, count_unused, no_counts
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.files import leads_up
 
 from .captions import CAPTION_COLUMNS, CAPTIONS, Fit, caption_in, caption_of, metadata_of
-from .data_files import READER_OF_SUFFIX, data_suffix
-from .fields import columns_of, fill
-from .hub import PREFIX
 from .labelled_rows import LABEL_COLUMNS
 from .labels import MASKS, ONE_LABEL, label_if_any, label_text
 from .masks import classes_of, label_of_mask
 from .picture_files import BROKEN, decode, decoding_threads, file_of, pillow, relative_file
 from .picture_processor import Processor
-from .sources import Source, read_rows
-from .statistics import Settings, Statistics, count_unused, no_counts
-from .storage import Example
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 PICTURE_COLUMNS = "image", "path", "file_name", "file", "filename", "image_path", "picture", "img"

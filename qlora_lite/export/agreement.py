@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.ops.loss import Head, head_logits
 from qlora_lite.train.causal_lm import CausalLM

@@ -19,7 +19,7 @@ from qlora_lite.adapters.lora.inject import blocks_of
 from qlora_lite.adapters.lora.layer import LoraLinear, merging_of
 from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun
-from qlora_lite.data.batch import Batch, pack_in_order
+from qlora_lite.data.tokens.batch import Batch, pack_in_order
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import Merged

@@ -11,13 +11,13 @@ from transformers import TextStreamer
 
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.artifacts.trained_run import TrainedRun
-from qlora_lite.data import hub
+from qlora_lite.data.chat.render import render_prompt
+from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.template import Template
 from qlora_lite.data.picture_files import decode
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK
-from qlora_lite.data.render import render_prompt
-from qlora_lite.data.row_formats import Turn
-from qlora_lite.data.template import Template
+from qlora_lite.data.readers import hub
 from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.models.anatomy import position_limit, text_config
 from qlora_lite.prepare.task import find_task

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.artifacts.trained_run import TrainedRun
-from qlora_lite.data.examples import Dataset
-from qlora_lite.data.metrics import check_packages
-from qlora_lite.data.render import last_turn
-from qlora_lite.data.storage import row_lengths
+from qlora_lite.data.chat.render import last_turn
+from qlora_lite.data.checks.metrics import check_packages
+from qlora_lite.data.tokens.examples import Dataset
+from qlora_lite.data.tokens.storage import row_lengths
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.models.tokenizer import load_tokenizer

@@ -2,7 +2,7 @@
 
 import logging
 
-from qlora_lite.data.preferences import answered
+from qlora_lite.data.tokens.preferences import answered
 from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.prepare.datasets import measures_of

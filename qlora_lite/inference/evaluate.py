@@ -16,9 +16,8 @@ from torch import nn
 
 from qlora_lite.adapters.lora.inject import merged_once, put_merged_in_place
 from qlora_lite.adapters.prompt import count_virtual
-from qlora_lite.data.data_files import local_files
-from qlora_lite.data.matching import WHOLE, Matching
-from qlora_lite.data.metrics import (
+from qlora_lite.data.checks.matching import WHOLE, Matching
+from qlora_lite.data.checks.metrics import (
     Measures,
     Score,
     by_prompt,
@@ -31,7 +30,8 @@ from qlora_lite.data.metrics import (
 )
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_reader import PictureReader
-from qlora_lite.data.storage import Example
+from qlora_lite.data.readers.data_files import local_files
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from qlora_lite.files import explain_write_errors, require_another, require_writable, write_text
 from qlora_lite.memory.meter import free_bytes, held_bytes
@@ -194,7 +194,7 @@ def _shared_answers(
 
 
 def _prompt_tokens(tokenizer, example: Example) -> list[int]:
-    """Return the tokens that an example begins with, which are those of its prompt alone (``data.mask``)."""
+    """Return the tokens that an example begins with, which are those of its prompt alone (``data.tokens.mask``)."""
     return tokenizer(example.prompt, add_special_tokens=False).input_ids
 
 

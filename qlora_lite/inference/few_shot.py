@@ -9,10 +9,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qlora_lite.data.examples import Dataset, read_examples
-from qlora_lite.data.problems import read_place
-from qlora_lite.data.row_formats import Prompt, Turn, as_message, read_prompts
-from qlora_lite.data.sources import Source
+from qlora_lite.data.chat.row_formats import Prompt, Turn, as_message, read_prompts
+from qlora_lite.data.readers.problems import read_place
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import Dataset, read_examples
 from qlora_lite.errors import DataError
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.schema import Recipe

@@ -28,11 +28,11 @@ from transformers import (
 
 from qlora_lite.adapters.lora.shared import forget_begun
 from qlora_lite.adapters.prompt import count_virtual
-from qlora_lite.data.mask import Row, with_pictures
+from qlora_lite.data.chat.template import Template
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_reader import PictureReader
-from qlora_lite.data.storage import virtual_ids
-from qlora_lite.data.template import Template
+from qlora_lite.data.tokens.mask import Row, with_pictures
+from qlora_lite.data.tokens.storage import virtual_ids
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, tokenizer_faults
 from qlora_lite.memory.meter import use_device
 from qlora_lite.models.anatomy import device_of

@@ -32,9 +32,9 @@ from yaml import YAMLError
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.adapters.switch import Switch
 from qlora_lite.artifacts.trained_run import TrainedRun
-from qlora_lite.data.batch import IGNORED_LABEL, Batch, plan_epoch
-from qlora_lite.data.hub import hub_errors
-from qlora_lite.data.storage import virtual_ids
+from qlora_lite.data.readers.hub import hub_errors
+from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, plan_epoch
+from qlora_lite.data.tokens.storage import virtual_ids
 from qlora_lite.errors import DataError, ModelError, RecipeError, how_to_install
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.nested import of_blocks

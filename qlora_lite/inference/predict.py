@@ -14,14 +14,14 @@ from pathlib import Path
 
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
-from qlora_lite.data.data_files import reader_of
+from qlora_lite.data.chat.render import render_prompt
+from qlora_lite.data.chat.row_formats import Prompt, Turn, as_message, read_prompts
+from qlora_lite.data.chat.template import Template
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK, PLACEHOLDER
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.render import render_prompt
-from qlora_lite.data.row_formats import Prompt, Turn, as_message, read_prompts
-from qlora_lite.data.sources import Source
-from qlora_lite.data.template import Template
+from qlora_lite.data.readers.data_files import reader_of
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError, Interrupted, ModelError, OutputError, tokenizer_faults
 from qlora_lite.files import explain_write_errors, flush_to_disk, locked, require_another, sha256, write_text
 from qlora_lite.models.anatomy import position_limit, text_config

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
 from qlora_lite.experts.packing import expert_weights
 from qlora_lite.memory.meter import free_bytes, held_bytes

@@ -10,17 +10,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, overload
 
-from qlora_lite.data.examples import Dataset, RowStream, largest_rows
-from qlora_lite.data.fields import columns_of
-from qlora_lite.data.held_out import hold_out
-from qlora_lite.data.matching import Matching
-from qlora_lite.data.metrics import Measures
-from qlora_lite.data.preferences import answers_alone
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import CHOSEN, LABELS, PAIRS, is_preference
-from qlora_lite.data.sources import Source, read_rows
-from qlora_lite.data.statistics import Settings
-from qlora_lite.data.storage import Example, stored
+from qlora_lite.data.chat.row_formats import CHOSEN, LABELS, PAIRS, is_preference
+from qlora_lite.data.checks.held_out import hold_out
+from qlora_lite.data.checks.matching import Matching
+from qlora_lite.data.checks.metrics import Measures
+from qlora_lite.data.readers.fields import columns_of
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.examples import Dataset, RowStream, largest_rows
+from qlora_lite.data.tokens.preferences import answers_alone
+from qlora_lite.data.tokens.statistics import Settings
+from qlora_lite.data.tokens.storage import Example, stored
 from qlora_lite.errors import DataError
 from qlora_lite.recipe import schema
 from qlora_lite.recipe.schema import Recipe

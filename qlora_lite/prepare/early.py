@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_lite.data.metrics import check_packages
+from qlora_lite.data.checks.metrics import check_packages
 from qlora_lite.errors import ModelError, RecipeError, matches_nothing
 from qlora_lite.files import require_writable
 from qlora_lite.models.locate import layer_names

@@ -21,8 +21,8 @@ from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.lora.qera import QERA, RandomSums, correction
 from qlora_lite.adapters.lora.start import First, chosen_layers
 from qlora_lite.adapters.parts import train_tokens
-from qlora_lite.data.batch import plan_epoch
-from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.data.tokens.batch import plan_epoch
+from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.meter import set_memory_limit
 from qlora_lite.models.cache import cache_entry

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_lite.data.examples import Dataset
-from qlora_lite.data.metrics import Score
+from qlora_lite.data.checks.metrics import Score
+from qlora_lite.data.tokens.examples import Dataset
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.loop import Trainer
 from qlora_lite.units import format_score

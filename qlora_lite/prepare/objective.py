@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.examples import Dataset
-    from qlora_lite.data.problems import RowProblem
+    from qlora_lite.data.readers.problems import RowProblem
+    from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.train.settings import TrainSettings
     from qlora_lite.train.transformer import ModelSpec
     from qlora_lite.train.workload import Objective, Workload

@@ -18,18 +18,18 @@ from itertools import chain, islice, zip_longest
 import numpy as np
 import torch
 
-from qlora_lite.data.batch import collate, packing_efficiency, pieces_of, plan_epoch
-from qlora_lite.data.example_checks import count_special_tokens, histogram
-from qlora_lite.data.examples import Dataset
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS, ROW_DAY, answer_beside_text
+from qlora_lite.data.chat.template import special_ids_of
+from qlora_lite.data.checks.metrics import check_references
+from qlora_lite.data.checks.overlap import check_overlap, check_prompts
 from qlora_lite.data.labels import NUMBER, names_of
-from qlora_lite.data.metrics import check_references
-from qlora_lite.data.overlap import check_overlap, check_prompts
-from qlora_lite.data.preferences import answer_tokens, check_labels
-from qlora_lite.data.problems import Problems, RowProblem, read_place, write_place
-from qlora_lite.data.row_formats import LABELS, PAIRS, ROW_DAY, answer_beside_text
-from qlora_lite.data.sources import read_rows
-from qlora_lite.data.storage import Example, Examples, row_lengths, sequences_of
-from qlora_lite.data.template import special_ids_of
+from qlora_lite.data.readers.problems import Problems, RowProblem, read_place, write_place
+from qlora_lite.data.readers.sources import read_rows
+from qlora_lite.data.tokens.batch import collate, packing_efficiency, pieces_of, plan_epoch
+from qlora_lite.data.tokens.example_checks import count_special_tokens, histogram
+from qlora_lite.data.tokens.examples import Dataset
+from qlora_lite.data.tokens.preferences import answer_tokens, check_labels
+from qlora_lite.data.tokens.storage import Example, Examples, row_lengths, sequences_of
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import format_bytes, format_count

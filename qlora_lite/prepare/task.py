@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.examples import Dataset
     from qlora_lite.data.picture_reader import PictureReader
-    from qlora_lite.data.problems import RowProblem
-    from qlora_lite.data.sources import Source
-    from qlora_lite.data.storage import Example
+    from qlora_lite.data.readers.problems import RowProblem
+    from qlora_lite.data.readers.sources import Source
+    from qlora_lite.data.tokens.examples import Dataset
+    from qlora_lite.data.tokens.storage import Example
     from qlora_lite.models.heads import Head
     from qlora_lite.models.memory_options import MemoryOptions
     from qlora_lite.models.nested import LanguagePart
@@ -302,7 +302,7 @@ class Task(Part):
         Raises:
             DataError: a file cannot be read, its columns are not known, or the row does not fit them.
         """
-        from qlora_lite.data.row_formats import check_first_row
+        from qlora_lite.data.chat.row_formats import check_first_row
 
         return check_first_row(source, find_preference(recipe))
 

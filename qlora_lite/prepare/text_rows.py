@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_lite.data.data_files import left_out
-from qlora_lite.data.examples import Dataset, read_examples
+from qlora_lite.data.chat.row_formats import check_format, recognise, used_columns
 from qlora_lite.data.picture_reader import PictureReader
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import check_format, recognise, used_columns
-from qlora_lite.data.sources import Source, read_rows, text_files
-from qlora_lite.data.statistics import unused_of
+from qlora_lite.data.readers.data_files import left_out
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source, read_rows, text_files
+from qlora_lite.data.tokens.examples import Dataset, read_examples
+from qlora_lite.data.tokens.statistics import unused_of
 from qlora_lite.errors import DataError
 from qlora_lite.files import cache_root
 from qlora_lite.recipe.schema import Recipe
@@ -37,7 +37,7 @@ def read_texts(
     labels: str | None = None,
     pictures: PictureReader | None = None,
 ) -> Dataset:
-    """Read rows of text; see ``prepare.task.Task.read`` and ``data.examples.read_examples``.
+    """Read rows of text; see ``prepare.task.Task.read`` and ``data.tokens.examples.read_examples``.
 
     Args:
         labels: the kind of label that rows have; None of rows for a language model.

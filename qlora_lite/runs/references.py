@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from qlora_lite.artifacts.run_folder import package_versions
-from qlora_lite.data.storage import Examples
+from qlora_lite.data.tokens.storage import Examples
 from qlora_lite.errors import OutputError
 from qlora_lite.files import cache_root, explain_write_errors, read_sealed, write_sealed
 from qlora_lite.inference.evaluate import Watch, watching

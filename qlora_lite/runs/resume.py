@@ -28,9 +28,9 @@ from qlora_lite.artifacts.run_folder import (
     newest_path,
     package_versions,
 )
-from qlora_lite.data.data_files import find_files
-from qlora_lite.data.examples import Dataset
-from qlora_lite.data.hub import PREFIX
+from qlora_lite.data.readers.data_files import find_files
+from qlora_lite.data.readers.hub import PREFIX
+from qlora_lite.data.tokens.examples import Dataset
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources

@@ -22,8 +22,8 @@ from qlora_lite.artifacts.run_folder import (
     newest_checkpoint,
     undo_start,
 )
-from qlora_lite.data.preferences import answered
-from qlora_lite.data.render import last_turn
+from qlora_lite.data.chat.render import last_turn
+from qlora_lite.data.tokens.preferences import answered
 from qlora_lite.errors import CheckpointError, Interrupted, LaunchError, OutputError, QloraLiteError
 from qlora_lite.files import locked
 from qlora_lite.inference.evaluate import Watch

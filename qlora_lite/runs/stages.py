@@ -33,8 +33,8 @@ from qlora_lite.artifacts.run_folder import (
     trained_folders,
 )
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
-from qlora_lite.data.storage import Example
-from qlora_lite.data.template import portable_source
+from qlora_lite.data.chat.template import portable_source
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DoesNotFitError, OutputError, first_line
 from qlora_lite.export.merge import loses_its_update
 from qlora_lite.files import Space, write_text

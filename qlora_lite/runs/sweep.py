@@ -19,7 +19,7 @@ from typing import Any
 
 from qlora_lite.artifacts.run_files import number
 from qlora_lite.artifacts.run_folder import COMPLETE, RECIPE, summary_in
-from qlora_lite.data.data_files import local_files
+from qlora_lite.data.readers.data_files import local_files
 from qlora_lite.errors import (
     DoesNotFitError,
     Interrupted,

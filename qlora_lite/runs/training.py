@@ -26,7 +26,7 @@ from qlora_lite.artifacts.run_folder import (
     rewind_run,
     trained_folders,
 )
-from qlora_lite.data.examples import Dataset
+from qlora_lite.data.tokens.examples import Dataset
 from qlora_lite.errors import CheckpointError, Interrupted, OutputError
 from qlora_lite.inference.evaluate import answered_at_once, watching
 from qlora_lite.models.memory_options import settle

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.storage import Example
+    from qlora_lite.data.tokens.storage import Example
     from qlora_lite.prepare.moment import Measured, Moment, Watch
     from qlora_lite.train.transformer import ModelSpec
     from qlora_lite.train.workload import Objective, Workload

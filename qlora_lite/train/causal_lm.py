@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import merged_once, require_model
-from qlora_lite.data.batch import Batch, Extent, collate, enlarged
-from qlora_lite.data.storage import Example, learned_counts, longest_sequences, row_lengths, with_virtual
+from qlora_lite.data.tokens.batch import Batch, Extent, collate, enlarged
+from qlora_lite.data.tokens.storage import Example, learned_counts, longest_sequences, row_lengths, with_virtual
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
@@ -112,7 +112,7 @@ class CausalLM(TransformerWorkload):
         return learned_counts(examples)
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """See ``data.batch.enlarged``."""
+        """See ``data.tokens.batch.enlarged``."""
         virtual = self._virtual
         tokens = max(most.rows, most.tokens - virtual * most.rows)
         return enlarged(examples, most._replace(tokens=tokens, longest=most.longest - virtual))

@@ -34,8 +34,8 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import blocks_of, in_blocks, linear_layers
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.constraints import STREAMED_TRAINED
-from qlora_lite.data.batch import Extent
 from qlora_lite.data.latents import LatentExample, LatentSet, LatentShapes, check_shapes, stacked
+from qlora_lite.data.tokens.batch import Extent
 from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
 from qlora_lite.models.denoisers import (
     TIMESTEPS,

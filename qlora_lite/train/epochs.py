@@ -9,7 +9,7 @@ from math import ceil
 
 import numpy as np
 
-from qlora_lite.data.batch import Extent, extent_of, plan_epoch
+from qlora_lite.data.tokens.batch import Extent, extent_of, plan_epoch
 from qlora_lite.errors import TrainingError
 
 from .settings import TrainSettings

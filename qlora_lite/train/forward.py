@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import IGNORED_LABEL, Batch
+from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch
 from qlora_lite.models.anatomy import decoder, first_position
 from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of

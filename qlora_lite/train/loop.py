@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.lora.inject import merged_once
-from qlora_lite.data.batch import extent_of, plan_epoch, stream_batches
+from qlora_lite.data.tokens.batch import extent_of, plan_epoch, stream_batches
 from qlora_lite.errors import ModelError, TrainingError, first_line
 from qlora_lite.memory.meter import PeakMeter, use_device
 from qlora_lite.models.memory_options import settle, stream_of, trained_on_host

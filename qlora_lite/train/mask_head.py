@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.adapters.parts import base_path
+from qlora_lite.data.checks.metrics import Score
 from qlora_lite.data.labels import MASKS
 from qlora_lite.data.masks import WITHOUT
-from qlora_lite.data.metrics import Score
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models.nested import of_blocks

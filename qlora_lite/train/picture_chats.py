@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import IGNORED_LABEL, Batch, Extent
 from qlora_lite.data.picture_grids import grids_of, positions_of
 from qlora_lite.data.picture_reader import PictureReader
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, Extent
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.vision_language import FAMILIES, arguments_of, sees_whole
@@ -165,7 +165,7 @@ class PictureChatLM(CausalLM):
         return found
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """See ``data.batch.enlarged``; tokens that are not learned stand for as many units of pictures as any batch
+        """See ``tokens.batch.enlarged``; tokens that are not learned stand for as many units of pictures as any batch
         has, and for pictures as large as any. Those that keep their shapes are always made up: of another batch with
         fewer, more may be computed together."""
         alike, token, tokens = super().enlarged(examples, most), self.reader.token_id, self.reader.tokens

@@ -21,7 +21,7 @@ from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.labels import target_of
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.pictures import decoder
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError, first_line
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy

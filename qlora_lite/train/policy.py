@@ -34,8 +34,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from qlora_lite.data.batch import Batch, Extent
-from qlora_lite.data.storage import Example, prompt_tokens
+from qlora_lite.data.tokens.batch import Batch, Extent
+from qlora_lite.data.tokens.storage import Example, prompt_tokens
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy

@@ -1,6 +1,6 @@
 """The workload that learns from preferences: pairs of answers, or answers with a label; DPO and its family.
 
-An example is two sequences (``data.preferences``), and a micro-batch packs both as it packs any rows, so that a pair
+An example is two sequences (``tokens.preferences``), and a micro-batch packs both as it packs any rows, so that a pair
 takes the memory of fine-tuning on its tokens. The loss of a pair is a function of its sequences' summed
 log-probabilities, which come from the chunked loss with their gradients (``ops.loss.sequence_losses``): one pass, no
 logits of a whole batch, and every pair has the same weight, however a step is cut. What the reference model gives the
@@ -35,8 +35,8 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
-from qlora_lite.data.batch import IGNORED_LABEL, Batch, Extent
-from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, Extent
+from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.memory_options import MemoryOptions
@@ -221,7 +221,7 @@ class PreferenceLM(CausalLM):
         return 2 if self.objective.is_of_pairs else 1
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """See ``data.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
+        """See ``data.tokens.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
         second = self._virtual  # tokens before the second sequence of each; those of one are a language model's
         most = most._replace(tokens=most.tokens - second * most.rows, longest=most.longest - second)
         return enlarged_in_two(super().enlarged, examples, most)
@@ -336,7 +336,7 @@ def sequences_in(batch: Batch, device: torch.device) -> Sequences:
 def enlarged_in_two(
     enlarged: Callable[[Sequence[Example], Extent], Sequence[Example]], examples: Sequence[Example], most: Extent
 ) -> list[Example]:
-    """Return examples of two sequences that need as much memory as any; see ``data.batch.enlarged``.
+    """Return examples of two sequences that need as much memory as any; see ``data.tokens.batch.enlarged``.
 
     Args:
         enlarged: does so for examples of one.

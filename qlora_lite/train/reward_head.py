@@ -1,6 +1,6 @@
 """The workload that is a reward model: a head with one output, whose score is higher for a chosen answer.
 
-Of a pair of chats, packed as two sequences (``data.preferences``), the loss is -log sigmoid(score of chosen - score of
+Of a pair of chats, packed as two sequences (see ``preferences``), the loss is -log sigmoid(score of chosen - score of
 rejected): the model of Bradley and Terry (1952), as InstructGPT trains it (arXiv 2203.02155) and trl. A score is the
 head's output for a sequence, an offset of which means nothing.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
-from qlora_lite.data.batch import Extent
-from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.data.tokens.batch import Extent
+from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import ModelError
 from qlora_lite.models.heads import is_encoder
 
@@ -58,7 +58,7 @@ class RewardHead(SequenceHead):
     sequences = 2
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """See ``data.batch.enlarged``; each example gets two sequences again."""
+        """See ``data.tokens.batch.enlarged``; each example gets two sequences again."""
         return enlarged_in_two(super().enlarged, examples, most)
 
     def check_examples(self, model: object, examples: object) -> None:

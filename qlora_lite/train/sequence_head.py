@@ -12,9 +12,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import nn
 
-from qlora_lite.data.batch import Batch
 from qlora_lite.data.labels import LABELS, ONE_LABEL, target_of
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.batch import Batch
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.memory.marks import category
 from qlora_lite.models.heads import is_encoder, outputs_of
 from qlora_lite.models.kernels import use_kernels

@@ -16,8 +16,8 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.constraints import STREAMED_TRAINED, UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
-from qlora_lite.data.batch import IGNORED_LABEL, Batch
-from qlora_lite.data.storage import Example, largest_token
+from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch
+from qlora_lite.data.tokens.storage import Example, largest_token
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.experts.packing import adapts_experts, packs_experts
 from qlora_lite.models.anatomy import blocks, device_of, head, position_limit, text_config, vocabulary_size

@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.method import AdapterMethod
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.models import anatomy
 from qlora_lite.models.gguf_codes import Formats
 from qlora_lite.models.memory_options import MemoryOptions

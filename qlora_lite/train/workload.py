@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.method import AdapterMethod
-from qlora_lite.data.batch import Extent
+from qlora_lite.data.tokens.batch import Extent
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 
 from .processes import ALONE, Processes

@@ -18,7 +18,7 @@ from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.prefix import PrefixTuning, prefix_layers
 from qlora_lite.adapters.prompt import PromptTuning, count_virtual, virtual_tokens
 from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from qlora_lite.data.storage import virtual_ids
+from qlora_lite.data.tokens.storage import virtual_ids
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.inference.generate import answers
 from qlora_lite.inference.multi_adapter import Task, Tasks

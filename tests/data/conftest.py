@@ -15,7 +15,7 @@ def tokenizer():
 def _trusted_templates(request, monkeypatch):
     """Spare the templates of these tests the second that trying each one out in a process of its own takes."""
     if request.module.__name__ != "test_probe":
-        monkeypatch.setattr("qlora_lite.data.template.probe", lambda *_: None)
+        monkeypatch.setattr("qlora_lite.data.chat.template.probe", lambda *_: None)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import re
 
 import pytest
 
-from qlora_lite.data import data_files, sources
-from qlora_lite.data.data_files import MAX_ROW_BYTES
-from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.sources import Source
+from qlora_lite.data.readers import data_files, sources
+from qlora_lite.data.readers.data_files import MAX_ROW_BYTES
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import build_examples, read_examples
 from qlora_lite.errors import DataError
 
 

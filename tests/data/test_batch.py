@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.batch import (
+from qlora_lite.data.tokens.batch import (
     ORDERS,
     Extent,
     collate,
@@ -20,7 +20,7 @@ from qlora_lite.data.batch import (
     packing_efficiency,
     plan_epoch,
 )
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 
 lengths_strategy = st.lists(st.integers(1, 20), max_size=60)

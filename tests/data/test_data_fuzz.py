@@ -8,10 +8,10 @@ import pyarrow.parquet
 import pytest
 from hostile import TIMES, clean, fuzz, spoiled, spoiled_bytes
 
-from qlora_lite.data import sources
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import read_conversations
-from qlora_lite.data.sources import Source
+from qlora_lite.data.chat.row_formats import read_conversations
+from qlora_lite.data.readers import sources
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
 
 TURNS = [
     {"role": "system", "content": "be brief"},

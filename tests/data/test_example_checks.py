@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data import example_checks
-from qlora_lite.data.example_checks import check_examples, count_special_tokens, histogram
-from qlora_lite.data.overlap import IN_BOTH, check_overlap, check_prompts, signatures
-from qlora_lite.data.storage import Example
+from qlora_lite.data.checks.overlap import IN_BOTH, check_overlap, check_prompts, signatures
+from qlora_lite.data.tokens import example_checks
+from qlora_lite.data.tokens.example_checks import check_examples, count_special_tokens, histogram
+from qlora_lite.data.tokens.storage import Example
 
 BEGIN, END = 1, 2
 

@@ -12,10 +12,10 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.data.sources import Source, read_rows
-from qlora_lite.data.storage import repeated
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.examples import build_examples, read_examples
+from qlora_lite.data.tokens.storage import repeated
 from qlora_lite.errors import DataError
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
@@ -461,7 +461,7 @@ def test_the_demo_models_own_template_learns_its_end_token(write):
 
 
 def test_progress_has_a_log_of_its_own_that_a_command_can_show_alone(build, monkeypatch, caplog):
-    monkeypatch.setattr("qlora_lite.data.examples._ROWS_PER_REPORT", 1000)
+    monkeypatch.setattr("qlora_lite.data.tokens.examples._ROWS_PER_REPORT", 1000)
     caplog.set_level("WARNING", "qlora_lite")
     caplog.set_level("INFO", "qlora_lite.progress")
     build(PAIRS * 600)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.examples import read_examples
-from qlora_lite.data.held_out import HELD_OUT, hold_out
-from qlora_lite.data.overlap import check_overlap, check_prompts
-from qlora_lite.data.sources import Source
+from qlora_lite.data.checks.held_out import HELD_OUT, hold_out
+from qlora_lite.data.checks.overlap import check_overlap, check_prompts
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import read_examples
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
 

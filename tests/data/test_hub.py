@@ -8,10 +8,10 @@ import pytest
 from tiny_files import byte_tokenizer
 from tiny_trainer import examples
 
-from qlora_lite.data import hub
-from qlora_lite.data.data_files import find_files
-from qlora_lite.data.sources import Source, read_rows
-from qlora_lite.data.storage import stored
+from qlora_lite.data.readers import hub
+from qlora_lite.data.readers.data_files import find_files
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.storage import stored
 from qlora_lite.errors import DataError
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.runs.resume import data_identity

@@ -7,12 +7,12 @@ import pytest
 from tiny_files import byte_tokenizer
 from tiny_heads import encoder_tokenizer, write_jsonl
 
-from qlora_lite.data.examples import read_examples
 from qlora_lite.data.label_metrics import confusion, correlation, f1, matthews, probabilities, ranks, scores_of
 from qlora_lite.data.labelled_rows import encode_texts, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL, balance, label_names, label_text, target_of
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.sources import Source
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
 
 

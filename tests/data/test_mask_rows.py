@@ -8,9 +8,9 @@ from test_tokenise import special, trimming_tokenizer, with_tokens, words_tokeni
 from tiny_tokenizer import make_tokenizer
 from tokenizers import normalizers, pre_tokenizers
 
-from qlora_lite.data.mask import Row, mark_row, mark_rows, tokenise
-from qlora_lite.data.storage import Example
-from qlora_lite.data.template import choose_template
+from qlora_lite.data.chat.template import choose_template
+from qlora_lite.data.tokens.mask import Row, mark_row, mark_rows, tokenise
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 
 TOKENIZERS = {
@@ -93,7 +93,7 @@ def test_good_rows_need_no_second_look(monkeypatch, tokenizer):
     def fail(*_):
         raise AssertionError("a row was looked at twice")
 
-    monkeypatch.setattr("qlora_lite.data.mask.mark_row", fail)
+    monkeypatch.setattr("qlora_lite.data.tokens.mask.mark_row", fail)
     assert at_once([row, row], template, True) == expected
     with pytest.raises(AssertionError, match="looked at twice"):
         at_once([row, Row("<|im_start|>a b", ((13, 14),), ((13, 14),), "f:2")], template, True)

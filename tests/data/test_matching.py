@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from qlora_lite.data import matching
-from qlora_lite.data.matching import WHOLE, Matching
+from qlora_lite.data.checks import matching
+from qlora_lite.data.checks.matching import WHOLE, Matching
 
 GSM8K = Matching(r"#### (-?[0-9.,]+)", r"[,$]|[.]$")
 CLASS = Matching("positive|negative", ignore_case=True)

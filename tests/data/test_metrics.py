@@ -9,8 +9,8 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from qlora_lite.data.matching import Matching
-from qlora_lite.data.metrics import (
+from qlora_lite.data.checks.matching import Matching
+from qlora_lite.data.checks.metrics import (
     Measures,
     Score,
     check_packages,
@@ -21,7 +21,7 @@ from qlora_lite.data.metrics import (
     number_of,
     score_texts,
 )
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import RecipeError
 
 
@@ -167,7 +167,7 @@ def test_scores_of_a_corpus_are_sacrebleu_s_with_its_signature(name, of, monkeyp
     assert score_texts(name, references, answers)[name] == found  # to the bit
     metric = getattr(sacrebleu.metrics, of)()
     draw, many = np.random.default_rng(0).integers, []
-    monkeypatch.setattr("qlora_lite.data.metrics._RESAMPLES", 20)
+    monkeypatch.setattr("qlora_lite.data.checks.metrics._RESAMPLES", 20)
     for _ in range(20):
         drawn = draw(40, size=40)
         many.append(metric.corpus_score([answers[i] for i in drawn], [[references[i] for i in drawn]]).score)
@@ -242,7 +242,7 @@ def test_a_score_is_json_without_what_it_lacks():
 
 def test_a_metric_whose_package_is_missing_names_what_to_install(monkeypatch):
     check_packages(["exact_match", "bleu", "rouge"])
-    monkeypatch.setattr("qlora_lite.data.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_lite.data.checks.metrics.find_spec", lambda name: None)
     check_packages(["exact_match", "number_match", "accuracy", "answer_loss"])
     with pytest.raises(RecipeError) as caught:
         check_packages(["bleu", "rouge"])

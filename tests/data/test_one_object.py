@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from qlora_lite.data.data_files import MAX_ROW_BYTES
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import read_conversations
-from qlora_lite.data.sources import Source
+from qlora_lite.data.chat.row_formats import read_conversations
+from qlora_lite.data.readers.data_files import MAX_ROW_BYTES
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError
 
 ROWS = [{"prompt": "x", "completion": "y"}, {"prompt": "z", "completion": "w"}]

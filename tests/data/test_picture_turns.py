@@ -14,10 +14,10 @@ from tiny_vision_language import FAMILIES, given_to_transformers, save_vision_la
 from transformers import AutoTokenizer, Idefics3Processor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from qlora_lite.data.examples import read_examples
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_turns import MARK, take_out
-from qlora_lite.data.sources import Source
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.ext.vision_language.reader import build_reader
 from qlora_lite.models import vision_language as families

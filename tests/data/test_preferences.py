@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data import encode
-from qlora_lite.data.examples import read_examples
-from qlora_lite.data.held_out import hold_out
-from qlora_lite.data.mask import Marked
-from qlora_lite.data.overlap import check_overlap, check_prompts
-from qlora_lite.data.preferences import (
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS, Conversation, Turn
+from qlora_lite.data.checks.held_out import hold_out
+from qlora_lite.data.checks.overlap import check_overlap, check_prompts
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens import encode
+from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.mask import Marked
+from qlora_lite.data.tokens.preferences import (
     ONE_END,
     ONE_LABEL,
     OTHER_PROMPT,
@@ -20,10 +22,8 @@ from qlora_lite.data.preferences import (
     check_labels,
     paired,
 )
-from qlora_lite.data.row_formats import LABELS, PAIRS, Conversation, Turn
-from qlora_lite.data.sources import Source
-from qlora_lite.data.statistics import Statistics
-from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.data.tokens.statistics import Statistics
+from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import DataError
 
 TOKENIZER = make_tokenizer()

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.batch import collate, pieces_of
-from qlora_lite.data.storage import Example
-from qlora_lite.data.template import special_ids_of
+from qlora_lite.data.chat.template import special_ids_of
+from qlora_lite.data.tokens.batch import collate, pieces_of
+from qlora_lite.data.tokens.storage import Example
 
 TOKENIZER = make_tokenizer()
 SPECIAL = special_ids_of(TOKENIZER)

@@ -8,14 +8,14 @@ import time
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data import probe as probing
-from qlora_lite.data import render as rendering
-from qlora_lite.data.examples import read_examples
-from qlora_lite.data.probe import probe
-from qlora_lite.data.render import render_prompt, render_turns
-from qlora_lite.data.row_formats import Turn
-from qlora_lite.data.sources import Source
-from qlora_lite.data.template import NAMED_TEMPLATES, choose_template
+from qlora_lite.data.chat import probe as probing
+from qlora_lite.data.chat import render as rendering
+from qlora_lite.data.chat.probe import probe
+from qlora_lite.data.chat.render import render_prompt, render_turns
+from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.template import NAMED_TEMPLATES, choose_template
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError, ModelError
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -194,14 +194,17 @@ def test_no_module_of_the_folder_at_hand_is_imported(tmp_path, monkeypatch):
 
 def test_a_forked_process_ends_and_leaves_the_process_that_renders_to_its_parent():
     render = "probe.render_apart('{{ 1 }}', [], {})"
-    code = f"import os, sys\nfrom qlora_lite.data import probe\n{render}\n"
+    code = f"import os, sys\nfrom qlora_lite.data.chat import probe\n{render}\n"
     code += f"if os.fork() == 0: sys.exit()\nos.wait()\n{render}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, start_new_session=True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no limits of address space")
 def test_a_limit_of_address_space_is_kept_and_templates_are_tried_out_under_it():
-    code = "from qlora_lite.data.probe import probe\nfor source in 'a', \"{{ 'a' * 10**10 }}\": probe('t', source, {})"
+    code = (
+        "from qlora_lite.data.chat.probe import probe\n"
+        "for source in 'a', \"{{ 'a' * 10**10 }}\": probe('t', source, {})"
+    )
     shell = 'ulimit -v 20000000 && exec "$0" -c "$1"'
     ended = subprocess.run(["bash", "-c", shell, sys.executable, code], capture_output=True, text=True)
     assert "more than 512 MiB of memory" in ended.stderr  # of the second, so that the first was rendered

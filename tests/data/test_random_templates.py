@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
-from qlora_lite.data.batch import collate, plan_epoch
-from qlora_lite.data.example_checks import BEGIN_TWICE
-from qlora_lite.data.examples import read_examples
-from qlora_lite.data.render import render_prompt
-from qlora_lite.data.row_formats import Turn
-from qlora_lite.data.sources import Source
-from qlora_lite.data.template import choose_template
+from qlora_lite.data.chat.render import render_prompt
+from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.template import choose_template
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.batch import collate, plan_epoch
+from qlora_lite.data.tokens.example_checks import BEGIN_TWICE
+from qlora_lite.data.tokens.examples import read_examples
 
 TOKENIZERS = {adds_begin: make_tokenizer(adds_begin=adds_begin) for adds_begin in (False, True)}
 FOLDER = Path(tempfile.mkdtemp(prefix="qlora_lite_random_templates"))

@@ -8,8 +8,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import (
+from qlora_lite.data.chat.row_formats import (
     BAD_ANSWER,
     Conversation,
     Document,
@@ -19,7 +18,8 @@ from qlora_lite.data.row_formats import (
     recognise,
     used_columns,
 )
-from qlora_lite.data.sources import Source
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError
 
 PAIR = (Turn("user", "q"), Turn("assistant", "a"))

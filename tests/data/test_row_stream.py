@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lite.data.batch import collate, pack_in_order, plan_epoch, stream_batches
-from qlora_lite.data.examples import RowStream, build_examples, largest_rows
-from qlora_lite.data.sources import Source
-from qlora_lite.data.statistics import Settings
-from qlora_lite.data.storage import Example
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.batch import collate, pack_in_order, plan_epoch, stream_batches
+from qlora_lite.data.tokens.examples import RowStream, build_examples, largest_rows
+from qlora_lite.data.tokens.statistics import Settings
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i} " * (1 + i % 4)} for i in range(2300)]

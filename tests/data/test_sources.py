@@ -12,10 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_lite.data import sources
-from qlora_lite.data.data_files import MAX_ROW_BYTES, left_out
-from qlora_lite.data.problems import Problems, read_place, write_place
-from qlora_lite.data.sources import Source, read_rows, text_files
+from qlora_lite.data.readers import sources
+from qlora_lite.data.readers.data_files import MAX_ROW_BYTES, left_out
+from qlora_lite.data.readers.problems import Problems, read_place, write_place
+from qlora_lite.data.readers.sources import Source, read_rows, text_files
 from qlora_lite.errors import DataError
 
 GOOD = '{"text": "a"}'

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.encode import windows
-from qlora_lite.data.examples import build_examples
-from qlora_lite.data.sources import Source
-from qlora_lite.data.storage import Example
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.encode import windows
+from qlora_lite.data.tokens.examples import build_examples
+from qlora_lite.data.tokens.storage import Example
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora_lite.data.storage import Example, ExampleWriter, load_arrays, row_lengths, stored
+from qlora_lite.data.tokens.storage import Example, ExampleWriter, load_arrays, row_lengths, stored
 
 texts = st.text(max_size=5)
 places = st.builds("{}:{}".format, st.sampled_from(["a.jsonl", "b:c.jsonl"]), st.integers(1, 2**40))

@@ -5,9 +5,9 @@ from datetime import datetime
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.render import last_turn, render, render_prompt
-from qlora_lite.data.row_formats import ROW_DAY, Conversation, Turn
-from qlora_lite.data.template import NAMED_TEMPLATES, Template, choose_template, portable_source
+from qlora_lite.data.chat.render import last_turn, render, render_prompt
+from qlora_lite.data.chat.row_formats import ROW_DAY, Conversation, Turn
+from qlora_lite.data.chat.template import NAMED_TEMPLATES, Template, choose_template, portable_source
 from qlora_lite.errors import DataError
 
 TURNS = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"), Turn("assistant", "four"))

@@ -13,11 +13,11 @@ import pytest
 from hostile import Trap
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data import examples as examples_module
-from qlora_lite.data import token_cache
-from qlora_lite.data.examples import read_examples
-from qlora_lite.data.sources import Source
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens import examples as examples_module
+from qlora_lite.data.tokens import token_cache
+from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
 from qlora_lite.files import sha256
 
@@ -189,8 +189,8 @@ import os, signal, sys
 from pathlib import Path
 from tiny_tokenizer import make_tokenizer
 from qlora_lite import files
-from qlora_lite.data import examples, storage, token_cache
-from qlora_lite.data.sources import Source
+from qlora_lite.data.tokens import examples, storage, token_cache
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError
 def kill(*arguments):
     if sys.argv[2] != "flush_to_disk" or sys.argv[4] in str(arguments[0]):  # not the flush of a noted digest

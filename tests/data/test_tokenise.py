@@ -10,10 +10,10 @@ from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.mask import tokenise
-from qlora_lite.data.template import choose_template
-from qlora_lite.data.tokenise import tokenise_rows
-from qlora_lite.data.tokenizer_facts import can_be_cut, lengths_of_tokens
+from qlora_lite.data.chat.template import choose_template
+from qlora_lite.data.chat.tokenizer_facts import can_be_cut, lengths_of_tokens
+from qlora_lite.data.tokens.mask import tokenise
+from qlora_lite.data.tokens.tokenise import tokenise_rows
 
 CORPUS = ["user assistant the answer is 42", "ab  a b\n\nab ä user<a", "b a  >b"] * 5
 

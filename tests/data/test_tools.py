@@ -7,11 +7,11 @@ import pyarrow.parquet
 import pytest
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
-from qlora_lite.data.examples import build_examples, read_examples
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import Turn, as_message, read_conversations
-from qlora_lite.data.sources import Source
-from qlora_lite.data.template import CHATML_TOOLS, NAMED_TEMPLATES
+from qlora_lite.data.chat.row_formats import Turn, as_message, read_conversations
+from qlora_lite.data.chat.template import CHATML_TOOLS, NAMED_TEMPLATES
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import build_examples, read_examples
 from qlora_lite.errors import DataError
 
 TOOL = {

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 
-from qlora_lite.data import statistics
-from qlora_lite.data.examples import read_examples
-from qlora_lite.data.problems import Problems
-from qlora_lite.data.row_formats import check_format, read_conversations, recognise, used_columns
-from qlora_lite.data.sources import Source
-from qlora_lite.data.statistics import COLUMNS, KEYS, count_unused, no_counts, unused_of
+from qlora_lite.data.chat.row_formats import check_format, read_conversations, recognise, used_columns
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens import statistics
+from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import COLUMNS, KEYS, count_unused, no_counts, unused_of
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TALK = {"messages": [QUESTION, ANSWER]}

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
 
 SPECIAL_TOKENS = (
     "<unk>",

@@ -12,15 +12,15 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 from tokenizers import normalizers
 
-from qlora_lite.data.examples import build_examples
-from qlora_lite.data.matching import Matching
-from qlora_lite.data.metrics import Measures
+from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
+from qlora_lite.data.checks.matching import Matching
+from qlora_lite.data.checks.metrics import Measures
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK
-from qlora_lite.data.row_formats import Turn
-from qlora_lite.data.sources import Source
-from qlora_lite.data.storage import Example
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import build_examples
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError
 from qlora_lite.inference.chat import Session
 from qlora_lite.inference.evaluate import CUT, measure

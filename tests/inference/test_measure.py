@@ -9,10 +9,10 @@ import torch
 from tiny import build_tiny
 from tiny_files import VOCABULARY, byte_tokenizer, write_recipe
 
-from qlora_lite.data.examples import build_examples
-from qlora_lite.data.metrics import Measures
-from qlora_lite.data.sources import Source
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
+from qlora_lite.data.checks.metrics import Measures
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import build_examples
 from qlora_lite.errors import DataError
 from qlora_lite.inference.evaluate import losses_by, measure
 from qlora_lite.inference.few_shot import with_shots

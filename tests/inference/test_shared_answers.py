@@ -6,7 +6,7 @@ from rank_processes import together
 from tiny import build_tiny
 from tiny_files import VOCABULARY, byte_tokenizer
 
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DoesNotFitError, ModelError
 from qlora_lite.inference import evaluate
 from qlora_lite.models.load import adopt

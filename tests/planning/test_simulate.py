@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import Target
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.errors import ModelError
 from qlora_lite.experts import routed
 from qlora_lite.memory.ledger import Ledger

@@ -18,8 +18,8 @@ from transformers import AutoConfig
 
 from qlora_lite.cli.main import main
 from qlora_lite.cli.plan import machine_for
-from qlora_lite.data.batch import collate
-from qlora_lite.data.storage import row_lengths
+from qlora_lite.data.tokens.batch import collate
+from qlora_lite.data.tokens.storage import row_lengths
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.memory.process import CPU_KERNEL_BYTES, CUDA_COMPILER_BYTES, KERNELS_KEPT

@@ -8,9 +8,9 @@ import yaml
 from tiny_files import byte_tokenizer, write_recipe
 
 from qlora_lite.cli.data import _text
-from qlora_lite.data.batch import plan_epoch
-from qlora_lite.data.held_out import HELD_OUT
-from qlora_lite.data.row_formats import BAD_ANSWER
+from qlora_lite.data.chat.row_formats import BAD_ANSWER
+from qlora_lite.data.checks.held_out import HELD_OUT
+from qlora_lite.data.tokens.batch import plan_epoch
 from qlora_lite.errors import DataError
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.prepare.datasets import build_data

@@ -5,8 +5,10 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from qlora_lite.data import batch, examples, hub, row_formats
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat import row_formats
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
+from qlora_lite.data.readers import hub
+from qlora_lite.data.tokens import batch, examples
 from qlora_lite.errors import DataError
 from qlora_lite.recipe import reference
 from qlora_lite.recipe.foreign_names import _ANSWERS, _TABLES

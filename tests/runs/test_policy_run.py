@@ -12,7 +12,7 @@ from tiny_files import byte_tokenizer, save_tiny, write_recipe
 from tiny_runs import lines, stop_at, summary_of
 
 from qlora_lite.cli.main import cli
-from qlora_lite.data.storage import prompt_tokens
+from qlora_lite.data.tokens.storage import prompt_tokens
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError, TrainingError
 from qlora_lite.ext.grpo.rewards import digest_of, judges_of
 from qlora_lite.files import sha256

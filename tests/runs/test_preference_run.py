@@ -14,7 +14,7 @@ from tiny_runs import lines, replace_adapter, stop_at, summary_of
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.cli.main import cli
-from qlora_lite.data.storage import sequences_of
+from qlora_lite.data.tokens.storage import sequences_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, RecipeError
 from qlora_lite.files import cache_root, read_sealed, write_sealed
 from qlora_lite.inference.evaluate import evaluate_recipe

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qlora_lite
 from qlora_lite.artifacts.run_folder import open_run
 from qlora_lite.cli.train import _result
-from qlora_lite.data.render import render_prompt
-from qlora_lite.data.template import NAMED_TEMPLATES
+from qlora_lite.data.chat.render import render_prompt
+from qlora_lite.data.chat.template import NAMED_TEMPLATES
 from qlora_lite.errors import (
     CheckpointError,
     DataError,

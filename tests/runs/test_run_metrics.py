@@ -119,7 +119,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(run, monkeypatch):
     ):
         with pytest.raises(error, match=said):
             run(**train)
-    monkeypatch.setattr("qlora_lite.data.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_lite.data.checks.metrics.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"bleu needs sacrebleu, .* pip install 'sacrebleu"):
         run(metrics=["bleu"])
 

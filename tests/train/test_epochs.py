@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_trainer import SETTINGS, examples, trainer
 
-from qlora_lite.data.batch import ORDERS
+from qlora_lite.data.tokens.batch import ORDERS
 from qlora_lite.errors import TrainingError
 from qlora_lite.train import epochs as epochs_module
 from qlora_lite.train.epochs import Epochs

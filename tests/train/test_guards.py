@@ -12,8 +12,8 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_fact
 from tiny_trainer import SETTINGS, TWO_TOKENS, examples, trainer
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers, lora_parameters
-from qlora_lite.data.batch import collate
-from qlora_lite.data.storage import Example, stored
+from qlora_lite.data.tokens.batch import collate
+from qlora_lite.data.tokens.storage import Example, stored
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.anatomy import position_limit
 from qlora_lite.models.load import use_row_attention, uses_row_attention

@@ -7,8 +7,8 @@ import pytest
 from tiny_trainer import trainer
 
 from qlora_lite.adapters.prompt import PromptTuning
-from qlora_lite.data.batch import extent_of
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.batch import extent_of
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import CausalLM

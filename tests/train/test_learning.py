@@ -8,8 +8,8 @@ import torch
 from tiny import DEMO_MODEL
 
 from qlora_lite.adapters.lora.inject import add_lora
-from qlora_lite.data.examples import build_examples
-from qlora_lite.data.sources import Source
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import build_examples
 from qlora_lite.models.load import load_model, resolve_compute_dtype, resolve_device
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.train.loop import Trainer

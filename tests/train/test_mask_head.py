@@ -15,13 +15,13 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from qlora_lite.adapters.files import Lora, save_adapter
-from qlora_lite.data.examples import read_examples
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.masks import classes_of
 from qlora_lite.data.picture_files import BROKEN, decode
 from qlora_lite.data.picture_processor import processor_of
 from qlora_lite.data.pictures import NO_MASK
-from qlora_lite.data.sources import Source
+from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model

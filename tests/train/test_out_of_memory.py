@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_trainer import examples, trainer
 
-from qlora_lite.data.storage import row_lengths
+from qlora_lite.data.tokens.storage import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.memory_options import MemoryOptions, stream_of
 from qlora_lite.ops.stream import BlockStream

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
 from qlora_lite.adapters.lora.inject import Target
-from qlora_lite.data.batch import IGNORED_LABEL, Extent
 from qlora_lite.data.picture_grids import grids_of
+from qlora_lite.data.tokens.batch import IGNORED_LABEL, Extent
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.models import vision_language
 from qlora_lite.models.load import load_model, use_row_attention

@@ -15,7 +15,7 @@ from tiny import build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 from torch.nn.functional import log_softmax
 
-from qlora_lite.data.storage import Example, prompt_tokens
+from qlora_lite.data.tokens.storage import Example, prompt_tokens
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.ext.grpo.rewards import with_answers
 from qlora_lite.memory.ledger import Ledger

@@ -15,7 +15,7 @@ from tiny_files import VOCABULARY, byte_tokenizer
 from tiny_trainer import SETTINGS, examples
 from torch.nn.functional import log_softmax
 
-from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import CausalLM

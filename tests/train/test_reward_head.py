@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from qlora_lite.adapters.files import Lora
 from qlora_lite.cli.main import cli
 from qlora_lite.data.labels import NUMBER
-from qlora_lite.data.storage import Example, sequences_of
+from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import ModelError, RecipeError
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.models.heads import Head, with_head

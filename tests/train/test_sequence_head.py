@@ -19,7 +19,7 @@ from qlora_lite.adapters.lora.inject import Target, lora_layers
 from qlora_lite.adapters.parts import LinearInFloat32, head_parameters, head_paths
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.models.heads import Head, new_weights, with_head
 from qlora_lite.models.load import load_model, uses_row_attention

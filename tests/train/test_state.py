@@ -10,7 +10,7 @@ from tiny_trainer import TWO_TOKENS, examples, trainer
 
 from qlora_lite.adapters.files import WEIGHTS_NAME, adapter_tensors
 from qlora_lite.adapters.lora.inject import lora_parameters
-from qlora_lite.data.batch import collate
+from qlora_lite.data.tokens.batch import collate
 from qlora_lite.errors import CheckpointError, TrainingError
 from qlora_lite.train import loss_scale
 from qlora_lite.train.causal_lm import CausalLM

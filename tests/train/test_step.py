@@ -11,7 +11,7 @@ from tiny import quantized_pair, random_batch, random_factors
 from tiny_trainer import trainer
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
-from qlora_lite.data.batch import Batch
+from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.small_batch import few

@@ -16,8 +16,8 @@ WIKITEXT = DATA / "wikitext2_valid.txt"
 
 def gsm8k_examples(path: Path, count: int, tokenizer, max_tokens: int):
     """Return the first rows of a GSM8K file as examples, in the tokenizer's chat template if it has one."""
-    from qlora_lite.data.examples import build_examples
-    from qlora_lite.data.sources import Source
+    from qlora_lite.data.readers.sources import Source
+    from qlora_lite.data.tokens.examples import build_examples
 
     with tempfile.TemporaryDirectory() as folder, path.open(encoding="utf-8") as lines:
         part = Path(folder) / "rows.jsonl"

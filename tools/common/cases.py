@@ -24,7 +24,7 @@ from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.prefix import PrefixTuning
 from qlora_lite.adapters.prompt import PromptTuning
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DoesNotFitError
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.meter import PeakMeter, held_bytes

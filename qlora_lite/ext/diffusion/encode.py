@@ -19,11 +19,11 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_lite.data.captions import Fit
-from qlora_lite.data.examples import Dataset
 from qlora_lite.data.labels import ONE_LABEL, label_names
 from qlora_lite.data.latents import LatentSet, LatentShapes, Stored, checksum_of, read_checked
 from qlora_lite.data.picture_files import decode
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.examples import Dataset
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError, OutputError
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.meter import free_bytes

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from qlora_lite.adapters.method import AdapterMethod
     from qlora_lite.data.captions import Fit
-    from qlora_lite.data.examples import Dataset
-    from qlora_lite.data.sources import Source
+    from qlora_lite.data.readers.sources import Source
+    from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.models.denoisers import DenoiserModel
     from qlora_lite.models.memory_options import MemoryOptions
     from qlora_lite.ops.stream import Ranks
@@ -144,7 +144,7 @@ class Drawing(Task):
         self, recipe: Recipe, sources: Sequence[Source], reader: Fit, preference: str | None, max_rows: int | None
     ) -> Dataset:
         """Read pictures with their captions."""
-        from qlora_lite.data.examples import read_examples
+        from qlora_lite.data.tokens.examples import read_examples
 
         return read_examples(sources, None, problem=self.labels.kind, of_pictures=True, fit=reader)
 

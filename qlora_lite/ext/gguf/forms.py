@@ -13,7 +13,7 @@ from torch import nn
 
 from qlora_lite.adapters.checkpoint_names import prefixes_of
 from qlora_lite.adapters.files import attach_adapter
-from qlora_lite.data.template import begin_of_text
+from qlora_lite.data.chat.template import begin_of_text
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.export.adapters import refuse_all_but_lora
 from qlora_lite.export.check import Change, change_of, check_change, check_merged, check_model, logits_of

@@ -16,9 +16,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qlora_lite.data.render import render_prompt
-from qlora_lite.data.row_formats import Turn
-from qlora_lite.data.template import Template
+from qlora_lite.data.chat.render import render_prompt
+from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.template import Template
 from qlora_lite.errors import DataError, ModelError
 
 from .go_template import render_go

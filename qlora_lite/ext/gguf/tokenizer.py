@@ -13,7 +13,7 @@ Token types: 1 ordinary, 2 unknown, 3 control (special), 4 added as text, 5 unus
 import json
 from dataclasses import dataclass
 
-from qlora_lite.data.template import begin_of_text
+from qlora_lite.data.chat.template import begin_of_text
 from qlora_lite.errors import ModelError
 
 ORDINARY, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)

@@ -12,8 +12,8 @@ from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.examples import Dataset
-    from qlora_lite.data.problems import RowProblem
+    from qlora_lite.data.readers.problems import RowProblem
+    from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.train.transformer import ModelSpec
     from qlora_lite.train.workload import Workload
 

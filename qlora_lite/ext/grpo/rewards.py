@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import RecipeError, TrainingError
 from qlora_lite.files import sha256
 from qlora_lite.inference.generate import Sampling, answers, stop_ids

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from qlora_lite.data.examples import Dataset
-from qlora_lite.data.problems import RowProblem
-from qlora_lite.data.storage import prompt_tokens
+from qlora_lite.data.readers.problems import RowProblem
+from qlora_lite.data.tokens.examples import Dataset
+from qlora_lite.data.tokens.storage import prompt_tokens
 from qlora_lite.prepare.method import virtual_tokens
 from qlora_lite.recipe.schema import Recipe
 

@@ -4,9 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
-from qlora_lite.data.data_files import left_out
-from qlora_lite.data.examples import Dataset
-from qlora_lite.data.fields import columns_of
 from qlora_lite.data.labelled_rows import FORMAT, columns_for
 from qlora_lite.data.labels import (
     CURE_OF_MULTI_HOT,
@@ -19,9 +16,12 @@ from qlora_lite.data.labels import (
     label_names,
     names_of,
 )
-from qlora_lite.data.problems import Problems, RowProblem
-from qlora_lite.data.sources import Source, read_rows
-from qlora_lite.data.statistics import unused_of
+from qlora_lite.data.readers.data_files import left_out
+from qlora_lite.data.readers.fields import columns_of
+from qlora_lite.data.readers.problems import Problems, RowProblem
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.examples import Dataset
+from qlora_lite.data.tokens.statistics import unused_of
 from qlora_lite.errors import DataError
 from qlora_lite.prepare.text_rows import files_not_read, first_names
 from qlora_lite.recipe.schema import Recipe

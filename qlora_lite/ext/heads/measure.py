@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
+from qlora_lite.data.checks.metrics import Score
 from qlora_lite.data.label_metrics import confusion, scores_of
 from qlora_lite.data.labels import ONE_LABEL
-from qlora_lite.data.metrics import Score
 from qlora_lite.inference.evaluate import watching
 from qlora_lite.prepare.datasets import build_data, warn_of_other_rows
 from qlora_lite.prepare.job import build_workload

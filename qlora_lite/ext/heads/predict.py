@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lite.data.examples import read_examples
+from qlora_lite.data.chat.row_formats import JUDGEMENTS, PAIRS, is_preference
 from qlora_lite.data.label_metrics import probabilities
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER
-from qlora_lite.data.problems import Problems, read_place
-from qlora_lite.data.row_formats import JUDGEMENTS, PAIRS, is_preference
-from qlora_lite.data.sources import Source, read_rows
+from qlora_lite.data.readers.problems import Problems, read_place
+from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.prepare.datasets import with_known_columns
 from qlora_lite.prepare.moment import LabelledRows

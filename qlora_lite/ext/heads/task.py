@@ -13,9 +13,9 @@ from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.examples import Dataset
-    from qlora_lite.data.problems import RowProblem
-    from qlora_lite.data.sources import Source
+    from qlora_lite.data.readers.problems import RowProblem
+    from qlora_lite.data.readers.sources import Source
+    from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.models.heads import Head
     from qlora_lite.prepare.moment import LabelledRows, Measured, Moment, Watch
     from qlora_lite.train.transformer import ModelSpec
@@ -98,7 +98,7 @@ class LabeledText(Task):
     def check_first_row(self, recipe: Recipe, source: Source) -> str:
         """See ``Task``."""
         from qlora_lite.data.labelled_rows import FORMAT, read_labelled
-        from qlora_lite.data.problems import Problems
+        from qlora_lite.data.readers.problems import Problems
 
         problems = Problems()
         next(read_labelled(source, problems, self.problem), None)

@@ -12,7 +12,7 @@ from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import decode, pillow
 from qlora_lite.data.pictures import Picture, read_pictures
 from qlora_lite.data.pictures import example_of as picture_example
-from qlora_lite.data.statistics import Statistics
+from qlora_lite.data.tokens.statistics import Statistics
 from qlora_lite.ext.heads.measure import load_head
 from qlora_lite.ext.heads.predict import described, source_to_label, write_lines
 from qlora_lite.files import explain_write_errors

@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.artifacts.run_files import PICTURES
+from qlora_lite.data.checks.metrics import Score, mean
 from qlora_lite.data.label_metrics import probabilities
-from qlora_lite.data.metrics import Score, mean
 from qlora_lite.data.picture_files import thumbnail
-from qlora_lite.data.storage import Example
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, OutputError
 from qlora_lite.files import write_text
 from qlora_lite.models.nested import of_blocks

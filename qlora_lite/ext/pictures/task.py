@@ -16,9 +16,9 @@ from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.examples import Dataset
     from qlora_lite.data.picture_processor import Processor
-    from qlora_lite.data.sources import Source
+    from qlora_lite.data.readers.sources import Source
+    from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.ext.heads.measure import Scorer
     from qlora_lite.models.heads import Head
     from qlora_lite.planning.machine import Machine
@@ -122,7 +122,7 @@ class PictureClasses(Task):
         self, recipe: Recipe, sources: Sequence[Source], reader: Any, preference: str | None, max_rows: int | None
     ) -> Dataset:
         """Read pictures with their labels."""
-        from qlora_lite.data.examples import read_examples
+        from qlora_lite.data.tokens.examples import read_examples
 
         return read_examples(sources, None, problem=self.labels.kind, of_pictures=True)
 

@@ -17,7 +17,7 @@ from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.adapters.lora.start import KAIMING
 from qlora_lite.adapters.read import Adapter, read_adapter
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with
-from qlora_lite.data.storage import Examples
+from qlora_lite.data.tokens.storage import Examples
 from qlora_lite.errors import ModelError
 from qlora_lite.prepare.datasets import build_data, told_by
 from qlora_lite.prepare.job import build_workload

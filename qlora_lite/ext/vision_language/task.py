@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.examples import Dataset
     from qlora_lite.data.picture_reader import PictureReader
-    from qlora_lite.data.sources import Source
+    from qlora_lite.data.readers.sources import Source
+    from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.prepare.moment import Measured, Moment, Watch
     from qlora_lite.train.causal_lm import CausalLM
     from qlora_lite.train.transformer import ModelSpec

@@ -18,8 +18,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from qlora_lite.data.probe import TakesTooMuchError
-from qlora_lite.data.render import render_prompt
+from qlora_lite.data.chat.probe import TakesTooMuchError
+from qlora_lite.data.chat.render import render_prompt
 from qlora_lite.errors import DataError, tokenizer_faults
 from qlora_lite.inference.generate import Shown, answer, shown_prompt, text_of_prompt
 from qlora_lite.inference.multi_adapter import BASE, Tasks

@@ -16,11 +16,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from .example_checks import NOTHING_TO_LEARN
-from .examples import Dataset
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.tokens.example_checks import NOTHING_TO_LEARN
+from qlora_lite.data.tokens.examples import Dataset
+from qlora_lite.data.tokens.storage import Examples
+
 from .overlap import is_judged, prompt_signatures, scattered, signatures
-from .problems import Problems
-from .storage import Examples
 
 HELD_OUT = "held out for evaluation (data.eval_share)"
 PROMPT_SHARE = 0.25  # of the rows to hold out: a prompt with more is not kept together

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import regex
 
-from .problems import RowProblem
-from .storage import Example
+from qlora_lite.data.readers.problems import RowProblem
+from qlora_lite.data.tokens.storage import Example
 
 NO_ANSWER = "no answer to match"
 MATCH_SECONDS = 1.0  # for one text; an honest pattern takes microseconds

@@ -42,15 +42,15 @@ from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
+from qlora_lite.data import picture_turns
+from qlora_lite.data.picture_files import file_of
+from qlora_lite.data.readers.data_files import data_suffix
+from qlora_lite.data.readers.fields import columns_of, fill, kind_of, text_of
+from qlora_lite.data.readers.json_rows import ask_for_columns, ask_for_list
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source, ask_for_sign, read_rows
 from qlora_lite.errors import DataError
 
-from . import picture_turns
-from .data_files import data_suffix
-from .fields import columns_of, fill, kind_of, text_of
-from .json_rows import ask_for_columns, ask_for_list
-from .picture_files import file_of
-from .problems import Problems
-from .sources import Source, ask_for_sign, read_rows
 from .tools import check_calls, tool_calls, tool_definitions
 
 CHOSEN, ANSWERED = "chosen", "prompt-completion"

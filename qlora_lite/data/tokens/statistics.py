@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .captions import Fit
-from .picture_reader import PictureReader
-from .problems import Problems, RowProblem
-from .row_formats import ROLES, WITH_TURNS
-from .template import Template
+from qlora_lite.data.captions import Fit
+from qlora_lite.data.chat.row_formats import ROLES, WITH_TURNS
+from qlora_lite.data.chat.template import Template
+from qlora_lite.data.picture_reader import PictureReader
+from qlora_lite.data.readers.problems import Problems, RowProblem
 
 TOO_LONG = "longer than max_tokens"
 KIND_LOST = "a whole kind of row left out"

@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.captions import Fit
+from qlora_lite.data.chat.template import Template
+from qlora_lite.data.picture_reader import PictureReader
+from qlora_lite.data.readers.problems import Problems
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import remove_old_leftovers, replacing_folder
 
-from .captions import Fit
 from .encode import make_examples
 from .example_checks import NOTHING_TO_LEARN, check_examples
-from .picture_reader import PictureReader
-from .problems import Problems
-from .sources import Source
 from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
 from .storage import Example, Examples, ExampleWriter, repeated
-from .template import Template
 from .token_cache import cache_key, load_set, most_bytes, remove_least_used, save_set
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.chat.render import END_OF_ANSWER, TEMPLATE, Ahead, render
+from qlora_lite.data.chat.row_formats import Conversation
+from qlora_lite.data.chat.template import Template
 from qlora_lite.errors import DataError
 
 from .example_checks import NOTHING_TO_LEARN
-from .render import END_OF_ANSWER, TEMPLATE, Ahead, render
-from .row_formats import Conversation
 from .storage import Example, PictureFile
-from .template import Template
 from .tokenise import TextTokens, tokenise_rows
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it

@@ -10,9 +10,8 @@ source: transformers documentation, "Tool use"; OpenAI API reference, chat compl
 
 from collections.abc import Mapping, Sequence
 
+from qlora_lite.data.readers.json_rows import decode_text
 from qlora_lite.errors import DataError
-
-from .json_rows import decode_text
 
 UNBALANCED = "unbalanced tool calls"
 

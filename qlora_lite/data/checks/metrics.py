@@ -24,11 +24,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from qlora_lite.data.readers.problems import RowProblem
+from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import RecipeError, how_to_install
 
 from .matching import NO_ANSWER, WHOLE, Matching, can_match, check_answers
-from .problems import RowProblem
-from .storage import Example
 
 OF_ANSWERS = "exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge"  # which have to be generated
 MAX_CHOICES = 32  # that are taken for a closed set where the recipe names none

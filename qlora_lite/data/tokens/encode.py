@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.chat.render import CONTROL_TOKEN, check_shape, for_pictures, render_ahead
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
+from qlora_lite.data.chat.template import begin_of_text, choose_template, special_ids_of
+from qlora_lite.data.labelled_rows import labelled_examples
+from qlora_lite.data.pictures import picture_examples
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .example_checks import NOTHING_TO_LEARN
-from .labelled_rows import labelled_examples
 from .mask import Marked, Row, answers_of, mark_rows, render_row, with_pictures
-from .pictures import picture_examples
 from .preferences import mismatched, paired
-from .render import CONTROL_TOKEN, check_shape, for_pictures, render_ahead
-from .row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
-from .sources import Source
 from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
 from .storage import Example
-from .template import begin_of_text, choose_template, special_ids_of
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .problems import RowProblem
+from qlora_lite.data.readers.problems import RowProblem
+
 from .storage import Example, Examples, sequence_starts, stored
 
 NOTHING_TO_LEARN = "nothing to learn"

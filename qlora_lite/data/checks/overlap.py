@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .example_checks import in_chunks
-from .problems import RowProblem
-from .storage import Example, stored
+from qlora_lite.data.readers.problems import RowProblem
+from qlora_lite.data.tokens.example_checks import in_chunks
+from qlora_lite.data.tokens.storage import Example, stored
 
 IN_BOTH = "evaluation row in training"
 PROMPT_IN_BOTH = "evaluation prompt in training"

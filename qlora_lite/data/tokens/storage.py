@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 
-from .problems import read_place, write_place
+from qlora_lite.data.readers.problems import read_place, write_place
 
 
 class PictureFile(NamedTuple):

@@ -16,9 +16,10 @@ from itertools import islice
 
 import numpy as np
 
+from qlora_lite.data.chat.row_formats import Conversation
+from qlora_lite.data.readers.problems import RowProblem
+
 from .mask import Marked
-from .problems import RowProblem
-from .row_formats import Conversation
 from .statistics import Statistics
 from .storage import Example, Examples, sequences_of, stored
 

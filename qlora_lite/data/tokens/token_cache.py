@@ -32,16 +32,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.chat.template import choose_template
+from qlora_lite.data.readers.data_files import find_files
+from qlora_lite.data.readers.problems import Problems, RowProblem
+from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, read_sealed, sha256, write_sealed
 from qlora_lite.units import format_bytes
 
-from .data_files import find_files
-from .problems import Problems, RowProblem
-from .sources import Source
 from .statistics import Settings, Statistics, no_counts
 from .storage import FILES, Examples, load_arrays
-from .template import choose_template
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
     from transformers import PreTrainedTokenizerFast
@@ -95,7 +95,7 @@ def _template_text(template: str | None) -> str | None:
 @cache
 def _code() -> list[str]:
     """Return what identifies the code that makes tokens."""
-    modules = sorted(Path(__file__).parent.glob("*.py"))
+    modules = sorted(Path(__file__).parent.parent.rglob("*.py"))
     return [*(sha256(module) for module in modules), *(version(name) for name in _LIBRARIES)]
 
 

@@ -1,0 +1,1 @@
+"""From rows to conversations, and from conversations to the text that a chat template writes."""
