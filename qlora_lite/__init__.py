@@ -45,6 +45,13 @@ _API = {
     "Workload": "qlora_lite.train.workload",
     "BatchShape": "qlora_lite.train.workload",
     "CausalLM": "qlora_lite.train.causal_lm",
+    "MethodEntry": "qlora_lite.prepare.method",
+    "ObjectiveEntry": "qlora_lite.prepare.objective",
+    "Task": "qlora_lite.prepare.task",
+    "Text": "qlora_lite.tasks.text",
+    "Section": "qlora_lite.recipe.schema",
+    "ExportForm": "qlora_lite.export.form",
+    "Written": "qlora_lite.export.form",
     "QloraLiteError": "qlora_lite.errors",
 }
 
@@ -62,6 +69,8 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test compares it wit
     from .data.readers.sources import Source as Source
     from .data.tokens.examples import build_examples as build_examples
     from .errors import QloraLiteError as QloraLiteError
+    from .export.form import ExportForm as ExportForm
+    from .export.form import Written as Written
     from .export.formats import ExportSettings as ExportSettings
     from .export.formats import export_run as export_run
     from .export.merge import MergeSettings as MergeSettings
@@ -76,10 +85,15 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test compares it wit
     from .models.memory_options import MemoryOptions as MemoryOptions
     from .models.tokenizer import load_tokenizer as load_tokenizer
     from .planning.machine import machine_of_gpu as machine_of_gpu
+    from .prepare.method import MethodEntry as MethodEntry
+    from .prepare.objective import ObjectiveEntry as ObjectiveEntry
     from .prepare.plan import plan_recipe as plan_recipe
     from .prepare.settings import train_settings as train_settings
+    from .prepare.task import Task as Task
     from .recipe.load import load_recipe as load_recipe
+    from .recipe.schema import Section as Section
     from .runs.run import run_recipe as run_recipe
+    from .tasks.text import Text as Text
     from .train.causal_lm import CausalLM as CausalLM
     from .train.causal_lm import CrossEntropy as CrossEntropy
     from .train.loop import Trainer as Trainer

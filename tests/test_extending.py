@@ -3,23 +3,19 @@
 Each is planned within a budget, trained, killed, resumed to the bit, saved, loaded and evaluated.
 """
 
-import re
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 
 import pytest
 import torch
-from methods import Case, assert_as_planned, language_model, of_text, plan
+from methods import Case, assert_as_planned, of_text, plan
 from safetensors.torch import load_file
-from tiny_trainer import examples
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lite import AdapterMethod, BatchShape, CrossEntropy, Lora, LossSum, Objective, Workload, save_adapter
+from qlora_lite import AdapterMethod, BatchShape, CrossEntropy, LossSum, Objective, Workload, save_adapter
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.adapters.read import WEIGHTS_NAME
-from qlora_lite.explain import explain
 from qlora_lite.models.anatomy import head
 from qlora_lite.models.memory_options import place, set_memory_options
 from qlora_lite.ops.loss import head_logits
@@ -161,19 +157,6 @@ def pictures():
     chance = torch.Generator().manual_seed(0)
     found = [(torch.rand(8, 8, generator=chance), int(torch.randint(10, (), generator=chance))) for _ in range(40)]
     return Case(Pictures(), lambda: Classifier(3), found, {"max_tokens": 4, "packing": False, "micro_batch_size": 4})
-
-
-def test_the_page_about_it_holds(tmp_path, monkeypatch, capsys):
-    loop, objective, _form = re.findall(r"```python\n(.*?)```", explain("extending"), re.DOTALL)
-    (tmp_path / "users_own.py").write_text(objective + "\n\n" + loop, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    users_own = import_module("users_own")
-    model, rows = language_model(), examples(4)
-    Lora(rank=2).apply(model)
-    users_own.train(model, rows, rows)
-    step, loss, metrics = capsys.readouterr().out.split(maxsplit=2)
-    found = re.fullmatch(r"\{'cross_entropy': ([\d.]+)\}", metrics.strip())
-    assert step == "1" and float(loss) < float(found[1]), "easy tokens count less"
 
 
 CASES = {

@@ -142,7 +142,14 @@ def test_the_lowest_layer_imports_the_standard_library_only():
 
 def test_the_recipe_layer_imports_pydantic_yaml_and_regex_only():
     tops = {name.split(".")[0] for path in (PACKAGE / "recipe").glob("*.py") for name in imported_names(path)}
-    assert tops - sys.stdlib_module_names <= {"qlora_lite", "pydantic", "annotated_types", "yaml", "regex"}
+    assert tops - sys.stdlib_module_names <= {
+        "qlora_lite",
+        "pydantic",
+        "pydantic_core",
+        "annotated_types",
+        "yaml",
+        "regex",
+    }
 
 
 def test_lower_layers_never_see_a_recipe():
@@ -163,7 +170,14 @@ def test_whatever_is_imported_comes_with_the_installation_or_an_extra():
     extras = [line for lines in optional.values() for line in lines]
     declared = project["dependencies"] + extras  # of an extra, where it is used
     names = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared}
-    names |= {"yaml", "numpy", "jinja2", "annotated_types", "pyarrow"}  # pyyaml's; torch's, pydantic's and datasets'
+    names |= {
+        "yaml",
+        "numpy",
+        "jinja2",
+        "annotated_types",
+        "pydantic_core",
+        "pyarrow",
+    }  # pyyaml's; torch's, pydantic's and datasets'
     names |= {"triton", "PIL"}  # torch's, where it is built for a GPU; pillow's
     tops = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imported_names(path)}
     assert tops - sys.stdlib_module_names - names == {"qlora_lite"}

@@ -20,7 +20,7 @@ class AdapterMethod:
     """A way to adapt a frozen model. ``apply`` and ``config`` are a method's own; the rest has defaults.
 
     Subclasses are frozen dataclasses: a plan compares them, and looks them up. A method whose adapters are used after
-    training also has ``shapes`` and ``add_switched``, and a line in ``saved.METHODS``.
+    training also has ``shapes`` and ``add_switched``, and an entry that is registered (``saved.SavedMethod``).
 
     ``why_not_merged`` says why its adapters can be neither merged nor exported ("" where they can), ``size_setting``
     names what in a recipe decides how much is trained, and ``trains_base`` says that the model's own weights learn, all

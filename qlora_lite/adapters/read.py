@@ -39,7 +39,7 @@ from .lora.layer import lora_scale
 from .lora.qera import QERA
 from .lora.start import base_of, first_sum_of
 from .parts import TOKEN_ROWS, head_parameters, is_tied, projector_paths, tables_of
-from .saved import METHODS, Saved, checked, read_method
+from .saved import Saved, checked, find_saved, read_method
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 log = logging.getLogger("qlora_lite")
@@ -167,8 +167,8 @@ def read_adapter(model: nn.Module, folder: str | Path) -> Adapter | Saved:
     config = _read_config(folder)
     _require_base(model, config, folder)
     warn_of_other_split(folder, first_sum_of(model))
-    if config["peft_type"] in METHODS:
-        method = read_method(config, folder / CONFIG_NAME)
+    if entry := find_saved(config["peft_type"]):
+        method = read_method(entry, config, folder / CONFIG_NAME)
         return checked(model, folder, method, _read_tensors(folder / WEIGHTS_NAME, HEADER_BYTES))
     layers = {path: (1, *frozen_weight(layer)[0].shape) for path, layer in linear_layers(model).items()}
     experts, parameters = expert_weights(model), _target_parameters(model, config, folder / CONFIG_NAME)
@@ -376,7 +376,7 @@ def _read_config(folder: Path) -> dict:
         raise ModelError(f"{folder} is not an adapter folder: {CONFIG_NAME} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from None
-    if isinstance(config, dict) and str(config.get("peft_type")) in METHODS:
+    if isinstance(config, dict) and find_saved(config.get("peft_type")):
         return config
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{path} does not describe a LoRA adapter (peft_type is not LORA)")

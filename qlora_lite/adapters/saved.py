@@ -4,28 +4,45 @@ LoRA's folders have a reader of their own (``read``). Of another method, the con
 ``AdapterMethod.shapes`` which tensors there are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from qlora_lite.errors import ModelError
+from qlora_lite.registry import find, names
 
-from .bottleneck import PEFT_TYPE, Bottleneck
 from .method import AdapterMethod
-from .prefix import PrefixTuning
-from .prompt import PromptTuning
 
-# By peft_type of adapter_config.json: what makes the method from the configuration.
-METHODS: dict[str, Callable[[Mapping], AdapterMethod]] = {
-    PEFT_TYPE: Bottleneck.described_by,
-    "PREFIX_TUNING": PrefixTuning.described_by,
-    "PROMPT_TUNING": PromptTuning.described_by,
-    "P_TUNING": PromptTuning.described_by,
-}
 LISTED = 50  # problems of one file shown
+
+
+@runtime_checkable
+class SavedMethod(Protocol):
+    """A method that is registered, as far as reading adapters asks for it.
+
+    Args:
+        peft_types: of ``adapter_config.json``, by which its adapters are known; none of LoRA, which has a reader of
+            its own, and of methods that leave no adapter.
+    """
+
+    peft_types: tuple[str, ...]
+
+    def read(self, config: Mapping) -> AdapterMethod:
+        """Return the method that a configuration describes.
+
+        Raises:
+            ModelError: a setting is invalid.
+        """
+
+
+def find_saved(peft_type: object) -> SavedMethod | None:
+    """Return the method whose adapters have a peft_type; None where there is none."""
+    entries = (find("methods", name, SavedMethod) for name in names("methods"))
+    return next((entry for entry in entries if peft_type in entry.peft_types), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +70,14 @@ class Saved:
         return model
 
 
-def read_method(config: Mapping, path: Path) -> AdapterMethod:
-    """Return the method that a configuration describes, whose peft_type is in ``METHODS``.
+def read_method(entry: SavedMethod, config: Mapping, path: Path) -> AdapterMethod:
+    """Return the method that a configuration describes.
 
     Raises:
         ModelError: a setting is invalid.
     """
     try:
-        return METHODS[config["peft_type"]](config)
+        return entry.read(config)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
 

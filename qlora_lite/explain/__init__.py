@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.recipe.foreign_names import cure
+from qlora_lite.recipe.part import find_section
 from qlora_lite.recipe.reference import field_at, known_keys, section_markdown, setting_markdown
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe
 
@@ -29,7 +30,7 @@ def explain(name: str) -> str:
     if name == SETTINGS:
         return "\n\n".join(map(section_markdown, Recipe.model_fields))
     parts = [_read(name)] if name in topics() else []
-    if name in Recipe.model_fields:
+    if name in Recipe.model_fields or find_section(name):
         parts.append(section_markdown(name))
     elif field_at(tuple(name.split("."))) is not None:
         parts.append(setting_markdown(name))

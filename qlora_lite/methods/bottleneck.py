@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlora_lite.prepare.method import MethodEntry
@@ -17,6 +18,14 @@ class BottleneckEntry(MethodEntry):
     label = "bottleneck adapters"
     settings = ("bottleneck",)
     rate_share = 1.5  # from sweeps of both demo models, 40 steps of E2E and SST-2 (tools/experiments/study)
+
+    peft_types = ("BOTTLENECK",)
+
+    def read(self, config: Mapping) -> AdapterMethod:
+        """See ``adapters.saved.SavedMethod``."""
+        from qlora_lite.adapters.bottleneck import Bottleneck
+
+        return Bottleneck.described_by(config)
 
     def build(self, recipe: Recipe) -> AdapterMethod:
         """See ``adapters.bottleneck.Bottleneck``."""

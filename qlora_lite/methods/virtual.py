@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlora_lite.errors import ModelError
@@ -21,8 +22,17 @@ class VirtualEntry(MethodEntry):
         rate: a learning rate to begin with, as a recipe would write it: no rule is known.
     """
 
-    def __init__(self, name: str, label: str, rate: str, settings: tuple[str, ...]) -> None:
-        self.name, self.label, self.rate, self.settings = name, label, rate, settings
+    settings = ("prompt",)
+
+    def __init__(self, name: str, label: str, rate: str, peft_types: tuple[str, ...]) -> None:
+        self.name, self.label, self.rate, self.peft_types = name, label, rate, peft_types
+
+    def read(self, config: Mapping) -> AdapterMethod:
+        """See ``adapters.saved.SavedMethod``."""
+        from qlora_lite.adapters.prefix import PrefixTuning
+        from qlora_lite.adapters.prompt import PromptTuning
+
+        return (PrefixTuning if self.name == "prefix" else PromptTuning).described_by(config)
 
     def build(self, recipe: Recipe) -> AdapterMethod:
         """See ``adapters.prompt.PromptTuning`` and ``adapters.prefix.PrefixTuning``."""
@@ -71,5 +81,5 @@ def _initial_tokens(recipe: Recipe) -> tuple[int, ...]:
         return ()
 
 
-PROMPT = VirtualEntry("prompt", "prompt tuning", "2e-2", ("prompt",))
-PREFIX = VirtualEntry("prefix", "prefix tuning", "5e-2", ("prompt",))
+PROMPT = VirtualEntry("prompt", "prompt tuning", "2e-2", ("PROMPT_TUNING", "P_TUNING"))
+PREFIX = VirtualEntry("prefix", "prefix tuning", "5e-2", ("PREFIX_TUNING",))

@@ -6,6 +6,7 @@ without torch, so a module that defines an entry imports it within methods alone
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qlora_lite.recipe.part import Part
@@ -24,12 +25,18 @@ class MethodEntry(Part):
         trains_base: whether it trains the model's own weights, so that a run leaves a model and no adapter.
         has_targets: whether ``lora.targets`` says which layers it adapts.
         rate_share: the learning rate that auto means, as a share of LoRA's with alpha 32.
+        peft_types: see ``adapters.saved.SavedMethod``.
     """
 
     label: str = ""
     trains_base: bool = False
     has_targets: bool = False
     rate_share: float = 1.0
+    peft_types: tuple[str, ...] = ()
+
+    def read(self, config: Mapping) -> AdapterMethod:
+        """See ``adapters.saved.SavedMethod``."""
+        raise NotImplementedError
 
     def build(self, recipe: Recipe) -> AdapterMethod:
         """Return the method with the settings of a recipe.

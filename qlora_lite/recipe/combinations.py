@@ -10,7 +10,7 @@ from functools import partial
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 from qlora_lite.registry import find, names
 
-from .part import NAMING, Found, Part, Value, implied_settings, parts
+from .part import NAMING, Found, Needs, Part, Value, implied_settings, parts
 from .reference import default_value, either, settings_in, written
 from .schema import Lora, Memory, Recipe
 from .strict_yaml import shown
@@ -29,6 +29,21 @@ _OWNED = {
     ),
     "objectives": ("objective",),
 }
+
+
+def refused(value: Value, needs: Needs, beside: str, why: str = "") -> Found:
+    """Yield the settings that are not one of what they may be.
+
+    Args:
+        beside: what they do not go with, such as "train.compile".
+        why: added to that.
+    """
+    for location, allowed in needs.items():
+        given = value(*location)
+        if given is None or any(given == each for each in allowed):
+            continue
+        message = f"{'.'.join(location)} = {written(given)}: not possible with {beside}{why}"
+        yield location, f"{message}; write {' or '.join(map(written, allowed))} here"
 
 
 def conflicts(value: Value) -> Found:

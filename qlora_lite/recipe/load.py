@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from qlora_lite.errors import Problem, RecipeError
 
@@ -21,7 +22,7 @@ from .catalog import closest_recipe, recipe_for_every_gpu
 from .combinations import conflicts, table_columns, without_evaluation
 from .foreign_files import trainer_of
 from .overrides import apply_overrides, override_number
-from .part import Location, implied_settings
+from .part import NAMING, USUAL, Location, find_section, implied_settings
 from .schema import FORMER_NAMES, Recipe, Rule, fault_of_pattern
 from .strict_yaml import MAX_BYTES, Document, Node, dump, parse, plain, scalar_value, shown
 
@@ -198,8 +199,10 @@ class _Checker:
         for (section, name), implied in implied_settings(self._value).items():
             if isinstance(values[section], dict):
                 values[section].setdefault(name, implied)
+        errors = self._take_sections(values)
         try:
-            return Recipe.model_validate(values)
+            if not errors:
+                return Recipe.model_validate(values)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_input=False)
         # Missing ones last: an unknown key may be the missing one under another name.
@@ -209,6 +212,32 @@ class _Checker:
             else:
                 self._invalid(details["loc"], details["type"])
         return None
+
+    def _take_sections(self, values: dict) -> list[ErrorDetails]:
+        """Check sections that are not the schema's, in place: those that what the recipe names brings.
+
+        Returns:
+            What is wrong with them, as pydantic says it.
+        """
+        named = {self._value(*place) or USUAL[group]: place for place, group in NAMING.items()}
+        errors: list[ErrorDetails] = []
+        for name in {*values, *named} - Recipe.model_fields.keys():
+            if (found := find_section(str(name))) is None:
+                if name in values:
+                    errors.append({"type": "extra_forbidden", "loc": (name,), "msg": "", "input": None})
+                continue
+            group, section = found
+            if name not in named:
+                key = next(".".join(place) for place, each in NAMING.items() if each == group)
+                self._add((name,), f"{name}: only with {key} {name}; remove one of the two")
+                values.pop(name)
+                continue
+            try:
+                values[name] = section.model_validate(values.get(name) or {})
+            except ValidationError as error:
+                found_here = error.errors(include_url=False, include_input=False)
+                errors += [{**details, "loc": (name, *details["loc"])} for details in found_here]
+        return errors
 
     def _invalid(self, location: Location, kind: str) -> None:
         """Report a value that breaks its rule, or a missing one."""

@@ -7,11 +7,9 @@ their own, what others mean beside them, and which do not go with them. Nothing 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from pydantic import BaseModel
-
 from qlora_lite.registry import find, names
 
-from .reference import written
+from .schema import Section
 
 Location = tuple[str | int, ...]
 Found = Iterator[tuple[Location, str]]
@@ -31,7 +29,7 @@ class Part:
         implied: what settings are where a recipe leaves them out.
     """
 
-    section: type[BaseModel] | None = None
+    section: type[Section] | None = None
     settings: tuple[str, ...] = ()
     implied: Mapping[tuple[str, str], object] = MappingProxyType({})
 
@@ -43,6 +41,14 @@ class Part:
 def find_part(group: str, value: object) -> Part | None:
     """Return a task, method or objective by its name; None where nothing has that name."""
     return find(group, value, Part) if isinstance(value, str) and value in names(group) else None
+
+
+def find_section(name: str) -> tuple[str, type[Section]] | None:
+    """Return the section that a task, method or objective of that name brings, and its group; None without one."""
+    for group in USUAL:
+        if (part := find_part(group, name)) and part.section:
+            return group, part.section
+    return None
 
 
 def parts(value: Value) -> dict[str, Part]:
@@ -57,18 +63,3 @@ def implied_settings(value: Value) -> dict[tuple[str, str], object]:
     for part in parts(value).values():
         found |= part.implied
     return found
-
-
-def refused(value: Value, needs: Needs, beside: str, why: str = "") -> Found:
-    """Yield the settings that are not one of what they may be.
-
-    Args:
-        beside: what they do not go with, such as "train.compile".
-        why: added to that.
-    """
-    for location, allowed in needs.items():
-        given = value(*location)
-        if given is None or any(given == each for each in allowed):
-            continue
-        message = f"{'.'.join(location)} = {written(given)}: not possible with {beside}{why}"
-        yield location, f"{message}; write {' or '.join(map(written, allowed))} here"

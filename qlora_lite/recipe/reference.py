@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_lite.registry import names
 
+from .part import find_section
 from .schema import Recipe, Registered, Rule, Source, Target
 
 _LISTS = {"data": ("data.train", "data.eval"), "lora": ("lora.targets",)}  # by section: settings that hold mappings
@@ -23,10 +24,13 @@ def field_at(location: tuple[str | int, ...]) -> FieldInfo | None:
 
     The field of a list stands for an item that is no mapping.
     """
-    names = [part for part in location if isinstance(part, str)]
+    keys = [part for part in location if isinstance(part, str)]
     model: type[BaseModel] | None = Recipe
     field: FieldInfo | None = None
-    for depth, name in enumerate(names):
+    if keys and keys[0] not in Recipe.model_fields and (found := find_section(keys[0])):
+        _, model = found
+        field, keys = FieldInfo.from_annotation(model), keys[1:]
+    for depth, name in enumerate(keys, start=0 if field is None else 1):
         if model is None or name not in model.model_fields:
             return None
         field = model.model_fields[name]
@@ -46,6 +50,8 @@ def setting(key: str) -> FieldInfo:
 
 
 def _section(name: str) -> type[BaseModel]:
+    if name not in Recipe.model_fields and (found := find_section(name)):
+        return found[1]
     model = Recipe.model_fields[name].annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
     return model
@@ -142,8 +148,11 @@ def default_of(section: str, name: str) -> str | None:
 
 
 def default_value(section: str, name: str) -> object:
-    """Return a setting's default as it is in the schema."""
-    return _section(section).model_fields[name].default
+    """Return a setting's default as a recipe would have it; None of a required one."""
+    model = _section(section)
+    if any(field.is_required() for field in model.model_fields.values()):
+        return model.model_fields[name].default
+    return model().model_dump()[name]
 
 
 def settings_in(name: str) -> list[str]:

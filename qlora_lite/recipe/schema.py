@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -48,6 +48,7 @@ Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+S = TypeVar("S", bound="Section")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,9 @@ def _pattern(value: str) -> str:
     return value
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A section of a recipe: settings with their defaults, each with a docstring that says what it does."""
+
     model_config = ConfigDict(
         strict=True,
         frozen=True,
@@ -145,7 +148,7 @@ class _Section(BaseModel):
 _Pattern = Annotated[Text, AfterValidator(_pattern), Rule("a regular expression")]
 
 
-class Model(_Section):
+class Model(Section):
     """The base model, frozen and quantised."""
 
     path: Text
@@ -182,7 +185,7 @@ class Model(_Section):
     """Branch, tag or commit of a hub model; null is the main branch."""
 
 
-class Task(_Section):
+class Task(Section):
     """What the model is trained to give: text, or labels of texts or pictures by way of a head that is trained too."""
 
     kind: Annotated[Text, _name_in("tasks"), Registered("tasks")] = "language-model"
@@ -206,7 +209,7 @@ class Task(_Section):
     those of the training rows, sorted (of a denoiser, those of its model_index.json, where it has some)."""
 
 
-class Target(_Section):
+class Target(Section):
     """Linear layers or experts that get LoRA weights; a bare name is short for {pattern: NAME}."""
 
     pattern: Text
@@ -221,7 +224,7 @@ class Target(_Section):
 _Part = Literal["embeddings", "head", "norms", "biases", "projector"]
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """What is trained: weights beside the frozen model, or the model itself."""
 
     method: Annotated[Text, _name_in("methods"), Registered("methods")] = "lora"
@@ -260,7 +263,7 @@ class Adapter(_Section):
     each number of a row; at the learning rate of the LoRA weights."""
 
 
-class Lora(_Section):
+class Lora(Section):
     """The LoRA weights, which are trained alone, or with the norms of adapter.method dora."""
 
     rank: PositiveInt = 16
@@ -307,7 +310,7 @@ class Lora(_Section):
         return [target.model_dump(exclude_none=True) for target in targets]
 
 
-class Bottleneck(_Section):
+class Bottleneck(Section):
     """The networks of adapter.method bottleneck: two layers each, with an activation between."""
 
     width: PositiveInt = 64
@@ -320,7 +323,7 @@ class Bottleneck(_Section):
     """Type of the weights and their gradients."""
 
 
-class Prompt(_Section):
+class Prompt(Section):
     """The virtual tokens of adapter.method prompt and prefix."""
 
     virtual_tokens: PositiveInt = 20
@@ -333,7 +336,7 @@ class Prompt(_Section):
     needs; null trains the embeddings themselves (prompt tuning). Not with adapter.method prefix."""
 
 
-class Source(_Section):
+class Source(Section):
     """A source of rows; a bare path is short for {path: PATH}."""
 
     path: Text
@@ -368,7 +371,7 @@ _Sources = Annotated[
 ]
 
 
-class Data(_Section):
+class Data(Section):
     """The training and evaluation data, and how it becomes tokens."""
 
     train: _Sources
@@ -449,7 +452,7 @@ _Tracker = Literal[
 _Metric = Literal["exact_match", "number_match", "accuracy", "bleu", "chrf", "rouge", "answer_loss"]
 
 
-class Train(_Section):
+class Train(Section):
     """How training runs: steps, optimizer, evaluation and checkpoints."""
 
     objective: Annotated[Text, _name_in("objectives"), Registered("objectives")] = "sft"
@@ -574,7 +577,7 @@ class Train(_Section):
     """Experiment trackers that also get the metrics; each must be installed."""
 
 
-class Objective(_Section):
+class Objective(Section):
     """The settings of the objectives that learn from preferences or rewards (train.objective)."""
 
     beta: Annotated[PositiveFloat | Literal["auto"], Rule("a number above 0, or auto")] = "auto"
@@ -614,7 +617,7 @@ class Objective(_Section):
     """Whether grpo divides what an answer is worth by the standard deviation of its group."""
 
 
-class Diffusion(_Section):
+class Diffusion(Section):
     """What the denoiser of task.kind image-generation learns, and which pictures show it."""
 
     prediction: Literal["auto", "epsilon", "v", "flow"] = "auto"
@@ -645,7 +648,7 @@ class Diffusion(_Section):
     """Scale of classifier-free guidance for pictures; 1 is none."""
 
 
-class Memory(_Section):
+class Memory(Section):
     """How memory is traded for time in training. At inference budget, tile_tokens and loss_chunk_tokens count."""
 
     budget: Annotated[str, AfterValidator(_size_or_auto), Rule("auto, or a size with its unit, such as 8GiB")] = "auto"
@@ -742,7 +745,7 @@ class Memory(_Section):
         return None if self.host_budget == "auto" else parse_bytes(self.host_budget)
 
 
-class Output(_Section):
+class Output(Section):
     """Where the results go."""
 
     dir: Text | None = None
@@ -758,8 +761,10 @@ class Output(_Section):
     """Name of the run; null is the recipe file's name."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything a run is made from; get one from `load_recipe`, which also checks files and combinations."""
+
+    model_config = ConfigDict(extra="allow")  # sections of tasks, methods and objectives of other distributions
 
     model: Model
     task: Task = Task()
@@ -782,6 +787,16 @@ class Recipe(_Section):
             return settings
         is_meant = "metrics" in train or train.get("metrics_every_steps")
         return {**settings, "train": {"metrics_examples": METRICS_EXAMPLES, **train}} if is_meant else settings
+
+    @model_validator(mode="after")
+    def _nothing_but_sections(self) -> Recipe:
+        if unknown := [name for name, each in (self.model_extra or {}).items() if not isinstance(each, Section)]:
+            raise ValueError(f"no section is called {', '.join(unknown)}")
+        return self
+
+    def section(self, kind: type[S]) -> S:
+        """Return the section that a task, a method or an objective of another distribution brings."""
+        return next(each for each in (self.model_extra or {}).values() if isinstance(each, kind))
 
     @property
     def recipe_hash(self) -> str:

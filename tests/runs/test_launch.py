@@ -321,7 +321,8 @@ def test_ranks_end_and_save_when_their_launcher_is_killed(model_folder, tmp_path
     _, err = process.communicate(timeout=30)  # their standard error is this process's pipe until the last has ended
     assert not any(psutil.pid_exists(rank) and psutil.Process(rank).status() != "zombie" for rank in ranks)
     log_text = (tmp_path / "out" / "log.txt").read_text()
-    assert log_text.count("the launcher of these processes has ended") == 1 and "all of it is saved" in err, err
+    assert "the launcher of these processes has ended" in log_text + err  # the rank that sees it first says it
+    assert "all of it is saved" in err, err
 
 
 @pytest.mark.slow

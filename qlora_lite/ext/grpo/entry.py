@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lite.ext.preferences.entry import NEEDS, RATE_SHARE
 from qlora_lite.prepare.objective import ObjectiveEntry
-from qlora_lite.recipe.part import Found, Needs, Value, refused
+from qlora_lite.recipe.combinations import refused
+from qlora_lite.recipe.part import Found, Needs, Value
 from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:

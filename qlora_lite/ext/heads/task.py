@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.prepare.task import Labels, Task
-from qlora_lite.recipe.part import Found, Value, refused
+from qlora_lite.recipe.combinations import refused
+from qlora_lite.recipe.part import Found, Value
 from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.prepare.objective import ObjectiveEntry
-from qlora_lite.recipe.part import Found, Needs, Value, refused
+from qlora_lite.recipe.combinations import refused
+from qlora_lite.recipe.part import Found, Needs, Value
 from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
