@@ -13,6 +13,7 @@ from tiny_files import save_recipe
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from qlora_lite.data.labels import ONE_LABEL
+from qlora_lite.data.pictures import LabelledPictureReader
 from qlora_lite.data.readers import hub
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
@@ -121,7 +122,7 @@ def picture_recipe(folder: Path, base: Path | str, **sections) -> Path:
 
 def picture_rows(folder: Path) -> list:
     """The examples of a folder of pictures, in memory."""
-    return list(read_examples([Source(str(folder))], None, problem=ONE_LABEL, of_pictures=True).examples)
+    return list(read_examples([Source(str(folder))], None, reader=LabelledPictureReader(ONE_LABEL)).examples)
 
 
 def write_masks(folder: Path, count: int, first: int = 0) -> Path:

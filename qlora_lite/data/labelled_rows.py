@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from qlora_lite.data.readers.json_rows import ask_for_columns
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source, read_rows
 from qlora_lite.data.tokens.example_checks import NOTHING_TO_LEARN
-from qlora_lite.data.tokens.statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
+from qlora_lite.data.tokens.statistics import SHOWN_ROWS, TOO_LONG, ReadSettings, Statistics, count_unused, no_counts
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, tokenizer_faults
 
@@ -144,28 +144,40 @@ def _labelled(
     return Labelled(texts, (label_text if needs_label else label_if_any)(value, problem), where)
 
 
-def labelled_examples(
-    source: Source, tokenizer: "PreTrainedTokenizerFast", settings: Settings, statistics: Statistics
-) -> Iterator[list[Example]]:
-    """Yield the examples of a source, some at a time, in the order of the rows.
+@dataclass(frozen=True, slots=True)
+class LabelReader:
+    """Read labelled texts, see ``statistics.RowReader``.
 
-    Raises:
-        DataError: see ``read_labelled``.
+    Args:
+        labels: their kind, see ``labels.label_text``.
     """
-    unused = no_counts()
-    statistics.unused.append(unused)
-    rows = islice(read_labelled(source, statistics.problems, settings.problem, unused), settings.max_rows)
-    while True:
-        bad_before = statistics.problems.count
-        chunk = list(islice(rows, _ROWS_PER_CALL))
-        statistics.rows_read += len(chunk) + statistics.problems.count - bad_before
-        if not chunk:
-            return
-        yield list(_fitted(chunk, tokenizer, settings, statistics))
+
+    labels: str
+    needs_tokenizer: ClassVar[bool] = True
+    ends_answers: ClassVar[bool] = False
+
+    def read(
+        self, source: Source, tokenizer: "PreTrainedTokenizerFast", settings: ReadSettings, statistics: Statistics
+    ) -> Iterator[list[Example]]:
+        """See ``RowReader`` and ``read_labelled``."""
+        unused = no_counts()
+        statistics.unused.append(unused)
+        rows = islice(read_labelled(source, statistics.problems, self.labels, unused), settings.max_rows)
+        while True:
+            bad_before = statistics.problems.count
+            chunk = list(islice(rows, _ROWS_PER_CALL))
+            statistics.rows_read += len(chunk) + statistics.problems.count - bad_before
+            if not chunk:
+                return
+            yield list(_fitted(chunk, tokenizer, settings, statistics))
+
+    def cure_of_long_rows(self, settings: ReadSettings) -> str:
+        """See ``RowReader``."""
+        return f"or set data.overflow to {'drop' if settings.train_on == 'last' else 'drop or truncate'}"
 
 
 def _fitted(
-    rows: Sequence[Labelled], tokenizer: "PreTrainedTokenizerFast", settings: Settings, statistics: Statistics
+    rows: Sequence[Labelled], tokenizer: "PreTrainedTokenizerFast", settings: ReadSettings, statistics: Statistics
 ) -> Iterator[Example]:
     most = settings.max_tokens
     for row, encoding in zip(rows, encode_texts([row.texts for row in rows], tokenizer), strict=True):

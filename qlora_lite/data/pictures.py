@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from qlora_lite.data.readers.data_files import READER_OF_SUFFIX, data_suffix
 from qlora_lite.data.readers.fields import columns_of, fill
 from qlora_lite.data.readers.hub import PREFIX
 from qlora_lite.data.readers.sources import Source, read_rows
-from qlora_lite.data.tokens.statistics import Settings, Statistics, count_unused, no_counts
+from qlora_lite.data.tokens.statistics import ReadSettings, Statistics, count_unused, no_counts
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.files import leads_up
@@ -313,16 +314,32 @@ def picture_columns(
     return held, label
 
 
-def picture_examples(source: Source, settings: Settings, statistics: Statistics) -> Iterator[list[Example]]:
-    """Yield the examples of a source, some at a time, in the order of the rows.
+@dataclass(frozen=True, slots=True)
+class LabelledPictureReader:
+    """Read pictures with labels, masks or captions, see ``statistics.RowReader``.
 
-    Raises:
-        DataError: see ``read_pictures``.
+    Args:
+        labels: their kind, see ``labels``.
+        fit: of pictures with captions, what they are cut to.
     """
-    statistics.unused.append(no_counts())
-    found = read_pictures(source, statistics, settings.problem, max_rows=settings.max_rows, fit=settings.fit)
-    while chunk := list(islice(found, _AT_ONCE)):
-        yield [example_of(picture, digest) for picture, digest in chunk]
+
+    labels: str
+    fit: Fit | None = None
+    needs_tokenizer: ClassVar[bool] = False
+    ends_answers: ClassVar[bool] = False
+
+    def read(
+        self, source: Source, tokenizer: None, settings: ReadSettings, statistics: Statistics
+    ) -> Iterator[list[Example]]:
+        """See ``RowReader`` and ``read_pictures``."""
+        statistics.unused.append(no_counts())
+        found = read_pictures(source, statistics, self.labels, max_rows=settings.max_rows, fit=self.fit)
+        while chunk := list(islice(found, _AT_ONCE)):
+            yield [example_of(picture, digest) for picture, digest in chunk]
+
+    def cure_of_long_rows(self, settings: ReadSettings) -> str:
+        """See ``RowReader``; no picture is too long."""
+        return "or leave them out"
 
 
 def example_of(picture: Picture, digest: str) -> Example:

@@ -13,6 +13,7 @@ from qlora_lite.data.chat.row_formats import Prompt, Turn, as_message, read_prom
 from qlora_lite.data.readers.problems import read_place
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import Dataset, read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.errors import DataError
 from qlora_lite.prepare.datasets import build_sources
 from qlora_lite.recipe.schema import Recipe
@@ -46,7 +47,9 @@ def with_shots(recipe: Recipe, tokenizer, data: Dataset, shots: int) -> Dataset:
     d, name = recipe.data, "few-shot"
     longest = (shots + 1) * d.max_tokens
     found = read_examples(
-        [Source(name, "messages", rows=written)], tokenizer, d.template, "last", longest, "drop", d.train_on_end
+        [Source(name, "messages", rows=written)],
+        tokenizer,
+        ReadSettings(d.template, "last", longest, "drop", d.train_on_end),
     )
     found.problems.raise_if_any()
     examples = []

@@ -14,12 +14,14 @@ from qlora_lite.data.chat.row_formats import CHOSEN, LABELS, PAIRS, is_preferenc
 from qlora_lite.data.checks.held_out import hold_out
 from qlora_lite.data.checks.matching import Matching
 from qlora_lite.data.checks.metrics import Measures
+from qlora_lite.data.labelled_rows import LabelReader
 from qlora_lite.data.readers.fields import columns_of
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import Dataset, RowStream, largest_rows
 from qlora_lite.data.tokens.preferences import answers_alone
-from qlora_lite.data.tokens.statistics import Settings
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.data.tokens.storage import Example, stored
 from qlora_lite.errors import DataError
 from qlora_lite.recipe import schema
@@ -141,8 +143,10 @@ def build_stream(recipe: Recipe, tokenizer) -> RowStream | None:
     if not d.streaming:
         return None
     longest = d.max_tokens - virtual_tokens(recipe)
-    settings = Settings(d.train_on, longest, d.overflow, d.train_on_end, problem=find_task(recipe).label_kind)
-    return RowStream(tuple(build_sources(recipe, "train")), tokenizer, d.template, settings, d.max_bad_rows)
+    settings = ReadSettings(d.template, d.train_on, longest, d.overflow, d.train_on_end)
+    labels = find_task(recipe).label_kind
+    reader = LabelReader(labels) if labels else TextReader()
+    return RowStream(tuple(build_sources(recipe, "train")), tokenizer, settings, reader, d.max_bad_rows)
 
 
 def rows_to_plan(recipe: Recipe, data: Dataset) -> Sequence[Example]:

@@ -7,12 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from qlora_lite.data.chat.row_formats import check_format, recognise, used_columns
+from qlora_lite.data.labelled_rows import LabelReader
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.readers.data_files import left_out
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source, read_rows, text_files
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import Dataset, read_examples
-from qlora_lite.data.tokens.statistics import unused_of
+from qlora_lite.data.tokens.statistics import ReadSettings, unused_of
 from qlora_lite.errors import DataError
 from qlora_lite.files import cache_root
 from qlora_lite.recipe.schema import Recipe
@@ -44,20 +46,17 @@ def read_texts(
         pictures: what reads the pictures of chats.
     """
     d = recipe.data
-    return read_examples(
-        sources,
-        tokenizer,
+    settings = ReadSettings(
         template=d.template,
         train_on="last" if find_objective(recipe).answers else d.train_on,  # what the model itself is to answer
         max_tokens=d.max_tokens - virtual_tokens(recipe) * (2 if preference else 1),  # of two sequences, or one
         overflow=d.overflow,
         train_on_end=d.train_on_end,
-        cache=cache_root() / "tokens" if max_rows is None and pictures is None else None,
         max_rows=max_rows,
-        preference=preference,
-        problem=labels,
-        pictures=pictures,
     )
+    reader = LabelReader(labels) if labels else TextReader(preference, pictures)
+    cache = cache_root() / "tokens" if max_rows is None and pictures is None else None
+    return read_examples(sources, tokenizer, settings, reader, cache)
 
 
 def format_of_row(row: dict, where: str, source: Source, preference: str | None) -> str:

@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_lite.data.chat.template import NAMED_TEMPLATES
 from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import build_examples, read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.data.tokens.storage import repeated
 from qlora_lite.errors import DataError
 
@@ -359,7 +361,7 @@ def test_dropped_rows_are_counted(build):
 def test_the_first_rows_dropped_for_each_reason_are_named(write, tokenizer):
     long = {"prompt": "x " * 80, "completion": "y"}
     path = write("a.jsonl", [long, *PAIRS, {"prompt": "x"}, *[long] * 6])
-    data = read_examples([Source(path)], tokenizer, max_tokens=40, overflow="drop")
+    data = read_examples([Source(path)], tokenizer, ReadSettings(max_tokens=40, overflow="drop"))
     assert data.dropped == {"longer than max_tokens": 7, "malformed row": 1}
     assert data.dropped_at == {
         "longer than max_tokens": [f"{path}:{line}" for line in (1, 7, 8, 9, 10)],
@@ -505,7 +507,9 @@ def test_a_kind_of_row_whose_rows_are_all_dropped_for_their_length_is_a_warning(
     rows = [{"messages": turns(f"question {i}", "a")} for i in range(9)]
     source = Source(write("a.jsonl", [*rows, *[{"messages": turns(LONG, "a", "q", "a")}] * 2]))
     for _ in range(2):  # the second time from the cache
-        data = read_examples([source], tokenizer, max_tokens=200, overflow="drop", cache=tmp_path / "cache")
+        data = read_examples(
+            [source], tokenizer, ReadSettings(max_tokens=200, overflow="drop"), cache=tmp_path / "cache"
+        )
         assert data.rows_kept == 9 and not data.problems.too_many(0)
         assert [each.message for each in data.problems.warnings] == [
             "none of the 2 rows with several user turns is kept: data.overflow drop leaves out 2 for their length"
@@ -513,13 +517,19 @@ def test_a_kind_of_row_whose_rows_are_all_dropped_for_their_length_is_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("settings", "choices"),
-    [({}, "drop, truncate or split"), ({"train_on": "last"}, "drop"), ({"preference": "pairs"}, "drop")],
+    ("settings", "preferences", "choices"),
+    [
+        (ReadSettings(max_tokens=200), None, "drop, truncate or split"),
+        (ReadSettings(max_tokens=200, train_on="last"), None, "drop"),
+        (ReadSettings(max_tokens=200), "pairs", "drop"),
+    ],
 )
-def test_what_is_offered_for_rows_that_are_too_long_is_what_the_objective_takes(write, tokenizer, settings, choices):
+def test_what_is_offered_for_rows_that_are_too_long_is_what_the_objective_takes(
+    write, tokenizer, settings, preferences, choices
+):
     rows = [{"prompt": LONG, "completion": "a"}, {"prompt": LONG, "chosen": "a", "rejected": "b"}]
-    source = Source(write("a.jsonl", rows[1:] if settings.get("preference") else rows[:1]))
-    (problem,) = read_examples([source], tokenizer, max_tokens=200, **settings).problems.shown
+    source = Source(write("a.jsonl", rows[1:] if preferences else rows[:1]))
+    (problem,) = read_examples([source], tokenizer, settings, TextReader(preferences)).problems.shown
     assert problem.endswith(f"set data.overflow to {choices}")
 
 
@@ -537,7 +547,7 @@ def test_a_file_that_is_left_out_whole_is_an_error_however_many_bad_rows_are_all
     with pytest.raises(DataError, match=rf"none of the rows of {bad} is kept"):
         build_examples([Source(folder)], tokenizer, max_bad_rows=100)
     write("b.jsonl", f'{{"prompt": "{LONG}", "completion": "a"}}\n' * 2)
-    data = read_examples([Source(folder)], tokenizer, max_tokens=200, overflow="drop")
+    data = read_examples([Source(folder)], tokenizer, ReadSettings(max_tokens=200, overflow="drop"))
     assert data.rows_kept == 4 and f"none of the rows of {bad} is kept" in data.problems.warnings[0].message
     write("b.jsonl", '{\n{"prompt": "q", "completion": "a"}\n{\n')
     assert build_examples([Source(folder)], tokenizer, max_bad_rows=100).rows_kept == 5

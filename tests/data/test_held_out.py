@@ -14,13 +14,14 @@ from qlora_lite.data.checks.held_out import HELD_OUT, hold_out
 from qlora_lite.data.checks.overlap import check_overlap, check_prompts
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
 
 
 def read(rows, tokenizer=None, weight=1.0, others=(), **settings):
     sources = [Source("mine", rows=rows, weight=weight), *(Source(f"other {n}", rows=o) for n, o in enumerate(others))]
-    return read_examples(sources, tokenizer or make_tokenizer(), **settings)
+    return read_examples(sources, tokenizer or make_tokenizer(), ReadSettings(**settings))
 
 
 def places(data):

@@ -11,7 +11,7 @@ from tiny_pictures import CLASSES, COLOURS, drawn, encoded, hub_of, write_parque
 from qlora_lite.data.captions import CAPTIONS, NO_CAPTION, Fit
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode
-from qlora_lite.data.pictures import NO_CLASS, NO_MASK
+from qlora_lite.data.pictures import NO_CLASS, NO_MASK, LabelledPictureReader
 from qlora_lite.data.readers.sources import Source, read_rows
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
@@ -27,7 +27,7 @@ def hub_holds(monkeypatch, tmp_path):
 
 def read(path, problem=ONE_LABEL, **settings):
     named = {name: settings.pop(name) for name in ("rows", "prompt", "completion") if name in settings}
-    return read_examples([Source(str(path), **named)], None, problem=problem, of_pictures=True, **settings)
+    return read_examples([Source(str(path), **named)], None, reader=LabelledPictureReader(problem, **settings))
 
 
 def test_classes_have_their_names_and_pictures_their_bytes(hub_holds):

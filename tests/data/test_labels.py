@@ -8,18 +8,19 @@ from tiny_files import byte_tokenizer
 from tiny_heads import encoder_tokenizer, write_jsonl
 
 from qlora_lite.data.label_metrics import confusion, correlation, f1, matthews, probabilities, ranks, scores_of
-from qlora_lite.data.labelled_rows import encode_texts, read_labelled, shortened
+from qlora_lite.data.labelled_rows import LabelReader, encode_texts, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL, balance, label_names, label_text, target_of
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.errors import DataError
 
 
 def read(rows, problem=ONE_LABEL, tokenizer=None, **how):
     source = {name: how.pop(name) for name in ("prompt", "completion", "format") if name in how}
     tokenizer = tokenizer or encoder_tokenizer()
-    return read_examples([Source("mine", rows=rows, **source)], tokenizer, problem=problem, **how)
+    return read_examples([Source("mine", rows=rows, **source)], tokenizer, ReadSettings(**how), LabelReader(problem))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_csv_and_a_tsv_are_read_with_their_labels(tmp_path):
     (tmp_path / "a.csv").write_text('text,label\n"a, b",good\nc,bad\n')
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nd\t1\n")
     sources = [Source(str(tmp_path / "a.csv")), Source(str(tmp_path / "b.tsv"))]
-    found = read_examples(sources, encoder_tokenizer(), problem=ONE_LABEL)
+    found = read_examples(sources, encoder_tokenizer(), reader=LabelReader(ONE_LABEL))
     assert [(e.prompt, e.answer) for e in found.examples] == [("a, b", "good"), ("c", "bad"), ("d", "1")]
     assert found.examples_of == (2, 1) and found.problems.count == 0
 
@@ -150,7 +151,7 @@ def test_a_list_that_cannot_be_read_is_an_error_and_no_name(text):
 
 def test_a_csv_of_lists_as_pandas_writes_it_has_their_names(tmp_path):
     (tmp_path / "a.csv").write_text("text,labels\na,\"['joy', 'anger']\"\nb,['joy']\nc,[]\nd,[joy]\n")
-    found = read_examples([Source(str(tmp_path / "a.csv"))], encoder_tokenizer(), problem=LABELS)
+    found = read_examples([Source(str(tmp_path / "a.csv"))], encoder_tokenizer(), reader=LabelReader(LABELS))
     assert label_names(found.examples, LABELS) == ("anger", "joy")
     assert [example.answer for example in found.examples] == ['["anger", "joy"]', '["joy"]', "[]"]
     (problem,) = found.problems.found
@@ -212,10 +213,10 @@ def test_long_pairs_are_cut_as_transformers_cuts_them(first, second):
 def test_rows_are_cached_by_what_their_labels_are_for(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}])
     sources, cache = [Source(str(path))], tmp_path / "cache"
-    one = read_examples(sources, encoder_tokenizer(), cache=cache, problem=ONE_LABEL).examples[0].answer
-    number = read_examples(sources, encoder_tokenizer(), cache=cache, problem=NUMBER).examples[0].answer
+    one = read_examples(sources, encoder_tokenizer(), reader=LabelReader(ONE_LABEL), cache=cache).examples[0].answer
+    number = read_examples(sources, encoder_tokenizer(), reader=LabelReader(NUMBER), cache=cache).examples[0].answer
     assert (one, number) == ("1", "1.0")
-    again = read_examples(sources, encoder_tokenizer(), cache=cache, problem=ONE_LABEL).examples[0]
+    again = read_examples(sources, encoder_tokenizer(), reader=LabelReader(ONE_LABEL), cache=cache).examples[0]
     assert (again.answer, again.prompt) == ("1", "a")
 
 

@@ -17,7 +17,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.picture_turns import MARK, take_out
 from qlora_lite.data.readers.sources import Source
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.ext.vision_language.reader import build_reader
 from qlora_lite.models import vision_language as families
@@ -49,7 +51,8 @@ def read(folder, rows, where, **settings):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     resolution, prompt = settings.pop("resolution", None), settings.pop("source", {})
-    return read_examples([Source(str(path), **prompt)], tokenizer, pictures=reader_of(folder, resolution), **settings)
+    reader = TextReader(settings.pop("preference", None), reader_of(folder, resolution))
+    return read_examples([Source(str(path), **prompt)], tokenizer, ReadSettings(**settings), reader)
 
 
 def chat(content, answer="it is hot"):
@@ -232,7 +235,7 @@ def test_rows_of_every_form_give_one_chat(folders, pictures):
             )
         ],
         AutoTokenizer.from_pretrained(folders["llava"]),
-        pictures=reader_of(folders["llava"]),
+        reader=TextReader(pictures=reader_of(folders["llava"])),
     )
     assert np.array_equal(held.examples[0].token_ids, found[0].token_ids)
     assert held.examples.picture_digests == [found[0].pictures[0].digest]
@@ -349,7 +352,9 @@ def test_a_hub_data_set_of_chats_holds_pictures_and_turns_of_mixed_kinds(folders
     path = write_parquet(tmp_path / "rows.parquet", [{"messages": chat(turns), "images": held}], features)
     source = Source(hub_of(monkeypatch, tmp_path, "parquet", data_files=path))
     data = read_examples(
-        [source], AutoTokenizer.from_pretrained(folders["llava"]), pictures=reader_of(folders["llava"])
+        [source],
+        AutoTokenizer.from_pretrained(folders["llava"]),
+        reader=TextReader(pictures=reader_of(folders["llava"])),
     )
     data.problems.raise_if_any()
     by_path = read(folders["llava"], [{"messages": chat(parts("0.png", "what is it"))}], pictures)

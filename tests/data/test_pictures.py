@@ -19,7 +19,7 @@ from qlora_lite.data.captions import CAPTIONS, Fit, captions_in
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode, file_of
 from qlora_lite.data.picture_processor import AUGMENTS, Processor, processor_of
-from qlora_lite.data.pictures import NO_CLASS
+from qlora_lite.data.pictures import NO_CLASS, LabelledPictureReader
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
@@ -27,12 +27,12 @@ from qlora_lite.errors import DataError
 
 
 def read(path, **source):
-    return read_examples([Source(str(path), **source)], None, problem=ONE_LABEL, of_pictures=True)
+    return read_examples([Source(str(path), **source)], None, reader=LabelledPictureReader(ONE_LABEL))
 
 
 def read_captions(path, caption=None, **source):
     fit = Fit(((16, 16),), caption=caption)
-    return read_examples([Source(str(path), **source)], None, problem=CAPTIONS, of_pictures=True, fit=fit)
+    return read_examples([Source(str(path), **source)], None, reader=LabelledPictureReader(CAPTIONS, fit))
 
 
 def labels(data):
@@ -119,7 +119,7 @@ def test_a_template_of_the_answer_is_filled_for_captions_labels_and_masks(tmp_pa
     assert example.answer == "a photo of a, red"
     assert labels(read(tmp_path / "rows.jsonl", **named | {"completion": "kind {name}"})) == {"000.png": "kind a"}
     given = Source(str(tmp_path / "rows.jsonl"), prompt="{image}", completion=f"{tmp_path}/mask-{{name}}.png")
-    (example,) = read_examples([given], None, problem=MASKS, of_pictures=True).examples
+    (example,) = read_examples([given], None, reader=LabelledPictureReader(MASKS)).examples
     assert json.loads(example.answer)["classes"] == ["1"]
 
 

@@ -11,6 +11,7 @@ from qlora_lite.data.checks.held_out import hold_out
 from qlora_lite.data.checks.overlap import check_overlap, check_prompts
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens import encode
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.data.tokens.mask import Marked
 from qlora_lite.data.tokens.preferences import (
@@ -22,7 +23,7 @@ from qlora_lite.data.tokens.preferences import (
     check_labels,
     paired,
 )
-from qlora_lite.data.tokens.statistics import Statistics
+from qlora_lite.data.tokens.statistics import ReadSettings, Statistics
 from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import DataError
 
@@ -42,8 +43,8 @@ def read(tmp_path):
     def reading(rows, preference=PAIRS, cache=None, max_tokens=512, overflow="error", **source):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        how = {"max_tokens": max_tokens, "overflow": overflow, "cache": cache, "preference": preference}
-        return read_examples([Source(str(path), **source)], TOKENIZER, **how)
+        settings = ReadSettings(max_tokens=max_tokens, overflow=overflow)
+        return read_examples([Source(str(path), **source)], TOKENIZER, settings, TextReader(preference), cache)
 
     return reading
 

@@ -20,6 +20,7 @@ from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.batch import collate, plan_epoch
 from qlora_lite.data.tokens.example_checks import BEGIN_TWICE
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 
 TOKENIZERS = {adds_begin: make_tokenizer(adds_begin=adds_begin) for adds_begin in (False, True)}
 FOLDER = Path(tempfile.mkdtemp(prefix="qlora_lite_random_templates"))
@@ -174,7 +175,7 @@ def test_text_mask_and_packs_are_those_of_the_reference(form, talks, train_on, t
         for line, turns in enumerate(talks, start=1)
     }
 
-    data = read_examples([Source(str(path))], tokenizer, train_on=train_on, train_on_end=train_on_end)
+    data = read_examples([Source(str(path))], tokenizer, ReadSettings(train_on=train_on, train_on_end=train_on_end))
     assert {e.where: (e.token_ids.tolist(), e.learned.tolist()) for e in data.examples} == {
         where: row for where, row in right.items() if row
     }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.batch import collate, pack_in_order, plan_epoch, stream_batches
 from qlora_lite.data.tokens.examples import RowStream, build_examples, largest_rows
-from qlora_lite.data.tokens.statistics import Settings
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 
@@ -18,8 +18,8 @@ PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i} " * (1 + i % 4)}
 @pytest.fixture
 def stream(tokenizer):
     def make(*sources, overflow="error", max_tokens=100, max_bad_rows=0):
-        settings = Settings("assistant", max_tokens, overflow, True)
-        return RowStream(sources, tokenizer, None, settings, max_bad_rows)
+        settings = ReadSettings(None, "assistant", max_tokens, overflow)
+        return RowStream(sources, tokenizer, settings, max_bad_rows=max_bad_rows)
 
     return make
 

@@ -15,9 +15,10 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.chat.template import NAMED_TEMPLATES
 from qlora_lite.data.readers.sources import Source
-from qlora_lite.data.tokens import examples as examples_module
 from qlora_lite.data.tokens import token_cache
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.errors import DataError
 from qlora_lite.files import sha256
 
@@ -31,7 +32,7 @@ def build(write, tokenizer, tmp_path):
     def build_set(rows=ROWS, source=None, tokenizer=tokenizer, **settings):
         source = source or {}
         return read_examples(
-            [Source(write("a.jsonl", rows), **source)], tokenizer, cache=tmp_path / "cache", **settings
+            [Source(write("a.jsonl", rows), **source)], tokenizer, ReadSettings(**settings), cache=tmp_path / "cache"
         )
 
     return build_set
@@ -50,7 +51,7 @@ def no_reading(monkeypatch):
         def fail(*_):
             raise AssertionError("the cache missed")
 
-        monkeypatch.setattr(examples_module, "make_examples", fail)
+        monkeypatch.setattr(TextReader, "read", fail)
 
     return forbid
 

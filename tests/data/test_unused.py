@@ -10,7 +10,7 @@ from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens import statistics
 from qlora_lite.data.tokens.examples import read_examples
-from qlora_lite.data.tokens.statistics import COLUMNS, KEYS, count_unused, no_counts, unused_of
+from qlora_lite.data.tokens.statistics import COLUMNS, KEYS, ReadSettings, count_unused, no_counts, unused_of
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TALK = {"messages": [QUESTION, ANSWER]}
@@ -123,4 +123,4 @@ def test_each_source_has_its_counts_also_from_the_cache_and_where_it_cannot_be_r
     for _ in range(2):
         data = read_examples([Source(path) for path in paths], tokenizer, cache=tmp_path / "cache")
         assert data.unused == expected and all(isinstance(c, Counter) for part in data.unused for c in part.values())
-    assert read_examples([Source(paths[0])], tokenizer, max_rows=1).unused == (expected[0],)
+    assert read_examples([Source(paths[0])], tokenizer, ReadSettings(max_rows=1)).unused == (expected[0],)

@@ -19,7 +19,7 @@ from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.masks import classes_of
 from qlora_lite.data.picture_files import BROKEN, decode
 from qlora_lite.data.picture_processor import processor_of
-from qlora_lite.data.pictures import NO_MASK
+from qlora_lite.data.pictures import NO_MASK, LabelledPictureReader
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 
 
 def read(folder):
-    return read_examples([Source(str(folder))], None, problem=MASKS, of_pictures=True)
+    return read_examples([Source(str(folder))], None, reader=LabelledPictureReader(MASKS))
 
 
 @pytest.fixture(scope="module")

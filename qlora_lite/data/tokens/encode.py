@@ -17,26 +17,25 @@ parts that begin in the middle of a turn, without the template around it: text t
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from qlora_lite.data.chat.render import CONTROL_TOKEN, check_shape, for_pictures, render_ahead
 from qlora_lite.data.chat.row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
 from qlora_lite.data.chat.template import begin_of_text, choose_template, special_ids_of
-from qlora_lite.data.labelled_rows import labelled_examples
-from qlora_lite.data.pictures import picture_examples
+from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError, tokenizer_faults
 
 from .example_checks import NOTHING_TO_LEARN
 from .mask import Marked, Row, answers_of, mark_rows, render_row, with_pictures
 from .preferences import mismatched, paired
-from .statistics import SHOWN_ROWS, TOO_LONG, Settings, Statistics, count_unused, no_counts
+from .statistics import SHOWN_ROWS, TOO_LONG, ReadSettings, Statistics, count_unused, no_counts
 from .storage import Example
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
@@ -53,43 +52,48 @@ _Encoded = list[list[int]] | tuple[list[Marked | DataError], set[int]]  # of doc
 _Made = Iterator[tuple[Conversation | Document, Marked]]
 
 
-def make_examples(
-    source: Source,
-    tokenizer: "PreTrainedTokenizerFast",
-    template: str | None,
-    settings: Settings,
-    statistics: Statistics,
-) -> Iterator[list[Example]]:
-    """Yield the examples of a source, some at a time, in the order of the rows.
+@dataclass(frozen=True, slots=True)
+class TextReader:
+    """Read conversations and documents, see ``RowReader``.
 
     Args:
-        source: where the rows are.
-        tokenizer: a fast tokenizer.
-        template: see ``template.choose_template``.
-        settings: how rows become tokens.
-        statistics: gets the counts and problems.
-
-    Raises:
-        DataError: a file cannot be read, its format is not known, or there is no template.
+        preferences: "pairs" or "labels" where answers are compared or judged, see ``row_formats.read_conversations``.
+        pictures: what reads the pictures of chats; None refuses rows with some.
     """
-    if settings.of_pictures:
-        yield from picture_examples(source, settings, statistics)
-        return
-    if settings.problem:
-        yield from labelled_examples(source, tokenizer, settings, statistics)
-        return
-    first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
-    prepared = _prepared(source, tokenizer, template, settings, statistics)
-    for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer, settings, statistics)):
-        if isinstance(batch[0], Document):
-            made = _documents(batch, encoded, first, tokenizer, settings, statistics)
-        else:
-            made = _conversations(batch, encoded, statistics)
-        if settings.preference == PAIRS:
-            made = paired(made, statistics)
-        elif settings.preference == LABELS:
-            made = mismatched(list(made), settings.max_tokens)
-        yield list(_fit(made, settings, statistics))
+
+    preferences: str | None = None
+    pictures: PictureReader | None = None
+    needs_tokenizer: ClassVar[bool] = True
+    ends_answers: ClassVar[bool] = True
+
+    def read(
+        self, source: Source, tokenizer: "PreTrainedTokenizerFast", settings: ReadSettings, statistics: Statistics
+    ) -> Iterator[list[Example]]:
+        """See ``RowReader``; also raises DataError if there is no chat template, and one is needed."""
+        if self.pictures:
+            source = replace(source, with_pictures=True)
+        first = [tokenizer.bos_token_id] if begin_of_text(tokenizer) else []
+        prepared = _prepared(source, tokenizer, self, settings, statistics)
+        for batch, encoded in _one_ahead(prepared, lambda batch: _encode(batch, tokenizer, settings, statistics)):
+            if isinstance(batch[0], Document):
+                made = _documents(batch, encoded, first, tokenizer, settings, statistics)
+            else:
+                made = _conversations(batch, encoded, statistics)
+            if self.preferences == PAIRS:
+                made = paired(made, statistics)
+            elif self.preferences == LABELS:
+                made = mismatched(list(made), settings.max_tokens)
+            yield list(_fit(made, self, settings, statistics))
+
+    def cure_of_long_rows(self, settings: ReadSettings) -> str:
+        """See ``RowReader``."""
+        smaller = "set data.resolution to show less of large pictures, "
+        ends_matter = self.pictures is not None or self.preferences or settings.train_on == "last"
+        choices = "drop" if ends_matter else "drop, truncate or split"
+        return f"{smaller if self.pictures and self.pictures.keeps_shape else ''}or set data.overflow to {choices}"
+
+
+TEXTS = TextReader()
 
 
 def _chunks(
@@ -118,20 +122,20 @@ def _chunks(
 def _prepared(
     source: Source,
     tokenizer: "PreTrainedTokenizerFast",
-    template: str | None,
-    settings: Settings,
+    reader: TextReader,
+    settings: ReadSettings,
     statistics: Statistics,
 ) -> Iterator[_Batch]:
     """Yield chunks of rows, conversations rendered."""
-    for chunk in _chunks(source, settings.max_rows, settings.preference, statistics):
+    pictures = reader.pictures
+    for chunk in _chunks(source, settings.max_rows, reader.preferences, statistics):
         if isinstance(chunk[0], Document):
             yield chunk
             continue
         if statistics.template is None:
-            reader = settings.pictures
-            chosen = choose_template(tokenizer, template, reader and reader.template(tokenizer))
-            statistics.template = for_pictures(chosen, reader.token) if reader else chosen
-        if rendered := _rendered(chunk, settings, statistics):
+            chosen = choose_template(tokenizer, settings.template, pictures and pictures.template(tokenizer))
+            statistics.template = for_pictures(chosen, pictures.token) if pictures else chosen
+        if rendered := _rendered(chunk, pictures, settings, statistics):
             yield rendered
 
 
@@ -150,7 +154,7 @@ def _one_ahead(batches: Iterator[_Batch], work: Callable[[_Batch], _Encoded]) ->
 
 @tokenizer_faults()
 def _encode(
-    batch: _Batch, tokenizer: "PreTrainedTokenizerFast", settings: Settings, statistics: Statistics
+    batch: _Batch, tokenizer: "PreTrainedTokenizerFast", settings: ReadSettings, statistics: Statistics
 ) -> _Encoded:
     """Return the token ids of each document, or what becomes of each conversation."""
     with _TOKENIZER_IN_USE:
@@ -176,7 +180,7 @@ def _documents(
     encoded: list[list[int]],
     first: list[int],
     tokenizer: "PreTrainedTokenizerFast",
-    settings: Settings,
+    settings: ReadSettings,
     statistics: Statistics,
 ) -> _Made:
     """Make examples of whole documents: begin-of-text where the tokenizer writes it, the text, the end token."""
@@ -211,12 +215,17 @@ def _control_tokens(encoded: list[list[int]], tokenizer: "PreTrainedTokenizerFas
     return {index: found for index, ids in enumerate(encoded) if (found := set(ids).intersection(control_ids))}
 
 
-def _rendered(conversations: Sequence[Conversation], settings: Settings, statistics: Statistics) -> list:
+def _rendered(
+    conversations: Sequence[Conversation],
+    reader: PictureReader | None,
+    settings: ReadSettings,
+    statistics: Statistics,
+) -> list:
     """Return the conversations that can be rendered, each with its text.
 
     Of two conversations of one row, both or none; what is wrong is noted once.
     """
-    template, reader, rendered, bad = statistics.template, settings.pictures, [], set()
+    template, rendered, bad = statistics.template, [], set()
     needed = [_needed_answers(conversation, settings, statistics) for conversation in conversations]
     pairs = zip(conversations, needed, strict=True)
     ahead = render_ahead(template, [(talk, answers) for talk, answers in pairs if not isinstance(answers, DataError)])
@@ -236,7 +245,9 @@ def _rendered(conversations: Sequence[Conversation], settings: Settings, statist
     return [each for each in rendered if each[0].where not in bad]
 
 
-def _needed_answers(conversation: Conversation, settings: Settings, statistics: Statistics) -> list[int] | DataError:
+def _needed_answers(
+    conversation: Conversation, settings: ReadSettings, statistics: Statistics
+) -> list[int] | DataError:
     """Return the answers to find, or what is wrong; a sequence of roles is checked until a row of it passes."""
     turns = conversation.turns
     shape = (*[(turn.role, not turn.content, bool(turn.calls)) for turn in turns], bool(conversation.tools))
@@ -263,18 +274,18 @@ def _conversations(
             bad.add(row.where)
 
 
-def _fit(made: _Made, settings: Settings, statistics: Statistics) -> Iterator[Example]:
+def _fit(made: _Made, reader: TextReader, settings: ReadSettings, statistics: Statistics) -> Iterator[Example]:
     for row, marked in made:
         file = row.where.rpartition(":")[0]
         statistics.seen_files[file] += 1
-        for example in _fitted(row, marked, settings, statistics):
+        for example in _fitted(row, marked, reader, settings, statistics):
             statistics.kept_kinds.update(row.kinds)
             statistics.kept_files.add(file)
             yield example
 
 
 def _fitted(
-    row: Conversation | Document, marked: Marked, settings: Settings, statistics: Statistics
+    row: Conversation | Document, marked: Marked, reader: TextReader, settings: ReadSettings, statistics: Statistics
 ) -> Iterator[Example]:
     example, max_tokens, overflow = marked.example, settings.max_tokens, settings.overflow
     if len(example.token_ids) <= max_tokens:
@@ -287,7 +298,10 @@ def _fitted(
             statistics.longest = heapq.nlargest(SHOWN_ROWS, [*statistics.longest, (len(example.token_ids), row.where)])
     elif overflow == "split":
         statistics.split += 1
-        yield from windows(example, max_tokens) if isinstance(row, Document) else _split(row, settings, statistics)
+        if isinstance(row, Document):
+            yield from windows(example, max_tokens)
+        else:
+            yield from _split(row, reader.pictures, settings, statistics)
     elif not example.learned[:max_tokens].any():
         statistics.drop(NOTHING_LEFT, row.where)
     else:
@@ -297,14 +311,16 @@ def _fitted(
         yield replace(example, token_ids=token_ids, learned=learned, answer=answer)
 
 
-def _split(conversation: Conversation, settings: Settings, statistics: Statistics) -> Iterator[Example]:
+def _split(
+    conversation: Conversation, reader: PictureReader | None, settings: ReadSettings, statistics: Statistics
+) -> Iterator[Example]:
     """Yield the examples of the parts of a conversation, and count the parts that give none."""
     if settings.train_on == "last":
         conversation, settings = _only_last_answer(conversation), replace(settings, train_on="assistant")
     whole = replace(settings, train_on="all")  # any part can be measured, also one with nothing to learn
 
-    def made_of(part: Conversation, settings: Settings) -> Example | None:
-        rendered = _rendered([part], settings, statistics)
+    def made_of(part: Conversation, settings: ReadSettings) -> Example | None:
+        rendered = _rendered([part], reader, settings, statistics)
         if not rendered:
             return None
         encoded = _encode(rendered, statistics.template.tokenizer, settings, statistics)

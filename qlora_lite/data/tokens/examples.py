@@ -23,17 +23,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_lite.data.captions import Fit
 from qlora_lite.data.chat.template import Template
-from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError, OutputError
 from qlora_lite.files import remove_old_leftovers, replacing_folder
 
-from .encode import make_examples
+from .encode import TEXTS
 from .example_checks import NOTHING_TO_LEARN, check_examples
-from .statistics import Settings, Statistics, note_lost_kinds, note_too_long
+from .statistics import DEFAULT_SETTINGS, ReadSettings, RowReader, Statistics, note_lost_kinds, note_too_long
 from .storage import Example, Examples, ExampleWriter, repeated
 from .token_cache import cache_key, load_set, most_bytes, remove_least_used, save_set
 
@@ -99,32 +97,26 @@ def build_examples(
     """Read, render, tokenise and mask the rows of all sources, and accept them only if they can be trained on.
 
     Args:
-        sources: see ``read_examples``, as all others.
+        sources: see ``read_examples``.
+        tokenizer: see ``read_examples``.
+        template, train_on, max_tokens, overflow, train_on_end: see ``ReadSettings``.
         max_bad_rows: rows that may be left out because they are malformed.
 
     Raises:
         DataError: rows are malformed, too long, or leave nothing to learn; up to 20 are named at once.
     """
-    data = read_examples(sources, tokenizer, template, train_on, max_tokens, overflow, train_on_end)
+    settings = ReadSettings(template, train_on, max_tokens, overflow, train_on_end)
+    data = read_examples(sources, tokenizer, settings)
     data.problems.raise_if_any(max_bad_rows)
     return data
 
 
 def read_examples(
     sources: Sequence[Source],
-    tokenizer: "PreTrainedTokenizerFast",
-    template: str | None = None,
-    train_on: str = "assistant",
-    max_tokens: int = 1024,
-    overflow: str = "error",
-    train_on_end: bool = True,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    settings: ReadSettings = DEFAULT_SETTINGS,
+    reader: RowReader = TEXTS,
     cache: Path | None = None,
-    max_rows: int | None = None,
-    preference: str | None = None,
-    problem: str | None = None,
-    of_pictures: bool = False,
-    pictures: PictureReader | None = None,
-    fit: Fit | None = None,
 ) -> Dataset:
     """Read, render, tokenise and mask the rows of all sources, and note every problem.
 
@@ -133,24 +125,10 @@ def read_examples(
 
     Args:
         sources: where rows come from, in order.
-        tokenizer: a fast tokenizer; its state is not changed.
-        template: None for the tokenizer's own chat template, or see ``choose_template``.
-        train_on: "assistant" learns every answer; "completion" the one answer of rows that have just one;
-            "last" the last answer; "all" every token but those of answers with weight 0 or train false. Plain
-            documents are always learned whole.
-        max_tokens: longest row, at least 2 tokens.
-        overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
-            that loses all it had to learn is dropped and counted), or "split" (see ``split``).
-        train_on_end: whether the tokens that end answers and documents are learned.
+        tokenizer: a fast tokenizer, whose state is not changed; None where the reader needs none.
+        settings: how rows become tokens.
+        reader: what the rows are.
         cache: folder of token caches, bounded in size (see ``token_cache``); None keeps the tokens in memory.
-        max_rows: read only the first good rows of each source; None for all.
-        preference: "pairs" or "labels" where answers are compared or judged, see ``row_formats.read_conversations``;
-            ``max_tokens`` is then of both sequences of an example.
-        problem: what the rows have labels for (``labels``), so that template and train_on do not matter; None are rows
-            for a language model.
-        of_pictures: rows are pictures with labels (``pictures``), which need no tokenizer: give None.
-        pictures: what reads the pictures of chats; None refuses rows with some.
-        fit: of pictures with captions in the place of labels, what they are cut to (``captions``).
 
     Returns:
         The examples with their counts and problems; rows with a problem are left out and counted.
@@ -158,13 +136,8 @@ def read_examples(
     Raises:
         DataError: an argument is out of range.
     """
-    _check_arguments(sources, tokenizer, train_on, max_tokens, overflow, of_pictures)
-    settings = Settings(
-        train_on, max_tokens, overflow, train_on_end, max_rows, preference, problem, of_pictures, fit, pictures
-    )
-    if pictures:
-        sources = [replace(source, with_pictures=True) for source in sources]
-    job = _Job(sources, tokenizer, template, settings)
+    _check_arguments(sources, tokenizer, settings, reader)
+    job = _Job(sources, tokenizer, settings, reader)
     examples, statistics = _cached(job, cache) if cache else _read(job, None)
     return Dataset(
         examples=examples,
@@ -189,18 +162,18 @@ class _Job:
     """What to read and how, as ``read_examples`` was told."""
 
     sources: Sequence[Source]
-    tokenizer: "PreTrainedTokenizerFast"
-    template: str | None
-    settings: Settings
+    tokenizer: "PreTrainedTokenizerFast | None"
+    settings: ReadSettings
+    reader: RowReader
 
 
 def _cached(job: _Job, cache: Path) -> tuple[Examples, Statistics]:
     """Return the set from the cache, making the entry first where there is none."""
-    key = cache_key(job.sources, job.tokenizer, job.template, job.settings)
+    key = cache_key(job.sources, job.tokenizer, job.settings, job.reader)
     if key is None:
         return _read(job, None)
     entry = cache / key
-    if found := load_set(entry, job.tokenizer, job.template):
+    if found := load_set(entry, job.tokenizer, job.settings.template):
         log.info("data: tokens from the cache %s", entry)
         return found
     remove_old_leftovers(cache)
@@ -212,7 +185,7 @@ def _cached(job: _Job, cache: Path) -> tuple[Examples, Statistics]:
         log.warning("the tokens are not cached: %s", error)
         return _read(job, None)
     remove_least_used(cache, entry, limit_bytes)
-    return load_set(entry, job.tokenizer, job.template) or _read(job, None)
+    return load_set(entry, job.tokenizer, job.settings.template) or _read(job, None)
 
 
 def _read(job: _Job, folder: Path | None) -> tuple[Examples, Statistics]:
@@ -228,7 +201,7 @@ def _write(source: Source, job: _Job, statistics: Statistics, writer: ExampleWri
     """Write the examples of a source and return their order, repeated as its weight says."""
     first, next_report = writer.count, _ROWS_PER_REPORT
     try:
-        for examples in make_examples(source, job.tokenizer, job.template, job.settings, statistics):
+        for examples in job.reader.read(source, job.tokenizer, job.settings, statistics):
             writer.add_all(examples)
             if statistics.rows_read >= next_report:
                 progress.info("data: %s rows read", f"{statistics.rows_read:,}")
@@ -247,35 +220,34 @@ def _note_problems(examples: Examples, job: _Job, statistics: Statistics) -> Non
     for problem in statistics.problems.found:
         if problem.rule != BAD_SOURCE:
             statistics.note_dropped(problem.rule, problem.where)
-    note_too_long(statistics, job.settings)
+    note_too_long(statistics, job.settings, job.reader)
     note_lost_kinds(statistics)
     if len(examples) == 0 and not statistics.problems.count:
         left = f"no row is left to train on: {_reasons(statistics.dropped)}"
         statistics.problems.add(job.sources[0].path, left, NOTHING_TO_LEARN, fatal=True)
-    end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end and not job.settings.problem
-    begin_id = None if job.settings.of_pictures else job.tokenizer.bos_token_id
+    end_ids, end_is_target = statistics.end_token_ids, job.settings.train_on_end and job.reader.ends_answers
+    begin_id = job.tokenizer.bos_token_id if job.tokenizer else None
     for problem in check_examples(examples, begin_id, end_ids, end_is_target):
         statistics.problems.add(problem.where, problem.message, problem.rule, fatal=True)
 
 
 def _check_arguments(
     sources: Sequence[Source],
-    tokenizer: "PreTrainedTokenizerFast",
-    train_on: str,
-    max_tokens: int,
-    overflow: str,
-    of_pictures: bool = False,
+    tokenizer: "PreTrainedTokenizerFast | None",
+    settings: ReadSettings,
+    reader: RowReader,
 ) -> None:
+    train_on, overflow, max_tokens = settings.train_on, settings.overflow, settings.max_tokens
     if train_on not in TRAIN_ON:
         raise DataError(f"data.train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
     if overflow not in OVERFLOW:
         raise DataError(f"data.overflow {overflow!r} is unknown; choose one of {', '.join(OVERFLOW)}")
     if not isinstance(max_tokens, int) or max_tokens < 2:
         raise DataError(f"data.max_tokens is {max_tokens!r}; a row needs at least 2 tokens")
-    if not of_pictures and not hasattr(tokenizer, "is_fast"):
+    if reader.needs_tokenizer and not hasattr(tokenizer, "is_fast"):
         name = type(tokenizer).__name__
         raise DataError(f"a tokenizer is wanted, not {name}; qlora_lite.load_tokenizer(PATH) loads one")
-    if not of_pictures and not tokenizer.is_fast:
+    if reader.needs_tokenizer and not tokenizer.is_fast:
         raise DataError(
             "this tokenizer has no tokenizer.json, so the place of its tokens in the text is unknown; "
             "convert it with transformers first (load it with AutoTokenizer and save it again)"
@@ -315,8 +287,8 @@ class RowStream:
 
     sources: tuple[Source, ...]
     tokenizer: "PreTrainedTokenizerFast"
-    template: str | None
-    settings: Settings
+    settings: ReadSettings
+    reader: RowReader = TEXTS
     max_bad_rows: int = 0
 
     def __iter__(self) -> Iterator[Example]:
@@ -328,7 +300,7 @@ class RowStream:
         statistics = Statistics()
         for source in self.sources:
             share, index = Fraction(source.weight).limit_denominator(1_000_000), 0
-            for examples in make_examples(source, self.tokenizer, self.template, self.settings, statistics):
+            for examples in self.reader.read(source, self.tokenizer, self.settings, statistics):
                 self._raise_if_unusable(statistics)
                 for example in examples:
                     for _ in range(int((index + 1) * share) - int(index * share)):
@@ -338,7 +310,7 @@ class RowStream:
         self._raise_if_unusable(statistics)
 
     def _raise_if_unusable(self, statistics: Statistics) -> None:
-        note_too_long(statistics, self.settings)
+        note_too_long(statistics, self.settings, self.reader)
         statistics.problems.raise_if_any(self.max_bad_rows)
 
 

@@ -7,12 +7,17 @@ every row is read: what the first one lacks may be the content of later ones.
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from qlora_lite.data.captions import Fit
 from qlora_lite.data.chat.row_formats import ROLES, WITH_TURNS
 from qlora_lite.data.chat.template import Template
-from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.readers.problems import Problems, RowProblem
+from qlora_lite.data.readers.sources import Source
+
+from .storage import Example
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
+    from transformers import PreTrainedTokenizerFast
 
 TOO_LONG = "longer than max_tokens"
 KIND_LOST = "a whole kind of row left out"
@@ -27,22 +32,58 @@ _RESULT_KEYS = _TURN_KEYS | {"tool_call_id", "name"}
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Say how rows become tokens; the names, meanings and ranges are those of ``examples.read_examples``.
+class ReadSettings:
+    """Hold how rows become tokens.
 
-    ``problem``: what rows have labels for (``labels``); None are rows for a language model.
+    Args:
+        template: None for the tokenizer's own chat template, or see ``choose_template``.
+        train_on: "assistant" learns every answer; "completion" the one answer of rows that have just one;
+            "last" the last answer; "all" every token but those of answers with weight 0 or train false. Plain
+            documents are always learned whole.
+        max_tokens: longest row, at least 2 tokens; of both sequences of an example where answers are compared.
+        overflow: for longer rows: "error", "drop", "truncate" (keep the first max_tokens tokens; a row
+            that loses all it had to learn is dropped and counted), or "split" (see ``encode``).
+        train_on_end: whether the tokens that end answers and documents are learned.
+        max_rows: read only the first good rows of each source; None for all.
     """
 
-    train_on: str
-    max_tokens: int
-    overflow: str
-    train_on_end: bool
+    template: str | None = None
+    train_on: str = "assistant"
+    max_tokens: int = 1024
+    overflow: str = "error"
+    train_on_end: bool = True
     max_rows: int | None = None
-    preference: str | None = None  # see ``row_formats.read_conversations``
-    problem: str | None = None
-    of_pictures: bool = False  # rows are pictures, see ``pictures``
-    fit: Fit | None = None  # of pictures with captions, see ``captions``
-    pictures: PictureReader | None = None  # of chats that may hold some
+
+
+DEFAULT_SETTINGS = ReadSettings()
+
+
+class RowReader(Protocol):
+    """What reads the rows of one kind: a frozen dataclass, whose fields are a part of the key of cached tokens."""
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether rows become tokens of a tokenizer."""
+
+    @property
+    def ends_answers(self) -> bool:
+        """Whether examples end with a token that is to be learned, if settings.train_on_end."""
+
+    def read(
+        self,
+        source: Source,
+        tokenizer: "PreTrainedTokenizerFast | None",
+        settings: ReadSettings,
+        statistics: "Statistics",
+    ) -> Iterator[list[Example]]:
+        """Yield the examples of a source, some at a time, in the order of the rows.
+
+        Raises:
+            DataError: a file cannot be read, or its rows are of another kind.
+        """
+
+    def cure_of_long_rows(self, settings: ReadSettings) -> str:
+        """Return what to do, other than raise data.max_tokens, where rows are too long."""
 
 
 @dataclass(slots=True)
@@ -99,21 +140,15 @@ class Statistics:
             places.append(where)
 
 
-def note_too_long(statistics: Statistics, settings: Settings) -> None:
+def note_too_long(statistics: Statistics, settings: ReadSettings, reader: RowReader) -> None:
     """Add the problem that rows are too long, if there are any, with the longest of them."""
     if not statistics.longest:
         return
     places = ", ".join(f"{where} ({length} tokens)" for length, where in sorted(statistics.longest, reverse=True))
-    reader = settings.pictures
-    if reader is not None or settings.preference or settings.train_on == "last":  # whose end is what is learned
-        choices = "drop"
-    else:
-        choices = "drop or truncate" if settings.problem else "drop, truncate or split"
-    smaller = "set data.resolution to show less of large pictures, " if reader and reader.keeps_shape else ""
     count = f"{statistics.dropped[TOO_LONG]} of {statistics.rows_read} rows"
     fault = (
         f"{count} are longer than data.max_tokens {settings.max_tokens}; the longest: {places}; raise data.max_tokens, "
-        f"{smaller}or set data.overflow to {choices}"
+        f"{reader.cure_of_long_rows(settings)}"
     )
     statistics.problems.add("", fault, TOO_LONG, fatal=True)
 

@@ -40,7 +40,7 @@ from qlora_lite.errors import DataError
 from qlora_lite.files import content_digest, read_sealed, sha256, write_sealed
 from qlora_lite.units import format_bytes
 
-from .statistics import Settings, Statistics, no_counts
+from .statistics import ReadSettings, RowReader, Statistics, no_counts
 from .storage import FILES, Examples, load_arrays
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a check of a recipe needs none of it
@@ -55,21 +55,23 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 
 def cache_key(
-    sources: Sequence[Source], tokenizer: "PreTrainedTokenizerFast", template: str | None, settings: Settings
+    sources: Sequence[Source], tokenizer: "PreTrainedTokenizerFast | None", settings: ReadSettings, reader: RowReader
 ) -> str | None:
-    """Return the key of a set of tokens: 32 hexadecimal digits; None for rows in memory, or if a file cannot be read.
+    """Return the key of a set of tokens: 32 hexadecimal digits; None if it cannot be cached.
+
+    Rows in memory, rows without tokens and files that cannot be read are not.
 
     Args:
         sources: where the rows are.
         tokenizer: what makes them tokens.
-        template: see ``template.choose_template``.
         settings: how rows become tokens.
+        reader: what the rows are.
     """
-    if any(source.rows is not None for source in sources):
+    if tokenizer is None or any(source.rows is not None for source in sources):
         return None
     try:
         files = [[(str(path), content_digest(path)) for path in find_files(source.path)] for source in sources]
-        text = _template_text(template)
+        text = _template_text(settings.template)
     except (DataError, OSError, UnicodeDecodeError):
         return None  # reading them says what is wrong
     parts = [
@@ -77,6 +79,7 @@ def cache_key(
         [astuple(source) for source in sources],
         text,
         astuple(settings),
+        (type(reader).__qualname__, astuple(reader)),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.special_tokens_map,
         tokenizer.chat_template,

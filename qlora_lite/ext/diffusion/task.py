@@ -144,9 +144,10 @@ class Drawing(Task):
         self, recipe: Recipe, sources: Sequence[Source], reader: Fit, preference: str | None, max_rows: int | None
     ) -> Dataset:
         """Read pictures with their captions."""
+        from qlora_lite.data.pictures import LabelledPictureReader
         from qlora_lite.data.tokens.examples import read_examples
 
-        return read_examples(sources, None, problem=self.labels.kind, of_pictures=True, fit=reader)
+        return read_examples(sources, None, reader=LabelledPictureReader(self.labels.kind, reader))
 
     def fits_model(self, path: str) -> bool:
         """Return whether it is a pipeline's folder, or a known pipeline."""

@@ -14,7 +14,9 @@ from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, re
 from qlora_lite.data.labels import LABELS, NUMBER
 from qlora_lite.data.readers.problems import Problems, read_place
 from qlora_lite.data.readers.sources import Source, read_rows
+from qlora_lite.data.tokens.encode import TextReader
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.prepare.datasets import with_known_columns
 from qlora_lite.prepare.moment import LabelledRows
@@ -67,7 +69,10 @@ def score_chats(recipe: Recipe, adapter: Path | None, tokenizer, rows: str | Pat
     own = replace(own, rows=found)
     d, by = recipe.data, PAIRS if own.rejected or is_preference(found[0]) else None
     data = read_examples(
-        [own], tokenizer, d.template, d.train_on, d.max_tokens, train_on_end=d.train_on_end, preference=by
+        [own],
+        tokenizer,
+        ReadSettings(d.template, d.train_on, d.max_tokens, train_on_end=d.train_on_end),
+        TextReader(by),
     )
     data.problems.raise_if_any()
     model, work = load_head(recipe, adapter, tokenizer)

@@ -122,9 +122,10 @@ class PictureClasses(Task):
         self, recipe: Recipe, sources: Sequence[Source], reader: Any, preference: str | None, max_rows: int | None
     ) -> Dataset:
         """Read pictures with their labels."""
+        from qlora_lite.data.pictures import LabelledPictureReader
         from qlora_lite.data.tokens.examples import read_examples
 
-        return read_examples(sources, None, problem=self.labels.kind, of_pictures=True)
+        return read_examples(sources, None, reader=LabelledPictureReader(self.labels.kind))
 
     def trained(self, adapter: Mapping, model: Mapping, labels: Sequence[str] | None) -> bool:
         """See ``Task``."""
