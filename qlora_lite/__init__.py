@@ -30,7 +30,7 @@ _API = {
     "export_run": "qlora_lite.export.formats",
     "ExportSettings": "qlora_lite.export.formats",
     "open_tasks": "qlora_lite.inference.multi_adapter",
-    "Turn": "qlora_lite.data.chat.row_formats",
+    "Turn": "qlora_lite.data.chat.conversation",
     "compare_runs": "qlora_lite.inference.compare",
     "predict_file": "qlora_lite.inference.predict",
     "PredictSettings": "qlora_lite.inference.predict",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test compares it wit
     from .adapters.full import Full as Full
     from .adapters.lora.inject import add_lora as add_lora
     from .adapters.method import AdapterMethod as AdapterMethod
-    from .data.chat.row_formats import Turn as Turn
+    from .data.chat.conversation import Turn as Turn
     from .data.readers.sources import Source as Source
     from .data.tokens.examples import build_examples as build_examples
     from .errors import QloraLiteError as QloraLiteError

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tiny import DEMO_MODEL
 
-from qlora_lite.data.chat.row_formats import Conversation, read_conversations
+from qlora_lite.data.chat.conversation import Conversation
+from qlora_lite.data.chat.row_formats import read_conversations
 from qlora_lite.data.chat.template import choose_template
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.tokens.mask import mark_row, render_row, tokenise

@@ -24,8 +24,9 @@ from qlora_lite.adapters.lora.start import FIRST_NAME, First, first_sum_of, load
 from qlora_lite.adapters.read import Adapter as ReadAdapter
 from qlora_lite.adapters.read import begins_with_qera, named_base, read_adapter, trained_tokens, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
+from qlora_lite.data.chat.conversation import Conversation
 from qlora_lite.data.chat.render import end_of_answers, for_pictures
-from qlora_lite.data.chat.row_formats import Conversation, read_conversations
+from qlora_lite.data.chat.row_formats import read_conversations
 from qlora_lite.data.chat.template import Template, choose_template, template_in
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.errors import CheckpointError, DataError, ModelError, RecipeError

@@ -11,8 +11,8 @@ from transformers import TextStreamer
 
 from qlora_lite.adapters.prompt import count_virtual
 from qlora_lite.artifacts.trained_run import TrainedRun
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import Template
 from qlora_lite.data.picture_files import decode
 from qlora_lite.data.picture_reader import PictureReader

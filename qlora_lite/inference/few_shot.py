@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qlora_lite.data.chat.row_formats import Prompt, Turn, as_message, read_prompts
+from qlora_lite.data.chat.conversation import Prompt, Turn, as_message
+from qlora_lite.data.chat.prompts import read_prompts
 from qlora_lite.data.readers.problems import read_place
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import Dataset, read_examples

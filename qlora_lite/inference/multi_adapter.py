@@ -18,8 +18,8 @@ from qlora_lite.adapters.read import Adapter, warn_of_other_split
 from qlora_lite.adapters.saved import Saved
 from qlora_lite.adapters.switch import Switch
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import Template
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.models.memory_options import stream_of

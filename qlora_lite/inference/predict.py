@@ -14,8 +14,9 @@ from pathlib import Path
 
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.artifacts.trained_run import TrainedRun, open_model
+from qlora_lite.data.chat.conversation import Prompt, Turn, as_message
+from qlora_lite.data.chat.prompts import read_prompts
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Prompt, Turn, as_message, read_prompts
 from qlora_lite.data.chat.template import Template
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.picture_turns import MARK, PLACEHOLDER

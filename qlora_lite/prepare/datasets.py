@@ -10,7 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, overload
 
-from qlora_lite.data.chat.row_formats import CHOSEN, LABELS, PAIRS, is_preference
+from qlora_lite.data.chat.preference_rows import CHOSEN, is_preference
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS
 from qlora_lite.data.checks.held_out import hold_out
 from qlora_lite.data.checks.matching import Matching
 from qlora_lite.data.checks.metrics import Measures

@@ -18,7 +18,8 @@ from itertools import chain, islice, zip_longest
 import numpy as np
 import torch
 
-from qlora_lite.data.chat.row_formats import LABELS, PAIRS, ROW_DAY, answer_beside_text
+from qlora_lite.data.chat.conversation import ROW_DAY
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS, answer_beside_text
 from qlora_lite.data.chat.template import special_ids_of
 from qlora_lite.data.checks.metrics import check_references
 from qlora_lite.data.checks.overlap import check_overlap, check_prompts

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lite.adapters.read import named_base
 from qlora_lite.artifacts.trained_run import _task_of, open_trained
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import end_of_answers
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.inference.compare import compare_runs

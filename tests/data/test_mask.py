@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
-from qlora_lite.data.chat.row_formats import Conversation, Turn
+from qlora_lite.data.chat.conversation import Conversation, Turn
 from qlora_lite.data.chat.template import choose_template
 from qlora_lite.data.tokens.mask import learned_tokens, render_row, seam_fault, tokenise
 from qlora_lite.errors import DataError

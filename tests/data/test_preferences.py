@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer
 
-from qlora_lite.data.chat.row_formats import LABELS, PAIRS, Conversation, Turn
+from qlora_lite.data.chat.conversation import Conversation, Turn
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS
 from qlora_lite.data.checks.held_out import hold_out
 from qlora_lite.data.checks.overlap import check_overlap, check_prompts
 from qlora_lite.data.readers.sources import Source

@@ -10,9 +10,9 @@ from tiny_tokenizer import make_tokenizer
 
 from qlora_lite.data.chat import probe as probing
 from qlora_lite.data.chat import render as rendering
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.probe import probe
 from qlora_lite.data.chat.render import render_prompt, render_turns
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples

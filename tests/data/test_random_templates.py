@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import choose_template
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.batch import collate, plan_epoch

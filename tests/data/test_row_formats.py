@@ -8,16 +8,9 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from qlora_lite.data.chat.row_formats import (
-    BAD_ANSWER,
-    Conversation,
-    Document,
-    Turn,
-    read_conversations,
-    read_prompts,
-    recognise,
-    used_columns,
-)
+from qlora_lite.data.chat.conversation import Conversation, Document, Turn
+from qlora_lite.data.chat.prompts import read_prompts
+from qlora_lite.data.chat.row_formats import BAD_ANSWER, read_conversations, recognise, used_columns
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.errors import DataError

@@ -5,8 +5,8 @@ from datetime import datetime
 import pytest
 from tiny_tokenizer import make_tokenizer
 
+from qlora_lite.data.chat.conversation import ROW_DAY, Conversation, Turn
 from qlora_lite.data.chat.render import last_turn, render, render_prompt
-from qlora_lite.data.chat.row_formats import ROW_DAY, Conversation, Turn
 from qlora_lite.data.chat.template import NAMED_TEMPLATES, Template, choose_template, portable_source
 from qlora_lite.errors import DataError
 

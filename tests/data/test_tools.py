@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
-from qlora_lite.data.chat.row_formats import Turn, as_message, read_conversations
+from qlora_lite.data.chat.conversation import Turn, as_message
+from qlora_lite.data.chat.row_formats import read_conversations
 from qlora_lite.data.chat.template import CHATML_TOOLS, NAMED_TEMPLATES
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source

@@ -12,8 +12,8 @@ from tiny_runs import make_run, tiny_run
 from transformers import AutoModelForCausalLM
 
 from qlora_lite.artifacts.trained_run import open_trained
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.ext.gguf.adapter import ADAPTER_FILE

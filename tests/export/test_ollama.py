@@ -9,8 +9,8 @@ from tiny_files import MERGES, byte_tokenizer, save_tiny
 from tiny_runs import make_run, tiny_run
 from transformers import AutoTokenizer
 
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import NAMED_TEMPLATES, choose_template
 from qlora_lite.errors import ModelError
 from qlora_lite.export.formats import ExportSettings, export_run

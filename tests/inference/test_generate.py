@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair
 from tiny_files import VOCABULARY, byte_tokenizer
 from tokenizers import normalizers
 
-from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.template import NAMED_TEMPLATES
 from qlora_lite.data.checks.matching import Matching
 from qlora_lite.data.checks.metrics import Measures

@@ -13,7 +13,7 @@ from tiny_files import save_tiny
 from tiny_runs import make_run, replace_adapter, tiny_run
 
 from qlora_lite.artifacts.run_folder import open_run
-from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.errors import DataError, ModelError, RecipeError
 from qlora_lite.inference.chat import Session, open_session
 from qlora_lite.inference.compare import compare_runs, write_comparison

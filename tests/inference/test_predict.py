@@ -9,7 +9,7 @@ import pytest
 from tiny_files import save_tiny
 from tiny_runs import make_run
 
-from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.errors import OutputError
 from qlora_lite.inference import predict
 from qlora_lite.inference.multi_adapter import open_tasks

@@ -19,8 +19,8 @@ import torch
 from tiny_files import save_tiny
 from tiny_runs import make_run, prompt_tuned
 
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.probe import TakesTooMuchError
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.inference.serve.app import MAX_CONNECTIONS, Limits, build_app, http_server

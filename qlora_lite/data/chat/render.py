@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from qlora_lite.data.picture_turns import MARK
 from qlora_lite.errors import DataError
 
+from .conversation import ROW_DAY, Conversation, Turn, as_message
 from .probe import FAULTS, TakesTooMuchError, render_apart, render_rows_apart
-from .row_formats import ROW_DAY, Conversation, Turn, as_message
 from .template import CHATML_TOOLS, NAMED_TEMPLATES, Template
 from .tools import written_names
 

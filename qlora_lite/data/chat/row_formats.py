@@ -33,75 +33,32 @@ Where answers are judged one by one (LABELS), all rows need one: true or false, 
 source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory, data/README.md.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime
-from itertools import takewhile
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_lite.data import picture_turns
 from qlora_lite.data.picture_files import file_of
 from qlora_lite.data.readers.data_files import data_suffix
-from qlora_lite.data.readers.fields import columns_of, fill, kind_of, text_of
+from qlora_lite.data.readers.fields import columns_of, fill, text_of
 from qlora_lite.data.readers.json_rows import ask_for_columns, ask_for_list
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source, ask_for_sign, read_rows
 from qlora_lite.errors import DataError
 
-from .tools import check_calls, tool_calls, tool_definitions
+from .conversation import Conversation, Document, Turn
+from .preference_rows import ANSWERED, CHOSEN, chosen_alone, is_preference, join_instruction
+from .tools import check_calls, tool_definitions
+from .turns import check_order, check_text_only, has_lists, kinds_of, read_turns, refuse_lost_keys
 
-CHOSEN, ANSWERED = "chosen", "prompt-completion"
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", CHOSEN, "text", "table")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-}
-ROW_DAY = datetime(2024, 7, 26)  # of rows that templates date (``render``): what Llama 3.1's writes without a clock
-_NOT_SUPPORTED = {
-    "functions": "write it as 'tools'",
-    "function_call": "write it as 'tool_calls'",
-    "reasoning_content": "remove it",
-    "thinking": "remove it",
-    "history": 'write all turns of the row as one list, {"messages": [...]}',
-}
-_MEDIA = "image", "images", "video", "videos", "audio", "audios"
-_REFUSED = *_MEDIA, *_NOT_SUPPORTED
-_TEXT_ONLY = (
-    "a model of text reads no pictures, sounds or videos; remove such rows, or train a vision-language model on "
-    "pictures (task.kind image-text-to-text)"
-)
-MEDIA = "picture, sound or video"
-_PLACEHOLDER = (
-    r"(?:<(?:image|video|audio)>|<\|(?:vision_start|(?:image|video|audio)(?:_pad|_[0-9]+)?)\|>|<image_soft_token>|"
-    r"<start_of_image>|<image_placeholder>|<ImageHere>|<IMG_CONTEXT>|\[IMG\])"
-)
-_PLACEHOLDERS = re.compile(_PLACEHOLDER)
-_PLACED = re.compile(  # at the turn's beginning or end, alone on a line, or right before a word
-    rf"\A\s*{_PLACEHOLDER}|{_PLACEHOLDER}(?:\s*\Z|(?=\w))|^[ \t]*{_PLACEHOLDER}+[ \t]*$", re.MULTILINE
-)
 _NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
 JUDGEMENTS = "label", "kto_tag"
 PAIRS, LABELS = "pairs", "labels"  # what a preference is told by
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
-_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 BAD_ANSWER = "marked as a bad answer (label false)"
-WITH_TURNS = "messages", "conversations", "prompt", "completion"
 _OF_TURNS = {"messages", "conversations", "system", "tools"}
 _TAKEN = {
     "messages": _OF_TURNS,
@@ -109,97 +66,8 @@ _TAKEN = {
     "alpaca": {"input", "system", "tools"},
     "prompt-completion": {"system", "tools"},
 }
-_PROMPT_COLUMNS = {
-    "messages": "messages",
-    "sharegpt": "conversations",
-    "prompt-completion": "prompt",
-    "alpaca": "instruction",
-    "text": "text",
-}
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
 _QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
-_PROMPTS = "messages", "conversations", "conversation", "prompt"  # of preference rows
-_AFTER = {"user": ("assistant",), "assistant": ("user",), "tool": ("tool", "assistant")}
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """Hold one message.
-
-    Args:
-        role: "system", "user", "assistant" or "tool".
-        content: its text; empty only where there are calls.
-        learned: False where the row gives this turn the weight 0, or says train: false, and of answers in a prompt.
-        calls: the tool calls of an assistant turn, as ``tools.tool_calls`` makes them.
-        call_id: of a tool turn, the call that it answers, if the row says so.
-        name: of a tool turn, the tool, if the row says so.
-        left_out: of an assistant turn, whether the row says that it is not learned (weight 0, train: false); then it is
-            not, even where all tokens are.
-    """
-
-    role: str
-    content: str
-    learned: bool = True
-    calls: tuple[dict, ...] = ()
-    call_id: str | None = None
-    name: str | None = None
-    left_out: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Hold a row as turns: at most one system turn, then user and assistant alternating, an answer last.
-
-    An assistant turn with calls is followed by one tool turn per call and the next assistant turn, or is the last.
-
-    Args:
-        turns: the messages.
-        where: the row's place.
-        tools: definitions of the tools, as ``tools.tool_definitions`` makes them.
-        kinds: see ``kinds_of``.
-        desirable: whether its answer is one to imitate.
-        pictures: the files of those that ``picture_turns.MARK`` stands for in the turns, in order.
-    """
-
-    turns: tuple[Turn, ...]
-    where: str
-    tools: tuple[dict, ...] = ()
-    kinds: tuple[str, ...] = ()
-    desirable: bool = True
-    pictures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Hold a row of plain text, all of it to be learned."""
-
-    text: str
-    where: str
-    kinds: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Hold a row that is to be answered.
-
-    Args:
-        turns: what the model is given, the assistant's turn not begun.
-        reference: the answer that the row has; None where it has none.
-        where: the row's place.
-        tools, pictures: see ``Conversation``.
-    """
-
-    turns: tuple[Turn, ...]
-    reference: str | None
-    where: str
-    tools: tuple[dict, ...] = ()
-    pictures: tuple[str, ...] = ()
-
-
-def as_message(turn: Turn) -> dict[str, object]:
-    """Return a turn as the object that chat templates take."""
-    more = {"tool_calls": list(turn.calls), "tool_call_id": turn.call_id, "name": turn.name}
-    return {"role": turn.role, "content": turn.content} | {key: value for key, value in more.items() if value}
 
 
 def read_conversations(
@@ -286,94 +154,6 @@ def _answered_rows(row: Mapping[str, object], format_name: str, preference: str 
         if row.get("rejected"):
             raise
         raise DataError("'rejected' is missing or empty; every row needs it") from error
-
-
-def kinds_of(row: Mapping[str, object]) -> tuple[str, ...]:
-    """Return what sets a row apart, good or not, in words that follow "rows"."""
-    turns = [turn for name in WITH_TURNS if isinstance(row.get(name), list) for turn in row[name]]
-    roles = [_role_of(turn) for turn in turns]
-    calls = any(
-        isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("from") == "function_call") for turn in turns
-    )
-    return tuple(
-        kind
-        for kind, is_so in (
-            ("with tool calls or results", calls or "tool" in roles),
-            ("with definitions of tools", row.get("tools") not in (None, "", "[]", [])),
-            ("with a system turn", row.get("system") not in (None, "") or "system" in roles),
-            ("with several user turns", roles.count("user") > 1),
-        )
-        if is_so
-    )
-
-
-def read_prompts(source: Source, known: Sequence[Source] = ()) -> list[Prompt]:
-    """Read a source as prompts: rows of any format, whose answer may be missing.
-
-    Args:
-        source: where to read; of a table, ``prompt`` names the columns.
-        known: sources of a recipe, whose templates are used for rows that have their columns.
-
-    Raises:
-        DataError: a file cannot be read, has no prompts, or rows are malformed.
-    """
-    problems, prompts, chosen = Problems(), [], None
-    for where, row in read_rows(source, problems):
-        chosen = chosen or _format_of_prompts(row, where, source, known)
-        try:
-            prompts.append(_prompt(row, where, *chosen))
-        except DataError as error:
-            problems.add(where, error)
-    problems.raise_if_any()
-    return prompts
-
-
-def _format_of_prompts(row: Mapping[str, object], where: str, source: Source, known: Sequence[Source]):
-    """Return the format of a row whose answer may be missing, and the source that has its templates."""
-    for each in (source, *known):
-        if each.prompt and (each is source or row.keys() >= set(columns_of(each.prompt))):
-            return "table", each
-    for name, column in _PROMPT_COLUMNS.items():
-        if column in row:
-            return name, source
-    columns = ", ".join(map(repr, row))
-    raise DataError(f"{where}: none of the columns {columns} is known for a prompt; name it with --column")
-
-
-def _prompt(row: Mapping[str, object], where: str, format_name: str, source: Source) -> Prompt:
-    """Turn one row into a prompt; an answer that is missing is put there so that the row is checked as all are."""
-    if format_name == "text":
-        return Prompt((Turn("user", text_of(row, "text")),), None, where)
-    if format_name == "table":
-        has_answer = bool(source.completion) and row.keys() >= set(columns_of(source.completion))
-        reference = fill(source.completion, row) if has_answer else None
-        if not source.with_pictures:
-            return Prompt((Turn("user", fill(source.prompt, row)),), reference, where)
-        shown = {name: row[name] for name in picture_turns.COLUMNS if name in row}
-        row, format_name = {"prompt": fill(source.prompt, row), "completion": reference} | shown, ANSWERED
-    if is_preference(row):
-        row, format_name = chosen_alone(row), CHOSEN
-    row, has_answer = _answered(row, format_name)
-    conversation = normalise(row, where, format_name, source)
-    *turns, answer = conversation.turns
-    reference = (answer.content or None) if has_answer else None
-    return Prompt(tuple(turns), reference, where, conversation.tools, conversation.pictures)
-
-
-def _answered(row: Mapping[str, object], format_name: str) -> tuple[Mapping[str, object], bool]:
-    """Return a row with an answer, and whether it is the row's own."""
-    nothing = {"role": "assistant", "content": "-"}
-    if format_name in ("messages", "sharegpt"):
-        key = _PROMPT_COLUMNS[format_name]
-        turns = row.get(key)
-        last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
-        if not last or ROLES.get(str(last.get("role", last.get("from")))) == "assistant":
-            return row, True
-        return {**row, key: [*turns, nothing]}, False
-    answer = "output" if format_name == "alpaca" else "completion"
-    if row.get(answer):
-        return row, True
-    return {**row, answer: [nothing] if isinstance(row.get("prompt"), list) else "-"}, False
 
 
 def _judgements(row: Mapping[str, object], format_name: str, preference: str | None = None) -> dict[str, bool]:
@@ -507,52 +287,6 @@ def _is_sentence(name: str) -> bool:
     return len(words) > 6 or (len(words) > 2 and name.rstrip().endswith((".", "?", "!")))
 
 
-def is_preference(row: Mapping[str, object]) -> bool:
-    """Return whether a row is a prompt with a chosen and a rejected answer, and not a whole conversation beside
-    them."""
-    if not {"chosen", "rejected"} <= row.keys():
-        return False
-    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
-    return not (turns and _role_of(turns[-1]) == "assistant")
-
-
-def chosen_alone(row: Mapping[str, object]) -> dict[str, object]:
-    """Return a preference row as a row of prompt and completion, the chosen answer; other columns stay as they are.
-
-    Raises:
-        DataError: it has no chosen answer, or no prompt.
-    """
-    prompt = next((row[name] for name in _PROMPTS if row.get(name)), None)
-    if prompt is None and row.get("instruction"):
-        prompt = _instruction(row)
-    chosen, rejected = ([turns] if isinstance(turns, dict) else turns for turns in map(row.get, ("chosen", "rejected")))
-    if prompt is None:
-        chosen, rejected = map(_of_transcript, (chosen, rejected))
-    if not chosen:
-        raise DataError("'chosen' is missing or empty; every row needs it")
-    if isinstance(chosen, list) and _role_of(chosen[0]) != "assistant":
-        other = rejected if isinstance(rejected, list) else chosen
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], other, strict=False)))
-        prompt, chosen = chosen[:shared], chosen[shared:]
-    elif prompt is None:
-        raise DataError("a preference row without a prompt; write it into a column of its own")
-    elif isinstance(chosen, list) and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and isinstance(chosen, str):
-        chosen = [{"role": "assistant", "content": chosen}]
-    taken = {CHOSEN, "rejected", "instruction", "input", *_PROMPTS}
-    return {name: value for name, value in row.items() if name not in taken} | {"prompt": prompt, "completion": chosen}
-
-
-def _of_transcript(text: object) -> object:
-    """Return the turns of a text that begins with "Human:" on a paragraph of its own; others as they are."""
-    if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-        return text
-    _, *parts = _TRANSCRIPT.split(text)
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in turns]
-
-
 def _fault_of_preference(row: Mapping[str, object], source: Source) -> str:
     try:
         chosen_alone(row)
@@ -567,11 +301,6 @@ def _fault_of_preference(row: Mapping[str, object], source: Source) -> str:
         "a preference row (it has a chosen and a rejected answer): to learn from both, set train.objective to dpo or "
         f"another that compares answers; to learn the chosen answers alone, {cure}"
     )
-
-
-def _role_of(turn: object) -> str | None:
-    named = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    return ROLES.get(named) if isinstance(named, str) else None
 
 
 def _as_table(source: Source, prompt: str | None, completion: str | None) -> str:
@@ -635,7 +364,7 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
             row, format_name = pair | {name: row[name] for name in picture_turns.COLUMNS if name in row}, ANSWERED
         row, shown = picture_turns.take_out(row)
     if format_name != "table":
-        _refuse(row)
+        refuse_lost_keys(row)
         if is_preference(row):
             raise DataError(_fault_of_preference(row, source))
     tools = ()
@@ -644,154 +373,25 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     if format_name == "table":
         pair = fill(source.prompt, row), fill(source.completion, row)
         turns = _pair(*pair, None)
-    elif format_name in ("messages", "sharegpt") or _has_lists(row, format_name):
-        turns, tools = _turns(row, format_name), tool_definitions(row.get("tools"))
+    elif format_name in ("messages", "sharegpt") or has_lists(row, format_name):
+        turns, tools = read_turns(row, format_name), tool_definitions(row.get("tools"))
         check_calls(turns, tools)
     else:
         if tool_definitions(row.get("tools")):
             raise DataError("'tools' is not supported in rows of this format; write them in format messages")
         turns = _pair_of(row, format_name)
-    _check_order(turns)
-    _check_text_only(turns)
+    check_order(turns)
+    check_text_only(turns)
     files = tuple(str(file_of(said, where)) for said in shown)
     return Conversation(turns, where, tools, pictures=files)
 
 
 def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
     if format_name == "alpaca":
-        return _pair(_instruction(row), text_of(row, "output"), row.get("system"))
+        return _pair(join_instruction(row), text_of(row, "output"), row.get("system"))
     return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
-
-
-def _instruction(row: Mapping[str, object]) -> str:
-    context = row.get("input")
-    is_blank = context is None or (isinstance(context, str) and not context.strip())
-    return text_of(row, "instruction") + ("" if is_blank else f"\n\n{text_of(row, 'input')}")
-
-
-def _has_lists(row: Mapping[str, object], format_name: str) -> bool:
-    """Return whether prompt and completion are lists of turns."""
-    return format_name == "prompt-completion" and all(
-        isinstance(row.get(key), list) for key in ("prompt", "completion")
-    )
-
-
-def _refuse(holder: Mapping[str, object]) -> None:
-    """Check that a row or turn holds nothing that would be lost."""
-    if holder.keys().isdisjoint(_REFUSED):
-        return
-    for key in _REFUSED:
-        if holder.get(key) and key in _MEDIA:
-            raise DataError(f"{key!r} is not supported: {_TEXT_ONLY}", MEDIA)
-        if holder.get(key):
-            raise DataError(f"{key!r} is not supported in rows of this format; {_NOT_SUPPORTED[key]}")
-
-
-def _check_text_only(turns: Sequence[Turn]) -> None:
-    for number, turn in enumerate(turns, start=1):
-        if turn.role != "user" or not _PLACEHOLDERS.search(turn.content):
-            continue
-        for placed in _PLACED.finditer(turn.content):
-            written = _PLACEHOLDERS.search(placed[0])[0]
-            if f"{written[0]}/{written[1:]}" not in turn.content:
-                cure = "or write it in backticks where it is meant as text"
-                raise DataError(f"turn {number} holds the placeholder {written!r}: {_TEXT_ONLY}, {cure}", MEDIA)
 
 
 def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
     turns = Turn("user", prompt), Turn("assistant", answer)
     return turns if system in (None, "") else (Turn("system", text_of({"system": system}, "system")), *turns)
-
-
-def _turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
-    has_lists = _has_lists(row, format_name)
-    prompt = row["prompt"] if has_lists else []
-    messages = [*prompt, *row["completion"]] if has_lists else row.get("messages", row.get("conversations"))
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"no list of turns, as format {format_name} needs; are two formats mixed in this source?")
-    turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
-    asked = turns[: len(prompt)]
-    turns[: len(prompt)] = [replace(turn, learned=False) if turn.role == "assistant" else turn for turn in asked]
-    if row.get("system"):
-        turns.insert(0, Turn("system", text_of(row, "system")))
-    return tuple(turns)
-
-
-def _turn(message: object, number: int) -> Turn:
-    if not isinstance(message, dict):
-        raise DataError(f'turn {number} is {kind_of(message)}, not an object with "role" and "content"')
-    _refuse(message)
-    if message.keys().isdisjoint(("role", "from")):
-        keys = ", ".join(map(repr, message)) or "none"
-        raise DataError(
-            f"turn {number} does not say whose it is (its keys: {keys}); write it as "
-            '{"role": "user", "content": ...}',
-            "unknown role",
-        )
-    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
-    if content_key not in message:
-        content_key = next((key for key in ("content", "value") if key in message), content_key)
-    named = message.get(role_key)
-    if not isinstance(named, str) or named not in ROLES:
-        known = f"the roles are {', '.join(ROLES)}"
-        raise DataError(f"turn {number} has the unknown role {named!r}; {known}", "unknown role")
-    role = ROLES[named]
-    content = message.get(content_key)
-    if isinstance(content, list):
-        content = "".join(_part(part, number) for part in content)
-    try:
-        if named == "function_call":
-            calls, content = tool_calls(text_of({content_key: content}, content_key)), ""
-        else:
-            calls = tool_calls(message.get("tool_calls"))
-        if calls and role != "assistant":
-            raise DataError("only the assistant can call tools; remove 'tool_calls'")
-        if role == "system" and isinstance(content, str) and not content.strip():
-            # not left out here: templates with a system text of their own write it where there is no such turn
-            raise DataError(f"{content_key!r} is empty; fill it in, or remove the turn (not the row)")
-        text = "" if calls and content in (None, "") else text_of({content_key: content}, content_key)
-    except DataError as error:
-        raise DataError(f"turn {number} ({named}): {error}") from None
-    learned = _learned(message, number)
-    if role != "tool":
-        return Turn(role, text, learned, calls, left_out=role == "assistant" and not learned)
-    call_id, name = (value if isinstance(value := message.get(key), str) else None for key in ("tool_call_id", "name"))
-    return Turn(role, text, learned, (), call_id, name)
-
-
-def _part(part: object, number: int) -> str:
-    text = part.get("text", part.get("value")) if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        if isinstance(part, dict) and any(name in str(part.get("type")) for name in ("image", "video", "audio")):
-            raise DataError(f"turn {number} has a part of type {part['type']!r}: {_TEXT_ONLY}", MEDIA)
-        raise DataError(f'turn {number} has a part that is not {{"type": "text", "text": "..."}}; only text can train')
-    return text
-
-
-def _learned(message: Mapping[str, object], number: int) -> bool:
-    """Return whether nothing in a turn says that it is not to be learned."""
-    is_target = True
-    for key in ("weight", "loss_weight", "train"):
-        given = message.get(key)
-        if given is None:
-            continue
-        if key == "train" and not isinstance(given, bool):
-            raise DataError(f"turn {number} has train {given!r}; a turn is learned (true) or not (false)")
-        if given not in (0, 1):
-            raise DataError(f"turn {number} has {key} {given!r}; a turn is learned (1) or not (0)")
-        is_target = is_target and bool(given)
-    return is_target
-
-
-def _check_order(turns: tuple[Turn, ...]) -> None:
-    expected = ("system", "user")
-    for number, turn in enumerate(turns, start=1):
-        if turn.role not in expected:
-            raise DataError(
-                f"turn {number} is {turn.role} where {expected[-1]} must stand; turns alternate, user first, one "
-                "system turn at most before them"
-            )
-        after = _AFTER.get(turn.role, ("user",))
-        expected = ("tool",) if turn.calls else after
-    if turns[-1].role != "assistant":
-        raise DataError("a row with no answer: the last turn must be the assistant's")

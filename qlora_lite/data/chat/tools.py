@@ -65,7 +65,7 @@ def check_calls(turns: Sequence, tools: Sequence[Mapping]) -> None:
     turn, where the call is what the row teaches. Where the row defines tools, only those are called.
 
     Args:
-        turns: ``row_formats.Turn``s.
+        turns: ``conversation.Turn``s.
         tools: from ``tool_definitions``.
 
     Raises:

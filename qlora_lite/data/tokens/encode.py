@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from qlora_lite.data.chat.conversation import Conversation, Document
 from qlora_lite.data.chat.render import CONTROL_TOKEN, check_shape, for_pictures, render_ahead
-from qlora_lite.data.chat.row_formats import LABELS, PAIRS, Conversation, Document, read_conversations
+from qlora_lite.data.chat.row_formats import LABELS, PAIRS, read_conversations
 from qlora_lite.data.chat.template import begin_of_text, choose_template, special_ids_of
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.readers.sources import Source

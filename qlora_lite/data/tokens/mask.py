@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlora_lite.data.chat.conversation import Conversation
 from qlora_lite.data.chat.render import END_OF_ANSWER, TEMPLATE, Ahead, render
-from qlora_lite.data.chat.row_formats import Conversation
 from qlora_lite.data.chat.template import Template
 from qlora_lite.errors import DataError
 

@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from qlora_lite.data.chat.row_formats import Conversation
+from qlora_lite.data.chat.conversation import Conversation
 from qlora_lite.data.readers.problems import RowProblem
 
 from .mask import Marked

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from qlora_lite.data.chat.row_formats import ROLES, WITH_TURNS
+from qlora_lite.data.chat.conversation import ROLES
 from qlora_lite.data.chat.template import Template
+from qlora_lite.data.chat.turns import WITH_TURNS
 from qlora_lite.data.readers.problems import Problems, RowProblem
 from qlora_lite.data.readers.sources import Source
 
@@ -102,7 +103,7 @@ class Statistics:
         longest: the longest of the rows that are an error for their length, (tokens, where).
         end_token_ids: the tokens that end answers and documents.
         template: the chat template, once a conversation needed it.
-        seen_kinds: rows read of each kind (see ``row_formats.kinds_of``), good or not.
+        seen_kinds: rows read of each kind (see ``turns.kinds_of``), good or not.
         kept_kinds: examples of each kind.
         seen_files: rows of each file that became tokens.
         kept_files: files with at least one example.

@@ -16,8 +16,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.render import render_prompt
-from qlora_lite.data.chat.row_formats import Turn
 from qlora_lite.data.chat.template import Template
 from qlora_lite.errors import DataError, ModelError
 

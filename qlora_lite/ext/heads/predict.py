@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lite.data.chat.row_formats import JUDGEMENTS, PAIRS, is_preference
+from qlora_lite.data.chat.preference_rows import is_preference
+from qlora_lite.data.chat.row_formats import JUDGEMENTS, PAIRS
 from qlora_lite.data.label_metrics import probabilities
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER

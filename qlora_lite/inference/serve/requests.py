@@ -9,7 +9,7 @@ Source: the API reference of /v1/chat/completions; the additions of vLLM, llama.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_lite.data.chat.row_formats import Turn
+from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.picture_files import picture_bytes
 from qlora_lite.data.picture_turns import MARK
 from qlora_lite.errors import DataError, QloraLiteError
