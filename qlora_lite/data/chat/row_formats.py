@@ -36,38 +36,77 @@ source: trl documentation, "Dataset formats: unpaired preference"; LLaMA-Factory
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_lite.data import picture_turns
 from qlora_lite.data.picture_files import file_of
 from qlora_lite.data.readers.data_files import data_suffix
-from qlora_lite.data.readers.fields import columns_of, fill, text_of
+from qlora_lite.data.readers.fields import columns_of, fill
 from qlora_lite.data.readers.json_rows import ask_for_columns, ask_for_list
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source, ask_for_sign, read_rows
 from qlora_lite.errors import DataError
 
-from .conversation import Conversation, Document, Turn
-from .preference_rows import ANSWERED, CHOSEN, chosen_alone, is_preference, join_instruction
-from .tools import check_calls, tool_definitions
-from .turns import check_order, check_text_only, has_lists, kinds_of, read_turns, refuse_lost_keys
+from .conversation import Conversation, Document
+from .format_families import (
+    ALPACA_COLUMNS,
+    ANSWERED_COLUMNS,
+    TEXT_COLUMNS,
+    TURN_COLUMNS,
+    Content,
+    alpaca,
+    is_alpaca,
+    is_answered,
+    is_messages,
+    is_never,
+    is_sharegpt,
+    is_text,
+    messages,
+    prompt_completion,
+    sharegpt,
+    table,
+    text,
+)
+from .preference_rows import ANSWERED, CHOSEN, chosen_alone, is_preference
+from .turns import check_order, check_text_only, kinds_of, refuse_lost_keys
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", CHOSEN, "text", "table")
-_NEEDED = {"alpaca": {"instruction", "output"}, "prompt-completion": {"prompt", "completion"}, "text": {"text"}}
+TABLE = "table"
 JUDGEMENTS = "label", "kto_tag"
 PAIRS, LABELS = "pairs", "labels"  # what a preference is told by
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 BAD_ANSWER = "marked as a bad answer (label false)"
-_OF_TURNS = {"messages", "conversations", "system", "tools"}
-_TAKEN = {
-    "messages": _OF_TURNS,
-    "sharegpt": _OF_TURNS,
-    "alpaca": {"input", "system", "tools"},
-    "prompt-completion": {"system", "tools"},
-}
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"
 _QUESTIONS = "prompt", "question", "instruction", "query", "input", "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of rows.
+
+    Args:
+        recognize: whether a row has it, where its source does not say so; of two that do, the first in FORMATS counts.
+        normalize: gives the turns of a row and the definitions of its tools; of a document the text.
+        columns: those that are looked at; None are those of the source's templates.
+        can_be_judged: whether true or false in a column of JUDGEMENTS judges the answer.
+    """
+
+    recognize: Callable[[Mapping[str, object]], bool]
+    normalize: Callable[[Mapping[str, object], Source], Content]
+    columns: frozenset[str] | None
+    can_be_judged: bool = False
+
+
+FORMATS = {
+    "messages": Format(is_messages, messages, TURN_COLUMNS, can_be_judged=True),
+    "sharegpt": Format(is_sharegpt, sharegpt, TURN_COLUMNS, can_be_judged=True),
+    "alpaca": Format(is_alpaca, alpaca, ALPACA_COLUMNS, can_be_judged=True),
+    ANSWERED: Format(is_answered, prompt_completion, ANSWERED_COLUMNS, can_be_judged=True),
+    # two answers are not recognized: whether one is learned or both, the recipe says (and ``chosen_alone`` rewrites it)
+    CHOSEN: Format(is_never, prompt_completion, ANSWERED_COLUMNS),
+    "text": Format(is_text, text, TEXT_COLUMNS),
+    TABLE: Format(is_never, table, None),
+}
 
 
 def read_conversations(
@@ -114,10 +153,10 @@ def read_conversations(
             if drop is not None:
                 drop(BAD_ANSWER, where)
             continue
-        kinds = () if format_name in ("table", "text") else kinds_of(row)
+        kinds = () if format_name in (TABLE, "text") else kinds_of(row)
         if seen is not None:
             seen.update(kinds)
-        sources = source, replace(source, completion=source.rejected) if format_name == "table" else source
+        sources = source, replace(source, completion=source.rejected) if format_name == TABLE else source
         try:
             made = [normalise(each, where, format_name, by) for each, by in zip(rows, sources, strict=False)]
         except DataError as error:
@@ -169,7 +208,7 @@ def _judgements(row: Mapping[str, object], format_name: str, preference: str | N
             said = ", ".join(f"{name!r} is {value!r}" for name, value in found.items()) or "there is none"
             raise DataError(f"'label' must be true for a good answer and false for a bad one; {said}")
         return labels
-    if format_name not in _TAKEN or row.keys().isdisjoint(JUDGEMENTS):
+    if not FORMATS[format_name].can_be_judged or row.keys().isdisjoint(JUDGEMENTS):
         return {}
     return {name: row[name] for name in JUDGEMENTS if isinstance(row.get(name), bool)}
 
@@ -186,22 +225,22 @@ def check_format(source: Source, preference: str | None = None) -> str | None:
     templates = [text for text in (source.prompt, source.completion) if text is not None]
     if source.format is not None and source.format not in FORMATS:
         raise DataError(f"{source.path}: {source.format!r} is not a format; choose one of {', '.join(FORMATS)}")
-    if len(templates) == 1 or (source.format == "table" and not templates):
+    if len(templates) == 1 or (source.format == TABLE and not templates):
         raise DataError(
             f"{source.path}: a table needs both prompt and completion, for example prompt: '{{question}}' "
             "and completion: '{answer}'"
         )
-    if templates and source.format not in (None, "table"):
+    if templates and source.format not in (None, TABLE):
         raise DataError(f"{source.path}: prompt and completion belong to format table, not {source.format}")
     if bool(source.rejected) != bool(templates) and (source.rejected or preference == PAIRS):
         has, needs = ("prompt and completion", "rejected") if templates else ("rejected", "prompt and completion")
         raise DataError(f"{source.path}: the template {has} needs {needs} too, of the answer that is compared")
-    if preference == PAIRS and source.format not in (None, "table", CHOSEN):
+    if preference == PAIRS and source.format not in (None, TABLE, CHOSEN):
         raise DataError(
             f"{source.path}: rows of format {source.format} have one answer, and two are compared; take "
             f"rows with a chosen and a rejected one (format {CHOSEN})"
         )
-    return "table" if templates else source.format
+    return TABLE if templates else source.format
 
 
 def check_first_row(source: Source, preference: str | None = None) -> str:
@@ -249,13 +288,8 @@ def recognise(row: Mapping[str, object], where: str, source: Source, preference:
         )
     if is_preference(row):
         raise DataError(f"{where}: {_fault_of_preference(row, source)}")
-    if isinstance(row.get("messages"), list):
-        return "messages"
-    turns = row.get("conversations")
-    if isinstance(turns, list):
-        return "sharegpt" if any(isinstance(turn, dict) and "from" in turn for turn in turns) else "messages"
-    for name, needed in _NEEDED.items():
-        if needed <= row.keys():
+    for name, each in FORMATS.items():
+        if each.recognize(row):
             return name
     raise DataError(f"{where}: no format has the columns {', '.join(map(repr, row))}; {_cure(row, where, source)}")
 
@@ -337,10 +371,10 @@ def used_columns(format_name: str, source: Source) -> frozenset[str]:
     Raises:
         DataError: a template is not balanced.
     """
-    if format_name == "table":
-        return frozenset(columns_of(source.prompt) + columns_of(source.completion) + columns_of(source.rejected or ""))
-    format_name = "prompt-completion" if format_name == CHOSEN else format_name
-    return frozenset(_NEEDED.get(format_name, set()) | _TAKEN.get(format_name, set()))
+    columns = FORMATS[format_name].columns
+    if columns is not None:
+        return columns
+    return frozenset(columns_of(source.prompt) + columns_of(source.completion) + columns_of(source.rejected or ""))
 
 
 def normalise(row: Mapping[str, object], where: str, format_name: str, source: Source) -> Conversation | Document:
@@ -355,43 +389,21 @@ def normalise(row: Mapping[str, object], where: str, format_name: str, source: S
     Raises:
         DataError: the row does not fit; the message names the field and the cure, without the place.
     """
-    if format_name == CHOSEN:  # and rewritten by ``chosen_alone``
-        format_name = "prompt-completion"
     shown: list[object] = []
     if source.with_pictures:
-        if format_name == "table":
+        if format_name == TABLE:
             pair = {"prompt": fill(source.prompt, row), "completion": fill(source.completion, row)}
             row, format_name = pair | {name: row[name] for name in picture_turns.COLUMNS if name in row}, ANSWERED
         row, shown = picture_turns.take_out(row)
-    if format_name != "table":
+    if format_name != TABLE:
         refuse_lost_keys(row)
         if is_preference(row):
             raise DataError(_fault_of_preference(row, source))
-    tools = ()
-    if format_name == "text":
-        return Document(text_of(row, "text"), where)
-    if format_name == "table":
-        pair = fill(source.prompt, row), fill(source.completion, row)
-        turns = _pair(*pair, None)
-    elif format_name in ("messages", "sharegpt") or has_lists(row, format_name):
-        turns, tools = read_turns(row, format_name), tool_definitions(row.get("tools"))
-        check_calls(turns, tools)
-    else:
-        if tool_definitions(row.get("tools")):
-            raise DataError("'tools' is not supported in rows of this format; write them in format messages")
-        turns = _pair_of(row, format_name)
+    content = FORMATS[format_name].normalize(row, source)
+    if isinstance(content, str):
+        return Document(content, where)
+    turns, tools = content
     check_order(turns)
     check_text_only(turns)
     files = tuple(str(file_of(said, where)) for said in shown)
     return Conversation(turns, where, tools, pictures=files)
-
-
-def _pair_of(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
-    if format_name == "alpaca":
-        return _pair(join_instruction(row), text_of(row, "output"), row.get("system"))
-    return _pair(text_of(row, "prompt"), text_of(row, "completion"), row.get("system"))
-
-
-def _pair(prompt: str, answer: str, system: object) -> tuple[Turn, ...]:
-    turns = Turn("user", prompt), Turn("assistant", answer)
-    return turns if system in (None, "") else (Turn("system", text_of({"system": system}, "system")), *turns)

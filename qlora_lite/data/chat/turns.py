@@ -61,11 +61,9 @@ def role_of(turn: object) -> str | None:
     return ROLES.get(named) if isinstance(named, str) else None
 
 
-def has_lists(row: Mapping[str, object], format_name: str) -> bool:
+def has_lists(row: Mapping[str, object]) -> bool:
     """Return whether prompt and completion are lists of turns."""
-    return format_name == "prompt-completion" and all(
-        isinstance(row.get(key), list) for key in ("prompt", "completion")
-    )
+    return all(isinstance(row.get(key), list) for key in ("prompt", "completion"))
 
 
 def refuse_lost_keys(holder: Mapping[str, object]) -> None:
@@ -97,7 +95,7 @@ def read_turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
     Raises:
         DataError: there is no list, or a turn is malformed.
     """
-    is_pair = has_lists(row, format_name)
+    is_pair = format_name == "prompt-completion" and has_lists(row)
     prompt = row["prompt"] if is_pair else []
     messages = [*prompt, *row["completion"]] if is_pair else row.get("messages", row.get("conversations"))
     if not isinstance(messages, list) or not messages:
