@@ -38,10 +38,10 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
         Training and evaluation rows. Where no row can be spared, none is, and the first part says so as a problem.
     """
     rows, sources = np.unique(data.examples.order, return_index=True)
-    source_of = np.searchsorted(np.cumsum(data.examples_of), sources, side="right")
+    source_of = np.cumsum(data.examples_of).searchsorted(sources, side="right")
     is_held = _chosen(replace(data.examples, order=rows), share)
     held = rows[is_held]
-    kept = ~np.isin(data.examples.order, held)
+    kept: np.ndarray = ~np.isin(data.examples.order, held)
     train_of = [int(part.sum()) for part in np.split(kept, np.cumsum(data.examples_of)[:-1])]
     eval_of = np.bincount(source_of[is_held], minlength=len(data.examples_of)).tolist()
     training = _with(data, data.examples.order[kept], train_of)
@@ -68,7 +68,7 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
 def _chosen(examples: Examples, share: float) -> np.ndarray:
     """Return which of distinct rows are held out: bool [rows]."""
     wanted = max(round(share * len(examples)), 1)
-    places = examples.rows[examples.order + 1, 3:6].astype(np.uint64)
+    places: np.ndarray = examples.rows[examples.order + 1, 3:6].astype(np.uint64)
     file, line, row = places.T
     numbers = scattered(file << np.uint64(40) | line) ^ np.where(row > 0, scattered(row), np.uint64(0))
     same = signatures(examples, is_judged(examples))
@@ -108,7 +108,7 @@ def _groups(numbers: np.ndarray, alike: Sequence[np.ndarray]) -> np.ndarray:
     while True:
         before = groups
         for members in alike:
-            least = np.full(len(groups), np.iinfo(np.uint64).max, np.uint64)
+            least: np.ndarray = np.full(len(groups), np.iinfo(np.uint64).max, np.uint64)
             np.minimum.at(least, members, groups)
             groups = least[members]
         if np.array_equal(before, groups):

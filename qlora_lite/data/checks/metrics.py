@@ -148,9 +148,13 @@ def _fault_of_choices(examples: Sequence[Example], measures: Measures) -> str | 
     if len({_loosely(choice) for choice in choices}) < len(choices):
         return f"two answers of the closed set differ only in case or in a dot at their end: {', '.join(choices)}"
     other = next((example for example in examples if choice_of(example.answer) not in choices), None)
-    return other and (
-        f"the answer {choice_of(other.answer)!r} of {other.where} is not in train.metrics_choices "
-        f"({', '.join(choices)}); add it there, {cure}"
+    return (
+        None
+        if other is None
+        else (
+            f"the answer {choice_of(other.answer)!r} of {other.where} is not in train.metrics_choices "
+            f"({', '.join(choices)}); add it there, {cure}"
+        )
     )
 
 

@@ -105,7 +105,7 @@ def signatures(examples: Sequence[Example], judged: bool = False) -> np.ndarray:
         examples: the rows.
         judged: see ``is_judged``; such rows are equal by their own answers and labels, whichever row stands before.
     """
-    found = [np.empty(0, np.uint64)]
+    found: list[np.ndarray] = [np.empty(0, np.uint64)]
     for rows, ids, _, starts in in_chunks(examples):
         places = np.arange(len(ids)) - np.repeat(starts, rows.lengths)
         weights = scattered(np.arange(rows.lengths.max(), dtype=np.uint64))

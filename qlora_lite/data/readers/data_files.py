@@ -263,7 +263,7 @@ def numbered_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     for number, text, fault in all_lines(path):
         if fault:
             problems.add(fault.where, fault.message, fault.rule)
-        else:
+        elif text is not None:
             yield number, text
 
 

@@ -87,9 +87,9 @@ def _pieces(template: str | None, columns: Iterable[str] = ()) -> list[tuple[str
         raise DataError(f"the template {template!r} is not balanced ({error}); {cure}") from None
 
 
-def _cure_of_name(template: str, columns: Iterable[str]) -> str:
+def _cure_of_name(template: str | None, columns: Iterable[str]) -> str:
     """Say what to do about a column that this template means and none can name; "" if there is no such column."""
-    odd = next((name for name in columns if f"{{{name}}}" in template and not _NO_NAME.isdisjoint(name)), None)
+    odd = next((name for name in columns if f"{{{name}}}" in (template or "") and not _NO_NAME.isdisjoint(name)), None)
     return f"; rename the column {odd!r}: no template can name one with {{, }}, ! or : in it" if odd else ""
 
 

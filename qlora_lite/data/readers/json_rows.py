@@ -114,10 +114,10 @@ def _checked(where: str, value: object, faults: list[str], problems: Problems) -
         ]
     elif not isinstance(value, dict):
         faults = [*faults, f"{type(value).__name__} instead of an object; each row must be an object"]
-    if faults:
-        problems.add(where, "; ".join(dict.fromkeys(faults)))
-    else:
+    if isinstance(value, dict) and not faults:
         yield where, value
+    else:
+        problems.add(where, "; ".join(dict.fromkeys(faults)))
 
 
 def read_json(path: Path, problems: Problems) -> Iterator[tuple[str, dict]]:
@@ -158,11 +158,16 @@ def _begins_with_a_row(path: Path) -> bool:
     return False
 
 
+def _skip_space(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    return space.end() if space else position
+
+
 def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Walk a JSON array element by element, so that each keeps its line, and its number where a line holds several."""
     decoder = _RowDecoder()
     line, counted, row, shares_line = 1, 0, 0, False
-    position = _SPACE.match(text, text.index("[") + 1).end()
+    position = _skip_space(text, text.index("[") + 1)
     while not text.startswith("]", position):
         line += text.count("\n", counted, position)
         counted, row = position, row + 1
@@ -176,10 +181,10 @@ def _read_json_array(path: Path, text: str, problems: Problems) -> Iterator[tupl
             where = write_place(str(path), line, row * shares_line)
             problems.add(where, f"{_TOO_DEEP}; nothing after it was read", fatal=True)
             return
-        position = _SPACE.match(text, end).end()
-        is_parted = text.startswith(",", position) and not text.startswith("]", _SPACE.match(text, position + 1).end())
+        position = _skip_space(text, end)
+        is_parted = text.startswith(",", position) and not text.startswith("]", _skip_space(text, position + 1))
         if is_parted:
-            position = _SPACE.match(text, position + 1).end()
+            position = _skip_space(text, position + 1)
         is_followed = is_parted and "\n" not in text[counted:position]
         yield from _checked(write_place(str(path), line, row * (shares_line or is_followed)), value, faults, problems)
         shares_line = is_followed
@@ -219,17 +224,19 @@ def ask_for_columns(row: Mapping[str, object]) -> str | None:
 
 def _are_numbered(columns: list[object]) -> bool:
     """Return whether all columns are objects with the same keys, which are numbers."""
-    if not columns or not all(isinstance(column, dict) and column for column in columns):
+    objects = [column for column in columns if isinstance(column, dict) and column]
+    if not columns or len(objects) < len(columns):
         return False
-    return all(map(str.isdecimal, columns[0])) and all(column.keys() == columns[0].keys() for column in columns)
+    return all(map(str.isdecimal, objects[0])) and all(column.keys() == objects[0].keys() for column in objects)
 
 
 def _are_as_long(columns: list[object]) -> bool:
     """Return whether all of several columns are lists of texts, numbers and the like, and have one length."""
-    if len(columns) < 2 or not all(isinstance(column, list) and column for column in columns):
+    lists = [column for column in columns if isinstance(column, list) and column]
+    if len(columns) < 2 or len(lists) < len(columns):
         return False
-    is_plain = not any(isinstance(item, list | dict) for column in columns for item in column)
-    return is_plain and len({len(column) for column in columns}) == 1
+    is_plain = not any(isinstance(item, list | dict) for column in lists for item in column)
+    return is_plain and len({len(column) for column in lists}) == 1
 
 
 def ask_for_list(row: Mapping[str, object], path: Path) -> str | None:
@@ -239,7 +246,7 @@ def ask_for_list(row: Mapping[str, object], path: Path) -> str | None:
         row: column to value.
         path: the file that it comes from.
     """
-    lists = {name: value for name, value in row.items() if _holds_objects(value)}
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and _holds_objects(value)}
     turns = [name for name, items in lists.items() if any("role" in item or "from" in item for item in items)]
     if turns or not lists:
         return f"are the turns in the list {turns[0]!r}? then rename it messages" if len(turns) == 1 else None
@@ -255,5 +262,5 @@ def ask_for_list(row: Mapping[str, object], path: Path) -> str | None:
     return f'{asked}, as with python -c "import json; {made}"'
 
 
-def _holds_objects(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+def _holds_objects(value: list) -> bool:
+    return bool(value) and all(isinstance(item, dict) for item in value)

@@ -281,7 +281,9 @@ def _documents_of(path: Path, source: Source) -> str:
 
 def _read_text(path: Path, documents: str, problems: Problems) -> Iterator[tuple[str, dict]]:
     """Yield {"text": document} of each document, without the blank lines around it."""
-    start, lines, blank = 0, [], []
+    start = 0
+    lines: list[str] = []
+    blank: list[str] = []
     for number, line in numbered_lines(path, problems):
         if line.strip():
             start = start or number
