@@ -89,8 +89,8 @@ def columns_for(row: Mapping[str, object], where: str, source: Source, needs_lab
         return None
     if asked := ask_for_columns(row):
         raise DataError(f"{where}: {asked}")
-    texts = next((pair for pair in PAIRS if {*pair} <= row.keys()), None)
-    texts = texts or next(((name,) for name in TEXTS if name in row), None)
+    pair: tuple[str, ...] | None = next((pair for pair in PAIRS if {*pair} <= row.keys()), None)
+    texts = pair or next(((name,) for name in TEXTS if name in row), None)
     label = next((name for name in LABEL_COLUMNS if name in row), None)
     if texts is None or (label is None and needs_label):
         what = "no text" if texts is None else "no label"
@@ -202,7 +202,7 @@ def _fitted(
 
 def example_of(ids: Sequence[int], row: Labelled) -> Example:
     """Return the example of a row whose texts became tokens."""
-    learned = np.zeros(len(ids), np.bool_)
+    learned: np.ndarray = np.zeros(len(ids), np.bool_)
     learned[-1] = True
     return Example(np.array(ids, np.int32), learned, "\n".join(row.texts), row.label or "", row.where)
 

@@ -225,7 +225,7 @@ def _with_masks(folder: Path, statistics: Statistics, needs_mask: bool) -> Itera
         if mask is None and needs_mask:
             statistics.problems.add(where, f"there is no mask of this name in {masks}; add it", NO_MASK)
         else:
-            yield Picture(str(path), None, where, mask and str(mask))
+            yield Picture(str(path), None, where, None if mask is None else str(mask))
 
 
 def _of_table(

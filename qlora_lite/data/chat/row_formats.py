@@ -73,7 +73,7 @@ from .turns import check_order, check_text_only, kinds_of, refuse_lost_keys
 
 TABLE = "table"
 JUDGEMENTS = "label", "kto_tag"
-PAIRS, LABELS = "pairs", "labels"  # what a preference is told by
+PAIRS, LABELS = "pairs", "labels"  # formats of preferences: two answers that are compared, or one that is judged
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 BAD_ANSWER = "marked as a bad answer (label false)"
 _ANSWERS = "completion", "response", "output", "answer", "answers", "chosen", "target", "solution", "summary", "label"

@@ -159,7 +159,7 @@ def read_examples(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to read and how, as ``read_examples`` was told."""
+    """The arguments of ``read_examples``."""
 
     sources: Sequence[Source]
     tokenizer: "PreTrainedTokenizerFast | None"
