@@ -296,3 +296,8 @@ def test_a_bound_that_is_no_number_is_an_error(build, monkeypatch, given):
 def test_without_the_variable_the_bound_is_the_documented_one(monkeypatch):
     monkeypatch.delenv("QLORA_LITE_TOKEN_CACHE_GIB", raising=False)
     assert token_cache.most_bytes() == 20 * 2**30
+
+
+def test_the_key_is_made_of_every_module_of_the_room():
+    room = Path(token_cache.__file__).parents[1]
+    assert {sha256(path) for path in room.rglob("*.py")} <= {*token_cache._code()}
