@@ -10,7 +10,7 @@ Layer L0: the standard library only.
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,6 @@ class RunFiles:
     recipe: str
     problems: list[str]
     damage: dict[str, Any]
-    pictures: dict[str, Any]
-    samples: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -51,10 +49,12 @@ def read_run(run_dir: Path) -> RunFiles:
     metrics = [row for row in map(_json_object, lines) if row and _is_step(row.get("step"))]
     if len(metrics) < len(lines):
         problems.append(f"{len(lines) - len(metrics)} of {len(lines)} lines of metrics.jsonl could not be read.")
-    damage = _json_object(_read(run_dir / DAMAGE, [])) or {}
-    pictures = _json_object(_read(run_dir / PICTURES, [])) or {}
-    samples = _json_object(_read(run_dir / SAMPLES / SAMPLES_INDEX, [])) or {}
-    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, damage, pictures, samples)
+    return RunFiles(summary, metrics, _read(run_dir / RECIPE, problems), problems, read_object(run_dir / DAMAGE))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file; an empty one where there is none that can be read."""
+    return _json_object(_read(path, [])) or {}
 
 
 def _read(path: Path, problems: list[str]) -> str:

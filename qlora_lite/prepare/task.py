@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.models.locate import ModelFiles, locate
@@ -58,6 +58,14 @@ class Encoded:
     recipe: Recipe
     parts: tuple[Dataset, ...]
     kept: Mapping[str, Any]
+
+
+class ReportPart(NamedTuple):
+    """A part of a run's page: HTML, none where there is nothing to show, and a line about it."""
+
+    title: str
+    html: str
+    note: str
 
 
 class Labels:
@@ -398,6 +406,15 @@ class Task(Part):
     ) -> list[np.ndarray]:
         """Draw prompts, see ``inference.draw.draw_prompts``; of a task that draws."""
         raise NotImplementedError
+
+    def report(self, folder: Path, summary: Mapping[str, Any]) -> list[ReportPart]:
+        """Return what a run's page shows of the task's own.
+
+        Args:
+            folder: of the run, whose files may be cut short or missing.
+            summary: of the run, likewise.
+        """
+        return []
 
     def summary(self, recipe: Recipe, reader: Any) -> dict[str, Any]:
         """Return what the summary of a run says of the task's own, in JSON's terms."""

@@ -7,10 +7,13 @@ anything, so even a text that slipped through could not fetch or send.
 Layer L0: the standard library and `terminal` only.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from qlora_lite.terminal import printable
+
+_PICTURE = re.compile(r"data:image/(?:jpeg|png);base64,[A-Za-z0-9+/=]+")
 
 
 def text(value: object) -> str:
@@ -211,3 +214,10 @@ for (const plot of document.querySelectorAll('.plot')) for (const svg of plot.qu
   });
 }
 """
+
+
+def image(uri: object, style: str = "") -> str:
+    """Return a picture that a run has written, as a data URI; nothing for what is none."""
+    if not isinstance(uri, str) or not _PICTURE.fullmatch(uri):
+        return ""
+    return f'<img alt="" class="{style}" src="{uri}">'

@@ -15,19 +15,28 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
-from qlora_lite.artifacts.run_files import METRICS, SUMMARY, RunFiles, curve, figures_of_metrics, number, read_run
-from qlora_lite.errors import OutputError
+from qlora_lite.artifacts.run_files import (
+    METRICS,
+    RECIPE,
+    SUMMARY,
+    RunFiles,
+    curve,
+    figures_of_metrics,
+    number,
+    read_run,
+)
+from qlora_lite.errors import OutputError, RecipeError
 from qlora_lite.files import write_text
+from qlora_lite.prepare.task import Task, find_task
+from qlora_lite.recipe.load import load_recipe
 from qlora_lite.units import format_bytes, format_score, format_seconds
 
 from .charts import Series, line_chart, short_number, smooth
 from .page import figure, page, pairs, section, table, text
-from .pictures_section import NOTE as PICTURES_NOTE
-from .pictures_section import SAMPLES_NOTE, pictures_of, samples_of
 
 _WHEN = "before", "after"
 STATUS_STYLE = {"complete": "good", "interrupted": "warn", "failed": "bad"}
@@ -60,28 +69,39 @@ def write_report(run_dir: Path) -> Path:
         OutputError: it is not a run folder, or cannot be written to.
     """
     require_run_folder(run_dir)
-    path = run_dir / "report.html"
-    write_text(path, render(read_run(run_dir), run_dir.resolve().name))
+    path, run = run_dir / "report.html", read_run(run_dir)
+    write_text(path, render(run, run_dir.resolve().name, _task_of(run_dir), run_dir))
     return path
+
+
+def _task_of(run_dir: Path) -> Task:
+    """Return the task of a run; a language model's where its recipe is not one that this version reads."""
+    try:
+        return find_task(load_recipe(run_dir / RECIPE, check_files=False))
+    except RecipeError:
+        return Task()
 
 
 _CHARTED = "rewards/", "completions/", "frac_reward_zero_std"  # metrics of objectives
 
 
-def render(run: RunFiles, folder_name: str) -> str:
-    """Return the page's HTML."""
+def render(run: RunFiles, folder_name: str, task: Task, folder: Path) -> str:
+    """Return the page's HTML.
+
+    Args:
+        task: of the run, whose parts of the page stand behind the scores.
+        folder: of the run.
+    """
     known = {key: value for key, value in run.summary.items() if value is not None}
     summary = figures_of_metrics(run) | known
     name = str(summary.get("name") or folder_name)
-    counted = "Pictures" if run.pictures or run.samples else "Tokens"
+    counted = "Tokens" if task.has_tokens else "Pictures"
     body = [
         _head(summary, name, folder_name),
         _notices(run, summary),
-        _figures(summary, counted, answers=not run.samples),
+        _figures(summary, counted, answers=not task.draws),
         section("Scores", _scores(run), "Held-out examples; with standard errors."),
-        section("Labels", _confusion(summary), "Held-out examples or pixels by label (row), and what they were given."),
-        section("Pictures before and after", pictures_of(run.pictures), PICTURES_NOTE),
-        section("Samples before and after", samples_of(run.samples), SAMPLES_NOTE),
+        *(section(*part) for part in task.report(folder, summary)),
         section(_followed(run).capitalize(), _loss_chart(run)),
         section("Over training", _small_charts(run, counted)),
         section(
@@ -188,39 +208,6 @@ def _objective_scores(run: RunFiles) -> list[list[object]]:
         between = ", ".join(f"{short_number(value)} (step {step})" for step, value in curve(run, f"eval_{name}")[1:-1])
         rows.append([name, *ends, between, "", ""])
     return rows
-
-
-def _confusion(summary: dict[str, Any]) -> str:
-    """Show the confusion matrices before and after training, cells coloured by their share of a row."""
-    known = summary.get("confusion")
-    labels = known.get("labels") if isinstance(known, dict) else None
-    if not isinstance(known, dict) or not isinstance(labels, list) or not labels:
-        return ""
-    shown = [(when, matrix) for when in _WHEN if _is_matrix(matrix := known.get(when), len(labels))]
-    return f'<div class="columns">{"".join(_matrix(when, labels, matrix) for when, matrix in shown)}</div>'
-
-
-def _is_matrix(matrix: object, size: int) -> TypeGuard[list[list[int]]]:
-    return (
-        isinstance(matrix, list)
-        and len(matrix) == size
-        and all(
-            isinstance(row, list) and len(row) == size and all(isinstance(count, int) for count in row)
-            for row in matrix
-        )
-    )
-
-
-def _matrix(when: str, labels: list, matrix: list[list[int]]) -> str:
-    head = "".join(f"<th>{text(label)}</th>" for label in labels)
-    rows = ""
-    for label, row in zip(labels, matrix, strict=True):
-        total = max(1, sum(row))
-        cells = "".join(f'<td style="--share:{count / total:.3f}">{count:,}</td>' for count in row)
-        rows += f"<tr><th>{text(label)}</th>{cells}</tr>"
-    corner = '<th title="the label that a row has, and the one that it was given">is \\ given</th>'
-    table = f'<table class="confusion"><thead><tr>{corner}{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'<div class="card"><h3>{text(when.capitalize())}</h3><div class="wide">{table}</div></div>'
 
 
 def _scores_of(metrics: object, when: str) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qlora_lite.artifacts.run_files import RunFiles
+from qlora_lite.ext.pictures.report import pictures
 from qlora_lite.ext.pictures.shown import maps_of, neighbour_score, spread
-from qlora_lite.reporting.pictures_section import pictures_of
+from qlora_lite.prepare.task import Task
 from qlora_lite.reporting.report import render
 
 URI = "data:image/png;base64,AAAA"
@@ -17,7 +18,7 @@ SEEN = {"label": "<b>", "share": 0.75, "neighbours": [{"picture": URI, "label": 
 
 
 def test_a_card_shows_label_share_neighbours_and_map_before_and_after():
-    found = pictures_of({"given": [GIVEN], "before": [SEEN], "after": [SEEN | {"label": "cat & dog"}]})
+    found = pictures({"given": [GIVEN], "before": [SEEN], "after": [SEEN | {"label": "cat & dog"}]})
     assert found.count("<img") == 1 + 2 * 2 and found.count('class="card"') == 1
     assert "cat &amp; dog" in found and "&lt;b&gt;" in found and "<b>" not in found
     assert "before: " in found and "after: " in found and found.count("75%") == 2
@@ -36,12 +37,12 @@ def test_a_card_shows_label_share_neighbours_and_map_before_and_after():
     ],
 )
 def test_what_is_no_picture_is_left_out(found):
-    assert pictures_of(found) == ""
+    assert pictures(found) == ""
 
 
 @pytest.mark.parametrize("before", [None, [], [3], [{"neighbours": 3}], [{"neighbours": [4], "map": "javascript:x"}]])
 def test_what_is_missing_of_a_picture_is_left_out(before):
-    found = pictures_of({"given": [GIVEN], "before": before})
+    found = pictures({"given": [GIVEN], "before": before})
     assert found.count("<img") == 1 and "javascript" not in found
 
 
@@ -70,8 +71,8 @@ def test_shown_examples_are_spread_over_all():
     assert spread(range(100), 4) == [0, 33, 66, 99] and spread(range(3), 12) == [0, 1, 2] and spread([], 5) == []
 
 
-def test_a_step_s_own_accuracy_is_no_measurement_of_held_out_rows():
+def test_a_step_s_own_accuracy_is_no_measurement_of_held_out_rows(tmp_path):
     score = {"accuracy": {"value": 0.5, "standard_error": 0.1, "examples": 4}}
     steps = [{"step": 1, "loss": 2.0, "accuracy": 0.125}, {"step": 1, "accuracy": 0.375}]
-    page = render(RunFiles({"metrics": {"before": score, "after": score}}, steps, "", [], {}, {}), "run")
+    page = render(RunFiles({"metrics": {"before": score, "after": score}}, steps, "", [], {}), "run", Task(), tmp_path)
     assert "0.375 (step 1)" in page and "0.125 (step" not in page

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.models.locate import ModelFiles
-from qlora_lite.prepare.task import Encoded, Labels, Task
+from qlora_lite.prepare.task import Encoded, Labels, ReportPart, Task
 from qlora_lite.recipe.part import Found, Value
 from qlora_lite.recipe.schema import Recipe
 
@@ -244,6 +244,14 @@ class Drawing(Task):
         from .draw import draw_prompts
 
         return draw_prompts(recipe, adapter, device, prompts, seed, changed)
+
+    def report(self, folder: Path, summary: Mapping[str, Any]) -> list[ReportPart]:
+        """Return what was drawn of the recipe's prompts."""
+        from qlora_lite.artifacts.run_files import SAMPLES, SAMPLES_INDEX, read_object
+
+        from .report import NOTE, samples
+
+        return [ReportPart("Samples before and after", samples(read_object(folder / SAMPLES / SAMPLES_INDEX)), NOTE)]
 
     def summary(self, recipe: Recipe, reader: Fit) -> dict[str, Any]:
         """Return height and width of the largest pictures, and names of classes."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_lite.prepare.task import Labels, Task
+from qlora_lite.prepare.task import Labels, ReportPart, Task
 from qlora_lite.recipe.combinations import refused
 from qlora_lite.recipe.part import Found, Value
 from qlora_lite.recipe.schema import Recipe
@@ -131,6 +131,12 @@ class LabeledText(Task):
         from .predict import label_texts
 
         return label_texts(recipe, adapter, reader, rows, out, self.problem)
+
+    def report(self, folder: Path, summary: Mapping[str, Any]) -> list[ReportPart]:
+        """Return confusion matrices."""
+        from .report import NOTE, confusion
+
+        return [ReportPart("Labels", confusion(summary), NOTE)]
 
     def summary(self, recipe: Recipe, reader: Any) -> dict[str, Any]:
         """Return the labels."""

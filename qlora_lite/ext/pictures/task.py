@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qlora_lite.ext.heads.task import ONE_LABEL, PLANNED_LABELS, HeadLabels
-from qlora_lite.prepare.task import Labels, Task
+from qlora_lite.prepare.task import Labels, ReportPart, Task
 from qlora_lite.recipe.part import Found, Value
 from qlora_lite.recipe.schema import Recipe
 
@@ -179,6 +179,18 @@ class PictureClasses(Task):
         from .predict import label_pictures, write_masks
 
         return (write_masks if self.has_masks else label_pictures)(recipe, adapter, reader, rows, out)
+
+    def report(self, folder: Path, summary: Mapping[str, Any]) -> list[ReportPart]:
+        """Return confusion matrices, and held-out pictures with what the encoder sees in them."""
+        from qlora_lite.artifacts.run_files import PICTURES, read_object
+        from qlora_lite.ext.heads import report as labels
+
+        from .report import NOTE, pictures
+
+        return [
+            ReportPart("Labels", labels.confusion(summary), labels.NOTE),
+            ReportPart("Pictures before and after", pictures(read_object(folder / PICTURES)), NOTE),
+        ]
 
     def summary(self, recipe: Recipe, reader: Any) -> dict[str, Any]:
         """Return the labels."""
