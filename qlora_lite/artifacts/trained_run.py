@@ -484,7 +484,8 @@ def open_model(
     if is_recipe:
         recipe = without_start(load_recipe(path, overrides, check_files=False))
     else:
-        task = Task(kind="image-text-to-text") if with_pictures else Task()
+        multimodal = (kind for kind in names("tasks") if find("tasks", kind, Kind).multimodal)
+        task = Task(kind=next(multimodal)) if with_pictures else Task()
         recipe = Recipe(model=Model(path=str(name)), task=task, data=Data.model_construct(train=()))
     require_kind(recipe, name, has_head=False)
     if is_recipe:

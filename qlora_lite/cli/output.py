@@ -57,24 +57,24 @@ def importing() -> Iterator[None]:
 
 
 @contextmanager
-def step_progress(first: str = "before the first step", of_pictures: bool = False) -> Iterator:
+def step_progress(first: str = "before the first step", counts_pictures: bool = False) -> Iterator:
     """Give a function that shows one step's metrics: a live bar on a terminal, else a line now and then.
 
     Its ``watch`` shows how far anything else is, in the same place.
 
     Args:
         first: what the bar says before it is told anything.
-        of_pictures: whether pictures are counted, and not tokens.
+        counts_pictures: whether pictures are counted, and not tokens.
     """
     if not sys.stderr.isatty():
-        yield _PlainLines(of_pictures)
+        yield _PlainLines(counts_pictures)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        shown = _Bar(bar, first, of_pictures)
+        shown = _Bar(bar, first, counts_pictures)
         with _log_to(sys.stderr):  # which is the bar's now, and writes above it
             yield shown
 
@@ -93,12 +93,12 @@ def _log_to(stream) -> Iterator[None]:
 
 
 class _Bar:
-    def __init__(self, bar, first, of_pictures):
-        self.bar, self.of_pictures = bar, of_pictures
+    def __init__(self, bar, first, counts_pictures):
+        self.bar, self.counts_pictures = bar, counts_pictures
         self.steps = self.watched = bar.add_task(first, total=None)
 
     def __call__(self, metrics, total: int) -> None:
-        description = _describe(metrics, total, self.of_pictures)
+        description = _describe(metrics, total, self.counts_pictures)
         if self.watched == self.steps:  # from now on what is between steps has a line of its own
             self.watched = self.bar.add_task("", visible=False)
         self.bar.update(self.watched, visible=False)
@@ -110,8 +110,8 @@ class _Bar:
 
 
 class _PlainLines:
-    def __init__(self, of_pictures):
-        self.of_pictures = of_pictures
+    def __init__(self, counts_pictures):
+        self.counts_pictures = counts_pictures
         self.spent, self.count, self.shown = 0.0, 0, time.monotonic()
         self.watched = self.shown
 
@@ -132,18 +132,18 @@ class _PlainLines:
         self.shown = self.watched = now
         left = self.spent / self.count * (total - metrics.step)
         left_text = f", {format_seconds(left)} left" if metrics.step < total else ""
-        echo(_describe(metrics, total, self.of_pictures) + left_text, err=True)
+        echo(_describe(metrics, total, self.counts_pictures) + left_text, err=True)
 
 
-def format_speed(tokens_per_second: float, of_pictures: bool) -> str:
+def format_speed(tokens_per_second: float, counts_pictures: bool) -> str:
     """Write a speed, of pictures in pictures, each of which is a token to what trains."""
-    return f"{tokens_per_second:.1f} pictures/s" if of_pictures else f"{tokens_per_second:.0f} tokens/s"
+    return f"{tokens_per_second:.1f} pictures/s" if counts_pictures else f"{tokens_per_second:.0f} tokens/s"
 
 
-def _describe(metrics, total: int, of_pictures: bool) -> str:
+def _describe(metrics, total: int, counts_pictures: bool) -> str:
     shown = "reward" if "reward" in metrics.metrics else "loss"  # of answers to prompts that differ from step to step
     value = metrics.metrics.get(shown, metrics.loss)
-    speed, memory = format_speed(metrics.tokens_per_second, of_pictures), format_bytes(metrics.peak_bytes)
+    speed, memory = format_speed(metrics.tokens_per_second, counts_pictures), format_bytes(metrics.peak_bytes)
     return f"step {metrics.step}/{total}  {shown} {value:.3f}  {speed}  {memory}"
 
 

@@ -69,7 +69,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
         from qlora_lite.prepare.method import build_method
         from qlora_lite.runs import run
 
-    with step_progress(of_pictures=not find_task(settings).has_tokens) as progress:
+    with step_progress(counts_pictures=not find_task(settings).has_tokens) as progress:
         folder = run.run_recipe(settings, progress, resume, force, progress.watch)
     if not is_first:
         return
@@ -78,7 +78,7 @@ def train(recipe: str | None, overrides: tuple[str, ...], resume: str | None, gp
     print_result(_result(folder, summary, not find_task(settings).has_tokens, can_merge), folder)
 
 
-def _result(folder, summary: dict, of_pictures: bool = False, can_merge: bool = True) -> str:
+def _result(folder, summary: dict, counts_pictures: bool = False, can_merge: bool = True) -> str:
     lines = []
     for sample in summary["samples"][:2]:
         question = sample.get("question", sample["prompt"])  # a run of an earlier version has the whole prompt alone
@@ -98,7 +98,7 @@ def _result(folder, summary: dict, of_pictures: bool = False, can_merge: bool = 
     without_effect = f", of which {skipped} were skipped: not finite" if skipped else ""
     lines += [
         f"{'time':24} {format_seconds(summary['seconds'])} for {summary['steps']} steps{without_effect}",
-        f"{'speed':24} {format_speed(summary['tokens_per_second'], of_pictures)}",
+        f"{'speed':24} {format_speed(summary['tokens_per_second'], counts_pictures)}",
         f"{'peak memory':24} {format_bytes(summary['peak_bytes'])}",
         f"{kind:24} {folder / kind}{_of_step(summary)}",
         f"{'report':24} {folder / 'report.html'}",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qlora_lite.prepare.method import MethodEntry
 from qlora_lite.prepare.task import Task, find_task
-from qlora_lite.recipe.part import Found, Value, find_part
+from qlora_lite.recipe.part import USUAL, Found, Value, find_part
 from qlora_lite.recipe.reference import written
 from qlora_lite.recipe.schema import Recipe
 
@@ -68,7 +68,7 @@ class LoraEntry(MethodEntry):
 
     def conflicts(self, value: Value) -> Found:
         """Yield what keeps anything from being trained, where no layer is adapted."""
-        task = find_part("tasks", value("task", "kind") or "language-model")
+        task = find_part("tasks", value("task", "kind") or USUAL["tasks"])
         if value("lora", "targets") != [] or (isinstance(task, Task) and not task.writes_text):
             return
         plain = {("adapter", "method"): "lora", ("lora", "start"): "kaiming", ("train", "merge_aware"): "off"}

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Generic, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ from torch import nn
 from qlora_lite.adapters.lora.eva import EVA, RATIO, Directions, kept_scale, share_out
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.adapters.lora.qera import QERA, RandomSums, correction
-from qlora_lite.adapters.lora.start import First, chosen_layers
+from qlora_lite.adapters.lora.start import FIRST_NAME, First, chosen_layers, load_first
 from qlora_lite.adapters.parts import train_tokens
 from qlora_lite.data.tokens.batch import plan_epoch
 from qlora_lite.data.tokens.storage import Example, sequences_of
@@ -49,6 +50,29 @@ log = logging.getLogger("qlora_lite")
 Ranks = Mapping[str, tuple[int, float]]  # rank and alpha by path
 TOKENS = {EVA: 8192, QERA: 1024}  # that the model is run on, at least, where there are so many
 FROM_ROWS = EVA, QERA  # starts that are found so
+
+
+def finds_ranks(recipe: Recipe) -> bool:
+    """Return whether the rank of each layer follows from rows."""
+    return recipe.lora.start == EVA
+
+
+def initial_weights(
+    recipe: Recipe, examples: Sequence[Example], written: Sequence[Path] = (), ranks: Ranks | None = None
+) -> tuple[First | None, Ranks | None]:
+    """Return what LoRA weights begin as, and which rank each layer has, where rows decide that.
+
+    Args:
+        examples: the training rows.
+        written: folders that may hold what a run found before; another version or machine may find others.
+        ranks: of a run that resumes, whose checkpoint has the weights.
+    """
+    start = recipe.lora.start
+    if start not in FROM_ROWS or ranks:
+        return None, ranks
+    known = [folder for folder in written if (folder / FIRST_NAME).is_file()]
+    first = load_first(known[0]) if known else first_of(recipe, examples)
+    return first, ranks_of(recipe, first) if start == EVA else None
 
 
 def first_of(recipe: Recipe, examples: Sequence[Example]) -> First:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.files import begin_at, begin_with, keep_first
-from qlora_lite.adapters.lora.qera import QERA
 from qlora_lite.adapters.lora.start import First, load_first, take_first
 from qlora_lite.adapters.read import adapter_bytes, begins_with_qera, changes_base, read_adapter
 from qlora_lite.errors import DoesNotFitError
@@ -25,7 +24,7 @@ from qlora_lite.recipe.schema import Recipe
 
 from .method import build_method
 from .settings import fixed_options
-from .start import resolve_start, without_start
+from .start import keeps_initial, resolve_start, without_start
 from .task import find_task
 from .transformer import quantization
 
@@ -70,7 +69,7 @@ def build_model(
     add_adapter(recipe, model, adapter)
     if first:
         begin_at(model, first)
-        if recipe.lora.start == QERA:
+        if keeps_initial(recipe):
             keep_first(model, first)
     return task.place(recipe, model, device, options, build_method(recipe).trains_base, ranks)
 

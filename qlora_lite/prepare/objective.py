@@ -30,11 +30,13 @@ class ObjectiveEntry(Part):
 
     Args:
         preference: what examples are compared or judged by, "pairs" or "labels"; None where answers are imitated.
+        needs_reference: whether answers are compared with what the model gave them before training.
         answers: whether the model itself answers prompts in each step.
         rate_share: the learning rate that auto means, as a share of the method's own.
     """
 
     preference: str | None = None
+    needs_reference: bool = False
     answers: bool = False
     rate_share: float = 1.0
 

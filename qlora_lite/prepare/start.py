@@ -5,11 +5,14 @@ import torch
 from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.adapters.lora.qera import QERA
-from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, Start
+from qlora_lite.adapters.lora.start import KAIMING, LOFTQ, Start, chosen_layers
 from qlora_lite.errors import ModelError
+from qlora_lite.models.load import refuse_stored, stored_quantization
+from qlora_lite.models.nested import without_weights
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.settings import START_SHARES
 
 
 def lora_targets(recipe: Recipe) -> tuple[Target, ...]:
@@ -32,6 +35,33 @@ def resolve_start(recipe: Recipe) -> Start | None:
         dtype=getattr(torch, x.dtype),
         kept=recipe.model.keep_16bit,
     )
+
+
+def keeps_initial(recipe: Recipe) -> bool:
+    """Return whether files have to say what LoRA weights began as, since the adapter is for those alone."""
+    return recipe.lora.start == QERA
+
+
+def rate_share(recipe: Recipe) -> float:
+    """Return the learning rate that auto means for how LoRA weights begin, as a share of their usual one."""
+    x = recipe.lora
+    return START_SHARES.get(x.start, 1.0) if x.start_alternations else 1.0  # none is the plain start
+
+
+def check_start(recipe: Recipe, config) -> None:
+    """Check that LoRA weights can begin as a recipe says.
+
+    Args:
+        config: transformers' configuration of the model.
+
+    Raises:
+        ModelError: the model has no 16-bit weights, or a layer that this is not for.
+    """
+    x, start = recipe.lora, resolve_start(recipe)
+    needs_16_bit = start.kind if start else QERA if keeps_initial(recipe) else None
+    refuse_stored(needs_16_bit, stored_quantization(config.to_dict()))
+    if x.start in (EVA, QERA):
+        chosen_layers(without_weights(config), lora_targets(recipe), x.rank, x.alpha, x.start)
 
 
 def without_start(recipe: Recipe) -> Recipe:

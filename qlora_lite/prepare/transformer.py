@@ -4,9 +4,7 @@ import torch
 from torch import nn
 
 from qlora_lite.adapters.checkpoint_names import set_checkpoint_name
-from qlora_lite.adapters.lora.eva import EVA
-from qlora_lite.adapters.lora.qera import QERA
-from qlora_lite.adapters.lora.start import chosen_layers, set_base
+from qlora_lite.adapters.lora.start import set_base
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.constraints import UPDATES_IN_FLOAT16
 from qlora_lite.errors import ModelError
@@ -22,14 +20,13 @@ from qlora_lite.models.load import (
     is_converted,
     load_model,
     name_of_base,
-    refuse_stored,
     resolve_compute_dtype,
     stored_quantization,
 )
 from qlora_lite.models.locate import locate
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.memory_options import place as place_model
-from qlora_lite.models.nested import LanguagePart, of_blocks, without_weights
+from qlora_lite.models.nested import LanguagePart, of_blocks
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.save import bnb_config
 from qlora_lite.models.skeleton import meta_model, read_part
@@ -37,12 +34,11 @@ from qlora_lite.ops.stream import Ranks
 from qlora_lite.planning.machine import Machine
 from qlora_lite.quant.merging import GGUF, NF4
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.settings import START_SHARES
 from qlora_lite.train.transformer import ModelSpec
 
 from .method import find_method
 from .objective import find_objective
-from .start import lora_targets, resolve_start
+from .start import check_start, rate_share, resolve_start
 
 
 def describe_model(recipe: Recipe, head: Head | None, multimodal: bool) -> LanguagePart:
@@ -97,14 +93,13 @@ def auto_learning_rate(recipe: Recipe, multimodal: bool) -> float:
     Raises:
         ModelError: the model's configuration is not known here, or says no hidden size.
     """
-    config, lora = of_blocks(read_config(recipe, multimodal)), recipe.lora
+    config = of_blocks(read_config(recipe, multimodal))
     if not isinstance(width := getattr(config, "hidden_size", None), int):
         raise ModelError(
             "train.learning_rate auto needs the model's hidden_size, which its configuration does not say; set a number"
         )
     rate = find_method(recipe).auto_learning_rate(recipe, config.model_type, width)
-    share = find_objective(recipe).rate_share
-    share *= START_SHARES.get(lora.start, 1.0) if lora.start_alternations else 1.0  # none is the plain start
+    share = find_objective(recipe).rate_share * rate_share(recipe)
     return rate if share == 1.0 else float(f"{rate * share:.1e}")
 
 
@@ -184,9 +179,7 @@ def plan_spec(recipe: Recipe, config, method: AdapterMethod, machine: Machine) -
     """
     m, t = recipe.model, recipe.train
     quant, double_quant = quantization(recipe, config.to_dict())
-    start = resolve_start(recipe)
-    needs_16_bit = start.kind if start else QERA if recipe.lora.start == QERA else None
-    refuse_stored(needs_16_bit, stored_quantization(config.to_dict()))
+    check_start(recipe, config)
     auto = auto_dtype(machine.dtype, config.model_type)
     dtype = auto if m.compute_dtype == "auto" else getattr(torch, m.compute_dtype)
     if machine.device_type == "cuda" and dtype == torch.bfloat16 != machine.dtype:
@@ -205,9 +198,6 @@ def plan_spec(recipe: Recipe, config, method: AdapterMethod, machine: Machine) -
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     check_kept(config, m.keep_16bit, m.path)
     _check_merged(t.merge_aware, config, quant, dtype)
-    if recipe.lora.start in (EVA, QERA):
-        x = recipe.lora
-        chosen_layers(without_weights(config), lora_targets(recipe), x.rank, x.alpha, x.start)
     return ModelSpec(
         config,
         quant,

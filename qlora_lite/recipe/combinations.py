@@ -10,7 +10,7 @@ from functools import partial
 from qlora_lite.constraints import UPDATES_IN_FLOAT16, WITH_COMPILE, WITH_UPDATES_IN_BACKWARD
 from qlora_lite.registry import find, names
 
-from .part import NAMING, Found, Needs, Part, Value, implied_settings, parts
+from .part import NAMING, USUAL, Found, Needs, Part, Value, implied_settings, parts
 from .reference import default_value, either, settings_in, written
 from .schema import Lora, Memory, Recipe
 from .strict_yaml import shown
@@ -104,7 +104,7 @@ def _rejected(value: Value) -> Found:
     parts_of_data = (value("data", "train"), value("data", "eval"))
     sources = [each for part in parts_of_data if isinstance(part, list | tuple) for each in part]
     if any(isinstance(each, dict) and each.get("rejected") for each in sources):
-        objective = value("train", "objective") or "sft"
+        objective = value("train", "objective") or USUAL["objectives"]
         message = f"train.objective = {objective}: the template rejected is of rows with two answers"
         yield ("train", "objective"), f"{message}; write dpo here, or remove the template"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from qlora_lite.adapters.lora.eva import EVA
 from qlora_lite.artifacts.trained_run import adapter_to_begin_with, with_labels_of
 from qlora_lite.errors import DoesNotFitError, first_line
 from qlora_lite.files import explain_write_errors, write_text
@@ -28,7 +27,7 @@ from qlora_lite.ops.own_blocks import OwnBlocks
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan
-from qlora_lite.prepare.first_weights import FROM_ROWS, first_of, ranks_of, with_ranks
+from qlora_lite.prepare.first_weights import initial_weights, with_ranks
 from qlora_lite.prepare.model import build_model
 from qlora_lite.prepare.plan import Plan, alternatives, as_measured, expected_peak
 from qlora_lite.prepare.ranks import plan_run
@@ -76,9 +75,9 @@ def profile_recipe(recipe: Recipe, out: Path, steps: int) -> Profile:
     first_adapter = adapter_to_begin_with(recipe)
     if first_adapter:
         with_labels_of(first_adapter, recipe)
-    first = first_of(recipe, data.examples) if recipe.lora.start in FROM_ROWS else None
-    if first and recipe.lora.start == EVA:
-        recipe = with_ranks(recipe, ranks_of(recipe, first))
+    first, ranks = initial_weights(recipe, data.examples)
+    if ranks:
+        recipe = with_ranks(recipe, ranks)
     rows = rows_to_plan(recipe, data)
     with deterministic(recipe.train.deterministic):  # before the plan, which times the device's first product
         plan, settings = plan_run(recipe, rows, eval_examples)

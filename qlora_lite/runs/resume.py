@@ -34,11 +34,11 @@ from qlora_lite.data.tokens.examples import Dataset
 from qlora_lite.errors import CheckpointError, LaunchError
 from qlora_lite.files import content_digest, write_text
 from qlora_lite.prepare.datasets import build_sources
+from qlora_lite.prepare.objective import find_objective
 from qlora_lite.prepare.task import Labels, find_task
 from qlora_lite.recipe.load import settings_to_yaml
 from qlora_lite.recipe.schema import FORMER_NAMES, Recipe, Train
 from qlora_lite.train.checkpoints import Checkpoint, newest_whole
-from qlora_lite.train.preference import WITH_REFERENCE
 from qlora_lite.train.settings import TrainSettings, lr_factor
 from qlora_lite.train.state import STATE, numbers_of
 
@@ -174,7 +174,7 @@ class Continuation:
         changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         words = {key: f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed}
         harmless = {key for key in changed if key in HARMLESS or _only_pages(key, old.get(key), new.get(key))}
-        if recipe.train.objective in WITH_REFERENCE:  # which is the model that the run began with
+        if find_objective(recipe).needs_reference:  # which is the model that the run began with
             harmless.discard("lora.init_from")
         self.accepted += [words[key] for key in changed if key in harmless - PLACE]
         self.refuse([words[key] for key in changed if key not in harmless])

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from qlora_lite.adapters.lora.eva import EVA
-from qlora_lite.adapters.lora.start import FIRST_NAME, First, load_first
+from qlora_lite.adapters.lora.start import First
 from qlora_lite.artifacts.run_files import HELD_OUT_DIGEST
 from qlora_lite.artifacts.run_folder import (
     TEMPLATE,
@@ -47,7 +46,7 @@ from qlora_lite.models.memory_options import divided_weights, on_disk
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.prepare.datasets import build_stream, held_out_digest, rows_to_plan
 from qlora_lite.prepare.early import check_run
-from qlora_lite.prepare.first_weights import FROM_ROWS, Ranks, first_of, ranks_of, with_ranks
+from qlora_lite.prepare.first_weights import Ranks, finds_ranks, initial_weights, with_ranks
 from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.model import add_adapter, build_model, build_skeleton, fingerprint
 from qlora_lite.prepare.objective import find_objective
@@ -217,15 +216,9 @@ def prepare(
     recipe, (training, *evaluation) = encoded.recipe, encoded.parts
     found = replace(found, data=training, eval_data=next(iter(evaluation), None))
     rows = rows_to_plan(recipe, found.data)
-    first: First | None = None
-    ranks: Ranks | None = None
-    if recipe.lora.start == EVA and continuation:
-        ranks = continuation.ranks
-    elif recipe.lora.start in FROM_ROWS:  # of qera also where training goes on: the adapter's folder will have them
-        folders = trained_folders(recipe) if continuation else ()  # another version or machine may find others
-        written = [run.path / name for name in folders if (run.path / name / FIRST_NAME).is_file()]
-        first = load_first(written[0]) if written else first_of(recipe, found.data.examples)
-        ranks = ranks_of(recipe, first) if recipe.lora.start == EVA else None
+    written = [run.path / name for name in trained_folders(recipe)] if continuation else ()
+    known = continuation.ranks if continuation and finds_ranks(recipe) else None
+    first, ranks = initial_weights(recipe, found.data.examples, written, known)
     return Prepared(
         recipe,
         run,

@@ -199,7 +199,7 @@ def test_the_plan_of_the_run_has_the_ranks_that_are_trained(tmp_path):
     ("overrides", "text"),
     [
         (["lora.init_from=somewhere"], "lora.init_from has LoRA weights to begin with"),
-        (["adapter.method=prompt", "train.learning_rate=0.1"], "lora.start: only with adapter.method lora or dora"),
+        (["adapter.method=prompt", "train.learning_rate=0.1"], "lora.start: only with adapter.method dora or lora"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, text, tmp_path):
@@ -247,7 +247,7 @@ def trained(tmp_path_factory):
         recipe = recipe_of(folder, ["model.quant=none", "train.save_every_steps=2"])
         whole = run_whole_and_stopped(recipe, folder)
         shutil.rmtree(folder / "cache")
-        patch.setattr(stages, "first_of", None)
+        patch.setattr(eva, "first_of", None)
         return folder, whole, run_recipe(recipe, None, "")
 
 

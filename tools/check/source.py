@@ -28,6 +28,7 @@ SETTINGS = {
     ("train", "merge_aware"),
     ("lora", "start"),
 }
+OWN = "ext/", "methods/", "tasks/"
 BASES = {"Workload", "AdapterMethod", "Objective"}  # of the classes of a kind
 OTHER_CLASSES = {"DenoiserModel"}  # of a kind
 # Values of task.kind, adapter.method and train.objective that are not words of something else too.
@@ -89,9 +90,10 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
 
 
 def named_kinds(package: Path = PACKAGE) -> dict[str, int]:
-    """Return how often each module outside of ``ext`` names a kind of task, a method or an objective.
+    """Return how often each module of the core names a kind of task, a method or an objective.
 
-    A place is one of these, docstrings and comments apart:
+    The folders of ``OWN``, which tasks and methods stand in, are not of the core. A place is one of these, docstrings,
+    comments and the lookup of a name in the registry apart:
 
     - a property of ``PREDICATES`` that is read, of whatever object;
     - a setting of ``SETTINGS`` that is read: ``recipe.task.kind``, ``task.kind``;
@@ -108,13 +110,22 @@ def named_kinds(package: Path = PACKAGE) -> dict[str, int]:
                 bases.setdefault(node.name, set()).update(map(_last, node.bases))
             elif isinstance(node, ast.Call) and _last(node.func) in ("isinstance", "issubclass"):
                 asked.append((name, {*map(_last, ast.walk(node.args[1]))}))
+            elif isinstance(node, ast.Call) and _last(node.func) == "find" and len(node.args) == 3:
+                counts[name] -= _is_named(node.args[1])
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                counts[name] += node.attr in PREDICATES or (_last(node.value), node.attr) in SETTINGS
+                counts[name] += _is_named(node)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 counts[name] += node.value in WORDS
     classes = _derived(bases) | OTHER_CLASSES
     counts.update(name for name, names in asked if names & classes)
-    return {name: count for name, count in sorted(counts.items()) if count and not name.startswith("ext/")}
+    return {name: count for name, count in sorted(counts.items()) if count and not name.startswith(OWN)}
+
+
+def _is_named(node: ast.AST) -> bool:
+    """Return whether a kind is read of an object."""
+    if not isinstance(node, ast.Attribute):
+        return False
+    return node.attr in PREDICATES or (_last(node.value), node.attr) in SETTINGS
 
 
 def _derived(bases: dict[str, set[str]]) -> set[str]:

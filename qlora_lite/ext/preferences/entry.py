@@ -36,14 +36,14 @@ class PreferenceEntry(ObjectiveEntry):
 
     Args:
         kind: its name.
-        preference: see ``ObjectiveEntry``.
+        preference, needs_reference: see ``ObjectiveEntry``.
         settings: of the section objective, beside beta.
     """
 
     rate_share = RATE_SHARE
 
-    def __init__(self, kind: str, preference: str, *settings: str) -> None:
-        self.kind, self.preference = kind, preference
+    def __init__(self, kind: str, preference: str, needs_reference: bool, *settings: str) -> None:
+        self.kind, self.preference, self.needs_reference = kind, preference, needs_reference
         self.settings = "objective.beta", *(f"objective.{name}" for name in settings)
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
@@ -75,10 +75,10 @@ class PreferenceEntry(ObjectiveEntry):
         yield from refused(value, NEEDS, f"train.objective {self.kind}", WHY)
 
 
-DPO = PreferenceEntry("dpo", PAIRS, "sft_weight", "label_smoothing")
-IPO = PreferenceEntry("ipo", PAIRS, "sft_weight")
-HINGE = PreferenceEntry("hinge", PAIRS, "sft_weight")
-ORPO = PreferenceEntry("orpo", PAIRS, "sft_weight")
-SIMPO = PreferenceEntry("simpo", PAIRS, "sft_weight", "label_smoothing", "gamma")
-CPO = PreferenceEntry("cpo", PAIRS, "sft_weight", "label_smoothing")
-KTO = PreferenceEntry("kto", LABELS, "desirable_weight", "undesirable_weight")
+DPO = PreferenceEntry("dpo", PAIRS, True, "sft_weight", "label_smoothing")
+IPO = PreferenceEntry("ipo", PAIRS, True, "sft_weight")
+HINGE = PreferenceEntry("hinge", PAIRS, True, "sft_weight")
+ORPO = PreferenceEntry("orpo", PAIRS, False, "sft_weight")
+SIMPO = PreferenceEntry("simpo", PAIRS, False, "sft_weight", "label_smoothing", "gamma")
+CPO = PreferenceEntry("cpo", PAIRS, False, "sft_weight", "label_smoothing")
+KTO = PreferenceEntry("kto", LABELS, True, "desirable_weight", "undesirable_weight")
