@@ -8,14 +8,18 @@ where it stands. So names are listed without importing anything, and a thing is 
     onnx = "my_package.export:ONNX"
 """
 
+import ast
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, distributions
+from importlib.util import find_spec
 from typing import Any
 
 from .errors import ExtensionError, require_one_of
 
 KINDS = {  # -> what one is called
+    "commands": "command",
     "forms": "export form",
     "methods": "method",
     "objectives": "objective",
@@ -59,6 +63,20 @@ def find(kind: str, name: str, protocol: type) -> Any:
     if isinstance(found, type) or not isinstance(found, protocol):
         raise ExtensionError(f"{what} is no {KINDS[kind]} ({entry.value} is no object with the members of one); {cure}")
     return found
+
+
+def summary(kind: str, name: str) -> str:
+    """Return the first line of the docstring of the module in which a thing stands; the module is not imported.
+
+    Args:
+        kind: of ``KINDS``.
+        name: of ``names``.
+    """
+    entry, owner = _registered(kind)[name]
+    with suppress(ImportError, SyntaxError, AttributeError):  # using it says what is wrong
+        source = find_spec(entry.module).loader.get_source(entry.module)  # type: ignore[union-attr]
+        return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return f"of {owner}, and cannot be read"
 
 
 def _registered(kind: str) -> dict[str, tuple[EntryPoint, str]]:

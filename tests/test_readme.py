@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_files import save_tiny
 
-from qlora_lite.cli.main import COMMANDS
+from qlora_lite.cli.main import cli as group
 from qlora_lite.data.chat.row_formats import Source, check_first_row
 from qlora_lite.explain import explain
 from qlora_lite.recipe.load import load_recipe
@@ -117,13 +117,13 @@ def test_what_was_found_on_a_gpu_is_written_as_soon_as_it_is_there(status, tmp_p
 
 
 def test_every_command_has_a_row():
-    for name in COMMANDS:
+    for name in group.list_commands(None):
         assert re.search(rf"^\| `qlora-lite {name}\b", README, re.MULTILINE), name
 
 
 def test_every_command_is_in_the_explanation_of_commands():
     page = TEXTS[EXPLAIN / "commands.md"]
-    assert all(re.search(rf"^- `{name}\b", page, re.MULTILINE) for name in COMMANDS)
+    assert all(re.search(rf"^- `{name}\b", page, re.MULTILINE) for name in group.list_commands(None))
 
 
 def test_every_file_that_is_named_exists():

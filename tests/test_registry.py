@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import tiny_run
 
 from qlora_lite import registry
+from qlora_lite.cli.main import main
 from qlora_lite.errors import ExtensionError, ModelError
 from qlora_lite.explain import explain
 from qlora_lite.export.form import ExportForm
@@ -16,13 +17,13 @@ from qlora_lite.export.form import ExportForm
 PAGE = next(code for code in re.findall(r"```python\n(.*?)```", explain("extending"), re.S) if "class Sums" in code)
 
 
-def distribution(folder, name, entries, module=None):
-    """Write a distribution as an installer leaves it, with entry points of export forms."""
+def distribution(folder, name, entries, module=None, kind="forms"):
+    """Write a distribution as an installer leaves it, with entry points of a kind."""
     info = folder / f"{name}-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
     lines = [f"{each} = {value}" for each, value in entries.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[qlora_lite.forms]", *lines, ""]))
+    (info / "entry_points.txt").write_text("\n".join([f"[qlora_lite.{kind}]", *lines, ""]))
     if module is not None:
         (folder / f"{name}.py").write_text(module)
 
@@ -37,6 +38,25 @@ def test_a_form_of_another_distribution_is_written_by_the_command(tmp_path):
     assert "add them up" in found.stdout
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["form"] == "sums"
     assert len(json.loads((tmp_path / "out" / "sums.json").read_text())) == 14
+
+
+def test_a_command_of_another_distribution_is_listed_without_an_import_and_runs(tmp_path, capsys, monkeypatch):
+    code = '"""Say hello."""\nimport click, sys\nhello = click.Command("hello", callback=lambda: click.echo("hi"))\n'
+    distribution(tmp_path, "greeting", {"hello": "greeting:hello", "lost": "nowhere:LOST"}, code, "commands")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert re.search(r"  hello +Say hello\.\n", shown) and re.search(
+        r"  lost +of greeting, and cannot be read\n", shown
+    )
+    assert "greeting" not in sys.modules
+    with pytest.raises(SystemExit):
+        main(["hello"])
+    assert capsys.readouterr().out == "hi\n"
+    with pytest.raises(SystemExit):
+        main(["lost"])
+    assert "error: the command lost of greeting cannot be loaded (nowhere:LOST: " in capsys.readouterr().err
 
 
 def test_names_are_listed_without_an_import(tmp_path, monkeypatch):

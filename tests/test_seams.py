@@ -19,8 +19,6 @@ PLACES = {
     "cli/plan.py": 1,
     "data/labels.py": 1,
     "export/merge.py": 3,
-    "export/model_card.py": 12,
-    "export/push.py": 1,
     "models/heads.py": 5,
     "prepare/first_weights.py": 5,
     "prepare/objective.py": 1,

@@ -15,6 +15,7 @@ import click
 from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
+from qlora_lite.registry import find, names, summary
 from qlora_lite.runs.launch import is_first, require_one_process
 from qlora_lite.runs.signals import stop_signals
 from qlora_lite.terminal import printable
@@ -25,7 +26,6 @@ ENDED_BY_SIGPIPE = 141  # as a shell tells it; Windows has no such signal
 COMMANDS = {
     "plan": "Predict the memory of a recipe or a model and choose the fastest settings that fit.",
     "train": "Fine-tune a model as a recipe says.",
-    "sweep": "Train a recipe along axes of its settings, and compare the runs.",
     "data": "Show a recipe's data as training sees it, and what is wrong with it.",
     "profile": "Run a few steps and show what used the memory and the time.",
     "damage": "Measure what four bits cost, and which layers to leave in 16 bit for it.",
@@ -35,7 +35,6 @@ COMMANDS = {
     "chat": "Chat with the adapters of one or more runs, or with a base model.",
     "merge": "Merge a run's adapter into its base model, and measure the difference.",
     "export": "Export a run for peft, vLLM, llama.cpp or Ollama, and check the result.",
-    "push": "Upload a run's adapter or merged model to the hub, with a model card.",
     "compare": "Measure several runs on one base model, side by side.",
     "report": "Write a run's report page again, also for a run that was killed.",
     "serve": "Try runs with OpenAI-compatible clients, on this machine only.",
@@ -49,18 +48,22 @@ _MODULES = {name: name for name in COMMANDS} | {"chat": "generate"}
 
 
 class _Commands(click.Group):
-    """A group that imports a command's module only when the command is used."""
+    """A group that imports a command's module only when the command is used.
+
+    Behind the core's own are registered ones (``registry``), with the first lines of their modules' docstrings.
+    """
 
     def list_commands(self, _ctx):
-        return list(COMMANDS)
+        return [*COMMANDS, *(name for name in names("commands") if name not in COMMANDS)]
 
     def get_command(self, _ctx, name):
-        if name not in COMMANDS:
-            return None
-        return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
+        if name in COMMANDS:
+            return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
+        return find("commands", name, click.Command) if name in names("commands") else None
 
     def resolve_command(self, ctx, args):
-        if args and args[0] not in COMMANDS and (close := get_close_matches(args[0], COMMANDS, 1)):
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and (close := get_close_matches(args[0], known, 1)):
             ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]}?")
         return super().resolve_command(ctx, args)
 
@@ -75,9 +78,10 @@ class _Commands(click.Group):
             drop_output(sys.stdout, sys.stderr)
             raise click.exceptions.Exit(ENDED_BY_SIGPIPE) from None
 
-    def format_commands(self, _ctx, formatter):
+    def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            others = {name: summary("commands", name) for name in self.list_commands(ctx)[len(COMMANDS) :]}
+            formatter.write_dl([*COMMANDS.items(), *others.items()])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -19,8 +19,8 @@ from tiny_runs import make_run, tiny_run
 
 from qlora_lite.errors import OutputError
 from qlora_lite.export.merge import MergeSettings, merge_run
-from qlora_lite.export.model_card import CardFacts, model_card
-from qlora_lite.export.push import Push, send
+from qlora_lite.ext.hub.card import CardFacts, model_card
+from qlora_lite.ext.hub.push import Push, send
 from qlora_lite.models.load import load_model
 from qlora_lite.models.save import save_quantized
 from qlora_lite.recipe.load import load_recipe, recipe_of
@@ -291,7 +291,7 @@ def test_a_run_that_failed_or_has_no_adapter_or_no_token_is_refused(run, hub, co
     (failed / "adapter" / "adapter_config.json").unlink()
     code, _, err = command("push", failed, REPO, "--base-model", BASE, "--yes", "--unfinished")
     assert code == 2 and "has no adapter" in err
-    monkeypatch.setattr("qlora_lite.export.push.get_token", lambda: None)
+    monkeypatch.setattr("qlora_lite.ext.hub.push.get_token", lambda: None)
     code, _, err = command("push", run, REPO, "--base-model", BASE, "--yes")
     assert code == 2 and "error: you are not logged in to the hub: run `hf auth login`" in err
 

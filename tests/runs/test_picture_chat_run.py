@@ -22,7 +22,7 @@ from qlora_lite.cli.main import cli
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
-from qlora_lite.export.push import PushSettings, prepare_push
+from qlora_lite.ext.hub.push import PushSettings, prepare_push
 from qlora_lite.ext.vision_language.reader import load_processor
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe

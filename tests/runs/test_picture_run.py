@@ -186,7 +186,7 @@ def test_predict_says_that_its_file_cannot_be_written_before_anything_is_read_an
 
 
 def test_push_says_that_it_is_not_for_such_a_run_before_it_asks_for_a_token(run, monkeypatch):
-    monkeypatch.setattr("qlora_lite.export.push.get_token", lambda: None)
+    monkeypatch.setattr("qlora_lite.ext.hub.push.get_token", lambda: None)
     with pytest.raises(RecipeError, match="labels pictures"):
         command("push", run[0], "owner/name", "--yes")
 

@@ -13,13 +13,13 @@ import yaml
 from tiny_files import write_recipe
 
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
+from qlora_lite.ext.sweep import points as sweeps
+from qlora_lite.ext.sweep.axes import Range, choices, is_whole, load_sweep, recipe_of_point
+from qlora_lite.ext.sweep.page import named, ranked, render_sweep
+from qlora_lite.ext.sweep.points import DOES_NOT_FIT, ELSEWHERE, FAILED, as_result, run_sweep
 from qlora_lite.files import locked
 from qlora_lite.prepare.plan import plan_recipe
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
-from qlora_lite.recipe.sweep import Range, choices, is_whole, load_sweep, recipe_of_point
-from qlora_lite.reporting.sweep_page import named, ranked, render_sweep
-from qlora_lite.runs import sweep as sweeps
-from qlora_lite.runs.sweep import DOES_NOT_FIT, ELSEWHERE, FAILED, as_result, run_sweep
 from qlora_lite.units import format_bytes
 
 AXES = {"lora.rank": [1, 4], "train.learning_rate": ["auto", 1e-3, 2e-5], "train.seed": [0, 1]}

@@ -8,7 +8,7 @@ from tiny_files import write_recipe
 
 from qlora_lite.adapters.lora.layer import lora_scale
 from qlora_lite.errors import CheckpointError, Interrupted
-from qlora_lite.export.model_card import CardFacts, model_card
+from qlora_lite.ext.hub.card import CardFacts, model_card
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.planning.machine import machine_of_gpu

@@ -1,14 +1,13 @@
-"""``qlora-lite sweep``: the runs of a recipe along axes of its settings, compared."""
+"""Train a recipe along axes of its settings, and compare the runs."""
 
 from pathlib import Path
 
 import click
 
+from qlora_lite.cli.output import echo, prepare
+from qlora_lite.cli.plan import machine_for
 from qlora_lite.errors import RecipeError
 from qlora_lite.units import format_bytes, format_seconds
-
-from .output import echo, prepare
-from .plan import machine_for
 
 
 @click.command()
@@ -25,9 +24,9 @@ def sweep(sweep: Path, out: Path | None, only_plan: bool) -> None:
     The same command continues where it was; what is complete is not run again (qlora-lite explain sweep).
     """
     prepare()
-    from qlora_lite.recipe.sweep import load_sweep
-    from qlora_lite.reporting.sweep_page import named, quality, ranked
-    from qlora_lite.runs.sweep import DOES_NOT_FIT, FAILED, PAGE, as_result, run_sweep
+    from .axes import load_sweep
+    from .page import named, quality, ranked
+    from .points import DOES_NOT_FIT, FAILED, PAGE, as_result, run_sweep
 
     wanted = load_sweep(sweep)
     if only_plan:
@@ -47,8 +46,8 @@ def sweep(sweep: Path, out: Path | None, only_plan: bool) -> None:
 
 def _plan(wanted) -> None:
     """Print the memory and the time of a step of each point."""
-    from qlora_lite.reporting.sweep_page import named
-    from qlora_lite.runs.sweep import planned
+    from .page import named
+    from .points import planned
 
     if wanted.search != "grid":
         raise RecipeError(f"--plan is for a grid: search {wanted.search} chooses each point by what the others found")

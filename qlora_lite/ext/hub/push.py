@@ -28,6 +28,8 @@ from qlora_lite.adapters.read import CONFIG_NAME
 from qlora_lite.artifacts.run_folder import is_adapter_alone, open_run, weights_sha256
 from qlora_lite.artifacts.trained_run import TrainedRun, open_trained, require_kind
 from qlora_lite.errors import ModelError, OutputError, RecipeError, first_line
+from qlora_lite.export.formats import ExportSettings, export_run
+from qlora_lite.export.merge import ADAPTER_DIGEST, REPORT
 from qlora_lite.models.load import KEEP, stored_quantization
 from qlora_lite.models.locate import read_json
 from qlora_lite.models.merge import PROCESSOR_FILES
@@ -35,9 +37,7 @@ from qlora_lite.models.skeleton import read_config
 from qlora_lite.prepare.transformer import kept_codes
 from qlora_lite.quant.formats import FORMATS
 
-from .formats import ExportSettings, export_run
-from .merge import ADAPTER_DIGEST, REPORT
-from .model_card import CardFacts, model_card
+from .card import CardFacts, model_card
 
 README = "README.md"
 SENT = (

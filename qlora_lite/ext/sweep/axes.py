@@ -24,13 +24,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from qlora_lite.errors import Problem, RecipeError
-
-from .catalog import find_recipe, list_recipes
-from .load import load_recipe
-from .overrides import override_number
-from .reference import field_at, rule_of
-from .schema import Recipe
-from .strict_yaml import parse, plain
+from qlora_lite.recipe.catalog import find_recipe, list_recipes
+from qlora_lite.recipe.load import load_recipe
+from qlora_lite.recipe.overrides import override_number
+from qlora_lite.recipe.reference import field_at, rule_of
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.strict_yaml import parse, plain
 
 SEED = "train.seed"
 Goal = Literal[

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
+from qlora_lite.reporting.charts import Series, line_chart, short_number
+from qlora_lite.reporting.page import figure, page, section, table, text
 from qlora_lite.units import format_bytes, format_count, format_score, format_seconds
-
-from .charts import Series, line_chart, short_number
-from .page import figure, page, section, table, text
 
 COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_bytes": ("peak memory", lambda value: format_bytes(int(value))),

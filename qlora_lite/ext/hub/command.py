@@ -1,14 +1,13 @@
-"""``qlora-lite push``: upload a run's adapter or model to the hub, with a model card."""
+"""Upload a run's adapter or merged model to the hub, with a model card."""
 
 import tempfile
 from pathlib import Path
 
 import click
 
+from qlora_lite.cli.options import of_a_run
+from qlora_lite.cli.output import echo, prepare
 from qlora_lite.units import format_bytes
-
-from .options import of_a_run
-from .output import echo, prepare
 
 
 @click.command()
@@ -49,7 +48,8 @@ def push(
     from huggingface_hub import HfApi
 
     from qlora_lite import __version__
-    from qlora_lite.export.push import PushSettings, prepare_push, send
+
+    from .push import PushSettings, prepare_push, send
 
     settings = PushSettings(repo, merged, base_model, public)
     api = HfApi(library_name="qlora-lite", library_version=__version__)

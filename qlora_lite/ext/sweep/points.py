@@ -34,10 +34,10 @@ from qlora_lite.planning.machine import Machine
 from qlora_lite.prepare.plan import Plan, budget_of, plan_recipe
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.recipe.sweep import Axis, Range, Sweep, choices, is_whole, overrides, recipe_of_point
-from qlora_lite.reporting.sweep_page import render_sweep
+from qlora_lite.runs.signals import describe_kill
 
-from .signals import describe_kill
+from .axes import Axis, Range, Sweep, choices, is_whole, overrides, recipe_of_point
+from .page import render_sweep
 
 log = logging.getLogger("qlora_lite")
 HASH_LETTERS = 12  # of a recipe's hash, in the name of a run's folder

@@ -1,0 +1,1 @@
+"""Repositories of the hub: the command push, with a model card."""

@@ -1,0 +1,1 @@
+"""Trainings of a recipe along axes of its settings, compared: the command sweep."""
