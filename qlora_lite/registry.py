@@ -81,24 +81,31 @@ def summary(kind: str, name: str) -> str:
 
 def _registered(kind: str) -> dict[str, tuple[EntryPoint, str]]:
     """Return entry points by name, each with its distribution."""
-    return _registered_on(kind, tuple(sys.path))
-
-
-@cache
-def _registered_on(kind: str, path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, str]]:
     found: dict[str, tuple[EntryPoint, str]] = {}
-    # not entry_points(), which reads the first distribution of each name alone: in a clone that may be an old build's
-    for distribution in distributions(path=list(path)):
-        for each in distribution.entry_points.select(group=f"qlora_lite.{kind}"):
-            other, owner = found.setdefault(each.name, (each, distribution.name))
-            if owner != distribution.name:
-                raise ExtensionError(
-                    f"the {KINDS[kind]} {each.name} is registered twice, by {owner} ({other.value}) and by "
-                    f"{distribution.name} ({each.value}); uninstall one of them"
-                )
+    for each, owner in _entries(tuple(sys.path)):
+        if each.group != f"qlora_lite.{kind}":
+            continue
+        first, known = found.setdefault(each.name, (each, owner))
+        if owner != known:
+            raise ExtensionError(
+                f"the {KINDS[kind]} {each.name} is registered twice, by {known} ({first.value}) and by "
+                f"{owner} ({each.value}); uninstall one of them"
+            )
     if DISTRIBUTION not in (owner for _, owner in found.values()):
         raise ExtensionError(
             f"the package's own {KINDS[kind]}s are not registered: it is run from a clone, or was installed by an "
             "earlier version; install it again (pip install -e . in a clone)"
         )
+    return found
+
+
+@cache
+def _entries(path: tuple[str, ...]) -> list[tuple[EntryPoint, str]]:
+    """Return the entry points of all kinds on a path, with their distributions."""
+    found: list[tuple[EntryPoint, str]] = []
+    # not entry_points(), which reads the first distribution of each name alone: in a clone that may be an old build's
+    for distribution in distributions(path=list(path)):
+        if own := [each for each in distribution.entry_points if each.group.startswith("qlora_lite.")]:
+            name = distribution.name  # for which the metadata is parsed
+            found += [(each, name) for each in own]
     return found
