@@ -10,10 +10,10 @@ import torch
 from qlora_lite.artifacts.run_folder import package_versions
 from qlora_lite.compilers import NO_TRITON, missing_for_triton
 from qlora_lite.files import cache_root
+from qlora_lite.kernels.fused_attention import kernel_of_gpu
 from qlora_lite.memory.process import segments_grow
 from qlora_lite.models.load import fast_dtype, missing_kernels, resolve_device
 from qlora_lite.models.unused_gpu import fault_of_cuda, unsupported_gpu
-from qlora_lite.ops.fused_attention import kernel_of_gpu
 from qlora_lite.quant.bnb import has_native_library
 from qlora_lite.train.optim import can_page
 from qlora_lite.units import counted, format_bytes

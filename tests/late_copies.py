@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qlora_lite.ops.offload import SideStream, disk_memory, host_memory
+from qlora_lite.offload.offload import SideStream, disk_memory, host_memory
 
 POISON = 0xFF  # in every byte: NaN of any floating type, -1 of any integer
 
@@ -113,11 +113,11 @@ def copies_end_late() -> Iterator[None]:
         return taken
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("ops.offload", "ops.stream", "models.host_tables"):
+        for module in ("offload.offload", "offload.stream", "models.host_tables"):
             patch.setattr(f"qlora_lite.{module}.SideStream", side_stream)
         for module in ("offload", "stream", "gradients"):
-            patch.setattr(f"qlora_lite.ops.{module}.host_memory", noted(host_memory))
-        patch.setattr("qlora_lite.ops.offload.disk_memory", noted(disk_memory))
+            patch.setattr(f"qlora_lite.offload.{module}.host_memory", noted(host_memory))
+        patch.setattr("qlora_lite.offload.offload.disk_memory", noted(disk_memory))
         yield
     assert copies, "there was no copy"
     for stream in streams:

@@ -16,9 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lite import AdapterMethod, BatchShape, CrossEntropy, LossSum, Objective, Workload, save_adapter
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.adapters.read import WEIGHTS_NAME
+from qlora_lite.kernels.loss import head_logits
 from qlora_lite.models.anatomy import head
 from qlora_lite.models.memory_options import place, set_memory_options
-from qlora_lite.ops.loss import head_logits
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.state import STATE, capture, restore
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from late_copies import LateCopies, copies_end_late
 
-from qlora_lite.ops import offload
+from qlora_lite.offload import offload
 
 CPU, SOURCE = torch.device("cpu"), torch.arange(4.0)
 

@@ -447,7 +447,7 @@ from tiny_files import save_tiny
 from tiny_trainer import trainer
 
 from qlora_lite.models.load import load_model
-from qlora_lite.ops.checkpoint import Checkpoint
+from qlora_lite.offload.checkpoint import Checkpoint
 from qlora_lite.train.step import _begin_reading
 
 SECOND = torch.device("cuda:1")
@@ -484,7 +484,7 @@ def test_on_a_second_gpu_masks_are_drawn_again_numbers_are_waited_for_and_kernel
 
 NOT_PINNED = """
 import torch
-from qlora_lite.ops.offload import host_memory
+from qlora_lite.offload.offload import host_memory
 
 def next_kernel_runs():
     try:
@@ -519,8 +519,8 @@ import torch
 from simulated_gpu.runtime import counts
 from torch import nn
 
-from qlora_lite.ops import encoder_attention, flex_attention
-from qlora_lite.ops.token_rows import HeadWithRows, RowsOver
+from qlora_lite.kernels import encoder_attention, flex_attention
+from qlora_lite.kernels.token_rows import HeadWithRows, RowsOver
 
 gpu = torch.device("cuda")
 query, table = torch.zeros(2, 1, 8, 4, device=gpu), torch.zeros(9, 4, device=gpu)

@@ -18,7 +18,7 @@ from torch import nn
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import LORA, expert_weights
 from qlora_lite.files import replacing_folder, sha256
-from qlora_lite.ops.own_blocks import OwnBlocks
+from qlora_lite.offload.own_blocks import OwnBlocks
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.merging import OFF
 from qlora_lite.quant.tensor_file import bit_sums, write_tensors

@@ -8,10 +8,10 @@ weights is: a float32 copy of a table would take as much again as its gradient a
 float32: they begin near 1, where a step of bfloat16 is 0.8 %, many times an update; each forward computes with them
 rounded to the model's type.
 
-Of single tokens rows of their own are trained (``ops.token_rows``), in the type of the LoRA weights. They begin as the
-table's; those of tokens that it has no row for, or that the tokenizer did not know, as the mean of all known tokens'
-rows: so a new token is about as probable as one before training, and takes no probability from the others (Hewitt,
-"Initializing new word embeddings for pretrained language models", 2021).
+Of single tokens rows of their own are trained (``kernels.token_rows``), in the type of the LoRA weights. They begin as
+the table's; those of tokens that it has no row for, or that the tokenizer did not know, as the mean of all known
+tokens' rows: so a new token is about as probable as one before training, and takes no probability from the others
+(Hewitt, "Initializing new word embeddings for pretrained language models", 2021).
 
 Shapes: tables [V, D], norms and biases [D].
 """
@@ -24,8 +24,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.around import Around
-from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
+from qlora_lite.kernels.token_rows import EmbeddingWithRows, HeadWithRows
+from qlora_lite.offload.around import Around
 from qlora_lite.quant.linear import QuantLinear
 
 from .lora.layer import LoraWeights

@@ -1,7 +1,7 @@
 """Compute the experts of a block, a group of experts at a time, without a wait.
 
 All experts' weights are dequantised in groups of ``GROUP_BYTES``, whatever the router chose, and a group's rows are
-multiplied in one launch (``ops.grouped_product``): 73 launches a block of Qwen3-30B-A3B where one expert after the
+multiplied in one launch (``kernels.grouped_product``): 73 launches a block of Qwen3-30B-A3B where one expert after the
 other (``routed``) takes some thousands. So this is for batches that use most experts, on a GPU.
 
 What all pairs of a token and an expert need is bounded by cutting the tokens into chunks of ``PAIRS_BYTES``, and what
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from qlora_lite.ops.grouped_product import Pairs, add_grouped_sums, grouped_product, pairs_by_expert
-from qlora_lite.ops.shapes import pieces
+from qlora_lite.kernels.grouped_product import Pairs, add_grouped_sums, grouped_product, pairs_by_expert
+from qlora_lite.memory.shapes import pieces
 from qlora_lite.quant.formats import FORMATS, FOUR_BIT
 from qlora_lite.quant.nf4 import Packed, absmax_of, dequantize
 from qlora_lite.quant.product import WeightSpec

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from qlora_lite.ops.shapes import device_type, has_triton
+from qlora_lite.memory.shapes import device_type, has_triton
 from qlora_lite.quant.nf4 import BLOCK_SIZE, quantize
 from qlora_lite.quant.packed import PackedWeight
 from qlora_lite.quant.product import WeightSpec

@@ -7,7 +7,7 @@ experts of a block in 16 bit: 1.1 GiB of Qwen3-30B-A3B's.) The host waits for th
 ten kernels for each expert: on a GPU, ``grouped`` can compute the same with few, and this is its oracle.
 
 Backward keeps the block's input, the router's choice and its weights, and computes each tile's first product again. As
-in ``ops.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
+in ``offload.tile`` one autograd function stands for the result in the graph and one computes it, so that a checkpointed
 block's recomputation can leave the value out.
 
 LoRA weights beside a projection add ``scale * B_e A_e x`` to what expert e computes. Their gradients are sums over the
@@ -25,8 +25,8 @@ import torch
 from torch.nn.functional import linear, pad
 
 from qlora_lite.memory.marks import repeated
-from qlora_lite.ops.checkpoint import product_or_placeholder
-from qlora_lite.ops.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_rows, pieces
+from qlora_lite.memory.shapes import CPU_MULTIPLE, device_type, is_planned, kernel_rows, pieces
+from qlora_lite.offload.checkpoint import product_or_placeholder
 from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.product import WeightSpec
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.data.tokens.batch import Batch
+from qlora_lite.kernels.loss import Head, head_logits
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.ops.loss import Head, head_logits
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import hidden_states
 

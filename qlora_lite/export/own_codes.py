@@ -20,12 +20,12 @@ from qlora_lite.adapters.lora.layer import LoraLinear, merging_of
 from qlora_lite.adapters.read import Adapter
 from qlora_lite.artifacts.trained_run import TrainedRun
 from qlora_lite.data.tokens.batch import Batch, pack_in_order
+from qlora_lite.kernels.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.load import load_model
 from qlora_lite.models.merge import Merged
 from qlora_lite.models.progress import Progress
 from qlora_lite.models.save import save_quantized
-from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.start import resolve_start
 from qlora_lite.quant.closest import closest_q4_0

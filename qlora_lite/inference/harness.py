@@ -36,9 +36,9 @@ from qlora_lite.data.readers.hub import hub_errors
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, plan_epoch
 from qlora_lite.data.tokens.storage import virtual_ids
 from qlora_lite.errors import DataError, ModelError, RecipeError, how_to_install
+from qlora_lite.kernels.loss import likeliest_tokens, token_losses
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.nested import of_blocks
-from qlora_lite.ops.loss import likeliest_tokens, token_losses
 from qlora_lite.prepare.settings import train_settings
 from qlora_lite.prepare.task import find_task
 from qlora_lite.train.causal_lm import CausalLM

@@ -24,6 +24,7 @@ from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.errors import DoesNotFitError, ModelError, RecipeError
 from qlora_lite.experts.packing import expert_weights
+from qlora_lite.kernels.loss import Head, head_logits
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.models.anatomy import blocks, decoder, head
 from qlora_lite.models.kept import check_kept, kept_layers
@@ -35,7 +36,6 @@ from qlora_lite.models.skeleton import read_part
 from qlora_lite.models.streamed import Read, streamed_model
 from qlora_lite.models.tokenizer import load_tokenizer
 from qlora_lite.models.weights import open_weights
-from qlora_lite.ops.loss import Head, head_logits
 from qlora_lite.planning.answering import UNPLANNED, memory_to_use, prompt_bytes
 from qlora_lite.planning.meta_results import NeedsValuesError
 from qlora_lite.prepare.datasets import build_data

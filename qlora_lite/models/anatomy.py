@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lite.adapters.lora.switch import SwitchModule
 from qlora_lite.adapters.parts import NormInFloat32, base_path, has_vision_tower, is_headed
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.loss import Head
-from qlora_lite.ops.token_rows import HeadWithRows, RowsOver
+from qlora_lite.kernels.loss import Head
+from qlora_lite.kernels.token_rows import HeadWithRows, RowsOver
 from qlora_lite.quant.linear import QuantLinear, WeightRows, is_linear
 
 from .host_tables import HostHead

@@ -32,7 +32,7 @@ from torch import nn
 
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.errors import ModelError, first_line, how_to_install
-from qlora_lite.ops.own_blocks import BlockCalls, OwnBlocks
+from qlora_lite.offload.own_blocks import BlockCalls, OwnBlocks
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import quantize
 

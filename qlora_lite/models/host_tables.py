@@ -1,8 +1,8 @@
 """The table of embeddings and the output head while their weights stay in host memory.
 
 Of a table only the rows of a batch come to the device. A head's come a slice at a time, the next slice beside the
-computation: the chunked loss asks for a few thousand words after the other (``ops.loss``), multiplies them twice and is
-done with them. Two slices are on the device at a time.
+computation: the chunked loss asks for a few thousand words after the other (``kernels.loss``), multiplies them twice
+and is done with them. Two slices are on the device at a time.
 
 On a GPU, slices come on a stream of their own from pinned memory. Elsewhere the same code takes the memory for the
 next slice and copies when it is asked for, so that plans and tests see what a GPU has.
@@ -11,12 +11,12 @@ next slice and copies when it is asked for, so that plans and tests see what a G
 import torch
 from torch import nn
 
+from qlora_lite.kernels.loss import Head, head_products
 from qlora_lite.memory.marks import category, marks
-from qlora_lite.ops.around import Around
-from qlora_lite.ops.loss import Head, head_products
-from qlora_lite.ops.offload import Arrival, SideStream, host_memory
-from qlora_lite.ops.shapes import device_type
-from qlora_lite.ops.transfer import on_host, sent
+from qlora_lite.memory.shapes import device_type
+from qlora_lite.offload.around import Around
+from qlora_lite.offload.offload import Arrival, SideStream, host_memory
+from qlora_lite.offload.transfer import on_host, sent
 
 
 class HostEmbedding(Around):

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from qlora_lite.experts.packing import first_experts, use_experts
-from qlora_lite.ops.around import wrappers
-from qlora_lite.ops.fused_loss import installed
-from qlora_lite.ops.gated import GatedMLP
-from qlora_lite.ops.norm import LeanNorm
+from qlora_lite.kernels.fused_loss import installed
+from qlora_lite.kernels.gated import GatedMLP
+from qlora_lite.kernels.norm import LeanNorm
+from qlora_lite.offload.around import wrappers
 
 EXPERTS = "experts"  # packed ones, and those with LoRA weights, in groups, by kernels of our own
 FLEX = "flex"  # attention with capped scores or sinks in one call, by a kernel that torch compiles

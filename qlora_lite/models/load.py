@@ -31,11 +31,11 @@ from qlora_lite.adapters.lora.start import First, Start, set_base
 from qlora_lite.errors import ModelError, OutputError, first_line, require_one_of
 from qlora_lite.experts.packing import projections, use_experts
 from qlora_lite.files import cache_root, explain_write_errors
+from qlora_lite.kernels.attention import row_attention
+from qlora_lite.kernels.gated import use_lean_mlps
+from qlora_lite.kernels.norm import use_lean_norms
 from qlora_lite.memory.gpus import fastest_type
 from qlora_lite.memory.meter import free_bytes, grow_segments, keep_few_kernels, use_device
-from qlora_lite.ops.attention import row_attention
-from qlora_lite.ops.gated import use_lean_mlps
-from qlora_lite.ops.norm import use_lean_norms
 from qlora_lite.quant.bnb import architectures
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear

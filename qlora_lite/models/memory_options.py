@@ -17,13 +17,14 @@ from torch import nn
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.constraints import DIVIDED_ON_GPUS
 from qlora_lite.errors import ModelError
-from qlora_lite.ops import compiled
-from qlora_lite.ops.checkpoint import Checkpoint, Segments, Skipping
-from qlora_lite.ops.divided import Divided, TrainedOnAllRanks
-from qlora_lite.ops.offload import HostStore
-from qlora_lite.ops.own_blocks import OwnBlocks
-from qlora_lite.ops.shapes import is_planned
-from qlora_lite.ops.stream import (
+from qlora_lite.kernels.token_rows import EmbeddingWithRows, HeadWithRows
+from qlora_lite.memory.shapes import is_planned
+from qlora_lite.offload import compiled
+from qlora_lite.offload.checkpoint import Checkpoint, Segments, Skipping
+from qlora_lite.offload.divided import Divided, TrainedOnAllRanks
+from qlora_lite.offload.offload import HostStore
+from qlora_lite.offload.own_blocks import OwnBlocks
+from qlora_lite.offload.stream import (
     UNDIVIDED,
     BlockStream,
     Division,
@@ -34,8 +35,7 @@ from qlora_lite.ops.stream import (
     Ranks,
     in_files,
 )
-from qlora_lite.ops.tile import Tiled
-from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
+from qlora_lite.offload.tile import Tiled
 from qlora_lite.quant.product import keeping_weights
 
 from .anatomy import blocks, decoder, device_of, tokenwise_parts
@@ -270,7 +270,7 @@ def trained_on_host(model: nn.Module) -> Sequence[nn.Parameter]:
 
 
 def divided_weights(model: nn.Module) -> Mapping[nn.Parameter, Divided]:
-    """Return the weights that are trained and divided among ranks (``ops.divided``), those of each block in turn."""
+    """Return the trained weights that are divided among ranks (``offload.divided``), those of each block in turn."""
     placement = stream.placement if (stream := stream_of(model)) else None
     return placement.weights if isinstance(placement, TrainedOnAllRanks) else {}
 

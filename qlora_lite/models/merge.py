@@ -39,7 +39,7 @@ from qlora_lite.adapters.read import Adapter, Factors
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import packs_experts
 from qlora_lite.files import require_space
-from qlora_lite.ops.token_rows import RowsOver
+from qlora_lite.kernels.token_rows import RowsOver
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, stands_for_conv1d
 from qlora_lite.quant.nf4 import Packed, dequantize, quantize

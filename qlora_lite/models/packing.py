@@ -11,7 +11,7 @@ from weakref import WeakSet
 from torch import nn
 
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.shapes import CPU_MULTIPLE, kernel_rows
+from qlora_lite.memory.shapes import CPU_MULTIPLE, kernel_rows
 
 from .anatomy import decoder, device_of
 from .heads import is_encoder

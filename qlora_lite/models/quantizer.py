@@ -27,7 +27,7 @@ from qlora_lite.adapters.lora.start import First, Start
 from qlora_lite.adapters.parts import head_paths
 from qlora_lite.errors import ModelError, OutputError
 from qlora_lite.experts.packing import Projection, drop_parameter, pack_in_place, placeholder, projections, put_empty
-from qlora_lite.ops.offload import disk_memory
+from qlora_lite.offload.offload import disk_memory
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_conv1d, is_linear_16_bit, untouched
 from qlora_lite.quant.nf4 import BLOCK_SIZE, Packed, quantize

@@ -15,7 +15,7 @@ of all.
 
 Most blocks of Qwen2.5-VL's tower attend within windows of 4 x 4 tokens. transformers calls attention for one after the
 other, which takes a plan three times as long as this: here one call is told of all, and takes those of one size out as
-a batch (``ops.encoder_attention``).
+a batch (``kernels.encoder_attention``).
 
 Where nothing in the tower is trained, it computes ``AT_ONCE`` pictures at a time, of those with shapes of their own as
 many as have ``TOKENS_AT_ONCE`` tokens: what they need then does not grow with their number.
@@ -45,7 +45,7 @@ from transformers.vision_utils import (
 from qlora_lite.data.picture_grids import TOKENS_AT_ONCE, BudgetReader, GridReader, RowsReader
 from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.errors import ModelError
-from qlora_lite.ops.transfer import sent
+from qlora_lite.offload.transfer import sent
 
 from .anatomy import decoder, device_of
 
@@ -66,7 +66,7 @@ class Family:
         cuts: whether a picture may be cut into several of one size.
         reader: what makes pixels of pictures.
         towers: transformers' names of the towers that are known; any where there are none.
-        sees_whole: returns by a configuration whether a picture's tokens see all of it (``ops.picture_attention``).
+        sees_whole: returns by a configuration whether a picture's tokens see all of it (``kernels.picture_attention``).
         in_windows: whether they do so only in blocks whose tokens see a window of those before them.
         types: by which name transformers' own forward is told which tokens are of pictures, if it is.
     """

@@ -13,13 +13,13 @@ from torch import nn
 from qlora_lite.memory.marks import phase
 from qlora_lite.memory.meter import free_bytes, held_bytes
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, overheads
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.anatomy import blocks, decoder
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.offload import pinned_bytes
-from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.stream import SLOTS, flat_sizes, spare_bytes
+from qlora_lite.offload.offload import pinned_bytes
+from qlora_lite.offload.stream import SLOTS, flat_sizes, spare_bytes
 from qlora_lite.train.out_of_memory import free_cached_memory
 
 from .meta_results import NeedsValuesError

@@ -16,8 +16,8 @@ from qlora_lite.memory.meter import free_bytes, held_bytes, set_memory_limit
 from qlora_lite.memory.process import CUDA_CONTEXT_BYTES, CUDA_LATER_BYTES, on_wsl
 from qlora_lite.memory.work import Work
 from qlora_lite.models.load import fast_dtype
-from qlora_lite.ops.offload import host_memory
-from qlora_lite.ops.stream import UNDIVIDED, Division
+from qlora_lite.offload.offload import host_memory
+from qlora_lite.offload.stream import UNDIVIDED, Division
 from qlora_lite.units import counted
 
 BANDWIDTH_REACHED = 0.9  # of a GPU's memory bandwidth: 3.0 of 3.35 TB/s on an H100; not measured here

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map_only
 
+from qlora_lite.kernels import flex_attention, fused_attention, packed_attention
 from qlora_lite.memory.ledger import Ledger
-from qlora_lite.ops import flex_attention, fused_attention, packed_attention
 
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}  # CUDA's caching allocator rounds up (c10/cuda/CUDACachingAllocator.cpp)
 # Bytes of scratch memory that an operator takes on a GPU, given its arguments.

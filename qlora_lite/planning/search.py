@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 
 from .candidate import EQUALLY_FAST, Candidate, Changes, Step, build_candidate, choose, settled, timed
 from .largest import most

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qlora_lite.memory.gpus import LINKS, REACHED
-from qlora_lite.ops.stream import Division
+from qlora_lite.offload.stream import Division
 
 from .candidate import Candidate
 from .machine import Machine

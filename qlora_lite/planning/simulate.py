@@ -31,10 +31,10 @@ from torch import nn
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.memory.ledger import Moment
 from qlora_lite.memory.marks import category, phase
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_on_host
-from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.stream import spare_bytes
+from qlora_lite.offload.stream import spare_bytes
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.divided_weights import Parts, parts_of, trained_here
 from qlora_lite.train.inventory import categorised

@@ -18,7 +18,7 @@ from qlora_lite.models.cache import base_fingerprint
 from qlora_lite.models.load import name_of_base, resolve_device
 from qlora_lite.models.locate import ModelFiles
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
-from qlora_lite.ops.stream import Ranks
+from qlora_lite.offload.stream import Ranks
 from qlora_lite.planning.answering import left_on_host, memory_to_use, placement
 from qlora_lite.recipe.schema import Recipe
 

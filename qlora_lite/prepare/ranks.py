@@ -22,7 +22,7 @@ from qlora_lite.constraints import DIVIDED_ON_GPUS
 from qlora_lite.errors import DoesNotFitError, OutputError, RecipeError
 from qlora_lite.memory.gpus import GpuError, find_gpu
 from qlora_lite.models.load import resolve_device
-from qlora_lite.ops.stream import UNDIVIDED, Division
+from qlora_lite.offload.stream import UNDIVIDED, Division
 from qlora_lite.planning.candidate import EQUALLY_FAST
 from qlora_lite.planning.machine import Machine, machine_of_gpu, this_machine
 from qlora_lite.planning.search import SPARED

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qlora_lite.models.heads import Head
     from qlora_lite.models.memory_options import MemoryOptions
     from qlora_lite.models.nested import LanguagePart
-    from qlora_lite.ops.stream import Ranks
+    from qlora_lite.offload.stream import Ranks
     from qlora_lite.planning.machine import Machine
     from qlora_lite.train.causal_lm import CausalLM
     from qlora_lite.train.transformer import ModelSpec

@@ -30,7 +30,7 @@ from qlora_lite.models.nested import LanguagePart, of_blocks
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.save import bnb_config
 from qlora_lite.models.skeleton import meta_model, read_part
-from qlora_lite.ops.stream import Ranks
+from qlora_lite.offload.stream import Ranks
 from qlora_lite.planning.machine import Machine
 from qlora_lite.quant.merging import GGUF, NF4
 from qlora_lite.recipe.schema import Recipe

@@ -229,7 +229,7 @@ def _operator(
     """Multiply rows by a frozen weight as one operator, for torch.compile: what is dequantised is not its to keep.
 
     It gets nothing to add to in place: for a compiler that is another tensor, and a copy. Where weights are kept, the
-    gradient is computed inside too, since it is part of the same graph (``ops.compiled.gradient_root``).
+    gradient is computed inside too, since it is part of the same graph (``offload.compiled.gradient_root``).
     """
     spec, kept, again = WeightSpec(tuple(shape), quant_type, transposed), _kept.get(), not of_gradient
     if low is not None and factor is not None:

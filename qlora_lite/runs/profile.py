@@ -23,7 +23,7 @@ from qlora_lite.memory.meter import PeakMeter, set_memory_limit
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.memory_options import set_memory_options
-from qlora_lite.ops.own_blocks import OwnBlocks
+from qlora_lite.offload.own_blocks import OwnBlocks
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import Prediction
 from qlora_lite.prepare.datasets import build_data, build_stream, rows_to_plan

@@ -14,6 +14,9 @@ from qlora_lite.adapters.lora.inject import merged_once, require_model
 from qlora_lite.data.tokens.batch import Batch, Extent, collate, enlarged
 from qlora_lite.data.tokens.storage import Example, learned_counts, longest_sequences, row_lengths, with_virtual
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.kernels.fused_attention import PlannedKernels
+from qlora_lite.kernels.fused_loss import FUSED, candidates, choose_loss
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, token_losses
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.kernels import use_kernels
@@ -22,9 +25,6 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.packing import longest_possible, run_unpacked, runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import give_storage, meta_copy
-from qlora_lite.ops.fused_attention import PlannedKernels
-from qlora_lite.ops.fused_loss import FUSED, candidates, choose_loss
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, token_losses
 
 from .forward import Inputs, filler_tokens, hidden_states, labelled_count, prepare, row_ends
 from .kernels import check_kernels, choose_kernels
@@ -52,7 +52,7 @@ class CrossEntropy(Objective):
 
     Args:
         chunk_tokens: tokens whose logits exist at once.
-        fused: name of the loss in ``ops.fused_loss`` that takes the place of the chunked one.
+        fused: name of the loss in ``kernels.fused_loss`` that takes the place of the chunked one.
     """
 
     chunk_tokens: int = AUTO_CHUNK_TOKENS
@@ -273,7 +273,7 @@ class CausalLM(TransformerWorkload):
             check_kernels(model, names, largest())
 
     def choose_loss(self, model: nn.Module, largest: Callable[[], Inputs], setting: str, recorded: str | None) -> Self:
-        """Choose on the hidden states of the largest micro-batch; see ``ops.fused_loss``."""
+        """Choose on the hidden states of the largest micro-batch; see ``kernels.fused_loss``."""
         its_head, objective = anatomy.head(model), self.objective
         if not isinstance(objective, CrossEntropy):
             return self

@@ -37,6 +37,7 @@ from qlora_lite.constraints import STREAMED_TRAINED
 from qlora_lite.data.latents import LatentExample, LatentSet, LatentShapes, check_shapes, stacked
 from qlora_lite.data.tokens.batch import Extent
 from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
+from qlora_lite.kernels.fused_attention import PlannedKernels
 from qlora_lite.models.denoisers import (
     TIMESTEPS,
     Conditions,
@@ -50,8 +51,7 @@ from qlora_lite.models.denoisers import (
 )
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, trained_on_host
 from qlora_lite.models.skeleton import give_storage
-from qlora_lite.ops.checkpoint import sequence_alone
-from qlora_lite.ops.fused_attention import PlannedKernels
+from qlora_lite.offload.checkpoint import sequence_alone
 
 from .settings import TrainSettings
 from .transformer import TRAINED_WEIGHTS

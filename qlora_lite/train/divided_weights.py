@@ -1,4 +1,4 @@
-"""What a rank trains of weights that ranks have divided (``ops.divided``), under the whole weights' names."""
+"""What a rank trains of weights that ranks have divided (``offload.divided``), under the whole weights' names."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

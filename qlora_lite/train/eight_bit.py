@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qlora_lite.ops.shapes import device_type
+from qlora_lite.memory.shapes import device_type
 from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES, nearest_entries, pack_blocks
 

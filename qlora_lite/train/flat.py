@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qlora_lite.ops.shapes import device_type, pieces
+from qlora_lite.memory.shapes import device_type, pieces
 from qlora_lite.quant import bnb
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch
+from qlora_lite.kernels.packed_attention import sequence_ends
+from qlora_lite.memory.shapes import device_type, kernel_rows
 from qlora_lite.models.anatomy import decoder, first_position
 from qlora_lite.models.heads import is_encoder
 from qlora_lite.models.kernels import FLEX, kernels_of
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.vision_language import decoded, embedded, family_of, of_each_block, sees_whole
-from qlora_lite.ops.checkpoint import sequence_alone
-from qlora_lite.ops.packed_attention import sequence_ends
-from qlora_lite.ops.shapes import device_type, kernel_rows
-from qlora_lite.ops.transfer import part, remembered, sent
+from qlora_lite.offload.checkpoint import sequence_alone
+from qlora_lite.offload.transfer import part, remembered, sent
 
 
 class Inputs(NamedTuple):
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
     row_lengths: tokens of each row, T in all.
     learned: int64 [N], the places whose next token is a target.
     targets: int64 [N].
-    row_ends: of a GPU, where rows end (``ops.packed_attention.sequence_ends``).
+    row_ends: of a GPU, where rows end (``kernels.packed_attention.sequence_ends``).
     token_types: int64 [1, T + filler], which text of a pair each token is of; None where the model does not ask.
     pixels: float32 [N, ...], in host memory, of a vision-language model's pictures; None without any.
     picture_tokens: int64 [P], the positions of the tokens that stand for them.
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
 def prepare(batch: Batch, device: torch.device) -> Inputs:
     """Move a batch to the device and find its targets.
 
-    Where the device's kernels want rounder counts (see ``ops.shapes``), filler tokens go through the blocks
+    Where the device's kernels want rounder counts (see ``memory.shapes``), filler tokens go through the blocks
     behind the rows and are cut off again: enough to round up the last row, and then the whole batch.
     """
     filler = filler_tokens(batch.row_lengths, device)

@@ -1,6 +1,6 @@
 """Which fused kernels a run computes with: each is tried on the run's own shapes before the first step.
 
-One forward pass shows what they are given; each kind of call is then tried against plain operators (``ops.trial``).
+One forward pass shows what they are given; each kind of call is then tried against plain operators (``kernels.trial``).
 """
 
 import logging
@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite.errors import TrainingError, first_line
 from qlora_lite.experts.packing import described_experts, first_experts
 from qlora_lite.experts.routed import routed
+from qlora_lite.kernels.attention import row_by_row
+from qlora_lite.kernels.block_attention import block_attention
+from qlora_lite.kernels.flex_attention import VALUES, flex_attention
+from qlora_lite.kernels.gated import GatedMLP, gated
+from qlora_lite.kernels.norm import LeanNorm, exact_norm
+from qlora_lite.kernels.packed_attention import FORWARD, packed_attention, sequence_ends
+from qlora_lite.kernels.trial import Trial, choose, foreign_errors, timed
+from qlora_lite.memory.shapes import has_triton
 from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, kernels_of, use_kernels
-from qlora_lite.ops.around import wrappers
-from qlora_lite.ops.attention import row_by_row
-from qlora_lite.ops.block_attention import block_attention
-from qlora_lite.ops.flex_attention import VALUES, flex_attention
-from qlora_lite.ops.gated import GatedMLP, gated
-from qlora_lite.ops.norm import LeanNorm, exact_norm
-from qlora_lite.ops.packed_attention import FORWARD, packed_attention, sequence_ends
-from qlora_lite.ops.shapes import has_triton
-from qlora_lite.ops.trial import Trial, choose, foreign_errors, timed
+from qlora_lite.offload.around import wrappers
 
 from .forward import Inputs, hidden_states
 from .out_of_memory import is_out_of_memory

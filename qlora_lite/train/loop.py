@@ -266,7 +266,7 @@ class Trainer:
     def choose_loss(self, recorded: str | None = None) -> None:
         """Find out which loss the steps compute, on the hidden states of the largest micro-batch.
 
-        See ``ops.fused_loss``; without this call it is the chunked one.
+        See ``kernels.fused_loss``; without this call it is the chunked one.
 
         Args:
             recorded: the loss of a resumed run, which is kept where it can be.

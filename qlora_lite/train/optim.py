@@ -19,7 +19,7 @@ import torch
 
 from qlora_lite.errors import TrainingError
 from qlora_lite.memory.marks import category, phase
-from qlora_lite.ops.shapes import is_planned, planning_for
+from qlora_lite.memory.shapes import is_planned, planning_for
 
 from . import flat
 from .divided_weights import Parts

@@ -23,9 +23,9 @@ from qlora_lite.data.picture_reader import PictureReader
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, Extent
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
+from qlora_lite.kernels.loss import head_logits
 from qlora_lite.models.anatomy import decoder, device_of, head
 from qlora_lite.models.vision_language import FAMILIES, arguments_of, sees_whole
-from qlora_lite.ops.loss import head_logits
 
 from .causal_lm import CausalLM
 from .forward import Inputs, hidden_states

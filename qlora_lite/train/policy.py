@@ -16,7 +16,7 @@ one, so the ratio to the policy that answered is 1, and nothing is ever clipped.
 Answers come from the very weights that are trained, packed and placed as they are: there is no second copy of the model
 for them. A group is computed at once, packed like the rows of a language model, so an example's length is that of its
 whole group, each answer as long as it may be; what a plan counts, and a memory probe measures, is that, and the keys
-and values of a group beside it. The sums of log-probabilities by answer come from ``ops.loss.sequence_losses``.
+and values of a group beside it. The sums of log-probabilities by answer come from ``kernels.loss.sequence_losses``.
 
 In an evaluation the model answers each prompt once, with the likeliest tokens, and the loss is minus the mean reward.
 
@@ -37,12 +37,12 @@ from transformers.cache_utils import DynamicCache
 from qlora_lite.data.tokens.batch import Batch, Extent
 from qlora_lite.data.tokens.storage import Example, prompt_tokens
 from qlora_lite.errors import DataError, ModelError, TrainingError
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, sequence_losses
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, stream_of
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, sequence_losses
-from qlora_lite.ops.transfer import sent
+from qlora_lite.offload.transfer import sent
 
 from .causal_lm import CausalLM
 from .forward import hidden_states

@@ -2,10 +2,10 @@
 
 An example is two sequences (``tokens.preferences``), and a micro-batch packs both as it packs any rows, so that a pair
 takes the memory of fine-tuning on its tokens. The loss of a pair is a function of its sequences' summed
-log-probabilities, which come from the chunked loss with their gradients (``ops.loss.sequence_losses``): one pass, no
-logits of a whole batch, and every pair has the same weight, however a step is cut. What the reference model gives the
-sequences is computed once, before the first step, by the model as training begins with it (``references``); a second
-model, or a second forward pass in each step, is what others pay for that.
+log-probabilities, which come from the chunked loss with their gradients (``kernels.loss.sequence_losses``): one pass,
+no logits of a whole batch, and every pair has the same weight, however a step is cut. What the reference model gives
+the sequences is computed once, before the first step, by the model as training begins with it (``references``); a
+second model, or a second forward pass in each step, is what others pay for that.
 
 | objective | loss of a pair: c and r are log-ratios to the reference, p mean log-probabilities  | source           |
 |-----------|-------------------------------------------------------------------------------------|------------------|
@@ -37,11 +37,11 @@ from torch.nn.functional import logsigmoid
 
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, Extent
 from qlora_lite.data.tokens.storage import Example, sequences_of
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, sequence_losses
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, sequence_losses
-from qlora_lite.ops.transfer import sent
+from qlora_lite.offload.transfer import sent
 
 from .causal_lm import CausalLM
 from .forward import Inputs, hidden_states, prepare

@@ -52,7 +52,7 @@ class Shards:
         self.rank, self.count = rank, count
 
     def gather(self, whole: torch.Tensor, sizes: Sequence[int], own: torch.Tensor) -> None:
-        """Fill a buffer with the parts of all ranks in order; see ``ops.stream.Ranks``."""
+        """Fill a buffer with the parts of all ranks in order; see ``offload.stream.Ranks``."""
         whole.copy_(own)
 
     def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from qlora_lite.adapters.lora.inject import merged_once
 from qlora_lite.memory.marks import category, phase
 from qlora_lite.models.memory_options import stream_of
 from qlora_lite.models.packing import passes
-from qlora_lite.ops.compiled import in_words
+from qlora_lite.offload.compiled import in_words
 from qlora_lite.quant.small_batch import plain_products
 
 from .divided_weights import norms_of_all, parts_of

@@ -20,11 +20,11 @@ from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch
 from qlora_lite.data.tokens.storage import Example, largest_token
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.experts.packing import adapts_experts, packs_experts
+from qlora_lite.kernels.loss import Head, head_logits
 from qlora_lite.models.anatomy import blocks, device_of, head, position_limit, text_config, vocabulary_size
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, trained_on_host
 from qlora_lite.models.packing import run_unpacked, runs_unpacked, use_own_attention, why_unpacked
-from qlora_lite.ops.loss import Head, head_logits
 
 from .divided_weights import parts_of
 from .forward import hidden_states, prepare

@@ -192,7 +192,7 @@ class Workload:
 
         It needs as much as any of ``TYPICAL_SEQUENCES`` or fewer: what runs once for each takes its time, and one has
         nearly all tokens, since attention needs most for a long one. Each more takes up to 128 tokens' more inside of a
-        GPU's attention (``ops.packed_attention``); a run is planned with its own rows.
+        GPU's attention (``kernels.packed_attention``); a run is planned with its own rows.
         """
         others = min(TYPICAL_SEQUENCES - 1, (tokens - 1) // 2) if packing else 0
         return BatchShape((tokens - others, *(1,) * others), tokens - 1)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lite.adapters.lora.layer import LoraLinear
-from qlora_lite.ops.checkpoint import Checkpoint
-from qlora_lite.ops.shapes import planning_for
+from qlora_lite.memory.shapes import planning_for
+from qlora_lite.offload.checkpoint import Checkpoint
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 

@@ -15,8 +15,8 @@ from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.parts import EMBEDDINGS, _first_rows, trained_weights
 from qlora_lite.adapters.read import read_adapter
 from qlora_lite.errors import ModelError
+from qlora_lite.kernels.token_rows import RowsOver
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.ops.token_rows import RowsOver
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import Trainer

@@ -16,6 +16,7 @@ from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.experts import routed
 from qlora_lite.experts.packing import PACKED
 from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models import load
 from qlora_lite.models.anatomy import blocks
@@ -24,7 +25,6 @@ from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.quantizer import OnArrivalQuantizer, QuantizeConfig, quantize_in_place
 from qlora_lite.models.save import save_quantized
 from qlora_lite.models.skeleton import give_storage, meta_model
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.plan_ledger import PlanLedger, on_real_tensors
 from qlora_lite.planning.simulate import remembered, simulate
 from qlora_lite.quant.linear import QuantLinear

@@ -15,12 +15,12 @@ from qlora_lite.experts.packing import GROUPED, described_experts, first_experts
 from qlora_lite.experts.routed import routed
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.families import known_config
 from qlora_lite.models.kernels import kernels_of, use_kernels
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.train import kernels
 from qlora_lite.train.forward import prepare
 

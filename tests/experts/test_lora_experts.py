@@ -19,8 +19,10 @@ from qlora_lite.adapters.read import read_adapter
 from qlora_lite.errors import ModelError, TrainingError
 from qlora_lite.experts import grouped, packing, routed
 from qlora_lite.experts.packing import GROUPED, both_names, described_experts, expert_weights
+from qlora_lite.kernels.grouped_product import add_grouped_sums
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.families import known_config
 from qlora_lite.models.kernels import kernels_of, use_kernels
@@ -28,8 +30,6 @@ from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import block_pattern
-from qlora_lite.ops.grouped_product import add_grouped_sums
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.simulate import simulate
 from qlora_lite.quant.product import materialize
 from qlora_lite.train import kernels

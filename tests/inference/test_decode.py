@@ -19,12 +19,12 @@ from qlora_lite.inference.decode import FixedSteps, decode, has_fixed_step
 from qlora_lite.inference.generate import Sampling, answer, answers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES, GROWING_SEGMENT_BYTES
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.load import adopt, load_model
 from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.models.skeleton import meta_model
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.answering import prompt_bytes
 from qlora_lite.quant.small_batch import MAX_ROWS
 

@@ -12,8 +12,8 @@ from tiny_runs import make_run, prompt_tuned
 
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import DataError, RecipeError
+from qlora_lite.kernels.loss import Head, head_logits, likeliest_tokens
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.loss import Head, head_logits, likeliest_tokens
 from qlora_lite.prepare import model as base_model
 
 pytest.importorskip("lm_eval", reason="the eval extra has it")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from qlora_lite.kernels.loss import Head, chunked_cross_entropy, head_logits
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.memory.marks import phase
+from qlora_lite.memory.shapes import pieces, planning_for
 from qlora_lite.memory.work import WorkCounter
 from qlora_lite.models.host_tables import HostRows
-from qlora_lite.ops.loss import Head, chunked_cross_entropy, head_logits
-from qlora_lite.ops.shapes import pieces, planning_for
 
 CPU = torch.device("cpu")
 WORDS, HIDDEN, TILE = 101, 16, 10
@@ -16,7 +16,7 @@ WORDS, HIDDEN, TILE = 101, 16, 10
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": TILE})
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", {"cpu": TILE})
 
 
 def weight():

@@ -34,8 +34,8 @@ from qlora_lite.models.anatomy import blocks, decoder, device_of
 from qlora_lite.models.kernels import kernels_of
 from qlora_lite.models.memory_options import MemoryOptions, on_host, place, set_memory_options, stream_of
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.ops.stream import ALIGNMENT, spare_bytes
-from qlora_lite.ops.tile import Tiled
+from qlora_lite.offload.stream import ALIGNMENT, spare_bytes
+from qlora_lite.offload.tile import Tiled
 from qlora_lite.planning import answering
 from qlora_lite.planning.answering import (
     MAX_PROMPTS,

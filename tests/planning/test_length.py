@@ -9,9 +9,9 @@ from remembered_plans import remember_simulations
 from test_simulate import config_of, job_for
 
 from qlora_lite.errors import DoesNotFitError
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.memory.gpus import find_gpu
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.candidate import Step, choose
 from qlora_lite.planning.largest import LENGTH_STEP
 from qlora_lite.planning.length import longest_job

@@ -5,10 +5,10 @@ import torch
 from jobs import new_job
 from tiny import build_tiny
 
+from qlora_lite.kernels import fused_attention
 from qlora_lite.memory.marks import phase
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops import fused_attention
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.planning.plan_ledger import GPU_SCRATCH, PlanLedger, on_real_tensors
 from qlora_lite.planning.simulate import CPU, META, _run, remembered
 from qlora_lite.train.workload import BatchShape

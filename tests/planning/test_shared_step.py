@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from qlora_lite.errors import RecipeError
 from qlora_lite.memory.gpus import LINKS, REACHED, find_gpu
-from qlora_lite.ops.stream import ALIGNMENT
+from qlora_lite.offload.stream import ALIGNMENT
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster, shared_step
 from qlora_lite.prepare import plan as planner

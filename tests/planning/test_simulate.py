@@ -16,6 +16,7 @@ from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.errors import ModelError
 from qlora_lite.experts import routed
 from qlora_lite.memory.ledger import Ledger
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.models.gguf_codes import kept_formats
 from qlora_lite.models.load import adopt, load_model, use_row_attention
 from qlora_lite.models.locate import locate
@@ -24,9 +25,8 @@ from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.published import published_formats
 from qlora_lite.models.quantizer import quantize_in_place
 from qlora_lite.models.skeleton import block_pattern, read_config
-from qlora_lite.ops.offload import pinned_bytes
-from qlora_lite.ops.shapes import planning_for
-from qlora_lite.ops.stream import shared_allocations
+from qlora_lite.offload.offload import pinned_bytes
+from qlora_lite.offload.stream import shared_allocations
 from qlora_lite.planning import plan_ledger
 from qlora_lite.planning import simulate as simulate_module
 from qlora_lite.planning.candidate import Step
@@ -516,10 +516,10 @@ def test_blocks_on_a_disk_hold_of_host_memory_what_is_planned():
 def test_pieces_that_a_plan_leaves_out_count_as_if_they_ran(monkeypatch, changes):
     options = MemoryOptions(tile_tokens=3, loss_chunk_tokens=2, **changes)
     job = job_for(config_of("llama"), options=options)
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", {"cpu": 24})
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", {"cpu": 24})
     short = simulate_whole(job)
-    for module in ("tile", "loss"):
-        monkeypatch.setattr(f"qlora_lite.ops.{module}.pieces", every_piece)
+    for module in ("offload.tile", "kernels.loss"):
+        monkeypatch.setattr(f"qlora_lite.{module}.pieces", every_piece)
     whole = simulate_whole(job)
     assert short.work == whole.work
     assert short.moments == whole.moments

@@ -11,7 +11,7 @@ from tiny_files import save_tiny
 
 from qlora_lite.errors import DoesNotFitError, RecipeError
 from qlora_lite.memory.gpus import find_gpu
-from qlora_lite.ops.stream import ALIGNMENT
+from qlora_lite.offload.stream import ALIGNMENT
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.shared_step import Cluster
 from qlora_lite.prepare.ranks import Ranks, _known_speed, part_of_base, plan_ranks, require_fit

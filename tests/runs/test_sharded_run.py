@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from qlora_lite.memory.meter import mapped_bytes
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.stream import Division
+from qlora_lite.offload.stream import Division
 from qlora_lite.prepare.model import build_model
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.train.causal_lm import CausalLM

@@ -16,10 +16,10 @@ from tiny_trainer import SETTINGS
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.errors import ModelError
+from qlora_lite.kernels.attention import row_attention
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.packing import runs_unpacked
-from qlora_lite.ops.attention import row_attention
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
 from qlora_lite.train.forward import labelled_count, prepare
 from qlora_lite.train.settings import TrainSettings

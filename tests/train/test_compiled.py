@@ -21,12 +21,12 @@ from torch._inductor.exc import InductorError
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.kernels.attention import _gradient_operator, _rows_operator
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
-from qlora_lite.ops import compiled
-from qlora_lite.ops.attention import _gradient_operator, _rows_operator
-from qlora_lite.ops.checkpoint import Run, running
-from qlora_lite.ops.shapes import planning_for
+from qlora_lite.offload import compiled
+from qlora_lite.offload.checkpoint import Run, running
 from qlora_lite.quant import product
 from qlora_lite.quant.formats import four_bit
 from qlora_lite.quant.linear import QuantLinear, frozen_weight

@@ -24,7 +24,7 @@ from qlora_lite.data.latents import LatentExample, shapes_of
 from qlora_lite.errors import DataError, ModelError, TrainingError
 from qlora_lite.models.denoisers import load_denoiser, meta_denoiser, spec_of
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
-from qlora_lite.ops.own_blocks import BlockCalls
+from qlora_lite.offload.own_blocks import BlockCalls
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint

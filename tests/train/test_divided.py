@@ -19,9 +19,9 @@ from qlora_lite.models import save
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, divided_weights, place, settle, stream_of
-from qlora_lite.ops.flat_block import ALIGNMENT, FlatBlock
-from qlora_lite.ops.offload import SideStream
-from qlora_lite.ops.stream import Division
+from qlora_lite.offload.flat_block import ALIGNMENT, FlatBlock
+from qlora_lite.offload.offload import SideStream
+from qlora_lite.offload.stream import Division
 from qlora_lite.planning.simulate import simulate, simulate_whole
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.loop import Trainer
@@ -346,7 +346,7 @@ def test_exchanges_that_end_late_are_waited_for(monkeypatch):
     """The buffer of gradients is not written to before it has been sent, and no sum is used before it is there."""
     found = []
     for side in (SideStream, Late):
-        monkeypatch.setattr("qlora_lite.ops.stream.SideStream", side)
+        monkeypatch.setattr("qlora_lite.offload.stream.SideStream", side)
         model = adopt(build_tiny("llama", num_hidden_layers=BLOCKS))
         WORK.method.apply(model)
         ranks = Twin(model)

@@ -6,7 +6,7 @@ import torch
 from counted import counted
 
 from qlora_lite.memory.marks import phase
-from qlora_lite.ops.shapes import planning_for
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.planning.simulate import META
 from qlora_lite.quant.blockwise import BLOCK_VALUES
 from qlora_lite.quant.tensor_file import write_tensors

@@ -28,7 +28,7 @@ from qlora_lite.memory.process import CUBLAS_WORKSPACE_BYTES
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, settle
-from qlora_lite.ops.stream import ALIGNMENT
+from qlora_lite.offload.stream import ALIGNMENT
 from qlora_lite.planning.predict import predict
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
@@ -103,7 +103,7 @@ def test_allocated_memory_is_what_the_plan_says():
 
 @pytest.mark.parametrize("options", SAME_ARITHMETIC, ids=str)
 def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_gpu(options, repeatable, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
     expected = gradients(build(device=CARD), PLAIN)
     model = build(options=options, device=CARD)
     for _ in range(2):  # the second step finds the stream where the first left it
@@ -113,7 +113,7 @@ def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit_on_a_gpu(opt
 
 @pytest.mark.parametrize("options", COPYING, ids=str)
 def test_copies_change_no_bit_of_steps_and_evaluations_on_a_gpu(options, repeatable, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
     found, expected = (
         gradients_of_steps(build(options=each, device=CARD), each, losses_without_gradients)
         for each in (options, replace(PLAIN, tile_tokens=options.tile_tokens))

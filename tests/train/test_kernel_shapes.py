@@ -5,8 +5,8 @@ from tiny import build_tiny, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lite.adapters.lora.inject import add_lora
+from qlora_lite.memory.shapes import CPU_MULTIPLE
 from qlora_lite.models.load import use_row_attention
-from qlora_lite.ops.shapes import CPU_MULTIPLE
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.step import accumulate_gradients

@@ -11,15 +11,15 @@ from tiny_trainer import trainer
 from torch._decomp import decomposition_table
 
 from qlora_lite.errors import TrainingError
+from qlora_lite.kernels import attention, flex_attention, gated, norm, trial
+from qlora_lite.kernels.block_attention import block_attention
+from qlora_lite.kernels.gated import GatedMLP
+from qlora_lite.kernels.norm import LeanNorm
+from qlora_lite.kernels.packed_attention import FORWARD, sequence_ends
 from qlora_lite.models import kernels as model_kernels
 from qlora_lite.models.kernels import EXPERTS, FLEX, GATED, KERNELS, kernels_of, use_kernels
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
-from qlora_lite.ops import attention, flex_attention, gated, norm, trial
-from qlora_lite.ops.around import wrappers
-from qlora_lite.ops.block_attention import block_attention
-from qlora_lite.ops.gated import GatedMLP
-from qlora_lite.ops.norm import LeanNorm
-from qlora_lite.ops.packed_attention import FORWARD, sequence_ends
+from qlora_lite.offload.around import wrappers
 from qlora_lite.train import kernels
 from qlora_lite.train.forward import Inputs
 from qlora_lite.train.kernels import check_kernels, choose_kernels

@@ -10,9 +10,9 @@ from tiny import quantized_pair, random_batch
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.memory.marks import phase
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.product import materialize, merged
 from qlora_lite.train.causal_lm import CausalLM

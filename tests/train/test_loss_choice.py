@@ -5,9 +5,9 @@ import torch
 from tiny_trainer import trainer
 
 from qlora_lite.errors import TrainingError
+from qlora_lite.kernels import fused_loss, trial
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, head_logits
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops import fused_loss, trial
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, chunked_cross_entropy, head_logits
 from qlora_lite.train import causal_lm
 
 WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, options=MemoryOptions(optimizer_in_backward=True))

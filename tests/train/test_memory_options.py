@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.errors import ModelError
+from qlora_lite.kernels.kept_attention import FUSED
 from qlora_lite.memory.marks import marks
 from qlora_lite.models.anatomy import blocks
 from qlora_lite.models.load import use_row_attention
@@ -39,8 +40,7 @@ from qlora_lite.models.memory_options import MemoryOptions, on_host, place, set_
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.ops.kept_attention import FUSED
-from qlora_lite.ops.tile import Tiled
+from qlora_lite.offload.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.product import keeping_weights
@@ -58,7 +58,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("options", SAME_ARITHMETIC, ids=str)
 def test_where_tensors_lie_and_whether_they_are_kept_changes_no_bit(options, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
     expected = gradients(build(), PLAIN)
     for one, other in zip(gradients(build(options=options), options), expected, strict=True):
         assert torch.equal(one, other)
@@ -78,9 +78,9 @@ def test_block_inputs_of_steps_of_any_length_come_back_from_the_host_or_a_disk(m
 def on_path_of(device_type):
     """Let attention run as on such a device, a GPU's through torch's fused kernels, and cut the head into slices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+        patch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
         for module in ("attention", "fused_attention"):
-            patch.setattr(f"qlora_lite.ops.{module}.device_type", lambda device: device_type)
+            patch.setattr(f"qlora_lite.kernels.{module}.device_type", lambda device: device_type)
         yield
 
 
@@ -258,7 +258,7 @@ class RunsOut(TorchDispatchMode):
 
 
 def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(late_copies, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
     options = MemoryOptions(resident_layers=1, offload_checkpoints=True, host_head=True)
     expected, model = gradients(build(), PLAIN, batches=1)[1:], build(options=options)
     set_memory_options(model.train(), options)
@@ -357,7 +357,7 @@ def test_train_and_eval_reach_the_module_inside_a_tile():
 def test_what_is_no_longer_than_a_tile_is_used_as_it_is(monkeypatch):
     model, ids = build(), torch.zeros(1, 4, dtype=torch.int64)
     set_memory_options(model, MemoryOptions(tile_tokens=4))
-    monkeypatch.setattr("qlora_lite.ops.tile.tiled", None)
+    monkeypatch.setattr("qlora_lite.offload.tile.tiled", None)
     model.eval()(ids, use_cache=False)
     for mode, tokens in ((True, 4), (False, 5)):
         with pytest.raises(TypeError, match="NoneType"):
@@ -404,7 +404,7 @@ def test_embeddings_that_are_the_head_go_to_the_host_with_it_or_stay(options):
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "cohere"])
 def test_one_table_in_host_memory_serves_as_embeddings_and_head(model_type, monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
     options = MemoryOptions(host_embeddings=True, host_head=True)
     model, plain = build(model_type, options), build(model_type)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -416,7 +416,7 @@ def test_one_table_in_host_memory_serves_as_embeddings_and_head(model_type, monk
 
 
 def test_the_bias_of_a_head_in_host_memory_is_added(monkeypatch):
-    monkeypatch.setattr("qlora_lite.ops.loss.TILE_WORDS", FEW_WORDS)
+    monkeypatch.setattr("qlora_lite.kernels.loss.TILE_WORDS", FEW_WORDS)
     options, found = MemoryOptions(host_head=True), []
     for each in (PLAIN, options):
         model = build(options=PLAIN)

@@ -10,7 +10,7 @@ from tiny_trainer import examples, trainer
 from qlora_lite.data.tokens.storage import row_lengths
 from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.memory_options import MemoryOptions, stream_of
-from qlora_lite.ops.stream import BlockStream
+from qlora_lite.offload.stream import BlockStream
 from qlora_lite.train import loop
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.out_of_memory import (

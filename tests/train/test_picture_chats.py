@@ -16,6 +16,7 @@ from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Extent
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.kernels import encoder_attention
 from qlora_lite.models import vision_language
 from qlora_lite.models.load import load_model, use_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
@@ -23,7 +24,6 @@ from qlora_lite.models.packing import run_unpacked, why_unpacked
 from qlora_lite.models.skeleton import meta_model, read_part
 from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
 from qlora_lite.models.vision_language import arguments_of
-from qlora_lite.ops import encoder_attention
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.picture_chats import PictureChatLM

@@ -21,12 +21,12 @@ from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.kernels import attention
 from qlora_lite.models.heads import Head, new_weights, with_head
 from qlora_lite.models.load import load_model, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.ops import attention
 from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.head_workload import HeadLoss

@@ -10,7 +10,7 @@ from tiny_trainer import examples, trainer
 
 from qlora_lite.errors import DoesNotFitError, LaunchError, ModelError
 from qlora_lite.models.memory_options import MemoryOptions, place, stream_of
-from qlora_lite.ops.stream import ALIGNMENT, SLOTS, BlockStream, Division, OnAllRanks
+from qlora_lite.offload.stream import ALIGNMENT, SLOTS, BlockStream, Division, OnAllRanks
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.shares import Share
 

@@ -12,8 +12,8 @@ from tiny_trainer import trainer
 
 from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.data.tokens.batch import Batch
+from qlora_lite.memory.shapes import planning_for
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
-from qlora_lite.ops.shapes import planning_for
 from qlora_lite.quant.small_batch import few
 from qlora_lite.recipe.reference import choices_of, field_at
 from qlora_lite.train import loop, optim

@@ -23,9 +23,9 @@ from qlora_lite.memory.work import FLOP_FORMULAS
 
 PLACES = {
     "quant/nf4.py": "dequantising 4-bit weights",
-    "ops/block_attention.py": "attention",
-    "ops/attention.py": "attention",
-    "ops/loss.py": "loss",
+    "kernels/block_attention.py": "attention",
+    "kernels/attention.py": "attention",
+    "kernels/loss.py": "loss",
     "adapters/lora/layer.py": "LoRA layers",
     "quant/product.py": "LoRA layers",
 }  # the module of an operator -> what it belongs to

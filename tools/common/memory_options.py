@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from common.cases import OUT_OF_MEMORY, RANK, free_memory, job_of, memory_options_of, model_of, trainer_of, under_ledger
 from common.models import config_of, dtype_of
 from qlora_lite.adapters.files import Lora
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job
 from qlora_lite.train.causal_lm import CausalLM
@@ -46,7 +46,7 @@ def saving_options(tokens: int) -> dict[str, dict]:
 
 def first_case(model: str, tokens: int) -> dict:
     """Return the case without any memory option; of the loss there are never all words' logits
-    (``ops.loss.TILE_WORDS``)."""
+    (``kernels.loss.TILE_WORDS``)."""
     return {
         "model": model,
         "tokens": tokens,

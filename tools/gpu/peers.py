@@ -16,10 +16,10 @@ from common.models import config_of, dtype_of
 from common.peers import dressed, peers_step, stock_model
 from qlora_lite.compilers import missing_for_compile
 from qlora_lite.errors import QloraLiteError
+from qlora_lite.kernels.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
+from qlora_lite.kernels.trial import foreign_errors
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.ops.fused_loss import CHECKED_TOKENS, FUSED, Loss, errors_of
-from qlora_lite.ops.loss import AUTO_CHUNK_TOKENS, Head, chunked_cross_entropy
-from qlora_lite.ops.trial import foreign_errors
 from qlora_lite.prepare.plan import Plan
 from simulated_gpu.runtime import LIBRARY
 
@@ -154,7 +154,7 @@ def _peak(device: torch.device) -> dict:
 
 
 def compare_losses(name: str, tokens: int, device: torch.device) -> Iterator[dict]:
-    """Yield speed, memory and relative errors of the loss alone: ours, and those of ``ops.fused_loss``.
+    """Yield speed, memory and relative errors of the loss alone: ours, and those of ``kernels.fused_loss``.
 
     Args:
         name: a key of ``models.MODELS``, whose head, frozen and random, is taken.

@@ -24,7 +24,7 @@ Source: DoRA, arXiv 2402.09353, sections 4.1 and 4.3; norms by factors: arXiv 26
 import torch
 from torch import nn
 
-from qlora_lite.ops.checkpoint import kept_result
+from qlora_lite.offload.checkpoint import kept_result
 from qlora_lite.quant.linear import frozen_weight, squared_row_norms
 from qlora_lite.quant.product import FrozenMatmul, product
 

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lite.errors import ModelError, matches_nothing, require_one_of
 from qlora_lite.experts.packing import LORA, expert_weights, use_experts
 from qlora_lite.memory.marks import category, once_a_step
-from qlora_lite.ops.own_blocks import OwnBlocks
+from qlora_lite.offload.own_blocks import OwnBlocks
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear, frozen_weight, is_linear, is_linear_16_bit, of_mamba, untouched
 from qlora_lite.quant.merging import GGUF, GGUF_BLOCK, NF4, OFF

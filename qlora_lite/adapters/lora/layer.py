@@ -7,7 +7,7 @@ A starts Kaiming-uniform and B at zero, so that the first forward equals the bas
 The low-rank part is formed first and the base product accumulates onto it (no second [T, out] tensor, one
 rounding: see ``quant.product.add_product``). x, x A^T and the *packed* weight are saved, and the weight is
 dequantised again in backward. Saving and multiplying are two autograd functions, so that a checkpointed
-block's recomputation can leave out its last product (``down_proj``; see ``ops.checkpoint``). Layers with the same
+block's recomputation can leave out its last product (``down_proj``; see ``offload.checkpoint``). Layers with the same
 input can be begun together (``shared``). With dropout the low-rank branch has its own input, so plain autograd is used
 around the same frozen product.
 
@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import Projection
-from qlora_lite.ops.checkpoint import product_or_placeholder
-from qlora_lite.ops.shapes import on_gpu
+from qlora_lite.memory.shapes import on_gpu
+from qlora_lite.offload.checkpoint import product_or_placeholder
 from qlora_lite.quant.linear import frozen_weight, small_batch_product
 from qlora_lite.quant.merging import GGUF, NF4, Merging
 from qlora_lite.quant.product import (

@@ -29,8 +29,8 @@ from qlora_lite.adapters.saved import Saved
 from qlora_lite.adapters.switch import Switch
 from qlora_lite.errors import ModelError
 from qlora_lite.experts.packing import both_names, compute_experts, expert_weights
-from qlora_lite.ops.around import Around
-from qlora_lite.ops.token_rows import EmbeddingWithRows, HeadWithRows
+from qlora_lite.kernels.token_rows import EmbeddingWithRows, HeadWithRows
+from qlora_lite.offload.around import Around
 from qlora_lite.quant.linear import QuantLinear, arrange_layer, frozen_weight, small_batch_product, squared_row_norms
 from qlora_lite.quant.merging import Merging
 from qlora_lite.quant.product import WeightSpec, add_product, materialize, merged

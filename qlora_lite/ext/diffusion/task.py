@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.models.denoisers import DenoiserModel
     from qlora_lite.models.memory_options import MemoryOptions
-    from qlora_lite.ops.stream import Ranks
+    from qlora_lite.offload.stream import Ranks
     from qlora_lite.planning.machine import Machine
     from qlora_lite.prepare.moment import Measured, Moment, Watch
     from qlora_lite.train.denoiser import Denoiser
