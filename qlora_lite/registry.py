@@ -12,6 +12,7 @@ import ast
 import sys
 from contextlib import suppress
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, distributions
 from importlib.util import find_spec
 from typing import Any
@@ -66,17 +67,26 @@ def find(kind: str, name: str, protocol: type) -> Any:
 
 
 def summary(kind: str, name: str) -> str:
-    """Return the first line of the docstring of the module in which a thing stands; the module is not imported.
+    """Return the first line of the docstring of the module in which a thing stands; nothing is imported for it.
 
     Args:
         kind: of ``KINDS``.
         name: of ``names``.
     """
     entry, owner = _registered(kind)[name]
-    with suppress(ImportError, SyntaxError, AttributeError):  # using it says what is wrong
-        source = find_spec(entry.module).loader.get_source(entry.module)  # type: ignore[union-attr]
-        return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    with suppress(ImportError, SyntaxError, AttributeError, ValueError):  # using it says what is wrong
+        return (ast.get_docstring(ast.parse(_source(entry.module))) or "").partition("\n")[0]
     return f"of {owner}, and cannot be read"
+
+
+def _source(module: str) -> Any:
+    """Return a module's text; ``find_spec`` alone would import the packages that it is in."""
+    name, *rest = module.split(".")
+    spec: Any = find_spec(name)
+    for part in rest:
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return spec.loader.get_source(name)
 
 
 def _registered(kind: str) -> dict[str, tuple[EntryPoint, str]]:

@@ -59,6 +59,35 @@ def test_a_command_of_another_distribution_is_listed_without_an_import_and_runs(
     assert "error: the command lost of greeting cannot be loaded (nowhere:LOST: " in capsys.readouterr().err
 
 
+def test_the_line_of_a_command_is_read_without_importing_the_packages_it_is_in(tmp_path, monkeypatch):
+    distribution(tmp_path, "others", {"hello": "others_package.hello:hello"}, kind="commands")
+    (tmp_path / "others_package").mkdir()
+    (tmp_path / "others_package" / "__init__.py").write_text("raise RuntimeError")
+    (tmp_path / "others_package" / "hello.py").write_text('"""Say hello."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.summary("commands", "hello") == "Say hello."
+
+
+def test_a_command_of_a_group_is_listed_and_runs_there_alone(tmp_path, command, monkeypatch):
+    code = '"""Say hello."""\nimport click\nhello = click.Command("hello", callback=lambda: click.echo("hi"))\n'
+    distribution(tmp_path, "greeted", {"recipes.hello": "greeted:hello"}, code, "commands")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert re.search(r"  hello +Say hello\.\n", command("recipes", "--help")[1])
+    assert "hello" not in command("--help")[1] and command("hello")[0] == 2
+    assert command("recipes", "hello")[:2] == (0, "hi\n")
+
+
+@pytest.mark.parametrize(("name", "group"), [("train", []), ("recipes.list", ["recipes"])])
+def test_a_command_named_like_one_of_the_core_is_an_error_where_commands_are_listed(
+    name, group, tmp_path, command, monkeypatch
+):
+    distribution(tmp_path, "other", {name: "nowhere:COMMAND"}, kind="commands")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = command(*group, "--help")
+    assert code != 0 and re.search(rf"^error: .* {name}, which qlora-lite has itself; update or uninstall", err)
+    assert err.count("\n") == 1
+
+
 def test_names_are_listed_without_an_import(tmp_path, monkeypatch):
     distribution(tmp_path, "other", {"onnx": "nowhere:ONNX"})
     monkeypatch.syspath_prepend(tmp_path)

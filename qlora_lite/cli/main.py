@@ -15,11 +15,11 @@ import click
 from qlora_lite import __version__
 from qlora_lite.compilers import avoid_what_is_missing
 from qlora_lite.errors import Interrupted, QloraLiteError
-from qlora_lite.registry import find, names, summary
 from qlora_lite.runs.launch import is_first, require_one_process
 from qlora_lite.runs.signals import stop_signals
 from qlora_lite.terminal import printable
 
+from .group import ExtensibleGroup
 from .output import drop_output, echo
 
 ENDED_BY_SIGPIPE = 141  # as a shell tells it; Windows has no such signal
@@ -47,23 +47,26 @@ _ASKS_NOTHING = "plan", "data", "report", "recipes", "explain", "doctor", "train
 _MODULES = {name: name for name in COMMANDS} | {"chat": "generate"}
 
 
-class _Commands(click.Group):
-    """A group that imports a command's module only when the command is used.
+class _Commands(ExtensibleGroup):
+    """A group that imports a command's module only when the command is used."""
 
-    Behind the core's own are registered ones (``registry``), with the first lines of their modules' docstrings.
-    """
+    def own(self):
+        return list(COMMANDS)
 
-    def list_commands(self, _ctx):
-        return [*COMMANDS, *(name for name in names("commands") if name not in COMMANDS)]
-
-    def get_command(self, _ctx, name):
+    def get_command(self, ctx, name):
         if name in COMMANDS:
             return getattr(import_module(f"qlora_lite.cli.{_MODULES[name]}"), name)
-        return find("commands", name, click.Command) if name in names("commands") else None
+        return super().get_command(ctx, name)
+
+    def list_commands(self, _ctx):
+        return [*COMMANDS, *self.registered()]
+
+    def help_line(self, ctx, name, limit):
+        return COMMANDS.get(name) or super().help_line(ctx, name, limit)
 
     def resolve_command(self, ctx, args):
-        known = self.list_commands(ctx)
-        if args and args[0] not in known and (close := get_close_matches(args[0], known, 1)):
+        known = COMMANDS if args[0] in COMMANDS else self.list_commands(ctx)
+        if args[0] not in known and (close := get_close_matches(args[0], known, 1)):
             ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]}?")
         return super().resolve_command(ctx, args)
 
@@ -77,11 +80,6 @@ class _Commands(click.Group):
         except BrokenPipeError:
             drop_output(sys.stdout, sys.stderr)
             raise click.exceptions.Exit(ENDED_BY_SIGPIPE) from None
-
-    def format_commands(self, ctx, formatter):
-        with formatter.section("Commands"):
-            others = {name: summary("commands", name) for name in self.list_commands(ctx)[len(COMMANDS) :]}
-            formatter.write_dl([*COMMANDS.items(), *others.items()])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,10 +14,11 @@ from qlora_lite.recipe.convert import convert as convert_file
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Recipe
 
+from .group import ExtensibleGroup
 from .output import echo, echo_exactly
 
 
-@click.group()
+@click.group(cls=ExtensibleGroup, prefix="recipes.")
 def recipes() -> None:
     """List, show, copy and check recipes, or convert another trainer's file."""
 
