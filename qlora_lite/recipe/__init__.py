@@ -2,6 +2,5 @@
 
 strict_yaml (text to values with places) -> schema (settings, defaults, rules) -> load (all problems at once)
 -> paths (what the recipe names must be there). foreign_names and reference serve the messages and `qlora-lite explain`;
-catalog lists and copies the built-in recipes. convert makes a recipe of another trainer's file: foreign_files (its
-settings) -> foreign_values (what becomes of each) -> load.
+catalog lists and copies the built-in recipes.
 """

@@ -1,4 +1,4 @@
-"""What settings of other trainers, and their values, are called here: for messages, and for `convert`.
+"""Whose a file is, and what its settings and their values are called here: for messages, and to convert it.
 
 Covers axolotl, LlamaFactory, trl and transformers, unsloth, litgpt and torchtune. A name that is the last
 part of one of our own keys is found by that (`learning_rate` outside of `train`) and does not stand here.
@@ -18,9 +18,11 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from .schema import Source
+from .schema import Recipe, Source
+from .strict_yaml import Node
 
 _NUMBER = re.compile(r"\.\d+\.")
+_LLAMA_FACTORY = {"stage", "finetuning_type", "cutoff_len", "dataset_dir", "template", "lora_target", "do_train"}
 _RENAMED = {
     "model.path":
         "base_model model_name_or_path model_name model_id model_id_or_path "
@@ -355,6 +357,21 @@ _NO_VALUES = {  # by setting: what to know about values that are not offered
         "`qlora-lite explain methods` says what is offered": "ia3 adalora loha lokr boft oft hra fourierft",
     },
 }  # fmt: skip
+
+
+def trainer_of(root: Node) -> str | None:
+    """Return whose file a YAML mapping is, by its keys; None where it is nobody's that is known, such as a recipe."""
+    values = root.value if isinstance(root.value, dict) else {}
+    training, model = values.get("training"), values.get("model")
+    if training and model and isinstance(training.value, dict) and isinstance(model.value, str):
+        return "unsloth-studio"
+    if len(values.keys() - Recipe.model_fields.keys()) < 3:
+        return None
+    if any(isinstance(child.value, dict) and "_component_" in child.value for child in values.values()):
+        return "torchtune"
+    if "model_name_or_path" in values:
+        return "LlamaFactory" if values.keys() & _LLAMA_FACTORY else "trl"
+    return "axolotl" if "base_model" in values else None
 
 
 def value_advice(key: str, value: str) -> str | None:

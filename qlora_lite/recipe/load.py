@@ -20,7 +20,6 @@ from qlora_lite.errors import Problem, RecipeError
 from . import foreign_names, paths, reference
 from .catalog import closest_recipe, recipe_for_every_gpu
 from .combinations import conflicts, table_columns, without_evaluation
-from .foreign_files import trainer_of
 from .overrides import apply_overrides, override_number
 from .part import NAMING, USUAL, Location, find_section, implied_settings
 from .schema import FORMER_NAMES, Recipe, Rule, fault_of_pattern
@@ -81,7 +80,7 @@ def _checked(content: bytes, name: str, overrides: Sequence[str], check_files: b
         checker.files()
     if recipe is None or checker.problems:
         problems = _ordered(checker.problems, name)
-        if trainer := trainer_of(root):
+        if trainer := foreign_names.trainer_of(root):
             message = f"this looks like a file of {trainer}: `qlora-lite recipes convert {name}` turns it into a recipe"
             problems.append(Problem(message, name))
         raise RecipeError(problems)

@@ -8,11 +8,10 @@ import yaml
 from recipe.foreign_shapes import SHAPES, Code, write_files
 
 from qlora_lite.errors import RecipeError
+from qlora_lite.ext.convert.recipe import _THEIR_DEFAULTS, convert
 from qlora_lite.prepare.preflight import preflight
 from qlora_lite.prepare.task import find_preference, find_task
-from qlora_lite.recipe import convert as convert_module
 from qlora_lite.recipe import reference
-from qlora_lite.recipe.convert import convert
 from qlora_lite.recipe.foreign_names import _ANSWERS
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.recipe.schema import Target
@@ -238,7 +237,7 @@ def test_what_another_trainer_does_by_default_is_written_where_it_is_another_def
     conversion, r = made(text.replace("adapter: qlora", "adapter: lora"))
     assert (r.model.quant, r.data.packing, r.train.optimizer) == ("none", False, "adamw_torch")
     assert "  quant: none  # the default of axolotl\n" in conversion.text
-    for trainer, defaults in convert_module._THEIR_DEFAULTS.items():
+    for trainer, defaults in _THEIR_DEFAULTS.items():
         assert set(defaults) <= set(reference.known_keys()), trainer
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_lite.errors import Problem, RecipeError
+from qlora_lite.recipe import foreign_names, paths, reference
+from qlora_lite.recipe.strict_yaml import NOT_TEXT, scalar_value, shown
 
-from . import foreign_names, paths, reference
-from .foreign_files import ALPACA, CHAT_TEMPLATE, Code, Setting
-from .strict_yaml import NOT_TEXT, scalar_value, shown
+from .files import ALPACA, CHAT_TEMPLATE, Code, Setting
 
 Kind = Literal["lost", "changed", "unused"]
 _KINDS: dict[str, Kind] = {"not needed": "unused", "otherwise": "changed", "not offered": "lost"}

@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lite.errors import Problem, RecipeError
-
-from .schema import Recipe
-from .strict_yaml import MAX_BYTES, NOT_TEXT, Node, parse, plain, scalar_value, shown
+from qlora_lite.recipe.foreign_names import trainer_of
+from qlora_lite.recipe.strict_yaml import MAX_BYTES, NOT_TEXT, Node, parse, plain, scalar_value, shown
 
 MAX_CODE_BYTES = 4 * MAX_BYTES
 MAX_NOTEBOOK_BYTES = 8 * 2**20  # with the pictures among its outputs
-_LLAMA_FACTORY = {"stage", "finetuning_type", "cutoff_len", "dataset_dir", "template", "lora_target", "do_train"}
 _VISION_MODELS = {"FastVisionModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq"}
 _MODELS = {"FastLanguageModel", "FastModel", "AutoModelForCausalLM", *_VISION_MODELS}
 _TRL = "SFT", "DPO", "KTO", "ORPO", "CPO", "Reward", "GRPO"
@@ -108,21 +106,6 @@ class Setting:
 
 _Names = Mapping[str, ast.expr]
 _Functions = Mapping[str, str | None]
-
-
-def trainer_of(root: Node) -> str | None:
-    """Return whose file a YAML mapping is, by its keys; None where it is nobody's that is known, such as a recipe."""
-    values = root.value if isinstance(root.value, dict) else {}
-    training, model = values.get("training"), values.get("model")
-    if training and model and isinstance(training.value, dict) and isinstance(model.value, str):
-        return "unsloth-studio"
-    if len(values.keys() - Recipe.model_fields.keys()) < 3:
-        return None
-    if any(isinstance(child.value, dict) and "_component_" in child.value for child in values.values()):
-        return "torchtune"
-    if "model_name_or_path" in values:
-        return "LlamaFactory" if values.keys() & _LLAMA_FACTORY else "trl"
-    return "axolotl" if "base_model" in values else None
 
 
 def is_command(text: str) -> bool:

@@ -1,7 +1,7 @@
 """Make a recipe of another trainer's file.
 
-`foreign_files` reads its settings, `foreign_names` says what they are called here, `foreign_values` what becomes of
-their values; here the recipe is made of that. What the file leaves to its trainer's defaults is written down where
+`files` reads its settings, the core's `foreign_names` says what they are called here, `values` what becomes of their
+values; here the recipe is made of that. What the file leaves to its trainer's defaults is written down where
 ours differ, since the recipe is to train what the file trains. For the same reason a file with an objective or a method
 that is not here is refused, and so is one with settings that what is learned depends on and that have no counterpart,
 unless a part of it is asked for.
@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_lite.errors import Problem, RecipeError
+from qlora_lite.recipe import reference
+from qlora_lite.recipe.load import recipe_of
+from qlora_lite.recipe.overrides import apply_overrides
+from qlora_lite.recipe.schema import Recipe
+from qlora_lite.recipe.strict_yaml import dump, parse, plain, shown
 from qlora_lite.units import counted
 
-from . import reference
-from .foreign_files import is_command, read_command, read_script, read_settings
-from .foreign_values import FOUR_BIT, Draft, Kind, Note, take, take_dataset, warmup
-from .load import recipe_of
-from .overrides import apply_overrides
-from .schema import Recipe
-from .strict_yaml import dump, parse, plain, shown
+from .files import is_command, read_command, read_script, read_settings
+from .values import FOUR_BIT, Draft, Kind, Note, take, take_dataset, warmup
 
 MAX_LINES = 50  # of notes of a kind in the recipe's comments, for a recipe has to stay small
 _TITLES: dict[Kind, str] = {

@@ -1,0 +1,1 @@
+"""Recipes of other trainers' files: files (its settings) -> values (what becomes of each) -> recipe."""
