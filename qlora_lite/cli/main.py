@@ -37,7 +37,6 @@ COMMANDS = {
     "export": "Export a run for peft, vLLM, llama.cpp or Ollama, and check the result.",
     "compare": "Measure several runs on one base model, side by side.",
     "report": "Write a run's report page again, also for a run that was killed.",
-    "serve": "Try runs with OpenAI-compatible clients, on this machine only.",
     "recipes": "List, show, copy and check recipes; convert those of other trainers.",
     "quantize": "Write a model as a 4-bit checkpoint.",
     "explain": "Explain a setting, a section of a recipe or a topic.",

@@ -21,11 +21,11 @@ from tiny_runs import make_run, prompt_tuned
 
 from qlora_lite.data.chat.conversation import Turn
 from qlora_lite.data.chat.probe import TakesTooMuchError
+from qlora_lite.ext.serve.app import MAX_CONNECTIONS, Limits, build_app, http_server
+from qlora_lite.ext.serve.engine import Engine
+from qlora_lite.ext.serve.requests import ApiError, read_request
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.multi_adapter import open_tasks
-from qlora_lite.inference.serve.app import MAX_CONNECTIONS, Limits, build_app, http_server
-from qlora_lite.inference.serve.engine import Engine
-from qlora_lite.inference.serve.requests import ApiError, read_request
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3?"}]
 TURNS = [Turn("system", "Be brief."), Turn("user", "3?")]
@@ -248,7 +248,7 @@ def test_messages_for_which_the_template_takes_too_much_are_a_bad_request(client
     def take_too_much(*_):
         raise TakesTooMuchError("the chat template (model) takes more than 1 second of processor time")
 
-    monkeypatch.setattr("qlora_lite.inference.serve.engine.render_prompt", take_too_much)
+    monkeypatch.setattr("qlora_lite.ext.serve.engine.render_prompt", take_too_much)
     with pytest.raises(openai.BadRequestError, match="1 second of processor time") as caught:
         client.chat.completions.create(model="base", messages=ASKED)
     assert caught.value.param == "messages"
@@ -471,7 +471,7 @@ def test_a_client_that_leaves_amid_its_request_leaves_no_trace_in_the_log(server
 )
 def test_connections_that_bring_no_request_lock_nobody_out(server, monkeypatch, parts):
     port = server[0]
-    monkeypatch.setattr("qlora_lite.inference.serve.app.REQUEST_SECONDS", 0.8)
+    monkeypatch.setattr("qlora_lite.ext.serve.app.REQUEST_SECONDS", 0.8)
     with ExitStack() as idle:
         for _ in range(MAX_CONNECTIONS):
             connection = idle.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
@@ -486,7 +486,7 @@ def test_connections_that_bring_no_request_lock_nobody_out(server, monkeypatch, 
 
 
 def test_a_slow_answer_is_not_cut_off_as_a_connection_without_request(server, monkeypatch):
-    monkeypatch.setattr("qlora_lite.inference.serve.app.REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr("qlora_lite.ext.serve.app.REQUEST_SECONDS", 0.2)
     with held_forward(server[1].model) as (_, held, go):
         connection = post_chat(server[0], max_tokens=1)
         assert held.wait(20)

@@ -19,11 +19,11 @@ from qlora_lite.adapters.lora.switch import add_switch
 from qlora_lite.adapters.read import WEIGHTS_NAME, Adapter, Factors
 from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.export.agreement import compare, outputs
+from qlora_lite.ext.serve import app
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.generate import answer
 from qlora_lite.inference.multi_adapter import open_tasks
-from qlora_lite.inference.serve import app
 from qlora_lite.memory.process import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,

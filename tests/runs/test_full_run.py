@@ -13,11 +13,11 @@ from qlora_lite.artifacts.trained_run import open_trained
 from qlora_lite.errors import Interrupted, ModelError, RecipeError
 from qlora_lite.export.formats import ExportSettings, export_run
 from qlora_lite.export.merge import MergeSettings, merge_run
+from qlora_lite.ext.serve.engine import Engine
 from qlora_lite.files import sha256
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.compare import compare_runs
 from qlora_lite.inference.evaluate import evaluate_recipe
-from qlora_lite.inference.serve.engine import Engine
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import stages
 from qlora_lite.runs.run import run_recipe

@@ -23,12 +23,12 @@ from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, RecipeError
 from qlora_lite.export.merge import MergeSettings, merge_run
 from qlora_lite.ext.hub.push import PushSettings, prepare_push
+from qlora_lite.ext.serve.app import BODY_BYTES_WITH_PICTURES, Limits, build_app
 from qlora_lite.ext.vision_language.reader import load_processor
 from qlora_lite.inference.chat import open_session
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.inference.multi_adapter import open_tasks
 from qlora_lite.inference.predict import PredictSettings, predict_file
-from qlora_lite.inference.serve.app import BODY_BYTES_WITH_PICTURES, Limits, build_app
 from qlora_lite.models.locate import locate
 from qlora_lite.models.merge import PROCESSOR_FILES
 from qlora_lite.models.skeleton import meta_model

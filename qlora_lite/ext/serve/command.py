@@ -1,9 +1,9 @@
-"""``qlora-lite serve``: try runs with OpenAI-compatible clients."""
+"""Try runs with OpenAI-compatible clients, on this machine only."""
 
 import click
 
-from .options import context_option, of_a_run
-from .output import prepare
+from qlora_lite.cli.options import context_option, of_a_run
+from qlora_lite.cli.output import prepare
 
 
 @click.command()
@@ -45,7 +45,8 @@ def serve(
     prepare()
     from qlora_lite.inference.chat import tell_of_system
     from qlora_lite.inference.multi_adapter import open_tasks
-    from qlora_lite.inference.serve.app import BODY_BYTES, BODY_BYTES_WITH_PICTURES, Limits, run_server
+
+    from .app import BODY_BYTES, BODY_BYTES_WITH_PICTURES, Limits, run_server
 
     tasks = open_tasks(runs, model_path, unfinished, context_tokens)
     runs_by_name = {name: tasks.task(name).run for name in tasks.names}
