@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -436,6 +437,14 @@ def test_a_server_that_is_stopped_ends_its_answer_and_refuses_those_that_wait(ru
             go.set()
             assert answered.makefile("rb").read().count(b'"completion_tokens":1,') == 1
             assert b"503" in waiting.makefile("rb").readline()
+
+
+def test_without_its_extra_the_command_says_how_to_install_it(command, monkeypatch):
+    monkeypatch.delitem(sys.modules, "qlora_lite.ext.serve.app")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, out, err = command("serve", "nowhere")
+    assert (code != 0, out) == (True, "") and err.count("\n") == 1
+    assert re.match(r"error: serve needs uvicorn: pip install 'starlette\S+ 'uvicorn\S+$", err)
 
 
 def test_a_client_that_leaves_amid_its_request_leaves_no_trace_in_the_log(server, client, caplog, monkeypatch):

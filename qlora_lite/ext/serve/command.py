@@ -4,6 +4,7 @@ import click
 
 from qlora_lite.cli.options import context_option, of_a_run
 from qlora_lite.cli.output import prepare
+from qlora_lite.errors import ModelError, how_to_install
 
 
 @click.command()
@@ -46,7 +47,10 @@ def serve(
     from qlora_lite.inference.chat import tell_of_system
     from qlora_lite.inference.multi_adapter import open_tasks
 
-    from .app import BODY_BYTES, BODY_BYTES_WITH_PICTURES, Limits, run_server
+    try:
+        from .app import BODY_BYTES, BODY_BYTES_WITH_PICTURES, Limits, run_server
+    except ModuleNotFoundError as error:
+        raise ModelError(f"serve needs {error.name}: {how_to_install('serve')}") from error
 
     tasks = open_tasks(runs, model_path, unfinished, context_tokens)
     runs_by_name = {name: tasks.task(name).run for name in tasks.names}
