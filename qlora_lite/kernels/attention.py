@@ -18,11 +18,13 @@ Shapes: query [B, H, T, D], key and value [B, K, T, D] with H a multiple of K (g
 result [B, T, H, D].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.shapes import device_type, kernel_rows
@@ -42,40 +44,71 @@ FORMULA_TOKENS = 256  # of a row, whose scores take little even for all heads at
 _MASK_MULTIPLE = 16  # entries, of a mask's rows in memory: a GPU's kernel copies others
 
 
+class Rows(NamedTuple):
+    """What is attended to, and how."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None  # bool or additive float [B, 1, Tq, Tk]; used only without lengths
+    scaling: float | None  # factor on the scores; None means 1 / sqrt(D)
+    dropout: float
+    window: int | None  # a token sees itself and this many minus one before it; None for all
+    softcap: float | None  # scores become softcap * tanh(scores / softcap) (Gemma-2); None for off
+    sinks: torch.Tensor | None  # [H], a score per head that takes weight and gives nothing (gpt-oss); None for off
+    lengths: Sequence[int]  # tokens in each row; none with a mask, a tensor under torch.compile; filler may follow
+    ends: torch.Tensor | None  # of rows (``packed_attention.sequence_ends``), if a GPU may take all in one call
+    flex: bool  # a GPU may attend with capped scores or sinks in one call (``flex_attention``)
+    pictures: (
+        tuple[Sequence[int], Sequence[int], bool] | None
+    )  # first tokens, sizes, and if in layers with a window only
+    is_causal: bool  # not an encoder's
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+    @property
+    def within(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[int], float | None, int | None]:
+        return self.query, self.key, self.value, self.lengths, self.scaling, self.window
+
+    @property
+    def is_special(self) -> bool:  # capped scores or sinks, which torch's fused kernels do not know
+        return self.is_causal and (bool(self.softcap) or self.sinks is not None)
+
+    @property
+    def see_pictures(self) -> bool:  # all of a picture, and not only the tokens before
+        return self.is_causal and self.pictures is not None and (self.window is not None or not self.pictures[2])
+
+    @property
+    def are_on_cpu(self) -> bool:
+        return device_type(self.query.device) == "cpu"
+
+
 def row_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    row_lengths=None,
-    row_ends=None,
-    row_flex=False,
-    row_pictures=None,
-    row_windows=None,
-    **_unused,
-):
-    """Attend within each row, causally if the layer does not say otherwise.
+    module: nn.Module | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    row_lengths: Sequence[int] | None = None,
+    row_ends: torch.Tensor | None = None,
+    row_flex: bool = False,
+    row_pictures: tuple[Sequence[int], Sequence[int], bool] | None = None,
+    row_windows: tuple[Collection[nn.Module], Sequence[int]] | None = None,
+    **_unused: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each row, causally if the layer does not say otherwise; the arguments are those of ``Rows``.
 
     Args:
         module: the attention layer, as in transformers' attention interface; ``is_causal`` False is an encoder's.
-        attention_mask: bool or additive float [B, 1, Tq, Tk]; used only without ``row_lengths``. None or empty for
-            none.
-        scaling: factor on the scores; None means 1 / sqrt(D).
-        sliding_window: a token sees itself and this many minus one before it; None for all.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma-2); None for off.
-        s_aux: attention sinks [H], a score per head that takes weight and gives nothing (gpt-oss); None for off.
-        row_lengths: tokens in each row, in order; an int64 tensor under torch.compile. Tokens behind the last row are
-            filler: they attend to nothing and get zeros.
-        row_ends: where they end (``packed_attention.sequence_ends``), if a GPU may attend to all of them in one call.
-        row_flex: a GPU may attend with capped scores or sinks in one call (``flex_attention``).
-        row_pictures: the first token of each picture and how many tokens each has, where these see all of their picture
-            (``picture_attention``); and whether they do so only in layers with a ``sliding_window``.
+        attention_mask: None or empty for none.
+        s_aux: attention sinks.
         row_windows: layers of a vision tower that attend within windows, and the tokens of each window, in order.
 
     Returns:
@@ -84,71 +117,86 @@ def row_attention(
     Raises:
         ModelError: dropout, or pictures whose tokens see all of them, beside capped scores or sinks.
     """
-    no_kernel = softcap or s_aux is not None
-    if not getattr(module, "is_causal", True):
-        if row_windows is not None and module in row_windows[0]:
-            row_lengths = row_windows[1]
-        return _of_encoder(query, key, value, attention_mask, scaling, dropout, sliding_window, row_lengths), None
-    if dropout and no_kernel:
+    is_causal, length = getattr(module, "is_causal", True), query.shape[2]
+    if not is_causal and row_windows is not None and module in row_windows[0]:
+        row_lengths = row_windows[1]
+    if row_lengths is None:
+        has_mask = attention_mask is not None and attention_mask.numel()  # empty: a block that gets no row_lengths
+        if not has_mask:
+            attention_mask = None
+        row_lengths = () if has_mask or (is_causal and length != key.shape[2]) else (length,)
+    how = scaling, dropout, sliding_window, softcap, s_aux
+    rows = Rows(query, key, value, attention_mask, *how, row_lengths, row_ends, row_flex, row_pictures, is_causal)
+    if rows.dropout and rows.is_special:
         raise ModelError(
             "dropout of attention's weights is not known here beside capped scores or sinks: set "
             "attention_dropout to 0 in the model's config.json"
         )
-    if row_pictures is not None and (sliding_window is not None or not row_pictures[2]):
-        if no_kernel or dropout:
-            raise ModelError(
-                "pictures whose tokens see all of them are not known here beside capped scores, sinks or "
-                "dropout of attention's weights; choose another model"
-            )
-        causal, _ = row_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling,
-            0.0,
-            sliding_window,
-            row_lengths=row_lengths,
-            row_ends=row_ends,
+    if rows.see_pictures and (rows.is_special or rows.dropout):
+        raise ModelError(
+            "pictures whose tokens see all of them are not known here beside capped scores, sinks or "
+            "dropout of attention's weights; choose another model"
         )
-        return seeing_pictures(causal, query, key, value, *row_pictures[:2], row_lengths, scaling, sliding_window), None
-    length = query.shape[2]
-    if attention_mask is not None and not attention_mask.numel():  # of a block that does not pass row_lengths on
-        attention_mask = None
-    if row_lengths is None and attention_mask is None and length == key.shape[2]:
-        row_lengths = (length,)
-    if row_lengths is None:
-        if no_kernel:
-            out = _written_out(query, key, value, attention_mask, scaling, softcap, s_aux)
-        else:
-            out = _fused(query, key, value, attention_mask, scaling, dropout)
-        return out.transpose(1, 2).contiguous(), None
-    if torch.compiler.is_compiling():  # then the lengths are a tensor
-        return _rows_operator(query, key, value, row_lengths, s_aux, scaling, sliding_window, softcap), None
-    if no_kernel:
-        how = row_lengths, scaling, sliding_window, softcap, s_aux
-        if row_flex and flex_takes(query, key, value, row_lengths):
-            return kept_attention(lambda *tensors: flex_attention(*tensors, *how), query, key, value), None
-        return block_attention(query, key, value, *how), None
-    by_row = partial(row_by_row, query, key, value, row_lengths, scaling, sliding_window, dropout)
-    if device_type(query.device) == "cpu" and not dropout:
-        fused = by_row if _fused_is_faster(query.dtype, row_lengths, sliding_window) else None
-        return block_attention(query, key, value, row_lengths, scaling, sliding_window, attend=fused), None
-    alone = len(row_lengths) == 1 and (sliding_window is None or sliding_window >= length)  # a fused kernel's own case
-    if row_ends is not None and not alone and not dropout and kernel_takes(query, key, value, row_lengths):
-        attend = partial(packed_attention, ends=row_ends, lengths=row_lengths, scaling=scaling, window=sliding_window)
-        return kept_attention(attend, query, key, value).transpose(1, 2).contiguous(), None
-    if not dropout and _by_blocks(query, key, value, row_lengths, sliding_window):
-        return block_attention(query, key, value, row_lengths, scaling, sliding_window), None
-    return by_row(), None
+    return _attend(rows), None
 
 
-def _of_encoder(query, key, value, attention_mask, scaling, dropout, window, row_lengths) -> torch.Tensor:
-    """Attend in both directions; see ``row_attention`` and ``encoder_attention``."""
-    if row_lengths is None and attention_mask is not None and attention_mask.numel():
-        return _fused(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous()
-    return encoder_attention(query, key, value, row_lengths or (query.shape[2],), scaling, window, dropout)
+def _attend(rows: Rows) -> torch.Tensor:
+    return next(attend for takes, attend in KERNELS if takes(rows))(rows)
+
+
+def _around_pictures(rows: Rows) -> torch.Tensor:
+    begins, sizes, _ = rows.pictures or ((), (), False)
+    return seeing_pictures(_attend(rows._replace(pictures=None)), *rows.tensors, begins, sizes, *rows.within[3:])
+
+
+def _with_mask(rows: Rows) -> torch.Tensor:
+    if rows.is_special:
+        out = _written_out(*rows.tensors, rows.mask, rows.scaling, rows.softcap, rows.sinks)
+    else:
+        out = _fused(*rows.tensors, rows.mask, rows.scaling, rows.dropout)
+    return out.transpose(1, 2).contiguous()
+
+
+def _compiled(rows: Rows) -> torch.Tensor:
+    return _rows_operator(*rows.tensors, rows.lengths, rows.sinks, rows.scaling, rows.window, rows.softcap)
+
+
+def _by_flex(rows: Rows) -> torch.Tensor:
+    how = *rows.within[3:], rows.softcap, rows.sinks
+    return kept_attention(lambda query, key, value: flex_attention(query, key, value, *how), *rows.tensors)
+
+
+def _in_blocks(rows: Rows) -> torch.Tensor:
+    fused = not rows.is_special and rows.are_on_cpu and _fused_is_faster(rows.query.dtype, rows.lengths, rows.window)
+    attend = partial(row_by_row, *rows.within, rows.dropout) if fused else None
+    return block_attention(*rows.within, rows.softcap, rows.sinks, attend)
+
+
+def _fit_packed_kernel(rows: Rows) -> bool:
+    if rows.ends is None or rows.dropout:
+        return False
+    # one row alone is a fused kernel's own case
+    alone = len(rows.lengths) == 1 and (rows.window is None or rows.window >= rows.query.shape[2])
+    return not alone and kernel_takes(*rows.tensors, rows.lengths)
+
+
+def _all_at_once(rows: Rows) -> torch.Tensor:
+    attend = partial(packed_attention, ends=rows.ends, lengths=rows.lengths, scaling=rows.scaling, window=rows.window)
+    return kept_attention(attend, *rows.tensors).transpose(1, 2).contiguous()
+
+
+# What takes rows, and attends to them: the first that does.
+KERNELS: tuple[tuple[Callable[[Rows], bool], Callable[[Rows], torch.Tensor]], ...] = (
+    (lambda rows: rows.see_pictures, _around_pictures),
+    (lambda rows: len(rows.lengths) == 0, _with_mask),
+    (lambda rows: not rows.is_causal, lambda rows: encoder_attention(*rows.within, rows.dropout)),
+    (lambda _: torch.compiler.is_compiling(), _compiled),
+    (lambda rows: rows.is_special and rows.flex and flex_takes(*rows.tensors, rows.lengths), _by_flex),
+    (lambda rows: rows.is_special or (rows.are_on_cpu and not rows.dropout), _in_blocks),
+    (_fit_packed_kernel, _all_at_once),
+    (lambda rows: not rows.dropout and _by_blocks(*rows.tensors, rows.lengths, rows.window), _in_blocks),
+    (lambda _: True, lambda rows: row_by_row(*rows.within, rows.dropout)),
+)
 
 
 def _by_blocks(query, key, value, row_lengths: Sequence[int], window: int | None) -> bool:
@@ -164,8 +212,8 @@ def row_by_row(query, key, value, row_lengths, scaling, window, dropout) -> torc
     """Attend within one row after the other with fused kernels; return [B, T, H, D]."""
     attend = partial(_fused, scaling=scaling, dropout=dropout)
     outs, start, length = [], sum(row_lengths), query.shape[2]
-    for row_length, *row in zip(row_lengths, *_cut(row_lengths, query, key, value), strict=True):
-        outs.append(window_attention(attend, *row, window)[:, :row_length])
+    for row_length, q, k, v in zip(row_lengths, *_cut(row_lengths, query, key, value), strict=True):
+        outs.append(window_attention(attend, q, k, v, window)[:, :row_length])
     if start < length:
         outs.append(query.new_zeros(query.shape[0], length - start, query.shape[1], value.shape[3]))
     return outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -324,9 +372,9 @@ def _gradient_operator(
     if device_type(query.device) == "cpu" or no_kernel or _by_blocks(query, key, value, lengths, window):
         return block_gradients(query, key, value, grad, lengths, scaling, window, softcap, sinks)
 
-    inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
     with running(None), as_outside(), torch.enable_grad():
-        grads = torch.autograd.grad(_attended(*inputs, row_lengths, None, scaling, window, None), inputs, grad)
+        grads = torch.autograd.grad(_attended(q, k, v, row_lengths, None, scaling, window, None), (q, k, v), grad)
     return tuple(grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)  # laid out token by token
 
 
