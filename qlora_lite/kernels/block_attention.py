@@ -93,7 +93,8 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         grad_out = _by_key_head(grad_out, ctx.key_heads)
-        grads = _gradients(*ctx.saved_tensors, grad_out, ctx.row_lengths, ctx.scores)
+        query, key, value, sinks = ctx.saved_tensors
+        grads = _gradients(query, key, value, sinks, grad_out, ctx.row_lengths, ctx.scores)
         return *(_by_token(grad, ctx.key_heads, ctx.tokens).transpose(1, 2) for grad in grads), *(None,) * 4
 
 

@@ -51,10 +51,10 @@ def encoder_attention(
         start += count * length
     outs = {}
     for size, runs in groups.items():
-        rows = [_gathered(tensor, runs, size) for tensor in (query, key, value)]
-        lengths = [run.length for run in runs for _ in range(run.count)]
-        out = fused_attention(*rows, _mask(lengths, size, window, query), scaling, dropout, False).transpose(1, 2)
-        for run, part in zip(runs, out.split([run.count for run in runs]), strict=True):
+        q, k, v = (_gathered(tensor, runs, size) for tensor in (query, key, value))
+        lengths = [run.length for run in runs for _ in range(run.sequences)]
+        out = fused_attention(q, k, v, _mask(lengths, size, window, query), scaling, dropout, False).transpose(1, 2)
+        for run, part in zip(runs, out.split([run.sequences for run in runs]), strict=True):
             outs[run.start] = part[:, : run.length].flatten(0, 1)
     if behind := query.shape[2] - start:
         outs[start] = query.new_zeros(behind, *query.shape[1::2])
@@ -66,12 +66,12 @@ class _Run(NamedTuple):
 
     start: int
     length: int
-    count: int
+    sequences: int
 
 
 def _gathered(tensor: torch.Tensor, runs: Sequence[_Run], size: int) -> torch.Tensor:
     """Return so many tokens from each start of [1, H, T, D] as a batch, with zeros where there are none left."""
-    ends = [run.start + run.count * size for run in runs]
+    ends = [run.start + run.sequences * size for run in runs]
     if ends[-1] > tensor.shape[2]:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, ends[-1] - tensor.shape[2]))
     found = [tensor[:, :, run.start : end] for run, end in zip(runs, ends, strict=True)]

@@ -192,11 +192,11 @@ def _tables(row_lengths: tuple[int, ...], window: int | None, device: torch.devi
         mask.full_q_num_blocks,
         mask.full_q_indices,
     )
-    first_keys, *tables = (sent(tensor, device) for tensor in (_first_keys(row_lengths, window), *tables))
-    for tensor, begin in ((first_keys, 0), *((table, 2) for table in tables)):
+    first_keys, *there = (sent(tensor, device) for tensor in (_first_keys(row_lengths, window), *tables))
+    for tensor, begin in ((first_keys, 0), *((table, 2) for table in there)):
         for dimension in range(begin, tensor.ndim):
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-    return first_keys, tables
+    return first_keys, there
 
 
 def _first_keys(row_lengths: Sequence[int], window: int | None) -> torch.Tensor:

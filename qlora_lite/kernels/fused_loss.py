@@ -71,7 +71,7 @@ def choose_loss(
         hidden: [N, D], those of a step; N at least 1.
         chunk_tokens: of ours.
     """
-    ours = "the chunked loss", lambda *inputs: chunked_cross_entropy(*inputs, chunk_tokens)
+    ours = "the chunked loss", lambda hidden, targets, head: chunked_cross_entropy(hidden, targets, head, chunk_tokens)
     others = {name: FUSED[name][1] for name in names}
     return choose("memory.fused_loss", ours, others, lambda loss: try_loss(loss, hidden, targets, head))
 
@@ -86,7 +86,8 @@ def try_loss(loss: Loss, hidden: torch.Tensor, targets: torch.Tensor, head: Head
 def errors_of(loss: Loss, hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[float, float]:
     """Return how far a loss and its gradient are from float64's, relatively."""
     found, exact = _value_and_gradient(loss, hidden, targets, head), exact_loss(hidden, targets, head)
-    return tuple(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    value, gradient = (float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    return value, gradient
 
 
 def _value_and_gradient(

@@ -46,18 +46,18 @@ def kept_attention(attend: Callable[..., torch.Tensor], *inputs: torch.Tensor) -
     if run is None or run.attention is None:
         return attend(*inputs)
     if run.is_first:
-        return _first(run, attend, inputs)
+        return _first(run, run.attention, attend, inputs)
     with _Returning(run):
         return attend(*inputs)
 
 
-def _first(run: Run, attend: Callable[..., torch.Tensor], inputs) -> torch.Tensor:
+def _first(run: Run, calls: list[FusedCall | None], attend: Callable[..., torch.Tensor], inputs) -> torch.Tensor:
     """Attend as in the recomputation, which wants gradients: torch may choose a kernel by that, and what it gives."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     nothing_saved = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)  # nobody goes back here
     with torch.enable_grad(), nothing_saved, _Keeping(run) as seen:
         out = attend(*inputs)
-    run.attention.append(seen.call)
+    calls.append(seen.call)
     return out.detach()
 
 
@@ -66,7 +66,8 @@ class _Keeping(TorchDispatchMode):
 
     def __init__(self, run: Run):
         super().__init__()
-        self.run, self.call = run, None
+        self.run = run
+        self.call: FusedCall | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         results = func(*args, **(kwargs or {}))

@@ -89,10 +89,8 @@ class _PackedAttention(torch.autograd.Function):
             return BACKWARD(grad, query, key, value, out, logsumexp[heads], *places, *ctx.state, **settings)
 
         if ctx.key_heads >= key.shape[1]:
-            found = gradients(grad_out, query, key, value, out, slice(None))
-        else:
-            found = over_key_heads(ctx.key_heads, gradients, grad_out, query, key, value, out)
-        return *found, *(None,) * 5
+            return *gradients(grad_out, query, key, value, out, slice(None)), *(None,) * 5
+        return *over_key_heads(ctx.key_heads, gradients, grad_out, query, key, value, out), *(None,) * 5
 
 
 def scratch_bytes(grad_out, query, key, _value, out, _logsumexp, ends, *_others, **_unused) -> int:
