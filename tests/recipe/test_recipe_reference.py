@@ -67,10 +67,11 @@ def test_the_choices_of_the_recipe_are_those_of_the_layers_that_do_the_work():
         assert reference.choices_of(reference.field_at((section, name))) == choices, name
     assert tuple(NAMED_TEMPLATES) == TEMPLATES
     row_format = reference.rule_of(Source.model_fields["format"])
-    assert row_format == f"{', '.join(row_formats.FORMATS[:-1])} or {row_formats.FORMATS[-1]}, or null"
+    *others, last = row_formats.FORMATS
+    assert row_format == f"{', '.join(others)} or {last}, or null"
 
 
-@pytest.mark.parametrize("function", [examples.build_examples, examples.read_examples])
+@pytest.mark.parametrize("function", [examples.build_examples, examples.ReadSettings])
 def test_the_functions_that_make_rows_have_the_defaults_of_the_recipe(function):
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.name in Data.model_fields}
