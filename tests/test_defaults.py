@@ -9,7 +9,7 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import ALL_LINEAR, Target, add_lora
 from qlora_lite.adapters.lora.layer import LoraLinear
 from qlora_lite.data.tokens.batch import plan_epoch
-from qlora_lite.data.tokens.examples import build_examples, read_examples
+from qlora_lite.data.tokens.examples import ReadSettings, build_examples
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.simulate import Job
@@ -23,7 +23,7 @@ SAME = [
     (add_lora, schema.Lora),
     (Lora, schema.Lora),
     (build_examples, schema.Data),
-    (read_examples, schema.Data),
+    (ReadSettings, schema.Data),
     (plan_epoch, schema.Data),
     (Job, schema.Train),
     (MemoryOptions, schema.Train),

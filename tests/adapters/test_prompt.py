@@ -286,7 +286,7 @@ def test_a_prompt_that_leaves_no_room_and_settings_of_others_are_refused(tmp_pat
     path = write_recipe(tmp_path, tmp_path, lora={}, adapter={"method": "prompt"})
     with pytest.raises(RecipeError, match=r"prompt.virtual_tokens = 60: leaves 4 of data.max_tokens 64 for a row"):
         load_recipe(path, ["prompt.virtual_tokens=60", "data.max_tokens=64", "model.path=x"], check_files=False)
-    with pytest.raises(RecipeError, match=r"lora.rank: only with adapter.method lora or dora"):
+    with pytest.raises(RecipeError, match=r"lora.rank: only with adapter.method dora or lora"):
         load_recipe(path, ["lora.rank=2", "model.path=x"], check_files=False)
     with pytest.raises(RecipeError, match="write a number there, such as 2e-2"):
         load_recipe(path, ["train.learning_rate=auto", "model.path=x"], check_files=False)

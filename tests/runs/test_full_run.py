@@ -133,7 +133,7 @@ def test_a_damaged_model_and_a_run_without_one_are_refused(run, model_folder, tm
     [
         (["model.quant=nf4"], "model.quant = nf4: full fine-tuning trains 16-bit weights; write model.quant: none"),
         (["model.compute_dtype=float16"], "no updates of float16 weights; write bfloat16 or float32"),
-        (["lora.rank=8"], "lora.rank: only with adapter.method lora or dora; remove one"),
+        (["lora.rank=8"], "lora.rank: only with adapter.method dora or lora; remove one"),
         (["train.loraplus_lr_ratio=4"], "train.loraplus_lr_ratio = 4: not possible with adapter.method full"),
         (["memory.head=host"], "memory.head = host: not possible with adapter.method full; write device"),
         (["memory.resident_layers=1"], "memory.resident_layers: streamed weights are trained one at a time"),

@@ -385,7 +385,7 @@ def test_other_ways_to_train_it(bases, tmp_path):
         ({"adapter": {"method": "bottleneck"}}, r"adapter.method = bottleneck: not possible with task.kind image-text"),
         ({"model": {"quant": "keep"}}, "model.quant = keep: not possible"),
         ({"data": {"overflow": "truncate"}}, "data.overflow = truncate: .* an example has pictures; write error or"),
-        ({"data": {"augment": "flip"}}, "data.augment: only with task.kind image-classification or image-segmentation"),
+        ({"data": {"augment": "flip"}}, "data.augment: only with task.kind image-classification, image-embedding or"),
         ({"train": {"objective": "dpo"}}, "train.objective = dpo: not possible with task.kind image-text-to-text"),
         ({"lora": {"start": "pissa"}}, "lora.start = pissa: not possible with task.kind image-text-to-text"),
         ({"train": {"merge_aware": "nf4"}}, "train.merge_aware = nf4: not possible with task.kind image-text-to-text"),

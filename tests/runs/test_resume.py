@@ -21,6 +21,7 @@ from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.artifacts.run_folder import newest_path, open_run
 from qlora_lite.errors import CheckpointError, Interrupted, ModelError, OutputError, RecipeError
 from qlora_lite.files import sha256
+from qlora_lite.inference import course
 from qlora_lite.models import quantizer
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Output
@@ -456,7 +457,7 @@ def test_more_steps_give_the_longer_run_where_the_learning_rates_are_the_same(la
 
 def test_more_steps_under_a_schedule_that_bends_are_refused_and_fewer_always(lab, monkeypatch):
     lab.begin_with_stopped(4)
-    monkeypatch.setattr("qlora_lite.runs.stages.reader_of", None)  # before anything is loaded
+    monkeypatch.setattr("qlora_lite.runs.stages.find_task", None)  # before anything is loaded
     with pytest.raises(
         CheckpointError, match=r"steps: 8 -> 11, for which train\.lr_scheduler cosine gives the 4 steps"
     ):
@@ -865,7 +866,7 @@ def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, 
     undisturbed = Lab(tmp_path / "undisturbed", model_folder)
     answering = {"train": PATIENT["train"] | {"metrics_examples": 2}}
     undisturbed.run(**answering)
-    answer, calls = training.measure, []
+    answer, calls = course.measure, []
 
     def measure(*arguments):
         calls.append(1)
@@ -873,7 +874,7 @@ def test_a_run_stopped_after_its_early_end_takes_no_further_step(lab, tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
         return answer(*arguments)
 
-    monkeypatch.setattr(training, "measure", measure)
+    monkeypatch.setattr(course, "measure", measure)
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 5; all of it is saved"):
         lab.run(**answering)
     lab.run(resume="", **answering)

@@ -8,7 +8,6 @@ from qlora_lite.recipe.schema import Diffusion
 
 _NEEDS: Needs = {
     **ONLY_PICTURES,
-    ("data", "augment"): ("none",),
     ("memory", "optimizer_in_backward"): (False,),
     ("memory", "layers_per_checkpoint"): (1,),
     ("memory", "stream_from"): ("host",),

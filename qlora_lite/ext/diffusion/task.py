@@ -40,7 +40,7 @@ class Drawing(Task):
     has_tokens = False
     writes_text = False
     draws = True
-    settings = "task.labels", "data.resolution", "data.augment", "data.buckets", "data.caption", "diffusion"
+    settings = "task.labels", "data.resolution", "data.buckets", "data.caption", "diffusion"
     labels = Labels("captions")
 
     def conflicts(self, value: Value) -> Found:
