@@ -37,6 +37,7 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     Returns:
         Training and evaluation rows. Where no row can be spared, none is, and the first part says so as a problem.
     """
+    rows: np.ndarray
     rows, sources = np.unique(data.examples.order, return_index=True)
     source_of = np.cumsum(data.examples_of).searchsorted(sources, side="right")
     is_held = _chosen(replace(data.examples, order=rows), share)

@@ -129,4 +129,4 @@ def described(output: np.ndarray, labels: Sequence[str], problem: str) -> dict[s
     if problem == LABELS:
         chosen = [label for label, value in zip(labels, output, strict=True) if value > 0]
         return {"labels": chosen, "probabilities": by_label}
-    return {"label": labels[int(output.argmax())], "probabilities": by_label}
+    return {"label": labels[int(np.argmax(output))], "probabilities": by_label}
