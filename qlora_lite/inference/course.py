@@ -44,7 +44,7 @@ def text_metrics(moment: Moment) -> Measured | None:
             )
     except (DoesNotFitError, ModelError) as error:
         if trainer.step:
-            log.warning("train.metrics %s are not measured: %s", moment, error)
+            log.warning("train.metrics %s are not measured: %s", str(moment), error)  # the step of now
             return None
         if isinstance(error, ModelError):
             raise

@@ -585,7 +585,7 @@ def test_a_run_s_own_recipe_loads_again(bases, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"data": {"augment": "flip"}}, "data.augment = flip: not possible with task.kind image-generation"),
+        ({"data": {"augment": "flip"}}, "data.augment: only with task.kind image-classification"),
         ({"adapter": {"method": "dora"}}, "adapter.method = dora: a denoiser"),
         ({"adapter": {"method": "full"}, "model": {"quant": "nf4"}}, "full fine-tuning trains 16-bit weights"),
         ({"diffusion": {"weighting": "cosmap", "prediction": "epsilon"}}, "diffusion.weighting = cosmap: not with"),

@@ -37,11 +37,10 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
     Returns:
         Training and evaluation rows. Where no row can be spared, none is, and the first part says so as a problem.
     """
-    rows: np.ndarray
     rows, sources = np.unique(data.examples.order, return_index=True)
-    source_of = np.cumsum(data.examples_of).searchsorted(sources, side="right")
+    source_of: np.ndarray = np.asarray(np.searchsorted(np.cumsum(data.examples_of), sources, side="right"))
     is_held = _chosen(replace(data.examples, order=rows), share)
-    held = rows[is_held]
+    held: np.ndarray = np.extract(is_held, rows)
     kept: np.ndarray = ~np.isin(data.examples.order, held)
     train_of = [int(part.sum()) for part in np.split(kept, np.cumsum(data.examples_of)[:-1])]
     eval_of = np.bincount(source_of[is_held], minlength=len(data.examples_of)).tolist()

@@ -261,7 +261,7 @@ def draw_samples(moment: Moment, prompts: Sequence[str]) -> None:
             pictures = draw(trainer.workload, trainer.model, pipeline, stored, moment.kept[NEUTRAL], how)
         write_samples(moment.folder / SAMPLES, moment.when, prompts, pictures)
     except (DataError, ModelError, OutputError, DoesNotFitError) as error:
-        log.warning("the report shows no pictures %s: %s", moment, error)
+        log.warning("the report shows no pictures %s: %s", str(moment), error)
 
 
 def by_prompt(prompts: Sequence[str], known: Mapping[str, Stored]) -> list[Stored]:

@@ -162,7 +162,7 @@ def show_pictures(moment: Moment, result: Measured | None) -> Measured | None:
             made = described(work, shown, all_of_shown, training, known)
             write_text(path, json.dumps(before | {"given": given(shown), moment.when: made}) + "\n")
     except (DataError, OutputError, DoesNotFitError, ValueError) as error:
-        log.warning("the report shows no pictures %s: %s", moment, error)
+        log.warning("the report shows no pictures %s: %s", str(moment), error)
         return result
     more = Measured({"accuracy_nearest_neighbour": score})
     moment.log_scores(more, counted(len(held), "example"))
