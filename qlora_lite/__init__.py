@@ -39,12 +39,14 @@ _API = {
     "AdapterMethod": "qlora_lite.adapters.method",
     "Lora": "qlora_lite.adapters.files",
     "Full": "qlora_lite.adapters.full",
-    "Objective": "qlora_lite.train.workload",
-    "LossSum": "qlora_lite.train.workload",
+    "Objective": "qlora_lite.train.objective",
+    "LossSum": "qlora_lite.train.objective",
     "CrossEntropy": "qlora_lite.train.causal_lm",
     "Workload": "qlora_lite.train.workload",
-    "BatchShape": "qlora_lite.train.workload",
-    "CausalLM": "qlora_lite.train.causal_lm",
+    "ModelSpec": "qlora_lite.train.model_spec",
+    "Batches": "qlora_lite.train.batches",
+    "BatchShape": "qlora_lite.train.batches",
+    "causal_lm": "qlora_lite.train.causal_lm",
     "MethodEntry": "qlora_lite.prepare.method",
     "ObjectiveEntry": "qlora_lite.prepare.objective",
     "Task": "qlora_lite.prepare.task",
@@ -94,13 +96,15 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test compares it wit
     from .recipe.schema import Section as Section
     from .runs.run import run_recipe as run_recipe
     from .tasks.text import Text as Text
-    from .train.causal_lm import CausalLM as CausalLM
+    from .train.batches import Batches as Batches
+    from .train.batches import BatchShape as BatchShape
     from .train.causal_lm import CrossEntropy as CrossEntropy
+    from .train.causal_lm import causal_lm as causal_lm
     from .train.loop import Trainer as Trainer
+    from .train.model_spec import ModelSpec as ModelSpec
+    from .train.objective import LossSum as LossSum
+    from .train.objective import Objective as Objective
     from .train.settings import TrainSettings as TrainSettings
-    from .train.workload import BatchShape as BatchShape
-    from .train.workload import LossSum as LossSum
-    from .train.workload import Objective as Objective
     from .train.workload import Workload as Workload
 else:
 

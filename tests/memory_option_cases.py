@@ -12,7 +12,7 @@ from qlora_lite.memory.marks import phase
 from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.quantizer import quantize_head
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, train_step_in_backward
 
@@ -84,7 +84,7 @@ def gradients_of_steps(model, options, between=lambda model: []):
     found = []
     for number, lengths in enumerate([((9, 14, 6), (40,)), ((30, 31), (3, 4), (50,))]):
         inputs = [prepare(random_batch(rows, seed=number), device_of(model)) for rows in lengths]
-        accumulate_gradients(CausalLM().with_options(options), model, inputs)
+        accumulate_gradients(causal_lm().with_options(options), model, inputs)
         for _, parameter in lora_parameters(model):
             found.append(parameter.grad)
             parameter.grad = None
@@ -97,7 +97,7 @@ def gradients(model, options, batches=2):
     set_memory_options(model, options)
     torch.manual_seed(0)
     inputs = [prepare(random_batch(seed=seed), device_of(model)) for seed in range(batches)]
-    loss = accumulate_gradients(CausalLM().with_options(options), model.train(), inputs).loss
+    loss = accumulate_gradients(causal_lm().with_options(options), model.train(), inputs).loss
     found = [parameter.grad for _, parameter in lora_parameters(model)]
     for _, parameter in lora_parameters(model):
         parameter.grad = None
@@ -109,7 +109,7 @@ def gradients_in_backward(model, options):
     set_memory_options(model, options)
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=1.0)  # whose state is the sum of the gradients that it saw
-    step = train_step_in_backward(CausalLM().with_options(options), model.train(), random_batch(seed=0), optimizer)
+    step = train_step_in_backward(causal_lm().with_options(options), model.train(), random_batch(seed=0), optimizer)
     assert all(parameter.grad is None for parameter in parameters)
     return [torch.tensor(step.loss), *(optimizer.state[parameter]["momentum_buffer"] for parameter in parameters)]
 
@@ -117,6 +117,6 @@ def gradients_in_backward(model, options):
 def losses_without_gradients(model):
     """Return the losses of an evaluation and of a forward in training mode, after which training goes on."""
     batches = [random_batch((5, 40)), random_batch(seed=2)]
-    evaluated = evaluate_loss(CausalLM(), model, batches).loss
+    evaluated = evaluate_loss(causal_lm(), model, batches).loss
     with torch.no_grad():
-        return [torch.tensor(evaluated), CausalLM().loss(model, prepare(batches[0], device_of(model))).sum]
+        return [torch.tensor(evaluated), causal_lm().loss(model, prepare(batches[0], device_of(model))).sum]

@@ -16,10 +16,11 @@ from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.search import search
 from qlora_lite.planning.simulate import Job
+from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
-from qlora_lite.train.workload import BatchShape, Workload
+from qlora_lite.train.workload import Workload
 
 MACHINE = Machine("a CPU", "cpu", 2**34, 0, 1e11, 1e10, 1e10, dtype=torch.float32)
 
@@ -51,6 +52,7 @@ def language_model():
 def of_text(**parts):
     config = config_of("llama")
     work = new_job(config, BatchShape((1,), 1), compute_dtype=torch.float32, factor_dtype=torch.float32).workload
+    work = work.with_method(parts.pop("method", work.method))
     return Case(replace(work, **parts), language_model, examples(), {})
 
 
@@ -59,8 +61,10 @@ def plan(case, limit_bytes):
     trainer = case.trainer()
     s, work = trainer.settings, case.workload
     largest, evaluation = largest_batches(work, case.examples, case.examples, trainer.epochs)
-    job = Job(work, BatchShape((1,), 1), work.shape(evaluation), optimizer=s.optimizer, max_grad_norm=s.max_grad_norm)
-    step = Step(job, work.shape(largest), 1, s.gradient_accumulation_steps, may_split=False)
+    job = Job(
+        work, BatchShape((1,), 1), work.batches.shape(evaluation), optimizer=s.optimizer, max_grad_norm=s.max_grad_norm
+    )
+    step = Step(job, work.batches.shape(largest), 1, s.gradient_accumulation_steps, may_split=False)
     found = search(step, MACHINE, limit_bytes)
     return choose(found, limit_bytes), min(found, key=lambda candidate: candidate.peak_bytes)
 

@@ -14,12 +14,12 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe import schema
+from qlora_lite.train.causal_lm import TextSpec
 from qlora_lite.train.settings import TrainSettings
-from qlora_lite.train.transformer import ModelSpec
 
 SAME = [
     (load_model, schema.Model),
-    (ModelSpec, schema.Model),
+    (TextSpec, schema.Model),
     (add_lora, schema.Lora),
     (Lora, schema.Lora),
     (build_examples, schema.Data),

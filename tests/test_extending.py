@@ -1,9 +1,9 @@
-"""A method, an objective and a workload of one's own, made of public names alone, in everything the package does.
+"""A kind of model, batches, an objective and a method of one's own, made of public names, in all that the package does.
 
 Each is planned within a budget, trained, killed, resumed to the bit, saved, loaded and evaluated.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,17 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lite import AdapterMethod, BatchShape, CrossEntropy, LossSum, Objective, Workload, save_adapter
+from qlora_lite import (
+    AdapterMethod,
+    Batches,
+    BatchShape,
+    CrossEntropy,
+    LossSum,
+    ModelSpec,
+    Objective,
+    Workload,
+    save_adapter,
+)
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.kernels.loss import head_logits
@@ -113,14 +123,13 @@ class Classes(Objective):
         right = (outputs.argmax(-1) == inputs[1]).sum()
         return LossSum(functional.cross_entropy(outputs, inputs[1], reduction="sum"), {"accuracy": right.float()})
 
+    def weight(self, inputs):
+        return len(inputs[1])
+
 
 @dataclass(frozen=True)
-class Pictures(Workload):
-    """A workload: a classifier of pictures, whose examples are pairs of a picture and its class."""
-
-    depth: int = 3
-    method: AdapterMethod = field(default_factory=Biases)
-    objective: Objective = field(default_factory=Classes)
+class Pictures(Batches):
+    """Examples that are pairs of a picture and its class."""
 
     def collate(self, examples):
         pictures, classes = zip(*examples, strict=True)
@@ -136,27 +145,32 @@ class Pictures(Workload):
         count = len(shape.lengths)
         return torch.zeros(count, 8, 8, device=device), torch.zeros(count, dtype=torch.int64, device=device)
 
-    def weight(self, inputs):
-        return len(inputs[1])
 
-    def loss(self, model, inputs):
-        return self.objective(model, model(inputs[0]), inputs)
+@dataclass(frozen=True)
+class ClassifierSpec(ModelSpec):
+    """A classifier of pictures."""
 
-    def planned_model(self, device, options, shape):
+    depth: int = 3
+
+    def planned_model(self, method, device, options, shape):
         with device:
             model = Classifier(self.depth)
-        self.method.apply(model)
+        method.apply(model)
         set_memory_options(place(model, device, options, self.blocks(model)), options, self.blocks(model))
         return model.train()
 
     def blocks(self, model):
         return list(model.blocks)
 
+    def outputs(self, model, inputs):
+        return model(inputs[0])
+
 
 def pictures():
     chance = torch.Generator().manual_seed(0)
     found = [(torch.rand(8, 8, generator=chance), int(torch.randint(10, (), generator=chance))) for _ in range(40)]
-    return Case(Pictures(), lambda: Classifier(3), found, {"max_tokens": 4, "packing": False, "micro_batch_size": 4})
+    work = Workload(ClassifierSpec(), Pictures(), Classes(), Biases())
+    return Case(work, lambda: Classifier(3), found, {"max_tokens": 4, "packing": False, "micro_batch_size": 4})
 
 
 CASES = {

@@ -6,7 +6,7 @@ from typing import assert_type
 from torch import nn
 
 import qlora_lite
-from qlora_lite import AdapterMethod, CausalLM, Full, LossSum, Objective, Trainer, TrainSettings
+from qlora_lite import AdapterMethod, Full, LossSum, Objective, Trainer, TrainSettings, causal_lm
 
 
 class Plain(Objective):
@@ -22,7 +22,7 @@ class Nothing(AdapterMethod):
 def use(model: nn.Module) -> None:
     settings = TrainSettings(learning_rate=1e-3, max_steps=2)
     assert_type(settings.max_steps, int | None)
-    trainer = Trainer(model, [], settings, workload=CausalLM(method=Full(), objective=Plain()))
+    trainer = Trainer(model, [], settings, workload=causal_lm(Full(), Plain()))
     assert_type(trainer, Trainer)
     for metrics in trainer:
         assert_type(metrics.loss, float)

@@ -16,10 +16,11 @@ from torch.nn import functional
 from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.kernels.loss import Head, head_logits
 from qlora_lite.models.anatomy import device_of, head
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import hidden_states
+from qlora_lite.train.workload import Workload
 
-OF_TEXT = CausalLM()
+OF_TEXT = causal_lm()
 CHUNK_TOKENS = 64  # of logits at once: 64 MiB for a vocabulary of 262,144
 
 
@@ -47,16 +48,16 @@ class Likeness(NamedTuple):
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[Batch], work: CausalLM = OF_TEXT) -> Outputs:
+def outputs(model: nn.Module, batches: Iterable[Batch], work: Workload = OF_TEXT) -> Outputs:
     """Run a model over batches of a workload and keep what it says about their target tokens.
 
     Raises:
         ModelError: rows run together here would not give the model's own logits.
     """
-    work.check_forward(model.eval(), 0)
+    work.spec.check_forward(model.eval(), 0, work.batches)
     hidden, targets = [], []
     for batch in batches:
-        inputs = work.inputs(batch, device_of(model))
+        inputs = work.batches.inputs(batch, device_of(model))
         hidden.append(hidden_states(model, inputs)[inputs.learned].cpu())
         targets.append(inputs.targets.cpu())
     own = head(model)

@@ -53,9 +53,9 @@ from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.merging import NF4, OFF
-from qlora_lite.train.causal_lm import CausalLM
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.out_of_memory import explaining_memory
+from qlora_lite.train.workload import Workload
 
 from .agreement import Outputs, compare, outputs
 from .own_codes import calibration_rows, write_codes
@@ -212,7 +212,7 @@ class HeldOut:
     batches: list
     rows: int
     where: str
-    work: CausalLM
+    work: Workload
 
 
 def held_out(trained: TrainedRun, count: int) -> HeldOut:

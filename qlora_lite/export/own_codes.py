@@ -32,7 +32,7 @@ from qlora_lite.quant.closest import closest_q4_0
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.merging import NF4, OFF, closest_codes, merged_codes
 from qlora_lite.quant.product import materialize
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextBatches
 from qlora_lite.train.forward import hidden_states, prepare
 from qlora_lite.train.text_guards import check_forward
 
@@ -47,12 +47,12 @@ def calibration_rows(trained: TrainedRun) -> Batch:
     Raises:
         DataError: they cannot be read.
     """
-    work, examples = CausalLM(), build_data(trained.recipe, trained.tokenizer()).examples
-    lengths = work.lengths(examples)
+    rows, examples = TextBatches(), build_data(trained.recipe, trained.tokenizer()).examples
+    lengths = rows.lengths(examples)
     fitting = [row for row, length in enumerate(lengths) if length <= CALIBRATION_TOKENS]
     room = CALIBRATION_TOKENS if fitting else max(lengths)
     first = pack_in_order(lengths, room, fitting or range(len(lengths)))[0]
-    return work.collate([examples[row] for row in first])
+    return rows.collate([examples[row] for row in first])
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def _measure(
         recipe = own.model_copy(update={"data": rows})
         data, settings = data or build_data(recipe, tasks.tokenizer, "eval"), train_settings(recipe)
         work = likelihood_workload(recipe, count_virtual(tasks.model)).with_options(settings.options)
-        settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
+        settings = replace(settings, max_tokens=max(settings.max_tokens, *work.batches.lengths(data.examples)))
         if name and own is not rows_of and _may_have_learned(task.run, rows_of, data, tasks.tokenizer):
             log.warning(
                 "%s was trained on files from which %s held examples out, and may have seen those",

@@ -21,7 +21,7 @@ from qlora_lite.errors import OutputError, RecipeError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.reporting.damage_page import render_damage
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextBatches
 from qlora_lite.units import format_bytes
 
 from .evaluate import Watch
@@ -183,7 +183,7 @@ def measure_damage(
         "quant": quant,
         "compute_dtype": str(base.dtype).removeprefix("torch."),
         "rows": len(base.examples),
-        "target_tokens": sum(map(int, CausalLM().target_counts(base.examples))),
+        "target_tokens": sum(map(int, TextBatches().target_counts(base.examples))),
         "packed_bytes": packed,
         "base_bytes": base.base_bytes,
         "models": models,

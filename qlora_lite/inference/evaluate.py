@@ -49,11 +49,12 @@ from qlora_lite.prepare.task import find_task
 from qlora_lite.quant.linear import arrange_weights
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM, answer_losses
+from qlora_lite.train.causal_lm import answer_losses
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss
+from qlora_lite.train.workload import Workload
 
 from .generate import Answer, Shown, answers, stop_ids
 
@@ -411,8 +412,8 @@ def measure_text(
         put_merged_in_place(model)
     work = likelihood_workload(recipe, count_virtual(model)).with_options(settings.options)
     work.check_examples(model, data.examples)
-    work.check_forward(model, settings.max_tokens)
-    settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(data.examples)))
+    work.spec.check_forward(model, settings.max_tokens, work.batches)
+    settings = replace(settings, max_tokens=max(settings.max_tokens, *work.batches.lengths(data.examples)))
     batches = eval_batches(work, data.examples, settings, watching(watch, "evaluation", len(data.examples)))
     result = evaluate_loss(work, model, batches)
     measured = {
@@ -458,6 +459,6 @@ def measurable(examples: Sequence[Example], measures: Measures) -> Sequence[Exam
     return examples
 
 
-def losses_by(work: CausalLM, model: nn.Module, settings: TrainSettings) -> Losses:
+def losses_by(work: Workload, model: nn.Module, settings: TrainSettings) -> Losses:
     """Return what computes the losses of examples outside of training."""
     return lambda examples: answer_losses(work, model, eval_batches(work, examples, settings))

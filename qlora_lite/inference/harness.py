@@ -36,12 +36,12 @@ from qlora_lite.data.readers.hub import hub_errors
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, plan_epoch
 from qlora_lite.data.tokens.storage import virtual_ids
 from qlora_lite.errors import DataError, ModelError, RecipeError, how_to_install
-from qlora_lite.kernels.loss import likeliest_tokens, token_losses
+from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, likeliest_tokens, token_losses
 from qlora_lite.models.anatomy import device_of, head
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.prepare.settings import train_settings
 from qlora_lite.prepare.task import find_task
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextBatches
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluating
@@ -151,18 +151,18 @@ class HarnessLM(TemplateLM):
                 )
             ids = (context + continuation)[-self.max_length - 1 :]
             asked.setdefault(tuple(ids[:-1]), []).append((number, ids[-len(continuation) :]))
-        work, found = CausalLM().with_options(self.settings.options), [(0.0, True)] * len(requests)
+        rows_of, found = TextBatches(), [(0.0, True)] * len(requests)
         done, waiting = watching(self.watch, "likelihoods", len(asked)), list(asked.values())
         with self.switch.using(self.adapter), evaluating(self.model):
             sequences = [[*virtual_ids(self.virtual), *ids] for ids in asked]
             for rows in plan_epoch([*map(len, sequences)], self.settings.max_tokens, True, 1, "as-is", 0, 0):
-                inputs = work.inputs(_packed([sequences[row] for row in rows]), device_of(self.model))
+                inputs = rows_of.inputs(_packed([sequences[row] for row in rows]), device_of(self.model))
                 ends = accumulate(inputs.row_lengths)
                 wanted = [(end, *each) for end, row in zip(ends, rows, strict=True) for each in waiting[row]]
                 places = [place for end, _, ids in wanted for place in range(end - len(ids), end)]
                 targets = inputs.learned.new_tensor([token for _, _, ids in wanted for token in ids])
                 hidden = hidden_states(self.model, inputs)[inputs.learned.new_tensor(places)]
-                chunk, its_head = work.objective.chunk_tokens, head(self.model)
+                chunk, its_head = self.settings.options.loss_chunk_tokens or AUTO_CHUNK_TOKENS, head(self.model)
                 losses = token_losses(hidden, targets, its_head, chunk)
                 is_likeliest = likeliest_tokens(hidden, its_head, chunk) == targets
                 sizes = [len(ids) for *_, ids in wanted]

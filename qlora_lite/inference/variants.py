@@ -45,7 +45,7 @@ from qlora_lite.quant.formats import FOUR_BIT
 from qlora_lite.quant.linear import is_conv1d
 from qlora_lite.quant.nf4 import dequantize, empty_packed, quantize
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextBatches, causal_lm
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.text_guards import check_forward, check_shared_keys, logits_error
@@ -260,7 +260,7 @@ class StreamedBase:
         self.device, dtype = resolve_device(m.device), find_task(recipe).compute_dtype(recipe, resolve_device(m.device))
         self.skeleton = without_weights(part.config, dtype=dtype)
         check_shared_keys(self.skeleton)
-        self.weights, work = weights_of(self.skeleton), CausalLM()
+        self.weights, work = weights_of(self.skeleton), causal_lm()
         examples = build_data(recipe, load_tokenizer(m.path, m.revision), "eval").examples[:rows]
         work.check_examples(self.skeleton, examples)
         self.examples, self.dtype = examples, dtype
@@ -268,10 +268,10 @@ class StreamedBase:
         self._read: Read = lambda name: _finite(name, stored(name).to(self.device, dtype))
         self.model = streamed_model(part.config, self._read, dtype)
         self._fill_buffers(stored)
-        check_forward(self.model, max(work.lengths(examples)), partial(logits_error, own=self._head()))
-        self.batches: list[Batch] = [work.collate([one]) for one in examples]
+        check_forward(self.model, max(work.batches.lengths(examples)), partial(logits_error, own=self._head()))
+        self.batches: list[Batch] = [work.batches.collate([one]) for one in examples]
         if not runs_unpacked(self.model):
-            lengths, plan = work.lengths(examples), adopt(without_weights(part.config, dtype=dtype))
+            lengths, plan = work.batches.lengths(examples), adopt(without_weights(part.config, dtype=dtype))
             most = tokens_at_once(plan, lengths, self._room(plan), self.device.type, recipe.data.max_tokens)
             self.batches = [*eval_batches(work, examples, replace(train_settings(recipe), max_tokens=most))]
         self.blocks, own = blocks(self.model), weights_of(self.model)
@@ -335,7 +335,7 @@ class StreamedBase:
         hidden: dict[str, list[torch.Tensor]] = {}
         targets = []
         for count, batch in enumerate(self.batches):
-            inputs = CausalLM().inputs(batch, self.device)
+            inputs = TextBatches().inputs(batch, self.device)
             total = len(self.blocks) * len(self.batches)
             done = partial(self._tell, what, count * len(self.blocks), total)
             here = _Pass(variants, self._in_block, self.recipe.model.double_quant, done)
@@ -371,7 +371,7 @@ class StreamedBase:
             self.watch(what, before + done, total)
 
     def _check_room(self, variants: int) -> None:
-        width, shapes = self.skeleton.get_input_embeddings().weight.shape[1], map(CausalLM().shape, self.batches)
+        width, shapes = self.skeleton.get_input_embeddings().weight.shape[1], map(TextBatches().shape, self.batches)
         tokens, targets = zip(*((shape.tokens, shape.targets) for shape in shapes), strict=True)
         states = max(tokens) + sum(targets)  # of one pass, and those at the targets of all
         needed, free = variants * width * states * self.dtype.itemsize, free_bytes(torch.device("cpu"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.quant.merging import OFF
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
 
 from .machine import HOST_UPDATES_PER_SECOND, Machine
 from .predict import Prediction, predict
@@ -42,9 +42,9 @@ class Step:
 
     def __post_init__(self):
         work = self.job.workload
-        tiles = {} if work.has_tokenwise_parts else {"tile_tokens": None}
+        tiles = {} if work.spec.has_tokenwise_parts else {"tile_tokens": None}
         unmerged = {"cache_merged": False} if work.method.merge_aware == OFF else {}
-        object.__setattr__(self, "fixed", {**tiles, **self.fixed, **work.fixed_options, **unmerged})
+        object.__setattr__(self, "fixed", {**tiles, **self.fixed, **work.spec.fixed_options(work.method), **unmerged})
 
     def sizes(self) -> list[int]:
         """Return the numbers of packs that may go through at once, smallest first."""
@@ -106,7 +106,7 @@ def build_candidate(step: Step, machine: Machine, options: MemoryOptions, packs:
     """Simulate one way to run the step, if that was not done before."""
     micro_batches = step.packs * step.micro_batches // packs
     shape, evaluation = step.pack.times(packs), step.job.eval_shape
-    counts = step.job.workload.has_large_inputs  # a probe has both
+    counts = step.job.workload.batches.has_large_inputs  # a probe has both
     if evaluation is not None and evaluation.tokens <= shape.tokens and not counts:
         evaluation = None
     options = settled(step, options)

@@ -32,7 +32,7 @@ def longest_job(step: Step, limit_bytes: int, host_limit_bytes: int | None, star
     Raises:
         DoesNotFitError: not even the shortest fits.
     """
-    largest = min(largest, step.job.workload.most_tokens or largest)
+    largest = min(largest, step.job.workload.spec.most_tokens or largest)
     prediction_of = partial(predicted, step)
     ways = _ways(with_disk(step), host_limit_bytes)
     saving_most, guess = next(ways), start
@@ -83,7 +83,7 @@ def _one_pack(step: Step, options: MemoryOptions, tokens: int) -> Job:
     """Return the step's job for packs of so many tokens, as few at once as may be."""
     packs = packs_at_once(step)
     accumulating = step.packs * step.micro_batches // packs > 1
-    full_pack, its_evaluation = step.job.workload.full_pack, step.job.eval_shape
+    full_pack, its_evaluation = step.job.workload.batches.full_pack, step.job.eval_shape
     evaluation = full_pack(tokens, len(its_evaluation.lengths) > 1) if its_evaluation else None
     shape = full_pack(tokens, len(step.pack.lengths) > 1).times(packs)
     return replace(step.job, shape=shape, eval_shape=evaluation, accumulating=accumulating, options=options)
@@ -91,7 +91,7 @@ def _one_pack(step: Step, options: MemoryOptions, tokens: int) -> Job:
 
 def _partly_streamed(step: Step, options: MemoryOptions, host_limit_bytes: int) -> JobOf:
     """Return a way in which those blocks stay on the device that the host has no room for."""
-    fewest, most = FEWEST_ALIKE, step.job.workload.depth - FEWEST_ALIKE
+    fewest, most = FEWEST_ALIKE, step.job.workload.spec.depth - FEWEST_ALIKE
 
     def host_bytes(tokens: int, resident: int) -> int:
         return predicted(step, _one_pack(step, replace(options, resident_layers=resident), tokens)).host_bytes

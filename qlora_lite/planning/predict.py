@@ -45,8 +45,8 @@ class Prediction:
         job, sizes = self.job, self.simulation.streamed_sizes
         if not sizes or not job.workload.method.trains_base or job.options.is_sharded:
             return 0
-        streamed = 1 if job.workload.method.in_turn else job.options.streamed_of(job.workload.depth)
-        return streamed * sum(sizes) // len(sizes) // job.workload.compute_dtype.itemsize
+        streamed = 1 if job.workload.method.in_turn else job.options.streamed_of(job.workload.spec.depth)
+        return streamed * sum(sizes) // len(sizes) // job.workload.spec.compute_dtype.itemsize
 
     def missing_bytes(self, limit_bytes: float, host_limit_bytes: int | None) -> float:
         """Return by how much the step exceeds the device's limit or the host's, the larger; below 0 it fits."""

@@ -75,7 +75,7 @@ def with_less_on_host(step: Step) -> Iterator[Step]:
     blocks: Changes = {"stream_from": "ranks"} if shards_of(step) > 1 else {"resident_layers": None}
     weights = {"host_embeddings": False, "host_head": False, **blocks}
     ways = [inputs, inputs | weights]
-    if step.job.workload.is_quantized and step.fixed.get("resident_layers", 0) is not None:
+    if step.job.workload.spec.is_quantized and step.fixed.get("resident_layers", 0) is not None:
         ways += [on_disk, on_disk | inputs]
     seen = [step.fixed]
     for options in ways if step.job.device_type == "cuda" else ():
@@ -157,7 +157,7 @@ def smaller(step: Step) -> Iterator[MemoryOptions]:
         changes += streamed
     if step.job.device_type == "cuda":  # elsewhere there is no other memory to go to
         tables = movable_tables(step)
-        if tables and not step.job.workload.tables_are_tied:
+        if tables and not step.job.workload.spec.tables_are_tied:
             changes[0] |= tables.pop(0)  # of the embeddings a few KiB a token travel
         inputs = [{"offload_checkpoints": True}] if options.recomputes else []
         changes += [*inputs, *tables, {"cache_merged": False}, *({**each, "stream_from": "host"} for each in streamed)]
@@ -187,8 +187,8 @@ def _streamed(step: Step, options: MemoryOptions) -> Changes:
 def movable_tables(step: Step) -> list[dict[str, bool]]:
     """Return the memory options that put the embeddings and a 16-bit head into host memory; one where they are the
     same."""
-    tables = dict.fromkeys(step.job.workload.movable_tables, True)
-    return [tables] if step.job.workload.tables_are_tied else [{name: True} for name in tables]
+    tables = dict.fromkeys(step.job.workload.spec.movable_tables(step.job.workload.method), True)
+    return [tables] if step.job.workload.spec.tables_are_tied else [{name: True} for name in tables]
 
 
 def _divisions(
@@ -266,7 +266,7 @@ def single_changes(step: Step, options: MemoryOptions) -> Iterator[MemoryOptions
     changes: list[Changes] = []
     if options.recomputes:
         changes.append({"tile_tokens": None if options.tile_tokens else TILE_TOKENS})
-        if step.job.workload.is_quantized:
+        if step.job.workload.spec.is_quantized:
             changes.append({"cache_dequantized": not options.cache_dequantized})
     if options.resident_layers is None:
         changes.append({"cache_merged": not options.cache_merged})
@@ -325,7 +325,7 @@ def _with_weights_reused(step: Step, machine: Machine, best: Candidate, limit_by
 
     It comes before whole blocks are kept: it takes the weights of one and serves all.
     """
-    if "cache_dequantized" in step.fixed or not step.job.workload.is_quantized or not best.options.recomputes:
+    if "cache_dequantized" in step.fixed or not step.job.workload.spec.is_quantized or not best.options.recomputes:
         return []
     reusing = build_candidate(step, machine, replace(best.options, cache_dequantized=True), best.packs)
     return [reusing] if reusing.fits((1 - SPARED) * limit_bytes) else []
@@ -369,7 +369,7 @@ def _with_more_on_device(step: Step, machine: Machine, best: Candidate, limit_by
     ways = [names for names in ways if not step.fixed.keys() & {*names}]
     raised = (_raised(step, machine, best, names, limit_bytes) for names in ways)
     found = [candidate for candidate in raised if candidate.options != best.options]
-    nearly_all = step.job.workload.depth - FEWEST_ALIKE, None
+    nearly_all = step.job.workload.spec.depth - FEWEST_ALIKE, None
     kept = [(candidate.options.uncheckpointed_layers, candidate.options.resident_layers) for candidate in found]
     if nearly_all in kept and _may_keep_all(step):
         changes: Changes = {"checkpointing": "none", "cache_dequantized": False, "offload_checkpoints": False}
@@ -392,7 +392,7 @@ def _with_less_to_stream(step: Step, machine: Machine, found: list[Candidate], l
 
 def _raised(step: Step, machine: Machine, best: Candidate, names: Sequence[str], limit_bytes: int) -> Candidate:
     """Return a candidate with as many last blocks kept, resident or both, by the memory options' names, as fit."""
-    depth = step.job.workload.depth
+    depth = step.job.workload.spec.depth
 
     def options_with(count: int) -> MemoryOptions:
         changes: Changes = dict.fromkeys(names, count)

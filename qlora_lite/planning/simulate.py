@@ -35,13 +35,14 @@ from qlora_lite.memory.shapes import planning_for
 from qlora_lite.memory.work import Work, WorkCounter
 from qlora_lite.models.memory_options import MemoryOptions, stream_of, trained_on_host
 from qlora_lite.offload.stream import spare_bytes
+from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.determinism import deterministic
 from qlora_lite.train.divided_weights import Parts, parts_of, trained_here
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.memory_probe import probe_step, probe_update
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.out_of_memory import is_out_of_memory
-from qlora_lite.train.workload import BatchShape, Workload
+from qlora_lite.train.workload import Workload
 
 from .meta_results import MetaResults, NeedsValuesError
 from .plan_ledger import PlanLedger, on_real_tensors
@@ -147,7 +148,7 @@ def simulate(job: Job) -> Simulation:
 
 def _repeating(job: Job) -> Simulation:
     """Simulate a model whose blocks all run in the same way, or in a few ways in turn."""
-    depth, (unlike, pattern) = job.workload.depth, _pattern(job)
+    depth, (unlike, pattern) = job.workload.spec.depth, _pattern(job)
     front = unlike + -(-_front(job) // pattern) * pattern
     shallow, deeper = front + pattern, front + 2 * pattern
     if depth <= deeper:
@@ -160,10 +161,10 @@ def _repeating(job: Job) -> Simulation:
 
 def _pattern(job: Job) -> tuple[int, int]:
     """Return how many of the first blocks run in ways of their own, and after how many the others repeat."""
-    unlike, pattern = job.workload.pattern()
+    unlike, pattern = job.workload.spec.pattern(job.workload.method)
     if job.options.recomputes:  # in segments that are counted from the last block
         pattern = lcm(pattern, job.options.layers_per_checkpoint)
-        unlike += (job.workload.depth - unlike) % pattern
+        unlike += (job.workload.spec.depth - unlike) % pattern
     return unlike, pattern
 
 
@@ -178,7 +179,7 @@ def _front(job: Job) -> int:
 
 def _last_blocks(job: Job) -> int | None:
     """Return how many of the last blocks run differently from those before; None if there are three kinds."""
-    options, depth = job.options, job.workload.depth
+    options, depth = job.options, job.workload.spec.depth
     kept = min(options.uncheckpointed_layers, depth) if options.recomputes else 0
     resident = 0 if options.resident_layers is None else min(options.resident_layers, depth)
     if kept and resident and kept != resident:
@@ -192,7 +193,7 @@ def along_last_blocks(job: Job) -> Callable[[int], Simulation]:
     It grows in a straight line with the blocks of either kind: three small models show both slopes, and two where there
     are so few of the first kind that they are all in them.
     """
-    depth, (unlike, pattern) = job.workload.depth, _pattern(job)
+    depth, (unlike, pattern) = job.workload.spec.depth, _pattern(job)
 
     def with_last(count: int, layers: int) -> Job:
         options = job.options
@@ -248,7 +249,7 @@ def _as_allocated(job: Job, simulation: Simulation) -> Simulation:
 def streamed_sizes(job: Job, simulation: Simulation) -> list[int]:
     """Return the bytes of each streamed block of a job's model."""
     (unlike, pattern), sizes = _pattern(job), simulation.streamed_sizes
-    streamed = job.options.streamed_of(job.workload.depth)
+    streamed = job.options.streamed_of(job.workload.spec.depth)
     return [sizes[n if n < unlike else unlike + (n - unlike) % pattern] for n in range(streamed)]
 
 
@@ -265,7 +266,7 @@ def _on_meta(job, timeline=False):
     try:
         return _run(job, META, timeline)
     except NeedsValuesError as error:
-        _say_measured(job.workload.name, str(error))
+        _say_measured(job.workload.spec.name, str(error))
         return _run(job, CPU, timeline, str(error))
 
 
@@ -302,13 +303,13 @@ def _say_measured(name: str, why: str) -> None:
 def _run(job: Job, device: torch.device, timeline: bool, measured_because: str = ""):
     workload = job.workload.with_options(job.options)
     with planning_for(job.device_type):
-        model = workload.planned_model(device, _as_counted(job), job.shape)
+        model = workload.spec.planned_model(workload.method, device, _as_counted(job), job.shape)
     names, parameters = zip(*trained_here(workload.method, model).items(), strict=True)
     parts = parts_of(model)
     lr_ratios = workload.method.lr_ratios(names, job.loraplus_lr_ratio)
     settings = job.device_type, job.optimizer, job.stochastic_rounding
     optimizer = _optimizer(*settings, parameters, lr_ratios, trained_on_host(model), parts)
-    remember = with_values if workload.needs_values(model) else remembered
+    remember = with_values if workload.spec.needs_values(model) else remembered
     counter, run = WorkCounter(), remember if device == META else on_real_tensors
     ledger = PlanLedger(job.device_type, timeline=timeline, work=counter, run=run)
     with planning_for(job.device_type, job.capability), deterministic(job.deterministic), ledger:
@@ -316,14 +317,14 @@ def _run(job: Job, device: torch.device, timeline: bool, measured_because: str =
             ledger.claim([tensor], name)
         in_files = ledger.now().breakdown.get("on disk", 0)  # the weights themselves
         ledger.watch(model)
-        eval_inputs = workload.planned_inputs(job.eval_shape, device) if job.eval_shape else None
-        with _explaining_forward(workload.name, workload.is_quantized):
+        eval_inputs = workload.batches.planned_inputs(job.eval_shape, device) if job.eval_shape else None
+        with _explaining_forward(workload.spec.name, workload.spec.is_quantized):
             probe_step(
                 workload,
                 model,
                 parameters,
                 optimizer,
-                workload.planned_inputs(job.shape, device),
+                workload.batches.planned_inputs(job.shape, device),
                 eval_inputs,
                 job.max_grad_norm,
                 job.accumulating,
@@ -400,7 +401,7 @@ class _Ends(NamedTuple):
 
 def _ends(job: Job, simulation: Simulation, layers: int, last: int, ends: tuple[int, int]) -> _Ends:
     """Key the moments of a simulation; ``ends`` is how many blocks of a kind are kept from its start and its end."""
-    found, beside = {}, tuple(f"{path}." for path in job.workload.beside_blocks)
+    found, beside = {}, tuple(f"{path}." for path in job.workload.spec.beside_blocks)
     for (name, module), moment in simulation.moments.items():
         block = None if module.startswith(beside) else _BLOCK.search(module)
         place = block and _place(int(block[1]) + _before(job, module), layers - last, last, *ends)
@@ -421,7 +422,7 @@ def _continued(job: Job, base: _Ends, slopes: Sequence[tuple[_Ends, int]], last:
 
     An update of all factors is run as it is, since of many factors it has some at a time.
     """
-    depth = job.workload.depth
+    depth = job.workload.spec.depth
 
     def line(values: Callable[[_Ends], Sequence[int]]) -> tuple[int, ...]:
         start = values(base)
@@ -490,7 +491,7 @@ def _update(
 
 def _before(job: Job, module: str) -> int:
     """Return how many blocks are in lists before that which a module is in."""
-    return next((count for path, count in job.workload.blocks_before.items() if module.startswith(f"{path}.")), 0)
+    return next((count for path, count in job.workload.spec.blocks_before.items() if module.startswith(f"{path}.")), 0)
 
 
 def _number(place: tuple[str, int], depth: int, last: int) -> int:

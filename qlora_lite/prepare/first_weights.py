@@ -37,7 +37,7 @@ from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
 from qlora_lite.recipe import schema
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextBatches, causal_lm
 from qlora_lite.train.forward import hidden_states
 from qlora_lite.train.out_of_memory import explaining_memory, free_cached_memory
 
@@ -141,7 +141,7 @@ def _scales(recipe: Recipe, own: Ranks) -> dict[str, float]:
 
 def _batches(examples: Sequence[Example], enough: int, max_tokens: int, order: str, seed: int) -> list[list[Example]]:
     """Return the rows of the first sequences of the first epoch, of enough tokens."""
-    lengths, found, tokens = CausalLM().lengths(examples), [], 0
+    lengths, found, tokens = TextBatches().lengths(examples), [], 0
     for rows in plan_epoch(lengths, max_tokens, True, 1, order, seed, 0):
         if tokens >= enough:
             break
@@ -234,10 +234,10 @@ def _run(
         DataError: the model lacks an embedding for a token or a position of the rows.
     """
     log.info("lora.start %s: running the model on %d sequences of the training rows", recipe.lora.start, len(batches))
-    work, model, seen = CausalLM(), build_to_use(recipe), _Inputs(new)
+    work, model, seen = causal_lm(), build_to_use(recipe), _Inputs(new)
     train_tokens(model, *trained_tokens(recipe), getattr(torch, recipe.lora.dtype))  # rows may have some that it lacks
     work.check_examples(model, [row for batch in batches for row in batch])
-    work.check_forward(model, recipe.data.max_tokens)
+    work.spec.check_forward(model, recipe.data.max_tokens, work.batches)
     batches = [[each for row in batch for each in sequences_of(row)] for batch in batches]
     if runs_unpacked(model):
         batches = [[each] for batch in batches for each in batch]
@@ -245,7 +245,7 @@ def _run(
     for rows in batches:
         if not any(each.learned[1:].any() for each in rows):  # a second sequence alone may have nothing to learn
             continue
-        inputs = work.inputs(work.collate(rows), work.device(model))
+        inputs = work.batches.inputs(work.batches.collate(rows), work.spec.device(model))
         seen.tokens = sum(inputs.row_lengths)
         hidden_states(model, inputs)
     for handle in handles:

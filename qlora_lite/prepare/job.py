@@ -3,9 +3,9 @@
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.causal_lm import CausalLM
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape, Workload
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.workload import Workload
 
 from .method import build_method
 from .task import find_task
@@ -20,11 +20,11 @@ def build_workload(recipe: Recipe, spec: ModelSpec | None = None) -> Workload:
     return find_task(recipe).workload(recipe, build_method(recipe), spec)
 
 
-def likelihood_workload(recipe: Recipe, virtual_tokens: int | None = None) -> CausalLM:
+def likelihood_workload(recipe: Recipe, virtual_tokens: int = 0) -> Workload:
     """Return what computes the likelihood of a recipe's answers, whatever it learns them by.
 
     Args:
-        virtual_tokens: see ``CausalLM``.
+        virtual_tokens: that the model puts before each row.
     """
     return find_task(recipe).likelihood_workload(recipe, virtual_tokens)
 

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
     from qlora_lite.data.readers.problems import RowProblem
     from qlora_lite.data.tokens.examples import Dataset
+    from qlora_lite.train.model_spec import ModelSpec
+    from qlora_lite.train.objective import Objective
     from qlora_lite.train.settings import TrainSettings
-    from qlora_lite.train.transformer import ModelSpec
-    from qlora_lite.train.workload import Objective, Workload
+    from qlora_lite.train.workload import Workload
 
 
 class ObjectiveEntry(Part):
@@ -50,13 +51,13 @@ class ObjectiveEntry(Part):
         Args:
             spec: of the model, for a plan.
         """
-        from qlora_lite.train.causal_lm import CausalLM
+        from qlora_lite.train.causal_lm import causal_lm
 
-        return CausalLM(objective=self.objective(recipe), method=method, spec=spec)
+        return causal_lm(method, self.objective(recipe), spec)
 
     def ready(self, work: Workload, recipe: Recipe, tokenizer: Any, end_token_ids: Collection[int]) -> Workload:
         """Return the workload of a plan with what training needs and a plan does not."""
-        return work.of_tokenizer(tokenizer)
+        return work.read_by(tokenizer)
 
     def attach(
         self, recipe: Recipe, model: nn.Module, adapter: Path, tokenizer: Any, settings: TrainSettings

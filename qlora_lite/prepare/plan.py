@@ -25,8 +25,8 @@ from qlora_lite.planning.search import SMALL_CHUNK_TOKENS, first_options, search
 from qlora_lite.planning.simulate import Job
 from qlora_lite.recipe.load import require_recipe
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.transformer import TransformerWorkload
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.model_spec import TransformerSpec
 from qlora_lite.units import format_bytes
 
 from .job import build_job
@@ -115,12 +115,12 @@ def plan_recipe(
     t, m = recipe.train, recipe.memory
     d = recipe.data
     job = build_job(recipe, machine, eval_shape)
-    together, tokens = not job.workload.runs_row_by_row(d.max_tokens), sequence_tokens(recipe)
+    together, tokens = not job.workload.spec.runs_row_by_row(d.max_tokens), sequence_tokens(recipe)
     if d.has_eval and eval_shape is None:
-        job = replace(job, eval_shape=job.workload.full_pack(tokens, packing=together), saved_adapters=2)
-    machine, fixed = machine.computing_in(job.workload.compute_dtype), fixed_options(recipe)
+        job = replace(job, eval_shape=job.workload.batches.full_pack(tokens, packing=together), saved_adapters=2)
+    machine, fixed = machine.computing_in(job.workload.spec.compute_dtype), fixed_options(recipe)
     for one, other in permutations(("host_embeddings", "host_head")):
-        if job.workload.tables_are_tied and one in fixed:
+        if job.workload.spec.tables_are_tied and one in fixed:
             fixed.setdefault(other, fixed[one])
     trains_base = job.workload.method.trains_base
     can_divide = machine.shards.count > 1
@@ -139,7 +139,7 @@ def plan_recipe(
             "memory.stream_from ranks divides the weights of layers among several processes, and this is "
             "one: start more (qlora-lite train --gpus), or set it to auto"
         )
-    pack = shape or job.workload.full_pack(tokens, packs(recipe) and together)
+    pack = shape or job.workload.batches.full_pack(tokens, packs(recipe) and together)
     step = Step(
         job,
         pack,
@@ -148,7 +148,7 @@ def plan_recipe(
         fixed,
         m.micro_batches == "auto" and not m.optimizer_in_backward,
     )
-    _check_counts(fixed, job.workload.depth)
+    _check_counts(fixed, job.workload.spec.depth)
     host, known = m.host_budget_bytes, machine.host_bytes
     if machine.device_type == "cuda" and host is not None:
         machine = replace(
@@ -212,7 +212,7 @@ def _capped(key: str, given: int, where: str, there: int) -> int:
 def expected_peak(plan: Plan, largest, evaluation) -> Prediction:
     """Predict the very step that a run probes, and saves nothing of: its own largest batches, in the chosen way."""
     job = plan.chosen.prediction.job
-    shapes = job.workload.shape(largest), evaluation and job.workload.shape(evaluation)
+    shapes = job.workload.batches.shape(largest), evaluation and job.workload.batches.shape(evaluation)
     return predict(replace(job, shape=shapes[0], eval_shape=shapes[1], saved_adapters=0))
 
 
@@ -248,15 +248,15 @@ def alternatives(plan: Plan) -> Iterator[Alternative]:
     optimizer = f"{family}_{states[bits]}" if bits in states else "adamw_8bit"
     changed = {f"train.optimizer={optimizer}": replace(step, job=replace(job, optimizer=optimizer))}
     tokens, several = step.pack.tokens, len(step.pack.lengths) > 1
-    full_pack = job.workload.full_pack
+    full_pack = job.workload.batches.full_pack
     if step.pack == full_pack(tokens, several) and tokens >= 128:
         evaluation = full_pack(tokens // 2, len(job.eval_shape.lengths) > 1) if job.eval_shape else None
         half_job = replace(job, eval_shape=evaluation)
         half = replace(step, pack=full_pack(tokens // 2, several), job=half_job)
         changed[f"data.max_tokens={tokens // 2}"] = half
     work, task = job.workload, find_task(plan.recipe)
-    if not task.quantizes and isinstance(work, TransformerWorkload) and work.spec and not work.method.trains_base:
-        quant = "none" if work.is_quantized else "nf4"  # what 4 bits save
+    if not task.quantizes and isinstance(work.spec, TransformerSpec) and not work.method.trains_base:
+        quant = "none" if work.spec.is_quantized else "nf4"  # what 4 bits save
         stored = replace(work, spec=replace(work.spec, quant=quant))
         changed[f"model.quant={quant}"] = replace(step, job=replace(job, workload=stored), known={})
     for change, other_step in changed.items():
@@ -309,7 +309,7 @@ def longest_pack(plan: Plan) -> tuple[int, Candidate]:
 
 
 def _warn_of_length(job: Job, tokens: int) -> None:
-    positions = job.workload.most_positions
+    positions = job.workload.spec.most_positions
     if positions and tokens > positions:
         log.warning(
             "a row of %s tokens is longer than the %s that the model was made for (max_position_embeddings): "
@@ -469,7 +469,7 @@ def disk_bytes(plan: Plan) -> int:
         written = simulation.frozen_bytes + (simulation.saved_bytes if divided else simulation.trained_bytes)
         states *= options.shards.count if divided else 1  # of whole weights they are counted for each rank
     space = Space(written, states, with_evaluation, plan.kept_checkpoints)
-    is_prepared = work.is_quantized and not work.keeps_codes
+    is_prepared = work.spec.is_quantized and not work.spec.keeps_codes
     times = 2 if plan.chosen.options.weights_on_disk else 1
-    stacked = options.loads_from_files * (options.shards.count if options.is_sharded else 1) * work.stacked_bytes
+    stacked = options.loads_from_files * (options.shards.count if options.is_sharded else 1) * work.spec.stacked_bytes
     return is_prepared * times * simulation.frozen_bytes + stacked + space.whole_bytes()

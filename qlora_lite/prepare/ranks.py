@@ -29,12 +29,12 @@ from qlora_lite.planning.search import SPARED
 from qlora_lite.planning.shared_step import Cluster, SharedStep, shared_step
 from qlora_lite.planning.simulate import streamed_sizes
 from qlora_lite.recipe.schema import Recipe
+from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.epochs import Epochs
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.processes import ALONE, Processes
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.shares import Share, deal
-from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 from .job import build_workload
@@ -88,10 +88,10 @@ def plan_run(
     packs = settings.micro_batch_size * settings.gradient_accumulation_steps
     one_by_one = replace(settings, micro_batch_size=1, gradient_accumulation_steps=packs)  # the same packs a step
     work, recipe = build_workload(recipe), recipe if kept is None else with_plan(recipe, kept)
-    counts = work.lengths(examples), work.target_counts(examples)
-    epochs = Epochs(*counts, one_by_one, pictures=work.picture_counts(examples))
+    counts = work.batches.lengths(examples), work.batches.target_counts(examples)
+    epochs = Epochs(*counts, one_by_one, pictures=work.batches.picture_counts(examples))
     pack, evaluation = largest_batches(work, examples, eval_examples, epochs)
-    shapes = work.shape(pack), evaluation and work.shape(evaluation)
+    shapes = work.batches.shape(pack), evaluation and work.batches.shape(evaluation)
     ranks = _ranks_of(recipe, machine, headroom, processes)
     if of_ranks or (of_ranks is None and processes.shards.count == processes.world_size and not ranks.are_alike):
         plan, shares = _own_plan(recipe, machine, replace(ranks, shapes=shapes), processes, of_ranks or ())
@@ -256,7 +256,7 @@ def plan_ranks(recipe: Recipe, ranks: Ranks, of_ranks: Sequence[dict] = ()) -> l
     for source in sources:  # the last plans that do not fit are those to show
         if not plans or not all(plan.fits for plan in plans):
             plans = _fastest_divided(recipe, ranks, packs, source)
-    if len({plan.step.job.workload.compute_dtype for plan in plans}) > 1:
+    if len({plan.step.job.workload.spec.compute_dtype for plan in plans}) > 1:
         raise RecipeError(
             "model.compute_dtype auto is not the same type on all of these GPUs, and they train one "
             "model: set it to float16, or to float32"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from qlora_lite.models.nested import LanguagePart
     from qlora_lite.offload.stream import Ranks
     from qlora_lite.planning.machine import Machine
-    from qlora_lite.train.causal_lm import CausalLM
-    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.model_spec import ModelSpec, TransformerSpec
     from qlora_lite.train.workload import Workload
 
     from .moment import LabelledRows, Measured, Moment, Watch
@@ -237,15 +236,22 @@ class Task(Part):
         """
         raise NotImplementedError
 
-    def likelihood_workload(self, recipe: Recipe, virtual_tokens: int | None) -> CausalLM:
+    def spec_type(self) -> type[TransformerSpec]:
+        """Return the kind of model of transformers that a plan is made of."""
+        from qlora_lite.train.causal_lm import TextSpec
+
+        return TextSpec
+
+    def likelihood_workload(self, recipe: Recipe, virtual_tokens: int) -> Workload:
         """Return what computes the likelihood of a recipe's answers, whatever it learns them by.
 
         Args:
-            virtual_tokens: see ``CausalLM``.
+            virtual_tokens: that the model puts before each row.
         """
-        from qlora_lite.train.causal_lm import CausalLM
+        from qlora_lite.train.causal_lm import causal_lm
 
-        return CausalLM(virtual=virtual_tokens)
+        work = causal_lm()
+        return replace(work, batches=work.batches.behind(virtual_tokens))
 
     def plan_workload(self, recipe: Recipe, method: AdapterMethod, machine: Machine) -> Workload:
         """Return what a recipe trains for a plan on a machine, with the model that it would have there.
@@ -255,7 +261,7 @@ class Task(Part):
         """
         from .transformer import plan_spec
 
-        spec = plan_spec(recipe, self.describe_model(recipe).config, method, machine)
+        spec = plan_spec(self.spec_type(), recipe, self.describe_model(recipe).config, method, machine)
         return self.workload(recipe, method, spec)
 
     def picture_size(self, recipe: Recipe) -> tuple[int, int] | None:
@@ -339,7 +345,7 @@ class Task(Part):
         self, work: Workload, recipe: Recipe, reader: Any, rows: Sequence[Example], end_token_ids: Collection[int]
     ) -> Workload:
         """Return the workload of a plan with what training needs and a plan does not."""
-        return work.of_tokenizer(reader)
+        return work.read_by(reader)
 
     def metrics(self, moment: Moment) -> Measured | None:
         """Return the scores of the model on evaluation rows at a moment of a run; None where none are asked for.

@@ -34,7 +34,7 @@ from qlora_lite.offload.stream import Ranks
 from qlora_lite.planning.machine import Machine
 from qlora_lite.quant.merging import GGUF, NF4
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.transformer import ModelSpec
+from qlora_lite.train.model_spec import TransformerSpec
 
 from .method import find_method
 from .objective import find_objective
@@ -166,10 +166,13 @@ def place(
     return place_model(model, device, options, trains_base=trains_base, ranks=ranks, in_files=in_files)
 
 
-def plan_spec(recipe: Recipe, config, method: AdapterMethod, machine: Machine) -> ModelSpec:
+def plan_spec(
+    kind: type[TransformerSpec], recipe: Recipe, config, method: AdapterMethod, machine: Machine
+) -> TransformerSpec:
     """Return the model of a recipe as a plan has it.
 
     Args:
+        kind: of model.
         config: transformers' configuration of the model.
         machine: planned for.
 
@@ -198,7 +201,7 @@ def plan_spec(recipe: Recipe, config, method: AdapterMethod, machine: Machine) -
         raise ModelError(f"memory.optimizer_in_backward: {UPDATES_IN_FLOAT16}")
     check_kept(config, m.keep_16bit, m.path)
     _check_merged(t.merge_aware, config, quant, dtype)
-    return ModelSpec(
+    return kind(
         config,
         quant,
         double_quant,

@@ -80,10 +80,10 @@ def _why_free(plan: Plan) -> str | None:
 def _assumed_sequences(plan: Plan) -> str | None:
     """Return how many examples a sequence is assumed to pack; None if examples were read, or it holds one."""
     lengths = plan.step.pack.lengths
-    if len(lengths) == 1 or plan.step.pack != plan.step.job.workload.full_pack(sum(lengths), packing=True):
+    if len(lengths) == 1 or plan.step.pack != plan.step.job.workload.batches.full_pack(sum(lengths), packing=True):
         return None
     assumed = f"{len(lengths)} examples per packed sequence, one of them with nearly all of its tokens"
-    if len({*lengths}) == 1 and plan.step.job.workload.sequences == len(lengths):
+    if len({*lengths}) == 1 and plan.step.job.workload.batches.sequences == len(lengths):
         assumed = f"{len(lengths)} sequences of one example, of {lengths[0]:,} tokens each"
     return f"no data was read; assumed: {assumed}"
 
@@ -91,15 +91,15 @@ def _assumed_sequences(plan: Plan) -> str | None:
 def _compute_type(plan: Plan) -> str | None:
     """Return what the step computes in, where that is not bfloat16, and why if the model is the reason."""
     work, auto = plan.step.job.workload, plan.machine.dtype
-    dtype = work.compute_dtype
+    dtype = work.spec.compute_dtype
     if dtype == torch.bfloat16:
         return None
-    exceeds = dtype != auto and dtype == auto_dtype(auto, work.name)
-    return _type_name(plan) + exceeds * f": {work.name} exceeds float16"
+    exceeds = dtype != auto and dtype == auto_dtype(auto, work.spec.name)
+    return _type_name(plan) + exceeds * f": {work.spec.name} exceeds float16"
 
 
 def _type_name(plan: Plan) -> str:
-    return str(plan.step.job.workload.compute_dtype).removeprefix("torch.")
+    return str(plan.step.job.workload.spec.compute_dtype).removeprefix("torch.")
 
 
 def _in_words(chosen: Candidate) -> str:
@@ -159,7 +159,7 @@ def time_of_step(plan: Plan) -> str:
     """Return how long a step takes, and whether the host, which launches its operations, is what limits it."""
     chosen, machine = plan.chosen, plan.machine
     work, said = chosen.prediction.simulation.work, f"about {format_seconds(chosen.step_seconds)}"
-    if beside := chosen.prediction.job.workload.untimed:
+    if beside := chosen.prediction.job.workload.objective.untimed:
         said += f", and {beside}, whose time is not planned"
     updates = chosen.prediction.host_updates
     if updates and chosen.step_seconds <= updates / HOST_UPDATES_PER_SECOND:

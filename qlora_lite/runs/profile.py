@@ -121,7 +121,7 @@ def _ledgered(trainer: Trainer, ledger: Ledger, model, eval_examples) -> str:
     The ledger cannot see into compiled blocks, so it sees them uncompiled.
     """
     kernels = kernels_of(model)
-    blocks = trainer.workload.blocks(model) if isinstance(model, OwnBlocks) else None
+    blocks = trainer.workload.spec.blocks(model) if isinstance(model, OwnBlocks) else None
     set_memory_options(model, replace(trainer.settings.options, compile=False), blocks)
     use_kernels(model, kernels)
     with ledger:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
     from qlora_lite.data.tokens.storage import Example
     from qlora_lite.prepare.moment import Measured, Moment, Watch
-    from qlora_lite.train.transformer import ModelSpec
-    from qlora_lite.train.workload import Objective, Workload
+    from qlora_lite.train.model_spec import ModelSpec
+    from qlora_lite.train.objective import Objective
+    from qlora_lite.train.workload import Workload
 
 
 class Text(Task):

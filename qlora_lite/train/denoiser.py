@@ -1,4 +1,4 @@
-"""The workload that is a denoiser: latents are given noise, and the model says which it was.
+"""Train a denoiser: latents are given noise, and the model says which it was.
 
 An example is one picture and one sequence of length 1: all texts of a run have one length, and pictures, of which a
 plan takes the largest, about one area, so that memory depends on how many there are. Those of other aspect ratios in a
@@ -22,7 +22,7 @@ section 3; min-SNR, arXiv 2303.09556.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple, Self
 
@@ -53,9 +53,11 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.skeleton import give_storage
 from qlora_lite.offload.checkpoint import sequence_alone
 
+from .batches import Batches, BatchShape
+from .model_spec import ONLY_BLOCKS, TRAINED_WEIGHTS, ModelSpec
+from .objective import LossSum, Objective
 from .settings import TrainSettings
-from .transformer import TRAINED_WEIGHTS
-from .workload import ONLY_BLOCKS, BatchShape, LossSum, Objective, Workload
+from .workload import Workload
 
 EPSILON, V, FLOW = "epsilon", "v", "flow"
 UNIFORM, LOGIT_NORMAL = "uniform", "logit_normal"
@@ -188,6 +190,22 @@ class DenoisingLoss(Objective):
         metrics = {} if self.weighting == PLAIN else {"unweighted_loss": squares.detach().sum()}
         return LossSum((squares * inputs.draws.weight).sum(), metrics)
 
+    def loss(self, model: DenoiserModel, spec: ModelSpec, inputs: Noised) -> LossSum:
+        """Return the sum of the losses of the pictures."""
+        found = []
+        for number, part in enumerate(inputs.parts):
+            with sequence_alone(number):  # what is stored of one shape is not that of another
+                found.append(super().loss(model, spec, on_device(part, spec.device(model))))
+        first, *others = found
+        for each in others:
+            metrics = {name: value + each.metrics[name] for name, value in first.metrics.items()}
+            first = LossSum(first.sum + each.sum, metrics)
+        return first
+
+    def weight(self, inputs: Noised) -> float:
+        """Return how many pictures there are."""
+        return inputs.count
+
 
 @lru_cache
 def _kept_signal(schedule: str, start: float, end: float) -> list[float]:
@@ -206,7 +224,7 @@ def _each(numbers: torch.Tensor) -> torch.Tensor:
 
 @lru_cache
 def _pattern(spec: DenoiserSpec, method: AdapterMethod) -> tuple[int, int] | None:
-    """Return what ``Workload.pattern`` does; None where no two blocks are known to be alike."""
+    """Return what ``ModelSpec.pattern`` does; None where no two blocks are known to be alike."""
     model, lists = meta_denoiser(spec), list(blocks_alike(spec).values())
     kinds = method.layer_kinds(list(linear_layers(model)), (), in_blocks(model))
     adapted = [
@@ -218,65 +236,39 @@ def _pattern(spec: DenoiserSpec, method: AdapterMethod) -> tuple[int, int] | Non
 
 
 @dataclass(frozen=True)
-class Denoiser(Workload):
-    """A denoiser of diffusers; its objective is given what it predicts [N, C, H, W].
+class LatentBatches(Batches):
+    """Latents with noise, drawn anew for each step.
 
     Args:
-        spec: of the model; see ``models.denoisers.spec_of``.
         shapes: of the examples, with the largest latents; see ``data.latents.shapes_of``.
+        draws: the objective, which draws timesteps.
+        dtype: that the model computes in.
         caption_dropout: share of examples that are told ``neutral`` in training, drawn anew in each step.
         pixels_per_latent: of the edge of a latent, which sizes of pictures follow from.
         neutral: an example whose text (or class) is none.
     """
 
-    spec: DenoiserSpec
     shapes: LatentShapes
-    objective: DenoisingLoss = field(default_factory=DenoisingLoss)
-    method: AdapterMethod = field(default_factory=Lora)
+    draws: DenoisingLoss
+    dtype: torch.dtype
     caption_dropout: float = 0.0
     pixels_per_latent: int = 1
     neutral: LatentExample | None = None
 
-    name: ClassVar[str] = "denoiser"
     has_large_inputs: ClassVar[bool] = True
 
-    @property
-    def fixed_options(self) -> Mapping[str, object]:
-        """See ``Workload``: blocks take more than one tensor, so that none goes on where another ended."""
-        found = {**ONLY_BLOCKS, "layers_per_checkpoint": 1, "stream_from": "host"}
-        found |= dict(TRAINED_WEIGHTS) if self.method.trains_base else {}
-        return found if skeleton_of(self.spec).can_stream else {**found, "resident_layers": None}
+    def check(self, model: object, examples: object) -> None:
+        """Check that all examples have the shapes of the run.
 
-    @property
-    def depth(self) -> int:
-        """The model's blocks."""
-        return count_blocks(self.spec)
-
-    @property
-    def blocks_before(self) -> Mapping[str, int]:
-        """See ``models.denoisers.blocks_alike``."""
-        return blocks_alike(self.spec)
-
-    def pattern(self) -> tuple[int, int]:
-        """See ``Workload``: the last list's blocks are alike, where they are adapted alike."""
-        return _pattern(self.spec, self.method) or super().pattern()
-
-    def at_depth(self, depth: int) -> Self:
-        """See ``Workload``."""
-        return self if depth == self.depth else replace(self, spec=with_depth(self.spec, depth))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Of the spec."""
-        return self.spec.compute_dtype
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether any weight is packed."""
-        return self.spec.quant != "none"
+        Raises:
+            DataError: one has not.
+        """
+        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), LatentExample | None):
+            raise DataError(f"examples is {type(examples).__name__}; give a list of data.latents.LatentExample")
+        check_shapes(examples[:1] if isinstance(examples, LatentSet) else examples, self.shapes)
 
     def places(self, examples: Sequence[LatentExample]) -> list[str]:
-        """See ``Workload``."""
+        """See ``Batches``."""
         return [example.place for example in examples]
 
     def enlarged(self, examples: Sequence[LatentExample], most: Extent) -> Sequence[LatentExample]:
@@ -304,22 +296,17 @@ class Denoiser(Workload):
         neutral = self.neutral if dropout else None
         for example in examples:
             generator = _generator(seed, step, example.number)
-            draws.append(self.objective.draw(generator))
+            draws.append(self.draws.draw(generator))
             noise.append(torch.randn(example.latents.shape, generator=generator))
             is_left_out = neutral and float(torch.rand((), generator=generator)) < dropout
             told.append(replace(neutral, sizes=example.sizes) if neutral and is_left_out else example)
         latents = stacked(examples, "latents")
         numbers = Draw(*(torch.tensor(column, dtype=torch.float32) for column in zip(*draws, strict=True)))
-        return Noised(latents.float(), torch.stack(noise), numbers, conditions_of(told, self.compute_dtype))
+        return Noised(latents.float(), torch.stack(noise), numbers, conditions_of(told, self.dtype))
 
     def shape(self, batch: Noised) -> BatchShape:
         """Return how many pictures there are."""
         return BatchShape((1,) * batch.count, batch.count)
-
-    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
-        """Return the shape of one picture, or of so many that are evaluated at once."""
-        count = tokens if packing else 1
-        return BatchShape((1,) * count, count)
 
     def inputs(self, batch: Noised, device: torch.device) -> Noised:
         """Return the batch, in host memory: a step has all of its micro-batches' inputs at once."""
@@ -331,46 +318,90 @@ class Denoiser(Workload):
         def zeros(each: tuple[int, ...] | None, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
             return None if each is None else torch.zeros(len(shape.lengths), *each, dtype=dtype, device=device)
 
-        s, dtype = self.shapes, self.compute_dtype
+        s, dtype = self.shapes, self.dtype
         told = zeros(s.text, dtype), zeros(s.pooled, dtype), zeros(s.mask, dtype), zeros(s.sizes)
         conditions = Conditions(*told, zeros(s.labels, torch.int64))
         return Noised(zeros(s.latents), zeros(s.latents), Draw(*(zeros(()) for _ in Draw._fields)), conditions)
 
-    def weight(self, inputs: Noised) -> float:
-        """Return how many pictures there are."""
-        return inputs.count
 
-    def loss(self, model: DenoiserModel, inputs: Noised) -> LossSum:
-        """Return the sum of the losses of the pictures."""
-        found = []
-        for number, part in enumerate(inputs.parts):
-            with sequence_alone(number):  # what is stored of one shape is not that of another
-                found.append(self._loss(model, part))
-        first, *others = found
-        for each in others:
-            metrics = {name: value + each.metrics[name] for name, value in first.metrics.items()}
-            first = LossSum(first.sum + each.sum, metrics)
-        return first
+def on_device(inputs: Noised, device: torch.device) -> Noised:
+    """Return pictures of one shape on a device."""
+    draws = Draw(*(numbers.to(device) for numbers in inputs.draws))
+    conditions = Conditions(*(None if each is None else each.to(device) for each in inputs.conditions))
+    return Noised(inputs.latents.to(device), inputs.noise.to(device), draws, conditions)
 
-    def _loss(self, model: DenoiserModel, inputs: Noised) -> LossSum:
-        inputs = self._on_device(model, inputs)
+
+@dataclass(frozen=True)
+class DiffusersSpec(ModelSpec):
+    """A denoiser of diffusers; its outputs are what it predicts [N, C, H, W].
+
+    Args:
+        base: see ``models.denoisers.spec_of``.
+    """
+
+    base: DenoiserSpec
+
+    name: ClassVar[str] = "denoiser"
+
+    def outputs(self, model: DenoiserModel, inputs: Noised) -> torch.Tensor:
+        """Return what it predicts for noisy latents."""
         noisy = _each(inputs.draws.signal) * inputs.latents + _each(inputs.draws.noise) * inputs.noise
-        predicted = model(noisy.to(self.compute_dtype), inputs.draws.timestep, inputs.conditions)
-        return self.objective(model, predicted, inputs)
+        return model(noisy.to(self.compute_dtype), inputs.draws.timestep, inputs.conditions)
 
-    def _on_device(self, model: DenoiserModel, inputs: Noised) -> Noised:
-        device = self.device(model)
-        draws = Draw(*(numbers.to(device) for numbers in inputs.draws))
-        conditions = Conditions(*(None if each is None else each.to(device) for each in inputs.conditions))
-        return Noised(inputs.latents.to(device), inputs.noise.to(device), draws, conditions)
+    def check(self, model: object) -> None:
+        """Check that it is a denoiser.
 
-    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> DenoiserModel:
-        """See ``Workload``."""
-        model = meta_denoiser(self.spec)
-        self.method.apply(model)
+        Raises:
+            ModelError: it is not.
+        """
+        if not isinstance(model, DenoiserModel):
+            raise ModelError(
+                f"a denoiser is wanted, not {type(model).__name__}; models.denoisers.load_denoiser loads one"
+            )
+
+    def fixed_options(self, method: AdapterMethod) -> Mapping[str, object]:
+        """See ``ModelSpec``: blocks take more than one tensor, so that none goes on where another ended."""
+        found = {**ONLY_BLOCKS, "layers_per_checkpoint": 1, "stream_from": "host"}
+        found |= dict(TRAINED_WEIGHTS) if method.trains_base else {}
+        return found if skeleton_of(self.base).can_stream else {**found, "resident_layers": None}
+
+    @property
+    def depth(self) -> int:
+        """The model's blocks."""
+        return count_blocks(self.base)
+
+    @property
+    def blocks_before(self) -> Mapping[str, int]:
+        """See ``models.denoisers.blocks_alike``."""
+        return blocks_alike(self.base)
+
+    def pattern(self, method: AdapterMethod) -> tuple[int, int]:
+        """See ``ModelSpec``: the last list's blocks are alike, where they are adapted alike."""
+        return _pattern(self.base, method) or super().pattern(method)
+
+    def at_depth(self, depth: int) -> Self:
+        """See ``ModelSpec``."""
+        return self if depth == self.depth else replace(self, base=with_depth(self.base, depth))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the spec."""
+        return self.base.compute_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weight is packed."""
+        return self.base.quant != "none"
+
+    def planned_model(
+        self, method: AdapterMethod, device: torch.device, options: MemoryOptions, shape: BatchShape
+    ) -> DenoiserModel:
+        """See ``ModelSpec``."""
+        model = meta_denoiser(self.base)
+        method.apply(model)
         if device.type != "meta":
             give_storage(model, device)
-        place(model, device, options, self.blocks(model), trains_base=self.method.trains_base)
+        place(model, device, options, self.blocks(model), trains_base=method.trains_base)
         set_memory_options(model, options, self.blocks(model))
         if device.type == "meta":
             for module in (*self.blocks(model), *model.attention_outside()):
@@ -381,21 +412,9 @@ class Denoiser(Workload):
         """See ``models.denoisers``."""
         return [model.get_submodule(path) for path in model.block_paths()]
 
-    def check_examples(self, model: object, examples: object) -> None:
-        """Check that it is a denoiser, and that all examples have the shapes of the run.
-
-        Raises:
-            ModelError, DataError: it is not, or one has not.
-        """
-        if not isinstance(model, DenoiserModel):
-            raise ModelError(
-                f"a denoiser is wanted, not {type(model).__name__}; models.denoisers.load_denoiser loads one"
-            )
-        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), LatentExample | None):
-            raise DataError(f"examples is {type(examples).__name__}; give a list of data.latents.LatentExample")
-        check_shapes(examples[:1] if isinstance(examples, LatentSet) else examples, self.shapes)
-
-    def check_model(self, model: DenoiserModel, settings: TrainSettings) -> None:
+    def check_model(
+        self, model: DenoiserModel, method: AdapterMethod, settings: TrainSettings, batches: Batches
+    ) -> None:
         """Set the memory options; the model computes as diffusers wrote it, so that there is nothing to compare.
 
         Raises:
@@ -408,6 +427,27 @@ class Denoiser(Workload):
                 f"{STREAMED_TRAINED}, and a denoiser's are updated together; set memory.resident_layers to all"
             )
         set_memory_options(model, replace(settings.options, kernels="plain"), self.blocks(model))
+
+
+def denoiser(
+    spec: DenoiserSpec,
+    shapes: LatentShapes,
+    objective: DenoisingLoss | None = None,
+    method: AdapterMethod | None = None,
+    caption_dropout: float = 0.0,
+    pixels_per_latent: int = 1,
+) -> Workload:
+    """Return a denoiser that learns from latents.
+
+    Args:
+        spec: of the model; see ``models.denoisers.spec_of``.
+        shapes, caption_dropout, pixels_per_latent: see ``LatentBatches``.
+        objective: None predicts the noise.
+        method: None is LoRA.
+    """
+    objective = objective or DenoisingLoss()
+    batches = LatentBatches(shapes, objective, spec.compute_dtype, caption_dropout, pixels_per_latent)
+    return Workload(DiffusersSpec(spec), batches, objective, method or Lora())
 
 
 def conditions_of(examples: Sequence[LatentExample], dtype: torch.dtype) -> Conditions:

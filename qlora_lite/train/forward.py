@@ -47,6 +47,11 @@ class Inputs(NamedTuple):
     pictures: tuple[int, ...] = ()
     grids: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def tokens(self) -> "Inputs":
+        """What of a micro-batch the model computes on: all of it; others hold such inputs."""
+        return self
+
 
 def prepare(batch: Batch, device: torch.device) -> Inputs:
     """Move a batch to the device and find its targets.

@@ -37,9 +37,11 @@ def check_choice(workload: Workload, options: MemoryOptions) -> None:
     Raises:
         TrainingError: naming those.
     """
-    wrong = [name for name, only in workload.fixed_options.items() if getattr(options, name) != only]
+    wrong = [
+        name for name, only in workload.spec.fixed_options(workload.method).items() if getattr(options, name) != only
+    ]
     if wrong:
-        raise TrainingError(f"{type(workload).__name__} has no {', '.join(wrong)} to set")
+        raise TrainingError(f"this kind of model has no {', '.join(wrong)} to set")
 
 
 def check_shareable(processes: Processes, options: MemoryOptions, divided: bool = False) -> None:
@@ -100,14 +102,14 @@ def explain_not_finite(
     else:
         bad = [name for name, p in trained if p.grad is not None and not p.grad.isfinite().all()]
         examples, place = groups[0], f"the gradient of {bad[0]}" if bad else "the norm of the gradients"
-    where = workload.places(examples)
+    where = workload.batches.places(examples)
     rows = ", ".join(where[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
     weights = (
         "the backward pass has changed weights already: resume from the last checkpoint with train --resume"
         if updated
         else "the weights were left as they were before this step"
     )
-    cures = f"{FLOAT16_ENDS}, lower" if workload.needs_loss_scale(model) else "Lower"
+    cures = f"{FLOAT16_ENDS}, lower" if workload.spec.needs_loss_scale(model) else "Lower"
     return TrainingError(
         f"step {step}: {place} is not finite (rows {rows}); {weights}. "
         f"{cures} train.learning_rate, or look at these rows"
@@ -132,7 +134,9 @@ def _first_bad_place(workload: Workload, model: nn.Module, examples: Sequence) -
 
     handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if is_watched(m)]
     try:
-        loss = workload.loss(model, workload.inputs(workload.collate(examples), workload.device(model))).sum
+        loss = workload.loss(
+            model, workload.batches.inputs(workload.batches.collate(examples), workload.spec.device(model))
+        ).sum
     finally:
         for handle in handles:
             handle.remove()

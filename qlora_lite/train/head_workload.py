@@ -1,12 +1,11 @@
-"""What workloads with a head have in common, which gives each text or picture a label, several, or a number.
+"""What all models with a head have in common, which gives each text or picture a label, several, or a number.
 
 The loss is that of transformers' ``ForSequenceClassification`` models, a mean over a step's examples: cross-entropy
 of one label, binary cross-entropy of each of several, the squared error of a number.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,9 +14,9 @@ from torch.nn import functional
 
 from qlora_lite.data.labels import LABELS, ONE_LABEL
 
+from .objective import LossSum, Objective
 from .step import evaluating
-from .transformer import TransformerWorkload
-from .workload import LossSum, Objective
+from .workload import Workload
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class HeadLoss(Objective):
 
     def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs) -> LossSum:
         """Return the sum of the losses of the examples, and how many have the label that is likeliest."""
-        targets = inputs.targets
+        targets = inputs.targets.to(outputs.device)
         if self.problem == ONE_LABEL:
             right = (outputs.detach().argmax(-1) == targets).sum(dtype=torch.float32)
             return LossSum(functional.cross_entropy(outputs, targets, reduction="sum"), {"accuracy": right})
@@ -48,36 +47,15 @@ class HeadLoss(Objective):
         return self.problem
 
 
-@dataclass(frozen=True)
-class HeadWorkload(TransformerWorkload):
-    """A model with a head. Its objective is given the head's outputs [N, C], float32.
-
-    Args:
-        labels: the names of the outputs, in order.
-    """
-
-    objective: Objective = field(default_factory=HeadLoss)
-    labels: tuple[str, ...] = ()
-
-    @property
-    def problem(self) -> str:
-        """The kind of problem, transformers' word for it."""
-        return self.objective.name
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {label: number for number, label in enumerate(self.labels)}
-
-
 @torch.no_grad()
-def outputs_for(workload: HeadWorkload, model: nn.Module, batches: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs_for(work: Workload, model: nn.Module, batches: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the head's outputs for every example of the batches, float32 [N, C], and the targets, with dropout off.
 
     Both are in host memory.
     """
-    device, found, targets = workload.device(model), [], []
+    device, found, targets = work.spec.device(model), [], []
     with evaluating(model):
         for batch in batches:
-            found.append(workload.outputs(model, workload.inputs(batch, device)).cpu())
+            found.append(work.spec.outputs(model, work.batches.inputs(batch, device)).cpu())
             targets.append(batch.targets)
     return torch.cat(found), torch.cat(targets)

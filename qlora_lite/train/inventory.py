@@ -45,7 +45,7 @@ def inventory(workload: Workload, model: nn.Module) -> list[Entry]:
 
 def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Tensor, str, str]]:
     """Yield every parameter and buffer with its category (see ``memory.ledger``) and why it is there in this type."""
-    embedding, head = workload.tables(model)
+    embedding, head = workload.spec.tables(model)
     stream, divided = stream_of(model), divided_weights(model)
     slots = {slot.untyped_storage()._cdata for slot in stream.slots} if stream and divided else set()
     for module in model.modules():

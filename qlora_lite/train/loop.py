@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -32,7 +32,7 @@ from qlora_lite.quant.product import float32_partial_sums
 from qlora_lite.quant.tensor_file import bit_sums
 from qlora_lite.units import counted
 
-from .causal_lm import CausalLM, answer_losses
+from .causal_lm import answer_losses, causal_lm
 from .divided_weights import names_of_norms, parts_of, trained_here
 from .epochs import Epochs
 from .generators import generator_states, restore_generators
@@ -110,14 +110,14 @@ class Trainer:
                 f"settings is {type(settings).__name__}; give qlora_lite.train_settings(RECIPE), or "
                 "qlora_lite.TrainSettings(learning_rate=...)"
             )
-        workload = workload or CausalLM()
+        workload = workload or causal_lm()
         workload.check_examples(model, examples)
         self.workload = workload.with_options(settings.options)
         self.model, self.examples, self.settings, self.stream = model, examples, settings, stream
         self.processes = processes
-        counts = workload.lengths(examples), workload.target_counts(examples)
-        self.epochs = Epochs(*counts, settings, processes.rank, workload.picture_counts(examples))
-        self.device = workload.device(model)
+        counts = workload.batches.lengths(examples), workload.batches.target_counts(examples)
+        self.epochs = Epochs(*counts, settings, processes.rank, workload.batches.picture_counts(examples))
+        self.device = workload.spec.device(model)
         self._take_parameters()
         self._turn = 0  # the first step of the turn that is trained, where weights are trained in turn
         self.total_steps = self.epochs.total_steps()
@@ -129,7 +129,7 @@ class Trainer:
         self._has_retried = False  # the allocator, which has been said
         self.steps_without_gradient = 0
         self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
-        self.loss_scale = LossScale() if workload.needs_loss_scale(model) else None
+        self.loss_scale = LossScale() if workload.spec.needs_loss_scale(model) else None
         self.watch: Callable[[int, int], None] | None = None  # of the step's micro-batches, see ``train_step``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
         check_trainable(model, sum(parameter.numel() for _, parameter in self.workload.method.parameters(model)))
@@ -213,12 +213,12 @@ class Trainer:
                 self.model,
                 self.parameters,
                 optimizer,
-                work.inputs(largest, device),
-                evaluation and work.inputs(evaluation, device),
+                work.batches.inputs(largest, device),
+                evaluation and work.batches.inputs(evaluation, device),
                 s.max_grad_norm,
                 self._accumulates,
                 s.options.optimizer_in_backward,
-                work.shape(largest).lengths,
+                work.batches.shape(largest).lengths,
             )
         self.optimizer_bytes = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -250,7 +250,7 @@ class Trainer:
             TrainingError: one of those does not run here any more.
         """
         self.check()
-        self.workload.choose_kernels(self.model, self._largest_inputs, self.settings.options, recorded)
+        self.workload.spec.choose_kernels(self.model, self._largest_inputs, self.settings.options, recorded)
         self._forget_trials()
 
     def _forget_trials(self) -> None:
@@ -260,7 +260,7 @@ class Trainer:
 
     def _largest_inputs(self) -> object:
         largest, _ = largest_batches(self.workload, self.examples, (), self.epochs, self.most_tokens)
-        return self.workload.inputs(largest, self.device)
+        return self.workload.batches.inputs(largest, self.device)
 
     @float32_partial_sums()
     def choose_loss(self, recorded: str | None = None) -> None:
@@ -273,7 +273,9 @@ class Trainer:
         """
         self.check()
         setting = self.settings.fused_loss
-        self.workload = self.workload.choose_loss(self.model, self._largest_inputs, setting, recorded)
+        work = self.workload
+        objective = work.objective.choose(self.model, work.spec, self._largest_inputs, setting, recorded)
+        self.workload = replace(work, objective=objective)
         self._forget_trials()
 
     def __iter__(self) -> Iterator[StepMetrics]:
@@ -292,7 +294,7 @@ class Trainer:
         following = self._order[self.epoch_step] if self.epoch_step < len(self._order) else []
         groups = [[self.examples[row] for row in rows] for rows in following]
         own = self._own(groups, self.settings.shares)
-        self.workload.expect([each for rows in own for each in rows], self.settings.seed, self.step + 1)
+        self.workload.batches.expect([each for rows in own for each in rows], self.settings.seed, self.step + 1)
 
     def _steps(self) -> Iterator[list[Sequence]]:
         """Yield the rows of each micro-batch of each step, from the present place in the data on."""
@@ -309,7 +311,7 @@ class Trainer:
                 yield [[self.examples[row] for row in rows] for rows in step]
             return
         s = self.settings
-        lengths = self.workload.lengths
+        lengths = self.workload.batches.lengths
         micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size, lengths)
         while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
             yield step
@@ -325,18 +327,18 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         whole = s.options.optimizer_in_backward
         self.processes.seed(s.seed, self.step, self.device)
-        collate = partial(self.workload.training_batch, seed=s.seed, step=self.step)
+        collate = partial(self.workload.batches.training_batch, seed=s.seed, step=self.step)
         shared = partial(self._shared, compute=self._step, shares=s.shares, collate=collate)
         result = self._whole_step(micro_batches) if whole else shared(micro_batches)
         if not math.isfinite(result.loss + result.grad_norm):
             self._skip_or_stop(micro_batches, updated=whole and math.isfinite(result.loss))
-        elif not self.took_part and (result.grad_norm or self.workload.always_learns):
-            if self.workload.can_reach_every_layer([row for rows in micro_batches for row in rows]):
+        elif not self.took_part and (result.grad_norm or self.workload.objective.always_learns):
+            if self.workload.batches.can_reach_every_layer([row for rows in micro_batches for row in rows]):
                 norms = dict(zip(self._names_of_norms, result.norms.tolist(), strict=True))
                 self.workload.method.check_reached(self.model, norms)
                 self.took_part = True
         elif result.grad_norm == 0:
-            self._note_no_gradient(self.workload.why_no_gradient(result.metrics))
+            self._note_no_gradient(self.workload.objective.why_no_gradient(result.metrics))
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cpu":  # or malloc keeps more holes with each step of another length, beyond the plan
             free_cached_memory(self.device)
@@ -419,7 +421,7 @@ class Trainer:
         own = self.processes.share(micro_batches)
         (rows,) = own or micro_batches[:1]
         with no_retry("in a step that memory.optimizer_in_backward keeps whole"):
-            batch = self.workload.training_batch(rows, self.settings.seed, self.step)
+            batch = self.workload.batches.training_batch(rows, self.settings.seed, self.step)
             self._expect_next()
             return train_step_in_backward(self.workload, self.model, batch, self.optimizer, self.processes, bool(own))
 
@@ -475,7 +477,7 @@ class Trainer:
             run, counted = alike(parts)
             try:
                 with no_retry("between ranks that wait for each other's weights") if self.is_sharded else nullcontext():
-                    return compute(map(collate or self.workload.collate, run), counted)
+                    return compute(map(collate or self.workload.batches.collate, run), counted)
             except OtherRankError:
                 pass
             except (RuntimeError, MemoryError) as error:
@@ -550,7 +552,8 @@ class Trainer:
 
         def compute(batches: Iterator, counted: int) -> list[torch.Tensor]:
             with evaluating(self.model), merged_once(self.model):
-                found = [work.references(self.model, work.inputs(batch, self.device)) for batch in batches]
+                inputs = (work.batches.inputs(batch, self.device) for batch in batches)
+                found = [work.objective.references(self.model, work.spec, each) for each in inputs]
             self.processes.wait()  # for one whose memory may have run out
             return found[:counted]
 
@@ -586,7 +589,7 @@ def _eval_plan(lengths: Sequence[int], settings: TrainSettings) -> list[list[int
 
 def _eval_rows(workload: Workload, examples: Sequence, settings: TrainSettings) -> Iterator[Sequence]:
     """Yield the rows of each evaluation batch: slices, which copy nothing, because the rows keep their order."""
-    for rows in _eval_plan(workload.lengths(examples), settings):
+    for rows in _eval_plan(workload.batches.lengths(examples), settings):
         yield examples[rows[0] : rows[-1] + 1]
 
 
@@ -598,14 +601,14 @@ def eval_batches(
     Args:
         done: called with the number of examples so far whenever another batch is asked for.
     """
-    return _counted(workload, map(workload.collate, _eval_rows(workload, examples, settings)), done)
+    return _counted(workload, map(workload.batches.collate, _eval_rows(workload, examples, settings)), done)
 
 
 def _counted(workload: Workload, batches: Iterable, done: Callable[[int], None] | None) -> Iterator:
     count = 0
     for batch in batches:
         yield batch
-        count += len(workload.shape(batch).lengths) // workload.sequences
+        count += len(workload.batches.shape(batch).lengths) // workload.batches.sequences
         if done:
             done(count)
 
@@ -623,19 +626,20 @@ def largest_batches(
     """
     whole = epochs.settings.options.optimizer_in_backward
     rows, most = epochs.largest()
-    rows = workload.enlarged([examples[row] for row in rows], most)
+    rows = workload.batches.enlarged([examples[row] for row in rows], most)
     largest = _fullest(workload, rows, None if whole else most_tokens)
     if not len(eval_examples):
         return largest, None
-    lengths = workload.lengths(eval_examples)
+    kind = workload.batches
+    lengths = kind.lengths(eval_examples)
     batches = _eval_plan(lengths, epochs.settings)
     rows = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
-    most = extent_of(lengths, workload.target_counts(eval_examples), batches, workload.picture_counts(eval_examples))
-    rows = workload.enlarged([eval_examples[row] for row in rows], most)
+    most = extent_of(lengths, kind.target_counts(eval_examples), batches, kind.picture_counts(eval_examples))
+    rows = kind.enlarged([eval_examples[row] for row in rows], most)
     return largest, _fullest(workload, rows, most_tokens)
 
 
 def _fullest(workload: Workload, rows: Sequence, most_tokens: int | None):
     """Return that part of a batch with the most tokens which would go through the model at once."""
     parts = cut(workload, [rows], most_tokens)
-    return workload.collate(max(parts, key=lambda part: sum(workload.lengths(part))))
+    return workload.batches.collate(max(parts, key=lambda part: sum(workload.batches.lengths(part))))

@@ -1,4 +1,4 @@
-"""The workload that is a vision encoder with a head over its patches: a class for each pixel (segmentation).
+"""Train a vision encoder with a head over its patches: a class for each pixel (segmentation).
 
 The head is the one of image classification, a linear layer, applied to every patch: where it reads the first token
 beside the mean of the patches (DINOv2), it reads each patch in the mean's place. So the model has no module that
@@ -11,7 +11,7 @@ Shapes: logits float32 [N, C, H, W], targets int64 [N, H, W], -100 where a pixel
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -19,18 +19,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.checks.metrics import Score
 from qlora_lite.data.labels import MASKS
 from qlora_lite.data.masks import WITHOUT
+from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import ModelError
 from qlora_lite.memory.marks import category
 from qlora_lite.models.nested import of_blocks
 
-from .picture_head import PictureHead, Pictures
+from .batches import BatchShape
+from .model_spec import ModelSpec
+from .objective import LossSum, Objective
+from .picture_head import PictureBatches, Pictures, VisionSpec, options_of
 from .step import evaluating
-from .workload import BatchShape, LossSum, Objective
+from .workload import Workload
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,13 @@ class MaskLoss(Objective):
 
     def __call__(self, model: nn.Module, outputs: torch.Tensor, inputs: Pictures) -> LossSum:
         """Return the sum over pictures of their pixels' means."""
+        targets = inputs.targets.to(outputs.device)
         with category("logits"):
-            each = functional.cross_entropy(outputs, inputs.targets, ignore_index=WITHOUT, reduction="none")
-        counted = inputs.targets != WITHOUT
+            each = functional.cross_entropy(outputs, targets, ignore_index=WITHOUT, reduction="none")
+        counted = targets != WITHOUT
         counts = counted.sum((1, 2)).clamp(min=1)
         with torch.no_grad():
-            right = ((outputs.argmax(1) == inputs.targets).sum((1, 2)) / counts).sum()
+            right = ((outputs.argmax(1) == targets).sum((1, 2)) / counts).sum()
         return LossSum((each.sum((1, 2)) / counts).sum(), {"pixel_accuracy": right})
 
     @property
@@ -56,10 +62,8 @@ class MaskLoss(Objective):
 
 
 @dataclass(frozen=True)
-class MaskHead(PictureHead):
-    """A vision encoder with a head over its patches. Its objective is given the logits of pixels."""
-
-    objective: Objective = field(default_factory=MaskLoss)
+class MaskBatches(PictureBatches):
+    """Pictures with a class for each pixel."""
 
     def _targets(self, examples: Sequence[Example], classes: list[np.ndarray | None]) -> torch.Tensor:
         size = (self.processor.height, self.processor.width)
@@ -72,17 +76,23 @@ class MaskHead(PictureHead):
         targets = torch.zeros(len(shape.lengths), p.height, p.width, dtype=torch.int64, device=device)
         return found._replace(targets=targets)
 
+
+@dataclass(frozen=True, eq=False)
+class MaskSpec(VisionSpec):
+    """A vision encoder with a head over its patches. Its outputs are the logits of pixels."""
+
     def outputs(self, model: nn.Module, inputs: Pictures) -> torch.Tensor:
         """Return the logits of pixels.
 
         Raises:
             ModelError: the model's head is no linear layer over tokens.
         """
-        encoder, p, size = getattr(model, base_path(model)), self.processor, of_blocks(model.config).patch_size
-        hidden = encoder(pixel_values=self.on_device(model, inputs.pixels), **self.options_of(model)).last_hidden_state
-        height, width = p.height // size, p.width // size
+        pixels, size = inputs.pixels.to(self.device(model)), of_blocks(model.config).patch_size
+        encoder, shape = getattr(model, base_path(model)), tuple(pixels.shape[-2:])
+        hidden = encoder(pixel_values=pixels, **options_of(model, pixels)).last_hidden_state
+        height, width = (edge // size for edge in shape)
         patches = hidden[:, hidden.shape[1] - height * width :]
-        reads = self._width_of(model)
+        reads = next(parameter.shape[1] for parameter in model.classifier.parameters() if parameter.ndim == 2)
         if reads == 2 * hidden.shape[2]:
             patches = torch.cat([hidden[:, :1].expand_as(patches), patches], dim=2)
         elif reads != hidden.shape[2]:
@@ -91,24 +101,31 @@ class MaskHead(PictureHead):
             )
         with category("logits"):
             logits = model.classifier(patches).float().transpose(1, 2).unflatten(2, (height, width))
-            return functional.interpolate(logits, (p.height, p.width), mode="bilinear", align_corners=False)
+            return functional.interpolate(logits, shape, mode="bilinear", align_corners=False)
 
-    def _width_of(self, model: nn.Module) -> int:
-        return next(parameter.shape[1] for parameter in model.classifier.parameters() if parameter.ndim == 2)
+
+def mask_head(method: AdapterMethod, labels: tuple[str, ...], processor: Processor, spec: ModelSpec | None) -> Workload:
+    """Return a vision encoder with a head that gives each pixel a class.
+
+    Args:
+        spec: of the model, for a plan.
+    """
+    spec, batches = (spec or MaskSpec()).read_by(processor), MaskBatches(processor, labels, MASKS)
+    return Workload(spec, batches, MaskLoss(), method)
 
 
 @torch.no_grad()
-def measure_masks(work: MaskHead, model: nn.Module, batches: Iterable[Pictures]) -> tuple[dict[str, Score], list]:
+def measure_masks(work: Workload, model: nn.Module, batches: Iterable[Pictures]) -> tuple[dict[str, Score], list]:
     """Return mean intersection over union and accuracy of pixels, with dropout off, and the confusion of pixels.
 
     The union of a class is all pixels that have it or were given it, in all pictures together; a class that no pixel
     has and none was given does not count.
     """
-    count, device, pictures = len(work.labels), work.device(model), 0
+    count, device, pictures = len(work.batches.labels), work.spec.device(model), 0
     matrix = torch.zeros(count * count, dtype=torch.int64)
     with evaluating(model):
         for batch in batches:
-            given = work.outputs(model, work.inputs(batch, device)).argmax(1).cpu()
+            given = work.spec.outputs(model, work.batches.inputs(batch, device)).argmax(1).cpu()
             has_class = batch.targets != WITHOUT
             matrix += torch.bincount(batch.targets[has_class] * count + given[has_class], minlength=count * count)
             pictures += len(given)

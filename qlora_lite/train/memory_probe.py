@@ -54,7 +54,7 @@ def probe_step(
         if not accumulating:
             optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), phase("forward"):
-        workload.probe_preparation(model, inputs)
+        workload.objective.probe_preparation(model, inputs)
     if updates_in_backward:
         with UpdatesInBackward(optimizer, True, parts_of(model), passes(model, lengths)) as updates:
             accumulate_gradients(workload, model.train(), [inputs])

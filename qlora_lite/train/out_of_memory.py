@@ -66,7 +66,7 @@ def cut(workload: Workload, micro_batches: Iterable[Sequence], most_tokens: int 
     parts = []
     for rows in micro_batches:
         start = room = 0
-        for place, length in enumerate(workload.lengths(rows)):
+        for place, length in enumerate(workload.batches.lengths(rows)):
             if most_tokens is not None and place > start and length > room:
                 parts.append(rows[start:place])
                 start = place
@@ -81,10 +81,10 @@ def lower_limit(workload: Workload, parts: Sequence[Sequence], reason: str) -> i
     Raises:
         DoesNotFitError: the largest part is one row, which cannot be cut.
     """
-    tokens, rows = max(((sum(workload.lengths(part)), part) for part in parts), key=lambda found: found[0])
+    tokens, rows = max(((sum(workload.batches.lengths(part)), part) for part in parts), key=lambda found: found[0])
     if len(rows) == 1:
         raise DoesNotFitError(
-            f"the row {workload.places(rows)[0]} alone, with {tokens} tokens, needs more memory than there is "
+            f"the row {workload.batches.places(rows)[0]} alone, with {tokens} tokens, needs more memory than there is "
             f"({reason}); {CURES}"
         )
     return tokens // 2

@@ -1,4 +1,4 @@
-"""The workload that is a vision encoder whose embeddings are trained: pictures of one class are to lie together.
+"""Train a vision encoder whose embeddings are trained: pictures of one class are to lie together.
 
 The embedding of a picture is what the head of image classification reads, scaled to length 1 (of DINOv2 the first token
 beside the mean of the patches). Each class has a direction too, the head's row of weights scaled likewise, and the loss
@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from qlora_lite.memory.marks import category
 
-from .picture_head import PictureHead, Pictures
+from .picture_head import Pictures, VisionSpec
 
 TEMPERATURE = 0.05  # what is usual for this loss
 
 
-@dataclass(frozen=True)
-class PictureEmbedding(PictureHead):
-    """A vision encoder with directions of classes. Its objective is given cosines over the temperature, and bias."""
+@dataclass(frozen=True, eq=False)
+class EmbeddingSpec(VisionSpec):
+    """A vision encoder with directions of classes. Its outputs are cosines over the temperature, and bias."""
 
     def embeddings(self, model: nn.Module, inputs: Pictures) -> torch.Tensor:
         """Return what the head reads of each picture, of length 1, float32 [N, D]."""

@@ -1,4 +1,4 @@
-"""The workload that is a vision encoder with a head: one label for each picture.
+"""Train a vision encoder with a head: one label for each picture.
 
 An example is one picture and one sequence of length 1, whatever its patches, since all pictures of a run have one
 size: a micro-batch is a batch [N, 3, H, W], and memory depends on N. The model runs as transformers wrote it, head
@@ -10,15 +10,16 @@ Pixels are made by ``data.pictures.Decoder``, in threads, of the next step while
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import nn
 
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.parts import base_path
-from qlora_lite.data.labels import target_of
+from qlora_lite.data.labels import ONE_LABEL, target_of
 from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.pictures import decoder
 from qlora_lite.data.tokens.storage import Example
@@ -29,11 +30,12 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.skeleton import give_storage, meta_copy
 
-from .head_workload import HeadWorkload
+from .batches import Batches, BatchShape
+from .head_workload import HeadLoss
+from .model_spec import ONLY_BLOCKS, TRAINED_WEIGHTS, ModelSpec, TransformerSpec
 from .settings import TrainSettings
 from .text_guards import check_updates_in_backward, check_weights
-from .transformer import TRAINED_WEIGHTS
-from .workload import ONLY_BLOCKS, BatchShape, LossSum
+from .workload import Workload
 
 _RESIZES = "interpolate_pos_encoding"  # transformers' argument for pictures of another size than the model's own
 
@@ -46,24 +48,37 @@ class Pictures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureHead(HeadWorkload):
-    """A vision encoder with a head. Its objective is given the head's outputs [N, C], float32.
+class PictureBatches(Batches):
+    """Pictures of one size, with what is to be found for each.
 
     Args:
         processor: what makes pixels of pictures.
+        labels: the names of the head's outputs, in order.
+        problem: ONE_LABEL or MASKS.
     """
 
-    processor: Processor = field(default_factory=lambda: Processor(224, 224))
+    processor: Processor
+    labels: tuple[str, ...] = ()
+    problem: str = ONE_LABEL
 
     has_large_inputs: ClassVar[bool] = True
 
-    def of_tokenizer(self, tokenizer: Processor) -> Self:
+    def read_by(self, reader: Processor) -> Self:
         """Take the processor that reads the rows."""
-        return replace(self, processor=tokenizer)
+        return replace(self, processor=reader)
+
+    def check(self, model: object, examples: object) -> None:
+        """Check that examples are rows."""
+        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), Example | None):
+            raise DataError(f"examples is {type(examples).__name__}; give those of data.examples.read_examples")
+
+    def places(self, examples: Sequence[Example]) -> list[str]:
+        """Return file and line of each."""
+        return [example.where for example in examples]
 
     def expect(self, examples: Sequence[Example], seed: int, step: int) -> None:
-        """See ``Workload.expect``."""
-        decoder().expect(examples, self.processor, self._draw(seed, step), self.objective.name)
+        """See ``Batches.expect``."""
+        decoder().expect(examples, self.processor, self._draw(seed, step), self.problem)
 
     def training_batch(self, examples: Sequence[Example], seed: int, step: int) -> Pictures:
         """Return augmented pictures with what is to be found for each."""
@@ -77,7 +92,7 @@ class PictureHead(HeadWorkload):
         return None if self.processor.augment == "none" else (seed, step)
 
     def _batch(self, examples: Sequence[Example], draw: tuple[int, int] | None) -> Pictures:
-        made = decoder().made(examples, self.processor, draw, self.objective.name)
+        made = decoder().made(examples, self.processor, draw, self.problem)
         pixels = torch.from_numpy(np.stack([each for each, _ in made]))
         return Pictures(pixels, self._targets(examples, [classes for _, classes in made]))
 
@@ -87,16 +102,12 @@ class PictureHead(HeadWorkload):
         Args:
             classes: of their pixels, where they have masks.
         """
-        return torch.tensor([target_of(example, self.problem, self._numbers) for example in examples])
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        return torch.tensor([target_of(example, self.problem, numbers) for example in examples])
 
     def shape(self, batch: Pictures) -> BatchShape:
         """Return how many pictures there are."""
         return BatchShape((1,) * len(batch.targets), len(batch.targets))
-
-    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
-        """Return the shape of one picture, or of so many that are evaluated at once."""
-        count = tokens if packing else 1
-        return BatchShape((1,) * count, count)
 
     def inputs(self, batch: Pictures, device: torch.device) -> Pictures:
         """Return the batch, in host memory: a step has all of its micro-batches' inputs at once."""
@@ -108,49 +119,47 @@ class PictureHead(HeadWorkload):
         pixels = torch.zeros(count, 3, p.height, p.width, device=device)
         return Pictures(pixels, torch.zeros(count, dtype=torch.int64, device=device))
 
+
+@dataclass(frozen=True, eq=False)
+class VisionSpec(TransformerSpec):
+    """A vision encoder with a head. Its outputs are the head's for each picture [N, C], float32.
+
+    Args:
+        size: height and width of all pictures, for a plan.
+    """
+
+    size: tuple[int, int] = (224, 224)
+
+    def read_by(self, reader: Processor) -> Self:
+        """Take the size of pictures from the processor that reads them."""
+        return replace(self, size=(reader.height, reader.width))
+
     def outputs(self, model: nn.Module, inputs: Pictures) -> torch.Tensor:
-        """Return the head's outputs for each picture, float32 [N, C].
+        """See the class.
 
         Raises:
             ModelError: the model takes pictures of its own size alone.
         """
-        logits = model(pixel_values=self.on_device(model, inputs.pixels), **self.options_of(model)).logits
+        pixels = inputs.pixels.to(self.device(model))
+        logits = model(pixel_values=pixels, **options_of(model, pixels)).logits
         with category("logits"):
             return logits.float()
 
-    def on_device(self, model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-        """Return an input where the model computes."""
-        return tensor.to(self.device(model))
-
-    def loss(self, model: nn.Module, inputs: Pictures) -> LossSum:
-        """Return the loss over the pictures."""
-        outputs = self.outputs(model, inputs)
-        return self.objective(model, outputs, inputs._replace(targets=self.on_device(model, inputs.targets)))
-
-    def options_of(self, model: nn.Module) -> dict[str, bool]:
-        """Return what tells a model that pictures are not of its own size; DINOv2 sees that itself."""
-        size, p = of_blocks(model.config).image_size, self.processor
-        if (p.height, p.width) == (tuple(size) if isinstance(size, list | tuple) else (size, size)):
-            return {}
-        forwards = (each.forward for each in (model, getattr(model, base_path(model))))
-        takes = any(_RESIZES in inspect.signature(forward).parameters for forward in forwards)
-        return {_RESIZES: True} if takes else {}
-
-    @property
-    def fixed_options(self) -> Mapping[str, object]:
+    def fixed_options(self, method: AdapterMethod) -> Mapping[str, object]:
         """Those of tokens and logits, of which there are none, and of weights that are trained."""
         only = {name: value for name, value in ONLY_BLOCKS.items() if name != "optimizer_in_backward"}
-        return only | (dict(TRAINED_WEIGHTS) if self.method.trains_base else {})
+        return only | (dict(TRAINED_WEIGHTS) if method.trains_base else {})
 
-    def planned_model(self, device: torch.device, options: MemoryOptions, shape: BatchShape) -> nn.Module:
-        """See ``Workload``."""
-        spec = self.spec
-        model = meta_copy(spec.config, spec.quant, spec.double_quant, spec.compute_dtype, False, spec.keep_16bit, ())
+    def planned_model(
+        self, method: AdapterMethod, device: torch.device, options: MemoryOptions, shape: BatchShape
+    ) -> nn.Module:
+        """See ``ModelSpec``."""
+        model = meta_copy(self.config, self.quant, self.double_quant, self.compute_dtype, False, self.keep_16bit, ())
         self._check_kind(model)
-        self.method.apply(model)
+        method.apply(model)
         if device.type != "meta":
             give_storage(model, device)
-        place(model, device, options, trains_base=self.method.trains_base)
+        place(model, device, options, trains_base=method.trains_base)
         set_memory_options(model, options)
         return model
 
@@ -168,26 +177,18 @@ class PictureHead(HeadWorkload):
                 "ViT, SigLIP or CLIP"
             )
         with torch.device("meta"):
-            pixels = torch.zeros(1, 3, self.processor.height, self.processor.width)
+            pixels = torch.zeros(1, 3, *self.size)
         if next(model.parameters()).is_meta:
             try:
                 self.outputs(model, Pictures(pixels, pixels[:, 0]))
             except (ValueError, RuntimeError) as error:
                 reason = first_line(error)
                 raise ModelError(
-                    f"{name} cannot compute pictures of {self.processor.height} x "
-                    f"{self.processor.width} pixels ({reason}); write another data.resolution, or remove "
-                    "it"
+                    f"{name} cannot compute pictures of {' x '.join(map(str, self.size))} pixels ({reason}); "
+                    "write another data.resolution, or remove it"
                 ) from error
 
-    def check_examples(self, model: object, examples: object) -> None:
-        """Check that it is a model, and that the examples are rows."""
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"a model is wanted, not {type(model).__name__}; qlora_lite.load_model(PATH) loads one")
-        if not isinstance(examples, Sequence) or not isinstance(next(iter(examples), None), Example | None):
-            raise DataError(f"examples is {type(examples).__name__}; give those of data.examples.read_examples")
-
-    def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
+    def check_model(self, model: nn.Module, method: AdapterMethod, settings: TrainSettings, batches: Batches) -> None:
         """Set the memory options; the model computes as transformers wrote it, so that there is nothing to compare.
 
         Raises:
@@ -196,3 +197,25 @@ class PictureHead(HeadWorkload):
         check_weights(model)
         set_memory_options(model, replace(settings.options, kernels="plain"))
         check_updates_in_backward(model, settings)
+
+
+def options_of(model: nn.Module, pixels: torch.Tensor) -> dict[str, bool]:
+    """Return what tells a model that pictures are not of its own size; DINOv2 sees that itself."""
+    size = of_blocks(model.config).image_size
+    if tuple(pixels.shape[-2:]) == (tuple(size) if isinstance(size, list | tuple) else (size, size)):
+        return {}
+    forwards = (each.forward for each in (model, getattr(model, base_path(model))))
+    takes = any(_RESIZES in inspect.signature(forward).parameters for forward in forwards)
+    return {_RESIZES: True} if takes else {}
+
+
+def picture_head(
+    method: AdapterMethod, labels: tuple[str, ...], processor: Processor, spec: ModelSpec | None
+) -> Workload:
+    """Return a vision encoder with a head that gives each picture a label.
+
+    Args:
+        spec: of the model, for a plan; that of embeddings trains them.
+    """
+    spec, batches = (spec or VisionSpec()).read_by(processor), PictureBatches(processor, labels)
+    return Workload(spec, batches, HeadLoss(ONE_LABEL), method)

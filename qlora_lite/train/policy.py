@@ -1,4 +1,4 @@
-"""The workload that learns from rewards for its own answers: GRPO.
+"""Learn from rewards for the model's own answers: GRPO.
 
 Before each step the model answers every prompt of the step ``group_size`` times, drawn at random, and functions of the
 user's judge the answers. What an answer is worth is its reward beside those of its group: advantage = (reward - mean)
@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.tokens.batch import Batch, Extent
 from qlora_lite.data.tokens.storage import Example, prompt_tokens
 from qlora_lite.errors import DataError, ModelError, TrainingError
@@ -44,13 +45,15 @@ from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, stream_of
 from qlora_lite.offload.transfer import sent
 
-from .causal_lm import CausalLM
-from .forward import hidden_states
+from .batches import BatchShape
+from .causal_lm import TextBatches, TextSpec, planned_rows
+from .forward import Inputs
+from .model_spec import ModelSpec
+from .objective import LossSum, Objective
 from .out_of_memory import free_cached_memory
 from .preference import Sequences, sequences_in
 from .processes import ALONE, Processes
-from .settings import TrainSettings
-from .workload import BatchShape, LossSum, Objective
+from .workload import Workload
 
 LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl
 MANY_CUT = 0.5  # share of answers that are cut which is named as the cause where no answer is better than another
@@ -92,6 +95,11 @@ class PolicyInputs(NamedTuple):
     factors: torch.Tensor
     scores: dict[str, torch.Tensor]
 
+    @property
+    def tokens(self) -> Inputs:
+        """Those that the model computes on."""
+        return self.sequences.tokens
+
 
 @dataclass(frozen=True)
 class GroupPolicy(Objective):
@@ -104,15 +112,22 @@ class GroupPolicy(Objective):
         policy_loss: see the module.
         scale_rewards: whether advantages are divided by the standard deviation of their group.
         chunk_tokens: tokens whose logits exist at once.
+        answer, judge: make answers and rewards; a plan has none.
     """
 
     is_likelihood: ClassVar[bool] = False
+    untimed: ClassVar[str] = "before it the answers"
+    always_learns: ClassVar[bool] = False  # the answers of every group may be worth the same
+    prepares_steps = True
+
     group_size: int = 8
     max_completion_tokens: int = 256
     temperature: float = 1.0
     policy_loss: str = "dapo"
     scale_rewards: bool = True
     chunk_tokens: int = AUTO_CHUNK_TOKENS
+    answer: Answer | None = field(default=None, repr=False, compare=False, kw_only=True)
+    judge: Judge | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -144,93 +159,53 @@ class GroupPolicy(Objective):
             -(inputs.factors * likelihoods).sum(), {name: each.sum() for name, each in inputs.scores.items()}
         )
 
-
-@dataclass(frozen=True)
-class PolicyLM(CausalLM):
-    """A causal language model that learns from rewards; examples are rows whose last answer is a reference.
-
-    Args:
-        answer, judge: make answers and rewards; a plan has none.
-    """
-
-    objective: GroupPolicy = field(default_factory=GroupPolicy)
-    answer: Answer | None = field(default=None, repr=False, compare=False, kw_only=True)
-    judge: Judge | None = field(default=None, repr=False, compare=False, kw_only=True)
-
-    fewer_positions = "lower objective.max_completion_tokens by {over}, or leave longer prompts out"
-    untimed = "before it the answers"
-    always_learns = False  # the answers of every group may be worth the same
-
-    @property
-    def sequences(self) -> int:
-        """Of an example: the answers of its group."""
-        return self.objective.group_size
-
-    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return the tokens of each group, if its answers are as long as they may be."""
-        o = self.objective
-        return [o.group_size * (self._virtual + prompt_tokens(each) + o.max_completion_tokens) for each in examples]
-
-    def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return the tokens that the answers to each prompt may have."""
-        return [self.objective.group_size * self.objective.max_completion_tokens] * len(examples)
-
-    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
-        """Return examples whose prompts have as many tokens as any micro-batch's, the longest one among them."""
-        o, tokens = self.objective, np.concatenate([each.token_ids for each in examples])
-        before = self._virtual + o.max_completion_tokens
-        longest = max(1, most.longest // o.group_size - before)
-        others = max(most.rows - 1, most.tokens // o.group_size - most.rows * before - longest)
-        shares = np.diff(np.arange(most.rows) * others // max(1, most.rows - 1)) if most.rows > 1 else []
-        return [_with_prompt(examples[0], np.resize(tokens, length)) for length in (longest, *map(int, shares))]
-
-    def collate(self, examples: Sequence[Example]) -> PolicyBatch:
-        """Pack groups of answers whose tokens mean nothing yet; ``prepare_step`` gives them theirs."""
-        o, empty = self.objective, torch.zeros(len(examples) * self.objective.group_size)
-        answers = [np.resize(each.token_ids, o.max_completion_tokens) for each in examples for _ in range(o.group_size)]
-        return PolicyBatch(self._packed(self._repeated(examples), answers), tuple(examples), empty, {})
-
-    def _repeated(self, examples: Sequence[Example]) -> list[Example]:
-        return [each for each in examples for _ in range(self.objective.group_size)]
-
-    def _packed(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
-        """Return answers packed behind the prompts of examples, and nothing but the answers to be learned."""
-        found = []
-        for example, new in zip(examples, answers, strict=True):
-            prompt = example.token_ids[: prompt_tokens(example)]
-            ids = np.concatenate([prompt, np.asarray(new, np.int32)])
-            found.append(replace(example, token_ids=ids, learned=np.arange(len(ids)) >= len(prompt)))
-        return super().collate(found)
-
-    def shape(self, batch: PolicyBatch) -> BatchShape:
-        """Return the tokens of each answer with its prompt, and how many are targets."""
-        return super().shape(batch.answers)
-
-    def inputs(self, batch: PolicyBatch, device: torch.device) -> PolicyInputs:
-        """See ``forward.prepare``."""
-        scores = {name: sent(each, device) for name, each in batch.scores.items()}
-        return PolicyInputs(sequences_in(batch.answers, device), sent(batch.factors, device), scores)
-
-    def planned_inputs(self, shape: BatchShape, device: torch.device) -> PolicyInputs:
-        """Return inputs of zeros, with positions."""
-        zeros = torch.zeros(len(shape.lengths), device=device)
-        numbers = torch.zeros(shape.targets, dtype=torch.int64, device=device)
-        return PolicyInputs(Sequences(super().planned_inputs(shape, device), numbers, zeros), zeros.clone(), {})
-
-    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
-        """Return the shape of a group whose answers and prompts together have so many tokens."""
-        o = self.objective
-        each = max(2, tokens // o.group_size)
-        return BatchShape((each,) * o.group_size, min(o.max_completion_tokens, each - 1) * o.group_size)
+    def loss(self, model: nn.Module, spec: ModelSpec, inputs: PolicyInputs) -> LossSum:
+        """Return the loss over a micro-batch's answers; in an evaluation minus their rewards."""
+        if not model.training and inputs.scores:
+            scores = {name: each.sum() for name, each in inputs.scores.items()}
+            return LossSum(-scores["reward"], scores)
+        return super().loss(model, spec, inputs)
 
     def weight(self, inputs: PolicyInputs) -> int:
         """Return the number of answers."""
         return len(inputs.factors)
 
-    prepares_steps = True
+    def why_no_gradient(self, metrics: Mapping[str, float]) -> str:
+        """Say that no group has answers of different rewards, and what to do about it."""
+        if metrics.get("frac_reward_zero_std") != 1:
+            return super().why_no_gradient(metrics)
+        cut = metrics["completions/clipped_ratio"]
+        cure = (
+            "if these answers are wrong, fine-tune the model first or reward parts of an answer; if they are right, "
+            "take harder prompts; if they are neither, correct the functions of objective.rewards"
+        )
+        if cut >= MANY_CUT:
+            cure = (
+                f"{cut:.0%} of them were cut at objective.max_completion_tokens {self.max_completion_tokens}: raise it"
+            )
+        return f"all {self.group_size} answers to a prompt got one reward (mean {metrics['reward']:.3g}); {cure}"
+
+    def check(self, model: nn.Module) -> None:
+        """Check that the model can answer while it is trained.
+
+        Raises:
+            ModelError: its weights are divided among ranks, or its head does more than a temperature can scale.
+        """
+        stream = stream_of(model)
+        if stream is not None and stream.placement.gathers:
+            raise ModelError(
+                "train.objective grpo: a model whose weights are divided among GPUs cannot answer on each "
+                "for itself; train on one GPU, or take a model that each has room for"
+            )
+        if anatomy.head(model).softcap is not None and self.temperature != 1:
+            raise ModelError(
+                "objective.sampling_temperature: this model's logits are capped, and learned at a "
+                "temperature of 1 alone; set it to 1"
+            )
 
     def prepare_step(
         self,
+        work: Workload,
         model: nn.Module,
         batches: Sequence[PolicyBatch],
         processes: Processes = ALONE,
@@ -245,20 +220,21 @@ class PolicyLM(CausalLM):
         """
         if self.answer is None or self.judge is None:
             raise TrainingError("a policy that learns has to be given what answers, and what judges the answers")
-        o, learns = self.objective, model.training
+        rows_of, learns = work.batches, model.training
+        assert isinstance(rows_of, Groups)
         seed = int(torch.randint(1 << 31, ())) if learns else 0  # an evaluation draws none, and can be done again
-        rows = [self._repeated(batch.examples) if learns else list(batch.examples) for batch in batches]
+        rows = [rows_of.repeated(batch.examples) if learns else list(batch.examples) for batch in batches]
         flat = [example for some in rows for example in some]
         prompts = [example.token_ids[: prompt_tokens(example)].tolist() for example in flat]
         numbers = [
-            crc32(example.token_ids.tobytes()) * _ANSWERS_OF_A_ROW + place % o.group_size
+            crc32(example.token_ids.tobytes()) * _ANSWERS_OF_A_ROW + place % self.group_size
             for some in rows
             for place, example in enumerate(some)
         ]
         at_once = max(len(batch.factors) for batch in batches)
-        drawn = o.temperature if learns else 0.0
-        said = self.answer(model, prompts, drawn, seed, numbers, o.max_completion_tokens, at_once)
-        free_cached_memory(self.device(model))  # no tensor of the step gets what a recorded token took until then
+        drawn = self.temperature if learns else 0.0
+        said = self.answer(model, prompts, drawn, seed, numbers, self.max_completion_tokens, at_once)
+        free_cached_memory(work.spec.device(model))  # no tensor of the step gets what a recorded token took until then
         judged = self.judge(flat, [answer.text for answer in said])
         rewards = sum(judged.values(), torch.zeros(len(flat)))
         lengths = torch.tensor([float(len(answer.token_ids)) for answer in said])
@@ -270,44 +246,23 @@ class PolicyLM(CausalLM):
         scores |= {f"rewards/{name}": each for name, each in judged.items()} if len(judged) > 1 else {}
         factors = torch.zeros(len(flat))
         if learns:
-            spread = rewards.view(-1, o.group_size).double().std(1).float().repeat_interleave(o.group_size)
+            spread = rewards.view(-1, self.group_size).double().std(1).float().repeat_interleave(self.group_size)
             scores |= {"reward_std": spread, "frac_reward_zero_std": (spread == 0).float()}
             own = sum(map(len, rows[:counted]))
             tokens, answers = processes.exchange(lengths[:own].sum().item(), own)
-            shares = {"dapo": answers / max(1, tokens), "grpo": 1 / lengths, "dr_grpo": 1 / o.max_completion_tokens}
-            factors = o.advantages(rewards) * shares[o.policy_loss]
+            shares = {"dapo": answers / max(1, tokens), "grpo": 1 / lengths, "dr_grpo": 1 / self.max_completion_tokens}
+            factors = self.advantages(rewards) * shares[self.policy_loss]
         found, start = [], 0
         for batch, some in zip(batches, rows, strict=True):
             these = slice(start, start := start + len(some))
-            packed = self._packed(some, [answer.token_ids for answer in said[these]])
+            packed = rows_of.answered(some, [answer.token_ids for answer in said[these]])
             own_scores = {name: each[these] for name, each in scores.items()}
             found.append(PolicyBatch(packed, batch.examples, factors[these], own_scores))
         return found
 
-    def why_no_gradient(self, metrics: Mapping[str, float]) -> str:
-        """Say that no group has answers of different rewards, and what to do about it."""
-        if metrics.get("frac_reward_zero_std") != 1:
-            return super().why_no_gradient(metrics)
-        o, cut = self.objective, metrics["completions/clipped_ratio"]
-        cure = (
-            "if these answers are wrong, fine-tune the model first or reward parts of an answer; if they are right, "
-            "take harder prompts; if they are neither, correct the functions of objective.rewards"
-        )
-        if cut >= MANY_CUT:
-            cure = f"{cut:.0%} of them were cut at objective.max_completion_tokens {o.max_completion_tokens}: raise it"
-        return f"all {o.group_size} answers to a prompt got one reward (mean {metrics['reward']:.3g}); {cure}"
-
-    def loss(self, model: nn.Module, inputs: PolicyInputs) -> LossSum:
-        """Return the loss over a micro-batch's answers; in an evaluation minus their rewards."""
-        if not model.training and inputs.scores:
-            scores = {name: each.sum() for name, each in inputs.scores.items()}
-            return LossSum(-scores["reward"], scores)
-        tokens = inputs.sequences.tokens
-        return self.objective(model, hidden_states(model, tokens)[tokens.learned], inputs)
-
     def probe_preparation(self, model: nn.Module, inputs: PolicyInputs) -> None:
         """Read the prompts of a micro-batch, keep their keys and values, and those of answers, and make one token."""
-        lengths, new = inputs.sequences.tokens.row_lengths, self.objective.max_completion_tokens
+        lengths, new = inputs.sequences.tokens.row_lengths, self.max_completion_tokens
         was_training, device = model.training, inputs.factors.device
         model.eval()
         self._read(model, len(lengths), max(1, max(lengths) - new), min(new, max(lengths) - 1), device)
@@ -329,24 +284,26 @@ class PolicyLM(CausalLM):
                     setattr(layer, name, longer)
         base(input_ids=ids[:, :1], position_ids=positions[:, -1:], use_cache=True, **{name: kept}, **no_mask)
 
-    def choose_kernels(
-        self,
-        model: nn.Module,
-        largest: Callable[[], PolicyInputs],
-        options: MemoryOptions,
-        recorded: Sequence[str] | None,
-    ) -> None:
-        """See ``kernels``."""
-        super().choose_kernels(model, lambda: largest().sequences.tokens, options, recorded)
 
-    def positions(self, examples: Sequence[Example]) -> Sequence[int]:
-        """Return how many positions each prompt takes with the longest answer."""
-        beside = self._virtual + self.objective.max_completion_tokens
-        return [beside + prompt_tokens(example) for example in examples]
+@dataclass(frozen=True)
+class Groups(TextBatches):
+    """Groups of answers to prompts; examples are rows whose last answer is a reference.
 
-    def check_examples(self, model: object, examples: object) -> None:
-        """See ``CausalLM``; each example has a prompt."""
-        super().check_examples(model, examples)
+    Args:
+        group_size, max_completion_tokens: see ``GroupPolicy``.
+    """
+
+    group_size: int = 8
+    max_completion_tokens: int = 256
+
+    @property
+    def fewer_positions(self) -> str:
+        """See ``TextBatches``."""
+        return "lower objective.max_completion_tokens by {over}, or leave longer prompts out"
+
+    def check(self, model: nn.Module, examples: object) -> None:
+        """See ``TextBatches``; each example has a prompt."""
+        super().check(model, examples)
         for example in examples:
             if not prompt_tokens(example):
                 raise DataError(
@@ -354,24 +311,85 @@ class PolicyLM(CausalLM):
                     "remove this one"
                 )
 
-    def check_model(self, model: nn.Module, settings: TrainSettings) -> None:
-        """See ``CausalLM``; the model can answer while it is trained.
+    def positions(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return how many positions each prompt takes with the longest answer."""
+        beside = self.virtual + self.max_completion_tokens
+        return [beside + prompt_tokens(example) for example in examples]
 
-        Raises:
-            ModelError: its weights are divided among ranks, or its head does more than a temperature can scale.
-        """
-        stream = stream_of(model)
-        if stream is not None and stream.placement.gathers:
-            raise ModelError(
-                "train.objective grpo: a model whose weights are divided among GPUs cannot answer on each "
-                "for itself; train on one GPU, or take a model that each has room for"
-            )
-        if anatomy.head(model).softcap is not None and self.objective.temperature != 1:
-            raise ModelError(
-                "objective.sampling_temperature: this model's logits are capped, and learned at a "
-                "temperature of 1 alone; set it to 1"
-            )
-        super().check_model(model, settings)
+    @property
+    def sequences(self) -> int:
+        """Of an example: the answers of its group."""
+        return self.group_size
+
+    def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the tokens of each group, if its answers are as long as they may be."""
+        return [
+            self.group_size * (self.virtual + prompt_tokens(each) + self.max_completion_tokens) for each in examples
+        ]
+
+    def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
+        """Return the tokens that the answers to each prompt may have."""
+        return [self.group_size * self.max_completion_tokens] * len(examples)
+
+    def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
+        """Return examples whose prompts have as many tokens as any micro-batch's, the longest one among them."""
+        tokens = np.concatenate([each.token_ids for each in examples])
+        before = self.virtual + self.max_completion_tokens
+        longest = max(1, most.longest // self.group_size - before)
+        others = max(most.rows - 1, most.tokens // self.group_size - most.rows * before - longest)
+        shares = np.diff(np.arange(most.rows) * others // max(1, most.rows - 1)) if most.rows > 1 else []
+        return [_with_prompt(examples[0], np.resize(tokens, length)) for length in (longest, *map(int, shares))]
+
+    def collate(self, examples: Sequence[Example]) -> PolicyBatch:
+        """Pack groups of answers whose tokens mean nothing yet; ``prepare_step`` gives them theirs."""
+        empty = torch.zeros(len(examples) * self.group_size)
+        answers = [
+            np.resize(each.token_ids, self.max_completion_tokens) for each in examples for _ in range(self.group_size)
+        ]
+        return PolicyBatch(self.answered(self.repeated(examples), answers), tuple(examples), empty, {})
+
+    def repeated(self, examples: Sequence[Example]) -> list[Example]:
+        """Return each example as often as it has answers."""
+        return [each for each in examples for _ in range(self.group_size)]
+
+    def answered(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
+        """Return answers packed behind the prompts of examples, and nothing but the answers to be learned."""
+        found = []
+        for example, new in zip(examples, answers, strict=True):
+            prompt = example.token_ids[: prompt_tokens(example)]
+            ids = np.concatenate([prompt, np.asarray(new, np.int32)])
+            found.append(replace(example, token_ids=ids, learned=np.arange(len(ids)) >= len(prompt)))
+        return self.packed(found)
+
+    def shape(self, batch: PolicyBatch) -> BatchShape:
+        """Return the tokens of each answer with its prompt, and how many are targets."""
+        return super().shape(batch.answers)
+
+    def inputs(self, batch: PolicyBatch, device: torch.device) -> PolicyInputs:
+        """See ``forward.prepare``."""
+        scores = {name: sent(each, device) for name, each in batch.scores.items()}
+        return PolicyInputs(sequences_in(batch.answers, device), sent(batch.factors, device), scores)
+
+    def planned_inputs(self, shape: BatchShape, device: torch.device) -> PolicyInputs:
+        """Return inputs of zeros, with positions."""
+        zeros = torch.zeros(len(shape.lengths), device=device)
+        numbers = torch.zeros(shape.targets, dtype=torch.int64, device=device)
+        return PolicyInputs(Sequences(planned_rows(shape, device), numbers, zeros), zeros.clone(), {})
+
+    def full_pack(self, tokens: int, packing: bool) -> BatchShape:
+        """Return the shape of a group whose answers and prompts together have so many tokens."""
+        each = max(2, tokens // self.group_size)
+        return BatchShape((each,) * self.group_size, min(self.max_completion_tokens, each - 1) * self.group_size)
+
+
+def policy_lm(method: AdapterMethod, objective: GroupPolicy, spec: ModelSpec | None = None) -> Workload:
+    """Return a causal language model that learns from rewards.
+
+    Args:
+        spec: of the model, for a plan.
+    """
+    batches = Groups(method.virtual_tokens, objective.group_size, objective.max_completion_tokens)
+    return Workload(spec or TextSpec(), batches, objective, method)
 
 
 def _with_prompt(example: Example, tokens: np.ndarray) -> Example:

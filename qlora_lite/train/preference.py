@@ -1,4 +1,4 @@
-"""The workload that learns from preferences: pairs of answers, or answers with a label; DPO and its family.
+"""Learn from preferences: pairs of answers, or answers with a label; DPO and its family.
 
 An example is two sequences (``tokens.preferences``), and a micro-batch packs both as it packs any rows, so that a pair
 takes the memory of fine-tuning on its tokens. The loss of a pair is a function of its sequences' summed
@@ -28,13 +28,14 @@ Shapes: P examples of a micro-batch; R sequences, of pairs 2 P in turn, else P; 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Batch, Extent
 from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, sequence_losses
@@ -43,10 +44,13 @@ from qlora_lite.models import anatomy
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.offload.transfer import sent
 
-from .causal_lm import CausalLM
-from .forward import Inputs, hidden_states, prepare
+from .batches import BatchShape
+from .causal_lm import TextBatches, TextSpec, planned_rows
+from .forward import Inputs, prepare
+from .model_spec import ModelSpec
+from .objective import LossSum, Objective
 from .processes import ALONE, Processes
-from .workload import BatchShape, LossSum, Objective
+from .workload import Workload
 
 OF_TWO = 4  # tokens that two sequences have at least: one of a prompt, and a target
 WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"  # objectives that compare with the model that training begins with
@@ -62,7 +66,7 @@ class PreferenceBatch(NamedTuple):
     other: the second ones, where they are measured apart.
     references: float32 [P, 2], what the reference model gives the sequences.
     desirable: bool [P], whether the first sequence's answer is one to imitate.
-    moved: of kto what ``PreferenceLM.prepare_step`` has found for the step.
+    moved: of kto what ``Preference.prepare_step`` has found for the step.
     """
 
     own: Batch
@@ -93,6 +97,11 @@ class PreferenceInputs(NamedTuple):
     references: torch.Tensor
     desirable: torch.Tensor
     moved: torch.Tensor
+
+    @property
+    def tokens(self) -> Inputs:
+        """Those that the model computes on."""
+        return self.own.tokens
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,45 @@ class Preference(Objective):
             }
         return LossSum((weights * (1 - torch.sigmoid(self.beta * lead))).sum(), metrics)
 
+    def weight(self, inputs: PreferenceInputs) -> int:
+        """Return the number of examples."""
+        return len(inputs.desirable)
+
+    @property
+    def prepares_steps(self) -> bool:
+        """Whether answers are judged one by one."""
+        return not self.is_of_pairs
+
+    def prepare_step(
+        self,
+        work: Workload,
+        model: nn.Module,
+        batches: Sequence[PreferenceBatch],
+        processes: Processes = ALONE,
+        counted: int | None = None,
+    ) -> Sequence[PreferenceBatch]:
+        """Return a step's micro-batches with the mean log-ratio of all their answers to other prompts."""
+        if self.is_of_pairs:
+            return batches
+        moved, device = [], work.spec.device(model)
+        for each in batches:
+            references, others = sent(each.references[:, 1], device), sequences_in(each.other, device)
+            moved.append((self._of(model, work.spec, others) - references).sum().item())
+        answers = sum(len(each.desirable) for each in batches[:counted])
+        total, count = processes.exchange(sum(moved[:counted]), answers)
+        return [each._replace(moved=max(0.0, total / count)) for each in batches]
+
+    def references(self, model: nn.Module, spec: ModelSpec, inputs: PreferenceInputs) -> torch.Tensor:
+        """Return what a model gives each example's sequences, float32 [P, 2]."""
+        own = self._of(model, spec, inputs.own)
+        if inputs.other is None:
+            return own.view(-1, 2)
+        return torch.stack([own, self._of(model, spec, inputs.other)], dim=1)
+
+    @torch.no_grad()
+    def _of(self, model: nn.Module, spec: ModelSpec, sequences: Sequences) -> torch.Tensor:
+        return self.log_probabilities(model, spec.outputs(model, sequences), sequences)
+
 
 def _log_odds(log_probability: torch.Tensor) -> torch.Tensor:
     """Return log(p / (1 - p)) of log p, also where p is nearly 0 or nearly 1; source: Maechler 2012.
@@ -210,37 +258,41 @@ def _log_odds(log_probability: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class PreferenceLM(CausalLM):
-    """A causal language model that learns from preferences; examples of one sequence are rows of its text."""
+class ComparedTexts(TextBatches):
+    """Examples of two sequences, packed; examples of one sequence are rows of text.
 
-    objective: Preference = field(default_factory=Preference)
+    Args:
+        is_of_pairs: whether both are learned from, in turn, or the first ones alone.
+    """
+
+    is_of_pairs: bool = True
 
     @property
     def sequences(self) -> int:
         """Of an example, both of which are learned from where they are compared."""
-        return 2 if self.objective.is_of_pairs else 1
+        return 2 if self.is_of_pairs else 1
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.tokens.batch.enlarged``; each example gets two sequences again, whose halves are learned alike."""
-        second = self._virtual  # tokens before the second sequence of each; those of one are a language model's
+        second = self.virtual  # tokens before the second sequence of each; those of one are a language model's
         most = most._replace(tokens=most.tokens - second * most.rows, longest=most.longest - second)
         return enlarged_in_two(super().enlarged, examples, most)
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch | Batch:
         """Pack both sequences of each example; those of one sequence as a language model's."""
         if not examples[0].first:
-            return super().collate(examples)
+            return self.packed(examples)
         both = [sequences_of(example) for example in examples]
-        if self.objective.is_of_pairs:
-            own, other = super().collate([each for pair in both for each in pair]), None
+        if self.is_of_pairs:
+            own, other = self.packed([each for pair in both for each in pair]), None
         else:
-            own, other = (super(PreferenceLM, self).collate(each) for each in zip(*both, strict=True))
+            own, other = (self.packed(each) for each in zip(*both, strict=True))
         references = torch.tensor([example.references or (0.0, 0.0) for example in examples])
         return PreferenceBatch(own, other, references, torch.tensor([example.desirable for example in examples]))
 
     def lengths(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the tokens of each, virtual ones of both sequences included."""
-        lengths, virtual = super().lengths(examples), self._virtual
+        lengths, virtual = super().lengths(examples), self.virtual
         are_two = virtual and len(examples) and examples[0].first
         return [length + virtual for length in lengths] if are_two else lengths
 
@@ -260,69 +312,25 @@ class PreferenceLM(CausalLM):
         """Return inputs of zeros, with positions."""
         count, zero = len(shape.lengths), torch.zeros((), device=device)
         numbers = torch.zeros(shape.targets, dtype=torch.int64, device=device)
-        own = Sequences(super().planned_inputs(shape, device), numbers, zero.expand(count).clone())
-        examples = count // 2 if self.objective.is_of_pairs else count
+        own = Sequences(planned_rows(shape, device), numbers, zero.expand(count).clone())
+        examples = count // 2 if self.is_of_pairs else count
         desirable = torch.ones(examples, dtype=torch.bool, device=device)
         return PreferenceInputs(own, None, zero.expand(examples, 2).clone(), desirable, zero)
 
     def full_pack(self, tokens: int, packing: bool) -> BatchShape:
         """Return the shape of a pack of so many tokens: of pairs, the longest is two of one length."""
         shape = super().full_pack(tokens, packing)
-        if not self.objective.is_of_pairs:
-            return shape
-        return halved(shape)
+        return halved(shape) if self.is_of_pairs else shape
 
-    def choose_kernels(
-        self,
-        model: nn.Module,
-        largest: Callable[[], PreferenceInputs],
-        options: MemoryOptions,
-        recorded: Sequence[str] | None,
-    ) -> None:
-        """See ``kernels``."""
-        super().choose_kernels(model, lambda: largest().own.tokens, options, recorded)
 
-    def weight(self, inputs: PreferenceInputs) -> int:
-        """Return the number of examples."""
-        return len(inputs.desirable)
+def preference_lm(method: AdapterMethod, objective: Preference, spec: ModelSpec | None = None) -> Workload:
+    """Return a causal language model that learns from preferences.
 
-    @property
-    def prepares_steps(self) -> bool:
-        """Whether answers are judged one by one."""
-        return not self.objective.is_of_pairs
-
-    def prepare_step(
-        self,
-        model: nn.Module,
-        batches: Sequence[PreferenceBatch],
-        processes: Processes = ALONE,
-        counted: int | None = None,
-    ) -> Sequence[PreferenceBatch]:
-        """Return a step's micro-batches with the mean log-ratio of all their answers to other prompts."""
-        if self.objective.is_of_pairs:
-            return batches
-        moved, device = [], self.device(model)
-        for each in batches:
-            references = sent(each.references[:, 1], device)
-            moved.append((self._of(model, sequences_in(each.other, device)) - references).sum().item())
-        answers = sum(len(each.desirable) for each in batches[:counted])
-        total, count = processes.exchange(sum(moved[:counted]), answers)
-        return [each._replace(moved=max(0.0, total / count)) for each in batches]
-
-    def loss(self, model: nn.Module, inputs: PreferenceInputs) -> LossSum:
-        """Return the loss over a micro-batch's examples."""
-        tokens = inputs.own.tokens
-        return self.objective(model, hidden_states(model, tokens)[tokens.learned], inputs)
-
-    def references(self, model: nn.Module, inputs: PreferenceInputs) -> torch.Tensor:
-        """Return what a model gives each example's sequences, float32 [P, 2]."""
-        own = self._of(model, inputs.own)
-        return own.view(-1, 2) if inputs.other is None else torch.stack([own, self._of(model, inputs.other)], dim=1)
-
-    @torch.no_grad()
-    def _of(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
-        tokens = sequences.tokens
-        return self.objective.log_probabilities(model, hidden_states(model, tokens)[tokens.learned], sequences)
+    Args:
+        spec: of the model, for a plan.
+    """
+    batches = ComparedTexts(method.virtual_tokens, objective.is_of_pairs)
+    return Workload(spec or TextSpec(), batches, objective, method)
 
 
 def sequences_in(batch: Batch, device: torch.device) -> Sequences:

@@ -1,4 +1,4 @@
-"""The workload that is a language model or an encoder with a head: one label, several, or a number for each text.
+"""Train a language model or an encoder with a head: one label, several, or a number for each text.
 
 Rows are packed as those of a language model are, and their attention is kept apart, an encoder's in both directions;
 where an architecture cannot tell them apart (DeBERTa, Mamba) they run one by one. (transformers pads the texts of a
@@ -7,11 +7,12 @@ batch; what it computes for each is the same, and the padding is computed for no
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
+from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.labels import LABELS, ONE_LABEL, target_of
 from qlora_lite.data.tokens.batch import Batch
 from qlora_lite.data.tokens.storage import Example
@@ -20,12 +21,13 @@ from qlora_lite.models.heads import is_encoder, outputs_of
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.memory_options import MemoryOptions
 
-from .causal_lm import CausalLM
+from .batches import Batches, BatchShape
+from .causal_lm import TextBatches, TextSpec, planned_rows
 from .forward import Inputs, hidden_states, prepare
-from .head_workload import HeadWorkload
+from .head_workload import HeadLoss
+from .model_spec import ModelSpec
 from .text_guards import check_forward, relative_error
-from .transformer import TRAINED_WEIGHTS
-from .workload import BatchShape, LossSum
+from .workload import Workload
 
 WITHOUT_LOGITS = {"loss_chunk_tokens": None, "host_head": False, "compile": False}  # options that it has no use for
 CHECKED_LENGTHS = 7, 12, 5
@@ -39,18 +41,24 @@ class Texts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SequenceHead(HeadWorkload, CausalLM):
-    """A model with a head over packed texts. Its objective is given the head's outputs [N, C], float32.
+class LabelledTexts(TextBatches):
+    """Packed texts with what is to be found for each.
 
     Args:
-        separator: the token that ends the first text of a pair, of a model that tells the texts apart by their type.
+        labels: the names of the head's outputs, in order.
+        problem: ONE_LABEL, LABELS or NUMBER.
+        text_types: how many texts the model tells apart by their type.
+        separator: the token that ends the first text of a pair, of a model that does.
     """
 
+    labels: tuple[str, ...] = ()
+    problem: str = ONE_LABEL
+    text_types: int = 0
     separator: int | None = None
 
-    def of_tokenizer(self, tokenizer) -> Self:
+    def read_by(self, reader: Any) -> Self:
         """Take the separator from the tokenizer that made the rows."""
-        return replace(self, separator=tokenizer.sep_token_id)
+        return replace(self, separator=reader.sep_token_id)
 
     def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return 1 for each."""
@@ -58,9 +66,10 @@ class SequenceHead(HeadWorkload, CausalLM):
 
     def collate(self, examples: Sequence[Example]) -> Texts:
         """Pack texts into one sequence, with what is to be found for each."""
-        found = [target_of(example, self.problem, self._numbers) for example in examples]
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        found = [target_of(example, self.problem, numbers) for example in examples]
         dtype = torch.int64 if self.problem == ONE_LABEL else torch.float32
-        return Texts(super().collate(examples), torch.tensor(found, dtype=dtype))
+        return Texts(self.packed(examples), torch.tensor(found, dtype=dtype))
 
     def shape(self, batch: Texts) -> BatchShape:
         """Return the tokens of each text, and how many there are."""
@@ -74,7 +83,7 @@ class SequenceHead(HeadWorkload, CausalLM):
 
     def _types(self, ids: torch.Tensor, row_lengths: Sequence[int]) -> torch.Tensor | None:
         """Return which text of a pair each token is of: the second one behind the first separator of a row."""
-        if (getattr(self.spec and self.spec.config, "type_vocab_size", None) or 0) < 2:
+        if self.text_types < 2:
             return None
         if self.separator is None:
             return torch.zeros_like(ids)
@@ -84,38 +93,37 @@ class SequenceHead(HeadWorkload, CausalLM):
 
     def planned_inputs(self, shape: BatchShape, device: torch.device) -> Inputs:
         """Return inputs of zeros, with positions."""
-        inputs, count = super().planned_inputs(shape, device), len(shape.lengths)
+        inputs, count = planned_rows(shape, device), len(shape.lengths)
         size = (count, len(self.labels)) if self.problem == LABELS else (count,)
         targets = torch.zeros(size, dtype=torch.int64 if self.problem == ONE_LABEL else torch.float32, device=device)
         types = self._types(inputs.input_ids, inputs.row_lengths)
         return inputs._replace(learned=inputs.learned[:0], targets=targets, token_types=types)
 
+
+@dataclass(frozen=True, eq=False)
+class TextHeadSpec(TextSpec):
+    """A model with a head over packed texts. Its outputs are the head's for each text, float32 [N, C]."""
+
     def outputs(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """Return the head's outputs for each text, float32 [N, C]."""
+        """See the class."""
         hidden = hidden_states(model, inputs)
         with category("logits"):
             return outputs_of(model, hidden, inputs.row_lengths).float()
 
-    def loss(self, model: nn.Module, inputs: Inputs) -> LossSum:
-        """Return the loss over the texts."""
-        return self.objective(model, self.outputs(model, inputs), inputs)
-
-    @property
-    def fixed_options(self) -> Mapping[str, object]:
+    def fixed_options(self, method: AdapterMethod) -> Mapping[str, object]:
         """Those of logits, which it has none of, and of weights that are trained."""
-        return {**WITHOUT_LOGITS, **(TRAINED_WEIGHTS if self.method.trains_base else {})}
+        return {**WITHOUT_LOGITS, **super().fixed_options(method)}
 
-    @property
-    def movable_tables(self) -> tuple[str, ...]:
-        """The embeddings, but for trained ones."""
-        return tuple(table for table in super().movable_tables if table == "host_embeddings")
+    def movable_tables(self, method: AdapterMethod) -> tuple[str, ...]:
+        """Return the embeddings, but for trained ones."""
+        return tuple(table for table in super().movable_tables(method) if table == "host_embeddings")
 
     @property
     def tables_are_tied(self) -> bool:
         """Whether the embeddings are the head too: never."""
         return False
 
-    def check_forward(self, model: nn.Module, longest: int) -> None:
+    def check_forward(self, model: nn.Module, longest: int, batches: Batches) -> None:
         """Compare the outputs for packed texts with the model's own, see ``text_guards.check_forward``."""
         check_forward(model, longest, outputs_error)
 
@@ -128,9 +136,17 @@ class SequenceHead(HeadWorkload, CausalLM):
             return
         super().choose_kernels(model, largest, options, recorded)
 
-    def choose_loss(self, model: nn.Module, largest: Callable[[], Inputs], setting: str, recorded: str | None) -> Self:
-        """Return the workload: there is one loss."""
-        return self
+
+def text_head(method: AdapterMethod, problem: str, labels: tuple[str, ...], spec: ModelSpec | None) -> Workload:
+    """Return a model with a head over texts.
+
+    Args:
+        spec: of the model, for a plan.
+    """
+    spec = spec or TextHeadSpec()
+    types = getattr(spec.config, "type_vocab_size", None) or 0
+    batches = LabelledTexts(method.virtual_tokens, labels, problem, types)
+    return Workload(spec, batches, HeadLoss(problem), method)
 
 
 @torch.no_grad()

@@ -78,8 +78,8 @@ def accumulate_gradients(
         watch: called after each batch with how many are done (of a GPU: given to it), and of how many.
     """
     if total is None:
-        total = sum(workload.weight(batch) for batch in batches)
-    mean, metrics = torch.zeros((), dtype=torch.float32, device=workload.device(model)), {}
+        total = sum(workload.objective.weight(batch) for batch in batches)
+    mean, metrics = torch.zeros((), dtype=torch.float32, device=workload.spec.device(model)), {}
     with phase("forward"), merged_once(model):
         for number, batch in enumerate(batches):
             weight = total if counted is None or number < counted else math.inf
@@ -131,10 +131,14 @@ def train_step(
     """
     parameters, parts = parameters_of(optimizer), parts_of(model).values
     with phase("forward"):
-        batches = workload.prepare_step(model, batches, processes, counted)
-    inputs = [workload.inputs(batch, workload.device(model)) for batch in batches]
-    shapes = [workload.shape(batch) for batch in batches[:counted]]
-    own = sum(map(workload.weight, inputs[:counted])), sum(s.tokens for s in shapes), sum(s.targets for s in shapes)
+        batches = workload.objective.prepare_step(workload, model, batches, processes, counted)
+    inputs = [workload.batches.inputs(batch, workload.spec.device(model)) for batch in batches]
+    shapes = [workload.batches.shape(batch) for batch in batches[:counted]]
+    own = (
+        sum(map(workload.objective.weight, inputs[:counted])),
+        sum(s.tokens for s in shapes),
+        sum(s.targets for s in shapes),
+    )
     total, tokens, targets = processes.exchange(*own)
     mean, metrics = accumulate_gradients(workload, model, inputs, scale, total, counted, watch)
     processes.wait()  # until it is known that no rank's memory ran out
@@ -176,9 +180,9 @@ def train_step_in_backward(
         counts: False for a rank that there is no batch left for.
     """
     parts = parts_of(model)
-    (batch,) = workload.prepare_step(model, [batch], processes, int(counts))
-    inputs, shape = workload.inputs(batch, workload.device(model)), workload.shape(batch)
-    own = (workload.weight(inputs), shape.tokens, shape.targets) if counts else (0.0, 0.0, 0.0)
+    (batch,) = workload.objective.prepare_step(workload, model, [batch], processes, int(counts))
+    inputs, shape = workload.batches.inputs(batch, workload.spec.device(model)), workload.batches.shape(batch)
+    own = (workload.objective.weight(inputs), shape.tokens, shape.targets) if counts else (0.0, 0.0, 0.0)
     total, tokens, targets = processes.exchange(*own)
     weight = total if counts else math.inf
     metrics: dict[str, torch.Tensor] = {}
@@ -236,10 +240,10 @@ def _evaluated(
     workload: Workload, model: nn.Module, batches: Iterable, processes: Processes, counted: int | None
 ) -> Iterator[tuple]:
     """Yield each batch with its inputs: one after the other, or all where a loss has to know of the others."""
-    device = workload.device(model)
-    if workload.prepares_steps:
-        batches = workload.prepare_step(model, list(batches), processes, counted)
-    yield from ((batch, workload.inputs(batch, device)) for batch in batches)
+    device = workload.spec.device(model)
+    if workload.objective.prepares_steps:
+        batches = workload.objective.prepare_step(workload, model, list(batches), processes, counted)
+    yield from ((batch, workload.batches.inputs(batch, device)) for batch in batches)
 
 
 @torch.no_grad()
@@ -252,7 +256,7 @@ def evaluate_loss(
         batches: the workload's; of several ranks, this one's share.
         processes, counted: see ``train_step``.
     """
-    device = workload.device(model)
+    device = workload.spec.device(model)
     total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     metrics: dict[str, torch.Tensor] = {}
     with evaluating(model), merged_once(model):
@@ -261,8 +265,8 @@ def evaluate_loss(
             found = workload.loss(model, inputs)
             total += found.sum if counts else 0
             _add(metrics, found.metrics, 1 if counts else math.inf)
-            weight += workload.weight(inputs) if counts else 0
-            targets += workload.shape(batch).targets if counts else 0
+            weight += workload.objective.weight(inputs) if counts else 0
+            targets += workload.batches.shape(batch).targets if counts else 0
     total, weight, targets = processes.exchange(total.item(), weight, targets)
     values = [processes.exchange(value.item())[0] for value in metrics.values()]
     loss, *means = (value / (weight or 1) for value in (total, *values))

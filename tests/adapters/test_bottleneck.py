@@ -138,7 +138,7 @@ def test_a_plan_sees_that_its_blocks_are_alike():
     config = build_tiny("llama", num_hidden_layers=6).config
     case = of_text(method=Bottleneck(WIDTH))
     work = replace(case.workload, spec=replace(case.workload.spec, config=config))
-    assert work.pattern() == (0, 1)
+    assert work.spec.pattern(work.method) == (0, 1)
 
 
 def saved(folder, seed=1, family="llama", **settings):

@@ -27,7 +27,7 @@ from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import stages
 from qlora_lite.runs.run import run_recipe
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import hidden_states
 
 pytestmark = [
@@ -55,12 +55,12 @@ def examples_of(recipe):
 
 def inputs_of(model, paths, examples):
     """The inputs [T, in] of layers over all examples, one by one, without the filler behind each."""
-    seen, work = {path: [] for path in paths}, CausalLM()
+    seen, work = {path: [] for path in paths}, causal_lm()
     for path in paths:
         model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen[path].append(args[0][0]))
     for example in examples:
         with torch.no_grad():
-            hidden_states(model, work.inputs(work.collate([example]), torch.device("cpu")))
+            hidden_states(model, work.batches.inputs(work.batches.collate([example]), torch.device("cpu")))
         for parts in seen.values():
             parts[-1] = parts[-1][: len(example.token_ids)].double()
     return {path: torch.cat(parts) for path, parts in seen.items()}

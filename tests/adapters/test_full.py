@@ -27,17 +27,17 @@ from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import search
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.rounding import round_stochastically
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, restore
-from qlora_lite.train.workload import BatchShape
 
-WORK = CausalLM(method=Full())
-IN_TURN = CausalLM(method=Full(switch_every=2))
+WORK = causal_lm(method=Full())
+IN_TURN = causal_lm(method=Full(switch_every=2))
 IN_BACKWARD = dict(gradient_accumulation_steps=1, max_grad_norm=0.0, options=MemoryOptions(optimizer_in_backward=True))
 TIED = dict(tie_word_embeddings=True)
 DEEP = dict(num_hidden_layers=6)
@@ -193,8 +193,8 @@ def job_of(training, config):
     largest, evaluation = largest_batches(work, training.examples, training.examples, training.epochs)
     return Job(
         work,
-        work.shape(largest),
-        work.shape(evaluation),
+        work.batches.shape(largest),
+        work.batches.shape(evaluation),
         optimizer=s.optimizer,
         max_grad_norm=s.max_grad_norm,
         accumulating=s.gradient_accumulation_steps > 1,
@@ -282,7 +282,7 @@ def test_what_cannot_be_trained_is_refused():
         Full().apply(quantized_pair("llama")[0])
     with pytest.raises(ModelError, match=r"set model\.compute_dtype to bfloat16 or float32"):
         Full().apply(adopt(build_tiny("llama", torch.float16)))
-    with pytest.raises(TrainingError, match="CausalLM has no host_embeddings, host_head to set"):
+    with pytest.raises(TrainingError, match="this kind of model has no host_embeddings, host_head to set"):
         trainer(options=MemoryOptions(host_embeddings=True, host_head=True))
     with pytest.raises(TrainingError, match=r"set memory\.optimizer_in_backward to true, or memory\.resident_layers"):
         model = adopt(build_tiny("llama"))

@@ -25,7 +25,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.export.adapters import for_vllm
 from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.models.quantizer import quantize_head
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_plain_autograd(case):
     """The trainer's loss, packed and with 4-bit layers, against the model itself on each row alone."""
     model_type, also, _ = case
     ours, theirs = quantized_pair(model_type)
-    work = CausalLM(method=method(also, model_type))
+    work = causal_lm(method=method(also, model_type))
     work.method.apply(ours)
     moved(ours)
     add_reference_lora(theirs, ours)
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_plain_autograd(case):
     batch = random_batch()
     reference_loss(theirs, batch).backward()
     work.check_model(ours, TrainSettings(**SETTINGS))
-    work.loss(ours.train(), work.inputs(batch, CPU)).sum.backward()
+    work.loss(ours.train(), work.batches.inputs(batch, CPU)).sum.backward()
     for name, parameter in trained.items():
         expected = theirs.get_parameter(name).grad
         assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
@@ -142,7 +142,7 @@ def new_trainer(also, model_type="llama", compute_dtype=torch.float32, head=Fals
     torch.manual_seed(0)
     how.apply(model)
     place(model, CPU, changes.get("options", MemoryOptions()))
-    found = Trainer(model, examples(), TrainSettings(**(SETTINGS | changes)), workload=CausalLM(method=how))
+    found = Trainer(model, examples(), TrainSettings(**(SETTINGS | changes)), workload=causal_lm(method=how))
     found.check()
     return found
 

@@ -76,7 +76,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_trains_unpacked(method, mode
     plain.requires_grad_(False)
     part, rows = virtual_tokens(model), examples(3)
     work = of_text(method=method).workload
-    loss = work.loss(model, work.inputs(work.collate(rows), torch.device("cpu"))).sum
+    loss = work.loss(model, work.batches.inputs(work.batches.collate(rows), torch.device("cpu"))).sum
     loss.backward()
     found = [parameter.grad.clone() for parameter in part.parameters()]
     part.zero_grad()
@@ -105,7 +105,7 @@ def test_packed_rows_with_a_prefix_have_the_loss_and_gradients_of_trains_unpacke
     model, plain = tuned(METHODS["prefix tuning"], model_type)
     rows, layers = examples(3), [layer for _, layer in prefix_layers(model)]
     work = of_text(method=METHODS["prefix tuning"]).workload
-    loss = work.loss(model, work.inputs(work.collate(rows), torch.device("cpu"))).sum
+    loss = work.loss(model, work.batches.inputs(work.batches.collate(rows), torch.device("cpu"))).sum
     loss.backward()
     found = [layer.prefix.grad.clone() for layer in layers]
     size, config = plain.config.hidden_size // plain.config.num_attention_heads, plain.config

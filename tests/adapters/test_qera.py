@@ -29,7 +29,7 @@ from qlora_lite.prepare.ranks import plan_run
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import hidden_states
 
 pytestmark = [
@@ -114,14 +114,14 @@ def test_what_4_bits_change_of_the_outputs_on_the_rows_is_made_up_for(model_type
     kept = ("head", "v_proj") if recipe.model.keep_16bit else "head"
     assert first.keys() == {path for path in linear_layers(base) if not path.endswith(kept)}
     plain = load_model(str(tmp_path / "model"), "none", compute_dtype=torch.float32)
-    layers, seen, shares, work = dict(lora_layers(model)), {path: [] for path in first}, [], CausalLM()
+    layers, seen, shares, work = dict(lora_layers(model)), {path: [] for path in first}, [], causal_lm()
     for path in first:
         base.get_submodule(path).register_forward_pre_hook(
             lambda _, args, path=path: seen[path].append(args[0].reshape(-1, args[0].shape[-1]))
         )
     for example in examples:
         with torch.no_grad():
-            hidden_states(base, work.inputs(work.collate([example]), torch.device("cpu")))
+            hidden_states(base, work.batches.inputs(work.batches.collate([example]), torch.device("cpu")))
         for parts in seen.values():
             parts[-1] = parts[-1][: len(example.token_ids)]
     for path, x in ((path, torch.cat(parts)) for path, parts in seen.items()):

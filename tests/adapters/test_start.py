@@ -363,7 +363,9 @@ def test_a_step_that_is_measured_on_real_tensors_needs_no_weights_that_were_spli
     sizes = [
         {
             name: (p.shape, p.requires_grad)
-            for name, p in job.workload.planned_model(torch.device(device), job.options, job.shape).named_parameters()
+            for name, p in job.workload.spec.planned_model(
+                job.workload.method, torch.device(device), job.options, job.shape
+            ).named_parameters()
         }
         for device in ("meta", "cpu")
     ]

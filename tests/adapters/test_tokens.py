@@ -17,7 +17,7 @@ from qlora_lite.adapters.read import read_adapter
 from qlora_lite.errors import ModelError
 from qlora_lite.kernels.token_rows import RowsOver
 from qlora_lite.models.tokenizer import load_tokenizer
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.settings import TrainSettings
@@ -63,7 +63,7 @@ def test_rows_take_the_place_of_the_table_s():
 @pytest.mark.parametrize("tokens", [TOKENS, NEW])
 def test_gradients_are_those_of_rows_in_the_whole_table(model_type, tokens):
     ours, theirs = quantized_pair(model_type)
-    work = CausalLM(method=method(tokens))
+    work = causal_lm(method=method(tokens))
     work.method.apply(ours)
     moved(ours)
     theirs.resize_token_embeddings(162, mean_resizing=False)
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_rows_in_the_whole_table(model_type, tokens):
         start += length
     total.backward()
     work.check_model(ours, TrainSettings(**SETTINGS))
-    loss = work.loss(ours.train(), work.inputs(batch, CPU)).sum
+    loss = work.loss(ours.train(), work.batches.inputs(batch, CPU)).sum
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     loss.backward()
     for name, parameter in rows.items():
@@ -141,7 +141,7 @@ def new_trainer(optimizer="adamw_8bit", model_type="gemma2"):
     rows = examples()
     for row in rows:
         row.token_ids[1::3] = 161
-    found = Trainer(model, rows, TrainSettings(**(SETTINGS | {"optimizer": optimizer})), workload=CausalLM(method=how))
+    found = Trainer(model, rows, TrainSettings(**(SETTINGS | {"optimizer": optimizer})), workload=causal_lm(method=how))
     found.check()
     return found
 

@@ -29,13 +29,13 @@ from qlora_lite.planning.plan_ledger import PlanLedger, on_real_tensors
 from qlora_lite.planning.simulate import remembered, simulate
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.product import materialize
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.inventory import categorised, total_parameters
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import accumulate_gradients, train_step
 from qlora_lite.train.text_guards import check_compilable
-from qlora_lite.train.workload import BatchShape
 
 # a plain form; interleaved, transposed and with biases; with experts for all tokens
 FORMS = "qwen3_moe", "gpt_oss", "deepseek_v3"
@@ -238,7 +238,7 @@ def test_experts_that_the_host_packs_are_those_that_a_gpu_packs(tmp_path, monkey
 def test_all_weights_are_counted_as_parameters():
     plain = build_tiny("qwen3_moe")
     packed = meta_model(plain.config, "nf4", True, torch.bfloat16)
-    method = CausalLM().method
+    method = causal_lm().method
     assert total_parameters(packed, method) == total_parameters(plain, method)
     assert total_parameters(plain, method) == sum(p.numel() for p in plain.parameters())
 
@@ -335,7 +335,7 @@ def second_step(options, lengths, **changes):
         for _, parameter in lora_parameters(model):
             parameter.grad = None
         with Unpacked() as dequantized:
-            accumulate_gradients(CausalLM(), model, [inputs])
+            accumulate_gradients(causal_lm(), model, [inputs])
     return dequantized, [parameter.grad for _, parameter in lora_parameters(model)]
 
 
@@ -392,13 +392,13 @@ def test_no_router_makes_a_step_take_more_than_is_planned(spread, at_once, monke
     set_memory_options(model, job.options)
     work = WorkCounter()
     with Ledger(work=work) as ledger:
-        for tensor, name, _ in categorised(CausalLM(), model):
+        for tensor, name, _ in categorised(causal_lm(), model):
             ledger.claim([tensor], name)
         ledger.watch(model)
         for _ in range(2):
             ledger.peaks.clear()
             earlier = work.work.flops
-            train_step(CausalLM(), model, [batch], optimizer, job.max_grad_norm)
+            train_step(causal_lm(), model, [batch], optimizer, job.max_grad_norm)
             optimizer.zero_grad(set_to_none=True)
     for phase in ("forward", "backward"):
         peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == phase)

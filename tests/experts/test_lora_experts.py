@@ -33,7 +33,8 @@ from qlora_lite.models.skeleton import block_pattern
 from qlora_lite.planning.simulate import simulate
 from qlora_lite.quant.product import materialize
 from qlora_lite.train import kernels
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.inventory import categorised
@@ -41,7 +42,6 @@ from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import train_step
 from qlora_lite.train.text_guards import check_compilable
-from qlora_lite.train.workload import BatchShape
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft asks transformers
@@ -346,12 +346,12 @@ def test_a_plan_is_what_a_step_takes_whose_tokens_choose_the_same_experts(quant,
     parameters = [p for _, p in lora_parameters(model)]
     optimizer, planned = build_optimizer(parameters, job.optimizer, 1e-4, 0.0), simulate(job)
     with Ledger() as ledger:
-        for tensor, name, _ in categorised(CausalLM(), model):
+        for tensor, name, _ in categorised(causal_lm(), model):
             ledger.claim([tensor], name)
         ledger.watch(model)
         for _ in range(2):
             ledger.peaks.clear()
-            train_step(CausalLM(), model, [batch], optimizer, job.max_grad_norm)
+            train_step(causal_lm(), model, [batch], optimizer, job.max_grad_norm)
             optimizer.zero_grad(set_to_none=True)
     for name in ("forward", "backward", "optimizer"):
         peak = max(moment.total for moment in ledger.peaks.values() if moment.phase == name)

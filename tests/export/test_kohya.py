@@ -50,7 +50,7 @@ def load(family, tensors, denoiser):
 @pytest.mark.parametrize("family", TARGETS)
 def test_diffusers_loads_the_layout_and_computes_the_same(family, tmp_path):
     work = workload(family)
-    model = load_denoiser(save_denoiser(tmp_path, family), work.spec)
+    model = load_denoiser(save_denoiser(tmp_path, family), work.spec.base)
     torch.manual_seed(1)
     Lora(tuple(map(Target, TARGETS[family])), rank=3, alpha=5.0, dtype=torch.float32).apply(model)
     for _, layer in lora_layers(model):
@@ -60,7 +60,7 @@ def test_diffusers_loads_the_layout_and_computes_the_same(family, tmp_path):
     load(family, kohya_tensors(layers, kind_of(family)), theirs)
     adapted = {name.partition(".lora_A")[0] for name, _ in theirs.named_parameters() if ".lora_A" in name}
     assert adapted == {path.partition(".")[2] for path in layers}
-    batch = work.collate(latent_examples(family)[:2])
+    batch = work.batches.collate(latent_examples(family)[:2])
     asked = family, batch.latents, batch.draws.timestep, batch.conditions
     with torch.no_grad():
         ours, expected, without = model(*asked[1:]), predicted_by(theirs, *asked), predicted_by(plain, *asked)

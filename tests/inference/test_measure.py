@@ -21,7 +21,7 @@ from qlora_lite.models.load import use_row_attention
 from qlora_lite.prepare.datasets import build_data
 from qlora_lite.prepare.settings import train_settings
 from qlora_lite.recipe.load import load_recipe, recipe_of
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 
 CHOICES = ("may", "not", "yes")  # of as many tokens, or the shortest would always be the likeliest
 END = 4  # <|im_end|>
@@ -48,7 +48,7 @@ def model():
 def losses(model):
     said = {"model": {"path": "x"}, "data": {"train": "x", "max_tokens": 96}, "train": {"learning_rate": 1e-3}}
     settings = train_settings(recipe_of(said, (), "x"))
-    return losses_by(CausalLM(), model, settings)
+    return losses_by(causal_lm(), model, settings)
 
 
 def plain_loss(model, ids: list[int], targets: int) -> list[float]:

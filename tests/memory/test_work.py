@@ -15,7 +15,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.machine import OPERATION_SECONDS, Machine
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import simulate
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
 
 
 def test_compiled_products_of_one_operator_and_shape_count_once():

@@ -18,7 +18,7 @@ from qlora_lite.planning.length import longest_job
 from qlora_lite.planning.machine import machine_of_gpu
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.search import SMALL_TILE_TOKENS, search, with_less_on_host
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
 
 CARD, DEPTH, FAR = machine_of_gpu(find_gpu("rtx-4060")), 5, 4096
 FIXED = {"checkpointing": "block", "uncheckpointed_layers": 0, "tile_tokens": None, "cache_dequantized": False}

@@ -11,7 +11,7 @@ from qlora_lite.memory.shapes import planning_for
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.plan_ledger import GPU_SCRATCH, PlanLedger, on_real_tensors
 from qlora_lite.planning.simulate import CPU, META, _run, remembered
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
 
 
 def gradients(device_type, device, **settings):

@@ -8,7 +8,7 @@ from qlora_lite.models import kernels
 from qlora_lite.models.families import known_config
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning.simulate import simulate
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
 
 EIGHT_B = AutoConfig.for_model(**known_config("meta-llama/Llama-3.1-8B"))
 MAX_BYTES = 235e9  # of a step of 2 x 2,048 tokens, blocks recomputed; 391e9 with plain operators

@@ -35,12 +35,12 @@ from qlora_lite.planning.simulate import _run, simulate, simulate_whole
 from qlora_lite.quant import merging
 from qlora_lite.quant.formats import gguf_blocks
 from qlora_lite.train import flat
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import TYPICAL_SEQUENCES, TextSpec, causal_lm
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import evaluate_loss, train_step
 from qlora_lite.train.text_guards import check_forward
-from qlora_lite.train.workload import TYPICAL_SEQUENCES, BatchShape
 
 LENGTHS = (9, 14, 6)
 
@@ -77,7 +77,7 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, loaded=None, 
     optimizer = build_optimizer(parameters, job.optimizer, 1e-4, 0.0, job.stochastic_rounding, ratios)
     batch, ledger = all_learned(LENGTHS), Ledger(allocation_bytes=ALLOCATION_BYTES[job.device_type])
     with ledger:
-        for tensor, name, _ in categorised(CausalLM(), model):
+        for tensor, name, _ in categorised(causal_lm(), model):
             ledger.claim([tensor], name)
         ledger.watch(model)
         for lengths in steps:
@@ -85,7 +85,7 @@ def measured(job, model_type, steps=(LENGTHS, LENGTHS), scale=1.0, loaded=None, 
             work = job.workload.with_options(job.options)
             train_step(work, model.train(), [all_learned(lengths)], optimizer, job.max_grad_norm, scale)
             optimizer.zero_grad(set_to_none=True)
-        evaluate_loss(CausalLM().with_options(job.options), model, [batch])
+        evaluate_loss(causal_lm().with_options(job.options), model, [batch])
     return ledger
 
 
@@ -759,7 +759,7 @@ def test_a_pack_of_which_no_row_is_known_needs_as_much_on_a_gpu_as_one_of_any_fe
     job = job_for(
         config_of("llama"), compute_dtype=torch.bfloat16, device_type="cuda", eval_shape=None, options=options
     )
-    full_pack = job.workload.full_pack
+    full_pack = job.workload.batches.full_pack
     full = simulate(changed(job, shape=full_pack(512, packing=True))).peak().total
     for lengths in ((512,), (256,) * 2, (128,) * 4, (64,) * TYPICAL_SEQUENCES, (500, 12)):
         assert simulate(changed(job, shape=BatchShape(lengths, 512 - len(lengths)))).peak().total <= full
@@ -791,7 +791,7 @@ def test_a_model_whose_own_code_reads_a_4_bit_weight_is_refused_with_what_to_do(
 def test_no_tiles_are_tried_of_a_model_without_parts_to_cut_but_those_that_are_asked_for(monkeypatch):
     job = new_job(config_of("llama"), BatchShape((16,), 15))
     assert "tile_tokens" not in Step(job, job.shape, 1, 1).fixed
-    monkeypatch.setattr(CausalLM, "has_tokenwise_parts", False)
+    monkeypatch.setattr(TextSpec, "has_tokenwise_parts", False)
     job = new_job(config_of("llama"), BatchShape((16,), 15))  # which has not been asked before
     assert Step(job, job.shape, 1, 1).fixed["tile_tokens"] is None
     assert Step(job, job.shape, 1, 1, {"tile_tokens": 512}).fixed["tile_tokens"] == 512

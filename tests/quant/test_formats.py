@@ -14,7 +14,7 @@ from qlora_lite.models.memory_options import MemoryOptions, place
 from qlora_lite.quant.formats import FORMATS
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
 from qlora_lite.quant.product import materialize
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.inventory import inventory
 
 
@@ -68,9 +68,9 @@ def test_a_format_of_a_test_is_trained_on_wherever_its_parts_lie(options):
 def test_its_parts_are_counted_by_their_bytes_and_keep_their_types():
     model = adapted(adopt(packed(build_tiny("llama"))))
     numbers = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantLinear))
-    entries = [entry for entry in inventory(CausalLM(), model) if entry.why.startswith("halves of weights")]
+    entries = [entry for entry in inventory(causal_lm(), model) if entry.why.startswith("halves of weights")]
     assert [(entry.bytes, entry.dtype) for entry in entries] == [(8 * numbers, "float64")]
-    constants = [entry for entry in inventory(CausalLM(), model) if entry.group == "quantisation constants"]
+    constants = [entry for entry in inventory(causal_lm(), model) if entry.group == "quantisation constants"]
     assert [(entry.dtype, entry.why) for entry in constants] == [("int16", "of the codes, as published")]
     layer = next(module for module in model.half().modules() if isinstance(module, QuantLinear))
     assert [tensor.dtype for tensor in layer.described[1]] == [torch.float64, torch.int16]

@@ -477,13 +477,13 @@ def test_captions_are_left_out_as_often_as_it_is_said(bases, tmp_path):
     data = read_data(recipe, fit, ("train",))["train"]
     rows = encode(named_classes(recipe, data), fit, [data]).parts[0].examples
     work = with_neutral(build_workload(recipe), rows)
-    labels = torch.cat([work.training_batch(list(rows), 0, step).conditions.labels for step in range(1, 60)])
+    labels = torch.cat([work.batches.training_batch(list(rows), 0, step).conditions.labels for step in range(1, 60)])
     assert (labels == 2).float().mean() == pytest.approx(0.3, abs=0.05)
-    assert not (work.collate(list(rows)).conditions.labels == 2).any()
-    some = work.training_batch(list(rows)[:3], 0, 7).conditions.labels  # whoever else is in the batch
-    assert torch.equal(some, work.training_batch(list(rows), 0, 7).conditions.labels[:3])
-    without = replace(work, caption_dropout=0.0).training_batch(list(rows), 0, 1)
-    assert torch.equal(without.noise, work.training_batch(list(rows), 0, 1).noise)
+    assert not (work.batches.collate(list(rows)).conditions.labels == 2).any()
+    some = work.batches.training_batch(list(rows)[:3], 0, 7).conditions.labels  # whoever else is in the batch
+    assert torch.equal(some, work.batches.training_batch(list(rows), 0, 7).conditions.labels[:3])
+    without = replace(work.batches, caption_dropout=0.0).training_batch(list(rows), 0, 1)
+    assert torch.equal(without.noise, work.batches.training_batch(list(rows), 0, 1).noise)
 
 
 def test_pictures_keep_their_sizes_where_a_caption_is_left_out(bases, tmp_path):
@@ -493,7 +493,7 @@ def test_pictures_keep_their_sizes_where_a_caption_is_left_out(bases, tmp_path):
     work, alike = with_neutral(build_workload(recipe), rows), list(rows)[::3]
     neutral, are_left_out = torch.from_numpy(rows.neutral_example().text), set()
     for step in range(1, 9):
-        conditions = work.training_batch(alike, 0, step).conditions
+        conditions = work.batches.training_batch(alike, 0, step).conditions
         assert torch.equal(conditions.sizes, torch.stack([torch.from_numpy(row.sizes) for row in alike]))
         are_left_out.add(sum(torch.equal(text, neutral) for text in conditions.text))
     assert are_left_out & {1, 2, 3}
@@ -511,7 +511,7 @@ def test_pictures_of_other_shapes_in_a_batch_have_the_losses_that_they_have_alon
     found = []
     for groups in ([rows], [[row] for row in rows]):
         model.zero_grad()
-        result = accumulate_gradients(work, model, [work.training_batch(group, 0, 1) for group in groups])
+        result = accumulate_gradients(work, model, [work.batches.training_batch(group, 0, 1) for group in groups])
         found.append((float(result.loss), [p.grad.clone() for _, p in work.method.parameters(model)]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for one, other in zip(found[0][1], found[1][1], strict=True):

@@ -73,7 +73,7 @@ def of_transformers(model, recipe):
     for example in data.examples:
         ids = torch.from_numpy(example.token_ids.copy()).long()[None]
         labels = torch.where(torch.from_numpy(example.learned.copy()), ids[0], -100)[1:]
-        pixels = torch.from_numpy(work.reader.of_examples([example]))
+        pixels = torch.from_numpy(work.batches.reader.of_examples([example]))
         with torch.no_grad():
             shown = arguments_of(model, pixels, ids, grids_of(example.pictures))
             logits = model(input_ids=ids, **shown).logits[0, :-1].float()

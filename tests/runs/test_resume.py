@@ -33,6 +33,7 @@ from qlora_lite.train import checkpoints, loop
 from qlora_lite.train.checkpoints import MANIFEST, folder_of, steps_on_disk
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.step import Evaluation
+from qlora_lite.train.workload import Workload
 
 TIMES = {"seconds", "tokens_per_second", "peak_bytes"}
 OTHER_RUN = {*TIMES, "metrics_sha256", "started", "resumed", "plan", "memory_table"}  # of the summary
@@ -1226,9 +1227,8 @@ def test_log_lines_that_cannot_be_written_are_no_trace_on_the_terminal(capsys):
 
 
 def test_memory_that_ran_out_is_kept_in_mind_by_the_plan_and_the_checkpoint(lab, tmp_path, model_folder, monkeypatch):
-    from qlora_lite.train.causal_lm import CausalLM
 
-    real = CausalLM.loss
+    real = Workload.loss
 
     def limited(workload, model, inputs):
         if model.training and sum(inputs.row_lengths) > 60 and calls:
@@ -1236,7 +1236,7 @@ def test_memory_that_ran_out_is_kept_in_mind_by_the_plan_and_the_checkpoint(lab,
         return real(workload, model, inputs)
 
     calls = []
-    monkeypatch.setattr(CausalLM, "loss", limited)
+    monkeypatch.setattr(Workload, "loss", limited)
     both = []
     for name, stop in (("a", None), ("b", 4)):
         other = Lab(tmp_path / name, model_folder)

@@ -41,6 +41,7 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs import stages
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.out_of_memory import another_plan_may_help, free_cached_memory
+from qlora_lite.train.workload import Workload
 
 CPU = torch.device("cpu")
 
@@ -159,16 +160,15 @@ def test_the_summary_and_the_report_say_which_memory_options_change_results(fini
 
 
 def test_steps_that_changed_nothing_are_told_in_the_summary_and_at_the_end(run, finished, monkeypatch):
-    from qlora_lite.train.causal_lm import CausalLM
-    from qlora_lite.train.workload import LossSum
+    from qlora_lite.train.objective import LossSum
 
-    plain, calls = CausalLM.loss, []
+    plain, calls = Workload.loss, []
 
     def broken_once(workload, model, inputs):
         calls.append(torch.is_grad_enabled() and not inputs.input_ids.is_meta)  # else an evaluation, or a plan
         return LossSum(plain(workload, model, inputs).sum * (float("nan") if calls[-1] and sum(calls) == 2 else 1.0))
 
-    monkeypatch.setattr(CausalLM, "loss", broken_once)
+    monkeypatch.setattr(Workload, "loss", broken_once)
     folder = run(train={"max_steps": 3, "gradient_accumulation_steps": 1, "on_not_finite": "skip"})
     summary = summary_of(folder)
     assert summary["skipped_steps"] == 1 and "for 3 steps, of which 1 were skipped" in _result(folder, summary)
@@ -198,7 +198,9 @@ def test_a_model_whose_sequences_cannot_be_packed_is_planned_so_before_it_is_loa
     made, summary = plans_of(model_type)
     (plan,) = made
     job = plan.chosen.prediction.job
-    assert runs_unpacked(job.workload.planned_model(torch.device("meta"), job.options, job.shape))
+    assert runs_unpacked(
+        job.workload.spec.planned_model(job.workload.method, torch.device("meta"), job.options, job.shape)
+    )
     assert sum("each row is run by itself" in message for message in caplog.messages) == 1
     assert not any("the plan is one of packed sequences" in message for message in caplog.messages)
     assert summary["plan"]["predicted_peak_bytes"] <= plan.peak_bytes

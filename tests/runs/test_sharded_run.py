@@ -16,7 +16,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.offload.stream import Division
 from qlora_lite.prepare.model import build_model
 from qlora_lite.recipe.load import load_recipe
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.processes import Shards
 
@@ -121,7 +121,7 @@ def test_weights_that_were_converted_are_in_host_memory_and_others_are_pages_of_
     loaded = load_recipe(recipe, ["model.quant=none", f"model.compute_dtype={compute_dtype}"])
     model = build_model(loaded, options, ranks=Shards(0, 2))
     streamed = [tensor for layer in model.model.layers for tensor in layer.parameters() if not tensor.requires_grad]
-    where = {tensor: group for tensor, group, _ in categorised(CausalLM(), model)}
+    where = {tensor: group for tensor, group, _ in categorised(causal_lm(), model)}
     is_mapped = compute_dtype == "float32"
     assert {where[tensor] for tensor in streamed} == {"on disk" if is_mapped else "offloaded"}
     if sys.platform == "linux":

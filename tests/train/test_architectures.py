@@ -20,13 +20,12 @@ from qlora_lite.kernels.attention import row_attention
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.models.packing import runs_unpacked
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import CrossEntropy, TextSpec, causal_lm
 from qlora_lite.train.forward import labelled_count, prepare
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
 
 
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *FURTHER])
@@ -40,7 +39,7 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
     set_memory_options(model, MemoryOptions())
     model.train()
 
-    loss = accumulate_gradients(CausalLM(CrossEntropy(4)), model, [prepare(batch, model.device)]).loss.item()
+    loss = accumulate_gradients(causal_lm(objective=CrossEntropy(4)), model, [prepare(batch, model.device)]).loss.item()
     expected = reference_loss(plain, batch) / labelled_count(batch)
     expected.backward()
 
@@ -55,11 +54,11 @@ def test_loss_and_gradients_equal_those_of_plain_rows(model_type):
 def test_blocks_that_read_keys_and_values_of_others_are_refused_in_a_plan_and_in_training():
     shared = dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2)
     model = build_tiny("gemma4_unified_text", **shared)
-    workload = CausalLM(spec=ModelSpec(model.config, "none"))
+    workload = causal_lm(spec=TextSpec(model.config, "none"))
     with pytest.raises(ModelError, match="last 2 blocks read the keys and values of earlier ones"):
         workload.check_model(model, TrainSettings(**SETTINGS))
     with pytest.raises(ModelError, match="last 2 blocks read the keys"):
-        workload.planned_model(torch.device("meta"), MemoryOptions(), BatchShape((8,), 7))
+        workload.spec.planned_model(workload.method, torch.device("meta"), MemoryOptions(), BatchShape((8,), 7))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -30,7 +30,7 @@ from qlora_lite.offload.checkpoint import Run, running
 from qlora_lite.quant import product
 from qlora_lite.quant.formats import four_bit
 from qlora_lite.quant.linear import QuantLinear, frozen_weight
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_compilable
@@ -156,7 +156,7 @@ def kept_for_backward(options):
 
     inputs = prepare(random_batch((60, 61)), CPU)  # no side of a weight
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = CausalLM().loss(model.train(), inputs).sum
+        loss = causal_lm().loss(model.train(), inputs).sum
     weights = {frozen_weight(layer.base)[0].shape for _, layer in lora_layers(model)}
     return loss, shapes & (weights | {shape[::-1] for shape in weights}), sum(sizes[p] for p in sizes.keys() - owned)
 
@@ -173,7 +173,7 @@ def test_weights_are_unpacked_once_for_a_block_s_second_run_and_its_gradients(gr
     model, dequantized, dequantize = build(), [], four_bit.dequantize
     set_memory_options(model, MemoryOptions(compile=True, cache_dequantized=True))
     monkeypatch.setattr(four_bit, "dequantize", lambda *arguments: dequantized.append(1) or dequantize(*arguments))
-    accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+    accumulate_gradients(causal_lm(), model.train(), [prepare(random_batch(), CPU)])
     assert len(dequantized) == 2 * len(list(lora_layers(model)))
 
 
@@ -237,7 +237,7 @@ def test_other_rows_and_lengths_need_no_other_graph(new_graphs):
     set_memory_options(model, MemoryOptions(compile=True))
     counts = []
     for lengths in ((7, 12, 5), (31, 8), (24,), (3, 40, 20, 9), (150, 160)):
-        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(lengths), CPU)])
+        accumulate_gradients(causal_lm(), model.train(), [prepare(random_batch(lengths), CPU)])
         counts.append(len(set(map(id, new_graphs))))
     assert counts == [counts[0]] * 5
     # forward; gradients; those of the first block, whose input needs none: each for layers with a window and without
@@ -294,7 +294,7 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_cure(graphs):
 
     blocks(model)[1].mlp.act_fn = Breaks()
     with pytest.raises(ModelError, match=r"train\.compile: the blocks cannot be compiled \(.*\); set it to false"):
-        accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+        accumulate_gradients(causal_lm(), model.train(), [prepare(random_batch(), CPU)])
 
 
 def test_a_gradient_that_cannot_be_compiled_is_told_and_memory_that_runs_out_as_such(monkeypatch):
@@ -318,7 +318,7 @@ def test_a_gradient_that_cannot_be_compiled_is_told_and_memory_that_runs_out_as_
     ):
         reasons.append(reason)
         with pytest.raises(told, match=words):
-            accumulate_gradients(CausalLM(), model.train(), [prepare(random_batch(), CPU)])
+            accumulate_gradients(causal_lm(), model.train(), [prepare(random_batch(), CPU)])
     torch._dynamo.reset()
 
 

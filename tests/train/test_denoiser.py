@@ -28,7 +28,7 @@ from qlora_lite.offload.own_blocks import BlockCalls
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.denoiser import Denoiser, DenoisingLoss
+from qlora_lite.train.denoiser import DenoisingLoss, denoiser
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
@@ -76,23 +76,23 @@ def method(name):
 
 def workload(name, quant="none", loss=None):
     spec = spec_of(CONFIGS[name], quant=quant, compute_dtype=torch.float32)
-    return Denoiser(spec, shapes_of(latent_examples(name)[0]), LOSSES[loss or USUAL[name]], method(name))
+    return denoiser(spec, shapes_of(latent_examples(name)[0]), LOSSES[loss or USUAL[name]], method(name))
 
 
 def case(folders, name, quant="none", loss=None):
     work = workload(name, quant, loss)
     changes = {"max_tokens": 2, "packing": False, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
-    return Case(work, lambda: load_denoiser(folders[name], work.spec), latent_examples(name), changes)
+    return Case(work, lambda: load_denoiser(folders[name], work.spec.base), latent_examples(name), changes)
 
 
 def adapted(folders, work, name, draws_b=True):
     """A model with LoRA weights none of which is zero."""
-    model = load_denoiser(folders[name], work.spec)
+    model = load_denoiser(folders[name], work.spec.base)
     torch.manual_seed(1)
     work.method.apply(model)
     for _, layer in lora_layers(model):
         layer.lora_B.data.normal_(0, 0.1 if draws_b else 0)
-    set_memory_options(model, MemoryOptions(), work.blocks(model))
+    set_memory_options(model, MemoryOptions(), work.spec.blocks(model))
     return model
 
 
@@ -201,7 +201,7 @@ def test_loss_and_gradients_are_those_of_a_training_step_of_diffusers(folders, f
         their_layer = theirs.get_submodule(path)
         their_layer.lora_A.default.weight.data.copy_(layer.lora_A)
         their_layer.lora_B.default.weight.data.copy_(layer.lora_B)
-    batch = work.training_batch(latent_examples(family)[:4], 0, 1)
+    batch = work.batches.training_batch(latent_examples(family)[:4], 0, 1)
     ours = accumulate_gradients(work, model.train(), [batch])
     expected = reference_step(in_step(theirs), family, work.objective, batch)
     assert float(ours.loss) == pytest.approx(expected, rel=1e-5)
@@ -225,12 +225,12 @@ def test_loss_and_gradients_are_those_of_a_training_step_of_diffusers(folders, f
 )
 def test_memory_options_change_no_gradient(folders, family, options):
     work = workload(family)
-    batch = work.training_batch(latent_examples(family)[:2], 0, 1)
+    batch = work.batches.training_batch(latent_examples(family)[:2], 0, 1)
     gradients = []
     for each in (MemoryOptions("none"), options):
         model = adapted(folders, work, family).train()
-        place(model, CPU, each, work.blocks(model))
-        set_memory_options(model, each, work.blocks(model))
+        place(model, CPU, each, work.spec.blocks(model))
+        set_memory_options(model, each, work.spec.blocks(model))
         runs = [accumulate_gradients(work, model, [batch]).loss for _ in range(2)]
         assert torch.equal(*runs)
         gradients.append([p.grad for _, p in work.method.parameters(model)])
@@ -241,11 +241,11 @@ def test_memory_options_change_no_gradient(folders, family, options):
 def test_all_blocks_are_recomputed_in_the_order_in_which_they_run(folders, family):
     work = workload(family)
     model, seen = adapted(folders, work, family).train(), []
-    blocks = work.blocks(model)
+    blocks = work.spec.blocks(model)
     model.run_blocks({block: lambda block, *inputs: (seen.append(block), block(*inputs))[1] for block in blocks})
-    work.loss(model, work.training_batch(latent_examples(family)[:1], 0, 1))
+    work.loss(model, work.batches.training_batch(latent_examples(family)[:1], 0, 1))
     assert seen == blocks
-    assert len(blocks) == work.depth
+    assert len(blocks) == work.spec.depth
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
@@ -275,8 +275,8 @@ def test_what_goes_to_host_memory_holds_to_the_plan(folders, family, options):
     accumulates = trainer.settings.gradient_accumulation_steps > 1
     job = Job(
         work,
-        work.shape(largest),
-        work.shape(evaluation),
+        work.batches.shape(largest),
+        work.batches.shape(evaluation),
         optimizer="adamw_torch",
         accumulating=accumulates,
         options=options,
@@ -291,7 +291,7 @@ def placed(tried, options):
 
     def build():
         model = tried.build()
-        return place(model, CPU, options, tried.workload.blocks(model))
+        return place(model, CPU, options, tried.workload.spec.blocks(model))
 
     return replace(tried, build=build).trainer(options)
 
@@ -328,7 +328,7 @@ def test_diffusers_computes_the_same_with_the_adapter_file(folders, family, tmp_
     model = adapted(folders, work, family)
     path = save_for_diffusers(model, tmp_path / "lora")
     save_adapter(model, tmp_path / "adapter", folders[family], method=work.method)
-    batch = work.collate(latent_examples(family)[:2])
+    batch = work.batches.collate(latent_examples(family)[:2])
     theirs, plain = in_diffusers(folders[family], family), in_diffusers(folders[family], family)
     asked = family, batch.latents, batch.draws.timestep, batch.conditions
     if family in NOT_LOADED:
@@ -342,7 +342,7 @@ def test_diffusers_computes_the_same_with_the_adapter_file(folders, family, tmp_
         ours, expected, without = model(*asked[1:]), predicted_by(theirs, *asked), predicted_by(plain, *asked)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert (expected - without).abs().max() > 0.01
-    again = load_adapter(load_denoiser(folders[family], work.spec), tmp_path / "adapter")
+    again = load_adapter(load_denoiser(folders[family], work.spec.base), tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(*asked[1:]), ours)
 
@@ -354,9 +354,9 @@ def test_pictures_of_two_shapes_share_a_micro_batch_whatever_the_memory_options(
     found = []
     for each in (MemoryOptions("none"), options):
         model = adapted(folders, work, "sd3").train()
-        place(model, CPU, each, work.blocks(model))
-        set_memory_options(model, each, work.blocks(model))
-        accumulate_gradients(work, model, [work.collate([one, other])])
+        place(model, CPU, each, work.spec.blocks(model))
+        set_memory_options(model, each, work.spec.blocks(model))
+        accumulate_gradients(work, model, [work.batches.collate([one, other])])
         found.append([parameter.grad for _, parameter in work.method.parameters(model)])
     for plain, gradient in zip(*found, strict=True):
         torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
@@ -372,9 +372,9 @@ def test_pixart_of_large_pictures_is_told_their_sizes(tmp_path):
     spec = spec_of(tmp_path, compute_dtype=torch.float32)
     example = replace(latent_examples("pixart", 1)[0], sizes=np.array([90, 70, 0, 0, 64, 32], np.float32))
     shapes, model = shapes_of(example), load_denoiser(tmp_path, spec).eval()
-    work = Denoiser(spec, shapes, LOSSES["epsilon"], method("pixart"))
+    work = denoiser(spec, shapes, LOSSES["epsilon"], method("pixart"))
     assert model.condition_shapes(5)["sizes"] == shapes.sizes == (6,)
-    batch, steps = work.collate([example]), torch.tensor([400.0])
+    batch, steps = work.batches.collate([example]), torch.tensor([400.0])
     sizes = {"resolution": torch.tensor([[64.0, 32.0]]), "aspect_ratio": torch.tensor([[2.0]])}
     with torch.no_grad():
         said = batch.conditions
@@ -386,12 +386,12 @@ def test_pixart_of_large_pictures_is_told_their_sizes(tmp_path):
 
 def test_noise_follows_from_seed_step_and_example_alone():
     work, examples = workload("pixart"), latent_examples("pixart")
-    both, alone = work.training_batch(examples[:2], 0, 1), work.training_batch(examples[1:2], 0, 1)
+    both, alone = work.batches.training_batch(examples[:2], 0, 1), work.batches.training_batch(examples[1:2], 0, 1)
     assert torch.equal(both.noise[1], alone.noise[0]) and both.draws.timestep[1] == alone.draws.timestep[0]
-    for other in (work.training_batch(examples[1:2], 1, 1), work.training_batch(examples[1:2], 0, 2)):
+    for other in (work.batches.training_batch(examples[1:2], 1, 1), work.batches.training_batch(examples[1:2], 0, 2)):
         assert not torch.equal(other.noise, alone.noise) and other.draws.timestep != alone.draws.timestep
     assert not torch.equal(both.noise[0], both.noise[1])
-    assert torch.equal(work.collate(examples).noise, work.collate(examples).noise)
+    assert torch.equal(work.batches.collate(examples).noise, work.batches.collate(examples).noise)
 
 
 def test_timesteps_are_drawn_as_they_are_said_to_be():
@@ -411,24 +411,24 @@ def test_timesteps_are_drawn_as_they_are_said_to_be():
 
 def test_linear_layers_of_blocks_alone_are_packed(folders, family):
     work = workload(family, "nf4")
-    model = load_denoiser(folders[family], work.spec)
-    plain = load_denoiser(folders[family], replace(work.spec, quant="none"))
+    model = load_denoiser(folders[family], work.spec.base)
+    plain = load_denoiser(folders[family], replace(work.spec.base, quant="none"))
     packed = {path for path, module in model.named_modules() if isinstance(module, QuantLinear)}
     inside = tuple(f"{path}." for path in model.block_paths())
     linear = {path for path, module in plain.named_modules() if type(module) is torch.nn.Linear}
     assert packed == {path for path in linear if path.startswith(inside)} != linear
-    skeleton = meta_denoiser(work.spec).state_dict()
+    skeleton = meta_denoiser(work.spec.base).state_dict()
     assert {name: (t.shape, t.dtype) for name, t in model.state_dict().items()} == {
         name: (t.shape, t.dtype) for name, t in skeleton.items()
     }
-    batch = work.collate(latent_examples(family)[:1])
+    batch = work.batches.collate(latent_examples(family)[:1])
     with torch.no_grad():
         outputs = [each(batch.latents, batch.draws.timestep, batch.conditions) for each in (plain, model)]
     assert 0 < functional.mse_loss(*outputs) / outputs[0].var() < 0.1
 
 
 def test_files_that_are_not_those_of_the_configuration_are_refused(folders, tmp_path):
-    spec = workload("pixart").spec
+    spec = workload("pixart").spec.base
     with pytest.raises(ModelError, match=r"has no diffusion_pytorch_model\.safetensors; fetch"):
         load_denoiser(tmp_path, spec)
     tensors = load_file(folders["pixart"] / "diffusion_pytorch_model.safetensors")
@@ -484,11 +484,11 @@ def test_wrong_settings_and_examples_are_refused(folders):
         replace(case(folders, "pixart"), examples=[*examples, odd]).trainer()
     with pytest.raises(TrainingError, match="layers_per_checkpoint"):
         case(folders, "pixart").trainer(MemoryOptions(layers_per_checkpoint=2))
-    assert work.places([odd]) == ["a.png"]
+    assert work.batches.places([odd]) == ["a.png"]
     whole = replace(work, method=Full())
-    model = load_denoiser(folders["pixart"], work.spec)
+    model = load_denoiser(folders["pixart"], work.spec.base)
     whole.method.apply(model)
-    place(model, CPU, MemoryOptions(resident_layers=0), work.blocks(model), trains_base=True)
+    place(model, CPU, MemoryOptions(resident_layers=0), work.spec.blocks(model), trains_base=True)
     with pytest.raises(TrainingError, match=r"updated together; set memory\.resident_layers to all"):
         whole.check_model(model, case(folders, "pixart").trainer().settings)
 
@@ -501,9 +501,9 @@ def test_gradients_of_grouped_inputs_are_not_lost():
 
 
 def test_layers_outside_of_blocks_are_adapted_only_where_they_are_named(folders):
-    model = add_lora(load_denoiser(folders["flux"], workload("flux").spec), "all-linear", rank=2)
+    model = add_lora(load_denoiser(folders["flux"], workload("flux").spec.base), "all-linear", rank=2)
     assert {path for path, _ in lora_layers(model)}.isdisjoint({"transformer.x_embedder", "transformer.proj_out"})
-    model = add_lora(load_denoiser(folders["flux"], workload("flux").spec), ["x_embedder"], rank=2)
+    model = add_lora(load_denoiser(folders["flux"], workload("flux").spec.base), ["x_embedder"], rank=2)
     assert [path for path, _ in lora_layers(model)] == ["transformer.x_embedder"]
 
 
@@ -519,27 +519,29 @@ def test_layers_outside_of_blocks_are_adapted_only_where_they_are_named(folders)
 @pytest.mark.parametrize(("family", "depth"), [pytest.param("pixart", 9, marks=pytest.mark.slow), ("flux", 9)])
 def test_a_deep_model_is_planned_as_two_shallow_ones_continued(family, depth, options):
     work = workload(family, "nf4").at_depth(depth)
-    assert work.depth == depth and work.pattern() == ((0, 1) if family == "pixart" else (1, 1))
+    assert work.spec.depth == depth and work.spec.pattern(work.method) == ((0, 1) if family == "pixart" else (1, 1))
     for device_type in ("cpu", "cuda"):
-        job = Job(work, work.full_pack(2, True), None, device_type, optimizer="adamw_torch", options=options)
+        job = Job(work, work.batches.full_pack(2, True), None, device_type, optimizer="adamw_torch", options=options)
         assert simulate(job).peak() == simulate_whole(job).peak()
         assert simulate(job).offloaded_bytes == simulate_whole(job).offloaded_bytes
 
 
 def test_blocks_that_are_adapted_otherwise_are_not_alike():
     some = Lora((Target("*.single_transformer_blocks.1.attn.to_q"),), rank=2)
-    assert replace(workload("flux"), method=some).pattern() == (3, 1)
-    assert workload("unet").pattern() == (workload("unet").depth, 1)
-    assert workload("sd3").pattern() == (2, 1)
+    assert workload("flux").spec.pattern(some) == (3, 1)
+    unet = workload("unet")
+    assert unet.spec.pattern(unet.method) == (unet.spec.depth, 1)
+    sd3 = workload("sd3")
+    assert sd3.spec.pattern(sd3.method) == (2, 1)
 
 
 def test_a_parameter_of_a_streamed_block_itself_is_there_when_the_block_begins(folders):
     options, work, seen = MemoryOptions(resident_layers=0), workload("pixart"), []
     model = adapted(folders, work, "pixart").train()
-    place(model, CPU, options, work.blocks(model))
-    set_memory_options(model, options, work.blocks(model))
+    place(model, CPU, options, work.spec.blocks(model))
+    set_memory_options(model, options, work.spec.blocks(model))
     slots = {slot.untyped_storage().data_ptr() for slot in stream_of(model).slots}
-    for block in work.blocks(model):
+    for block in work.spec.blocks(model):
         block.register_forward_pre_hook(lambda block, _: seen.append(block.scale_shift_table.untyped_storage()))
-    accumulate_gradients(work, model, [work.collate(latent_examples("pixart")[:1])])
+    accumulate_gradients(work, model, [work.batches.collate(latent_examples("pixart")[:1])])
     assert len(seen) == 4 and all(storage.data_ptr() in slots for storage in seen)

@@ -31,7 +31,7 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.offload.stream import ALIGNMENT
 from qlora_lite.planning.predict import predict
 from qlora_lite.quant.tensor_file import bit_sums
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.causal_lm import CrossEntropy, causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.loop import Trainer
 from qlora_lite.train.memory_probe import probe_step
@@ -66,7 +66,7 @@ def asked_for(when="current"):
 
 def with_gradients(model, batch):
     set_memory_options(model.train(), MemoryOptions())
-    loss = accumulate_gradients(CausalLM(CrossEntropy(8)), model, [prepare(batch, model.device)]).loss.item()
+    loss = accumulate_gradients(causal_lm(objective=CrossEntropy(8)), model, [prepare(batch, model.device)]).loss.item()
     return loss, [parameter.grad.cpu() for _, parameter in lora_parameters(model)]
 
 
@@ -91,11 +91,11 @@ def test_allocated_memory_is_what_the_plan_says():
     model = add_lora(model, rank=16).to("cuda")
     set_memory_options(model, MemoryOptions())
     batch = random_batch((2048,), vocabulary=8192)
-    job = new_job(AutoConfig.for_model("llama", **sizes), CausalLM().shape(batch), device_type="cuda")
+    job = new_job(AutoConfig.for_model("llama", **sizes), causal_lm().shape(batch), device_type="cuda")
     parameters = [parameter for _, parameter in lora_parameters(model)]
     optimizer = build_optimizer(parameters, job.optimizer, 0.0, 0.0)
     torch.cuda.reset_peak_memory_stats()
-    probe_step(CausalLM(), model, parameters, optimizer, prepare(batch, model.device), None, 1.0, False)
+    probe_step(causal_lm(), model, parameters, optimizer, prepare(batch, model.device), None, 1.0, False)
     measured = asked_for("peak")
     predicted = predict(changed(job, config=model.config)).allocated_bytes
     assert -0.01 <= predicted / measured - 1 <= 0.05
@@ -129,7 +129,7 @@ def test_weights_that_are_streamed_to_a_gpu_are_trained_as_resident_ones(residen
         Full().apply(model)
         place(model, CARD, options, trains_base=True)
         changes = dict(gradient_accumulation_steps=1, max_grad_norm=0.0, options=options)
-        training = Trainer(model, examples(), TrainSettings(**(SETTINGS | changes)), workload=CausalLM(method=Full()))
+        training = Trainer(model, examples(), TrainSettings(**(SETTINGS | changes)), workload=causal_lm(method=Full()))
         training.check()
         training.probe_memory(examples())
         losses = [step.loss for step in training] + [training.evaluate(examples()).loss]
@@ -166,7 +166,7 @@ def active_bytes_of_a_step(depth, options):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_stats()["active_bytes.all.current"]
-        accumulate_gradients(CausalLM(CrossEntropy(1024)), model, inputs)
+        accumulate_gradients(causal_lm(objective=CrossEntropy(1024)), model, inputs)
     peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
     return peak - before - sum(parameter.nbytes for parameter in parameters)
 
@@ -197,7 +197,7 @@ def test_of_streamed_weights_two_blocks_are_on_the_device():
     assert held == sum(tensor.nbytes for tensor in others) + 2 * slot_bytes
     options = MemoryOptions(resident_layers=0)
     set_memory_options(model.train(), options)
-    accumulate_gradients(CausalLM(), model, [prepare(random_batch((64,), vocabulary=8192), CARD)])
+    accumulate_gradients(causal_lm(), model, [prepare(random_batch((64,), vocabulary=8192), CARD)])
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     torch.cuda.synchronize()

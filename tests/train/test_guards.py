@@ -11,6 +11,7 @@ import torch
 from tiny import ARCHITECTURES, UNUSUAL, build_tiny, quantized_pair, random_factors
 from tiny_trainer import SETTINGS, TWO_TOKENS, examples, trainer
 
+from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import add_lora, lora_layers, lora_parameters
 from qlora_lite.data.tokens.batch import collate
 from qlora_lite.data.tokens.storage import Example, stored
@@ -22,16 +23,17 @@ from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.quantizer import quantize_head
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.tensor_file import HASHED_WORDS, bit_sums
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
-from qlora_lite.train.policy import GroupPolicy, PolicyLM
-from qlora_lite.train.preference import PreferenceLM
+from qlora_lite.train.policy import GroupPolicy, policy_lm
+from qlora_lite.train.preference import Preference, preference_lm
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_causal, check_forward, logits_error, relative_error
+from qlora_lite.train.workload import Workload
 
 CPU = torch.device("cpu")
 
@@ -189,7 +191,7 @@ def test_a_weight_that_is_nan_before_training_stops_it_there():
 
 def test_steps_are_preceded_by_the_check_where_nobody_has_asked_for_it(monkeypatch):
     calls = []
-    monkeypatch.setattr(CausalLM, "check_model", lambda _workload, model, _settings: calls.append(model))
+    monkeypatch.setattr(Workload, "check_model", lambda _workload, model, _settings: calls.append(model))
     checked = trainer()
     training = Trainer(checked.model, checked.examples, checked.settings)
     assert calls == [training.model], "not by the constructor"
@@ -313,7 +315,7 @@ def test_the_inventory_counts_every_byte_once(model_type):
     model, plain = quantized_pair(model_type, dtype=torch.bfloat16)
     weights = sum(p.numel() for p in plain.parameters())
     add_lora(model, rank=4)
-    table = inventory(CausalLM(), model)
+    table = inventory(causal_lm(), model)
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
@@ -325,7 +327,7 @@ def test_the_inventory_counts_every_byte_once(model_type):
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
     codes = sum(entry.bytes for entry in table if entry.group == "base weights" and entry.dtype == "uint8")
     assert codes == sum(m.in_features * m.out_features for m in packed) // 2
-    assert total_parameters(model, CausalLM().method) == weights
+    assert total_parameters(model, causal_lm().method) == weights
     assert all(entry.why and entry.device == "cpu" for entry in table)
 
 
@@ -334,7 +336,7 @@ def test_a_4_bit_copy_of_the_embeddings_is_not_counted_as_weights_of_its_own(tie
     model = build_tiny("llama", tie_word_embeddings=tied)
     weights = sum(p.numel() for p in model.parameters())
     quantize_head(model, "nf4", True)
-    assert total_parameters(model, CausalLM().method) == weights
+    assert total_parameters(model, causal_lm().method) == weights
 
 
 def test_every_layer_of_a_new_trainer_has_zero_b():
@@ -388,7 +390,7 @@ def test_rows_that_would_be_rotated_as_the_longest_of_their_batch_run_alone(mode
     rows = rows_of(100, 6)
 
     def gradient(batches):
-        accumulate_gradients(CausalLM(), training.model.train(), [prepare(collate(rows), CPU) for rows in batches])
+        accumulate_gradients(causal_lm(), training.model.train(), [prepare(collate(rows), CPU) for rows in batches])
         parts = [parameter.grad.flatten() for parameter in training.parameters]
         training.optimizer.zero_grad(set_to_none=True)
         return torch.cat(parts)
@@ -431,19 +433,20 @@ def test_positions_are_counted_for_each_sequence_with_its_virtual_tokens_and_ans
     model, ids = build_tiny("gpt2", n_positions=64), np.arange(5, 85, dtype=np.int32)
     pair = Example(ids, np.isin(ids, [44, 84]), "", "", "rows:1", first=40)  # each begins at the first position
     prompt, whole = (Example(ids[:n], ids[:n] >= 41, "", "", f"rows:{n}") for n in (40, 64))
+    pairs = preference_lm(Lora(), Preference()).batches
     for rows in ([pair], stored([pair, pair])):
-        PreferenceLM().check_examples(model, rows)
-        assert PreferenceLM().positions(rows) == [40] * len(rows)
+        pairs.check(model, rows)
+        assert pairs.positions(rows) == [40] * len(rows)
     with pytest.raises(DataError, match="takes 65 positions"):
-        PreferenceLM().check_examples(model, [replace(pair, first=15)])
-    CausalLM().check_examples(model, stored([prompt, whole]))
+        pairs.check(model, [replace(pair, first=15)])
+    causal_lm().check_examples(model, stored([prompt, whole]))
     said = r"rows:64: the row takes 84 positions, and the model has embeddings of 64; set data\.max_tokens to 64"
     with pytest.raises(DataError, match=said):
-        CausalLM(virtual=20).check_examples(model, stored([prompt, whole]))
+        causal_lm().batches.behind(20).check(model, stored([prompt, whole]))
     groups = GroupPolicy(max_completion_tokens=28)
-    PolicyLM(objective=groups).check_examples(model, [prompt])
+    policy_lm(Lora(), groups).check_examples(model, [prompt])
     with pytest.raises(DataError, match=r"takes 65 positions, .*; lower objective\.max_completion_tokens by 1"):
-        PolicyLM(objective=replace(groups, max_completion_tokens=29)).check_examples(model, [prompt])
+        policy_lm(Lora(), replace(groups, max_completion_tokens=29)).check_examples(model, [prompt])
 
 
 @pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *UNUSUAL}))

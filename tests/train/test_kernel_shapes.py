@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.memory.shapes import CPU_MULTIPLE
 from qlora_lite.models.load import use_row_attention
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.step import accumulate_gradients
 
@@ -34,7 +34,7 @@ def test_products_and_attention_run_over_multiples_only():
     own = {4, 8, 12, 32, 64, 96, 160}  # the only other heights: of one, two or three A factors, and the model's own
     with Heights() as seen:
         for lengths in [(9, 14, 6), (31, 33), (5,), (64, 1 + 1), (40, 7, 50)]:
-            accumulate_gradients(CausalLM(), model, [prepare(random_batch(lengths), model.device)])
+            accumulate_gradients(causal_lm(), model, [prepare(random_batch(lengths), model.device)])
     assert {height for height in seen.products if height % CPU_MULTIPLE} <= own
     assert seen.attentions
     assert {size for size in seen.attentions if size % CPU_MULTIPLE} == {16}  # the head's own size

@@ -11,10 +11,10 @@ from qlora_lite.data.tokens.batch import extent_of
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import largest_batches
-from qlora_lite.train.preference import PreferenceLM
+from qlora_lite.train.preference import Preference, preference_lm
 
 PACK = 256
 
@@ -36,7 +36,7 @@ SETS = {
 def peak_of(training, run):
     ledger = Ledger()
     with ledger:
-        for tensor, category, _ in categorised(CausalLM(), training.model):
+        for tensor, category, _ in categorised(causal_lm(), training.model):
             ledger.claim([tensor], category)
         ledger.watch(training.model)
         run()
@@ -65,10 +65,12 @@ def test_no_step_holds_more_than_the_memory_probe_did(rows, options):
 
 @pytest.mark.parametrize("virtual", [0, 20])
 def test_pairs_are_rehearsed_with_as_many_tokens_as_a_step_has(virtual):
-    work = PreferenceLM(method=PromptTuning(virtual))
+    work = preference_lm(PromptTuning(virtual), Preference())
     pairs = [replace(row(40, 20), first=20) for _ in range(4)]
-    most = extent_of(work.lengths(pairs), work.target_counts(pairs), [[0, 1, 2, 3]])
-    real, planned = (work.shape(work.collate(each)) for each in (pairs, work.enlarged(pairs, most)))
+    most = extent_of(work.batches.lengths(pairs), work.batches.target_counts(pairs), [[0, 1, 2, 3]])
+    real, planned = (
+        work.batches.shape(work.batches.collate(each)) for each in (pairs, work.batches.enlarged(pairs, most))
+    )
     assert sum(planned.lengths) == sum(real.lengths) == 4 * 2 * (20 + virtual)
     assert sorted(planned.lengths) == sorted(real.lengths)
 
@@ -78,7 +80,7 @@ def test_pairs_are_rehearsed_with_as_many_tokens_as_a_step_has(virtual):
 def test_what_is_rehearsed_after_memory_ran_out_has_something_to_learn(rows, most_tokens):
     training = trainer(rows=rows, order="as-is", max_tokens=PACK, max_steps=6, gradient_accumulation_steps=1)
     training.most_tokens = most_tokens
-    for batch in largest_batches(CausalLM(), training.examples, rows, training.epochs, most_tokens):
+    for batch in largest_batches(causal_lm(), training.examples, rows, training.epochs, most_tokens):
         assert sum(batch.row_lengths) <= max(most_tokens, *batch.row_lengths)
     training.probe_memory(rows)
 

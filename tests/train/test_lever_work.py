@@ -15,7 +15,7 @@ from qlora_lite.models.anatomy import device_of
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.quant.linear import frozen_weight
 from qlora_lite.quant.product import materialize, merged
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import hidden_states, prepare
 from qlora_lite.train.step import accumulate_gradients
 
@@ -36,9 +36,9 @@ def step_work(model, options, device_type="cuda"):
     set_memory_options(model, options)
     model.train()
     with planning_for(device_type):
-        accumulate_gradients(CausalLM().with_options(options), model, [inputs(model)])
+        accumulate_gradients(causal_lm().with_options(options), model, [inputs(model)])
         with counted() as counter:
-            accumulate_gradients(CausalLM().with_options(options), model, [inputs(model)])
+            accumulate_gradients(causal_lm().with_options(options), model, [inputs(model)])
     for _, parameter in lora_parameters(model):
         parameter.grad = None
     return counter.work

@@ -16,10 +16,10 @@ from qlora_lite.errors import TrainingError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.planning import simulate
 from qlora_lite.train import flat
+from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, set_learning_rate
 from qlora_lite.train.state import STATE, capture, restore
-from qlora_lite.train.workload import BatchShape
 
 RATIOS = [1.0, 16.0] * 4
 

@@ -12,7 +12,7 @@ from qlora_lite.adapters.lora.inject import add_lora, lora_parameters
 from qlora_lite.errors import TrainingError
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train import loop, loss_scale, text_guards
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.loss_scale import LossScale, unscale
 from qlora_lite.train.step import accumulate_gradients
@@ -30,7 +30,7 @@ def model_in(dtype, norm=1.0):
 def gradients(model, scale=1.0):
     """Return the gradients of a batch, computed at a scale and divided by it."""
     parameters = [parameter for _, parameter in lora_parameters(model)]
-    accumulate_gradients(CausalLM(), model, [prepare(random_batch(), model.device)], scale=scale)
+    accumulate_gradients(causal_lm(), model, [prepare(random_batch(), model.device)], scale=scale)
     unscale(parameters, scale)
     found = [parameter.grad for parameter in parameters]
     for parameter in parameters:

@@ -26,9 +26,8 @@ from qlora_lite.errors import DataError
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.train.mask_head import MaskHead, MaskLoss, measure_masks
+from qlora_lite.train.mask_head import MaskSpec, mask_head, measure_masks
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.transformer import ModelSpec
 
 CPU = torch.device("cpu")
 NAMES = ("0", "1", "2")
@@ -56,9 +55,9 @@ def loaded(folder):
 
 
 def workload(folder, size=28, augment="none"):
-    spec = ModelSpec(with_head(read_part(str(folder)), HEAD).config, "none", compute_dtype=torch.float32)
+    spec = MaskSpec(with_head(read_part(str(folder)), HEAD).config, "none", compute_dtype=torch.float32)
     processor = replace(processor_of(STILL, 28, size, augment), resize=(size, size))
-    return MaskHead(MaskLoss(), METHOD, spec, labels=NAMES, processor=processor)
+    return mask_head(METHOD, NAMES, processor, spec)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
@@ -68,7 +67,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, rows, na
     torch.manual_seed(0)
     METHOD.apply(model)
     save_adapter(with_factors(model), tmp_path / "adapter", folders[name], method=METHOD)
-    batch = work.inputs(work.collate(rows), CPU)
+    batch = work.batches.inputs(work.batches.collate(rows), CPU)
     ours = accumulate_gradients(work, model, [batch]).loss.item()
 
     config = AutoConfig.from_pretrained(tmp_path / "adapter")
@@ -124,10 +123,10 @@ def test_a_mask_is_cut_and_turned_as_its_picture_is(rows, augment):
 
 def test_scores_are_those_of_the_pixels(folders, rows):
     work, model = workload(folders["dinov2"]), loaded(folders["dinov2"])
-    batch = work.collate(rows)
-    scores, matrix = measure_masks(work, model, [work.collate(rows[:4]), work.collate(rows[4:])])
+    batch = work.batches.collate(rows)
+    scores, matrix = measure_masks(work, model, [work.batches.collate(rows[:4]), work.batches.collate(rows[4:])])
     with torch.no_grad():
-        given = work.outputs(model.eval(), batch).argmax(1)
+        given = work.spec.outputs(model.eval(), batch).argmax(1)
     counted = batch.targets != -100
     assert sum(map(sum, matrix)) == counted.sum() == 6 * 28 * 28 - 6
     assert scores["pixel_accuracy"].value == pytest.approx((given == batch.targets)[counted].float().mean().item())

@@ -44,7 +44,7 @@ from qlora_lite.offload.tile import Tiled
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import dequantize, quantize
 from qlora_lite.quant.product import keeping_weights
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.guards import frozen_checksum
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss
@@ -268,7 +268,7 @@ def test_a_step_that_memory_ran_out_in_wherever_it_was_is_done_again_and_right(l
         for parameter in parameters:
             parameter.grad = None
         with RunsOut(number) as seen, suppress(MemoryError):
-            accumulate_gradients(CausalLM(), model, [prepare(random_batch(seed=0), CPU)])
+            accumulate_gradients(causal_lm(), model, [prepare(random_batch(seed=0), CPU)])
         return seen.made
 
     step()  # the first also takes host memory
@@ -307,7 +307,7 @@ def test_streamed_weights_are_never_written():
 def test_of_streamed_blocks_at_most_two_are_on_the_device():
     model = build(options=MemoryOptions(resident_layers=1))
     stream = stream_of(model)
-    evaluate_loss(CausalLM(), model, [random_batch()])
+    evaluate_loss(causal_lm(), model, [random_batch()])
     on_device = {
         number
         for number, block in enumerate(blocks(model))

@@ -12,7 +12,7 @@ from qlora_lite.errors import DoesNotFitError, TrainingError
 from qlora_lite.models.memory_options import MemoryOptions, stream_of
 from qlora_lite.offload.stream import BlockStream
 from qlora_lite.train import loop
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.out_of_memory import (
     cut,
     free_cached_memory,
@@ -20,6 +20,7 @@ from qlora_lite.train.out_of_memory import (
     is_out_of_memory,
     lower_limit,
 )
+from qlora_lite.train.workload import Workload
 
 CPU_WORDS = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."  # noqa: E501
 WORDINGS = [
@@ -62,7 +63,7 @@ def test_other_errors_are_no_lack_of_memory(error):
 def test_micro_batches_are_cut_between_rows_and_no_row_is_lost(limit):
     rows = examples(12)
     groups = [rows[:5], rows[5:6], rows[6:]]
-    parts = cut(CausalLM(), groups, limit)
+    parts = cut(causal_lm(), groups, limit)
     assert [row for part in parts for row in part] == rows
     borders = {0, 5, 6, 12}
     assert borders <= {sum(map(len, parts[:n])) for n in range(len(parts) + 1)}
@@ -74,7 +75,7 @@ def test_micro_batches_are_cut_between_rows_and_no_row_is_lost(limit):
 
 def fail_above(monkeypatch, limit, error=WORDINGS[0]):
     """Let memory run out in the loss of inputs that have more tokens than the limit."""
-    real, failures = CausalLM.loss, []
+    real, failures = Workload.loss, []
 
     def limited(workload, model, inputs):
         if sum(inputs.row_lengths) > limit:
@@ -82,7 +83,7 @@ def fail_above(monkeypatch, limit, error=WORDINGS[0]):
             raise type(error)(*error.args)  # a new one, since it keeps what was on the way of its raising
         return real(workload, model, inputs)
 
-    monkeypatch.setattr(CausalLM, "loss", limited)
+    monkeypatch.setattr(Workload, "loss", limited)
     return failures
 
 
@@ -215,9 +216,9 @@ def test_memory_that_runs_out_in_evaluation_gives_the_same_loss(monkeypatch):
 def test_the_largest_part_is_halved_and_one_row_cannot_be():
     rows = examples(6)
     parts = [rows[:4], rows[4:]]
-    assert lower_limit(CausalLM(), parts, "why") == sum(row_lengths(rows[:4])) // 2
+    assert lower_limit(causal_lm(), parts, "why") == sum(row_lengths(rows[:4])) // 2
     with pytest.raises(DoesNotFitError, match="why"):
-        lower_limit(CausalLM(), [rows[:1]], "why")
+        lower_limit(causal_lm(), [rows[:1]], "why")
 
 
 def nan_at(training, *steps):

@@ -11,7 +11,7 @@ from qlora_lite.adapters.lora.inject import add_lora, lora_layers
 from qlora_lite.models.load import adopt, use_row_attention, uses_row_attention
 from qlora_lite.models.packing import runs_unpacked, why_unpacked
 from qlora_lite.models.skeleton import meta_model
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.causal_lm import CrossEntropy, causal_lm
 from qlora_lite.train.forward import labelled_count, prepare
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
@@ -48,7 +48,9 @@ def test_packed_rows_have_the_loss_and_gradients_of_each_row_alone(name):
     oracle.double()
     batch = random_batch()
 
-    loss = accumulate_gradients(CausalLM(CrossEntropy(4)), model.train(), [prepare(batch, model.device)]).loss.item()
+    loss = accumulate_gradients(
+        causal_lm(objective=CrossEntropy(4)), model.train(), [prepare(batch, model.device)]
+    ).loss.item()
     expected = reference_loss(oracle.train(), batch) / labelled_count(batch)
     expected.backward()
 

@@ -10,7 +10,7 @@ from qlora_lite.adapters.files import adapter_tensors
 from qlora_lite.adapters.lora.inject import add_lora
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.causal_lm import CrossEntropy, causal_lm
 from qlora_lite.train.optim import build_optimizer
 from qlora_lite.train.step import train_step
 
@@ -52,7 +52,7 @@ def our_curve(model, steps):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, "adamw_torch", RATE, weight_decay=0.1)
     for batch in steps:
-        yield train_step(CausalLM(CrossEntropy(5)), model, [batch], optimizer, CLIP).loss
+        yield train_step(causal_lm(objective=CrossEntropy(5)), model, [batch], optimizer, CLIP).loss
         optimizer.zero_grad()
 
 

@@ -25,12 +25,12 @@ from qlora_lite.models.skeleton import meta_model, read_part
 from qlora_lite.models.vision_language import FAMILIES as FAMILIES_HERE
 from qlora_lite.models.vision_language import arguments_of
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import target_losses
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.picture_chats import PictureChatLM
+from qlora_lite.train.picture_chats import VisionLanguageSpec, picture_chat_lm
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
 
 CPU = torch.device("cpu")
 METHOD = Lora(rank=4, alpha=8.0, dtype=torch.float32)
@@ -62,8 +62,8 @@ def loaded(folder, quant="none"):
 
 
 def workload(folder, family, quant="none", targets="language"):
-    spec = ModelSpec(read_part(str(folder), with_vision=True).config, quant, compute_dtype=torch.float32)
-    return PictureChatLM(method=METHODS[targets], spec=spec, reader=reader(family))
+    spec = VisionLanguageSpec(read_part(str(folder), with_vision=True).config, quant, compute_dtype=torch.float32)
+    return picture_chat_lm(METHODS[targets], reader(family), spec)
 
 
 def adapted(work, model):
@@ -85,7 +85,7 @@ def by_transformers(work, model, examples):
     for example in examples:
         ids = torch.from_numpy(example.token_ids).long()[None]
         labels = torch.where(torch.from_numpy(example.learned), ids[0], -100)[1:]
-        pixels = work.reader.of_examples([example])
+        pixels = work.batches.reader.of_examples([example])
         grids = grids_of(example.pictures)
         shown = {} if pixels is None else arguments_of(model, torch.from_numpy(pixels), ids, grids)
         logits = model(input_ids=ids, **shown).logits[0, :-1]
@@ -103,8 +103,8 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
         return
     model = adapted(work, loaded(folders[family]))
     save_adapter(model, tmp_path / "adapter", folders[family], method=work.method)
-    batch = work.inputs(work.collate(rows), CPU)
-    ours = accumulate_gradients(work, model, [batch]).loss.item() * work.weight(batch)
+    batch = work.batches.inputs(work.batches.collate(rows), CPU)
+    ours = accumulate_gradients(work, model, [batch]).loss.item() * work.objective.weight(batch)
 
     base = AutoModelForImageTextToText.from_pretrained(folders[family], dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
     loss.backward()
     assert ours == pytest.approx(loss.item(), rel=1e-5)
     mine = gradients(work.method, model)
-    assert_gradients_of_peft(mine, theirs, work.weight(batch))
+    assert_gradients_of_peft(mine, theirs, work.objective.weight(batch))
     assert any(f"{FAMILIES_HERE[family].tower}." in name for name in mine) == (targets == "both")
     between = "multi_modal_projector", "connector", "embed_vision"
     assert any(part in name for part in between for name in mine) == (targets == "projector")
@@ -123,23 +123,23 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
 def test_packed_rows_have_the_losses_that_they_have_alone(folders, family, quant):
     work, rows = workload(folders[family], family, quant), noise_rows(family)
     model = adapted(work, loaded(folders[family], quant))
-    packed = work.token_losses(model, work.inputs(work.collate(rows), CPU))
-    alone = [work.token_losses(model, work.inputs(work.collate([row]), CPU)) for row in rows]
+    packed = target_losses(work, model, work.batches.inputs(work.batches.collate(rows), CPU))
+    alone = [target_losses(work, model, work.batches.inputs(work.batches.collate([row]), CPU)) for row in rows]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
-    shown = work.inputs(work.collate(rows[:1]), CPU)
+    shown = work.batches.inputs(work.batches.collate(rows[:1]), CPU)
     other = shown._replace(pixels=torch.zeros_like(shown.pixels))
-    assert not torch.allclose(work.token_losses(model, shown), work.token_losses(model, other), rtol=1e-3)
+    assert not torch.allclose(target_losses(work, model, shown), target_losses(work, model, other), rtol=1e-3)
 
 
 def test_tokens_of_pictures_are_no_targets(folders, family):
     work, rows = workload(folders[family], family), noise_rows(family)
     everything = [replace(row, learned=row.token_ids != 1) for row in rows]
-    batch = work.collate(everything)
+    batch = work.batches.collate(everything)
     taught = batch.labels[batch.labels != IGNORED_LABEL]
     assert TOKEN not in taught and len(taught) == sum(int((row.token_ids != TOKEN).sum()) - 1 for row in rows)
     gone = replace(rows[0], pictures=())
     with pytest.raises(DataError, match="the pictures of row 0 are 0 tokens, and the rows have"):
-        work.collate([gone])
+        work.batches.collate([gone])
 
 
 def case(folder, family, **how):
@@ -209,8 +209,8 @@ def test_a_deep_model_is_planned_from_two_shallow_ones(folders, name, options):
     config.vision_config.num_hidden_layers = 5
     if name == "qwen3_5":
         config.text_config.layer_types = ["linear_attention", *["full_attention", "linear_attention"] * 6]
-    spec = ModelSpec(config, "nf4", compute_dtype=torch.float32)
-    work = PictureChatLM(method=METHODS["both"], spec=spec, reader=reader(name))
+    spec = VisionLanguageSpec(config, "nf4", compute_dtype=torch.float32)
+    work = picture_chat_lm(METHODS["both"], reader(name), spec)
     shape = BatchShape((60, 40), 40, (3, 9, 15, 40, 62, 80))
     if name in WITH_GRIDS:
         shape = replace(shape, grids=((2, 3), (1, 5), (4, 1), (2, 2), (3, 3), (1, 2)))
@@ -247,22 +247,22 @@ def test_a_saved_adapter_gives_the_same_losses_again(folders, family, targets, t
     model = adapted(work, loaded(folders[family]))
     save_adapter(model, tmp_path / "adapter", "base", method=work.method)
     again = as_checked(load_adapter(loaded(folders[family]), tmp_path / "adapter"))
-    batch = work.inputs(work.collate(rows), CPU)
-    assert torch.equal(work.token_losses(model, batch), work.token_losses(again, batch))
+    batch = work.batches.inputs(work.batches.collate(rows), CPU)
+    assert torch.equal(target_losses(work, model, batch), target_losses(work, again, batch))
 
 
 @pytest.mark.parametrize("name", OF_QWEN)
 def test_positions_are_those_of_transformers_for_each_row(folders, name):
     work, model = workload(folders[name], name), loaded(folders[name])
     rows = noise_rows(name, ((1,), (), (2, 1), (1, 2, 2), (2,)))
-    inputs = work.inputs(work.collate(rows), CPU)
+    inputs = work.batches.inputs(work.batches.collate(rows), CPU)
     packed = inputs.position_ids[:, :, : sum(inputs.row_lengths)].split(inputs.row_lengths, dim=2)
     for row, found in zip(rows, packed, strict=True):
         ids = torch.from_numpy(row.token_ids).long()[None]
         grids = torch.tensor([(1, 2 * height, 2 * width) for height, width in grids_of(row.pictures)])
         expected, _ = model.base_model.get_rope_index(ids, (ids == TOKEN).int(), grids if len(grids) else None)
         assert torch.equal(found, expected)
-    alone = work.inputs(work.collate(rows[1:2]), CPU)
+    alone = work.batches.inputs(work.batches.collate(rows[1:2]), CPU)
     assert torch.equal(alone.position_ids[0, : len(rows[1].token_ids)], torch.arange(len(rows[1].token_ids)))
 
 
@@ -302,15 +302,15 @@ def test_a_frozen_tower_takes_pictures_that_keep_their_shapes_as_many_as_it_comp
 
 def test_a_made_up_batch_has_pictures_that_need_as_much_as_any(folders):
     work, rows = workload(folders["qwen3_vl"], "qwen3_vl"), noise_rows("qwen3_vl", ((1, 1), (2,), ()))
-    assert work.picture_counts(rows).tolist() == [[12, 6], [4, 4], [0, 0]]
+    assert work.batches.picture_counts(rows).tolist() == [[12, 6], [4, 4], [0, 0]]
     long = [replace(rows[0], token_ids=np.full(3000, 9, np.int32), learned=np.arange(3000) > 2990)]
     for largest, grids in ((6, ((1, 1024), (1, 976))), (1500, ((1, 1500), (1, 500)))):
-        batch = work.collate(work.enlarged(long, Extent(3000, 1, 3000, 9, 2000, largest)))
+        batch = work.batches.collate(work.batches.enlarged(long, Extent(3000, 1, 3000, 9, 2000, largest)))
         assert batch.grids == grids and batch.pixels.shape == (2000, 4, 3 * 2 * 8 * 8)
     same = Extent(sum(len(row.token_ids) for row in rows), 3, max(len(row.token_ids) for row in rows), 18, 16, 6)
-    assert work.collate(work.enlarged(rows, same)).grids == ((1, 16),)
-    assert work.full_pack(5000, packing=False).grids == ((1, 5000),)
-    smaller = replace(work, reader=replace(work.reader, longest_edge=640))
+    assert work.batches.collate(work.batches.enlarged(rows, same)).grids == ((1, 16),)
+    assert work.batches.full_pack(5000, packing=False).grids == ((1, 5000),)
+    smaller = replace(work.batches, reader=replace(work.batches.reader, longest_edge=640))
     assert smaller.full_pack(5000, packing=False).grids == ((1, 1600),) * 3 + ((1, 200),)
 
 
@@ -342,11 +342,11 @@ def test_the_next_step_s_pictures_are_made_while_this_one_computes(folders, monk
     monkeypatch.setattr(Noise, "_pixels_of", lambda self, picture: (made.append(picture), pixels_of(self, picture))[1])
     work, rows = one.workload, [row for row in one.examples if row.pictures]
     count = sum(len(row.pictures) for row in rows)
-    work.expect(rows, 0, 1)
-    first = work.collate(rows).pixels
+    work.batches.expect(rows, 0, 1)
+    first = work.batches.collate(rows).pixels
     assert len(made) == count
-    work.expect((), 0, 2)
-    assert torch.equal(work.collate(rows).pixels, first) and len(made) == 2 * count
+    work.batches.expect((), 0, 2)
+    assert torch.equal(work.batches.collate(rows).pixels, first) and len(made) == 2 * count
 
 
 @pytest.mark.parametrize("targets", ["both", "projector"])

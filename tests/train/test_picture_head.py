@@ -21,15 +21,13 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.quant.linear import QuantLinear
+from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.head_workload import HeadLoss
-from qlora_lite.train.picture_embedding import PictureEmbedding
-from qlora_lite.train.picture_head import PictureHead, Pictures
+from qlora_lite.train.picture_embedding import EmbeddingSpec
+from qlora_lite.train.picture_head import PictureBatches, Pictures, VisionSpec, picture_head
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 NAMES = ("cool", "hot")
@@ -57,11 +55,11 @@ def loaded(folder, quant="none"):
     return load_model(folder, quant, compute_dtype=torch.float32, use_cache=False, head=HEAD)
 
 
-def workload(folder, quant="none", size=28, augment="none", method=METHOD, kind=PictureHead):
+def workload(folder, quant="none", size=28, augment="none", method=METHOD, kind=VisionSpec):
     config = with_head(read_part(str(folder)), HEAD).config
-    spec = ModelSpec(config, quant, compute_dtype=torch.float32)
+    spec = kind(config, quant, compute_dtype=torch.float32)
     processor = processor_of(STILL, 28, size, augment)
-    return kind(HeadLoss(ONE_LABEL), method, spec, labels=NAMES, processor=processor)
+    return picture_head(method, NAMES, processor, spec)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
@@ -73,7 +71,7 @@ def test_loss_gradients_and_logits_are_those_of_transformers_and_peft(folders, r
     METHOD.apply(model)
     with_factors(model)
     save_adapter(model, tmp_path / "adapter", folder, method=METHOD)
-    batch = work.inputs(work.collate(rows), CPU)
+    batch = work.batches.inputs(work.batches.collate(rows), CPU)
     ours = accumulate_gradients(work, model, [batch]).loss.item()
 
     config = AutoConfig.from_pretrained(tmp_path / "adapter")
@@ -83,7 +81,7 @@ def test_loss_gradients_and_logits_are_those_of_transformers_and_peft(folders, r
     found = theirs(pixel_values=batch.pixels, labels=batch.targets, **resized)
     found.loss.backward()
     assert ours == pytest.approx(found.loss.item(), rel=1e-5)
-    torch.testing.assert_close(work.outputs(model, batch), found.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(work.spec.outputs(model, batch), found.logits, rtol=1e-5, atol=1e-5)
     assert_gradients_of_peft(gradients(METHOD, model), theirs)
 
 
@@ -101,17 +99,17 @@ def read_by_the_head(name, model, pixels):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
 def test_the_loss_and_gradients_of_embeddings_are_those_of_transformers_and_peft(folders, rows, family, tmp_path):
     folder = folders[family]
-    work, model = workload(folder, kind=PictureEmbedding), loaded(folder)
+    work, model = workload(folder, kind=EmbeddingSpec), loaded(folder)
     torch.manual_seed(0)
     METHOD.apply(model)
     save_adapter(with_factors(model), tmp_path / "adapter", folder, method=METHOD)
-    batches = [work.inputs(work.collate(part), CPU) for part in (rows[:3], rows[3:])]
+    batches = [work.batches.inputs(work.batches.collate(part), CPU) for part in (rows[:3], rows[3:])]
     ours = accumulate_gradients(work, model, batches).loss.item()
 
     config = AutoConfig.from_pretrained(tmp_path / "adapter")
     base = AutoModelForImageClassification.from_pretrained(folder, config=config, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
-    inner, whole = theirs.base_model.model, work.collate(rows)
+    inner, whole = theirs.base_model.model, work.batches.collate(rows)
     read = read_by_the_head(family, inner, whole.pixels)
     head = inner.classifier.modules_to_save["default"]
     cosines = functional.cosine_similarity(read[:, None], head.weight[None], dim=2)
@@ -119,7 +117,7 @@ def test_the_loss_and_gradients_of_embeddings_are_those_of_transformers_and_peft
     loss.backward()
     assert ours == pytest.approx(loss.item(), rel=1e-5)
     assert_gradients_of_peft(gradients(METHOD, model), theirs)
-    found = work.embeddings(model.eval(), whole)
+    found = work.spec.embeddings(model.eval(), whole)
     torch.testing.assert_close(found, functional.normalize(read, dim=1), rtol=1e-5, atol=1e-5)
 
 
@@ -132,13 +130,13 @@ def case(folder, rows, **how):
 @pytest.mark.parametrize(
     ("name", "quant", "kind"),
     [
-        ("dinov2", "none", PictureHead),
-        ("dinov2", "nf4", PictureHead),
-        ("vit", "none", PictureHead),
-        ("clip", "nf4", PictureHead),
-        ("siglip", "nf4", PictureHead),
-        ("dinov2", "none", PictureEmbedding),
-        ("clip", "none", PictureEmbedding),
+        ("dinov2", "none", VisionSpec),
+        ("dinov2", "nf4", VisionSpec),
+        ("vit", "none", VisionSpec),
+        ("clip", "nf4", VisionSpec),
+        ("siglip", "nf4", VisionSpec),
+        ("dinov2", "none", EmbeddingSpec),
+        ("clip", "none", EmbeddingSpec),
     ],
 )
 def test_the_plan_is_the_ledger_s_peak_whatever_the_memory_options(folders, rows, name, quant, kind):
@@ -188,20 +186,24 @@ def test_lora_weights_that_no_head_reads_are_an_error_that_names_them(folders, r
 
 def test_a_step_s_pictures_do_not_depend_on_how_it_is_cut_or_on_what_was_expected(folders, rows):
     work = workload(folders["dinov2"], augment="crop-flip")
-    whole = work.training_batch(rows, 0, 7).pixels
-    work.expect(rows[3:], 0, 7)
-    parts = [work.training_batch(part, 0, 7).pixels for part in (rows[:3], rows[3:])]
+    whole = work.batches.training_batch(rows, 0, 7).pixels
+    work.batches.expect(rows[3:], 0, 7)
+    parts = [work.batches.training_batch(part, 0, 7).pixels for part in (rows[:3], rows[3:])]
     assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(work.training_batch(rows[::-1], 0, 7).pixels, whole.flip(0))
-    for other in (work.training_batch(rows, 0, 8), work.training_batch(rows, 1, 7), work.collate(rows)):
+    assert torch.equal(work.batches.training_batch(rows[::-1], 0, 7).pixels, whole.flip(0))
+    for other in (
+        work.batches.training_batch(rows, 0, 8),
+        work.batches.training_batch(rows, 1, 7),
+        work.batches.collate(rows),
+    ):
         assert not torch.equal(other.pixels, whole)
-    assert torch.equal(work.collate(rows).pixels, work.collate(rows).pixels)
+    assert torch.equal(work.batches.collate(rows).pixels, work.batches.collate(rows).pixels)
 
 
 def test_the_next_step_s_pictures_are_made_while_this_one_computes(folders, rows, monkeypatch):
     trainer = case(folders["dinov2"], rows, augment="flip").trainer()
     told = []
-    monkeypatch.setattr(PictureHead, "expect", lambda self, *what: told.append((len(what[0]), *what[1:])))
+    monkeypatch.setattr(PictureBatches, "expect", lambda self, *what: told.append((len(what[0]), *what[1:])))
     steps = len(list(trainer))
     # the settings of the test's trainer have two micro-batches a step and seed 0: 8, 2, 8, 2 pictures of two epochs
     assert told == [(2, trainer.settings.seed, 2), (0, trainer.settings.seed, 3), (2, trainer.settings.seed, 4)]
@@ -213,8 +215,8 @@ def test_a_saved_adapter_gives_the_same_outputs_again(folders, rows, family, tmp
     METHOD.apply(model)
     save_adapter(with_factors(model), tmp_path / "adapter", "base", method=METHOD)
     again = load_adapter(loaded(folders[family]), tmp_path / "adapter")
-    batch = work.inputs(work.collate(rows), CPU)
-    assert torch.equal(work.outputs(model.eval(), batch), work.outputs(again.eval(), batch))
+    batch = work.batches.inputs(work.batches.collate(rows), CPU)
+    assert torch.equal(work.spec.outputs(model.eval(), batch), work.spec.outputs(again.eval(), batch))
 
 
 def test_models_that_cannot_be_trained_so_are_refused_with_a_reason(folders):
@@ -225,9 +227,9 @@ def test_models_that_cannot_be_trained_so_are_refused_with_a_reason(folders):
         with pytest.raises(ModelError, match=r"a model of the type vit reads pictures; write task.kind: image-class"):
             with_head(part, head)
     swin = SwinConfig(image_size=28, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=7)
-    spec = ModelSpec(with_head(replace(part, config=swin), HEAD).config, "none", compute_dtype=torch.float32)
+    spec = VisionSpec(with_head(replace(part, config=swin), HEAD).config, "none", compute_dtype=torch.float32)
     with pytest.raises(ModelError, match="no plain vision transformer"):
-        replace(workload(folders["vit"]), spec=spec).planned_model(META, MemoryOptions(), BatchShape((1,), 1))
+        spec.planned_model(METHOD, META, MemoryOptions(), BatchShape((1,), 1))
 
 
 def test_a_weight_that_is_not_finite_is_named_before_training(folders):
@@ -256,7 +258,12 @@ def test_a_layer_whose_weight_is_read_past_its_forward_stays_in_16_bit(folders, 
 
 def test_shapes_count_pictures(folders, rows):
     work = workload(folders["vit"])
-    assert work.shape(work.collate(rows)) == BatchShape((1,) * 10, 10) and work.collate(rows).pixels.is_contiguous()
-    assert work.full_pack(6, True) == BatchShape((1,) * 6, 6) and work.full_pack(6, False) == BatchShape((1,), 1)
-    planned = work.planned_inputs(BatchShape((1,) * 3, 3), META)
+    assert (
+        work.batches.shape(work.batches.collate(rows)) == BatchShape((1,) * 10, 10)
+        and work.batches.collate(rows).pixels.is_contiguous()
+    )
+    assert work.batches.full_pack(6, True) == BatchShape((1,) * 6, 6) and work.batches.full_pack(
+        6, False
+    ) == BatchShape((1,), 1)
+    planned = work.batches.planned_inputs(BatchShape((1,) * 3, 3), META)
     assert isinstance(planned, Pictures) and planned.pixels.shape == (3, 3, 28, 28) and len(planned.targets) == 3

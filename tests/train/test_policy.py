@@ -23,7 +23,7 @@ from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
-from qlora_lite.train.policy import Answered, GroupPolicy, PolicyLM
+from qlora_lite.train.policy import Answered, GroupPolicy, policy_lm
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.state import STATE, capture, restore
@@ -70,8 +70,7 @@ def different_letters(examples, texts):
 
 def workload(**objective):
     work = of_text().workload
-    policy = GroupPolicy(GROUP, NEW, **objective)
-    return PolicyLM(policy, method=work.method, spec=work.spec, answer=said, judge=judged)
+    return policy_lm(work.method, GroupPolicy(GROUP, NEW, **{"answer": said, "judge": judged} | objective), work.spec)
 
 
 def adapted(work):
@@ -119,7 +118,7 @@ def gradients(model):
 
 
 def prepared(work, model, batches):
-    return [work.inputs(each, CPU) for each in work.prepare_step(model, batches)]
+    return [work.batches.inputs(each, CPU) for each in work.objective.prepare_step(work, model, batches)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
@@ -134,7 +133,7 @@ def test_loss_and_gradients_equal_the_definition_however_groups_are_packed(objec
     wanted = gradients(model)
     model.zero_grad()
 
-    batches = [work.collate(examples[n::parts]) for n in range(parts)]
+    batches = [work.batches.collate(examples[n::parts]) for n in range(parts)]
     means = accumulate_gradients(work, model, prepared(work, model, batches))
 
     assert means.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
@@ -205,14 +204,17 @@ def test_loss_and_gradients_equal_trls(changes, tmp_path):
     ]
     left = iter([Answered(ids, text, False) for ids, text in zip(answers, texts, strict=True)])
     o = {"loss_type": "dapo", "scale_rewards": "group", "temperature": 1.0} | changes
-    policy = GroupPolicy(GROUP, NEW, o["temperature"], o["loss_type"], o["scale_rewards"] != "none")
-    work = PolicyLM(
-        policy,
-        method=of_text().workload.method,
+    policy = GroupPolicy(
+        GROUP,
+        NEW,
+        o["temperature"],
+        o["loss_type"],
+        o["scale_rewards"] != "none",
         answer=lambda model, prompts, *_: [next(left) for _ in prompts],
         judge=different_letters,
     )
-    means = accumulate_gradients(work, ours, prepared(work, ours, [work.collate(examples)]))
+    work = policy_lm(of_text().workload.method, policy)
+    means = accumulate_gradients(work, ours, prepared(work, ours, [work.batches.collate(examples)]))
 
     assert len({*map(len, answers)}) > 1
     assert means.loss.item() == pytest.approx(loss.item(), abs=1e-5)
@@ -232,9 +234,9 @@ def test_an_evaluation_is_minus_the_mean_reward_of_one_likeliest_answer():
         asked.append((len(prompts), temperature, at_once))
         return said(model, prompts, temperature, seed, numbers, most)
 
-    work, examples = replace(workload(), answer=answer), rows()
+    work, examples = workload(answer=answer), rows()
     model = adapted(work)
-    found = evaluate_loss(work, model, [work.collate(examples[:2]), work.collate(examples[2:])])
+    found = evaluate_loss(work, model, [work.batches.collate(examples[:2]), work.batches.collate(examples[2:])])
     numbers = [work_number(each, place) for part in (examples[:2], examples[2:]) for place, each in enumerate(part)]
     rewards = rewards_of([each.text for each in said(None, None, 0, 0, numbers, NEW)])
     assert asked == [(5, 0.0, 3 * GROUP)]
@@ -251,28 +253,28 @@ def test_a_plan_knows_the_peak_of_answers_and_step_to_one_per_cent():
 
 
 def test_keys_and_values_of_long_answers_are_in_the_plan():
-    long = replace(workload(), objective=GroupPolicy(16, 512))
+    long = policy_lm(of_text().workload.method, GroupPolicy(16, 512, answer=said, judge=judged), workload().spec)
     one = Case(long, of_text().build, rows(2), {"max_tokens": 16 * 600})
     trainer = one.trainer()
     largest, _ = largest_batches(long, one.examples, (), trainer.epochs)
-    inputs, config = long.inputs(largest, CPU), trainer.model.config
+    inputs, config = long.batches.inputs(largest, CPU), trainer.model.config
     head = config.hidden_size // config.num_attention_heads
     tokens = sum(inputs.sequences.tokens.row_lengths)
     kept = 2 * 4 * tokens * config.num_key_value_heads * head * config.num_hidden_layers
     with Ledger() as ledger, torch.no_grad():
         before = ledger.now().total
-        long.probe_preparation(trainer.model, inputs)
+        long.objective.probe_preparation(trainer.model, inputs)
     assert kept < ledger.peak.total - before < 2 * kept
 
 
 def test_a_memory_probe_keeps_a_group_s_keys_and_values_before_its_step(monkeypatch):
-    seen, probe = [], PolicyLM.probe_preparation
+    seen, probe = [], GroupPolicy.probe_preparation
 
     def noted(work, model, inputs):
         seen.append(len(inputs.factors))
         probe(work, model, inputs)
 
-    monkeypatch.setattr(PolicyLM, "probe_preparation", noted)
+    monkeypatch.setattr(GroupPolicy, "probe_preparation", noted)
     case = Case(workload(), of_text().build, rows(4), {"max_tokens": 120})
     case.trainer().probe_memory()
     measured = len(seen)
@@ -284,17 +286,21 @@ def test_a_memory_probe_keeps_a_group_s_keys_and_values_before_its_step(monkeypa
 def test_a_group_s_memory_is_probed_of_models_that_keep_other_things_than_keys(name):
     model = quantized_pair(name)[0]
     work = workload()
-    inputs = work.inputs(work.collate(rows(2)), CPU)
+    inputs = work.batches.inputs(work.batches.collate(rows(2)), CPU)
     with torch.no_grad():
-        work.probe_preparation(model, inputs)
+        work.objective.probe_preparation(model, inputs)
 
 
 def test_the_largest_micro_batch_is_one_that_no_real_one_exceeds():
     work, examples = workload(), rows(12)
     trainer = Case(work, of_text().build, examples, {"max_tokens": 70}).trainer()
     largest, _ = largest_batches(work, examples, (), trainer.epochs)
-    shape = work.shape(largest)
-    steps = [work.shape(work.collate([examples[n] for n in b])) for step in trainer.epochs.steps(0) for b in step]
+    shape = work.batches.shape(largest)
+    steps = [
+        work.batches.shape(work.batches.collate([examples[n] for n in b]))
+        for step in trainer.epochs.steps(0)
+        for b in step
+    ]
     assert shape.tokens >= max(each.tokens for each in steps)
     assert shape.targets >= max(each.targets for each in steps)
     assert len(shape.lengths) >= max(len(each.lengths) for each in steps)
@@ -304,7 +310,7 @@ def test_the_largest_micro_batch_is_one_that_no_real_one_exceeds():
 def course(processes=ALONE):
     """Some steps over answers of the model itself, and what was learned."""
     work = with_answers(workload(), (), byte_tokenizer(None), ())
-    work = replace(work, judge=different_letters)
+    work = replace(work, objective=replace(work.objective, judge=different_letters))
     changes = {"max_tokens": 60, "gradient_accumulation_steps": 2, "max_steps": 3}
     trainer = Case(work, of_text().build, rows(8), changes).trainer(MemoryOptions())
     trainer.processes = processes
@@ -327,7 +333,7 @@ def test_ranks_share_the_answers_of_a_step_and_learn_the_same(tmp_path):
 
 
 def test_a_step_without_any_difference_of_rewards_is_no_fault():
-    work = replace(workload(), judge=lambda examples, texts: {"same": torch.ones(len(texts))})
+    work = workload(judge=lambda examples, texts: {"same": torch.ones(len(texts))})
     trainer = Case(work, of_text().build, rows(8), {"max_tokens": 60, "max_steps": 2}).trainer()
     found = list(trainer)
     assert [each.grad_norm for each in found] == [0.0, 0.0] and not trainer.took_part
@@ -342,7 +348,7 @@ def constant(value, cut=False, **changes):
     def ended(*given):
         return [each._replace(is_cut=cut) for each in said(*given)]
 
-    work = replace(workload(), answer=ended, judge=lambda examples, texts: {"same": torch.full((len(texts),), value)})
+    work = workload(answer=ended, judge=lambda examples, texts: {"same": torch.full((len(texts),), value)})
     return Case(work, of_text().build, rows(8), {"max_tokens": 60} | changes).trainer()
 
 
@@ -380,30 +386,28 @@ def test_a_run_that_has_learned_something_may_end_in_steps_that_learn_nothing():
 
 
 def test_an_evaluation_draws_no_numbers_so_that_one_that_is_cut_off_is_done_again():
-    work = replace(workload(), judge=lambda examples, texts: {"same": torch.ones(len(texts))})
+    work = workload(judge=lambda examples, texts: {"same": torch.ones(len(texts))})
     model, before = adapted(work).eval(), torch.get_rng_state()
-    work.prepare_step(model, [work.collate(rows())])
+    work.objective.prepare_step(work, model, [work.batches.collate(rows())])
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_memory_that_only_the_answers_took_is_free_before_the_step_learns(monkeypatch):
     done = []
     monkeypatch.setattr("qlora_lite.train.policy.free_cached_memory", lambda device: done.append(f"free {device}"))
-    work = workload()
-    work = replace(
-        work,
+    work = workload(
         answer=lambda *given: done.append("answer") or said(*given),
         judge=lambda *given: done.append("judge") or judged(*given),
     )
-    work.prepare_step(adapted(work), [work.collate(rows())])
+    work.objective.prepare_step(work, adapted(work), [work.batches.collate(rows())])
     assert done == ["answer", "free cpu", "judge"]
 
 
 def test_a_policy_without_answers_or_of_a_capped_head_is_refused():
-    work = replace(workload(), answer=None)
+    work = workload(answer=None)
     with pytest.raises(TrainingError, match="what answers"):
-        work.prepare_step(adapted(work), [work.collate(rows())])
-    capped = replace(workload(temperature=0.5))
+        work.objective.prepare_step(work, adapted(work), [work.batches.collate(rows())])
+    capped = workload(temperature=0.5)
     model = quantized_pair("gemma2")[0]
     with pytest.raises(ModelError, match=r"objective\.sampling_temperature"):
         capped.check_model(model, Case(work, of_text().build, rows(), {}).trainer().settings)

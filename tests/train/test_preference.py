@@ -18,9 +18,9 @@ from torch.nn.functional import log_softmax
 from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.loop import Trainer, largest_batches
-from qlora_lite.train.preference import Preference, PreferenceLM
+from qlora_lite.train.preference import Preference, preference_lm
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.settings import TrainSettings
@@ -102,7 +102,7 @@ def loss_by_definition(objective, model, rows):
 def adapted(objective):
     """A tiny 4-bit model with LoRA weights that do something, and its workload."""
     work = of_text().workload
-    work = PreferenceLM(objective=objective, method=work.method, spec=work.spec)
+    work = preference_lm(work.method, objective, work.spec)
     model, _ = quantized_pair("llama")
     torch.manual_seed(0)
     work.method.apply(model)
@@ -127,8 +127,10 @@ def test_loss_and_gradients_equal_the_definition_however_the_examples_are_packed
     wanted = gradients(model)
     model.zero_grad()
 
-    batches = [work.collate(rows[n::parts]) for n in range(parts)]
-    means = accumulate_gradients(work, model, [work.inputs(each, CPU) for each in work.prepare_step(model, batches)])
+    batches = [work.batches.collate(rows[n::parts]) for n in range(parts)]
+    means = accumulate_gradients(
+        work, model, [work.batches.inputs(each, CPU) for each in work.objective.prepare_step(work, model, batches)]
+    )
 
     assert means.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (gradients(model) - wanted).norm() <= 1e-5 * wanted.norm()
@@ -139,10 +141,12 @@ def test_with_the_references_of_the_model_itself_no_answer_is_preferred(kind):
     objective = Preference(kind, 0.1)
     work, model = adapted(objective)
     rows = pairs()
-    references = work.references(model, work.inputs(work.collate(rows), CPU)).tolist()
+    references = work.objective.references(
+        model, work.spec, work.batches.inputs(work.batches.collate(rows), CPU)
+    ).tolist()
     rows = [replace(row, references=tuple(own)) for row, own in zip(rows, references, strict=True)]
 
-    found = evaluate_loss(work, model, [work.collate(rows[:3]), work.collate(rows[3:])])
+    found = evaluate_loss(work, model, [work.batches.collate(rows[:3]), work.batches.collate(rows[3:])])
 
     at_start = {"dpo": math.log(2), "ipo": (1 / 0.2) ** 2, "hinge": 1.0, "kto": 0.5}[kind]
     assert found.loss == pytest.approx(at_start, abs=1e-6 * at_start / math.log(2))
@@ -154,8 +158,8 @@ def test_with_the_references_of_the_model_itself_no_answer_is_preferred(kind):
 def test_an_evaluation_of_judged_answers_does_not_depend_on_how_they_are_packed():
     work, model = adapted(OBJECTIVES["kto"])
     rows = [replace(row, references=(row.references[0], row.references[1] - 20)) for row in pairs()]
-    whole = evaluate_loss(work, model, [work.collate(rows)])
-    parts = evaluate_loss(work, model, [work.collate(rows[n : n + 2]) for n in range(0, len(rows), 2)])
+    whole = evaluate_loss(work, model, [work.batches.collate(rows)])
+    parts = evaluate_loss(work, model, [work.batches.collate(rows[n : n + 2]) for n in range(0, len(rows), 2)])
     assert whole.metrics["kl"] > 0
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
@@ -172,7 +176,7 @@ def test_metrics_are_means_over_pairs():
     work, model = adapted(OBJECTIVES["dpo"])
     rows = pairs()
 
-    found = evaluate_loss(work, model, [work.collate(rows[:2]), work.collate(rows[2:])]).metrics
+    found = evaluate_loss(work, model, [work.batches.collate(rows[:2]), work.batches.collate(rows[2:])]).metrics
 
     sums = [[log_probability(model, each).item() for each in sequences_of(row)] for row in rows]
     rewards = [
@@ -214,7 +218,7 @@ def test_no_tensor_of_all_logits_is_ever_there():
     trainer = case.trainer(MemoryOptions(loss_chunk_tokens=4))
     ledger = ledger_of(trainer, timeline=True)
     largest, _ = largest_batches(trainer.workload, case.examples, (), trainer.epochs)
-    logits_bytes = 4 * trainer.workload.shape(largest).targets * 160
+    logits_bytes = 4 * trainer.workload.batches.shape(largest).targets * 160
     assert 0 < max(moment.breakdown.get("logits", 0) for moment in ledger.timeline) < logits_bytes
 
 
@@ -222,8 +226,12 @@ def test_the_largest_micro_batch_is_one_of_pairs_that_no_real_one_exceeds():
     work, rows = adapted(OBJECTIVES["dpo"])[0], pairs(12)
     trainer = Case(work, of_text().build, rows, {"max_tokens": 40}).trainer()
     largest, _ = largest_batches(work, rows, (), trainer.epochs)
-    shape = work.shape(largest)
-    steps = [work.shape(work.collate([rows[n] for n in batch])) for step in trainer.epochs.steps(0) for batch in step]
+    shape = work.batches.shape(largest)
+    steps = [
+        work.batches.shape(work.batches.collate([rows[n] for n in batch]))
+        for step in trainer.epochs.steps(0)
+        for batch in step
+    ]
     assert len(shape.lengths) % 2 == 0
     assert shape.tokens >= max(each.tokens for each in steps)
     assert shape.targets >= max(each.targets for each in steps)
@@ -248,8 +256,8 @@ def test_examples_of_one_sequence_are_a_language_models():
     work, model = adapted(OBJECTIVES["dpo"])
     rows = examples(4)
     trainer = Trainer(model, pairs(), TrainSettings(**SETTINGS | {"max_tokens": 64}), workload=work)
-    plain = CausalLM(method=work.method, spec=work.spec)
-    expected = evaluate_loss(plain, model, [plain.collate(rows)])
+    plain = causal_lm(method=work.method, spec=work.spec)
+    expected = evaluate_loss(plain, model, [plain.batches.collate(rows)])
     found = [loss for each in trainer.answer_losses(rows) for loss in each]
     assert sum(found) == pytest.approx(expected.loss * expected.labelled_tokens, rel=1e-5)
     assert len(found) == expected.labelled_tokens
@@ -269,14 +277,14 @@ def course(name, processes=ALONE, options=None):
 
 def shared_course(number, count, folder, name):
     """What each process does; memory runs out over the first references of the second."""
-    whole, failures = PreferenceLM.references, [MemoryError("no room")] if number == 1 else []
+    whole, failures = Preference.references, [MemoryError("no room")] if number == 1 else []
 
     def references(*arguments):
         if failures:
             raise failures.pop()
         return whole(*arguments)
 
-    with patch.object(PreferenceLM, "references", references):
+    with patch.object(Preference, "references", references):
         found, losses, learned = course(name, ProcessGroup(number, count), MemoryOptions())
     torch.save({"found": torch.from_numpy(found), "losses": losses, "learned": learned}, f"{folder}/{number}.pt")
 
@@ -403,11 +411,16 @@ def test_loss_and_gradients_equal_trls(kind, tmp_path):
         loss.backward()
         losses.append(loss.item())
         found += rows
-    work = PreferenceLM(objective=TRL[kind], method=of_text().workload.method)
-    known = work.references(reference, work.inputs(work.collate(found), CPU)).tolist()
+    work = preference_lm(of_text().workload.method, TRL[kind])
+    known = work.objective.references(
+        reference, work.spec, work.batches.inputs(work.batches.collate(found), CPU)
+    ).tolist()
     found = [replace(row, references=tuple(own)) for row, own in zip(found, known, strict=True)]
 
-    inputs = [work.inputs(each, CPU) for each in work.prepare_step(ours, [work.collate(found)])]
+    inputs = [
+        work.batches.inputs(each, CPU)
+        for each in work.objective.prepare_step(work, ours, [work.batches.collate(found)])
+    ]
     means = accumulate_gradients(work, ours, inputs)
 
     assert means.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)

@@ -27,9 +27,9 @@ from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
-from qlora_lite.train.reward_head import PairLoss, RewardHead
+from qlora_lite.train.reward_head import reward_model
+from qlora_lite.train.sequence_head import TextHeadSpec
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.transformer import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("simulations")
 CPU, HEAD = torch.device("cpu"), Head(NUMBER, ("reward",), 0)
@@ -48,8 +48,8 @@ def loaded(folder):
 
 
 def workload(folder):
-    spec = ModelSpec(with_head(read_part(str(folder)), HEAD).config, "none", compute_dtype=torch.float32, longest=32)
-    return RewardHead(PairLoss(), METHOD, spec, labels=("reward",))
+    spec = TextHeadSpec(with_head(read_part(str(folder)), HEAD).config, "none", compute_dtype=torch.float32, longest=32)
+    return reward_model(METHOD, "reward", spec)
 
 
 def test_loss_and_gradients_equal_the_definition_packed_or_not(llama):
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_the_definition_packed_or_not(llama):
     wanted = torch.cat([p.grad.flatten() for p in trained])
     for parts in (1, 3):
         model.zero_grad()
-        batches = [work.inputs(work.collate(rows[n::parts]), CPU) for n in range(parts)]
+        batches = [work.batches.inputs(work.batches.collate(rows[n::parts]), CPU) for n in range(parts)]
         means = accumulate_gradients(work, model, batches)
         assert means.loss.item() == pytest.approx(expected.item(), rel=1e-5)
         found = torch.cat([p.grad.flatten() for p in trained])
@@ -103,7 +103,7 @@ def test_loss_and_gradients_equal_trls(llama, tmp_path):
     ours.requires_grad_(True)
     work = workload(llama)
 
-    means = accumulate_gradients(work, ours, [work.inputs(work.collate(found), CPU)])
+    means = accumulate_gradients(work, ours, [work.batches.inputs(work.batches.collate(found), CPU)])
 
     assert means.loss.item() == pytest.approx(loss.item(), abs=1e-5)
     grads = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}

@@ -27,17 +27,15 @@ from qlora_lite.models.load import load_model, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import TextSpec, causal_lm
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.head_workload import HeadLoss
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
-from qlora_lite.train.sequence_head import SequenceHead
+from qlora_lite.train.sequence_head import TextHeadSpec, text_head
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
 
 CPU = torch.device("cpu")
 NAMES = ("a", "b", "c")
@@ -84,8 +82,9 @@ def loaded(folder, problem=ONE_LABEL, quant="none", seed=0, dtype=torch.float32)
 
 
 def workload(folder, problem=ONE_LABEL, quant="none"):
-    spec = ModelSpec(config_of(folder, problem), quant, compute_dtype=torch.float32, longest=32)
-    return SequenceHead(HeadLoss(problem), METHOD, spec, labels=PROBLEMS[problem], separator=2)
+    spec = TextHeadSpec(config_of(folder, problem), quant, compute_dtype=torch.float32, longest=32)
+    work = text_head(METHOD, problem, PROBLEMS[problem], spec)
+    return replace(work, batches=replace(work.batches, separator=2))
 
 
 def reference(folder, adapter, problem):
@@ -126,9 +125,9 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(folders, family, 
     torch.manual_seed(0)
     METHOD.apply(model)
     with_factors(model)
-    work.check_forward(model, 32)
+    work.spec.check_forward(model, 32, work.batches)
     save_adapter(model, tmp_path / "adapter", folder, method=METHOD)
-    batch = work.inputs(work.collate(examples), CPU)
+    batch = work.batches.inputs(work.batches.collate(examples), CPU)
     ours = accumulate_gradients(work, model, [batch]).loss.item()
 
     theirs = reference(folder, tmp_path / "adapter", problem)
@@ -148,9 +147,9 @@ def test_gradients_of_all_weights_are_those_of_transformers_where_blocks_are_rec
     model, theirs = loaded(folder), loaded(folder)
     for each in (model, theirs):
         Full().apply(each)
-    work.check_forward(model, 32)
+    work.spec.check_forward(model, 32, work.batches)
     set_memory_options(model, options)
-    batches = [work.inputs(work.collate(part), CPU) for part in (examples[:4], examples[4:])]
+    batches = [work.batches.inputs(work.batches.collate(part), CPU) for part in (examples[:4], examples[4:])]
     accumulate_gradients(work, model.train(), batches)
     theirs.train()
     for inputs in as_peft_takes_them(examples, ONE_LABEL, types=family == "bert"):
@@ -168,8 +167,8 @@ def test_an_encoder_is_packed_where_it_can_be_and_a_pair_s_texts_have_types(fold
     check_forward(model, 32, lambda _: 0.0)
     assert runs_unpacked(model) == (family == "deberta-v2")
     assert uses_row_attention(model) == (family != "deberta-v2")
-    assert work.runs_row_by_row(32) == (family == "deberta-v2")
-    inputs = work.inputs(work.collate(texts()[:2]), CPU)
+    assert work.spec.runs_row_by_row(32) == (family == "deberta-v2")
+    inputs = work.batches.inputs(work.batches.collate(texts()[:2]), CPU)
     assert (inputs.token_types is not None) == (family == "bert")
     if family == "bert":
         first, second = (len(example.token_ids) for example in texts()[:2])
@@ -185,7 +184,7 @@ def test_packed_texts_that_see_each_other_are_an_error_or_run_alone(folders, mon
     ).transpose(1, 2)
     monkeypatch.setattr(attention, "encoder_attention", whole)
     work = workload(folders["bert"])
-    work.check_forward(model, 32)
+    work.spec.check_forward(model, 32, work.batches)
     assert runs_unpacked(model) and "each row is run by itself" in caplog.text
 
 
@@ -206,7 +205,7 @@ def test_a_gguf_file_s_model_gets_a_head_too(tmp_path, quant):
     model = load_model(str(path), quant, compute_dtype=torch.float32, use_cache=False, head=Head(ONE_LABEL, NAMES))
     assert new_weights(model) == {"score.weight"} and model.score.weight.std() > 0
     METHOD.apply(model)
-    assert SequenceHead(method=METHOD).check_forward(model, 32) is None
+    TextHeadSpec().check_forward(model, 32, None)
     assert not runs_unpacked(model)
 
 
@@ -232,8 +231,8 @@ def test_lora_and_four_bits_leave_the_head_alone_and_it_learns_in_float32(folder
     kinds = {type(model.get_submodule(path)).__name__ for path in head_paths(model)}
     assert not kinds & {"QuantLinear", "LoraLinear"} and LinearInFloat32.__name__ in kinds
     work = workload(folders[family], quant="nf4")
-    work.check_forward(model, 32)
-    batch = work.inputs(work.collate(texts()), CPU)
+    work.spec.check_forward(model, 32, work.batches)
+    batch = work.batches.inputs(work.batches.collate(texts()), CPU)
     accumulate_gradients(work, model, [batch])
     assert all(p.grad is not None and p.grad.any() for p in head.values())
 
@@ -298,12 +297,12 @@ def test_memory_options_change_no_gradient(folders, family):
         METHOD.apply(model)
         chosen = MemoryOptions(**options)
         place(model, CPU, chosen)
-        one.workload.check_forward(model, 32)
+        one.workload.spec.check_forward(model, 32, one.workload.batches)
         set_memory_options(model, chosen)
         with_factors(model).train()
         work = one.workload
         torch.manual_seed(0)
-        loss = accumulate_gradients(work, model, [work.inputs(work.collate(one.examples), CPU)]).loss
+        loss = accumulate_gradients(work, model, [work.batches.inputs(work.batches.collate(one.examples), CPU)]).loss
         found[name] = loss, gradients(METHOD, model)
         if stream := stream_of(model):
             stream.settle()
@@ -331,23 +330,23 @@ def test_a_saved_adapter_gives_the_same_outputs_again(folders, family, tmp_path)
     save_adapter(with_factors(model), tmp_path / "adapter", "base", method=METHOD)
     again = load_adapter(loaded(folders[family], seed=4, dtype=torch.bfloat16), tmp_path / "adapter")
     for one in (model, again):
-        work.check_forward(one, 32)
-    batch = work.inputs(work.collate(texts()), CPU)
-    assert torch.equal(work.outputs(model.eval(), batch), work.outputs(again.eval(), batch))
+        work.spec.check_forward(one, 32, work.batches)
+    batch = work.batches.inputs(work.batches.collate(texts()), CPU)
+    assert torch.equal(work.spec.outputs(model.eval(), batch), work.spec.outputs(again.eval(), batch))
     assert (tmp_path / "adapter" / WEIGHTS_NAME).is_file()
 
 
 def test_a_label_without_an_output_is_named():
-    work = SequenceHead(labels=("a", "b"))
+    work = text_head(METHOD, ONE_LABEL, ("a", "b"), None)
     with pytest.raises(DataError, match=r"rows.jsonl:3: the label 'c' is none of a, b"):
-        work.collate(texts())
+        work.batches.collate(texts())
 
 
 def test_an_encoder_without_a_head_is_no_language_model(folders):
     config = read_part(str(folders["bert"])).config
-    work = CausalLM(method=Lora(dtype=torch.float32), spec=ModelSpec(config, "none"))
+    work = causal_lm(method=Lora(dtype=torch.float32), spec=TextSpec(config, "none"))
     with pytest.raises(ModelError, match=r"a bert model reads texts in both directions.*task\.kind"):
-        work.planned_model(torch.device("meta"), MemoryOptions(), BatchShape((8,), 7))
+        work.spec.planned_model(work.method, torch.device("meta"), MemoryOptions(), BatchShape((8,), 7))
 
 
 def test_families_without_a_head_are_an_error(folders):

@@ -13,7 +13,7 @@ from qlora_lite.adapters.lora.inject import lora_parameters
 from qlora_lite.data.tokens.batch import collate
 from qlora_lite.errors import CheckpointError, TrainingError
 from qlora_lite.train import loss_scale
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextBatches
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.generators import generator_states, restore_generators
 from qlora_lite.train.optim import BITSANDBYTES_NAMES
@@ -176,7 +176,7 @@ def test_two_interruptions_in_one_epoch_see_every_row_once(tmp_path, monkeypatch
         seen.extend(batch.where)
         return batch
 
-    monkeypatch.setattr(CausalLM, "collate", watched)
+    monkeypatch.setattr(TextBatches, "collate", watched)
     rows = examples(11)
     options = dict(rows=rows, packing=False, max_steps=None, epochs=1.0, gradient_accumulation_steps=2)
     training, steps = interrupted(tmp_path, [2, 4], **options)

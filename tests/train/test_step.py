@@ -17,13 +17,14 @@ from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.quant.small_batch import few
 from qlora_lite.recipe.reference import choices_of, field_at
 from qlora_lite.train import loop, optim
-from qlora_lite.train.causal_lm import CausalLM, CrossEntropy
+from qlora_lite.train.causal_lm import CrossEntropy, causal_lm
 from qlora_lite.train.forward import labelled_count, prepare
 from qlora_lite.train.gradients import clip_scale, gradient_norms
+from qlora_lite.train.objective import LossSum
 from qlora_lite.train.optim import BITSANDBYTES_NAMES, build_optimizer, can_page
 from qlora_lite.train.settings import lr_factor
 from qlora_lite.train.step import accumulate_gradients, evaluate_loss, train_step
-from qlora_lite.train.workload import LossSum
+from qlora_lite.train.workload import Workload
 
 SCHEDULES = choices_of(field_at(("train", "lr_scheduler")))
 LENGTHS = (4, 31, 9, 17, 5, 26, 12, 3)
@@ -60,7 +61,7 @@ def micro_batches(per_batch: int) -> list[Batch]:
 def gradient(model, batches):
     model.zero_grad(set_to_none=True)
     loss = accumulate_gradients(
-        CausalLM(CrossEntropy(32)), model, [prepare(batch, model.device) for batch in batches]
+        causal_lm(objective=CrossEntropy(32)), model, [prepare(batch, model.device) for batch in batches]
     ).loss.item()
     return loss, torch.cat([p.grad.flatten() for _, p in lora_parameters(model)])
 
@@ -75,7 +76,7 @@ def test_gradient_accumulation_over_ragged_rows_equals_one_large_batch(model, pe
 
 def test_the_loss_of_a_step_is_the_mean_over_labelled_tokens_and_not_over_batches(model):
     batches = micro_batches(1)
-    losses = [evaluate_loss(CausalLM(), model, [batch]).loss for batch in batches]
+    losses = [evaluate_loss(causal_lm(), model, [batch]).loss for batch in batches]
     counts = [labelled_count(batch) for batch in batches]
     by_token = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert gradient(model, batches)[0] == pytest.approx(by_token, rel=1e-5)
@@ -84,7 +85,7 @@ def test_the_loss_of_a_step_is_the_mean_over_labelled_tokens_and_not_over_batche
 
 def test_evaluation_leaves_mode_and_gradients_and_has_the_exponential_as_perplexity(model):
     model.zero_grad(set_to_none=True)
-    result = evaluate_loss(CausalLM(), model, micro_batches(4))
+    result = evaluate_loss(causal_lm(), model, micro_batches(4))
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert result.perplexity == pytest.approx(math.exp(result.loss))
@@ -145,7 +146,7 @@ def test_every_optimizer_takes_a_step_and_lowers_the_loss(name, dtype):
     batch = random_batch()
     losses = []
     for _ in range(8):
-        losses.append(train_step(CausalLM(), model.train(), [batch], optimizer, 1.0).loss)
+        losses.append(train_step(causal_lm(), model.train(), [batch], optimizer, 1.0).loss)
         optimizer.zero_grad(set_to_none=True)
     assert losses[-1] < losses[0] - 0.1
     assert all(p.isfinite().all() for p in parameters)
@@ -199,12 +200,12 @@ def test_a_step_that_is_not_finite_leaves_the_weights_the_states_and_the_other_g
     optimizer = build_optimizer(parameters, name, 0.1, 0.0)
     model.zero_grad(set_to_none=True)
     with planning_for(device_type):  # as if on a GPU, which looks by itself
-        train_step(CausalLM(), model, micro_batches(8), optimizer, 1.0)
+        train_step(causal_lm(), model, micro_batches(8), optimizer, 1.0)
         learned = [p.detach().clone() for p in parameters]
         states = deepcopy([optimizer.state[p] for p in parameters])
         handle = parameters[3].register_hook(lambda grad: grad * float("nan"))
         model.zero_grad(set_to_none=True)
-        result = train_step(CausalLM(), model, micro_batches(8), optimizer, 1.0)
+        result = train_step(causal_lm(), model, micro_batches(8), optimizer, 1.0)
         handle.remove()
     assert math.isfinite(result.loss) and math.isnan(result.grad_norm)
     assert result.norms.isnan().nonzero().tolist() == [[3]]
@@ -282,6 +283,6 @@ def test_a_trainer_s_products_add_in_float32_and_the_process_is_left_as_it_was()
 def test_the_loss_of_few_rows_is_evaluated_with_the_products_of_training(model, monkeypatch):
     """A GPU's fused product rounds before an update of LoRA is added, which would swallow small ones."""
     seen, few_tokens = [], torch.zeros(1, 16)
-    monkeypatch.setattr(CausalLM, "loss", lambda *_: seen.append(few(few_tokens)) or LossSum(torch.zeros(())))
-    evaluate_loss(CausalLM(), model, [random_batch((9,))])
+    monkeypatch.setattr(Workload, "loss", lambda *_: seen.append(few(few_tokens)) or LossSum(torch.zeros(())))
+    evaluate_loss(causal_lm(), model, [random_batch((9,))])
     assert few(few_tokens) and seen == [False]

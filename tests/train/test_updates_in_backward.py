@@ -15,12 +15,14 @@ from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.models.packing import runs_unpacked
 from qlora_lite.planning import simulate
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
+from qlora_lite.train.objective import LossSum
 from qlora_lite.train.optim import UpdatesInBackward, build_optimizer
 from qlora_lite.train.state import STATE, capture, restore
-from qlora_lite.train.workload import BatchShape, LossSum
+from qlora_lite.train.workload import Workload
 
 IN_BACKWARD = MemoryOptions(optimizer_in_backward=True)
 WHOLE = dict(max_grad_norm=0.0, gradient_accumulation_steps=1, micro_batch_size=2)
@@ -153,8 +155,8 @@ def test_a_part_that_does_not_come_leaves_the_update_to_the_end():
 def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):
     training = trainer(**WHOLE, options=IN_BACKWARD)
     before = [parameter.detach().clone() for parameter in training.parameters]
-    plain = CausalLM.loss
-    monkeypatch.setattr(CausalLM, "loss", lambda *arguments: LossSum(plain(*arguments).sum * float("nan")))
+    plain = Workload.loss
+    monkeypatch.setattr(Workload, "loss", lambda *arguments: LossSum(plain(*arguments).sum * float("nan")))
     with pytest.raises(TrainingError, match=r"not finite.*weights were left as they were"):
         next(iter(training))
     assert all(torch.equal(a, b) for a, b in zip(before, training.parameters, strict=True))
@@ -193,7 +195,7 @@ def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatc
     def run_out(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(CausalLM, "loss", run_out)
+    monkeypatch.setattr(Workload, "loss", run_out)
     with pytest.raises(DoesNotFitError, match=r"optimizer_in_backward keeps whole \(CUDA out of memory"):
         next(iter(training))
 
@@ -201,16 +203,16 @@ def test_memory_that_runs_out_in_forward_is_no_reason_to_cut_the_step(monkeypatc
 def test_an_evaluation_that_was_cut_leaves_the_steps_whole(monkeypatch):
     expected = list(trainer(**WHOLE, options=IN_BACKWARD))
     training = trainer(**WHOLE, options=IN_BACKWARD)
-    plain = CausalLM.loss
+    plain = Workload.loss
 
     def limited(workload, model, inputs):
         if not model.training and sum(inputs.row_lengths) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(workload, model, inputs)
 
-    monkeypatch.setattr(CausalLM, "loss", limited)
+    monkeypatch.setattr(Workload, "loss", limited)
     training.evaluate(examples(9))
-    largest, _ = largest_batches(CausalLM(), training.examples, (), training.epochs, training.most_tokens)
+    largest, _ = largest_batches(causal_lm(), training.examples, (), training.epochs, training.most_tokens)
     assert training.most_tokens <= 20 < sum(largest.row_lengths)
     assert [metrics.loss for metrics in training] == [metrics.loss for metrics in expected]
 

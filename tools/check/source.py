@@ -29,7 +29,7 @@ SETTINGS = {
     ("lora", "start"),
 }
 OWN = "ext/", "methods/", "tasks/"
-BASES = {"Workload", "AdapterMethod", "Objective"}  # of the classes of a kind
+BASES = {"ModelSpec", "Batches", "Objective", "AdapterMethod"}  # of the classes of a kind
 OTHER_CLASSES = {"DenoiserModel"}  # of a kind
 # Values of task.kind, adapter.method and train.objective that are not words of something else too.
 WORDS = {word for group in ("tasks", "methods", "objectives") for word in names(group)} - {

@@ -36,11 +36,10 @@ from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_op
 from qlora_lite.planning.plan_ledger import ALLOCATION_BYTES
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.causal_lm import TextSpec, causal_lm
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import Trainer, largest_batches
 from qlora_lite.train.settings import TrainSettings
-from qlora_lite.train.transformer import ModelSpec
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.OutOfMemoryError, DoesNotFitError  # a trainer whose one row is too large says so in its own words
@@ -266,7 +265,7 @@ def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trai
         stochastic_rounding=True,
         fused_loss="off",
     )
-    trainer = Trainer(model, examples_of(case), settings, workload=CausalLM(method=method_of(case)))
+    trainer = Trainer(model, examples_of(case), settings, workload=causal_lm(method=method_of(case)))
     if computes:
         trainer.check()
     else:
@@ -278,9 +277,9 @@ def trainer_of(case: dict, model, steps: int = 1, computes: bool = True) -> Trai
 def job_of(case: dict, trainer: Trainer, evaluates: bool) -> Job:
     """Describe the case's step for the planner."""
     model, work, quant = trainer.model, trainer.workload, case.get("quant", "nf4")
-    largest = work.shape(largest_batches(work, trainer.examples, (), trainer.epochs)[0])
+    largest = work.batches.shape(largest_batches(work, trainer.examples, (), trainer.epochs)[0])
     formats = kept_formats(locate(path_of(case["model"])), model.config) if quant == "keep" else ()
-    spec = ModelSpec(
+    spec = TextSpec(
         model.config,
         quant,
         quant_head=case.get("quant_head", False),

@@ -18,9 +18,8 @@ from qlora_lite.memory.meter import held_bytes
 from qlora_lite.models.load import resolve_device
 from qlora_lite.planning.predict import predict
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import TextSpec, causal_lm
 
 SEEN_TILES = 4  # a step is cut into at least so many tiles and chunks, so that the memory options show at any length
 MAX_TILE_TOKENS = 1024
@@ -70,8 +69,8 @@ def by_saving(model: str, tokens: int, device_type: str) -> list[str]:
 def _row_job(case: dict, config, device_type: str) -> Job:
     """Describe a case's step of one row to the planner, without a model."""
     rows = BatchShape((case["tokens"],), case["tokens"] - 1)
-    spec = ModelSpec(config, quant_head=case.get("quant_head", False), compute_dtype=dtype_of(config))
-    work = CausalLM(method=Lora(rank=RANK), spec=spec)
+    spec = TextSpec(config, quant_head=case.get("quant_head", False), compute_dtype=dtype_of(config))
+    work = causal_lm(method=Lora(rank=RANK), spec=spec)
     return Job(work, rows, None, device_type, optimizer=case["optimizer"], options=memory_options_of(case))
 
 

@@ -29,10 +29,9 @@ from qlora_lite.planning.search import first_options, search, smaller
 from qlora_lite.planning.simulate import Job
 from qlora_lite.prepare.plan import MAX_TOKENS, Plan, max_tokens
 from qlora_lite.recipe.load import recipe_of
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import TextSpec, causal_lm
 from qlora_lite.train.loop import Trainer
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 
 STEPS_ABOVE = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)  # times the planned longest, until one fails
@@ -121,7 +120,7 @@ def plan_below(machine: Machine, name: str, tokens: int, cap_bytes: int) -> Plan
     """Plan one row of all target tokens a step, on a GPU of the cap's size."""
     config = config_of(name)
     job = Job(
-        CausalLM(spec=ModelSpec(config, compute_dtype=dtype_of(config))), BatchShape((1,), 1), None, machine.device_type
+        causal_lm(spec=TextSpec(config, compute_dtype=dtype_of(config))), BatchShape((1,), 1), None, machine.device_type
     )
     step = Step(job, BatchShape((tokens,), tokens - 1), 1, 1)
     found = search(step, machine, cap_bytes)

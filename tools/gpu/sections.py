@@ -48,14 +48,13 @@ from qlora_lite.models.memory_options import MemoryOptions, set_memory_options
 from qlora_lite.planning.machine import Machine
 from qlora_lite.planning.predict import Prediction, predict
 from qlora_lite.planning.simulate import Job
-from qlora_lite.train.causal_lm import CausalLM
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.causal_lm import TextSpec, causal_lm
 from qlora_lite.train.forward import prepare
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.optim import build_optimizer, can_page
 from qlora_lite.train.state import capture
 from qlora_lite.train.step import accumulate_gradients
-from qlora_lite.train.transformer import ModelSpec
-from qlora_lite.train.workload import BatchShape
 from qlora_lite.units import format_bytes
 from simulated_gpu.runtime import LIBRARY
 
@@ -167,7 +166,7 @@ def resident_task(
 def needs(name: str, tokens: int, options: MemoryOptions, machine: Machine) -> Prediction:
     """Predict a step of one row, all of it learned."""
     config = config_of(name)
-    work = CausalLM(spec=ModelSpec(config, compute_dtype=dtype_of(config)))
+    work = causal_lm(spec=TextSpec(config, compute_dtype=dtype_of(config)))
     return predict(Job(work, BatchShape((tokens,), tokens - 1), None, machine.device_type, options=options))
 
 
@@ -231,7 +230,7 @@ def streamed(scale: Scale) -> Iterator[dict]:
     yield {"kind": "task", **case}
     model = _with_factors(case, device)
     trainer = trainer_of(case, model)
-    inputs = prepare(largest_batches(CausalLM(), trainer.examples, (), trainer.epochs)[0], device_of(model))
+    inputs = prepare(largest_batches(causal_lm(), trainer.examples, (), trainer.epochs)[0], device_of(model))
     trainer.meter.close()
     del trainer  # and with it the model, when another takes its place
     torch.use_deterministic_algorithms(True)
@@ -276,7 +275,7 @@ def _named(options: MemoryOptions) -> str:
 def _gradients(model, inputs, options: MemoryOptions) -> list[torch.Tensor]:
     set_memory_options(model, options)
     scale = EQUAL_SCALE if model.dtype == torch.float16 else 1.0
-    loss = accumulate_gradients(CausalLM(), model.train(), [inputs], scale).loss
+    loss = accumulate_gradients(causal_lm(), model.train(), [inputs], scale).loss
     found = [loss.cpu(), *(parameter.grad.cpu() for _, parameter in lora_parameters(model))]
     for _, parameter in lora_parameters(model):
         parameter.grad = None

@@ -36,9 +36,10 @@ from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.moment import Moment
 from qlora_lite.prepare.settings import fixed_options
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.denoiser import Denoiser, conditions_of
+from qlora_lite.train.denoiser import DiffusersSpec, LatentBatches, conditions_of
 from qlora_lite.train.out_of_memory import explaining_memory
 from qlora_lite.train.step import evaluating
+from qlora_lite.train.workload import Workload
 
 from .encode import NEUTRAL, encode_texts
 from .spec import recipe_pipeline
@@ -83,7 +84,7 @@ def _working(kind: type) -> AbstractContextManager[None]:
 
 
 def draw(
-    work: Denoiser, model: DenoiserModel, pipeline: Pipeline, prompts: Sequence[Stored], neutral: Stored, how: Drawing
+    work: Workload, model: DenoiserModel, pipeline: Pipeline, prompts: Sequence[Stored], neutral: Stored, how: Drawing
 ) -> list[np.ndarray]:
     """Return a picture for each prompt, of the run's largest size, uint8 [H, W, C].
 
@@ -91,14 +92,16 @@ def draw(
         prompts: what was computed of each; see ``encode``.
         neutral: what was computed of the empty text.
     """
-    found = []
+    found, latents_of = [], work.batches
+    assert isinstance(latents_of, LatentBatches)
+    size, dtype = latents_of.shapes.latents, work.spec.compute_dtype
     with torch.no_grad(), evaluating(model):
         for first in range(0, len(prompts), how.at_once):
             group = prompts[first : first + how.at_once]
             seeds = [how.seed + first + number for number in range(len(group))]
-            noise = torch.stack([torch.randn(work.shapes.latents, generator=_generator(seed)) for seed in seeds])
-            conditions = _conditions(work, group), _conditions(work, [neutral] * len(group))
-            found.append(denoise(model, scheduler_of(pipeline), noise, *conditions, how, work.compute_dtype).cpu())
+            noise = torch.stack([torch.randn(size, generator=_generator(seed)) for seed in seeds])
+            conditions = _conditions(latents_of, group), _conditions(latents_of, [neutral] * len(group))
+            found.append(denoise(model, scheduler_of(pipeline), noise, *conditions, how, dtype).cpu())
     latents = torch.cat(found) if found else torch.zeros(0)
     return pictures_of(latents, pipeline)
 
@@ -169,15 +172,15 @@ def _set_steps(scheduler: Any, steps: int, model: DenoiserModel, shape: torch.Si
     scheduler.set_timesteps(num_inference_steps=steps, device=device, mu=mu, **even)
 
 
-def _conditions(work: Denoiser, stored: Sequence[Stored]) -> Conditions:
+def _conditions(batches: LatentBatches, stored: Sequence[Stored]) -> Conditions:
     """Return what prompts are to the denoiser; SDXL is told of pictures of the whole size, not cut."""
     sizes: dict[str, np.ndarray] = {}
-    if work.shapes.sizes is not None:
-        height, width = (edge * work.pixels_per_latent for edge in work.shapes.latents[1:])
+    if batches.shapes.sizes is not None:
+        height, width = (edge * batches.pixels_per_latent for edge in batches.shapes.latents[1:])
         sizes = {"sizes": np.array((height, width, 0, 0, height, width), np.float32)}
     empty: dict[str, Any] = {"text": None, "latents": np.zeros(0, np.float32), "number": 0}
     examples = [LatentExample(**(empty | sizes | arrays_in(each))) for each in stored]
-    return conditions_of(examples, work.compute_dtype)
+    return conditions_of(examples, batches.dtype)
 
 
 def _moved(conditions: Conditions, device: torch.device) -> Conditions:
@@ -237,12 +240,12 @@ def draw_prompts(
     known = encode_texts(recipe, [NEUTRAL, *prompts])
     pipeline, options = recipe_pipeline(recipe, with_weights=True), MemoryOptions(**fixed_options(recipe))
     work = build_workload(recipe)
-    assert isinstance(work, Denoiser)
-    model = load_denoiser(pipeline.denoiser, work.spec)
+    assert isinstance(work.spec, DiffusersSpec)
+    model = load_denoiser(pipeline.denoiser, work.spec.base)
     if adapter:
         load_adapter(model, adapter)
-    place(model, device, options, work.blocks(model))
-    set_memory_options(model, options, work.blocks(model))
+    place(model, device, options, work.spec.blocks(model))
+    set_memory_options(model, options, work.spec.blocks(model))
     d = recipe.diffusion
     how = replace(Drawing(d.sample_steps, d.guidance_scale, seed), **changed)
     return draw(work, model, pipeline, by_prompt(prompts, known), known[NEUTRAL], how)
@@ -251,7 +254,6 @@ def draw_prompts(
 def draw_samples(moment: Moment, prompts: Sequence[str]) -> None:
     """Write pictures of prompts for the report of a run; what hinders it is a warning."""
     recipe, trainer = moment.recipe, moment.trainer
-    assert isinstance(trainer.workload, Denoiser)
     d = recipe.diffusion
     how = Drawing(d.sample_steps, d.guidance_scale, recipe.train.seed)
     try:

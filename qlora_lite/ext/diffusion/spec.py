@@ -14,7 +14,7 @@ from qlora_lite.errors import ModelError
 from qlora_lite.models.denoisers import TIMESTEPS, DenoiserModel, DenoiserSpec, skeleton_of
 from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.denoiser import EPSILON, FLOW, Denoiser, DenoisingLoss, V
+from qlora_lite.train.denoiser import EPSILON, FLOW, DenoisingLoss, LatentBatches, V, denoiser
 from qlora_lite.train.workload import Workload
 
 _PREDICTIONS = {"epsilon": EPSILON, "v_prediction": V, "flow_prediction": FLOW}  # by diffusers' words
@@ -151,7 +151,7 @@ def _number(said: Mapping[str, Any], name: str, unset: float) -> float:
     return float(value)
 
 
-def build_denoiser(recipe: Recipe, method: AdapterMethod, dtype: torch.dtype) -> Denoiser:
+def build_denoiser(recipe: Recipe, method: AdapterMethod, dtype: torch.dtype) -> Workload:
     """Return what a recipe trains.
 
     Raises:
@@ -160,7 +160,7 @@ def build_denoiser(recipe: Recipe, method: AdapterMethod, dtype: torch.dtype) ->
     spec = recipe_spec(recipe, dtype)
     shapes = recipe_shapes(recipe, skeleton_of(spec), build_fit(recipe))
     scale = recipe_pipeline(recipe).pixels_per_latent
-    return Denoiser(spec, shapes, build_loss(recipe), method, recipe.diffusion.caption_dropout, scale)
+    return denoiser(spec, shapes, build_loss(recipe), method, recipe.diffusion.caption_dropout, scale)
 
 
 def with_classes(recipe: Recipe) -> Recipe:
@@ -182,5 +182,6 @@ def with_neutral(work: Workload, rows) -> Workload:
     Args:
         rows: ``data.latents.LatentSet``.
     """
-    assert isinstance(work, Denoiser)
-    return replace(work, neutral=rows.neutral_example()) if work.caption_dropout else work
+    batches = work.batches
+    assert isinstance(batches, LatentBatches)
+    return replace(work, batches=replace(batches, neutral=rows.neutral_example())) if batches.caption_dropout else work

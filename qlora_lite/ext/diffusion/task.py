@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from qlora_lite.offload.stream import Ranks
     from qlora_lite.planning.machine import Machine
     from qlora_lite.prepare.moment import Measured, Moment, Watch
-    from qlora_lite.train.denoiser import Denoiser
-    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.model_spec import ModelSpec
     from qlora_lite.train.workload import Workload
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5  # train.learning_rate auto: what diffusers' scripts recommend
@@ -100,7 +99,7 @@ class Drawing(Task):
         """Return what is usual for denoisers of any width."""
         return FULL_RATE if recipe.adapter.method == "full" else LORA_RATE
 
-    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Denoiser:
+    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the denoiser with its loss."""
         from qlora_lite.models.load import resolve_device
 
@@ -108,7 +107,7 @@ class Drawing(Task):
 
         return build_denoiser(recipe, method, self.compute_dtype(recipe, resolve_device(recipe.model.device)))
 
-    def plan_workload(self, recipe: Recipe, method: AdapterMethod, machine: Machine) -> Denoiser:
+    def plan_workload(self, recipe: Recipe, method: AdapterMethod, machine: Machine) -> Workload:
         """See ``Task``."""
         import torch
 

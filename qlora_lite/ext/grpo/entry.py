@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
     from qlora_lite.data.readers.problems import RowProblem
     from qlora_lite.data.tokens.examples import Dataset
-    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.model_spec import ModelSpec
     from qlora_lite.train.workload import Workload
 
 _NEEDS: Needs = {
@@ -47,7 +47,7 @@ class PolicyEntry(ObjectiveEntry):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the language model that answers."""
-        from qlora_lite.train.policy import GroupPolicy, PolicyLM
+        from qlora_lite.train.policy import GroupPolicy, policy_lm
 
         o = recipe.objective
         policy = GroupPolicy(
@@ -57,16 +57,13 @@ class PolicyEntry(ObjectiveEntry):
             policy_loss=o.policy_loss,
             scale_rewards=o.scale_rewards,
         )
-        return PolicyLM(policy, method=method, spec=spec)
+        return policy_lm(method, policy, spec)
 
     def ready(self, work: Workload, recipe: Recipe, tokenizer: Any, end_token_ids: Collection[int]) -> Workload:
         """Return the workload with what answers and what judges."""
-        from qlora_lite.train.policy import PolicyLM
-
         from .rewards import with_answers
 
-        assert isinstance(work, PolicyLM)
-        return with_answers(work.of_tokenizer(tokenizer), recipe.objective.rewards, tokenizer, end_token_ids)
+        return with_answers(work.read_by(tokenizer), recipe.objective.rewards, tokenizer, end_token_ids)
 
     def row_faults(self, recipe: Recipe, *parts: Dataset | None) -> Iterator[RowProblem]:
         """See ``rows.faults``."""

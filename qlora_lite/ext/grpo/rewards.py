@@ -31,7 +31,8 @@ from qlora_lite.errors import RecipeError, TrainingError
 from qlora_lite.files import sha256
 from qlora_lite.inference.generate import Sampling, answers, stop_ids
 from qlora_lite.train.out_of_memory import is_out_of_memory
-from qlora_lite.train.policy import Answered, PolicyLM
+from qlora_lite.train.policy import Answered, GroupPolicy
+from qlora_lite.train.workload import Workload
 
 log = logging.getLogger("qlora_lite")
 LARGEST_REWARD = 1e30  # whose sums over functions, groups and steps are finite in float32
@@ -194,8 +195,8 @@ def _origin(module: str) -> str | None:
 
 
 def with_answers(
-    work: PolicyLM, names: Sequence[str], tokenizer: PreTrainedTokenizerFast, end_token_ids: Collection[int]
-) -> PolicyLM:
+    work: Workload, names: Sequence[str], tokenizer: PreTrainedTokenizerFast, end_token_ids: Collection[int]
+) -> Workload:
     """Return a workload that answers with the model that it trains, and judges with a recipe's functions.
 
     Args:
@@ -216,4 +217,5 @@ def with_answers(
         said = answers(model, tokenizer, prompts, max_completion_tokens, stop, at_once, sampling, numbers=numbers)
         return [Answered(each.token_ids, each.text, each.finish == "length") for each in said]
 
-    return replace(work, answer=answer, judge=judges_of(names))
+    assert isinstance(work.objective, GroupPolicy)
+    return replace(work, objective=replace(work.objective, answer=answer, judge=judges_of(names)))

@@ -16,26 +16,26 @@ from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.model import build_to_use
 from qlora_lite.prepare.moment import DURING, Measured, Moment, Watch
 from qlora_lite.prepare.settings import train_settings
-from qlora_lite.prepare.task import name_labels
+from qlora_lite.prepare.task import find_task, name_labels
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.head_workload import HeadWorkload, outputs_for
+from qlora_lite.train.head_workload import outputs_for
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.step import evaluate_loss
-from qlora_lite.train.transformer import ModelSpec
+from qlora_lite.train.workload import Workload
 from qlora_lite.units import counted
 
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
 Scores = tuple[dict[str, Score], list[list[int]] | None]  # and of one label the confusion matrix
-Scorer = Callable[[HeadWorkload, nn.Module, Iterable], Scores]  # of a model on batches
+Scorer = Callable[[Workload, nn.Module, Iterable], Scores]  # of a model on batches
 
 
-def score_labels(workload: HeadWorkload, model: nn.Module, batches: Iterable) -> Scores:
+def score_labels(workload: Workload, model: nn.Module, batches: Iterable) -> Scores:
     """Return the scores of a model on batches of labelled examples."""
     outputs, there = (each.numpy() for each in outputs_for(workload, model, batches))
     matrix = None
-    if workload.problem == ONE_LABEL and len(workload.labels) <= MAX_SHOWN:
-        matrix = confusion(outputs.argmax(1), there, len(workload.labels)).tolist()
-    return scores_of(outputs, there, workload.problem), matrix
+    if workload.objective.name == ONE_LABEL and len(workload.batches.labels) <= MAX_SHOWN:
+        matrix = confusion(outputs.argmax(1), there, len(workload.batches.labels)).tolist()
+    return scores_of(outputs, there, workload.objective.name), matrix
 
 
 def head_metrics(moment: Moment, score: Scorer = score_labels) -> Measured | None:
@@ -44,12 +44,11 @@ def head_metrics(moment: Moment, score: Scorer = score_labels) -> Measured | Non
     if data is None:
         return None
     work = trainer.workload.plain()
-    assert isinstance(work, HeadWorkload)
     with moment.at_once():
         scores, matrix = trainer.computed(data.examples, lambda _, batches: score(work, trainer.model, batches))
     result = Measured(scores)
     if matrix is not None and moment.when != DURING:
-        known = moment.summary.get("confusion", {"labels": list(work.labels)})
+        known = moment.summary.get("confusion", {"labels": list(work.batches.labels)})
         moment.record(confusion=known | {moment.when: matrix})
     moment.log_scores(result, counted(len(data.examples), "example"))
     return result
@@ -82,11 +81,11 @@ def evaluate_head(
     if score is None:
         return found | {"eval_metrics": dict(result.metrics)}, ()
     scores, matrix = score(work, model, eval_batches(work, data.examples, settings))
-    confused = {"confusion": {"labels": list(work.labels), "matrix": matrix}} if matrix else {}
+    confused = {"confusion": {"labels": list(work.batches.labels), "matrix": matrix}} if matrix else {}
     return found | {"metrics": {name: each.as_dict() for name, each in scores.items()}, **confused}, ()
 
 
-def load_head(recipe: Recipe, adapter: str | Path | None, tokenizer) -> tuple[nn.Module, HeadWorkload]:
+def load_head(recipe: Recipe, adapter: str | Path | None, tokenizer) -> tuple[nn.Module, Workload]:
     """Load a recipe's model with its head for use, with an adapter if one is given.
 
     Args:
@@ -95,7 +94,6 @@ def load_head(recipe: Recipe, adapter: str | Path | None, tokenizer) -> tuple[nn
     model = build_to_use(recipe, [Path(adapter)] if adapter else [])
     if adapter:
         load_adapter(model, adapter)
-    work = build_workload(recipe, ModelSpec(model.config)).of_tokenizer(tokenizer)
-    assert isinstance(work, HeadWorkload)
-    work.check_forward(model, recipe.data.max_tokens)
+    work = build_workload(recipe, find_task(recipe).spec_type()(model.config)).read_by(tokenizer)
+    work.spec.check_forward(model, recipe.data.max_tokens, work.batches)
     return model, work

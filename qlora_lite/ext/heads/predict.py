@@ -56,7 +56,7 @@ def label_texts(
     lines = []
     for row, output in zip(found, outputs.numpy(), strict=True):
         reference = {} if row.label is None else {"reference": row.label}
-        lines.append({"where": row.where} | described(output, work.labels, work.problem) | reference)
+        lines.append({"where": row.where} | described(output, work.batches.labels, work.objective.name) | reference)
     write_lines(out, lines)
     return LabelledRows(len(lines), cut)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.models.heads import Head
     from qlora_lite.prepare.moment import LabelledRows, Measured, Moment, Watch
-    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.model_spec import ModelSpec, TransformerSpec
     from qlora_lite.train.workload import Workload
 
 ONE_LABEL, LABELS, NUMBER = "single_label_classification", "multi_label_classification", "regression"
@@ -84,12 +84,17 @@ class LabeledText(Task):
 
         return Head(self.problem, self.outputs or recipe.task.labels or PLANNED_LABELS, recipe.train.seed)
 
+    def spec_type(self) -> type[TransformerSpec]:
+        """See ``Task``."""
+        from qlora_lite.train.sequence_head import TextHeadSpec
+
+        return TextHeadSpec
+
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the model with its head."""
-        from qlora_lite.train.head_workload import HeadLoss
-        from qlora_lite.train.sequence_head import SequenceHead
+        from qlora_lite.train.sequence_head import text_head
 
-        return SequenceHead(HeadLoss(self.problem), method, spec, labels=self.head(recipe).labels)
+        return text_head(method, self.problem, self.head(recipe).labels, spec)
 
     def trained(self, adapter: Mapping, model: Mapping, labels: Sequence[str] | None) -> bool:
         """See ``Task``."""
@@ -170,11 +175,17 @@ class Reward(Task):
         is_of_kind = adapter.get("task_type") == "SEQ_CLS" and model.get("problem_type") == NUMBER
         return is_of_kind and labels == (REWARD_LABEL,)
 
+    def spec_type(self) -> type[TransformerSpec]:
+        """See ``Task``."""
+        from qlora_lite.train.sequence_head import TextHeadSpec
+
+        return TextHeadSpec
+
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the model with its head, and the loss of pairs."""
-        from qlora_lite.train.reward_head import PairLoss, RewardHead
+        from qlora_lite.train.reward_head import reward_model
 
-        return RewardHead(PairLoss(), method, spec, labels=(REWARD_LABEL,))
+        return reward_model(method, REWARD_LABEL, spec)
 
     def evaluate(
         self, recipe: Recipe, adapter: Path | None, rows: int, reader: Any, watch: Watch | None, held_out: str | None

@@ -21,10 +21,10 @@ from qlora_lite.prepare.settings import train_settings
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.head_workload import outputs_for
 from qlora_lite.train.loop import eval_batches
-from qlora_lite.train.mask_head import MaskHead
-from qlora_lite.train.picture_embedding import PictureEmbedding
+from qlora_lite.train.picture_embedding import EmbeddingSpec
 from qlora_lite.train.picture_head import Pictures
 from qlora_lite.train.step import evaluating
+from qlora_lite.train.workload import Workload
 
 
 def read(recipe: Recipe, rows: str | Path, labels: str) -> list[tuple[Picture, str]]:
@@ -46,11 +46,11 @@ def label_pictures(recipe: Recipe, adapter: Path | None, processor, rows: str | 
     examples = [picture_example(replace(picture, label=blank), digest) for picture, digest in found]
     model, work = load_head(recipe, adapter, processor)
     batches = eval_batches(work, examples, train_settings(recipe))
-    if isinstance(work, PictureEmbedding):
-        given = [{"embedding": each} for each in embeddings_of(work, model, batches)]
+    if isinstance(work.spec, EmbeddingSpec):
+        given = [{"embedding": each} for each in embeddings_of(work, work.spec, model, batches)]
     else:
         outputs, _ = outputs_for(work, model, batches)
-        given = [described(output, work.labels, work.problem) for output in outputs.numpy()]
+        given = [described(output, work.batches.labels, work.objective.name) for output in outputs.numpy()]
     lines = []
     for (picture, _), said in zip(found, given, strict=True):
         reference = {} if picture.label is None else {"reference": picture.label}
@@ -60,11 +60,13 @@ def label_pictures(recipe: Recipe, adapter: Path | None, processor, rows: str | 
 
 
 @torch.no_grad()
-def embeddings_of(work: PictureEmbedding, model: nn.Module, batches: Iterable[Pictures]) -> Iterator[list[float]]:
+def embeddings_of(
+    work: Workload, spec: EmbeddingSpec, model: nn.Module, batches: Iterable[Pictures]
+) -> Iterator[list[float]]:
     """Yield the embedding of every picture, to six decimals, with dropout off."""
     with evaluating(model):
         for batch in batches:
-            for embedding in work.embeddings(model, work.inputs(batch, work.device(model))).tolist():
+            for embedding in spec.embeddings(model, work.batches.inputs(batch, spec.device(model))).tolist():
                 yield [round(number, 6) for number in embedding]
 
 
@@ -72,8 +74,7 @@ def write_masks(recipe: Recipe, adapter: Path | None, processor, rows: str | Pat
     """Write a mask of its own size for every picture into a folder beside the file, which names them."""
     pictures = [picture for picture, _ in read(recipe, rows, MASKS)]
     model, work = load_head(recipe, adapter, processor)
-    assert isinstance(work, MaskHead)
-    folder, device, lines = out.with_name(f"{out.stem}-masks"), work.device(model), []
+    folder, device, lines = out.with_name(f"{out.stem}-masks"), work.spec.device(model), []
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     library, _ = pillow()
@@ -81,14 +82,14 @@ def write_masks(recipe: Recipe, adapter: Path | None, processor, rows: str | Pat
     numbered = iter(enumerate(pictures, 1))
     with torch.no_grad(), evaluating(model):
         for batch in eval_batches(work, examples, train_settings(recipe)):
-            given = work.outputs(model, work.inputs(batch, device)).argmax(1).to(torch.uint8).cpu().numpy()
+            given = work.spec.outputs(model, work.batches.inputs(batch, device)).argmax(1).to(torch.uint8).cpu().numpy()
             for classes, (number, picture) in zip(given, numbered, strict=False):
                 path = folder / f"{number:05}-{Path(picture.path).stem}.png"
                 size = decode(picture.path).size
                 with explain_write_errors(path):
                     library.fromarray(classes).resize(size, library.Resampling.NEAREST).save(path)
-                shares = np.bincount(classes.ravel(), minlength=len(work.labels)) / classes.size
-                shown = {label: float(share) for label, share in zip(work.labels, shares, strict=True) if share}
+                shares = np.bincount(classes.ravel(), minlength=len(work.batches.labels)) / classes.size
+                shown = {label: float(share) for label, share in zip(work.batches.labels, shares, strict=True) if share}
                 lines.append({"where": picture.where, "picture": picture.path, "mask": str(path), "shares": shown})
     write_lines(out, lines)
     return LabelledRows(len(lines), 0)

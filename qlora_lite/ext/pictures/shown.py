@@ -32,8 +32,9 @@ from qlora_lite.errors import DataError, DoesNotFitError, OutputError
 from qlora_lite.files import write_text
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.prepare.moment import AFTER, Measured, Moment
-from qlora_lite.train.picture_head import PictureHead, Pictures
+from qlora_lite.train.picture_head import Pictures
 from qlora_lite.train.step import evaluating
+from qlora_lite.train.workload import Workload
 from qlora_lite.units import counted
 
 log = logging.getLogger("qlora_lite")
@@ -55,20 +56,20 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[int(index)] for index in np.linspace(0, len(examples) - 1, count)] if count else []
 
 
-def look(work: PictureHead, model: nn.Module, batches: Iterable[Pictures], patches: bool = True) -> Seen:
+def look(work: Workload, model: nn.Module, batches: Iterable[Pictures], patches: bool = True) -> Seen:
     """Return what a model makes of pictures, with dropout off, its patches only if they are wanted."""
-    found, device, kept, read = [], work.device(model), [], []
+    found, device, kept, read = [], work.spec.device(model), [], []
     encoder, size = getattr(model, base_path(model)), of_blocks(model.config).patch_size
     handles = (
         encoder.register_forward_hook(lambda *call: kept.append(call[-1].last_hidden_state)),
         model.classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])),
     )
-    height, width = work.processor.height // size, work.processor.width // size
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
-                outputs = work.outputs(model, work.inputs(batch, device)).cpu()
+                outputs = work.spec.outputs(model, work.batches.inputs(batch, device)).cpu()
                 hidden = kept.pop().float().cpu()
+                height, width = (edge // size for edge in batch.pixels.shape[-2:])
                 others = hidden.shape[1] - height * width  # class and register tokens, which come first
                 shown = hidden[:, others if patches else hidden.shape[1] :]
                 found.append((outputs, read.pop().float().cpu(), shown.unflatten(1, (-1, width))))
@@ -101,10 +102,10 @@ def maps_of(patches: torch.Tensor) -> np.ndarray:
 
 
 def described(
-    work: PictureHead, held: Sequence[Example], seen: Seen, training: Sequence[Example], known: Seen
+    work: Workload, held: Sequence[Example], seen: Seen, training: Sequence[Example], known: Seen
 ) -> list[dict[str, Any]]:
     """Return what was made of held-out pictures, in JSON's terms, pictures as data URIs."""
-    shares = probabilities(seen.outputs.numpy(), work.problem)
+    shares = probabilities(seen.outputs.numpy(), work.objective.name)
     near = functional.normalize(seen.features) @ functional.normalize(known.features).T
     nearest = near.topk(min(NEIGHBOURS, len(training))).indices.tolist()
     result = []
@@ -112,7 +113,7 @@ def described(
         neighbours = [{"picture": _jpeg(training[place]), "label": training[place].answer} for place in places]
         result.append(
             {
-                "label": work.labels[int(share.argmax())],
+                "label": work.batches.labels[int(share.argmax())],
                 "share": float(share.max()),
                 "neighbours": neighbours,
                 "map": _png(colours),
@@ -145,7 +146,6 @@ def show_pictures(moment: Moment, result: Measured | None) -> Measured | None:
     if data is None:
         return result
     work = trainer.workload.plain()
-    assert isinstance(work, PictureHead)
     training, held = (spread(part, COMPARED) for part in (moment.data.examples, data.examples))
     shown = spread(held, SHOWN)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qlora_lite.models.heads import Head
     from qlora_lite.planning.machine import Machine
     from qlora_lite.prepare.moment import LabelledRows, Measured, Moment, Watch
-    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.model_spec import ModelSpec, TransformerSpec
     from qlora_lite.train.workload import Workload
 
 MASKS = "segmentation"
@@ -80,14 +80,20 @@ class PictureClasses(Task):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the encoder with its head."""
-        from qlora_lite.train.head_workload import HeadLoss
-        from qlora_lite.train.mask_head import MaskHead, MaskLoss
-        from qlora_lite.train.picture_head import PictureHead
+        from qlora_lite.train.mask_head import mask_head
+        from qlora_lite.train.picture_head import picture_head
 
         labels, processor = self.head(recipe).labels, self.reader(recipe)
         if self.has_masks:
-            return MaskHead(MaskLoss(), method, spec, labels=labels, processor=processor)
-        return PictureHead(HeadLoss(ONE_LABEL), method, spec, labels=labels, processor=processor)
+            return mask_head(method, labels, processor, spec)
+        return picture_head(method, labels, processor, spec)
+
+    def spec_type(self) -> type[TransformerSpec]:
+        """See ``Task``."""
+        from qlora_lite.train.mask_head import MaskSpec
+        from qlora_lite.train.picture_head import VisionSpec
+
+        return MaskSpec if self.has_masks else VisionSpec
 
     def plan_workload(self, recipe: Recipe, method: AdapterMethod, machine: Machine) -> Workload:
         """See ``Task``.
@@ -200,13 +206,11 @@ class PictureClasses(Task):
 class PictureEmbeddings(PictureClasses):
     """Pictures, of which those of one label are to lie together."""
 
-    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
-        """Return the encoder with the directions of its labels."""
-        from qlora_lite.train.head_workload import HeadLoss
-        from qlora_lite.train.picture_embedding import PictureEmbedding
+    def spec_type(self) -> type[TransformerSpec]:
+        """See ``Task``."""
+        from qlora_lite.train.picture_embedding import EmbeddingSpec
 
-        labels, processor = self.head(recipe).labels, self.reader(recipe)
-        return PictureEmbedding(HeadLoss(ONE_LABEL), method, spec, labels=labels, processor=processor)
+        return EmbeddingSpec
 
 
 CLASSIFICATION = PictureClasses("image-classification", HeadLabels(ONE_LABEL))

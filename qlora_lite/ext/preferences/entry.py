@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qlora_lite.adapters.method import AdapterMethod
+    from qlora_lite.train.model_spec import ModelSpec
     from qlora_lite.train.settings import TrainSettings
-    from qlora_lite.train.transformer import ModelSpec
     from qlora_lite.train.workload import Workload
 
 PAIRS, LABELS = "pairs", "labels"
@@ -48,7 +48,7 @@ class PreferenceEntry(ObjectiveEntry):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the language model that compares or judges."""
-        from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, PreferenceLM
+        from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, preference_lm
 
         o, kind = recipe.objective, self.kind
         preference = Preference(
@@ -60,7 +60,7 @@ class PreferenceEntry(ObjectiveEntry):
             desirable_weight=o.desirable_weight,
             undesirable_weight=o.undesirable_weight,
         )
-        return PreferenceLM(objective=preference, method=method, spec=spec)
+        return preference_lm(method, preference, spec)
 
     def attach(
         self, recipe: Recipe, model: nn.Module, adapter: Path, tokenizer: Any, settings: TrainSettings

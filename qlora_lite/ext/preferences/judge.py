@@ -24,9 +24,10 @@ from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.task import find_preference
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.loop import eval_batches
-from qlora_lite.train.preference import PreferenceInputs, PreferenceLM
+from qlora_lite.train.preference import Preference
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss, evaluating
+from qlora_lite.train.workload import Workload
 
 log = logging.getLogger("qlora_lite")
 
@@ -56,9 +57,9 @@ def attach_and_judge(
     if not can_judge:
         return {}
     data = build_data(recipe, tokenizer, "eval", compares=True)
-    assert data is not None and isinstance(work, PreferenceLM)
+    assert data is not None
     examples = data.examples
-    settings = replace(settings, max_tokens=max(settings.max_tokens, *work.lengths(examples)))
+    settings = replace(settings, max_tokens=max(settings.max_tokens, *work.batches.lengths(examples)))
     if work.objective.needs_reference:
         if first is None:
             for _, layer in lora_layers(model):
@@ -75,13 +76,13 @@ def _is_lora(adapter) -> bool:
     return isinstance(adapter, Adapter) and not adapter.is_dora and not adapter.weights
 
 
-def _with_references(work: PreferenceLM, model: nn.Module, examples: Examples, settings: TrainSettings) -> Examples:
-    device, found = work.device(model), []
+def _with_references(work: Workload, model: nn.Module, examples: Examples, settings: TrainSettings) -> Examples:
+    objective, device, found = work.objective, work.spec.device(model), []
+    assert isinstance(objective, Preference)
     with torch.no_grad(), evaluating(model):
         for batch in eval_batches(work, examples, settings):
-            inputs = work.inputs(batch, device)
-            assert isinstance(inputs, PreferenceInputs)
-            found.append(work.references(model, inputs))
+            inputs = work.batches.inputs(batch, device)
+            found.append(objective.references(model, work.spec, inputs))
     references: np.ndarray = np.zeros((len(examples.rows) - 1, 2), np.float32)
     references[examples.order] = torch.cat(found).cpu().numpy()
     return replace(examples, references=references)

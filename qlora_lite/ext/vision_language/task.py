@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qlora_lite.data.readers.sources import Source
     from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.prepare.moment import Measured, Moment, Watch
-    from qlora_lite.train.causal_lm import CausalLM
-    from qlora_lite.train.transformer import ModelSpec
+    from qlora_lite.train.model_spec import ModelSpec, TransformerSpec
+    from qlora_lite.train.workload import Workload
 
 
 _NEEDS: Needs = {
@@ -46,13 +46,19 @@ class PictureChats(Task):
 
         return no_tokens(value, _NEEDS, "has pictures")
 
-    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> CausalLM:
+    def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the vision-language model."""
-        from qlora_lite.train.picture_chats import PictureChatLM
+        from qlora_lite.train.picture_chats import picture_chat_lm
 
-        return PictureChatLM(method=method, spec=spec, reader=self.picture_reader(recipe))
+        return picture_chat_lm(method, self.picture_reader(recipe), spec)
 
-    def likelihood_workload(self, recipe: Recipe, virtual_tokens: int | None) -> CausalLM:
+    def spec_type(self) -> type[TransformerSpec]:
+        """See ``Task``."""
+        from qlora_lite.train.picture_chats import VisionLanguageSpec
+
+        return VisionLanguageSpec
+
+    def likelihood_workload(self, recipe: Recipe, virtual_tokens: int) -> Workload:
         """Return the same workload."""
         from qlora_lite.prepare.method import build_method
 
