@@ -123,7 +123,7 @@ def test_transformers_loads_nothing_but_by_the_one_door():
     found = {path.relative_to(PACKAGE).as_posix(): loaders_in(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert {name: said for name, said in found.items() if said} == {
         "models/pretrained.py": found["models/pretrained.py"],
-        "models/pipelines.py": ["trust_remote_code", *2 * ["from_pretrained"]],  # of diffusers
+        "ext/diffusion/pipelines.py": ["trust_remote_code", *2 * ["from_pretrained"]],  # of diffusers
         "ext/diffusion/draw.py": ["from_config"],  # of a scheduler of diffusers
         "recipe/foreign_names.py": ["trust_remote_code"],  # a name of other trainers
         "ext/convert/files.py": ["from_pretrained"],  # in their scripts, which are read and not run

@@ -29,14 +29,6 @@ PLACES = {
     "recipe/part.py": 2,
     "recipe/schema.py": 3,
     "recipe/strict_yaml.py": 1,
-    "train/denoiser.py": 1,
-    "train/head_workload.py": 3,
-    "train/picture_chats.py": 1,
-    "train/picture_head.py": 3,
-    "train/policy.py": 3,
-    "train/preference.py": 16,
-    "train/reward_head.py": 2,
-    "train/sequence_head.py": 4,
 }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from qlora_lite.data.latents import LatentExample
+from qlora_lite.ext.diffusion.latents import LatentExample
 
 _STREAMS = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32)
 CONFIGS = {

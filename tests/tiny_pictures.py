@@ -13,10 +13,10 @@ from tiny_files import save_recipe
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from qlora_lite.data.labels import ONE_LABEL
-from qlora_lite.data.pictures import LabelledPictureReader
 from qlora_lite.data.readers import hub
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
+from qlora_lite.ext.pictures.examples import LabelledPictureReader
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 _TOWER = dict(**_SIZES, intermediate_size=48, image_size=28, patch_size=14)

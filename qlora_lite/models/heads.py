@@ -7,7 +7,7 @@ model.
 
 A decoder's head reads the last token of a sequence, an encoder's the first one, or the mean of all. transformers
 computes a head of a padded batch; here its modules are run on the tokens that they read, of packed sequences. Which
-modules these are is asked of the model, and ``train.sequence_head`` compares the result with the model's own outputs.
+modules these are is asked of the model, and ``ext.heads.text`` compares the result with the model's own outputs.
 
 Shapes: T tokens of N packed sequences, hidden states [T, D], outputs [N, C].
 """

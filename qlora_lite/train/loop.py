@@ -546,7 +546,7 @@ class Trainer:
 
     @float32_partial_sums()
     def reference_log_probabilities(self, examples: Sequence) -> np.ndarray:
-        """Return what the model gives the sequences of each example now, float32 [N, 2]; see ``train.preference``."""
+        """Return what the model gives the sequences of each example now, float32 [N, 2]."""
         self.check()
         work, groups = self.workload.plain(), list(_eval_rows(self.workload, examples, self.settings))
 

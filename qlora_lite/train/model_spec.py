@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -41,18 +41,62 @@ class ModelSpec:
     Subclasses are frozen dataclasses: a plan looks them up.
     """
 
-    name: str = ""  # what a plan calls the kind of model
-    depth: int = 1  # blocks, for a plan
-    most_tokens: int | None = None  # that the model can compute at once, where anything limits them
-    most_positions: int | None = None  # that the model was made for, so that a plan warns of longer examples
-    compute_dtype: torch.dtype = torch.bfloat16  # of a planned model
-    is_quantized: bool = False  # whether any weight is packed
-    keeps_codes: bool = False  # whether packed weights are those of the model's files, so that nothing is prepared
-    stacked_bytes: int = 0  # of packed weights that are put together of several in the files, each time they are loaded
-    has_tokenwise_parts: bool = True  # that tiles can be made of, where they may be
-    tables_are_tied: bool = False  # so that they lie in one place
-    blocks_before: Mapping[str, int] = MappingProxyType({})  # by the path of each list of blocks but the first
-    beside_blocks: tuple[str, ...] = ()  # paths of modules that have blocks of their own, such as a vision tower
+    has_tokenwise_parts: ClassVar[bool] = True  # that tiles can be made of, where they may be
+
+    @property
+    def name(self) -> str:
+        """What a plan calls the kind of model."""
+        return ""
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are, for a plan."""
+        return 1
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens the model can compute at once, where anything limits them."""
+        return None
+
+    @property
+    def most_positions(self) -> int | None:
+        """How many the model was made for, so that a plan warns of longer examples."""
+        return None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of a planned model."""
+        return torch.bfloat16
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weight is packed."""
+        return False
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether packed weights are those of the model's files, so that nothing is prepared."""
+        return False
+
+    @property
+    def stacked_bytes(self) -> int:
+        """Of packed weights that are put together of several in the files, each time they are loaded."""
+        return 0
+
+    @property
+    def tables_are_tied(self) -> bool:
+        """Whether embeddings and head are one table, so that they lie in one place."""
+        return False
+
+    @property
+    def blocks_before(self) -> Mapping[str, int]:
+        """By the path of each list of blocks but the last, how many there are."""
+        return {}
+
+    @property
+    def beside_blocks(self) -> tuple[str, ...]:
+        """Paths of modules that have blocks of their own, such as a vision tower."""
+        return ()
 
     def read_by(self, reader: Any) -> Self:
         """Return the model for rows that were read by a tokenizer or a picture processor."""

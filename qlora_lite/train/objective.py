@@ -13,8 +13,8 @@ from qlora_lite.models.memory_options import MemoryOptions
 from .processes import ALONE, Processes
 
 if TYPE_CHECKING:
+    from .batches import Batches
     from .model_spec import ModelSpec
-    from .workload import Workload
 
 
 class LossSum(NamedTuple):
@@ -108,8 +108,9 @@ class Objective:
 
     def prepare_step(
         self,
-        work: Workload,
         model: nn.Module,
+        spec: ModelSpec,
+        maker: Batches,
         batches: Sequence,
         processes: Processes = ALONE,
         counted: int | None = None,
@@ -117,7 +118,7 @@ class Objective:
         """Return a step's micro-batches with what the loss of each has to know of all, or of the model now.
 
         Args:
-            work: whose objective it is.
+            maker: of the batches.
             batches: of ``Batches.collate``.
             processes: those that share the step; all call this.
             counted: see ``step.accumulate_gradients``.

@@ -131,7 +131,7 @@ def train_step(
     """
     parameters, parts = parameters_of(optimizer), parts_of(model).values
     with phase("forward"):
-        batches = workload.objective.prepare_step(workload, model, batches, processes, counted)
+        batches = workload.prepare_step(model, batches, processes, counted)
     inputs = [workload.batches.inputs(batch, workload.spec.device(model)) for batch in batches]
     shapes = [workload.batches.shape(batch) for batch in batches[:counted]]
     own = (
@@ -180,7 +180,7 @@ def train_step_in_backward(
         counts: False for a rank that there is no batch left for.
     """
     parts = parts_of(model)
-    (batch,) = workload.objective.prepare_step(workload, model, [batch], processes, int(counts))
+    (batch,) = workload.prepare_step(model, [batch], processes, int(counts))
     inputs, shape = workload.batches.inputs(batch, workload.spec.device(model)), workload.batches.shape(batch)
     own = (workload.objective.weight(inputs), shape.tokens, shape.targets) if counts else (0.0, 0.0, 0.0)
     total, tokens, targets = processes.exchange(*own)
@@ -242,7 +242,9 @@ def _evaluated(
     """Yield each batch with its inputs: one after the other, or all where a loss has to know of the others."""
     device = workload.spec.device(model)
     if workload.objective.prepares_steps:
-        batches = workload.objective.prepare_step(workload, model, list(batches), processes, counted)
+        batches = workload.objective.prepare_step(
+            model, workload.spec, workload.batches, list(batches), processes, counted
+        )
     yield from ((batch, workload.batches.inputs(batch, device)) for batch in batches)
 
 

@@ -4,6 +4,7 @@ Neither the loop nor the planner knows more of any of the four than its interfac
 adapter method that nobody here has heard of is planned, trained, resumed and saved like ``causal_lm``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, final
 
@@ -15,6 +16,7 @@ from qlora_lite.models.memory_options import MemoryOptions
 from .batches import Batches
 from .model_spec import ModelSpec
 from .objective import LossSum, Objective
+from .processes import ALONE, Processes
 from .settings import TrainSettings
 
 
@@ -33,6 +35,12 @@ class Workload:
         found = self.objective.loss(model, self.spec, inputs)
         unused = self.spec.unused_parameters(model, inputs)
         return found._replace(sum=sum((0 * p.float().sum() for p in unused), found.sum))
+
+    def prepare_step(
+        self, model: nn.Module, batches: Sequence, processes: Processes = ALONE, counted: int | None = None
+    ) -> Sequence:
+        """Return a step's micro-batches with what the loss of each has to know, see ``Objective.prepare_step``."""
+        return self.objective.prepare_step(model, self.spec, self.batches, batches, processes, counted)
 
     def with_method(self, method: AdapterMethod) -> Self:
         """Return the workload with another adapter method."""

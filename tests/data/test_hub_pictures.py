@@ -11,10 +11,10 @@ from tiny_pictures import CLASSES, COLOURS, drawn, encoded, hub_of, write_parque
 from qlora_lite.data.captions import CAPTIONS, NO_CAPTION, Fit
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode
-from qlora_lite.data.pictures import NO_CLASS, NO_MASK, LabelledPictureReader
 from qlora_lite.data.readers.sources import Source, read_rows
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
+from qlora_lite.ext.pictures.examples import NO_CLASS, NO_MASK, LabelledPictureReader
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 from tiny_files import byte_tokenizer
 from tiny_heads import encoder_tokenizer, write_jsonl
 
-from qlora_lite.data.label_metrics import confusion, correlation, f1, matthews, probabilities, ranks, scores_of
 from qlora_lite.data.labelled_rows import LabelReader, encode_texts, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL, balance, label_names, label_text, target_of
 from qlora_lite.data.readers.problems import Problems
@@ -15,6 +14,7 @@ from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.data.tokens.statistics import ReadSettings
 from qlora_lite.errors import DataError
+from qlora_lite.ext.heads.metrics import confusion, correlation, f1, matthews, probabilities, ranks, scores_of
 
 
 def read(rows, problem=ONE_LABEL, tokenizer=None, **how):

@@ -18,12 +18,12 @@ from transformers import AutoImageProcessor
 from qlora_lite.data.captions import CAPTIONS, Fit, captions_in
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import BROKEN, decode, file_of
-from qlora_lite.data.picture_processor import AUGMENTS, Processor, processor_of
-from qlora_lite.data.pictures import NO_CLASS, LabelledPictureReader
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
+from qlora_lite.ext.pictures.examples import NO_CLASS, LabelledPictureReader
+from qlora_lite.ext.pictures.pixels import AUGMENTS, Processor, processor_of
 
 
 def read(path, **source):

@@ -12,8 +12,8 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import Target, lora_layers
 from qlora_lite.adapters.read import Factors
 from qlora_lite.errors import ModelError
+from qlora_lite.ext.diffusion.denoisers import load_denoiser
 from qlora_lite.ext.diffusion.kohya import kohya_tensors
-from qlora_lite.models.denoisers import load_denoiser
 
 # The single blocks of FLUX.1 compute queries, keys, values and more at once, which diffusers' converter takes apart at
 # the sizes of the published model alone: see below.

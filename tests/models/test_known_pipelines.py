@@ -10,12 +10,12 @@ from huggingface_hub.utils import filter_repo_objects
 from tiny_diffusion import save_sd_pipeline
 
 from qlora_lite.cli.main import cli
-from qlora_lite.data.latents import LatentShapes
 from qlora_lite.errors import ModelError
+from qlora_lite.ext.diffusion.denoisers import skeleton_of
+from qlora_lite.ext.diffusion.latents import LatentShapes
+from qlora_lite.ext.diffusion.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.ext.diffusion.spec import build_fit, build_loss, recipe_shapes
-from qlora_lite.models.denoisers import skeleton_of
 from qlora_lite.models.families import known_pipelines
-from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.recipe.load import recipe_of
 
 
@@ -67,7 +67,7 @@ def test_a_run_takes_the_files_beside_the_weights(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: asked.append(k) or str(base))
     assert open_pipeline(name, with_weights=True).folder == base and asked
     assert open_pipeline(name, with_weights=False).folder != base
-    monkeypatch.setattr("qlora_lite.models.pipelines.try_to_load_from_cache", lambda *_: str(base / "x"))
+    monkeypatch.setattr("qlora_lite.ext.diffusion.pipelines.try_to_load_from_cache", lambda *_: str(base / "x"))
     assert open_pipeline(name, with_weights=False).folder == base
     with pytest.raises(ModelError, match="is no diffusion pipeline"):
         open_pipeline(tmp_path)

@@ -23,14 +23,15 @@ from tiny_diffusion import PIPELINES, diffusion_recipe, picture, save_dit_pipeli
 
 from qlora_lite.adapters.lora.inject import lora_layers
 from qlora_lite.cli.main import cli
-from qlora_lite.data.latents import LatentExample, LatentSet, arrays_in
 from qlora_lite.errors import CheckpointError, DataError, Interrupted, ModelError, OutputError, RecipeError
+from qlora_lite.ext.diffusion.denoisers import Conditions, meta_denoiser
+from qlora_lite.ext.diffusion.denoising import conditions_of
 from qlora_lite.ext.diffusion.draw import Drawing, denoise, scheduler_of
 from qlora_lite.ext.diffusion.encode import encode, encode_texts, named_classes
+from qlora_lite.ext.diffusion.latents import LatentExample, LatentSet, arrays_in
+from qlora_lite.ext.diffusion.pipelines import Autoencoder, TextEncoders, open_pipeline, spec_in
 from qlora_lite.ext.diffusion.spec import build_fit, build_loss, with_neutral
 from qlora_lite.inference.draw import draw_prompts
-from qlora_lite.models.denoisers import Conditions, meta_denoiser
-from qlora_lite.models.pipelines import Autoencoder, TextEncoders, open_pipeline, spec_in
 from qlora_lite.models.skeleton import give_storage
 from qlora_lite.prepare.datasets import read_data
 from qlora_lite.prepare.job import build_workload
@@ -39,7 +40,6 @@ from qlora_lite.prepare.task import find_task
 from qlora_lite.recipe.catalog import copy_recipe
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.runs.run import run_recipe
-from qlora_lite.train.denoiser import conditions_of
 from qlora_lite.train.step import accumulate_gradients
 
 CPU = torch.device("cpu")

@@ -20,15 +20,15 @@ from qlora_lite.adapters.diffusers_files import save_for_diffusers
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
 from qlora_lite.adapters.full import Full
 from qlora_lite.adapters.lora.inject import Target, add_lora, lora_layers
-from qlora_lite.data.latents import LatentExample, shapes_of
 from qlora_lite.errors import DataError, ModelError, TrainingError
-from qlora_lite.models.denoisers import load_denoiser, meta_denoiser, spec_of
+from qlora_lite.ext.diffusion.denoisers import load_denoiser, meta_denoiser, spec_of
+from qlora_lite.ext.diffusion.denoising import DenoisingLoss, denoiser
+from qlora_lite.ext.diffusion.latents import LatentExample, shapes_of
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, stream_of
 from qlora_lite.offload.own_blocks import BlockCalls
 from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.denoiser import DenoisingLoss, denoiser
 from qlora_lite.train.loop import largest_batches
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients

@@ -16,6 +16,8 @@ from qlora_lite.adapters.lora.inject import add_lora, lora_layers, lora_paramete
 from qlora_lite.data.tokens.batch import collate
 from qlora_lite.data.tokens.storage import Example, stored
 from qlora_lite.errors import DataError, ModelError, TrainingError
+from qlora_lite.ext.grpo.policy import GroupPolicy, policy_lm
+from qlora_lite.ext.preferences.objective import Preference, preference_lm
 from qlora_lite.models.anatomy import position_limit
 from qlora_lite.models.load import use_row_attention, uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions
@@ -28,8 +30,6 @@ from qlora_lite.train.forward import prepare
 from qlora_lite.train.guards import check_frozen, check_trainable, frozen_checksum
 from qlora_lite.train.inventory import inventory, total_parameters
 from qlora_lite.train.loop import Trainer
-from qlora_lite.train.policy import GroupPolicy, policy_lm
-from qlora_lite.train.preference import Preference, preference_lm
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_causal, check_forward, logits_error, relative_error

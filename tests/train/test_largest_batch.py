@@ -9,12 +9,12 @@ from tiny_trainer import trainer
 from qlora_lite.adapters.prompt import PromptTuning
 from qlora_lite.data.tokens.batch import extent_of
 from qlora_lite.data.tokens.storage import Example
+from qlora_lite.ext.preferences.objective import Preference, preference_lm
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.inventory import categorised
 from qlora_lite.train.loop import largest_batches
-from qlora_lite.train.preference import Preference, preference_lm
 
 PACK = 256
 

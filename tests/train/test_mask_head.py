@@ -16,17 +16,17 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from qlora_lite.adapters.files import Lora, save_adapter
 from qlora_lite.data.labels import MASKS, ONE_LABEL
-from qlora_lite.data.masks import classes_of
 from qlora_lite.data.picture_files import BROKEN, decode
-from qlora_lite.data.picture_processor import processor_of
-from qlora_lite.data.pictures import NO_MASK, LabelledPictureReader
 from qlora_lite.data.readers.sources import Source
 from qlora_lite.data.tokens.examples import read_examples
 from qlora_lite.errors import DataError
+from qlora_lite.ext.pictures.examples import NO_MASK, LabelledPictureReader
+from qlora_lite.ext.pictures.mask_head import MaskSpec, mask_head, score_masks
+from qlora_lite.ext.pictures.masks import classes_of
+from qlora_lite.ext.pictures.pixels import processor_of
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
-from qlora_lite.train.mask_head import MaskSpec, mask_head, measure_masks
 from qlora_lite.train.step import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_a_mask_is_cut_and_turned_as_its_picture_is(rows, augment):
 def test_scores_are_those_of_the_pixels(folders, rows):
     work, model = workload(folders["dinov2"]), loaded(folders["dinov2"])
     batch = work.batches.collate(rows)
-    scores, matrix = measure_masks(work, model, [work.batches.collate(rows[:4]), work.batches.collate(rows[4:])])
+    scores, matrix = score_masks(work, model, [work.batches.collate(rows[:4]), work.batches.collate(rows[4:])])
     with torch.no_grad():
         given = work.spec.outputs(model.eval(), batch).argmax(1)
     counted = batch.targets != -100

@@ -16,6 +16,7 @@ from qlora_lite.adapters.lora.inject import Target
 from qlora_lite.data.picture_grids import grids_of
 from qlora_lite.data.tokens.batch import IGNORED_LABEL, Extent
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.ext.vision_language.chats import VisionLanguageSpec, picture_chat_lm
 from qlora_lite.kernels import encoder_attention
 from qlora_lite.models import vision_language
 from qlora_lite.models.load import load_model, use_row_attention
@@ -28,7 +29,6 @@ from qlora_lite.planning.simulate import Job, simulate, simulate_whole
 from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.causal_lm import target_losses
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.picture_chats import VisionLanguageSpec, picture_chat_lm
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
 

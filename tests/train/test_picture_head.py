@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForImageClassification, DINOv3ViTC
 from qlora_lite.adapters.files import Lora, load_adapter, save_adapter
 from qlora_lite.adapters.full import Full
 from qlora_lite.data.labels import ONE_LABEL
-from qlora_lite.data.picture_processor import processor_of
 from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.ext.pictures.embedding import EmbeddingSpec
+from qlora_lite.ext.pictures.head import PictureBatches, Pictures, VisionSpec, picture_head
+from qlora_lite.ext.pictures.pixels import processor_of
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.memory_options import MemoryOptions
@@ -23,8 +25,6 @@ from qlora_lite.models.skeleton import read_part
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.train.batches import BatchShape
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from qlora_lite.train.picture_embedding import EmbeddingSpec
-from qlora_lite.train.picture_head import PictureBatches, Pictures, VisionSpec, picture_head
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients

@@ -17,13 +17,13 @@ from torch.nn.functional import log_softmax
 
 from qlora_lite.data.tokens.storage import Example, prompt_tokens
 from qlora_lite.errors import ModelError, TrainingError
+from qlora_lite.ext.grpo.policy import Answered, GroupPolicy, policy_lm
 from qlora_lite.ext.grpo.rewards import with_answers
 from qlora_lite.memory.ledger import Ledger
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.checkpoints import Checkpoint
 from qlora_lite.train.loop import largest_batches
-from qlora_lite.train.policy import Answered, GroupPolicy, policy_lm
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.state import STATE, capture, restore
@@ -118,7 +118,7 @@ def gradients(model):
 
 
 def prepared(work, model, batches):
-    return [work.batches.inputs(each, CPU) for each in work.objective.prepare_step(work, model, batches)]
+    return [work.batches.inputs(each, CPU) for each in work.prepare_step(model, batches)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
@@ -388,25 +388,25 @@ def test_a_run_that_has_learned_something_may_end_in_steps_that_learn_nothing():
 def test_an_evaluation_draws_no_numbers_so_that_one_that_is_cut_off_is_done_again():
     work = workload(judge=lambda examples, texts: {"same": torch.ones(len(texts))})
     model, before = adapted(work).eval(), torch.get_rng_state()
-    work.objective.prepare_step(work, model, [work.batches.collate(rows())])
+    work.prepare_step(model, [work.batches.collate(rows())])
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_memory_that_only_the_answers_took_is_free_before_the_step_learns(monkeypatch):
     done = []
-    monkeypatch.setattr("qlora_lite.train.policy.free_cached_memory", lambda device: done.append(f"free {device}"))
+    monkeypatch.setattr("qlora_lite.ext.grpo.policy.free_cached_memory", lambda device: done.append(f"free {device}"))
     work = workload(
         answer=lambda *given: done.append("answer") or said(*given),
         judge=lambda *given: done.append("judge") or judged(*given),
     )
-    work.objective.prepare_step(work, adapted(work), [work.batches.collate(rows())])
+    work.prepare_step(adapted(work), [work.batches.collate(rows())])
     assert done == ["answer", "free cpu", "judge"]
 
 
 def test_a_policy_without_answers_or_of_a_capped_head_is_refused():
     work = workload(answer=None)
     with pytest.raises(TrainingError, match="what answers"):
-        work.objective.prepare_step(work, adapted(work), [work.batches.collate(rows())])
+        work.prepare_step(adapted(work), [work.batches.collate(rows())])
     capped = workload(temperature=0.5)
     model = quantized_pair("gemma2")[0]
     with pytest.raises(ModelError, match=r"objective\.sampling_temperature"):

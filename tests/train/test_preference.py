@@ -16,11 +16,11 @@ from tiny_trainer import SETTINGS, examples
 from torch.nn.functional import log_softmax
 
 from qlora_lite.data.tokens.storage import Example, sequences_of
+from qlora_lite.ext.preferences.objective import Preference, preference_lm
 from qlora_lite.models.load import adopt
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.train.causal_lm import causal_lm
 from qlora_lite.train.loop import Trainer, largest_batches
-from qlora_lite.train.preference import Preference, preference_lm
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
 from qlora_lite.train.settings import TrainSettings
@@ -129,7 +129,9 @@ def test_loss_and_gradients_equal_the_definition_however_the_examples_are_packed
 
     batches = [work.batches.collate(rows[n::parts]) for n in range(parts)]
     means = accumulate_gradients(
-        work, model, [work.batches.inputs(each, CPU) for each in work.objective.prepare_step(work, model, batches)]
+        work,
+        model,
+        [work.batches.inputs(each, CPU) for each in work.prepare_step(model, batches)],
     )
 
     assert means.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -417,10 +419,7 @@ def test_loss_and_gradients_equal_trls(kind, tmp_path):
     ).tolist()
     found = [replace(row, references=tuple(own)) for row, own in zip(found, known, strict=True)]
 
-    inputs = [
-        work.batches.inputs(each, CPU)
-        for each in work.objective.prepare_step(work, ours, [work.batches.collate(found)])
-    ]
+    inputs = [work.batches.inputs(each, CPU) for each in work.prepare_step(ours, [work.batches.collate(found)])]
     means = accumulate_gradients(work, ours, inputs)
 
     assert means.loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)

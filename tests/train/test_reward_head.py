@@ -21,14 +21,14 @@ from qlora_lite.cli.main import cli
 from qlora_lite.data.labels import NUMBER
 from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import ModelError, RecipeError
+from qlora_lite.ext.heads.reward import reward_model
+from qlora_lite.ext.heads.text import TextHeadSpec
 from qlora_lite.inference.evaluate import evaluate_recipe
 from qlora_lite.models.heads import Head, with_head
 from qlora_lite.models.load import load_model
 from qlora_lite.models.skeleton import read_part
 from qlora_lite.recipe.load import load_recipe
 from qlora_lite.runs.run import run_recipe
-from qlora_lite.train.reward_head import reward_model
-from qlora_lite.train.sequence_head import TextHeadSpec
 from qlora_lite.train.step import accumulate_gradients
 
 pytestmark = pytest.mark.usefixtures("simulations")

@@ -21,6 +21,7 @@ from qlora_lite.adapters.read import WEIGHTS_NAME
 from qlora_lite.data.labels import LABELS, NUMBER, ONE_LABEL
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError
+from qlora_lite.ext.heads.text import TextHeadSpec, text_head
 from qlora_lite.kernels import attention
 from qlora_lite.models.heads import Head, new_weights, with_head
 from qlora_lite.models.load import load_model, uses_row_attention
@@ -32,7 +33,6 @@ from qlora_lite.train.causal_lm import TextSpec, causal_lm
 from qlora_lite.train.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from qlora_lite.train.process_group import ProcessGroup
 from qlora_lite.train.processes import ALONE
-from qlora_lite.train.sequence_head import TextHeadSpec, text_head
 from qlora_lite.train.state import STATE, capture, restore
 from qlora_lite.train.step import accumulate_gradients
 from qlora_lite.train.text_guards import check_forward

@@ -1,7 +1,7 @@
 """Draw pictures with a denoiser, by its pipeline's own scheduler.
 
 diffusers' pipelines each call their denoiser in a loop of the same kind; here it is one loop over
-``models.denoisers``' one way to call them, so that weights in 4 bit, streamed blocks and LoRA layers are those of
+``denoisers``' one way to call them, so that weights in 4 bit, streamed blocks and LoRA layers are those of
 training. Guidance is classifier-free (arXiv 2207.12598): the prompt's prediction, less the neutral prompt's, counts
 several times. Models that were distilled with guidance are told its scale and called once.
 
@@ -25,23 +25,23 @@ import torch
 
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.artifacts.run_files import SAMPLES, SAMPLES_INDEX
-from qlora_lite.data.latents import LatentExample, Stored, arrays_in
 from qlora_lite.errors import DataError, DoesNotFitError, ModelError, OutputError
 from qlora_lite.files import explain_write_errors, write_text
 from qlora_lite.inference.draw import write_pictures
-from qlora_lite.models.denoisers import Conditions, DenoiserModel, Flux, Flux2, library, load_denoiser
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
-from qlora_lite.models.pipelines import Autoencoder, Pipeline, explaining
 from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.moment import Moment
 from qlora_lite.prepare.settings import fixed_options
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.denoiser import DiffusersSpec, LatentBatches, conditions_of
 from qlora_lite.train.out_of_memory import explaining_memory
 from qlora_lite.train.step import evaluating
 from qlora_lite.train.workload import Workload
 
+from .denoisers import Conditions, DenoiserModel, Flux, Flux2, library, load_denoiser
+from .denoising import DiffusersSpec, LatentBatches, conditions_of
 from .encode import NEUTRAL, encode_texts
+from .latents import LatentExample, Stored, arrays_in
+from .pipelines import Autoencoder, Pipeline, explaining
 from .spec import recipe_pipeline
 
 log = logging.getLogger("qlora_lite")

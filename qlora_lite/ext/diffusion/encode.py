@@ -20,31 +20,22 @@ from safetensors import SafetensorError
 
 from qlora_lite.data.captions import Fit
 from qlora_lite.data.labels import ONE_LABEL, label_names
-from qlora_lite.data.latents import LatentSet, LatentShapes, Stored, checksum_of, read_checked
 from qlora_lite.data.picture_files import decode
 from qlora_lite.data.tokens.examples import Dataset
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError, OutputError
 from qlora_lite.files import cache_root, explain_write_errors
 from qlora_lite.memory.meter import free_bytes
-from qlora_lite.models.denoisers import DenoiserModel, skeleton_of
 from qlora_lite.models.load import resolve_device
-from qlora_lite.models.pipelines import (
-    AUTOENCODER,
-    Autoencoder,
-    Pipeline,
-    TextEncoders,
-    encoder_parts,
-    freed,
-    part_digest,
-    spec_in,
-)
 from qlora_lite.prepare.moment import Watch
 from qlora_lite.prepare.task import Encoded
 from qlora_lite.quant.tensor_file import write_tensors
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.units import counted, format_bytes
 
+from .denoisers import DenoiserModel, skeleton_of
+from .latents import LatentSet, LatentShapes, Stored, checksum_of, read_checked
+from .pipelines import AUTOENCODER, Autoencoder, Pipeline, TextEncoders, encoder_parts, freed, part_digest, spec_in
 from .spec import recipe_pipeline, recipe_shapes, with_classes
 
 log = logging.getLogger("qlora_lite")

@@ -58,7 +58,7 @@ def kohya_tensors(layers: Mapping[str, Factors], denoiser: str) -> dict[str, tor
     """Return LoRA weights under kohya's names.
 
     Args:
-        layers: by path in a ``models.denoisers.DenoiserModel``, as "unet.down_blocks.0...".
+        layers: by path in a ``denoisers.DenoiserModel``, as "unet.down_blocks.0...".
         denoiser: the denoiser's class in diffusers.
 
     Raises:

@@ -9,13 +9,14 @@ import torch
 
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.captions import Fit, rectangles
-from qlora_lite.data.latents import LatentShapes
 from qlora_lite.errors import ModelError
-from qlora_lite.models.denoisers import TIMESTEPS, DenoiserModel, DenoiserSpec, skeleton_of
-from qlora_lite.models.pipelines import Pipeline, open_pipeline, spec_in
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.denoiser import EPSILON, FLOW, DenoisingLoss, LatentBatches, V, denoiser
 from qlora_lite.train.workload import Workload
+
+from .denoisers import TIMESTEPS, DenoiserModel, DenoiserSpec, skeleton_of
+from .denoising import EPSILON, FLOW, DenoisingLoss, LatentBatches, V, denoiser
+from .latents import LatentShapes
+from .pipelines import Pipeline, open_pipeline, spec_in
 
 _PREDICTIONS = {"epsilon": EPSILON, "v_prediction": V, "flow_prediction": FLOW}  # by diffusers' words
 _SCHEDULES = "linear", "scaled_linear"
@@ -180,7 +181,7 @@ def with_neutral(work: Workload, rows) -> Workload:
     """Return a workload that knows what the empty text is, for captions that are left out.
 
     Args:
-        rows: ``data.latents.LatentSet``.
+        rows: ``latents.LatentSet``.
     """
     batches = work.batches
     assert isinstance(batches, LatentBatches)

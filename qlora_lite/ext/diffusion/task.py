@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from qlora_lite.data.captions import Fit
     from qlora_lite.data.readers.sources import Source
     from qlora_lite.data.tokens.examples import Dataset
-    from qlora_lite.models.denoisers import DenoiserModel
     from qlora_lite.models.memory_options import MemoryOptions
     from qlora_lite.offload.stream import Ranks
     from qlora_lite.planning.machine import Machine
     from qlora_lite.prepare.moment import Measured, Moment, Watch
     from qlora_lite.train.model_spec import ModelSpec
     from qlora_lite.train.workload import Workload
+
+    from .denoisers import DenoiserModel
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5  # train.learning_rate auto: what diffusers' scripts recommend
 
@@ -56,8 +57,7 @@ class Drawing(Task):
 
     def skeleton(self, recipe: Recipe, dtype: torch.dtype) -> DenoiserModel:
         """Return the denoiser on the meta device."""
-        from qlora_lite.models.denoisers import meta_denoiser
-
+        from .denoisers import meta_denoiser
         from .spec import recipe_spec
 
         return meta_denoiser(recipe_spec(recipe, dtype))
@@ -66,8 +66,7 @@ class Drawing(Task):
         self, recipe: Recipe, device: torch.device | str, dtype: torch.dtype, in_files: bool, use_cache: bool = True
     ) -> DenoiserModel:
         """Load the denoiser into host memory."""
-        from qlora_lite.models.denoisers import load_denoiser
-
+        from .denoisers import load_denoiser
         from .spec import recipe_pipeline, recipe_spec
 
         return load_denoiser(recipe_pipeline(recipe, with_weights=True).denoiser, recipe_spec(recipe, dtype))
@@ -143,8 +142,8 @@ class Drawing(Task):
         self, recipe: Recipe, sources: Sequence[Source], reader: Fit, preference: str | None, max_rows: int | None
     ) -> Dataset:
         """Read pictures with their captions."""
-        from qlora_lite.data.pictures import LabelledPictureReader
         from qlora_lite.data.tokens.examples import read_examples
+        from qlora_lite.ext.pictures.examples import LabelledPictureReader
 
         return read_examples(sources, None, reader=LabelledPictureReader(self.labels.kind, reader))
 
@@ -158,7 +157,7 @@ class Drawing(Task):
 
     def check_first_row(self, recipe: Recipe, source: Source) -> str:
         """See ``pictures.rows.check_first_row``."""
-        from qlora_lite.data.pictures import with_metadata
+        from qlora_lite.ext.pictures.examples import with_metadata
         from qlora_lite.ext.pictures.rows import check_first_row
 
         return check_first_row(with_metadata(source), self.labels.kind, recipe.data.caption is None)
@@ -205,8 +204,7 @@ class Drawing(Task):
         elsewhere: Mapping[str, Any],
     ) -> None:
         """Write the pipeline with the denoiser that was trained."""
-        from qlora_lite.models.pipelines import save_pipeline
-
+        from .pipelines import save_pipeline
         from .spec import recipe_pipeline
 
         save_pipeline(recipe_pipeline(recipe), model, folder, recipe.task.labels)

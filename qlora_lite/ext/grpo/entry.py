@@ -47,7 +47,7 @@ class PolicyEntry(ObjectiveEntry):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the language model that answers."""
-        from qlora_lite.train.policy import GroupPolicy, policy_lm
+        from .policy import GroupPolicy, policy_lm
 
         o = recipe.objective
         policy = GroupPolicy(

@@ -31,8 +31,9 @@ from qlora_lite.errors import RecipeError, TrainingError
 from qlora_lite.files import sha256
 from qlora_lite.inference.generate import Sampling, answers, stop_ids
 from qlora_lite.train.out_of_memory import is_out_of_memory
-from qlora_lite.train.policy import Answered, GroupPolicy
 from qlora_lite.train.workload import Workload
+
+from .policy import Answered, GroupPolicy
 
 log = logging.getLogger("qlora_lite")
 LARGEST_REWARD = 1e30  # whose sums over functions, groups and steps are finite in float32

@@ -8,7 +8,6 @@ from torch import nn
 
 from qlora_lite.adapters.files import load_adapter
 from qlora_lite.data.checks.metrics import Score
-from qlora_lite.data.label_metrics import confusion, scores_of
 from qlora_lite.data.labels import ONE_LABEL
 from qlora_lite.inference.evaluate import watching
 from qlora_lite.prepare.datasets import build_data, warn_of_other_rows
@@ -18,11 +17,13 @@ from qlora_lite.prepare.moment import DURING, Measured, Moment, Watch
 from qlora_lite.prepare.settings import train_settings
 from qlora_lite.prepare.task import find_task, name_labels
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.head_workload import outputs_for
 from qlora_lite.train.loop import eval_batches
 from qlora_lite.train.step import evaluate_loss
 from qlora_lite.train.workload import Workload
 from qlora_lite.units import counted
+
+from .loss import outputs_for
+from .metrics import confusion, scores_of
 
 MAX_SHOWN = 30  # labels of a confusion matrix that a report shows
 Scores = tuple[dict[str, Score], list[list[int]] | None]  # and of one label the confusion matrix

@@ -10,7 +10,6 @@ import numpy as np
 
 from qlora_lite.data.chat.preference_rows import is_preference
 from qlora_lite.data.chat.row_formats import JUDGEMENTS, PAIRS
-from qlora_lite.data.label_metrics import probabilities
 from qlora_lite.data.labelled_rows import Labelled, encode_texts, example_of, read_labelled, shortened
 from qlora_lite.data.labels import LABELS, NUMBER
 from qlora_lite.data.readers.problems import Problems, read_place
@@ -24,10 +23,11 @@ from qlora_lite.prepare.moment import LabelledRows
 from qlora_lite.prepare.settings import train_settings
 from qlora_lite.recipe import schema
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.head_workload import outputs_for
 from qlora_lite.train.loop import eval_batches
 
+from .loss import outputs_for
 from .measure import load_head
+from .metrics import probabilities
 
 _BLANK = {NUMBER: "0", LABELS: "[]"}  # what stands for a label that nobody knows
 

@@ -86,13 +86,13 @@ class LabeledText(Task):
 
     def spec_type(self) -> type[TransformerSpec]:
         """See ``Task``."""
-        from qlora_lite.train.sequence_head import TextHeadSpec
+        from .text import TextHeadSpec
 
         return TextHeadSpec
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the model with its head."""
-        from qlora_lite.train.sequence_head import text_head
+        from .text import text_head
 
         return text_head(method, self.problem, self.head(recipe).labels, spec)
 
@@ -177,13 +177,13 @@ class Reward(Task):
 
     def spec_type(self) -> type[TransformerSpec]:
         """See ``Task``."""
-        from qlora_lite.train.sequence_head import TextHeadSpec
+        from .text import TextHeadSpec
 
         return TextHeadSpec
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the model with its head, and the loss of pairs."""
-        from qlora_lite.train.reward_head import reward_model
+        from .reward import reward_model
 
         return reward_model(method, REWARD_LABEL, spec)
 

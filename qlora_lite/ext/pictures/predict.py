@@ -10,21 +10,22 @@ from torch import nn
 
 from qlora_lite.data.labels import MASKS, ONE_LABEL
 from qlora_lite.data.picture_files import decode, pillow
-from qlora_lite.data.pictures import Picture, read_pictures
-from qlora_lite.data.pictures import example_of as picture_example
 from qlora_lite.data.tokens.statistics import Statistics
+from qlora_lite.ext.heads.loss import outputs_for
 from qlora_lite.ext.heads.measure import load_head
 from qlora_lite.ext.heads.predict import described, source_to_label, write_lines
 from qlora_lite.files import explain_write_errors
 from qlora_lite.prepare.moment import LabelledRows
 from qlora_lite.prepare.settings import train_settings
 from qlora_lite.recipe.schema import Recipe
-from qlora_lite.train.head_workload import outputs_for
 from qlora_lite.train.loop import eval_batches
-from qlora_lite.train.picture_embedding import EmbeddingSpec
-from qlora_lite.train.picture_head import Pictures
 from qlora_lite.train.step import evaluating
 from qlora_lite.train.workload import Workload
+
+from .embedding import EmbeddingSpec
+from .examples import Picture, read_pictures
+from .examples import example_of as picture_example
+from .head import Pictures
 
 
 def read(recipe: Recipe, rows: str | Path, labels: str) -> list[tuple[Picture, str]]:

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-from qlora_lite.data.picture_processor import Processor
-from qlora_lite.data.picture_processor import processor_of as encoder_processor
 from qlora_lite.errors import ModelError
 from qlora_lite.models.locate import folder_of, read_json
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.skeleton import read_config
 from qlora_lite.recipe.schema import Recipe
+
+from .pixels import Processor
+from .pixels import processor_of as encoder_processor
 
 
 def patch_size(recipe: Recipe) -> int:
@@ -21,7 +22,7 @@ def build_processor(recipe: Recipe, has_masks: bool) -> Processor:
 
     Raises:
         ModelError: the model is not one of pictures, or ``data.resolution`` is no multiple of its patches.
-        DataError: see ``data.picture_processor.processor_of``.
+        DataError: see ``pixels.processor_of``.
     """
     m, wanted = recipe.model, recipe.data.resolution
     config = of_blocks(read_config(m.path, m.revision))

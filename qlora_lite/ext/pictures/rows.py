@@ -6,13 +6,14 @@ from contextlib import suppress
 
 from qlora_lite.data.captions import BESIDE, CAPTIONS, METADATA
 from qlora_lite.data.labels import MASKS
-from qlora_lite.data.pictures import FORMAT, classes_without_pictures, is_folder_of_pictures, not_read, picture_columns
 from qlora_lite.data.readers.fields import columns_of
 from qlora_lite.data.readers.problems import Problems
 from qlora_lite.data.readers.sources import Source, read_rows
 from qlora_lite.data.tokens.statistics import unused_of
 from qlora_lite.errors import DataError
 from qlora_lite.prepare.text_rows import files_not_read, first_names
+
+from .examples import FORMAT, classes_without_pictures, is_folder_of_pictures, not_read, picture_columns
 
 
 def describe_source(source: Source, unused: Mapping[str, Counter[str]], labels: str) -> dict:

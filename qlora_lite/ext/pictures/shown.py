@@ -25,17 +25,18 @@ from torch.nn import functional
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.artifacts.run_files import PICTURES
 from qlora_lite.data.checks.metrics import Score, mean
-from qlora_lite.data.label_metrics import probabilities
 from qlora_lite.data.picture_files import thumbnail
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, DoesNotFitError, OutputError
+from qlora_lite.ext.heads.metrics import probabilities
 from qlora_lite.files import write_text
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.prepare.moment import AFTER, Measured, Moment
-from qlora_lite.train.picture_head import Pictures
 from qlora_lite.train.step import evaluating
 from qlora_lite.train.workload import Workload
 from qlora_lite.units import counted
+
+from .head import Pictures
 
 log = logging.getLogger("qlora_lite")
 SHOWN, NEIGHBOURS = 12, 3  # held-out pictures, and neighbours of each

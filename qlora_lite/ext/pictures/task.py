@@ -16,7 +16,6 @@ from qlora_lite.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qlora_lite.adapters.method import AdapterMethod
-    from qlora_lite.data.picture_processor import Processor
     from qlora_lite.data.readers.sources import Source
     from qlora_lite.data.tokens.examples import Dataset
     from qlora_lite.ext.heads.measure import Scorer
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from qlora_lite.prepare.moment import LabelledRows, Measured, Moment, Watch
     from qlora_lite.train.model_spec import ModelSpec, TransformerSpec
     from qlora_lite.train.workload import Workload
+
+    from .pixels import Processor
 
 MASKS = "segmentation"
 
@@ -80,8 +81,8 @@ class PictureClasses(Task):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the encoder with its head."""
-        from qlora_lite.train.mask_head import mask_head
-        from qlora_lite.train.picture_head import picture_head
+        from .head import picture_head
+        from .mask_head import mask_head
 
         labels, processor = self.head(recipe).labels, self.reader(recipe)
         if self.has_masks:
@@ -90,8 +91,8 @@ class PictureClasses(Task):
 
     def spec_type(self) -> type[TransformerSpec]:
         """See ``Task``."""
-        from qlora_lite.train.mask_head import MaskSpec
-        from qlora_lite.train.picture_head import VisionSpec
+        from .head import VisionSpec
+        from .mask_head import MaskSpec
 
         return MaskSpec if self.has_masks else VisionSpec
 
@@ -128,8 +129,9 @@ class PictureClasses(Task):
         self, recipe: Recipe, sources: Sequence[Source], reader: Any, preference: str | None, max_rows: int | None
     ) -> Dataset:
         """Read pictures with their labels."""
-        from qlora_lite.data.pictures import LabelledPictureReader
         from qlora_lite.data.tokens.examples import read_examples
+
+        from .examples import LabelledPictureReader
 
         return read_examples(sources, None, reader=LabelledPictureReader(self.labels.kind))
 
@@ -156,7 +158,7 @@ class PictureClasses(Task):
     def _score(self) -> Scorer:
         from qlora_lite.ext.heads.measure import score_labels
 
-        from .masks import score_masks
+        from .mask_head import score_masks
 
         return score_masks if self.has_masks else score_labels
 
@@ -208,7 +210,7 @@ class PictureEmbeddings(PictureClasses):
 
     def spec_type(self) -> type[TransformerSpec]:
         """See ``Task``."""
-        from qlora_lite.train.picture_embedding import EmbeddingSpec
+        from .embedding import EmbeddingSpec
 
         return EmbeddingSpec
 

@@ -32,7 +32,7 @@ RATE_SHARE = 0.05
 
 
 class PreferenceEntry(ObjectiveEntry):
-    """An objective of ``train.preference``.
+    """An objective of ``ext.preferences.objective``.
 
     Args:
         kind: its name.
@@ -48,7 +48,7 @@ class PreferenceEntry(ObjectiveEntry):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the language model that compares or judges."""
-        from qlora_lite.train.preference import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, preference_lm
+        from .objective import BETAS, SFT_WEIGHTS, USUAL_BETA, Preference, preference_lm
 
         o, kind = recipe.objective, self.kind
         preference = Preference(

@@ -24,10 +24,11 @@ from qlora_lite.prepare.job import build_workload
 from qlora_lite.prepare.task import find_preference
 from qlora_lite.recipe.schema import Recipe
 from qlora_lite.train.loop import eval_batches
-from qlora_lite.train.preference import Preference
 from qlora_lite.train.settings import TrainSettings
 from qlora_lite.train.step import evaluate_loss, evaluating
 from qlora_lite.train.workload import Workload
+
+from .objective import Preference
 
 log = logging.getLogger("qlora_lite")
 

@@ -48,13 +48,13 @@ class PictureChats(Task):
 
     def workload(self, recipe: Recipe, method: AdapterMethod, spec: ModelSpec | None = None) -> Workload:
         """Return the vision-language model."""
-        from qlora_lite.train.picture_chats import picture_chat_lm
+        from .chats import picture_chat_lm
 
         return picture_chat_lm(method, self.picture_reader(recipe), spec)
 
     def spec_type(self) -> type[TransformerSpec]:
         """See ``Task``."""
-        from qlora_lite.train.picture_chats import VisionLanguageSpec
+        from .chats import VisionLanguageSpec
 
         return VisionLanguageSpec
 

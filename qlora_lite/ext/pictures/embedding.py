@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from qlora_lite.memory.marks import category
 
-from .picture_head import Pictures, VisionSpec
+from .head import Pictures, VisionSpec
 
 TEMPERATURE = 0.05  # what is usual for this loss
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ Stored = Path | Mapping[str, torch.Tensor]  # tensors by name, in a safetensors 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentExample:
-    """A picture with its text; see ``models.denoisers.Conditions`` for what a denoiser takes beside the text.
+    """A picture with its text; see ``denoisers.Conditions`` for what a denoiser takes beside the text.
 
     Args:
         number: of the example in its data; noise is drawn by it.
@@ -57,8 +57,8 @@ class LatentShapes(NamedTuple):
 
 def shapes_of(example: LatentExample) -> LatentShapes:
     """Return the shapes of an example's arrays."""
-    arrays = (getattr(example, name) for name in LatentShapes._fields)
-    return LatentShapes(*(None if array is None else tuple(array.shape) for array in arrays))
+    arrays = {name: getattr(example, name) for name in LatentShapes._fields}
+    return LatentShapes(**{name: tuple(array.shape) for name, array in arrays.items() if array is not None})
 
 
 def check_shapes(examples: Sequence[LatentExample], shapes: LatentShapes) -> None:
@@ -109,7 +109,8 @@ class LatentSet(Sequence):
 
     def neutral_example(self) -> LatentExample:
         """Return what was computed of the empty text as an example without a picture."""
-        return LatentExample(**{"text": None} | arrays_in(self.neutral), latents=np.zeros(0, np.float32), number=0)
+        given: dict[str, Any] = {"text": None} | arrays_in(self.neutral)
+        return LatentExample(**given, latents=np.zeros(0, np.float32), number=0)
 
     @overload
     def __getitem__(self, index: int) -> LatentExample: ...
@@ -119,7 +120,7 @@ class LatentSet(Sequence):
         if isinstance(index, slice):
             return LatentSet(self._stored[index], self._places[index], self.neutral, self._numbers[index])
         picture, text = map(arrays_in, self._stored[index])
-        given = {"text": None} | picture | text
+        given: dict[str, Any] = {"text": None} | picture | text
         return LatentExample(**given, number=self._numbers[index], place=self._places[index])
 
 

@@ -20,14 +20,14 @@ from qlora_lite.memory.marks import category
 from qlora_lite.models.heads import is_encoder, outputs_of
 from qlora_lite.models.kernels import use_kernels
 from qlora_lite.models.memory_options import MemoryOptions
+from qlora_lite.train.batches import Batches, BatchShape
+from qlora_lite.train.causal_lm import TextBatches, TextSpec, planned_rows
+from qlora_lite.train.forward import Inputs, hidden_states, prepare
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.text_guards import check_forward, relative_error
+from qlora_lite.train.workload import Workload
 
-from .batches import Batches, BatchShape
-from .causal_lm import TextBatches, TextSpec, planned_rows
-from .forward import Inputs, hidden_states, prepare
-from .head_workload import HeadLoss
-from .model_spec import ModelSpec
-from .text_guards import check_forward, relative_error
-from .workload import Workload
+from .loss import HeadLoss
 
 WITHOUT_LOGITS = {"loss_chunk_tokens": None, "host_head": False, "compile": False}  # options that it has no use for
 CHECKED_LENGTHS = 7, 12, 5
@@ -144,7 +144,7 @@ def text_head(method: AdapterMethod, problem: str, labels: tuple[str, ...], spec
         spec: of the model, for a plan.
     """
     spec = spec or TextHeadSpec()
-    types = getattr(spec.config, "type_vocab_size", None) or 0
+    types = getattr(getattr(spec, "config", None), "type_vocab_size", None) or 0
     batches = LabelledTexts(method.virtual_tokens, labels, problem, types)
     return Workload(spec, batches, HeadLoss(problem), method)
 

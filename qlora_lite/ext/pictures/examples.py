@@ -11,7 +11,7 @@ text does so with pictures by their content, wherever they lie; the model never 
 Every picture is decoded once before training, by threads: what is broken is then a bad row with a place and a reason.
 (Trusting the header, the usual way, ends a run hours later in a worker.)
 
-What augmentations draw (``picture_processor``) follows from the run's seed, the step and the picture alone, so that
+What augmentations draw (``pixels``) follows from the run's seed, the step and the picture alone, so that
 neither threads nor a resumed run change a bit.
 
 Shapes: pixels float32 [N, 3, H, W].
@@ -30,6 +30,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from qlora_lite.data.captions import CAPTION_COLUMNS, CAPTIONS, Fit, caption_in, caption_of, metadata_of
+from qlora_lite.data.labelled_rows import LABEL_COLUMNS
+from qlora_lite.data.labels import MASKS, ONE_LABEL, label_if_any, label_text
+from qlora_lite.data.picture_files import BROKEN, decode, decoding_threads, file_of, pillow, relative_file
 from qlora_lite.data.readers.data_files import READER_OF_SUFFIX, data_suffix
 from qlora_lite.data.readers.fields import columns_of, fill
 from qlora_lite.data.readers.hub import PREFIX
@@ -39,12 +43,8 @@ from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.files import leads_up
 
-from .captions import CAPTION_COLUMNS, CAPTIONS, Fit, caption_in, caption_of, metadata_of
-from .labelled_rows import LABEL_COLUMNS
-from .labels import MASKS, ONE_LABEL, label_if_any, label_text
 from .masks import classes_of, label_of_mask
-from .picture_files import BROKEN, decode, decoding_threads, file_of, pillow, relative_file
-from .picture_processor import Processor
+from .pixels import Processor
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 PICTURE_COLUMNS = "image", "path", "file_name", "file", "filename", "image_path", "picture", "img"

@@ -2,7 +2,7 @@
 
 An example is one picture and one sequence of length 1: all texts of a run have one length, and pictures, of which a
 plan takes the largest, about one area, so that memory depends on how many there are. Those of other aspect ratios in a
-micro-batch run one shape after the other. Text encoders and autoencoder have done their part before (``data.latents``).
+micro-batch run one shape after the other. Text encoders and autoencoder have done their part before (``latents``).
 
 With x the latents, e noise of a standard normal distribution, and (a, s) how much there is of either at a timestep t:
 
@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -34,11 +34,19 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import blocks_of, in_blocks, linear_layers
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.constraints import STREAMED_TRAINED
-from qlora_lite.data.latents import LatentExample, LatentSet, LatentShapes, check_shapes, stacked
 from qlora_lite.data.tokens.batch import Extent
 from qlora_lite.errors import DataError, ModelError, TrainingError, require_one_of
 from qlora_lite.kernels.fused_attention import PlannedKernels
-from qlora_lite.models.denoisers import (
+from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, trained_on_host
+from qlora_lite.models.skeleton import give_storage
+from qlora_lite.offload.checkpoint import sequence_alone
+from qlora_lite.train.batches import Batches, BatchShape
+from qlora_lite.train.model_spec import ONLY_BLOCKS, TRAINED_WEIGHTS, ModelSpec
+from qlora_lite.train.objective import LossSum, Objective
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.workload import Workload
+
+from .denoisers import (
     TIMESTEPS,
     Conditions,
     DenoiserModel,
@@ -49,15 +57,7 @@ from qlora_lite.models.denoisers import (
     skeleton_of,
     with_depth,
 )
-from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options, trained_on_host
-from qlora_lite.models.skeleton import give_storage
-from qlora_lite.offload.checkpoint import sequence_alone
-
-from .batches import Batches, BatchShape
-from .model_spec import ONLY_BLOCKS, TRAINED_WEIGHTS, ModelSpec
-from .objective import LossSum, Objective
-from .settings import TrainSettings
-from .workload import Workload
+from .latents import LatentExample, LatentSet, LatentShapes, check_shapes, stacked
 
 EPSILON, V, FLOW = "epsilon", "v", "flow"
 UNIFORM, LOGIT_NORMAL = "uniform", "logit_normal"
@@ -66,13 +66,16 @@ EVALUATION = 0, 0  # seed and step that evaluations draw by; steps count from 1
 _LEAST_FLOW = 1e-4  # of the noise, so that no weight is infinite
 
 
-class Draw(NamedTuple):
+Number = TypeVar("Number")  # float, or of a batch a tensor
+
+
+class Draw(NamedTuple, Generic[Number]):
     """What is drawn for a picture beside its noise: its timestep, how much of latents and noise it has, its weight."""
 
-    timestep: float
-    signal: float
-    noise: float
-    weight: float
+    timestep: Number
+    signal: Number
+    noise: Number
+    weight: Number
 
 
 class Noised(NamedTuple):
@@ -83,7 +86,7 @@ class Noised(NamedTuple):
 
     latents: torch.Tensor
     noise: torch.Tensor
-    draws: Draw  # of tensors, float32 [N]
+    draws: Draw[torch.Tensor]  # float32 [N]
     conditions: Conditions
     others: tuple["Noised", ...] = ()
 
@@ -93,7 +96,7 @@ class Noised(NamedTuple):
         return self, *self.others
 
     @property
-    def count(self) -> int:
+    def pictures(self) -> int:
         """How many pictures there are."""
         return sum(len(part.latents) for part in self.parts)
 
@@ -204,7 +207,7 @@ class DenoisingLoss(Objective):
 
     def weight(self, inputs: Noised) -> float:
         """Return how many pictures there are."""
-        return inputs.count
+        return inputs.pictures
 
 
 @lru_cache
@@ -240,7 +243,7 @@ class LatentBatches(Batches):
     """Latents with noise, drawn anew for each step.
 
     Args:
-        shapes: of the examples, with the largest latents; see ``data.latents.shapes_of``.
+        shapes: of the examples, with the largest latents; see ``latents.shapes_of``.
         draws: the objective, which draws timesteps.
         dtype: that the model computes in.
         caption_dropout: share of examples that are told ``neutral`` in training, drawn anew in each step.
@@ -273,7 +276,7 @@ class LatentBatches(Batches):
 
     def enlarged(self, examples: Sequence[LatentExample], most: Extent) -> Sequence[LatentExample]:
         """Return pictures of the largest shape."""
-        largest = np.zeros(self.shapes.latents, np.float32)
+        largest: np.ndarray = np.zeros(self.shapes.latents, np.float32)
         return [replace(example, latents=largest) for example in examples]
 
     def collate(self, examples: Sequence[LatentExample]) -> Noised:
@@ -300,13 +303,13 @@ class LatentBatches(Batches):
             noise.append(torch.randn(example.latents.shape, generator=generator))
             is_left_out = neutral and float(torch.rand((), generator=generator)) < dropout
             told.append(replace(neutral, sizes=example.sizes) if neutral and is_left_out else example)
-        latents = stacked(examples, "latents")
+        latents = torch.from_numpy(np.stack([example.latents for example in examples]))
         numbers = Draw(*(torch.tensor(column, dtype=torch.float32) for column in zip(*draws, strict=True)))
         return Noised(latents.float(), torch.stack(noise), numbers, conditions_of(told, self.dtype))
 
     def shape(self, batch: Noised) -> BatchShape:
         """Return how many pictures there are."""
-        return BatchShape((1,) * batch.count, batch.count)
+        return BatchShape((1,) * batch.pictures, batch.pictures)
 
     def inputs(self, batch: Noised, device: torch.device) -> Noised:
         """Return the batch, in host memory: a step has all of its micro-batches' inputs at once."""
@@ -336,7 +339,7 @@ class DiffusersSpec(ModelSpec):
     """A denoiser of diffusers; its outputs are what it predicts [N, C, H, W].
 
     Args:
-        base: see ``models.denoisers.spec_of``.
+        base: see ``denoisers.spec_of``.
     """
 
     base: DenoiserSpec
@@ -372,7 +375,7 @@ class DiffusersSpec(ModelSpec):
 
     @property
     def blocks_before(self) -> Mapping[str, int]:
-        """See ``models.denoisers.blocks_alike``."""
+        """See ``denoisers.blocks_alike``."""
         return blocks_alike(self.base)
 
     def pattern(self, method: AdapterMethod) -> tuple[int, int]:
@@ -409,7 +412,7 @@ class DiffusersSpec(ModelSpec):
         return model
 
     def blocks(self, model: DenoiserModel) -> list[nn.Module]:
-        """See ``models.denoisers``."""
+        """See ``denoisers``."""
         return [model.get_submodule(path) for path in model.block_paths()]
 
     def check_model(
@@ -440,7 +443,7 @@ def denoiser(
     """Return a denoiser that learns from latents.
 
     Args:
-        spec: of the model; see ``models.denoisers.spec_of``.
+        spec: of the model; see ``denoisers.spec_of``.
         shapes, caption_dropout, pixels_per_latent: see ``LatentBatches``.
         objective: None predicts the noise.
         method: None is LoRA.
@@ -453,8 +456,8 @@ def denoiser(
 def conditions_of(examples: Sequence[LatentExample], dtype: torch.dtype) -> Conditions:
     """Return what a denoiser is told of some examples, in the type that it computes in."""
     text, pooled, mask, sizes, labels = (stacked(examples, name) for name in LatentShapes._fields[1:])
-    computed = (None if each is None else each.to(dtype) for each in (text, pooled, mask))
-    return Conditions(*computed, sizes, labels)
+    text, pooled, mask = (None if each is None else each.to(dtype) for each in (text, pooled, mask))
+    return Conditions(text, pooled, mask, sizes, labels)
 
 
 def _generator(seed: int, step: int, number: int) -> torch.Generator:

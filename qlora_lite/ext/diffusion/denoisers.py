@@ -32,13 +32,12 @@ from torch import nn
 
 from qlora_lite.adapters.lora.inject import in_blocks, linear_layers
 from qlora_lite.errors import ModelError, first_line, how_to_install
+from qlora_lite.models.pretrained import BUILD_ERRORS, refuse_sizes
+from qlora_lite.models.quantizer import replace_weights
+from qlora_lite.models.skeleton import copied
 from qlora_lite.offload.own_blocks import BlockCalls, OwnBlocks
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.nf4 import quantize
-
-from .pretrained import BUILD_ERRORS, refuse_sizes
-from .quantizer import replace_weights
-from .skeleton import copied
 
 log = logging.getLogger("qlora_lite")
 WEIGHTS, CONFIG = "diffusion_pytorch_model", "config.json"
@@ -336,6 +335,7 @@ class Flux(DenoiserModel):
         n, c, h, w = latents.shape
         tokens = latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
         places = _grid(h // 2, w // 2, 3, latents)
+        assert conditions.text is not None
         predicted = self.denoiser(
             tokens,
             conditions.text,
@@ -358,6 +358,7 @@ class Flux2(DenoiserModel):
         """See ``DenoiserModel``."""
         n, c, h, w = latents.shape
         places = _grid(h, w, 4, latents)
+        assert conditions.text is not None
         of_text = places.new_zeros(conditions.text.shape[1], 4)
         of_text[:, 3] = torch.arange(len(of_text), device=latents.device)
         predicted = self.denoiser(

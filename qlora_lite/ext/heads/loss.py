@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from qlora_lite.data.labels import LABELS, ONE_LABEL
-
-from .objective import LossSum, Objective
-from .step import evaluating
-from .workload import Workload
+from qlora_lite.train.objective import LossSum, Objective
+from qlora_lite.train.step import evaluating
+from qlora_lite.train.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Processor:
             image: three channels of 8 bits.
             chance: draws the augmentation; None augments nothing.
         """
-        array = self.cut(image, self.resample, 0, chance).astype(np.float32)
+        array: np.ndarray = self.cut(image, self.resample, 0, chance).astype(np.float32)
         return (array * np.float32(self.scale) - self._column(self.mean)) / self._column(self.std)
 
     def cut(self, image: "Image", resample: int, fill: int, chance: random.Random | None = None) -> np.ndarray:
@@ -124,7 +124,7 @@ class Processor:
 
 
 def processor_of(
-    said: Mapping[str, object], size: int | tuple[int, int], wanted: int | None = None, augment: str = "none"
+    said: Mapping[str, Any], size: int | tuple[int, int], wanted: int | None = None, augment: str = "none"
 ) -> Processor:
     """Return the processor that a model's files describe, for pictures of a size.
 
@@ -161,7 +161,7 @@ def processor_of(
     return Processor(height, width, resize, resample, scale, mean, std, augment)
 
 
-def _edges(said: object) -> tuple[int, int]:
+def _edges(said: Any) -> tuple[int, int]:
     """Return height and width of a size as transformers writes one."""
     if isinstance(said, Mapping):
         return (said["height"], said["width"]) if "height" in said else (said["shortest_edge"],) * 2
@@ -169,7 +169,7 @@ def _edges(said: object) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _resize_of(said: object) -> int | tuple[int, int] | None:
+def _resize_of(said: Any) -> int | tuple[int, int] | None:
     if isinstance(said, Mapping):
         return int(said["shortest_edge"]) if "shortest_edge" in said else _edges(said)
     return said if said is None or isinstance(said, int) else _edges(said)
@@ -185,8 +185,8 @@ def _random_box(width: int, height: int, chance: random.Random) -> tuple[float, 
             left, upper = chance.randint(0, width - w), chance.randint(0, height - h)
             return left, upper, left + w, upper + h
     ratio = min(max(width / height, _RATIO[0]), _RATIO[1])  # of what is left, the middle
-    w, h = min(width, height * ratio), min(height, width / ratio)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    wide, high = min(width, height * ratio), min(height, width / ratio)
+    return (width - wide) / 2, (height - high) / 2, (width + wide) / 2, (height + high) / 2
 
 
 def _cut(array: np.ndarray, height: int, width: int, fill: int) -> np.ndarray:

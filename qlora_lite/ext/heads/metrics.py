@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlora_lite.data.checks.metrics import Score, mean
-
-from .labels import LABELS, NUMBER
+from qlora_lite.data.labels import LABELS, NUMBER
 
 
 def scores_of(outputs: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, Score]:
@@ -36,15 +35,14 @@ def scores_of(outputs: np.ndarray, targets: np.ndarray, problem: str) -> dict[st
     if problem == LABELS:
         chosen, there = outputs > 0, targets > 0.5
         both, only, missed = (chosen & there).sum(0), (chosen & ~there).sum(0), (~chosen & there).sum(0)
-        each = [f1(*counts) for counts in zip(both, only, missed, strict=True)]
-        found = {"f1_macro": float(np.mean(each)), "f1_micro": f1(both.sum(), only.sum(), missed.sum())}
+        each = [f1(a, b, c) for a, b, c in zip(both.tolist(), only.tolist(), missed.tolist(), strict=True)]
+        found = {"f1_macro": float(np.mean(each)), "f1_micro": f1(int(both.sum()), int(only.sum()), int(missed.sum()))}
         exact = mean((chosen == there).all(1).tolist())
         return {"accuracy": exact, **{name: Score(value, None, count) for name, value in found.items()}}
     matrix = confusion(outputs.argmax(1), targets, outputs.shape[1])
     right = mean((outputs.argmax(1) == targets).tolist())
-    each = [
-        f1(matrix[n, n], matrix[:, n].sum() - matrix[n, n], matrix[n].sum() - matrix[n, n]) for n in range(len(matrix))
-    ]
+    counts = (matrix.diagonal().tolist(), matrix.sum(0).tolist(), matrix.sum(1).tolist())
+    each = [f1(hits, given - hits, there - hits) for hits, given, there in zip(*counts, strict=True)]
     found = {"f1_macro": float(np.mean(each)), "matthews": matthews(matrix)}
     if len(matrix) == 2:
         found["f1_binary"] = each[1]

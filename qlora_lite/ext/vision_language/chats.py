@@ -27,14 +27,13 @@ from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError
 from qlora_lite.kernels.loss import head_logits
 from qlora_lite.models.anatomy import decoder, device_of, head
-from qlora_lite.models.vision_language import FAMILIES, arguments_of, sees_whole
-
-from .batches import Batches, BatchShape
-from .causal_lm import CrossEntropy, TextBatches, TextSpec, planned_rows
-from .forward import Inputs, hidden_states, prepare
-from .model_spec import ModelSpec
-from .text_guards import check_forward, relative_error
-from .workload import Workload
+from qlora_lite.models.vision_language import FAMILIES, Grids, arguments_of, sees_whole
+from qlora_lite.train.batches import Batches, BatchShape
+from qlora_lite.train.causal_lm import CrossEntropy, TextBatches, TextSpec, planned_rows
+from qlora_lite.train.forward import Inputs, hidden_states, prepare
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.text_guards import check_forward, relative_error
+from qlora_lite.train.workload import Workload
 
 NO_READER = PictureReader(0, 1, 1)
 
@@ -54,7 +53,8 @@ class PictureChats(TextBatches):
 
     def picture_counts(self, examples: Sequence[Example]) -> np.ndarray:
         """Return how many units the tower computes of each, and how many of its largest picture."""
-        found, token, tokens = np.zeros((len(examples), 2), np.int64), self.reader.token_id, self.reader.tokens
+        token, tokens = self.reader.token_id, self.reader.tokens
+        found: np.ndarray = np.zeros((len(examples), 2), np.int64)
         for number, example in enumerate(examples):
             largest = max((prod(picture.grid) for picture in example.pictures), default=0)
             found[number] = (example.token_ids == token).sum() // tokens, largest
@@ -102,9 +102,9 @@ class PictureChats(TextBatches):
         grids = grids_of(picture for example in examples for picture in example.pictures)
         return self.with_pixels(batch, torch.from_numpy(pixels), grids)
 
-    def with_pixels(self, batch: Batch, pixels: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> Batch:
+    def with_pixels(self, batch: Batch, pixels: torch.Tensor, grids: Grids) -> Batch:
         """Return a batch with pixels and, with grids, the positions of their tokens."""
-        batch = replace(batch, pixels=pixels, grids=grids)
+        batch = replace(batch, pixels=pixels, grids=tuple(grids))
         if not grids or not self.reader.three_axes:
             return batch
         positions = positions_of(batch.row_lengths, self._begins(batch), grids)
@@ -216,7 +216,7 @@ def logits_error(chats: PictureChats, model: nn.Module) -> float:
     """Return the relative L2 error of the logits of packed rows, two of them with pictures."""
     r, generator = chats.reader, torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    shapes = ((2, 3), (3, 1), (1, 2)) if r.keeps_shape else ()
+    shapes: Grids = ((2, 3), (3, 1), (1, 2)) if r.keeps_shape else ()
     sizes, rows, owns = chats.sizes(shapes, 3), [], (slice(0, 1), slice(1, 1), slice(1, 3))
     places = chats.places_of((0,) * 3, shapes)
     for own in owns:

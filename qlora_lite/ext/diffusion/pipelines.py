@@ -4,7 +4,7 @@ diffusers' ``model_index.json`` names the parts. A folder without an autoencoder
 denoiser's folder is a pipeline with diffusers' own scheduler and nothing else. Nothing here loads a whole pipeline:
 the autoencoder and the text encoders are loaded one after the other, used, and freed before the denoiser is there.
 
-Shapes: pictures float32 [N, C, H, W], from -1 to 1; latents [N, C, H, W], as ``models.denoisers`` wants them.
+Shapes: pictures float32 [N, C, H, W], from -1 to 1; latents [N, C, H, W], as ``denoisers`` wants them.
 """
 
 import gc
@@ -28,6 +28,9 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from qlora_lite.errors import ModelError, first_line
 from qlora_lite.files import cache_root, content_digest, replacing_folder
+from qlora_lite.models.families import known_pipelines
+from qlora_lite.models.locate import ModelFiles, download, read_json
+from qlora_lite.models.pretrained import BUILD_ERRORS, text_encoder_of, tokenizer_of
 from qlora_lite.units import counted
 
 from .denoisers import (
@@ -41,9 +44,6 @@ from .denoisers import (
     spec_of,
     weight_files,
 )
-from .families import known_pipelines
-from .locate import ModelFiles, download, read_json
-from .pretrained import BUILD_ERRORS, text_encoder_of, tokenizer_of
 
 INDEX, SCHEDULER_CONFIG = "model_index.json", "scheduler_config.json"
 PARTS = "transformer", "unet"  # folders of denoisers
@@ -227,7 +227,7 @@ def _parts_of(index: Mapping[str, Any]) -> list[str]:
 
 
 def spec_in(pipeline: Pipeline, **how) -> DenoiserSpec:
-    """Return the spec of a pipeline's denoiser; see ``models.denoisers.spec_of``."""
+    """Return the spec of a pipeline's denoiser; see ``denoisers.spec_of``."""
     return spec_of(pipeline.denoiser, **how)
 
 
@@ -379,7 +379,7 @@ class TextEncoders:
             ModelError: it is of another class than the pipeline's code is for, or weights are missing.
         """
         folder, named = pipeline.folder / name, pipeline.index[name][1]
-        wanted = get_type_hints(kind.__init__).get(name)
+        wanted = get_type_hints(kind.__init__).get(name)  # type: ignore[misc]  # of the class itself
         if not name.startswith("text_encoder"):
             has_length = (pipeline.length_in(name) or VERY_LARGE_INTEGER) < VERY_LARGE_INTEGER
             if wanted is not CLIPTokenizer or has_length:

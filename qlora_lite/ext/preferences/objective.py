@@ -43,14 +43,13 @@ from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.memory_options import MemoryOptions
 from qlora_lite.offload.transfer import sent
-
-from .batches import BatchShape
-from .causal_lm import TextBatches, TextSpec, planned_rows
-from .forward import Inputs, prepare
-from .model_spec import ModelSpec
-from .objective import LossSum, Objective
-from .processes import ALONE, Processes
-from .workload import Workload
+from qlora_lite.train.batches import Batches, BatchShape
+from qlora_lite.train.causal_lm import TextBatches, TextSpec, planned_rows
+from qlora_lite.train.forward import Inputs, prepare
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.objective import LossSum, Objective
+from qlora_lite.train.processes import ALONE, Processes
+from qlora_lite.train.workload import Workload
 
 OF_TWO = 4  # tokens that two sequences have at least: one of a prompt, and a target
 WITH_REFERENCE = "dpo", "ipo", "hinge", "kto"  # objectives that compare with the model that training begins with
@@ -216,8 +215,9 @@ class Preference(Objective):
 
     def prepare_step(
         self,
-        work: Workload,
         model: nn.Module,
+        spec: ModelSpec,
+        maker: Batches,
         batches: Sequence[PreferenceBatch],
         processes: Processes = ALONE,
         counted: int | None = None,
@@ -225,10 +225,11 @@ class Preference(Objective):
         """Return a step's micro-batches with the mean log-ratio of all their answers to other prompts."""
         if self.is_of_pairs:
             return batches
-        moved, device = [], work.spec.device(model)
+        moved, device = [], spec.device(model)
         for each in batches:
+            assert each.other is not None
             references, others = sent(each.references[:, 1], device), sequences_in(each.other, device)
-            moved.append((self._of(model, work.spec, others) - references).sum().item())
+            moved.append((self._of(model, spec, others) - references).sum().item())
         answers = sum(len(each.desirable) for each in batches[:counted])
         total, count = processes.exchange(sum(moved[:counted]), answers)
         return [each._replace(moved=max(0.0, total / count)) for each in batches]
@@ -304,7 +305,8 @@ class ComparedTexts(TextBatches):
         """See ``forward.prepare``."""
         if not isinstance(batch, PreferenceBatch):
             return super().inputs(batch, device)
-        own, other = sequences_in(batch.own, device), batch.other and sequences_in(batch.other, device)
+        own = sequences_in(batch.own, device)
+        other = None if batch.other is None else sequences_in(batch.other, device)
         references, desirable = (sent(tensor, device) for tensor in (batch.references, batch.desirable))
         return PreferenceInputs(own, other, references, desirable, torch.full((), batch.moved, device=device))
 

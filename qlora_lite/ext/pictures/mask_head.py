@@ -23,19 +23,20 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.checks.metrics import Score
 from qlora_lite.data.labels import MASKS
-from qlora_lite.data.masks import WITHOUT
-from qlora_lite.data.picture_processor import Processor
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import ModelError
+from qlora_lite.ext.heads.measure import MAX_SHOWN, Scores
 from qlora_lite.memory.marks import category
 from qlora_lite.models.nested import of_blocks
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.objective import LossSum, Objective
+from qlora_lite.train.step import evaluating
+from qlora_lite.train.workload import Workload
 
-from .batches import BatchShape
-from .model_spec import ModelSpec
-from .objective import LossSum, Objective
-from .picture_head import PictureBatches, Pictures, VisionSpec, options_of
-from .step import evaluating
-from .workload import Workload
+from .head import PictureBatches, Pictures, VisionSpec, options_of
+from .masks import WITHOUT
+from .pixels import Processor
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MaskBatches(PictureBatches):
 
     def _targets(self, examples: Sequence[Example], classes: list[np.ndarray | None]) -> torch.Tensor:
         size = (self.processor.height, self.processor.width)
-        blank = np.full(size, WITHOUT, np.int64)  # of pictures that are to be labelled
+        blank: np.ndarray = np.full(size, WITHOUT, np.int64)  # of pictures that are to be labelled
         return torch.from_numpy(np.stack([blank if each is None else each for each in classes]))
 
     def planned_inputs(self, shape: BatchShape, device: torch.device) -> Pictures:
@@ -115,7 +116,7 @@ def mask_head(method: AdapterMethod, labels: tuple[str, ...], processor: Process
 
 
 @torch.no_grad()
-def measure_masks(work: Workload, model: nn.Module, batches: Iterable[Pictures]) -> tuple[dict[str, Score], list]:
+def score_masks(work: Workload, model: nn.Module, batches: Iterable[Pictures]) -> Scores:
     """Return mean intersection over union and accuracy of pixels, with dropout off, and the confusion of pixels.
 
     The union of a class is all pixels that have it or were given it, in all pictures together; a class that no pixel
@@ -134,4 +135,5 @@ def measure_masks(work: Workload, model: nn.Module, batches: Iterable[Pictures])
     miou = (both[union > 0] / union[union > 0]).mean().item() if union.any() else 0.0
     accuracy = (both.sum() / square.sum().clamp(min=1)).item()
     scores = {"miou": miou, "pixel_accuracy": accuracy}
-    return {name: Score(value, None, pictures) for name, value in scores.items()}, square.tolist()
+    shown = square.tolist() if count <= MAX_SHOWN else None
+    return {name: Score(value, None, pictures) for name, value in scores.items()}, shown

@@ -23,7 +23,7 @@ In an evaluation the model answers each prompt once, with the likeliest tokens, 
 Shapes: R answers of a micro-batch, G of each prompt in turn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import ClassVar, NamedTuple, Self
@@ -38,22 +38,21 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.tokens.batch import Batch, Extent
 from qlora_lite.data.tokens.storage import Example, prompt_tokens
 from qlora_lite.errors import DataError, ModelError, TrainingError
+from qlora_lite.ext.preferences.objective import Sequences, sequences_in
 from qlora_lite.kernels.loss import AUTO_CHUNK_TOKENS, sequence_losses
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.load import uses_row_attention
 from qlora_lite.models.memory_options import MemoryOptions, stream_of
 from qlora_lite.offload.transfer import sent
-
-from .batches import BatchShape
-from .causal_lm import TextBatches, TextSpec, planned_rows
-from .forward import Inputs
-from .model_spec import ModelSpec
-from .objective import LossSum, Objective
-from .out_of_memory import free_cached_memory
-from .preference import Sequences, sequences_in
-from .processes import ALONE, Processes
-from .workload import Workload
+from qlora_lite.train.batches import Batches, BatchShape
+from qlora_lite.train.causal_lm import TextBatches, TextSpec, planned_rows
+from qlora_lite.train.forward import Inputs
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.objective import LossSum, Objective
+from qlora_lite.train.out_of_memory import free_cached_memory
+from qlora_lite.train.processes import ALONE, Processes
+from qlora_lite.train.workload import Workload
 
 LEAST_DEVIATION = 1e-4  # is added to a group's standard deviation, as in trl
 MANY_CUT = 0.5  # share of answers that are cut which is named as the cause where no answer is better than another
@@ -205,8 +204,9 @@ class GroupPolicy(Objective):
 
     def prepare_step(
         self,
-        work: Workload,
         model: nn.Module,
+        spec: ModelSpec,
+        maker: Batches,
         batches: Sequence[PolicyBatch],
         processes: Processes = ALONE,
         counted: int | None = None,
@@ -220,10 +220,10 @@ class GroupPolicy(Objective):
         """
         if self.answer is None or self.judge is None:
             raise TrainingError("a policy that learns has to be given what answers, and what judges the answers")
-        rows_of, learns = work.batches, model.training
-        assert isinstance(rows_of, Groups)
+        assert isinstance(maker, Groups)
+        learns = model.training
         seed = int(torch.randint(1 << 31, ())) if learns else 0  # an evaluation draws none, and can be done again
-        rows = [rows_of.repeated(batch.examples) if learns else list(batch.examples) for batch in batches]
+        rows = [maker.repeated(batch.examples) if learns else list(batch.examples) for batch in batches]
         flat = [example for some in rows for example in some]
         prompts = [example.token_ids[: prompt_tokens(example)].tolist() for example in flat]
         numbers = [
@@ -234,7 +234,7 @@ class GroupPolicy(Objective):
         at_once = max(len(batch.factors) for batch in batches)
         drawn = self.temperature if learns else 0.0
         said = self.answer(model, prompts, drawn, seed, numbers, self.max_completion_tokens, at_once)
-        free_cached_memory(work.spec.device(model))  # no tensor of the step gets what a recorded token took until then
+        free_cached_memory(spec.device(model))  # no tensor of the step gets what a recorded token took until then
         judged = self.judge(flat, [answer.text for answer in said])
         rewards = sum(judged.values(), torch.zeros(len(flat)))
         lengths = torch.tensor([float(len(answer.token_ids)) for answer in said])
@@ -255,7 +255,7 @@ class GroupPolicy(Objective):
         found, start = [], 0
         for batch, some in zip(batches, rows, strict=True):
             these = slice(start, start := start + len(some))
-            packed = rows_of.answered(some, [answer.token_ids for answer in said[these]])
+            packed = maker.answered(some, [answer.token_ids for answer in said[these]])
             own_scores = {name: each[these] for name, each in scores.items()}
             found.append(PolicyBatch(packed, batch.examples, factors[these], own_scores))
         return found
@@ -304,6 +304,7 @@ class Groups(TextBatches):
     def check(self, model: nn.Module, examples: object) -> None:
         """See ``TextBatches``; each example has a prompt."""
         super().check(model, examples)
+        assert isinstance(examples, Sequence)
         for example in examples:
             if not prompt_tokens(example):
                 raise DataError(
@@ -337,13 +338,13 @@ class Groups(TextBatches):
         before = self.virtual + self.max_completion_tokens
         longest = max(1, most.longest // self.group_size - before)
         others = max(most.rows - 1, most.tokens // self.group_size - most.rows * before - longest)
-        shares = np.diff(np.arange(most.rows) * others // max(1, most.rows - 1)) if most.rows > 1 else []
+        shares: Iterable = np.diff(np.arange(most.rows) * others // max(1, most.rows - 1)) if most.rows > 1 else ()
         return [_with_prompt(examples[0], np.resize(tokens, length)) for length in (longest, *map(int, shares))]
 
     def collate(self, examples: Sequence[Example]) -> PolicyBatch:
         """Pack groups of answers whose tokens mean nothing yet; ``prepare_step`` gives them theirs."""
         empty = torch.zeros(len(examples) * self.group_size)
-        answers = [
+        answers: list[np.ndarray] = [
             np.resize(each.token_ids, self.max_completion_tokens) for each in examples for _ in range(self.group_size)
         ]
         return PolicyBatch(self.answered(self.repeated(examples), answers), tuple(examples), empty, {})
@@ -352,7 +353,7 @@ class Groups(TextBatches):
         """Return each example as often as it has answers."""
         return [each for each in examples for _ in range(self.group_size)]
 
-    def answered(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
+    def answered(self, examples: Sequence[Example], answers: Iterable[np.ndarray | Sequence[int]]) -> Batch:
         """Return answers packed behind the prompts of examples, and nothing but the answers to be learned."""
         found = []
         for example, new in zip(examples, answers, strict=True):
@@ -393,6 +394,6 @@ def policy_lm(method: AdapterMethod, objective: GroupPolicy, spec: ModelSpec | N
 
 
 def _with_prompt(example: Example, tokens: np.ndarray) -> Example:
-    learned = np.zeros(len(tokens) + 1, np.bool_)
+    learned: np.ndarray = np.zeros(len(tokens) + 1, np.bool_)
     learned[-1] = True
     return replace(example, token_ids=np.append(tokens, tokens[:1]), learned=learned)

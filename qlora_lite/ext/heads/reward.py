@@ -18,15 +18,15 @@ from qlora_lite.data.labels import NUMBER
 from qlora_lite.data.tokens.batch import Extent
 from qlora_lite.data.tokens.storage import Example, sequences_of
 from qlora_lite.errors import ModelError
+from qlora_lite.ext.preferences.objective import enlarged_in_two, halved
 from qlora_lite.models.heads import is_encoder
+from qlora_lite.train.batches import BatchShape
+from qlora_lite.train.forward import Inputs
+from qlora_lite.train.model_spec import ModelSpec
+from qlora_lite.train.objective import LossSum, Objective
+from qlora_lite.train.workload import Workload
 
-from .batches import BatchShape
-from .forward import Inputs
-from .model_spec import ModelSpec
-from .objective import LossSum, Objective
-from .preference import enlarged_in_two, halved
-from .sequence_head import LabelledTexts, Texts, text_head
-from .workload import Workload
+from .text import LabelledTexts, Texts, text_head
 
 
 @dataclass(frozen=True)

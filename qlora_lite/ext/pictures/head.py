@@ -5,7 +5,7 @@ size: a micro-batch is a batch [N, 3, H, W], and memory depends on N. The model 
 included (DINOv2's reads the first token beside the mean of the patches, SigLIP's and CLIP's the mean), so that there is
 nothing of its inputs or outputs that could differ from what transformers and peft compute.
 
-Pixels are made by ``data.pictures.Decoder``, in threads, of the next step while the present one computes.
+Pixels are made by ``examples.Decoder``, in threads, of the next step while the present one computes.
 """
 
 import inspect
@@ -20,22 +20,22 @@ from torch import nn
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.adapters.parts import base_path
 from qlora_lite.data.labels import ONE_LABEL, target_of
-from qlora_lite.data.picture_processor import Processor
-from qlora_lite.data.pictures import decoder
 from qlora_lite.data.tokens.storage import Example
 from qlora_lite.errors import DataError, ModelError, first_line
+from qlora_lite.ext.heads.loss import HeadLoss
 from qlora_lite.memory.marks import category
 from qlora_lite.models import anatomy
 from qlora_lite.models.memory_options import MemoryOptions, place, set_memory_options
 from qlora_lite.models.nested import of_blocks
 from qlora_lite.models.skeleton import give_storage, meta_copy
+from qlora_lite.train.batches import Batches, BatchShape
+from qlora_lite.train.model_spec import ONLY_BLOCKS, TRAINED_WEIGHTS, ModelSpec, TransformerSpec
+from qlora_lite.train.settings import TrainSettings
+from qlora_lite.train.text_guards import check_updates_in_backward, check_weights
+from qlora_lite.train.workload import Workload
 
-from .batches import Batches, BatchShape
-from .head_workload import HeadLoss
-from .model_spec import ONLY_BLOCKS, TRAINED_WEIGHTS, ModelSpec, TransformerSpec
-from .settings import TrainSettings
-from .text_guards import check_updates_in_backward, check_weights
-from .workload import Workload
+from .examples import decoder
+from .pixels import Processor
 
 _RESIZES = "interpolate_pos_encoding"  # transformers' argument for pictures of another size than the model's own
 
