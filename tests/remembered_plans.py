@@ -1,19 +1,9 @@
 """Measure the machine and simulate equal steps only once, for tests of many plans or runs: most of their time."""
 
-from dataclasses import replace
-
 import qlora_lite.prepare.ranks
 from qlora_lite.planning import simulate
 
 _KNOWN: dict[str, object] = {}  # simulations of this process: most files train the same tiny models
-
-
-def _shown(spec):
-    """A spec with all of its configuration but the folder it is from; a denoiser's is text already."""
-    config = spec.config
-    if isinstance(config, str):
-        return spec
-    return replace(spec, config=[item for item in config.to_dict().items() if item[0] != "_name_or_path"])
 
 
 def remember_simulations(setattr_=setattr) -> dict:
@@ -30,8 +20,7 @@ def remember_simulations(setattr_=setattr) -> dict:
     def remembered(job, timeline=False):
         if timeline:
             return real(job, timeline)
-        spec = job.workload.spec  # which is not shown
-        key = repr((job, _shown(spec)))
+        key = repr(job)
         if key not in _KNOWN:
             _KNOWN[key] = real(job)
         return _KNOWN[key]

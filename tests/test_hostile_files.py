@@ -214,7 +214,7 @@ def trained():
         "progress": {
             "evaluated_step": 0,
             "evaluations_without_better": 0,
-            "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "labelled_tokens": 8},
+            "totals": {"steps": 1, "seconds": 1.5, "tokens": 9, "target_tokens": 8},
             "peak_bytes": 10,
             "before": {"score": 0.5, "answers": ["a"]},
             "best_loss": None,

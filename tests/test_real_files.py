@@ -64,7 +64,7 @@ def test_a_real_file_trains_with_its_recipe(name, tokenizer, recipe_of):
     _, rows_read, examples, split = FILES[name]
     data = build_data(recipe_of(name), tokenizer)
     assert (data.rows_read, len(data.examples), data.split, data.dropped) == (rows_read, examples, split, {})
-    assert data.learned_tokens > data.rows_read
+    assert data.target_tokens > data.rows_read
     assert tokenizer.convert_ids_to_tokens(list(data.end_token_ids)) == ["<|im_end|>"]
 
 
@@ -80,8 +80,8 @@ def test_its_rows_are_those_that_rendering_and_tokenising_each_alone_gives(name,
         assert isinstance(row, Conversation)
         rendered = render_row(row, template, "assistant")
         (tokens,) = tokenise([rendered.text], tokenizer)
-        learned, ends = mark_row(rendered, tokens, template, True)
-        assert example.token_ids.tolist() == tokens.ids.tolist() and example.learned.tolist() == learned.tolist()
+        is_target, ends = mark_row(rendered, tokens, template, True)
+        assert example.token_ids.tolist() == tokens.ids.tolist() and example.is_target.tolist() == is_target.tolist()
         first = rendered.answers[-1][0]
         assert example.prompt == rendered.text[:first]
         assert (example.answer, example.where) == (rendered.text[first : tokens.starts[ends[-1]]], rendered.where)

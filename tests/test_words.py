@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lite.artifacts import run_files
 from qlora_lite.recipe.schema import FORMER_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,7 @@ INSTEAD_OF = {
     r"rehears\w*": "memory probe",
     r"LoRA factors": "LoRA weights",
     r"(laid|lie|lay) end to end|rows_(run_)?alone": "packed sequences, unpacked",
-    r"(learned|labelled) tokens?": "target tokens",
+    r"(learned|labelled)[ _]tokens?": "target tokens",
     r"kept[ _]blocks": "uncheckpointed layers",
     r"stretches|stand-ins?|(?<!words_)stand_ins?": "segments, placeholder",
     r"unpack(s|ed|ing)? (the |a )?(4-bit )?weights?|unpacked weights?": "dequantise",
@@ -33,7 +34,7 @@ INSTEAD_OF = {
     r"Tell whether|tell whether": "return whether",
     r"(machine|option|settings|examples|conversation|state|record|or) (is|are) none": "is not a ..., is invalid",
 }
-FORMER = re.compile("|".join(name.rpartition(".")[2] for name in FORMER_NAMES))
+FORMER = re.compile("|".join(name.rpartition(".")[2] for name in (*FORMER_NAMES, *run_files.FORMER_NAMES)))
 
 
 def texts() -> list[Path]:

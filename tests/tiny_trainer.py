@@ -43,9 +43,9 @@ def examples(count=12):
     rows = []
     for i in range(count):
         length = int(chance.integers(4, 15))
-        learned = np.ones(length, dtype=bool)
-        learned[:2] = False
-        rows.append(Example(chance.integers(3, 160, length).astype(np.int32), learned, "", "", f"rows.jsonl:{i + 1}"))
+        is_target = np.ones(length, dtype=bool)
+        is_target[:2] = False
+        rows.append(Example(chance.integers(3, 160, length).astype(np.int32), is_target, "", "", f"rows.jsonl:{i + 1}"))
     return rows
 
 

@@ -279,10 +279,10 @@ def noise_rows(name: str, pictures=((1,), (), (2, 1), (1,)), seed: int = 0) -> l
                 shown = [*([TOKEN] * grid[1] + [4]) * grid[0]][:-1]
             ids += [*shown, *chance.integers(5, 400, 2)]
         answer = chance.integers(5, 400, 6)
-        learned = np.arange(len(ids) + 6) >= len(ids)
+        is_target = np.arange(len(ids) + 6) >= len(ids)
         shown = enumerate(zip(parts, grids, strict=True))
         files = tuple(PictureFile(f"{number}/{index}", str(count), grid) for index, (count, grid) in shown)
-        found.append(Example(np.array([*ids, *answer], np.int32), learned, "", "", f"row {number}", pictures=files))
+        found.append(Example(np.array([*ids, *answer], np.int32), is_target, "", "", f"row {number}", pictures=files))
     return found
 
 

@@ -10,6 +10,7 @@ Layer L0: the standard library only.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ DAMAGE = "damage.json"  # what four bits cost, where `qlora-lite damage` was ask
 PICTURES = "pictures.json"  # what a report shows of held-out pictures, where rows are such
 SAMPLES = "samples"  # folder of pictures that a denoiser drew before and after training
 SAMPLES_INDEX = "samples.json"  # of that folder: prompts, and the pictures as data URIs
+# Of figures in metrics.jsonl and summary.json.
+FORMER_NAMES = {
+    "labelled_tokens": "target_tokens",
+    "eval_labelled_tokens": "eval_target_tokens",
+    "learned_tokens": "target_tokens",
+}
 RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 
 
@@ -72,7 +79,15 @@ def _json_object(line: str) -> dict[str, Any] | None:
         value = json.loads(line)
     except ValueError:
         return None
-    return value if isinstance(value, dict) else None
+    return with_present_names(value) if isinstance(value, dict) else None
+
+
+def with_present_names(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return figures of a run under the names that they have now."""
+    return {
+        FORMER_NAMES.get(name, name): with_present_names(value) if isinstance(value, dict) else value
+        for name, value in figures.items()
+    }
 
 
 def number(value: object) -> float | None:

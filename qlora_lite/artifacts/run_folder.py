@@ -36,7 +36,7 @@ from qlora_lite.recipe.schema import Recipe
 from qlora_lite.terminal import LogFormatter
 from qlora_lite.train.checkpoints import CHECKPOINTS, folder_of, newest_whole, steps_on_disk
 
-from .run_files import METRICS, RECIPE, SAMPLES, SUMMARY
+from .run_files import METRICS, RECIPE, SAMPLES, SUMMARY, with_present_names
 
 log = logging.getLogger("qlora_lite")
 ADAPTER, ADAPTER_LAST = "adapter", "adapter-last"
@@ -211,7 +211,7 @@ def summary_in(path: Path) -> dict:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return with_present_names(summary) if isinstance(summary, dict) else {}
 
 
 def _failed_at_once(path: Path) -> bool:
@@ -433,9 +433,9 @@ def open_run(path: str | Path) -> OpenedRun:
             f"{folder} is not a run folder: it has no {RECIPE}; nor an adapter folder: it has no {ADAPTER_CONFIG}"
         )
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary = with_present_names(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
         end_token_ids = tuple(int(token) for token in summary["data"]["end_token_ids"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RecipeError(f"{folder / 'summary.json'} is missing or broken; is this a complete run folder?") from None
     recipe = load_recipe(folder / RECIPE, check_files=False)
     adapter = next((folder / name for name in trained_folders(recipe) if _holds_weights(folder / name)), None)

@@ -99,7 +99,7 @@ def _source_lines(label: str, sources: list[dict]) -> list[str]:
         lines.append(_line(label, f"{source['path']} ({source['format'] or 'format not recognised'}{weight})"))
         if len(sources) > 1:
             counts = f"{source['examples']:,} examples, {source['tokens']:,} tokens"
-            lines.append(_line("", f"{counts}, {source['learned_tokens']:,} target tokens"))
+            lines.append(_line("", f"{counts}, {source['target_tokens']:,} target tokens"))
         lines += [_line("", note) for note in source["notes"]]
     return lines
 
@@ -113,12 +113,12 @@ def _count_lines(counts: dict) -> list[str]:
     places = {reason: first_places(counts, reason) for reason in counts["dropped"]}
     cut = f", {counts['truncated']:,} truncated" if counts["truncated"] else ""
     cut += f", {counts['split']:,} split" if counts["split"] else ""
-    share = counts["learned_tokens"] / max(1, counts["tokens"])
+    share = counts["target_tokens"] / max(1, counts["tokens"])
     return [
         _line("rows", f"{counts['rows_read']:,} read, {counts['rows_kept']:,} kept{dropped}{cut}"),
         *(_line("dropped", f"{reason}: {where}") for reason, where in places.items() if where),
         *(
-            [_line("tokens", f"{counts['tokens']:,}, of which {counts['learned_tokens']:,} are targets ({share:.1%})")]
+            [_line("tokens", f"{counts['tokens']:,}, of which {counts['target_tokens']:,} are targets ({share:.1%})")]
             if counts["tokens"]
             else []
         ),
@@ -144,7 +144,7 @@ def _template_lines(report: dict) -> list[str]:
 
     lines = [_line("template", line_of_template(report["template"]))] if report["template"] else []
     for token in report["special_tokens"]:
-        lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['learned']:,} targets"))
+        lines.append(_line("special token", f"{token['token']} {token['count']:,} times, {token['targets']:,} targets"))
     return lines
 
 
@@ -163,11 +163,11 @@ def _row(row: dict) -> list[str]:
     """Colour a row's text; where colours are taken away (a pipe), «...» still encloses target tokens."""
     text, was_target = "", False
     pieces = _clipped(row["pieces"]) if sys.stdout.isatty() else row["pieces"]
-    for piece in [*pieces, {"text": "", "learned": False, "special": False}]:
-        mark = "" if piece["learned"] == was_target else "«" if piece["learned"] else "»"
-        style = _LEARNED if piece["learned"] else _SEEN
+    for piece in [*pieces, {"text": "", "is_target": False, "special": False}]:
+        mark = "" if piece["is_target"] == was_target else "«" if piece["is_target"] else "»"
+        style = _LEARNED if piece["is_target"] else _SEEN
         text += mark + click.style(piece["text"], **style, reverse=piece["special"])
-        was_target = piece["learned"]
+        was_target = piece["is_target"]
     return ["  " + line for line in text.split("\n")]
 
 
@@ -181,7 +181,7 @@ def _clipped(pieces: list[dict]) -> list[dict]:
     for piece in pieces:
         text, begin = piece["text"], end
         end += len(text)
-        middle = [{"text": gap, "learned": False, "special": False}] if begin <= cut < end else []
+        middle = [{"text": gap, "is_target": False, "special": False}] if begin <= cut < end else []
         kept = text[: max(0, cut - begin)], text[max(0, cut + over - begin) :]
         found += [piece | {"text": kept[0]}, *middle, piece | {"text": kept[1]}]
     return [piece for piece in found if piece["text"]]

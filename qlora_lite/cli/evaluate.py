@@ -22,7 +22,7 @@ from .output import echo, echo_exactly, prepare, step_progress
 _ROWS, _MEASURED = ("data.eval=", "data.eval."), ("train.metrics", "train.exact_match_")
 _OF_A_RUN = *_ROWS, *_MEASURED
 _MEASURED_NAMES = "train.metrics..., train.exact_match_..."
-_LABELS = {"rows": "examples", "labelled_tokens": "target tokens"}  # how the figures are printed
+_LABELS = {"rows": "examples", "target_tokens": "target tokens"}  # how the figures are printed
 _OF_AN_ADAPTER = *_OF_A_RUN, "data.max_tokens=", "data.overflow=", "data.template=", "data.train_on="
 
 

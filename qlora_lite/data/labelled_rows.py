@@ -202,9 +202,9 @@ def _fitted(
 
 def example_of(ids: Sequence[int], row: Labelled) -> Example:
     """Return the example of a row whose texts became tokens."""
-    learned: np.ndarray = np.zeros(len(ids), np.bool_)
-    learned[-1] = True
-    return Example(np.array(ids, np.int32), learned, "\n".join(row.texts), row.label or "", row.where)
+    is_target: np.ndarray = np.zeros(len(ids), np.bool_)
+    is_target[-1] = True
+    return Example(np.array(ids, np.int32), is_target, "\n".join(row.texts), row.label or "", row.where)
 
 
 @tokenizer_faults()

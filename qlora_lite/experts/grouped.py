@@ -285,8 +285,8 @@ def gradients(
         del rows
         if down.bias is not None:
             grad_weights_TK[tokens] += (grad @ down.bias.t()).gather(1, chosen_TK[tokens])
-    learned = [part for sums in (sums_up, sums_down) if sums is not None for part in sums.as_layer()]
-    return grad_hidden_TD, grad_weights_TK.to(weights_TK.dtype), *learned
+    trained = [part for sums in (sums_up, sums_down) if sums is not None for part in sums.as_layer()]
+    return grad_hidden_TD, grad_weights_TK.to(weights_TK.dtype), *trained
 
 
 def _through_activation(activate, first, grad_inner, of_weights, inner_too: bool) -> None:

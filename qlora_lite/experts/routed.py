@@ -271,8 +271,8 @@ def _gradients(
     _for_each_part(add, pairs, len(hidden_TD), hidden_TD.dtype, experts, parts)
     grad_weights = torch.empty_like(grad_weights).index_copy_(0, pairs.places, grad_weights)
     grad_weights = grad_weights.view(weights_TK.shape).to(weights_TK.dtype)
-    learned = [part for sums in (sums_up, sums_down) if sums is not None for part in sums.as_layer()]
-    return grad_hidden_TD.to(hidden_TD.dtype), grad_weights, *learned
+    trained = [part for sums in (sums_up, sums_down) if sums is not None for part in sums.as_layer()]
+    return grad_hidden_TD.to(hidden_TD.dtype), grad_weights, *trained
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -58,7 +58,7 @@ def outputs(model: nn.Module, batches: Iterable[Batch], work: Workload = OF_TEXT
     hidden, targets = [], []
     for batch in batches:
         inputs = work.batches.inputs(batch, device_of(model))
-        hidden.append(hidden_states(model, inputs)[inputs.learned].cpu())
+        hidden.append(hidden_states(model, inputs)[inputs.target_positions].cpu())
         targets.append(inputs.targets.cpu())
     own = head(model)
     kept: dict[str, Any] = {

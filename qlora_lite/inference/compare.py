@@ -68,7 +68,7 @@ def compare_runs(
             that out.
 
     Returns:
-        rows_of, base_model, models (name, rows, labelled_tokens, eval_loss, perplexity, adapter_bytes, exact_match,
+        rows_of, base_model, models (name, rows, target_tokens, eval_loss, perplexity, adapter_bytes, exact_match,
         metrics as ``evaluate_recipe`` gives them),
         same_tokens (whether all models were measured on as many rows and tokens, so that their losses can be ranked;
         few-shot apart, whose loss is of the last answers),
@@ -97,7 +97,7 @@ def compare_runs(
     for name in ([None] if with_base else []) + list(tasks.names):
         figures, said[name or BASE] = _measure(tasks, name, rows_of.recipe, answers, watch)
         measured.append(figures)
-    same = len({(model["rows"], model["labelled_tokens"]) for model in measured}) == 1
+    same = len({(model["rows"], model["target_tokens"]) for model in measured}) == 1
     if in_context:
         called = f"{BASE}, {shots}-shot"
         figures, said[called] = _measure(tasks, None, rows_of.recipe, answers, watch, in_context, called)
@@ -173,7 +173,7 @@ def _measure(
         figures = {
             "name": called,
             "rows": len(data.examples),
-            "labelled_tokens": loss.labelled_tokens,
+            "target_tokens": loss.target_tokens,
             "eval_loss": loss.loss,
             "perplexity": loss.perplexity,
             "adapter_bytes": task.adapter_bytes if name else 0,
@@ -220,12 +220,12 @@ def _may_have_learned(run: TrainedRun, rows_of: Recipe, measured: Dataset, token
     if own.data.streaming:  # what it learned is not known before it is read to the end
         return True
     try:
-        learned = {row.where for row in build_data(own, tokenizer).examples}
+        trained_on = {row.where for row in build_data(own, tokenizer).examples}
         if own.data.eval_share and run.held_out not in (None, held_out_digest(build_data(own, tokenizer, "eval"))):
             return True  # the files have changed since
     except DataError:  # as where another of its files is gone
         return True
-    return any(row.where in learned for row in measured.examples)
+    return any(row.where in trained_on for row in measured.examples)
 
 
 def _plain(tasks: Tasks, prompt: str) -> str:

@@ -204,9 +204,9 @@ def _answer_alone(example: Example, prompt: Sequence[int], ends: Collection[int]
     ids, first = example.token_ids, len(prompt)
     found = np.flatnonzero(np.isin(ids[first:], list(ends)))
     last = first + int(found[0]) if len(found) else len(ids)
-    learned = np.arange(len(ids)) >= first
-    learned[last : last + 1] = example.learned[last : last + 1]
-    return replace(example, token_ids=ids[: last + 1], learned=learned[: last + 1])
+    is_target = np.arange(len(ids)) >= first
+    is_target[last : last + 1] = example.is_target[last : last + 1]
+    return replace(example, token_ids=ids[: last + 1], is_target=is_target[: last + 1])
 
 
 def _likeliest(
@@ -240,9 +240,9 @@ def _with_choice(tokenizer, own: Example, prompt: list[int], choice: str, ends: 
             "than alone; choose another data.template"
         )
     ids += [token for token in own.token_ids[-1:].tolist() if token in ends]
-    learned = np.arange(len(ids)) >= len(prompt)
-    learned[-1] = own.learned[-1]
-    return replace(own, token_ids=np.array(ids, np.int32), learned=learned)
+    is_target = np.arange(len(ids)) >= len(prompt)
+    is_target[-1] = own.is_target[-1]
+    return replace(own, token_ids=np.array(ids, np.int32), is_target=is_target)
 
 
 def shown_answer(record: dict) -> str:
@@ -334,7 +334,7 @@ def evaluate_recipe(
         held_out: of a run's recipe, ``TrainedRun.held_out``: a warning says if the rows are others by now.
 
     Returns:
-        eval_loss, perplexity, labelled_tokens, rows and, if asked for, metrics (value, standard_error and examples of
+        eval_loss, perplexity, target_tokens, rows and, if asked for, metrics (value, standard_error and examples of
         each score, signature of sacrebleu's), and of exact match also exact_match and exact_match_rows, the rows that
         were compared; of a run on preferences, whose rows are pairs or judgements, eval_metrics, its objective's loss
         and rewards.
@@ -419,7 +419,7 @@ def measure_text(
     measured = {
         "adapter": str(adapter) if adapter else None,
         "rows": len(data.examples),
-        "labelled_tokens": result.labelled_tokens,
+        "target_tokens": result.target_tokens,
         "eval_loss": result.loss,
         "perplexity": result.perplexity,
         **({"eval_metrics": judged} if judged else {}),

@@ -160,8 +160,8 @@ class HarnessLM(TemplateLM):
                 ends = accumulate(inputs.row_lengths)
                 wanted = [(end, *each) for end, row in zip(ends, rows, strict=True) for each in waiting[row]]
                 places = [place for end, _, ids in wanted for place in range(end - len(ids), end)]
-                targets = inputs.learned.new_tensor([token for _, _, ids in wanted for token in ids])
-                hidden = hidden_states(self.model, inputs)[inputs.learned.new_tensor(places)]
+                targets = inputs.target_positions.new_tensor([token for _, _, ids in wanted for token in ids])
+                hidden = hidden_states(self.model, inputs)[inputs.target_positions.new_tensor(places)]
                 chunk, its_head = self.settings.options.loss_chunk_tokens or AUTO_CHUNK_TOKENS, head(self.model)
                 losses = token_losses(hidden, targets, its_head, chunk)
                 is_likeliest = likeliest_tokens(hidden, its_head, chunk) == targets

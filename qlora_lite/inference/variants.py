@@ -358,7 +358,7 @@ class StreamedBase:
                         f"what {type(self.model).__name__} does behind its blocks is not known: it cannot "
                         "be measured block by block"
                     )
-                hidden.setdefault(name, []).append(last[inputs.learned].cpu())
+                hidden.setdefault(name, []).append(last[inputs.target_positions].cpu())
             targets.append(inputs.targets.cpu())
         return self._compared({name: torch.cat(parts) for name, parts in hidden.items()}, torch.cat(targets))
 

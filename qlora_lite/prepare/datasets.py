@@ -128,7 +128,7 @@ def _to_imitate(data: Dataset) -> Dataset:
         rows_kept=len(examples),
         examples_of=(len(examples),),
         tokens=int(examples.lengths.sum()),
-        learned_tokens=int(examples.learned_counts.sum()),
+        target_tokens=int(examples.target_counts.sum()),
     )
 
 

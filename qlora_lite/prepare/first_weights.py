@@ -243,7 +243,7 @@ def _run(
         batches = [[each] for batch in batches for each in batch]
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(seen.take, path)) for path in own]
     for rows in batches:
-        if not any(each.learned[1:].any() for each in rows):  # a second sequence alone may have nothing to learn
+        if not any(each.is_target[1:].any() for each in rows):  # a second sequence alone may have nothing to learn
             continue
         inputs = work.batches.inputs(work.batches.collate(rows), work.spec.device(model))
         seen.tokens = sum(inputs.row_lengths)

@@ -106,7 +106,7 @@ def empty_report(problems: list[dict]) -> dict:
         "dropped": {},
         "dropped_at": {},
         "tokens": 0,
-        "learned_tokens": 0,
+        "target_tokens": 0,
         "packing_efficiency": None,
         "problems": problems,
         "errors": len(problems),
@@ -135,7 +135,7 @@ def line_of_template(template: dict) -> str:
 
 def facts_of_row(row: dict) -> str:
     """Write how long an example of the report is, and what it is to teach."""
-    target = f" -> {row['label']}" if "label" in row else f", {row['learned_tokens']:,} of them targets"
+    target = f" -> {row['label']}" if "label" in row else f", {row['target_tokens']:,} of them targets"
     return f"{row['tokens']:,} tokens{target}"
 
 
@@ -266,7 +266,7 @@ def _more_than_weights_hold(recipe: Recipe, data: Dataset) -> Iterator[RowProble
     With fewer, LoRA falls behind full fine-tuning, more so the longer the training ("LoRA Without Regret", Thinking
     Machines, 2025).
     """
-    tokens, x, optimizer = data.learned_tokens, recipe.lora, recipe.train.optimizer
+    tokens, x, optimizer = data.target_tokens, recipe.lora, recipe.train.optimizer
     if (
         recipe.data.streaming
         or tokens < FEW_TOKENS
@@ -329,7 +329,7 @@ def _faults_of_evaluation(recipe: Recipe, data: Dataset, eval_data: Dataset) -> 
 
 
 def _counts(recipe: Recipe, data: Dataset) -> dict:
-    tokens, targets = (data.tokens, data.learned_tokens) if find_task(recipe).has_tokens else (0, 0)
+    tokens, targets = (data.tokens, data.target_tokens) if find_task(recipe).has_tokens else (0, 0)
     return {
         "rows_read": data.rows_read,
         "rows_kept": data.rows_kept,
@@ -338,7 +338,7 @@ def _counts(recipe: Recipe, data: Dataset) -> dict:
         "truncated": data.truncated,
         "split": data.split,
         "tokens": tokens,
-        "learned_tokens": targets,
+        "target_tokens": targets,
     }
 
 
@@ -379,7 +379,7 @@ def _sources(recipe: Recipe, data: Dataset, which: str) -> list[dict]:
     task, described = find_task(recipe), []
     for source, part, unused in zip(build_sources(recipe, which), _parts(data), data.unused, strict=True):
         counts = {"examples": len(part), "tokens": int(part.lengths.sum())}
-        counts["learned_tokens"] = int(part.learned_counts.sum())
+        counts["target_tokens"] = int(part.target_counts.sum())
         described.append(task.describe_source(recipe, source, unused) | counts)
     return described
 
@@ -417,7 +417,7 @@ def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
     found = count_special_tokens(data.examples, special_ids_of(tokenizer))
     names = tokenizer.convert_ids_to_tokens([token.token_id for token in found])
     return [
-        {"token": name, "id": token.token_id, "count": token.count, "learned": token.learned}
+        {"token": name, "id": token.token_id, "count": token.count, "targets": token.targets}
         for name, token in zip(names, found, strict=True)
     ]
 
@@ -425,7 +425,7 @@ def _special_tokens(data: Dataset, tokenizer) -> list[dict]:
 def _rows(data: Dataset, tokenizer, problem: str | None, count: int) -> list[dict]:
     """Return the text of rows of each source in turn, the first ones first, as the collator hands them to the model."""
     in_turn = chain.from_iterable(zip_longest(*map(_distinct, _parts(data))))
-    kept = islice((row for row in in_turn if row is not None and row.learned.any()), count)
+    kept = islice((row for row in in_turn if row is not None and row.is_target.any()), count)
     examples = [sequence for row in kept for sequence in sequences_of(row)]
     if not examples:
         return []
@@ -435,7 +435,7 @@ def _rows(data: Dataset, tokenizer, problem: str | None, count: int) -> list[dic
             "where": example.where,
             "tokens": len(example.token_ids),
             **_target_of(example, problem),
-            "pieces": [asdict(piece) | ({"learned": False} if problem else {}) for piece in pieces],
+            "pieces": [asdict(piece) | ({"is_target": False} if problem else {}) for piece in pieces],
         }
         for example, pieces in zip(examples, shown, strict=True)
     ]
@@ -444,6 +444,6 @@ def _rows(data: Dataset, tokenizer, problem: str | None, count: int) -> list[dic
 def _target_of(example: Example, problem: str | None) -> dict:
     """Return what an example is to teach: its number of target tokens, or what a head is to give for it."""
     if problem is None:
-        return {"learned_tokens": int(example.learned.sum())}
+        return {"target_tokens": int(example.is_target.sum())}
     names = [example.answer] if problem == NUMBER else names_of(example, problem)
-    return {"learned_tokens": 0, "label": ", ".join(names) or "no label"}
+    return {"target_tokens": 0, "label": ", ".join(names) or "no label"}

@@ -30,7 +30,7 @@ def figures_of(model: dict) -> dict[str, str]:
     scores = model.get("metrics", {})
     return {
         "examples": f"{model['rows']:,}",
-        "target tokens": f"{model['labelled_tokens']:,}",
+        "target tokens": f"{model['target_tokens']:,}",
         "loss": f"{model['eval_loss']:.4f}",
         "perplexity": f"{model['perplexity']:.4g}",
         **{

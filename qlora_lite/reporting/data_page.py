@@ -61,7 +61,7 @@ def _head(report: dict, name: str) -> str:
 
 
 def _figures(report: dict) -> str:
-    share = report["learned_tokens"] / max(1, report["tokens"])
+    share = report["target_tokens"] / max(1, report["tokens"])
     full = report["packing_efficiency"]
     packs = (
         f"{report['packs']:,} packed sequences of {report['max_tokens']:,} tokens"
@@ -76,12 +76,12 @@ def _figures(report: dict) -> str:
     figures = [
         rows,
         figure("Tokens", f"{report['tokens']:,}", detail=f"longest example {report.get('longest_tokens', 0):,}"),
-        figure("Target tokens", f"{share:.1%}", detail=f"{report['learned_tokens']:,} tokens"),
+        figure("Target tokens", f"{share:.1%}", detail=f"{report['target_tokens']:,} tokens"),
         figure("Packing efficiency", f"{full:.1%}" if full is not None else "", detail=packs),
         figure(
             "Evaluation examples",
             _evaluated(evaluation),
-            detail=f"{evaluation['learned_tokens']:,} target tokens" if evaluation else "",
+            detail=f"{evaluation['target_tokens']:,} target tokens" if evaluation else "",
         ),
     ]
     figures += [figure(f"Mean tokens, {name}", f"{mean:.1f}") for name, mean in lengths.items()]
@@ -130,7 +130,7 @@ def _row(row: dict) -> str:
 
 
 def _piece(piece: dict) -> str:
-    kind = "learned" if piece["learned"] else "seen"
+    kind = "learned" if piece["is_target"] else "seen"
     return f'<span class="{kind}{" token" if piece["special"] else ""}">{text(piece["text"])}</span>'
 
 
@@ -155,7 +155,7 @@ def _sources(report: dict) -> str:
             s["format"] or "not recognised",
             "; ".join(s["notes"]),
             f"{s['weight']:g}",
-            *(f"{s[count]:,}" for count in ("examples", "tokens", "learned_tokens")),
+            *(f"{s[count]:,}" for count in ("examples", "tokens", "target_tokens")),
         ]
         for use, s in named
     ]
@@ -177,7 +177,7 @@ def _dropped(report: dict) -> str:
 
 
 def _special_tokens(report: dict) -> str:
-    rows = [[t["token"], t["id"], f"{t['learned']:,}", f"{t['count']:,}"] for t in report.get("special_tokens", [])]
+    rows = [[t["token"], t["id"], f"{t['targets']:,}", f"{t['count']:,}"] for t in report.get("special_tokens", [])]
     return table(["token", "id", "targets", "count"], rows, numeric=3) if rows else ""
 
 

@@ -376,11 +376,7 @@ def _counts(title: str, values: object) -> str:
     """Write what is known of a dict of counts, in words and with thousands separators."""
     if not isinstance(values, dict):
         return ""
-    known = [
-        (str(key).replace("learned", "target").replace("_", " "), value)
-        for key, value in values.items()
-        if value is not None
-    ]
+    known = [(str(key).replace("_", " "), value) for key, value in values.items() if value is not None]
     return _pairs_of(title, {key: _counted(value) for key, value in known})
 
 

@@ -434,7 +434,7 @@ def _log_data(report: dict) -> None:
         log.info("data: %s: %s", path, note)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     efficiency = report["packing_efficiency"]
-    tokens = f", {report['tokens']} tokens, {report['learned_tokens']} learned" if report["tokens"] else ""
+    tokens = f", {report['tokens']} tokens, {report['target_tokens']} of them targets" if report["tokens"] else ""
     log.info(
         "data: %d of %d rows%s%s%s",
         report["rows_kept"],
@@ -455,7 +455,7 @@ def write_data(run: RunFolder, found: Preflight) -> None:
         log.warning("%s. The run continues without it", error)
     if data.template:
         write_text(run.path / TEMPLATE, portable_source(data.template))
-    counts = ("rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency")
+    counts = ("rows_read", "rows_kept", "dropped", "tokens", "target_tokens", "packing_efficiency")
     counted = {key: report[key] for key in counts} | {"end_token_ids": sorted(data.end_token_ids)}
     if run.recipe.data.eval_share and found.eval_data:  # of a run that is resumed, what it first held out
         known = run.summary.get("data", {}).get(HELD_OUT_DIGEST)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qlora_lite.adapters.files import save_adapter
 from qlora_lite.adapters.read import CONFIG_NAME, WEIGHTS_NAME
-from qlora_lite.artifacts.run_files import METRICS_DIGEST
+from qlora_lite.artifacts.run_files import METRICS_DIGEST, with_present_names
 from qlora_lite.artifacts.run_folder import (
     CHECKPOINTS,
     digests_of,
@@ -94,7 +94,7 @@ class Training:
         self.evaluated_step = self.measured_step = 0
         self.evaluations_without_better = 0  # in a row, of those in training
         self.before: Measured | None = None
-        self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "labelled_tokens": 0}
+        self.totals = {"steps": 0, "seconds": 0.0, "tokens": 0, "target_tokens": 0}
         self.own_steps, self.own_seconds, self.waited_seconds = 0, 0.0, 0.0  # of this part of the run
         self.earlier_peak_bytes = 0
         self.digests: dict[str, str | None] = {}  # of the adapters written, as the summary names them
@@ -165,7 +165,8 @@ class Training:
             if not continuation.forced:  # other rows have other values too
                 change = f"{change}: lora.init_from is not the adapter that the run began with"
             continuation.refuse([change])
-        self.totals = {name: type(zero)(saved["totals"][name]) for name, zero in self.totals.items()}
+        totals = with_present_names(saved["totals"])
+        self.totals = {name: type(zero)(totals[name]) for name, zero in self.totals.items()}
         if (before := saved["before"]) is not None:
             answers = tuple(map(str, before["answers"]))
             matches = before.get("matches", [None] * len(answers))
@@ -344,7 +345,7 @@ class Training:
                 "step": step,
                 "eval_loss": result.loss,
                 **likelihood,
-                "eval_labelled_tokens": result.labelled_tokens,
+                "eval_target_tokens": result.target_tokens,
                 **{f"eval_{name}": value for name, value in result.metrics.items()},
             }
         )

@@ -14,7 +14,7 @@ from qlora_lite.adapters.files import Lora
 from qlora_lite.adapters.lora.inject import merged_once, require_model
 from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.data.tokens.batch import Batch, Extent, collate, enlarged
-from qlora_lite.data.tokens.storage import Example, learned_counts, longest_sequences, row_lengths, with_virtual
+from qlora_lite.data.tokens.storage import Example, longest_sequences, row_lengths, target_counts, with_virtual
 from qlora_lite.errors import DataError, ModelError
 from qlora_lite.kernels.fused_attention import PlannedKernels
 from qlora_lite.kernels.fused_loss import FUSED, candidates, choose_loss
@@ -145,7 +145,7 @@ class TextBatches(Batches):
 
     def target_counts(self, examples: Sequence[Example]) -> Sequence[int]:
         """Return the target tokens of each."""
-        return learned_counts(examples)
+        return target_counts(examples)
 
     def enlarged(self, examples: Sequence[Example], most: Extent) -> Sequence[Example]:
         """See ``data.tokens.batch.enlarged``."""
@@ -197,10 +197,10 @@ def planned_rows(shape: BatchShape, device: torch.device) -> Inputs:
     """Return rows of a shape, of zeros, with positions."""
     tokens = shape.tokens + filler_tokens(shape.lengths, device)
     shapes = (1, tokens), (shape.targets,), (shape.targets,)
-    ids, learned, targets = (torch.zeros(size, dtype=torch.int64, device=device) for size in shapes)
+    ids, target_positions, targets = (torch.zeros(size, dtype=torch.int64, device=device) for size in shapes)
     counted = (*shape.lengths, tokens - shape.tokens)
     positions = torch.cat([torch.arange(length, device=device) for length in counted])[None]
-    return Inputs(ids, positions, shape.lengths, learned, targets, row_ends(shape.lengths, device))
+    return Inputs(ids, positions, shape.lengths, target_positions, targets, row_ends(shape.lengths, device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ class TextSpec(TransformerSpec):
         Args:
             inputs: with ``tokens``, see ``forward.Inputs``.
         """
-        return hidden_states(model, inputs.tokens)[inputs.tokens.learned]
+        return hidden_states(model, inputs.tokens)[inputs.tokens.target_positions]
 
     @property
     def most_tokens(self) -> int | None:
@@ -359,6 +359,6 @@ def answer_losses(work: Workload, model: nn.Module, batches: Iterable[Batch]) ->
         for batch in batches:
             inputs = work.batches.inputs(batch, device)
             losses = target_losses(work, model, inputs).tolist()
-            ends = np.searchsorted(inputs.learned.tolist(), np.cumsum(inputs.row_lengths))
+            ends = np.searchsorted(inputs.target_positions.tolist(), np.cumsum(inputs.row_lengths))
             found += [losses[start:end] for start, end in pairwise([0, *ends.tolist()])]
     return found

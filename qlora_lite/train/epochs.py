@@ -35,14 +35,14 @@ class Epochs:
     def __init__(
         self,
         lengths: Sequence[int],
-        learned: Sequence[int],
+        targets: Sequence[int],
         settings: TrainSettings,
         rank: int = 0,
         pictures: np.ndarray | None = None,
     ):
         if not len(lengths):
             raise TrainingError("there are no rows to train on")
-        self.lengths, self.learned, self.settings, self.rank = lengths, learned, settings, rank
+        self.lengths, self.targets, self.settings, self.rank = lengths, targets, settings, rank
         self.pictures = pictures
 
     def steps(self, epoch: int) -> list[list[list[int]]]:
@@ -84,7 +84,7 @@ class Epochs:
             micro_batches = [rows for step in steps for rows in self._computed(step)]
             if micro_batches:
                 largest = max([largest, *micro_batches], key=self._tokens)
-                extents.append(extent_of(self.lengths, self.learned, micro_batches, self.pictures))
+                extents.append(extent_of(self.lengths, self.targets, micro_batches, self.pictures))
             done += len(steps)
             if done == s.max_steps or (not s.max_steps and epoch + 1 >= epochs):
                 return done, largest, _most(extents)
@@ -96,10 +96,10 @@ class Epochs:
         packs = s.micro_batch_size * (s.shares[self.rank].joined if s.shares else 1)
         tokens = packs * s.max_tokens if s.packing else sum(nlargest(packs, self.lengths))
         tokens = min(tokens, sum(self.lengths))
-        learned = min(seen.learned + tokens - seen.tokens, sum(self.learned))
+        targets = min(seen.targets + tokens - seen.tokens, sum(self.targets))
         there = 0 if self.pictures is None else int(self.pictures[:, 0].sum())
         pictures = min(seen.pictures + tokens - seen.tokens, there)
-        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, learned, pictures, seen.largest_picture)
+        return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, targets, pictures, seen.largest_picture)
 
     def _computed(self, step: list[list[int]]) -> list[list[int]]:
         """Return the rows of each micro-batch of a step, as far as this rank may compute them."""

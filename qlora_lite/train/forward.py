@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
     input_ids, position_ids: int64 [1, T + filler], on the model's device; positions [3, 1, T + filler] with grids.
     row_lengths: tokens of each row, T in all.
-    learned: int64 [N], the places whose next token is a target.
+    target_positions: int64 [N], the places whose next token is a target.
     targets: int64 [N].
     row_ends: of a GPU, where rows end (``kernels.packed_attention.sequence_ends``).
     token_types: int64 [1, T + filler], which text of a pair each token is of; None where the model does not ask.
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     row_lengths: tuple[int, ...]
-    learned: torch.Tensor
+    target_positions: torch.Tensor
     targets: torch.Tensor
     row_ends: torch.Tensor | None = None
     token_types: torch.Tensor | None = None
@@ -63,8 +63,11 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
     input_ids = torch.nn.functional.pad(batch.input_ids, (0, filler))
     behind = torch.arange(filler).expand(*batch.position_ids.shape[:-1], filler)
     position_ids = torch.cat([batch.position_ids, behind], dim=-1)
-    learned = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
-    tensors = [remembered(sent(t, device), t) for t in (input_ids, position_ids, learned, batch.labels[learned])]
+    target_positions = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
+    tensors = [
+        remembered(sent(t, device), t)
+        for t in (input_ids, position_ids, target_positions, batch.labels[target_positions])
+    ]
     return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:], row_ends(batch.row_lengths, device))
 
 

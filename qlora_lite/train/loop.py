@@ -62,7 +62,7 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float
     tokens: int
-    labelled_tokens: int
+    target_tokens: int
     tokens_per_second: float
     peak_bytes: int
     seconds: float
@@ -350,7 +350,7 @@ class Trainer:
             rate,
             result.grad_norm,
             result.tokens,
-            result.labelled_tokens,
+            result.target_tokens,
             result.tokens / seconds,
             self.meter.peak_bytes(),
             seconds,

@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     norms: torch.Tensor
     tokens: int
-    labelled_tokens: int
+    target_tokens: int
     metrics: Mapping[str, float]
 
 
@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
 
     loss: float
     perplexity: float
-    labelled_tokens: int
+    target_tokens: int
     metrics: Mapping[str, float] = {}
 
 

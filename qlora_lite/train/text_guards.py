@@ -273,7 +273,7 @@ def can_reach_every_layer(rows: Iterable[Example]) -> bool:
 
     The first target token that can has two before it: where a token sees only itself, queries and keys change nothing.
     """
-    return any(row.learned[2:].any() for row in rows)
+    return any(row.is_target[2:].any() for row in rows)
 
 
 def check_updates_in_backward(model: nn.Module, settings: TrainSettings) -> None:

@@ -156,8 +156,11 @@ def test_both_sequences_of_a_preference_are_rows_of_their_own(tmp_path, monkeypa
 
 
 def joined(first, second):
-    ids, learned = np.concatenate([first.token_ids, second.token_ids]), np.concatenate([first.learned, second.learned])
-    return replace(first, token_ids=ids, learned=learned, first=len(first.token_ids))
+    ids, is_target = (
+        np.concatenate([first.token_ids, second.token_ids]),
+        np.concatenate([first.is_target, second.is_target]),
+    )
+    return replace(first, token_ids=ids, is_target=is_target, first=len(first.token_ids))
 
 
 def test_layers_with_ranks_and_alphas_of_their_own_keep_their_scales_and_the_sum(tmp_path):

@@ -73,8 +73,8 @@ def plain_steps(model, training, turns=None):
             count = len(row.token_ids)
             ids = functional.pad(torch.from_numpy(row.token_ids).long(), (0, 16 - count))  # of one length: sooner
             losses = functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
-            loss = loss + losses[: count - 1][torch.from_numpy(row.learned[1:])].sum()
-        (loss / sum(int(row.learned[1:].sum()) for row in rows)).backward()
+            loss = loss + losses[: count - 1][torch.from_numpy(row.is_target[1:])].sum()
+        (loss / sum(int(row.is_target[1:].sum()) for row in rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or torch.inf)
         optimizer.step()
         optimizer.zero_grad()

@@ -64,8 +64,8 @@ def row_by_row(plain, part, rows):
         ids = torch.from_numpy(row.token_ids).long()
         own = part()
         logits = plain(inputs_embeds=torch.cat([own, table(ids)])[None]).logits[0, len(own) :]
-        learned = torch.from_numpy(row.learned)[1:]
-        total = total + functional.cross_entropy(logits[:-1][learned], ids[1:][learned], reduction="sum")
+        is_target = torch.from_numpy(row.is_target)[1:]
+        total = total + functional.cross_entropy(logits[:-1][is_target], ids[1:][is_target], reduction="sum")
     return total
 
 
@@ -122,8 +122,10 @@ def test_packed_rows_with_a_prefix_have_the_loss_and_gradients_of_trains_unpacke
         logits = plain(
             input_ids=ids, past_key_values=cache, position_ids=torch.arange(4, 4 + ids.shape[1])[None]
         ).logits
-        learned = torch.from_numpy(row.learned)[1:]
-        expected = expected + functional.cross_entropy(logits[0, :-1][learned], ids[0, 1:][learned], reduction="sum")
+        is_target = torch.from_numpy(row.is_target)[1:]
+        expected = expected + functional.cross_entropy(
+            logits[0, :-1][is_target], ids[0, 1:][is_target], reduction="sum"
+        )
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for gradient, prefix in zip(found, begun, strict=True):

@@ -175,11 +175,11 @@ def test_it_is_evaluated_on_rows_that_are_named_with_the_template_beside_it(run,
     own, alone = (measured(folder, "--rows", 2, rows) for folder in (run, adapter))
     loss = pytest.approx(own["eval_loss"], rel=1e-5)
     assert alone["eval_loss"] == loss and alone["adapter"] == str(adapter) and alone["exact_match_rows"] == 2
-    assert all(own[name] == alone[name] for name in ("rows", "labelled_tokens", "exact_match"))
+    assert all(own[name] == alone[name] for name in ("rows", "target_tokens", "exact_match"))
     base = measured(adapter, "--base", rows)
     assert base["adapter"] is None and base["eval_loss"] != loss
     assert measured(adapter, rows, *cut)["rows"] == own["rows"] - 1
-    assert measured(adapter, rows, "data.train_on=all")["labelled_tokens"] > own["labelled_tokens"]
+    assert measured(adapter, rows, "data.train_on=all")["target_tokens"] > own["target_tokens"]
     (adapter / TEMPLATE).write_text(OTHER)
     assert measured(adapter, rows)["eval_loss"] != loss
     assert measured(adapter, rows, "data.template=chatml")["eval_loss"] == loss

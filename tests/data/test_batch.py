@@ -35,8 +35,8 @@ settings_strategy = st.fixed_dictionaries(
 )
 
 
-def example(length, learned=None, where="f:1", start=0):
-    mask = np.ones(length, bool) if learned is None else np.array(learned, bool)
+def example(length, is_target=None, where="f:1", start=0):
+    mask = np.ones(length, bool) if is_target is None else np.array(is_target, bool)
     return Example(np.arange(start, start + length, dtype=np.int32), mask, "", "", where)
 
 
@@ -151,7 +151,7 @@ def test_packing_efficiency_is_the_filled_share_of_the_room():
 def test_labels_are_the_next_learned_token_of_the_same_row(masks):
     rows = [example(len(mask), mask, f"f:{i}", 10 * i) for i, mask in enumerate(masks)]
     expected = [
-        int(row.token_ids[t + 1]) if t + 1 < len(row.token_ids) and row.learned[t + 1] else -100
+        int(row.token_ids[t + 1]) if t + 1 < len(row.token_ids) and row.is_target[t + 1] else -100
         for row in rows
         for t in range(len(row.token_ids))
     ]
@@ -177,7 +177,7 @@ def test_a_batch_has_the_types_and_shapes_that_models_take():
 @given(rows=st.lists(st.integers(2, 60), min_size=1, max_size=8), more=st.tuples(*[st.integers(0, 30)] * 4))
 def test_enlarged_rows_have_the_most_of_everything_that_some_micro_batch_has(rows, more):
     examples = [taught(length, length - 1 - length % 2) for length in rows]
-    own = extent_of(rows, [int(e.learned.sum()) for e in examples], [range(len(rows))])
+    own = extent_of(rows, [int(e.is_target.sum()) for e in examples], [range(len(rows))])
     most = Extent(*(mine + beyond for mine, beyond in zip(own[:4], more, strict=True)))
     most = most._replace(tokens=max(most.tokens, 2 * most.rows, most.longest))
     most = most._replace(rows=max(most.rows, -(-most.tokens // most.longest)))  # as of any real ones
@@ -186,7 +186,7 @@ def test_enlarged_rows_have_the_most_of_everything_that_some_micro_batch_has(row
     count = min(most.rows, most.tokens - longest + 1)
     assert sum(batch.row_lengths) == most.tokens and len(batch.row_lengths) == count >= min(2, most.rows)
     assert max(batch.row_lengths) == max(longest, -(-(most.tokens - longest) // max(1, count - 1)))
-    assert int((batch.labels != -100).sum()) == min(most.learned, most.tokens - count)
+    assert int((batch.labels != -100).sum()) == min(most.targets, most.tokens - count)
     assert sorted(set(batch.input_ids[0].tolist())) == sorted({int(t) for e in examples for t in e.token_ids})
     assert min(batch.row_lengths) >= 1
 
@@ -194,8 +194,8 @@ def test_enlarged_rows_have_the_most_of_everything_that_some_micro_batch_has(row
 def test_rows_that_have_the_most_of_everything_stay_as_they_are():
     examples = [taught(9, 4), taught(5, 4)]
     assert all(one is other for one, other in zip(enlarged(examples, Extent(14, 2, 9, 8)), examples, strict=True))
-    learned = [int(each.learned.sum()) for each in enlarged(examples, Extent(14, 2, 9, 10))]
-    assert learned == [6, 4]
+    is_target = [int(each.is_target.sum()) for each in enlarged(examples, Extent(14, 2, 9, 10))]
+    assert is_target == [6, 4]
 
 
 def test_the_rows_of_an_enlarged_batch_are_of_various_lengths_as_those_given_are():

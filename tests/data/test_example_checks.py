@@ -19,8 +19,8 @@ token_rows = st.lists(
 )
 
 
-def example(ids, learned=None, where="f:1"):
-    mask = [False] + [True] * (len(ids) - 1) if learned is None else learned
+def example(ids, is_target=None, where="f:1"):
+    mask = [False] + [True] * (len(ids) - 1) if is_target is None else is_target
     return Example(np.array(ids, np.int32), np.array(mask, bool), "", "", where)
 
 
@@ -35,11 +35,11 @@ def faults(problems):
 def slow_faults(rows):
     found = set()
     for i, row in enumerate(rows):
-        if not any(learned for _, learned in row):
+        if not any(is_target for _, is_target in row):
             found.add((example_checks.NOTHING_TO_LEARN, f"f:{i}"))
         if any(row[t][0] == row[t + 1][0] == BEGIN for t in range(len(row) - 1)):
             found.add((example_checks.BEGIN_TWICE, f"f:{i}"))
-    if not any(token == END and learned for row in rows for token, learned in row):
+    if not any(token == END and is_target for row in rows for token, is_target in row):
         found.add((example_checks.END_NOT_LEARNED, ""))
     return found
 
@@ -133,9 +133,9 @@ def test_the_prompts_in_both_are_those_of_comparing_every_row_with_every_other(t
 @given(token_rows)
 def test_special_tokens_are_counted_and_so_are_the_learned_ones(rows):
     flat = [pair for row in rows for pair in row]
-    found = {t.token_id: (t.count, t.learned) for t in count_special_tokens(examples_of(rows), {BEGIN, END})}
+    found = {t.token_id: (t.count, t.targets) for t in count_special_tokens(examples_of(rows), {BEGIN, END})}
     assert found == {
-        special: (sum(t == special for t, _ in flat), sum(t == special and learned for t, learned in flat))
+        special: (sum(t == special for t, _ in flat), sum(t == special and is_target for t, is_target in flat))
         for special in (BEGIN, END)
         if any(t == special for t, _ in flat)
     }

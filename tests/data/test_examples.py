@@ -35,20 +35,20 @@ def build(write, tokenizer):
 
 
 def learned_text(example, tokenizer):
-    return tokenizer.decode(example.token_ids[example.learned])
+    return tokenizer.decode(example.token_ids[example.is_target])
 
 
 def test_an_example_holds_tokens_mask_prompt_answer_and_place(build, tokenizer):
     data = build(PAIRS)
     first = data.examples[0]
-    assert first.token_ids.dtype == np.int32 and first.learned.dtype == np.bool_
+    assert first.token_ids.dtype == np.int32 and first.is_target.dtype == np.bool_
     assert first.prompt == "<|im_start|>user\nquestion 0<|im_end|>\n<|im_start|>assistant\n"
     assert first.answer == "answer 0"
     assert first.where.endswith("a.jsonl:1")
     assert tokenizer.decode(first.token_ids) == first.prompt + "answer 0<|im_end|>\n"
     assert learned_text(first, tokenizer) == "answer 0<|im_end|>"
     assert tokenizer(first.prompt, add_special_tokens=False)["input_ids"] == (
-        first.token_ids[: int(np.argmax(first.learned))].tolist()
+        first.token_ids[: int(np.argmax(first.is_target))].tolist()
     )
 
 
@@ -60,15 +60,15 @@ def test_the_answer_of_an_example_is_what_its_row_writes_behind_the_prompt_up_to
         assert example.prompt.endswith("<|im_start|>assistant\n")
         number = example.where.rpartition(":")[2]
         assert example.answer == f"<think></think>\nanswer {int(number) - 1}"
-        learned = tokenizer.decode(example.token_ids[example.learned], skip_special_tokens=True)
-        assert learned == example.answer
+        is_target = tokenizer.decode(example.token_ids[example.is_target], skip_special_tokens=True)
+        assert is_target == example.answer
 
 
 def test_every_row_and_token_is_counted(build, tokenizer):
     data = build(PAIRS)
     assert (data.rows_read, data.rows_kept, data.dropped, data.truncated) == (4, 4, {}, 0)
     assert data.tokens == sum(len(e.token_ids) for e in data.examples)
-    assert data.learned_tokens == sum(e.learned.sum() for e in data.examples)
+    assert data.target_tokens == sum(e.is_target.sum() for e in data.examples)
     assert data.end_token_ids == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert data.template.name == "model"
 
@@ -77,7 +77,7 @@ def test_every_row_and_token_is_counted(build, tokenizer):
 def test_the_end_token_is_learned_though_it_is_also_the_padding_token(build, tokenizer, template):
     data = build(PAIRS, template=template)
     for example in data.examples:
-        last = int(example.token_ids[example.learned][-1])
+        last = int(example.token_ids[example.is_target][-1])
         assert last in data.end_token_ids
         assert last in {
             tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>")
@@ -92,7 +92,7 @@ def test_begin_of_text_stands_once_where_the_tokenizer_wants_it(build):
         for example in build(rows, tokenizer=tokenizer, template=template).examples:
             assert example.token_ids[0] == tokenizer.bos_token_id
             assert (example.token_ids == tokenizer.bos_token_id).sum() == 1
-            assert not example.learned[0]
+            assert not example.is_target[0]
 
 
 def test_a_template_that_writes_begin_of_text_twice_is_an_error(build):
@@ -106,7 +106,7 @@ def test_a_document_is_learned_whole_with_its_end_token(build, tokenizer):
     data = build([{"text": "some words"}])
     (example,) = data.examples
     assert tokenizer.decode(example.token_ids) == "some words</s>"
-    assert example.learned.tolist() == [False] + [True] * (len(example.learned) - 1)
+    assert example.is_target.tolist() == [False] + [True] * (len(example.is_target) - 1)
     assert (example.prompt, example.answer, data.template) == ("", "", None)
 
 
@@ -159,7 +159,7 @@ def test_the_one_completion_is_learned_whatever_the_prompt_has_of_answers():
     row = {"prompt": [*turn, turn[0]], "completion": [turn[1]]}
     found = build_examples([Source("m", rows=[row])], make_tokenizer(), train_on="completion")
     alone = build_examples([Source("m", rows=[row])], make_tokenizer(), train_on="last")
-    assert found.examples[0].learned.tolist() == alone.examples[0].learned.tolist()
+    assert found.examples[0].is_target.tolist() == alone.examples[0].is_target.tolist()
 
 
 def test_a_dataset_in_memory_is_read_as_its_parquet_file(tmp_path):
@@ -209,7 +209,7 @@ def test_an_end_token_that_swallows_the_line_end_is_learned(build):
     tokenizer.chat_template = NAMED_TEMPLATES["chatml"].replace("<|im_end|>", "<|end|>")
     data = build(PAIRS, tokenizer=tokenizer)
     assert data.end_token_ids == {tokenizer.convert_tokens_to_ids("<|end|>")}
-    assert all(e.token_ids[e.learned][-1] in data.end_token_ids for e in data.examples)
+    assert all(e.token_ids[e.is_target][-1] in data.end_token_ids for e in data.examples)
 
 
 def test_an_end_that_the_tokenizer_does_not_take_for_a_token_is_an_error(build):
@@ -375,7 +375,7 @@ def test_truncation_is_counted_and_never_leaves_a_row_without_a_learned_token(bu
     assert (data.rows_kept, data.truncated) == (5, 1)
     assert data.dropped == {"nothing left to learn after truncation": 1}
     assert len(data.examples[4].token_ids) == 40
-    assert all(e.learned.any() and len(e.token_ids) <= 40 for e in data.examples)
+    assert all(e.is_target.any() and len(e.token_ids) <= 40 for e in data.examples)
 
 
 def test_a_row_whose_answer_is_cut_off_has_none(build):
@@ -558,7 +558,7 @@ def test_joined_writes_prompt_and_answer_as_they_are_and_learns_the_answer_with_
     (example,) = build(rows, template="joined").examples
     alone = tokenizer(rows[0]["prompt"], add_special_tokens=False).input_ids
     assert tokenizer.decode(example.token_ids) == "what is two plus two? the answer is: four</s>"
-    assert example.token_ids[~example.learned].tolist() == alone and example.prompt == rows[0]["prompt"]
+    assert example.token_ids[~example.is_target].tolist() == alone and example.prompt == rows[0]["prompt"]
     assert learned_text(example, tokenizer) == " four</s>"
     for prompt, completion in (("the ans", "wer is 42"), ("the answer is ", "four")):
         with pytest.raises(DataError, match="from the end of the prompt, and begin the answer with it"):

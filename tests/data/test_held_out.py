@@ -37,7 +37,7 @@ def test_a_share_of_the_rows_is_held_out_and_every_row_is_on_one_side_and_counte
     assert training.rows_kept == 40 - count and training.dropped == {HELD_OUT: count} and evaluation.dropped == {}
     for part in (training, evaluation):
         assert part.tokens == sum(len(example.token_ids) for example in part.examples)
-        assert part.learned_tokens == sum(int(example.learned.sum()) for example in part.examples)
+        assert part.target_tokens == sum(int(example.is_target.sum()) for example in part.examples)
         assert part.examples_of == (len(part.examples),)
     assert data.dropped == {} and data.rows_kept == 40
 

@@ -38,7 +38,7 @@ def read(rows, problem=ONE_LABEL, tokenizer=None, **how):
 def test_the_rows_of_common_sets_are_taken_as_they_are(row, text, label):
     (example,) = read([row]).examples
     assert (example.prompt, example.answer) == (text, label)
-    assert example.learned.tolist() == [False] * (len(example.token_ids) - 1) + [True]
+    assert example.is_target.tolist() == [False] * (len(example.token_ids) - 1) + [True]
 
 
 def test_columns_are_named_by_templates():

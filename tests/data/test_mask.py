@@ -8,7 +8,7 @@ from tiny_tokenizer import SPECIAL_TOKENS, make_tokenizer
 
 from qlora_lite.data.chat.conversation import Conversation, Turn
 from qlora_lite.data.chat.template import choose_template
-from qlora_lite.data.tokens.mask import learned_tokens, render_row, seam_fault, tokenise
+from qlora_lite.data.tokens.mask import render_row, seam_fault, target_mask, tokenise
 from qlora_lite.errors import DataError
 
 TOKENIZERS = {adds_begin: make_tokenizer(adds_begin=adds_begin) for adds_begin in (False, True)}
@@ -32,19 +32,19 @@ words = st.text(alphabet="ab \n4ä🙂<|>user", min_size=1, max_size=12).map(str
 def conversations(draw):
     turns = [Turn("system", draw(words))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        turns += [Turn("user", draw(words)), Turn("assistant", draw(words), learned=draw(st.booleans()))]
+        turns += [Turn("user", draw(words)), Turn("assistant", draw(words), is_target=draw(st.booleans()))]
     return Conversation(tuple(turns), "f:1")
 
 
-def learned_runs(ids, learned):
+def learned_runs(ids, is_target):
     """Split the tokens into runs of learned ones."""
     runs, previous = [], False
-    for token, is_target in zip(ids, learned, strict=True):
-        if is_target and not previous:
+    for token, is_one in zip(ids, is_target, strict=True):
+        if is_one and not previous:
             runs.append([])
-        if is_target:
+        if is_one:
             runs[-1].append(int(token))
-        previous = is_target
+        previous = is_one
     return runs
 
 
@@ -53,7 +53,7 @@ def test_learned_tokens_decode_to_the_answers_and_their_end_tokens(conversation,
     tokenizer = TOKENIZERS[adds_begin]
     answers = [turn for turn in conversation.turns if turn.role == "assistant"]
     wanted = answers[-1:] if train_on == "last" else answers
-    expected = [turn.content + END[name] for turn in wanted if turn.learned]
+    expected = [turn.content + END[name] for turn in wanted if turn.is_target]
     template = choose_template(tokenizer, name)
     if not expected:
         with pytest.raises(DataError, match="weight 0"):
@@ -61,8 +61,8 @@ def test_learned_tokens_decode_to_the_answers_and_their_end_tokens(conversation,
         return
     row = render_row(conversation, template, train_on)
     (tokens,) = tokenise([row.text], tokenizer)
-    learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
-    assert [tokenizer.decode(run) for run in learned_runs(tokens.ids, learned)] == expected
+    is_target = target_mask(tokens.starts, tokens.ends, row.targets, row.text)
+    assert [tokenizer.decode(run) for run in learned_runs(tokens.ids, is_target)] == expected
     assert tokenizer.decode(tokens.ids) == row.text
     assert seam_fault(row, tokens, template) is None
     prompt_ids = tokenizer(row.text[: row.answers[-1][0]], add_special_tokens=False)["input_ids"]
@@ -99,27 +99,27 @@ def test_the_mask_is_that_of_a_look_at_every_character(cut):
     expected = slow_mask(text, starts, ends, spans)
     if expected is None:
         with pytest.raises(DataError):
-            learned_tokens(starts, ends, spans, text)
+            target_mask(starts, ends, spans, text)
     else:
-        assert learned_tokens(starts, ends, spans, text).tolist() == expected
+        assert target_mask(starts, ends, spans, text).tolist() == expected
 
 
 def test_a_token_across_the_beginning_of_an_answer_is_an_error():
     with pytest.raises(DataError, match=r"the beginning of an answer and what stands before it: 'bc'"):
-        learned_tokens(np.array([0, 1]), np.array([1, 3]), [(2, 3)], "abc")
+        target_mask(np.array([0, 1]), np.array([1, 3]), [(2, 3)], "abc")
 
 
 def test_a_token_across_the_end_of_an_answer_is_an_error_unless_it_swallows_white_space_only():
     starts, ends = np.array([0, 1, 2]), np.array([1, 2, 4])
     with pytest.raises(DataError, match="holds the end of an answer"):
-        learned_tokens(starts, ends, [(1, 3)], "abcd")
-    assert learned_tokens(starts, ends, [(1, 3)], "abc\n").tolist() == [False, True, True]
+        target_mask(starts, ends, [(1, 3)], "abcd")
+    assert target_mask(starts, ends, [(1, 3)], "abc\n").tolist() == [False, True, True]
 
 
 def test_the_first_token_is_never_learned():
-    assert learned_tokens(np.array([0, 1]), np.array([1, 2]), [(0, 2)], "ab").tolist() == [False, True]
+    assert target_mask(np.array([0, 1]), np.array([1, 2]), [(0, 2)], "ab").tolist() == [False, True]
     with pytest.raises(DataError, match="no token to learn"):
-        learned_tokens(np.array([0]), np.array([1]), [(0, 1)], "a")
+        target_mask(np.array([0]), np.array([1]), [(0, 1)], "a")
 
 
 def test_tokens_before_an_answer_that_the_prompt_alone_would_not_give_are_named():
@@ -147,8 +147,8 @@ def test_completion_needs_rows_with_one_answer(tokenizer):
 
 
 def test_all_learns_the_whole_text_and_still_knows_the_last_answer(tokenizer):
-    turns = (Turn("user", "q"), Turn("assistant", "a", learned=False))  # as one of a prompt
+    turns = (Turn("user", "q"), Turn("assistant", "a", is_target=False))  # as one of a prompt
     row = render_row(Conversation(turns, "f:1"), choose_template(tokenizer), "all")
-    assert row.learned == ((0, len(row.text)),)
+    assert row.targets == ((0, len(row.text)),)
     ((first, last),) = row.answers
     assert row.text[first:last] == "a<|im_end|>"

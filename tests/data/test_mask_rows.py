@@ -34,8 +34,8 @@ def rows(draw):
     cuts = st.sampled_from(borders) if draw(st.booleans()) else st.integers(0, len(text))
     places = sorted(draw(st.lists(cuts, min_size=2, max_size=6, unique=True) if len(text) > 1 else st.just([0, 1])))
     spans = tuple(zip(places[::2], places[1::2], strict=False))
-    learned = ((0, len(text)),) if draw(st.booleans()) else spans
-    return Row(text, learned, spans, f"f:{draw(st.integers(1, 9))}")
+    is_target = ((0, len(text)),) if draw(st.booleans()) else spans
+    return Row(text, is_target, spans, f"f:{draw(st.integers(1, 9))}")
 
 
 @st.composite
@@ -47,27 +47,27 @@ def good_rows(draw):
         first, text = len(text), text + draw(st.sampled_from(["a", "user answer", "🙂"])) + "</s>"
         spans.append((first, len(text)))
         text += draw(st.sampled_from(["", "\n"]))
-    learned = draw(st.sampled_from([tuple(spans), tuple(spans[-1:]), ((0, len(text)),)]))
-    return Row(text, learned, tuple(spans), "f:1")
+    is_target = draw(st.sampled_from([tuple(spans), tuple(spans[-1:]), ((0, len(text)),)]))
+    return Row(text, is_target, tuple(spans), "f:1")
 
 
 def one_by_one(given_rows, template, train_on_end):
     made, ends = [], set()
     for row, tokens in zip(given_rows, tokenise([row.text for row in given_rows], template.tokenizer), strict=True):
         try:
-            learned, of_row = mark_row(row, tokens, template, train_on_end)
+            is_target, of_row = mark_row(row, tokens, template, train_on_end)
         except DataError as error:
             made.append((str(error), error.rule))
             continue
         ends.update(tokens.ids[of_row].tolist())
         first = row.answers[-1][0]
         answer = template.special.sub("", row.text[first : tokens.starts[of_row[-1]]])
-        made.append((as_lists(Example(tokens.ids, learned, row.text[:first], answer, row.where)), of_row[-1] + 1))
+        made.append((as_lists(Example(tokens.ids, is_target, row.text[:first], answer, row.where)), of_row[-1] + 1))
     return made, ends
 
 
 def as_lists(example):
-    return example.token_ids.tolist(), example.learned.tolist(), example.prompt, example.answer, example.where
+    return example.token_ids.tolist(), example.is_target.tolist(), example.prompt, example.answer, example.where
 
 
 def at_once(given_rows, template, train_on_end):

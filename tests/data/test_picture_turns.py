@@ -96,7 +96,7 @@ def test_tokens_and_pixels_are_those_of_transformers_processor(folders, pictures
             assert int((example.token_ids == 3).sum()) == len(found) * reader.tokens
         else:
             assert reader.of_examples([example]) is None
-        taught = AutoTokenizer.from_pretrained(folders[name]).decode(example.token_ids[example.learned])
+        taught = AutoTokenizer.from_pretrained(folders[name]).decode(example.token_ids[example.is_target])
         assert taught == " it is hot<end_of_utterance>" or taught == "it is hot<end_of_utterance>"
 
 
@@ -256,9 +256,9 @@ def test_what_stands_for_a_picture_is_never_learned(folders, pictures, train_on)
     rows = [{"messages": chat(parts("1.png", "what is it", "0.png"))}]
     (example,) = read(folders["smolvlm"], rows, pictures, train_on=train_on).examples
     tokenizer = AutoTokenizer.from_pretrained(folders["smolvlm"])
-    taught = set(tokenizer.convert_ids_to_tokens(example.token_ids[example.learned]))
+    taught = set(tokenizer.convert_ids_to_tokens(example.token_ids[example.is_target]))
     assert not taught & {"<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>"}
-    assert example.learned.sum() > 5
+    assert example.is_target.sum() > 5
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def texts(example):
 
 
 def targets(example):
-    return [TOKENIZER.decode(sequence.token_ids[sequence.learned]) for sequence in sequences_of(example)]
+    return [TOKENIZER.decode(sequence.token_ids[sequence.is_target]) for sequence in sequences_of(example)]
 
 
 PROMPT = "<|im_start|>user\nwhat<|im_end|>\n<|im_start|>assistant\n"
@@ -163,9 +163,9 @@ def test_an_end_token_in_one_answer_alone_is_a_problem():
     statistics = Statistics(end_token_ids={9})
     made = []
     for answer in ([7, 9], [8]):
-        learned = np.array([False] + [True] * len(answer))
+        is_target = np.array([False] + [True] * len(answer))
         conversation = Conversation((Turn("user", "q"), Turn("assistant", "a")), "rows.jsonl:1")
-        made.append((conversation, Marked(Example(np.array([5, *answer], np.int32), learned, "", "", ""), 0)))
+        made.append((conversation, Marked(Example(np.array([5, *answer], np.int32), is_target, "", "", ""), 0)))
     assert not list(paired(iter(made), statistics))
     assert [problem.rule for problem in statistics.problems.found] == [ONE_END]
     statistics.end_token_ids.clear()
@@ -200,7 +200,7 @@ def test_mean_lengths_tell_of_a_length_bias(read):
     ]
     data = read(rows)
     expected = np.mean(
-        [[int(each.learned.sum()) for each in sequences_of(example)] for example in data.examples], axis=0
+        [[int(each.is_target.sum()) for each in sequences_of(example)] for example in data.examples], axis=0
     )
     assert answer_tokens(data.examples) == pytest.approx(tuple(expected))
 

@@ -150,7 +150,7 @@ def test_rows_that_are_rendered_go_in_few_messages_and_are_as_each_alone(write, 
     def read():
         asked.clear()
         data = read_examples([Source(path)], tokenizer)
-        made = [(each.token_ids.tolist(), each.learned.tolist(), each.where) for each in data.examples]
+        made = [(each.token_ids.tolist(), each.is_target.tolist(), each.where) for each in data.examples]
         return made, [str(problem) for problem in data.problems.found], len(asked)
 
     made, problems, messages = read()

@@ -132,15 +132,15 @@ def expected(form, turns, train_on, train_on_end, tokenizer):
         before = [token for token, (first, _) in zip(ids, offsets, strict=True) if first < starts[index]]
         if tokenizer(text[: starts[index]], add_special_tokens=False)["input_ids"] != before:
             return None
-    learned = []
+    is_target = []
     for first, last in offsets:
         flags = {owner in learned_answers or (all_tokens and owner is None) for owner in owners[first:last]}
         if len(flags) > 1:
             return None
         is_end = not train_on_end and any(first <= ends[index] < last for index in looked_at)
-        learned.append(flags == {True} and not is_end)
-    learned[0] = False
-    return (ids, learned) if any(learned) else None
+        is_target.append(flags == {True} and not is_end)
+    is_target[0] = False
+    return (ids, is_target) if any(is_target) else None
 
 
 @settings(deadline=None)
@@ -161,8 +161,8 @@ def test_text_mask_and_packs_are_those_of_the_reference(form, talks, train_on, t
             json.dumps(
                 {
                     "messages": [
-                        {"role": role, "content": content} | ({} if learned else {"weight": 0})
-                        for role, content, learned in turns
+                        {"role": role, "content": content} | ({} if is_target else {"weight": 0})
+                        for role, content, is_target in turns
                     ]
                 }
             )
@@ -176,7 +176,7 @@ def test_text_mask_and_packs_are_those_of_the_reference(form, talks, train_on, t
     }
 
     data = read_examples([Source(str(path))], tokenizer, ReadSettings(train_on=train_on, train_on_end=train_on_end))
-    assert {e.where: (e.token_ids.tolist(), e.learned.tolist()) for e in data.examples} == {
+    assert {e.where: (e.token_ids.tolist(), e.is_target.tolist()) for e in data.examples} == {
         where: row for where, row in right.items() if row
     }
     # "<" before "s>" is begin-of-text: a template's fault, which leaves the row as it is
@@ -193,6 +193,6 @@ def test_text_mask_and_packs_are_those_of_the_reference(form, talks, train_on, t
         batch = collate([data.examples[row] for row in rows])
         labels = []
         for row in rows:
-            ids, learned = right[data.examples[row].where]
-            labels += [ids[t + 1] if learned[t + 1] else -100 for t in range(len(ids) - 1)] + [-100]
+            ids, is_target = right[data.examples[row].where]
+            labels += [ids[t + 1] if is_target[t + 1] else -100 for t in range(len(ids) - 1)] + [-100]
         assert batch.labels.tolist() == labels

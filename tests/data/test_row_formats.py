@@ -17,8 +17,8 @@ from qlora_lite.errors import DataError
 
 PAIR = (Turn("user", "q"), Turn("assistant", "a"))
 WITH_SYSTEM = (Turn("system", "s"), *PAIR)
-UNLEARNED = (PAIR[0], Turn("assistant", "a", learned=False))
-LEFT_OUT = (PAIR[0], Turn("assistant", "a", learned=False, left_out=True))
+UNLEARNED = (PAIR[0], Turn("assistant", "a", is_target=False))
+LEFT_OUT = (PAIR[0], Turn("assistant", "a", is_target=False, left_out=True))
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
@@ -339,7 +339,7 @@ def test_a_column_that_is_no_text_is_not_shown_as_an_answer():
 
 REJECTED = assistant("worse")
 TALK = [user("p"), assistant("o"), user("q")]
-LEARNED_LAST = (Turn("user", "p"), Turn("assistant", "o", learned=False), *PAIR)
+LEARNED_LAST = (Turn("user", "p"), Turn("assistant", "o", is_target=False), *PAIR)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def stream(tokenizer):
 
 
 def plain(examples):
-    return [(e.token_ids.tolist(), e.learned.tolist(), e.prompt, e.answer, e.where) for e in examples]
+    return [(e.token_ids.tolist(), e.is_target.tolist(), e.prompt, e.answer, e.where) for e in examples]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.booleans(), st.integers(1, 4))

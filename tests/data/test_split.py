@@ -34,19 +34,19 @@ def texts(data, tokenizer):
 
 
 def learned_texts(data, tokenizer):
-    return [tokenizer.decode(example.token_ids[example.learned]) for example in data.examples]
+    return [tokenizer.decode(example.token_ids[example.is_target]) for example in data.examples]
 
 
 @given(st.lists(st.booleans(), min_size=3, max_size=40), st.integers(2, 12))
-def test_windows_learn_each_token_of_a_document_once_and_begin_with_one_of_context(learned, max_tokens):
-    learned = np.array([False, *learned[1:]])
-    row = Example(np.arange(len(learned), dtype=np.int32), learned, "", "", "f:1")
+def test_windows_learn_each_token_of_a_document_once_and_begin_with_one_of_context(is_target, max_tokens):
+    is_target = np.array([False, *is_target[1:]])
+    row = Example(np.arange(len(is_target), dtype=np.int32), is_target, "", "", "f:1")
     found = list(windows(row, max_tokens))
-    assert [t for part in found for t in part.token_ids[part.learned]] == np.flatnonzero(learned).tolist()
-    assert all(len(part.token_ids) <= max_tokens and not part.learned[0] for part in found)
+    assert [t for part in found for t in part.token_ids[part.is_target]] == np.flatnonzero(is_target).tolist()
+    assert all(len(part.token_ids) <= max_tokens and not part.is_target[0] for part in found)
     assert all((np.diff(part.token_ids) == 1).all() for part in found)
-    if learned[1:].all():
-        assert len(found) == -(-(len(learned) - 1) // (max_tokens - 1))
+    if is_target[1:].all():
+        assert len(found) == -(-(len(is_target) - 1) // (max_tokens - 1))
 
 
 def test_a_split_document_is_counted_and_learns_as_many_tokens_as_the_whole(build):
@@ -54,7 +54,7 @@ def test_a_split_document_is_counted_and_learns_as_many_tokens_as_the_whole(buil
     whole, cut = build(rows), build(rows, max_tokens=16)
     assert (cut.rows_read, cut.split, cut.dropped, cut.truncated) == (2, 1, {}, 0)
     assert cut.rows_kept == len(cut.examples) > 5
-    assert cut.learned_tokens == whole.learned_tokens
+    assert cut.target_tokens == whole.target_tokens
     assert {example.where.rpartition(":")[2] for example in cut.examples[:-1]} == {"1"}
 
 
@@ -112,7 +112,7 @@ def test_train_on_all_learns_every_part_but_for_answers_that_are_left_out(build,
     assert ["four" in text for text in texts(data, tokenizer)] == [True, False]
     assert ["question" in text for text in learned_texts(data, tokenizer)] == [True, True]
     assert ["four" in text for text in learned_texts(data, tokenizer)] == [False, False]
-    assert data.examples[1].learned[1:].all()
+    assert data.examples[1].is_target[1:].all()
 
 
 def test_a_call_and_its_result_stay_together(build, tokenizer):

@@ -25,7 +25,7 @@ def examples_of(rows):
 
 
 def plain(examples):
-    return [(e.token_ids.tolist(), e.learned.tolist(), e.prompt, e.answer, e.where) for e in examples]
+    return [(e.token_ids.tolist(), e.is_target.tolist(), e.prompt, e.answer, e.where) for e in examples]
 
 
 @given(rows, st.data())
@@ -37,9 +37,9 @@ def test_stored_examples_are_those_that_went_in(rows, data):
     if rows:
         part = slice(data.draw(st.integers(0, len(rows))), data.draw(st.integers(0, len(rows))))
         assert plain(kept[part]) == plain(given_ones[part])
-        ids, learned = kept[part].joined()
+        ids, is_target = kept[part].joined()
         assert ids.tolist() == [t for e in given_ones[part] for t in e.token_ids]
-        assert learned.tolist() == [m for e in given_ones[part] for m in e.learned]
+        assert is_target.tolist() == [m for e in given_ones[part] for m in e.is_target]
         assert plain([kept[-1]]) == plain(given_ones[-1:])
 
 
@@ -53,7 +53,7 @@ def test_an_order_repeats_rows_and_leaves_rows_out(rows, order):
     kept = writer.finish(np.array(order, np.int64))
     assert plain(kept) == plain([given_ones[row] for row in order])
     assert kept.lengths.tolist() == [len(given_ones[row].token_ids) for row in order]
-    assert kept.learned_counts.tolist() == [int(given_ones[row].learned.sum()) for row in order]
+    assert kept.target_counts.tolist() == [int(given_ones[row].is_target.sum()) for row in order]
     assert kept.joined()[0].tolist() == [t for row in order for t in given_ones[row].token_ids]
 
 

@@ -57,7 +57,7 @@ def no_reading(monkeypatch):
 
 
 def plain(data):
-    rows = [(e.token_ids.tolist(), e.learned.tolist(), e.prompt, e.answer, e.where) for e in data.examples]
+    rows = [(e.token_ids.tolist(), e.is_target.tolist(), e.prompt, e.answer, e.where) for e in data.examples]
     template = data.template and (data.template.name, data.template.source)
     return (
         rows,
@@ -67,7 +67,7 @@ def plain(data):
         data.truncated,
         data.split,
         data.tokens,
-        data.learned_tokens,
+        data.target_tokens,
         data.end_token_ids,
         template,
         data.problems.found,
@@ -142,7 +142,7 @@ def test_other_code_builds_another_set(build, entries, monkeypatch):
     assert len(entries()) == 2
 
 
-@pytest.mark.parametrize("name", ["token_ids", "learned", "text", "rows", "set.json", "order.npy"])
+@pytest.mark.parametrize("name", ["token_ids", "is_target", "text", "rows", "set.json", "order.npy"])
 @pytest.mark.parametrize("damage", ["cut short", "missing", "empty", "one bit"])
 def test_a_damaged_set_is_made_again(build, entries, tmp_path, name, damage):
     first = build()

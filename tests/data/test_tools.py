@@ -125,19 +125,19 @@ def test_the_template_gets_tools_and_calls_and_the_calls_are_learned(build):
     tokenizer = make_tokenizer()
     text = tokenizer.decode(example.token_ids)
     assert json.dumps(TOOL) in text
-    learned = tokenizer.decode(example.token_ids[example.learned])
-    assert learned == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
+    is_target = tokenizer.decode(example.token_ids[example.is_target])
+    assert is_target == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
     assert example.answer == "the answer is 42"
 
 
 def test_a_row_may_end_with_the_call_that_it_teaches(build):
     (example,) = build([{"messages": [USER, CALLING], "tools": [TOOL]}]).examples
-    assert example.learned.any()
+    assert example.is_target.any()
 
 
 def test_a_call_with_weight_0_is_not_learned(build):
     (example,) = build([{"messages": [USER, CALLING | {"weight": 0}, RESULT, ANSWER]}]).examples
-    assert make_tokenizer().decode(example.token_ids[example.learned]) == "the answer is 42<|im_end|>"
+    assert make_tokenizer().decode(example.token_ids[example.is_target]) == "the answer is 42<|im_end|>"
 
 
 def test_tools_of_a_parquet_file_come_without_the_nulls_of_their_neighbours(tmp_path):
@@ -296,8 +296,8 @@ def test_the_generation_blocks_of_a_template_hold_calls_too(build):
         ),
     )
     (example,) = build([ROW], tokenizer=tokenizer).examples
-    learned = tokenizer.decode(example.token_ids[example.learned])
-    assert learned == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
+    is_target = tokenizer.decode(example.token_ids[example.is_target])
+    assert is_target == f"<call>{json.dumps(CALL['function'])}</call><|im_end|>the answer is 42<|im_end|>"
 
 
 def test_every_named_template_refuses_what_it_cannot_write_and_names_the_one_that_can(build):
@@ -351,7 +351,7 @@ def test_chatml_tools_writes_the_form_of_qwen_and_learns_calls_and_answers_only(
     results = "<tool_response>\n7\n</tool_response>\n<tool_response>\n8\n</tool_response>"
     text = f"{TOOLS_TEXT}{called}<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n7 and 8<|im_end|>\n"
     assert tokenizer.decode(example.token_ids) == text.replace("<|im_end|>", end)
-    assert tokenizer.decode(example.token_ids[example.learned]) == f"{ONE}\n{TWO}{end}7 and 8{end}"
+    assert tokenizer.decode(example.token_ids[example.is_target]) == f"{ONE}\n{TWO}{end}7 and 8{end}"
 
 
 def test_chatml_tools_writes_text_beside_a_call_and_a_call_in_the_last_turn(build):

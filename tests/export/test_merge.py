@@ -60,9 +60,9 @@ def test_the_comparison_is_that_of_whole_logits_in_float64():
         for place, model in enumerate(models):
             said[place].append(model(input_ids=batch.input_ids[:, rows]).logits[0].double())
         start += length
-    learned = batch.labels != -100
-    p, q = (torch.log_softmax(torch.cat(each)[learned], -1) for each in said)
-    assert found.loss == pytest.approx(functional.nll_loss(q, batch.labels[learned]).item(), rel=1e-5)
+    is_target = batch.labels != -100
+    p, q = (torch.log_softmax(torch.cat(each)[is_target], -1) for each in said)
+    assert found.loss == pytest.approx(functional.nll_loss(q, batch.labels[is_target]).item(), rel=1e-5)
     assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert 0 < found.agreement < 1 and found.kl > 0.1

@@ -54,7 +54,7 @@ MEASURED = {
         },
     },
     "versions": {"qlora-lite": "0.1.0", "torch": "2.13.0"},
-    "data": {"rows_kept": 1_500, "learned_tokens": 23_456, "end_token_ids": [4]},
+    "data": {"rows_kept": 1_500, "target_tokens": 23_456, "end_token_ids": [4]},
     "samples": [{"prompt": "a customer's secret", "reference": "x", "before": "y", "after": "z"}],
 }
 

@@ -200,7 +200,7 @@ def test_few_shot_prompts_begin_with_the_same_training_examples_and_keep_place_a
     train = {json.loads(line)["messages"][0]["content"] for line in Path(r.data.train[0].path).read_text().splitlines()}
     assert head.count("<|im_start|>user\n") == head.count("<|im_start|>assistant\n") == 2
     assert all(turn.partition("<")[0] in train for turn in head.split("<|im_start|>user\n")[1:])
-    assert all(e.learned.sum() == own.learned.sum() for e, own in zip(found.examples, data.examples, strict=True))
+    assert all(e.is_target.sum() == own.is_target.sum() for e, own in zip(found.examples, data.examples, strict=True))
     other = with_shots(recipe(train={"seed": 1}), tokenizer, data, 2)
     assert other.examples[0].prompt != found.examples[0].prompt
     (tmp_path / "eval.jsonl").write_text('{"text": "one two"}\n')

@@ -293,7 +293,7 @@ def test_answers_are_escaped_on_the_page():
     model = {
         "name": evil,
         "rows": 2,
-        "labelled_tokens": 9,
+        "target_tokens": 9,
         "eval_loss": 1.0,
         "perplexity": 2.7,
         "adapter_bytes": 3,

@@ -20,7 +20,7 @@ from qlora_lite.recipe.load import load_recipe
 from qlora_lite.reporting.data_page import render
 from qlora_lite.units import format_bytes, format_count
 
-ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "learned_tokens", "packing_efficiency", "problems"}
+ALWAYS = {"rows_read", "rows_kept", "dropped", "tokens", "target_tokens", "packing_efficiency", "problems"}
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def test_good_rows_give_a_report_without_problems(look):
     assert report.keys() >= ALWAYS and report["ok"] and report["problems"] == []
     assert (report["rows_read"], report["rows_kept"], report["dropped"]) == (24, 24, {})
     assert report["tokens"] == sum(len(e.token_ids) for e in found.data.examples)
-    assert report["learned_tokens"] == sum(int(e.learned.sum()) for e in found.data.examples)
+    assert report["target_tokens"] == sum(int(e.is_target.sum()) for e in found.data.examples)
     assert report["packing_efficiency"] == report["tokens"] / (128 * report["packs"])
     assert sum(bar["rows"] for bar in report["lengths"]) == 24
     assert report["sources"][0]["format"] == "messages" and report["eval"]["rows_kept"] == 6
     assert report["template"]["name"] == "model" and report["template"]["end_tokens"] == ["<|im_end|>"]
     end = next(token for token in report["special_tokens"] if token["token"] == "<|im_end|>")
-    assert (end["count"], end["learned"]) == (48, 24)
+    assert (end["count"], end["targets"]) == (48, 24)
     json.dumps(report)
 
 
@@ -85,7 +85,7 @@ def test_more_target_tokens_than_lora_weights_warn_with_a_rank_that_suffices_and
     lora = {"rank": rank, "targets": ["q_proj"], "dtype": "bfloat16"}
     path = write_recipe(tmp_path, model_folder, 200, lora=lora, train={"optimizer": "adamw_8bit"})
     found = preflight(load_recipe(path), byte_tokenizer(), 0)
-    tokens, weights = found.report["learned_tokens"], rank * 2 * (64 + 64)  # of two layers
+    tokens, weights = found.report["target_tokens"], rank * 2 * (64 + 64)  # of two layers
     assert (factor is None) == (tokens <= weights)
     lines = [line_of_problem(problem) for problem in found.report["problems"] if problem["rule"] == CAPACITY]
     found.raise_if_unusable()
@@ -121,7 +121,7 @@ def test_packs_are_counted_with_virtual_tokens(tmp_path, model_folder):
     virtual = {"lora": None, "adapter": {"method": "prompt"}, "prompt": {"virtual_tokens": 40}}
     path = write_recipe(tmp_path, model_folder, train={"learning_rate": 0.1}, **virtual)
     recipe = load_recipe(path)
-    lengths = build_workload(recipe).lengths(build_data(recipe, byte_tokenizer()).examples)
+    lengths = build_workload(recipe).batches.lengths(build_data(recipe, byte_tokenizer()).examples)
     report = preflight(recipe, byte_tokenizer(), 0).report
     expected = plan_epoch(lengths, 128, True, 1, recipe.data.order, 0, 0)
     assert report["packs"] == len(expected) > 6
@@ -147,7 +147,7 @@ def test_tokens_that_are_to_be_trained_and_that_no_row_has_warn(tmp_path, model_
 def test_the_shown_rows_are_the_first_ones_with_their_learned_text(look):
     first, second = look().report["rows"]
     assert first["where"].endswith("train.jsonl:1") and second["where"].endswith("train.jsonl:2")
-    assert "".join(p["text"] for p in first["pieces"] if p["learned"]) == "zero<|im_end|>"
+    assert "".join(p["text"] for p in first["pieces"] if p["is_target"]) == "zero<|im_end|>"
     assert "".join(p["text"] for p in first["pieces"]).startswith("<|im_start|>user\n0?<|im_end|>")
 
 
@@ -376,7 +376,7 @@ def test_each_source_is_counted_and_shown_in_turn(tmp_path):
         found = preflight(recipe, tokenizer, 4)
         report = found.report
         assert [source["examples"] for source in report["sources"]] == [6, 2, 1]
-        for count in ("tokens", "learned_tokens"):
+        for count in ("tokens", "target_tokens"):
             assert sum(source[count] for source in report["sources"]) == report[count]
         of_a = [example for example in found.data.examples if "a.jsonl" in example.where]
         assert report["sources"][0]["tokens"] == sum(len(example.token_ids) for example in of_a)

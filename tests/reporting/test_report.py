@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from qlora_lite.artifacts.run_files import read_run
 from qlora_lite.reporting.charts import Series, line_chart, log_ticks, nice_ticks, short_number, smooth, thin
 from qlora_lite.reporting.page import text as html_text
 from qlora_lite.reporting.report import write_report
@@ -23,7 +24,7 @@ SUMMARY = {
     "seconds": 125.0,
     "started": "2026-11-25T09:14:22+00:00",
     "tokens": 53077,
-    "labelled_tokens": 20152,
+    "target_tokens": 20152,
     "peak_bytes": 3 * 2**29,
     "tokens_per_second": 208.4,
     "trainable_parameters": 4884480,
@@ -245,6 +246,16 @@ def test_without_a_summary_the_figures_come_from_the_metrics(report):
     text = Elements(report(summary=None)).text
     for words in ["0 % → 92.5 %", "1.57 → 0.0213", "Peak memory 1.0 GiB", "20 steps"]:
         assert words in text
+
+
+def test_figures_of_earlier_versions_have_the_names_of_today(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "labelled_tokens": 7}\n{"step": 1, "eval_labelled_tokens": 5}\n'
+    )
+    (tmp_path / "summary.json").write_text('{"labelled_tokens": 9}')
+    found = read_run(tmp_path)
+    assert found.metrics == [{"step": 1, "target_tokens": 7}, {"step": 1, "eval_target_tokens": 5}]
+    assert found.summary == {"target_tokens": 9}
 
 
 def test_a_last_line_that_is_cut_short_is_counted_and_left_out(report, tmp_path):

@@ -68,7 +68,7 @@ def test_it_learns_and_writes_down_scores_labels_and_confusion(run):
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     steps = [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
     assert not any("eval_perplexity" in line for line in lines(folder / "metrics.jsonl"))
-    assert all("accuracy" in step for step in steps) and all(0 < step["labelled_tokens"] < 49 for step in steps)
+    assert all("accuracy" in step for step in steps) and all(0 < step["target_tokens"] < 49 for step in steps)
     page = (folder / "report.html").read_text()
     assert "is \\ given" in page and page.count('class="confusion"') == 2 and "Accuracy" in page
     assert json.loads((folder / "data.json").read_text())["labels"]["train"]["baseline_accuracy"] == 0.5

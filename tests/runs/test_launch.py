@@ -160,7 +160,7 @@ def test_two_processes_train_what_one_does_and_one_of_them_writes_and_speaks(mod
     assert command("train", recipe, f"output.dir={tmp_path / 'one'}")[0] == 0
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     assert two["eval_loss_after"] == pytest.approx(one["eval_loss_after"], rel=1e-3)
-    for key in ("steps", "tokens", "labelled_tokens", "trainable_parameters", "eval_loss_before"):
+    for key in ("steps", "tokens", "target_tokens", "trainable_parameters", "eval_loss_before"):
         assert two[key] == pytest.approx(one[key], rel=1e-6), key
     assert len(two["ranks"]) == 2 and two["ranks"][0]["peak_bytes"] <= two["peak_bytes"] and "ranks" not in one
     assert all(rank["computing_seconds"] > 0 < rank["waiting_seconds"] for rank in two["ranks"])

@@ -72,7 +72,7 @@ def of_transformers(model, recipe):
     total, count = 0.0, 0
     for example in data.examples:
         ids = torch.from_numpy(example.token_ids.copy()).long()[None]
-        labels = torch.where(torch.from_numpy(example.learned.copy()), ids[0], -100)[1:]
+        labels = torch.where(torch.from_numpy(example.is_target.copy()), ids[0], -100)[1:]
         pixels = torch.from_numpy(work.batches.reader.of_examples([example]))
         with torch.no_grad():
             shown = arguments_of(model, pixels, ids, grids_of(example.pictures))

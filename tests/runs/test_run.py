@@ -51,7 +51,7 @@ METRICS = {
     "learning_rate",
     "grad_norm",
     "tokens",
-    "labelled_tokens",
+    "target_tokens",
     "tokens_per_second",
     "peak_bytes",
     "seconds",
@@ -128,9 +128,7 @@ def test_every_step_has_its_line_of_metrics(finished):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert all(line.keys() == METRICS for line in steps)
     assert [line["step"] for line in lines if "eval_loss" in line][:3] == [0, 2, 4]
-    assert all(
-        line["eval_perplexity"] > 1 and line["eval_labelled_tokens"] > 0 for line in lines if "eval_loss" in line
-    )
+    assert all(line["eval_perplexity"] > 1 and line["eval_target_tokens"] > 0 for line in lines if "eval_loss" in line)
 
 
 def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(finished):
@@ -138,7 +136,7 @@ def test_the_summary_has_what_is_promised_and_its_sums_are_those_of_the_steps(fi
     assert summary.keys() >= SUMMARY
     assert (summary["status"], summary["steps"]) == ("complete", 6)
     assert summary["tokens"] == sum(line["tokens"] for line in steps)
-    assert summary["labelled_tokens"] == sum(line["labelled_tokens"] for line in steps)
+    assert summary["target_tokens"] == sum(line["target_tokens"] for line in steps)
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert summary["trainable_parameters"] == sum(
         tensor.numel() for tensor in load_file(finished[0] / "adapter" / "adapter_model.safetensors").values()

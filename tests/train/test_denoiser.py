@@ -494,10 +494,10 @@ def test_wrong_settings_and_examples_are_refused(folders):
 
 
 def test_gradients_of_grouped_inputs_are_not_lost():
-    learned = torch.ones(2, requires_grad=True)
+    is_target = torch.ones(2, requires_grad=True)
     block = torch.nn.Identity()
     with pytest.raises(ModelError, match="would be lost"):
-        BlockCalls({block: lambda block, *inputs: block(*inputs)})(block, learned, (learned,))
+        BlockCalls({block: lambda block, *inputs: block(*inputs)})(block, is_target, (is_target,))
 
 
 def test_layers_outside_of_blocks_are_adapted_only_where_they_are_named(folders):

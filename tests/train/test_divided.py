@@ -69,7 +69,7 @@ def whole_weights(training):
 def course(training):
     """Train, evaluate before and after, and return the numbers of it and what was learned."""
     found = [training.evaluate(examples()[:5])]
-    found += [[m.loss, m.grad_norm, m.tokens, m.labelled_tokens] for m in training]
+    found += [[m.loss, m.grad_norm, m.tokens, m.target_tokens] for m in training]
     found += [training.evaluate(examples()[:5]), training.answer_losses(examples()[:3])]
     return found, whole_weights(training)
 
@@ -94,10 +94,10 @@ def courses(number, count, folder, cases):
     for settings, is_same_order in [CASES[case] for case in cases]:
         settings = UNCLIPPED | dict(gradient_accumulation_steps=count) | settings
         training = trainer(group, divided_by(count), **settings)
-        found, learned = course(training)
+        found, is_target = course(training)
         if is_same_order:
             whole, expected = course(trainer(group, MemoryOptions(), **settings))
-            assert all(torch.equal(learned[name], tensor) for name, tensor in expected.items()), settings
+            assert all(torch.equal(is_target[name], tensor) for name, tensor in expected.items()), settings
             torch.testing.assert_close(steps_of(found), steps_of(whole), rtol=1e-6, atol=0)  # norms add up otherwise
             assert (found[0], *found[-2:]) == (whole[0], *whole[-2:])
         check_memory(training, number, count)
@@ -106,7 +106,7 @@ def courses(number, count, folder, cases):
         alone, by_one = course(trainer(ALONE, MemoryOptions(), **settings))
         torch.testing.assert_close(steps_of(found), steps_of(alone), rtol=1e-5, atol=1e-6)
         for name, tensor in by_one.items():
-            torch.testing.assert_close(learned[name], tensor, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(is_target[name], tensor, rtol=1e-4, atol=2e-5)
 
 
 def check_memory(training, number, count):
@@ -145,7 +145,7 @@ def on_machines(number, count, folder):
     ):
         settings = UNCLIPPED | dict(gradient_accumulation_steps=4) | changes
         training = trainer(group, options, **settings)
-        found, learned = course(training)
+        found, is_target = course(training)
         parts = [
             each.part.detach().float() for each in divided_weights(training.model).values() if each.part is not None
         ]
@@ -157,7 +157,7 @@ def on_machines(number, count, folder):
         alone, by_one = course(trainer(ALONE, MemoryOptions(), **settings))
         torch.testing.assert_close(steps_of(found), steps_of(alone), rtol=1e-5, atol=1e-6)
         for name, tensor in by_one.items():
-            torch.testing.assert_close(learned[name], tensor, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(is_target[name], tensor, rtol=1e-4, atol=2e-5)
     resumed(group, options, Path(folder))
 
 

@@ -45,9 +45,9 @@ def test_a_part_of_an_epoch_is_what_it_is_in_decimals(epochs, steps):
 def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, order, packing, until):
     many = {"max_steps": until} if isinstance(until, int) else {"max_steps": None, "epochs": until}
     settings = TrainSettings(**SETTINGS | many | {"max_tokens": 64, "order": order, "packing": packing})
-    learned = [(7 * length) % 11 + 1 for length in lengths]
+    targets = [(7 * length) % 11 + 1 for length in lengths]
     pictures = np.array([(length % 3, length % 2) for length in lengths])
-    epochs = Epochs(lengths, learned, settings, pictures=pictures)
+    epochs = Epochs(lengths, targets, settings, pictures=pictures)
     per_epoch, whole = [epochs.steps(epoch) for epoch in range(12)], until
     if isinstance(until, float):
         whole = sum(map(len, per_epoch[: int(until)]))
@@ -61,7 +61,7 @@ def test_the_largest_micro_batch_is_that_of_all_steps_that_the_run_has(lengths, 
         max(sum(lengths[row] for row in rows) for rows in micro_batches),
         max(map(len, micro_batches)),
         max(lengths[row] for rows in micro_batches for row in rows),
-        max(sum(learned[row] for row in rows) for rows in micro_batches),
+        max(sum(targets[row] for row in rows) for rows in micro_batches),
         max(sum(pictures[row, 0] for row in rows) for rows in micro_batches),
         max(pictures[row, 1] for rows in micro_batches for row in rows),
     )
@@ -84,11 +84,11 @@ def test_of_a_run_without_an_end_a_part_is_looked_at_and_the_rest_taken_to_be_as
     epochs = Epochs(range(1, 61), range(60), TrainSettings(**SETTINGS | endless))
     assert epochs.total_steps() == 10**9
     _, most = epochs.largest()
-    assert most.tokens == tokens >= most.learned and most.longest == 60
+    assert most.tokens == tokens >= most.targets and most.longest == 60
     for epoch in range(12):
         for rows in (rows for step in epochs.steps(epoch) for rows in step):
             assert sum(epochs.lengths[row] for row in rows) <= most.tokens
-            assert sum(epochs.learned[row] for row in rows) <= most.learned
+            assert sum(epochs.targets[row] for row in rows) <= most.targets
 
 
 def test_a_run_without_rows_is_an_error_and_no_endless_loop():

@@ -305,7 +305,7 @@ def test_metrics_count_what_was_trained_and_the_loop_ends_after_its_steps():
     rows = training.examples
     assert [m.step for m in metrics] == list(range(1, training.total_steps + 1))
     assert sum(m.tokens for m in metrics) == 2 * sum(len(row.token_ids) for row in rows)
-    assert sum(m.labelled_tokens for m in metrics) == 2 * sum(int(row.learned.sum()) for row in rows)
+    assert sum(m.target_tokens for m in metrics) == 2 * sum(int(row.is_target.sum()) for row in rows)
     assert metrics[-1].loss < metrics[0].loss
     assert list(training) == []
 

@@ -19,9 +19,9 @@ from qlora_lite.train.loop import largest_batches
 PACK = 256
 
 
-def row(length, learned):
+def row(length, is_target):
     mask = np.zeros(length, bool)
-    mask[length - min(learned, length - 1) :] = True
+    mask[length - min(is_target, length - 1) :] = True
     return Example(np.random.default_rng(length).integers(3, 160, length).astype(np.int32), mask, "", "", "f:1")
 
 

@@ -85,8 +85,8 @@ def test_keeping_everything_computes_each_product_once_forward_and_its_gradients
             out.backward(torch.ones_like(out))
     scores = 4 * LENGTH * LENGTH * 16 // 2  # of four heads, half of each seen
     assert attention.work.flops == 2 * scores * (2 + 5)  # forward: 2 products; backward: the scores again, 4 gradients
-    learned = len(inputs(model).targets)
-    head = 2 * 2 * learned * 160 * 64  # logits, and their gradient back to the hidden states
+    is_target = len(inputs(model).targets)
+    head = 2 * 2 * is_target * 160 * 64  # logits, and their gradient back to the hidden states
     once = linear + DEPTH * attention.work.flops + head + rotary_flops(model, LENGTH)
     assert step_flops(model, MemoryOptions("none")) == once
 

@@ -89,8 +89,8 @@ def fail_above(monkeypatch, limit, error=WORDINGS[0]):
 
 def assert_same_steps(found, expected):
     """Equal within the rounding of float32 in another order."""
-    assert [(m.step, m.tokens, m.labelled_tokens, m.learning_rate) for m in found] == [
-        (m.step, m.tokens, m.labelled_tokens, m.learning_rate) for m in expected
+    assert [(m.step, m.tokens, m.target_tokens, m.learning_rate) for m in found] == [
+        (m.step, m.tokens, m.target_tokens, m.learning_rate) for m in expected
     ]
     for one, other in zip(found, expected, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
@@ -209,7 +209,7 @@ def test_memory_that_runs_out_in_evaluation_gives_the_same_loss(monkeypatch):
     fail_above(monkeypatch, 25)
     result = training.evaluate(examples(9))
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
-    assert result.labelled_tokens == expected.labelled_tokens
+    assert result.target_tokens == expected.target_tokens
     assert training.model.training
 
 

@@ -84,7 +84,7 @@ def by_transformers(work, model, examples):
     total = 0.0
     for example in examples:
         ids = torch.from_numpy(example.token_ids).long()[None]
-        labels = torch.where(torch.from_numpy(example.learned), ids[0], -100)[1:]
+        labels = torch.where(torch.from_numpy(example.is_target), ids[0], -100)[1:]
         pixels = work.batches.reader.of_examples([example])
         grids = grids_of(example.pictures)
         shown = {} if pixels is None else arguments_of(model, torch.from_numpy(pixels), ids, grids)
@@ -133,7 +133,7 @@ def test_packed_rows_have_the_losses_that_they_have_alone(folders, family, quant
 
 def test_tokens_of_pictures_are_no_targets(folders, family):
     work, rows = workload(folders[family], family), noise_rows(family)
-    everything = [replace(row, learned=row.token_ids != 1) for row in rows]
+    everything = [replace(row, is_target=row.token_ids != 1) for row in rows]
     batch = work.batches.collate(everything)
     taught = batch.labels[batch.labels != IGNORED_LABEL]
     assert TOKEN not in taught and len(taught) == sum(int((row.token_ids != TOKEN).sum()) - 1 for row in rows)
@@ -303,7 +303,7 @@ def test_a_frozen_tower_takes_pictures_that_keep_their_shapes_as_many_as_it_comp
 def test_a_made_up_batch_has_pictures_that_need_as_much_as_any(folders):
     work, rows = workload(folders["qwen3_vl"], "qwen3_vl"), noise_rows("qwen3_vl", ((1, 1), (2,), ()))
     assert work.batches.picture_counts(rows).tolist() == [[12, 6], [4, 4], [0, 0]]
-    long = [replace(rows[0], token_ids=np.full(3000, 9, np.int32), learned=np.arange(3000) > 2990)]
+    long = [replace(rows[0], token_ids=np.full(3000, 9, np.int32), is_target=np.arange(3000) > 2990)]
     for largest, grids in ((6, ((1, 1024), (1, 976))), (1500, ((1, 1500), (1, 500)))):
         batch = work.batches.collate(work.batches.enlarged(long, Extent(3000, 1, 3000, 9, 2000, largest)))
         assert batch.grids == grids and batch.pixels.shape == (2000, 4, 3 * 2 * 8 * 8)

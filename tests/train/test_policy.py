@@ -319,15 +319,15 @@ def course(processes=ALONE):
 
 def shared_course(number, count, folder):
     """What each process does."""
-    losses, learned = course(ProcessGroup(number, count))
-    torch.save({"losses": losses, "learned": learned}, f"{folder}/{number}.pt")
+    losses, is_target = course(ProcessGroup(number, count))
+    torch.save({"losses": losses, "is_target": is_target}, f"{folder}/{number}.pt")
 
 
 def test_ranks_share_the_answers_of_a_step_and_learn_the_same(tmp_path):
     together(2, "train.test_policy", "shared_course", tmp_path)
     one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
     alone, _ = course()
-    assert all(map(torch.equal, one["learned"], other["learned"])) and one["losses"] == other["losses"]
+    assert all(map(torch.equal, one["is_target"], other["is_target"])) and one["losses"] == other["losses"]
     assert len(one["losses"]) == len(alone) == 3
     assert all(math.isfinite(loss) and metrics["completions/mean_length"] > 0 for loss, metrics in one["losses"])
 

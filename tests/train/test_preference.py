@@ -48,10 +48,10 @@ def pairs(count=7, with_references=True):
         prompt = chance.integers(3, 160, int(chance.integers(2, 5)))
         answers = [chance.integers(3, 160, int(chance.integers(1, 9))) for _ in range(2)]
         token_ids = np.concatenate([np.concatenate([prompt, answer]) for answer in answers]).astype(np.int32)
-        learned = np.concatenate([np.arange(len(prompt) + len(answer)) >= len(prompt) for answer in answers])
+        is_target = np.concatenate([np.arange(len(prompt) + len(answer)) >= len(prompt) for answer in answers])
         references = tuple(float(-5.0 * len(answer) + chance.normal()) for answer in answers) if with_references else ()
         first = len(prompt) + len(answers[0])
-        found.append(Example(token_ids, learned, "", "", f"rows.jsonl:{number}", first, number % 3 != 1, references))
+        found.append(Example(token_ids, is_target, "", "", f"rows.jsonl:{number}", first, number % 3 != 1, references))
     return found
 
 
@@ -60,7 +60,7 @@ def log_probability(model, sequence):
     ids = torch.from_numpy(sequence.token_ids).long()[None]
     logits = model(input_ids=ids, use_cache=False).logits[0].double()
     values = log_softmax(logits[:-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
-    return values[torch.from_numpy(sequence.learned[1:])].sum()
+    return values[torch.from_numpy(sequence.is_target[1:])].sum()
 
 
 def sigmoid(x):
@@ -74,7 +74,7 @@ def loss_by_definition(objective, model, rows):
     moved = [float(two.detach()) - row.references[1] for (_, two), row in zip(sums, rows, strict=True)]
     z = max(0.0, sum(moved) / len(moved))
     for (one, two), row in zip(sums, rows, strict=True):
-        counts = [int(sequence.learned.sum()) for sequence in sequences_of(row)]
+        counts = [int(sequence.is_target.sum()) for sequence in sequences_of(row)]
         c, r = one - row.references[0], two - row.references[1]
         p, q = one / counts[0], two / counts[1]
         if o.kind == "dpo":
@@ -189,7 +189,7 @@ def test_metrics_are_means_over_pairs():
     assert found["rewards/margins"] == pytest.approx(mean(c - r for c, r in rewards), rel=1e-4)
     assert found["rewards/accuracies"] == pytest.approx(mean(c > r for c, r in rewards))
     assert found["logps/rejected"] == pytest.approx(mean(r for _, r in sums), rel=1e-5)
-    assert found["tokens/chosen"] == pytest.approx(mean(int(sequences_of(row)[0].learned.sum()) for row in rows))
+    assert found["tokens/chosen"] == pytest.approx(mean(int(sequences_of(row)[0].is_target.sum()) for row in rows))
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "orpo"])
@@ -261,8 +261,8 @@ def test_examples_of_one_sequence_are_a_language_models():
     plain = causal_lm(method=work.method, spec=work.spec)
     expected = evaluate_loss(plain, model, [plain.batches.collate(rows)])
     found = [loss for each in trainer.answer_losses(rows) for loss in each]
-    assert sum(found) == pytest.approx(expected.loss * expected.labelled_tokens, rel=1e-5)
-    assert len(found) == expected.labelled_tokens
+    assert sum(found) == pytest.approx(expected.loss * expected.target_tokens, rel=1e-5)
+    assert len(found) == expected.target_tokens
 
 
 def course(name, processes=ALONE, options=None):
@@ -287,20 +287,20 @@ def shared_course(number, count, folder, name):
         return whole(*arguments)
 
     with patch.object(Preference, "references", references):
-        found, losses, learned = course(name, ProcessGroup(number, count), MemoryOptions())
-    torch.save({"found": torch.from_numpy(found), "losses": losses, "learned": learned}, f"{folder}/{number}.pt")
+        found, losses, is_target = course(name, ProcessGroup(number, count), MemoryOptions())
+    torch.save({"found": torch.from_numpy(found), "losses": losses, "is_target": is_target}, f"{folder}/{number}.pt")
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_ranks_learn_what_one_process_learns(name, tmp_path):
     together(2, "train.test_preference", "shared_course", tmp_path, name)
-    found, losses, learned = course(name, options=MemoryOptions())
+    found, losses, is_target = course(name, options=MemoryOptions())
     one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
-    assert torch.equal(one["found"], other["found"]) and all(map(torch.equal, one["learned"], other["learned"]))
+    assert torch.equal(one["found"], other["found"]) and all(map(torch.equal, one["is_target"], other["is_target"]))
     torch.testing.assert_close(one["found"], torch.from_numpy(found), rtol=1e-5, atol=1e-5)
     assert one["losses"][0] == pytest.approx(losses[0], rel=1e-5)
     assert [loss for loss, _ in one["losses"][1:-1]] == pytest.approx([loss for loss, _ in losses[1:-1]], rel=1e-4)
-    for ours, theirs in zip(one["learned"], learned, strict=True):
+    for ours, theirs in zip(one["is_target"], is_target, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4)
 
 

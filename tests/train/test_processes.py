@@ -25,7 +25,7 @@ EVALUATED = slice(0, 5)
 def course(training):
     """Train, evaluate before and after, and return the numbers of it and what was learned."""
     found = {"before": training.evaluate(examples()[EVALUATED])}
-    found["steps"] = [[m.loss, m.grad_norm, m.tokens, m.labelled_tokens] for m in training]
+    found["steps"] = [[m.loss, m.grad_norm, m.tokens, m.target_tokens] for m in training]
     found["after"] = training.evaluate(examples()[EVALUATED])
     return found, {name: p.detach().clone() for name, p in zip(training.names, training.parameters, strict=True)}
 
@@ -37,8 +37,8 @@ def shared_course(number, count, folder, settings, failing):
     training.processes = ProcessGroup(number, count)
     if number == failing:
         fail_once(training)
-    found, learned = course(training)
-    save_file(learned, f"{folder}/{number}.safetensors")
+    found, is_target = course(training)
+    save_file(is_target, f"{folder}/{number}.safetensors")
     Path(folder, f"{number}.json").write_text(json.dumps(found))
 
 
@@ -74,7 +74,7 @@ def test_ranks_learn_what_one_process_learns(count, changes, failing, tmp_path):
     settings = SETTINGS | changes
     together(count, "train.test_processes", "shared_course", tmp_path, settings, failing)
     settings.pop("shares", None)
-    expected, learned = course(trainer(**settings))
+    expected, is_target = course(trainer(**settings))
     ours, weights = found_by(0, tmp_path)
     for number in range(1, count):
         theirs, other = found_by(number, tmp_path)
@@ -82,7 +82,7 @@ def test_ranks_learn_what_one_process_learns(count, changes, failing, tmp_path):
     torch.testing.assert_close(torch.tensor(ours["steps"]), torch.tensor(expected["steps"]), rtol=1e-5, atol=1e-6)
     for when in ("before", "after"):
         assert ours[when][:3] == pytest.approx(expected[when][:3], rel=1e-5)
-    for name, tensor in learned.items():
+    for name, tensor in is_target.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=2e-5)
 
 

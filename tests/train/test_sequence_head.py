@@ -371,16 +371,16 @@ def course(folder, processes=ALONE):
 
 def shared_course(number, count, folder, model):
     """What each process does."""
-    losses, learned = course(model, ProcessGroup(number, count))
-    torch.save({"losses": losses, "learned": learned}, f"{folder}/{number}.pt")
+    losses, is_target = course(model, ProcessGroup(number, count))
+    torch.save({"losses": losses, "is_target": is_target}, f"{folder}/{number}.pt")
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_ranks_learn_what_one_process_learns(folders, name, tmp_path):
     together(2, "train.test_sequence_head", "shared_course", tmp_path, str(folders[name]))
     one, other = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
-    losses, learned = course(folders[name])
-    assert all(map(torch.equal, one["learned"], other["learned"]))
+    losses, is_target = course(folders[name])
+    assert all(map(torch.equal, one["is_target"], other["is_target"]))
     assert one["losses"] == pytest.approx(losses, rel=1e-4)
-    for ours, theirs in zip(one["learned"], learned, strict=True):
+    for ours, theirs in zip(one["is_target"], is_target, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-4)

@@ -32,7 +32,7 @@ UNEQUAL = [  # by number of ranks: what the ranks have of each step, and the wei
 def course(training, most_tokens):
     """Train, evaluate before and after, and return the numbers of it and what was learned."""
     training.most_tokens = most_tokens
-    found = [training.evaluate(examples()[:5]), *([m.loss, m.grad_norm, m.tokens, m.labelled_tokens] for m in training)]
+    found = [training.evaluate(examples()[:5]), *([m.loss, m.grad_norm, m.tokens, m.target_tokens] for m in training)]
     found += [training.evaluate(examples()[:5]), training.answer_losses(examples()[:3])]
     return found, [parameter.detach().clone() for parameter in training.parameters]
 
@@ -51,9 +51,9 @@ def sharded_courses(number, count, folder, cases, local_count=1, shares=(), weig
             training = trainer(model_type, processes=group, options=MemoryOptions(**options, **how), **changes)
             assert training.is_sharded == bool(how)
             found.append(course(training, most_tokens))
-        (whole, learned), (divided, other) = found
+        (whole, is_target), (divided, other) = found
         assert whole == divided, (model_type, options)
-        assert all(map(torch.equal, learned, other))
+        assert all(map(torch.equal, is_target, other))
         stream = stream_of(training.model)
         assert bool(stream.shards) != bool(stream.buffers)
         own, slots = sum(map(len, (*stream.shards, *stream.buffers))), sum(map(len, stream.slots))

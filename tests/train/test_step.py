@@ -74,7 +74,7 @@ def test_gradient_accumulation_over_ragged_rows_equals_one_large_batch(model, pe
     assert (parts - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_the_loss_of_a_step_is_the_mean_over_labelled_tokens_and_not_over_batches(model):
+def test_the_loss_of_a_step_is_the_mean_over_target_tokens_and_not_over_batches(model):
     batches = micro_batches(1)
     losses = [evaluate_loss(causal_lm(), model, [batch]).loss for batch in batches]
     counts = [labelled_count(batch) for batch in batches]
@@ -89,7 +89,7 @@ def test_evaluation_leaves_mode_and_gradients_and_has_the_exponential_as_perplex
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert result.perplexity == pytest.approx(math.exp(result.loss))
-    assert result.labelled_tokens == sum(map(labelled_count, micro_batches(4)))
+    assert result.target_tokens == sum(map(labelled_count, micro_batches(4)))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_the_states_and_the_other_g
     model.zero_grad(set_to_none=True)
     with planning_for(device_type):  # as if on a GPU, which looks by itself
         train_step(causal_lm(), model, micro_batches(8), optimizer, 1.0)
-        learned = [p.detach().clone() for p in parameters]
+        is_target = [p.detach().clone() for p in parameters]
         states = deepcopy([optimizer.state[p] for p in parameters])
         handle = parameters[3].register_hook(lambda grad: grad * float("nan"))
         model.zero_grad(set_to_none=True)
@@ -210,7 +210,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_the_states_and_the_other_g
     assert math.isfinite(result.loss) and math.isnan(result.grad_norm)
     assert result.norms.isnan().nonzero().tolist() == [[3]]
     assert [number for number, p in enumerate(parameters) if not p.grad.isfinite().all()] == [3]
-    assert all(torch.equal(a, b) for a, b in zip(learned, parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(is_target, parameters, strict=True))
     for p, state in zip(parameters, states, strict=True):
         assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(optimizer.state[p][key])) for key in state)
         p.data.copy_(before.pop(0))

@@ -65,7 +65,7 @@ def padded(rows: list[dict], pad: int) -> dict:
         spare, pairs = width - len(row["ids"]), zip(row["ids"], row["learned"], strict=True)
         batch["input_ids"].append(row["ids"] + [pad] * spare)
         batch["attention_mask"].append([1] * len(row["ids"]) + [0] * spare)
-        batch["labels"].append([token if learned else IGNORED for token, learned in pairs] + [IGNORED] * spare)
+        batch["labels"].append([token if is_target else IGNORED for token, is_target in pairs] + [IGNORED] * spare)
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 

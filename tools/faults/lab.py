@@ -273,7 +273,7 @@ def same(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool:
 
 def alike(out: Path, whole: Path, lines: list[dict], wanted: list[dict]) -> bool:
     """Return whether a run gave the same steps and, within the rounding of another order of sums, the same adapter."""
-    exact = ("step", "tokens", "labelled_tokens", "learning_rate", "eval_labelled_tokens")
+    exact = ("step", "tokens", "target_tokens", "learning_rate", "eval_target_tokens")
     pairs = list(zip(lines, wanted, strict=False))
     equal = len(lines) == len(wanted) and all(a.get(key) == b.get(key) for a, b in pairs for key in exact)
     close = all(abs(a.get("loss", 0) - b.get("loss", 0)) <= 1e-3 * b.get("loss", 1) for a, b in pairs)

@@ -30,7 +30,7 @@ class Turn:
     Args:
         role: "system", "user", "assistant" or "tool".
         content: its text; empty only where there are calls.
-        learned: False where the row gives this turn the weight 0, or says train: false, and of answers in a prompt.
+        is_target: False where the row gives this turn the weight 0, or says train: false, and of answers in a prompt.
         calls: the tool calls of an assistant turn, as ``tools.tool_calls`` makes them.
         call_id: of a tool turn, the call that it answers, if the row says so.
         name: of a tool turn, the tool, if the row says so.
@@ -40,7 +40,7 @@ class Turn:
 
     role: str
     content: str
-    learned: bool = True
+    is_target: bool = True
     calls: tuple[dict, ...] = ()
     call_id: str | None = None
     name: str | None = None

@@ -102,7 +102,7 @@ def read_turns(row: Mapping[str, object], format_name: str) -> tuple[Turn, ...]:
         raise DataError(f"no list of turns, as format {format_name} needs; are two formats mixed in this source?")
     turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
     asked = turns[: len(prompt)]
-    turns[: len(prompt)] = [replace(turn, learned=False) if turn.role == "assistant" else turn for turn in asked]
+    turns[: len(prompt)] = [replace(turn, is_target=False) if turn.role == "assistant" else turn for turn in asked]
     if row.get("system"):
         turns.insert(0, Turn("system", text_of(row, "system")))
     return tuple(turns)
@@ -143,11 +143,11 @@ def _turn(message: object, number: int) -> Turn:
         text = "" if calls and content in (None, "") else text_of({content_key: content}, content_key)
     except DataError as error:
         raise DataError(f"turn {number} ({named}): {error}") from None
-    learned = _learned(message, number)
+    is_target = _is_target(message, number)
     if role != "tool":
-        return Turn(role, text, learned, calls, left_out=role == "assistant" and not learned)
+        return Turn(role, text, is_target, calls, left_out=role == "assistant" and not is_target)
     call_id, name = (value if isinstance(value := message.get(key), str) else None for key in ("tool_call_id", "name"))
-    return Turn(role, text, learned, (), call_id, name)
+    return Turn(role, text, is_target, (), call_id, name)
 
 
 def _part(part: object, number: int) -> str:
@@ -159,7 +159,7 @@ def _part(part: object, number: int) -> str:
     return text
 
 
-def _learned(message: Mapping[str, object], number: int) -> bool:
+def _is_target(message: Mapping[str, object], number: int) -> bool:
     """Return whether nothing in a turn says that it is not to be learned."""
     is_target = True
     for key in ("weight", "loss_weight", "train"):

@@ -125,5 +125,5 @@ def _with(data: Dataset, order: np.ndarray, examples_of: list[int]) -> Dataset:
         examples_of=tuple(examples_of),
         dropped=dict(data.dropped),
         tokens=int(examples.lengths.sum()),
-        learned_tokens=int(examples.learned_counts.sum()),
+        target_tokens=int(examples.target_counts.sum()),
     )

@@ -64,8 +64,8 @@ def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_sh
         evaluation: the evaluation rows.
         is_share: whether data.eval_share held them out.
     """
-    (asked, is_asked), (learned, is_target) = prompt_signatures(evaluation), prompt_signatures(train)
-    is_found = np.isin(asked, learned[is_target])
+    (asked, is_asked), (given, is_target) = prompt_signatures(evaluation), prompt_signatures(train)
+    is_found = np.isin(asked, given[is_target])
     if is_found.any():  # before all tokens are looked at again
         judged = is_judged(train, evaluation)
         is_found &= ~np.isin(signatures(evaluation, judged), signatures(train, judged))
@@ -73,7 +73,7 @@ def check_prompts(train: Sequence[Example], evaluation: Sequence[Example], is_sh
     if not len(found):
         return None
     first = int(found[0])
-    twin = int(np.flatnonzero(is_target & (learned == asked[first]))[0])
+    twin = int(np.flatnonzero(is_target & (given == asked[first]))[0])
     cure = "keep all rows of a prompt in one of data.train and data.eval"
     if is_share:
         cure = "data.eval_share splits one with many rows; for new prompts, name rows with others in data.eval"

@@ -205,14 +205,14 @@ class Extent(NamedTuple):
     tokens: int
     rows: int
     longest: int  # tokens of a row
-    learned: int  # tokens
+    targets: int  # tokens
     pictures: int = 0  # in units of ``Workload.picture_counts``
     largest_picture: int = 0
 
 
 def extent_of(
     lengths: Sequence[int],
-    learned: Sequence[int],
+    targets: Sequence[int],
     batches: Sequence[Sequence[int]],
     pictures: np.ndarray | None = None,
 ) -> Extent:
@@ -220,16 +220,16 @@ def extent_of(
 
     Args:
         lengths: tokens of each row.
-        learned: target tokens of each row.
+        targets: target tokens of each row.
         batches: the rows of each micro-batch, at least one.
         pictures: int64 [rows, 2], of each row, and how large the largest is; None where rows have none.
     """
     counts = np.fromiter(map(len, batches), np.int64)
     rows, starts = np.fromiter(chain.from_iterable(batches), np.int64), np.cumsum(counts) - counts
     shown, sizes = (np.zeros((len(lengths), 2), np.int64) if pictures is None else pictures)[rows].T
-    tokens, taught = (np.asarray(each)[rows] for each in (lengths, learned))
-    most, learned_most, pictures_most = (int(np.add.reduceat(each, starts).max()) for each in (tokens, taught, shown))
-    return Extent(most, int(counts.max()), int(tokens.max()), learned_most, pictures_most, int(sizes.max()))
+    tokens, taught = (np.asarray(each)[rows] for each in (lengths, targets))
+    most, most_targets, pictures_most = (int(np.add.reduceat(each, starts).max()) for each in (tokens, taught, shown))
+    return Extent(most, int(counts.max()), int(tokens.max()), most_targets, pictures_most, int(sizes.max()))
 
 
 def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:
@@ -242,16 +242,16 @@ def enlarged(rows: Sequence[Example], most: Extent) -> list[Example]:
     lengths = [len(row.token_ids) for row in rows]
     if (sum(lengths), len(rows), max(lengths)) != most[:3]:
         lengths = _cut_otherwise(sorted(lengths, reverse=True), most)
-    elif sum(int(row.learned.sum()) for row in rows) >= most.learned:
+    elif sum(int(row.is_target.sum()) for row in rows) >= most.targets:
         return list(rows)
     tokens, found = np.resize(np.concatenate([row.token_ids for row in rows]), most.tokens), []
     rooms, end = np.array(lengths) - 1, 0  # a row's first token is predicted by none
-    shares = np.cumsum(rooms) * min(most.learned, rooms.sum()) // max(1, rooms.sum())
+    shares = np.cumsum(rooms) * min(most.targets, rooms.sum()) // max(1, rooms.sum())
     for length, count in zip(lengths, np.diff(shares, prepend=0).tolist(), strict=True):
         start, end = end, end + length
-        learned = np.zeros(length, np.bool_)
-        learned[1 : 1 + count] = True
-        found.append(replace(rows[0], token_ids=tokens[start:end], learned=learned))
+        is_target = np.zeros(length, np.bool_)
+        is_target[1 : 1 + count] = True
+        found.append(replace(rows[0], token_ids=tokens[start:end], is_target=is_target))
     return found
 
 
@@ -298,7 +298,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def _shifted_labels(example: Example) -> np.ndarray:
     labels = np.full(len(example.token_ids), IGNORED_LABEL, dtype=np.int64)
-    labels[:-1] = np.where(example.learned[1:], example.token_ids[1:], IGNORED_LABEL)
+    labels[:-1] = np.where(example.is_target[1:], example.token_ids[1:], IGNORED_LABEL)
     return labels
 
 
@@ -312,7 +312,7 @@ class Piece:
     """Hold a segment of text whose tokens are alike; a special token is a piece of its own."""
 
     text: str
-    learned: bool
+    is_target: bool
     special: bool
 
 
@@ -331,27 +331,27 @@ def pieces_of(batch: Batch, tokenizer: PreTrainedTokenizerFast, special_ids: Col
     for length in batch.row_lengths:
         ids = batch.input_ids[0, start : start + length].tolist()
         labels = batch.labels[start : start + length].tolist()
-        learned = [False, *(label != IGNORED_LABEL for label in labels[:-1])]  # labels[t] is token t + 1
-        rows.append(_pieces_of_row(ids, learned, tokenizer, special_ids))
+        is_target = [False, *(label != IGNORED_LABEL for label in labels[:-1])]  # labels[t] is token t + 1
+        rows.append(_pieces_of_row(ids, is_target, tokenizer, special_ids))
         start += length
     return rows
 
 
 def _pieces_of_row(
-    ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerFast, special_ids: Collection[int]
+    ids: list[int], is_target: list[bool], tokenizer: PreTrainedTokenizerFast, special_ids: Collection[int]
 ) -> list[Piece]:
     def kind(place: int) -> tuple[bool, bool, int]:
         special = ids[place] in special_ids
-        return learned[place], special, place if special else -1
+        return is_target[place], special, place if special else -1
 
     pieces, text = [], ""
-    for (is_target, special, _), places in groupby(range(len(ids)), kind):
+    for (learns, special, _), places in groupby(range(len(ids)), kind):
         upto = list(places)[-1] + 1
         # Decoded from the row's beginning: many tokenizers drop the space before the first token they decode.
         longer = tokenizer.decode(ids[:upto], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if upto < len(ids):
             longer = longer.rstrip("\ufffd")  # a letter of several tokens belongs to the piece that completes it
-        pieces.append(Piece(longer[len(text) :], is_target, special))
+        pieces.append(Piece(longer[len(text) :], learns, special))
         text = longer
     return pieces
 

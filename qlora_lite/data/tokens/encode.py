@@ -189,10 +189,10 @@ def _documents(
     statistics.end_token_ids.update(last)
     flat = np.fromiter(chain.from_iterable(first + ids + last for ids in encoded), np.int32)
     ends = np.cumsum([len(first) + len(ids) + len(last) for ids in encoded])
-    learned = np.ones(len(flat), np.bool_)
-    learned[np.concatenate([[0], ends[:-1]])] = False
+    is_target = np.ones(len(flat), np.bool_)
+    is_target[np.concatenate([[0], ends[:-1]])] = False
     if last and not settings.train_on_end:
-        learned[ends - 1] = False
+        is_target[ends - 1] = False
     control = _control_tokens(encoded, tokenizer)
     for index, (document, start, end) in enumerate(
         zip(documents, [0, *ends[:-1].tolist()], ends.tolist(), strict=True)
@@ -201,8 +201,8 @@ def _documents(
             names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(control[index]))))
             fault = f"the text became the control token {names}; write it differently"
             statistics.problems.add(document.where, fault, CONTROL_TOKEN)
-        elif end - start > 1 and learned[start:end].any():
-            yield document, Marked(Example(flat[start:end], learned[start:end], "", "", document.where), 0)
+        elif end - start > 1 and is_target[start:end].any():
+            yield document, Marked(Example(flat[start:end], is_target[start:end], "", "", document.where), 0)
         else:
             fault = "a document of one token has nothing to learn; remove it"
             statistics.problems.add(document.where, fault, NOTHING_TO_LEARN)
@@ -303,13 +303,13 @@ def _fitted(
             yield from windows(example, max_tokens)
         else:
             yield from _split(row, reader.pictures, settings, statistics)
-    elif not example.learned[:max_tokens].any():
+    elif not example.is_target[:max_tokens].any():
         statistics.drop(NOTHING_LEFT, row.where)
     else:
         statistics.truncated += 1
-        token_ids, learned = example.token_ids[:max_tokens].copy(), example.learned[:max_tokens].copy()
+        token_ids, is_target = example.token_ids[:max_tokens].copy(), example.is_target[:max_tokens].copy()
         answer = example.answer if marked.answered <= max_tokens else ""
-        yield replace(example, token_ids=token_ids, learned=learned, answer=answer)
+        yield replace(example, token_ids=token_ids, is_target=is_target, answer=answer)
 
 
 def _split(
@@ -333,7 +333,7 @@ def _split(
         return len(example.token_ids) if example else settings.max_tokens + 1
 
     for part in parts(conversation, length_of, settings.max_tokens):
-        if settings.train_on != "all" and not any(t.learned for t in part.turns if t.role == "assistant"):
+        if settings.train_on != "all" and not any(t.is_target for t in part.turns if t.role == "assistant"):
             statistics.drop(UNLEARNED_PART, part.where)
             continue
         example = made_of(part, settings)
@@ -352,10 +352,10 @@ def windows(example: Example, max_tokens: int) -> Iterator[Example]:
     """
     for start in range(0, len(example.token_ids) - 1, max_tokens - 1):
         part = slice(start, start + max_tokens)
-        learned = example.learned[part].copy()
-        learned[0] = False
-        if learned.any():
-            yield replace(example, token_ids=example.token_ids[part].copy(), learned=learned)
+        is_target = example.is_target[part].copy()
+        is_target[0] = False
+        if is_target.any():
+            yield replace(example, token_ids=example.token_ids[part].copy(), is_target=is_target)
 
 
 def parts(conversation: Conversation, length_of: Callable[[Conversation], int], max_tokens: int) -> list[Conversation]:
@@ -389,4 +389,4 @@ def parts(conversation: Conversation, length_of: Callable[[Conversation], int], 
 def _only_last_answer(conversation: Conversation) -> Conversation:
     """Return a conversation of which no answer but the last is learned."""
     *earlier, last = conversation.turns
-    return replace(conversation, turns=(*(replace(turn, learned=False) for turn in earlier), last))
+    return replace(conversation, turns=(*(replace(turn, is_target=False) for turn in earlier), last))

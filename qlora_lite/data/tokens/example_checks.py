@@ -31,7 +31,7 @@ class SpecialToken:
 
     token_id: int
     count: int
-    learned: int
+    targets: int
 
 
 def check_examples(
@@ -50,14 +50,14 @@ def check_examples(
     """
     problems = []
     end_seen = not end_is_target or len(examples) == 0
-    for rows, ids, learned, starts in in_chunks(examples):
-        for row in np.flatnonzero(~np.logical_or.reduceat(learned, starts)):
+    for rows, ids, is_target, starts in in_chunks(examples):
+        for row in np.flatnonzero(~np.logical_or.reduceat(is_target, starts)):
             message = "no token of this row is learned; give it an answer, raise data.max_tokens, or remove it"
             problems.append(RowProblem(rows[row].where, NOTHING_TO_LEARN, message))
         for row in _begin_twice(ids, starts, begin_id, sequence_starts(rows)):
             message = "begin-of-text stands twice; take it out of the chat template or of data.template"
             problems.append(RowProblem(rows[row].where, BEGIN_TWICE, message))
-        end_seen = end_seen or bool(np.isin(ids[learned], list(end_ids)).any())
+        end_seen = end_seen or bool(np.isin(ids[is_target], list(end_ids)).any())
     if not end_seen:
         cure = "raise data.max_tokens if the rows are cut, or choose a data.template whose answers end with one"
         message = f"no row learns a token that ends it, so the model would never learn to stop; {cure}"
@@ -70,8 +70,8 @@ def in_chunks(examples: Sequence[Example]) -> Iterator[tuple[Examples, np.ndarra
     examples = stored(examples)
     for first in range(0, len(examples), _ROWS_PER_CHUNK):
         rows = examples[first : first + _ROWS_PER_CHUNK]
-        ids, learned = rows.joined()
-        yield rows, ids, learned, np.cumsum(rows.lengths) - rows.lengths
+        ids, is_target = rows.joined()
+        yield rows, ids, is_target, np.cumsum(rows.lengths) - rows.lengths
 
 
 def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None, beginnings: np.ndarray) -> list[int]:
@@ -91,11 +91,11 @@ def _begin_twice(ids: np.ndarray, starts: np.ndarray, begin_id: int | None, begi
 def count_special_tokens(examples: Sequence[Example], special_ids: Collection[int]) -> list[SpecialToken]:
     """Count the special tokens that stand in the examples, the most frequent first."""
     width = max(special_ids, default=0) + 1
-    counts, learned_counts = np.zeros(width, np.int64), np.zeros(width, np.int64)
-    for _, ids, learned, _ in in_chunks(examples):
+    counts, target_counts = np.zeros(width, np.int64), np.zeros(width, np.int64)
+    for _, ids, is_target, _ in in_chunks(examples):
         counts += np.bincount(ids[ids < width], minlength=width)
-        learned_counts += np.bincount(ids[learned & (ids < width)], minlength=width)
-    found = [SpecialToken(i, int(counts[i]), int(learned_counts[i])) for i in special_ids if counts[i]]
+        target_counts += np.bincount(ids[is_target & (ids < width)], minlength=width)
+    found = [SpecialToken(i, int(counts[i]), int(target_counts[i])) for i in special_ids if counts[i]]
     return sorted(found, key=lambda token: (-token.count, token.token_id))
 
 

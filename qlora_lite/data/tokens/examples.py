@@ -78,7 +78,7 @@ class Dataset:
     examples_of: tuple[int, ...]
     unused: tuple[dict[str, Counter[str]], ...]
     tokens: int
-    learned_tokens: int
+    target_tokens: int
     end_token_ids: frozenset[int]
     template: Template | None
     problems: Problems
@@ -150,7 +150,7 @@ def read_examples(
         examples_of=tuple(statistics.examples_of),
         unused=tuple(statistics.unused),
         tokens=int(examples.lengths.sum()),
-        learned_tokens=int(examples.learned_counts.sum()),
+        target_tokens=int(examples.target_counts.sum()),
         end_token_ids=frozenset(statistics.end_token_ids),
         template=statistics.template,
         problems=statistics.problems,
@@ -325,6 +325,6 @@ def largest_rows(sample: Sequence[Example], max_tokens: int, packing: bool, coun
     """
     first, lengths = sample[0], (max_tokens - 1, 1) if packing else (max_tokens,)
     return [
-        replace(first, token_ids=np.resize(first.token_ids, length), learned=np.ones(length, np.bool_))
+        replace(first, token_ids=np.resize(first.token_ids, length), is_target=np.ones(length, np.bool_))
         for length in lengths
     ] * count

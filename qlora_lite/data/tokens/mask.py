@@ -53,14 +53,14 @@ class Row:
 
     Args:
         text: all of it, special tokens included.
-        learned: the spans to learn.
+        targets: the spans of characters to learn.
         answers: the spans of answers, end token included; the last answer is always among them.
         where: the row's place.
         pictures: those that are in the text.
     """
 
     text: str
-    learned: tuple[tuple[int, int], ...]
+    targets: tuple[tuple[int, int], ...]
     answers: tuple[tuple[int, int], ...]
     where: str
     pictures: tuple[PictureFile, ...] = ()
@@ -96,18 +96,18 @@ def answers_of(conversation: Conversation, train_on: str, train_on_end: bool = T
     """
     turns = conversation.turns
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    if train_on == "completion" and (count := sum(turns[index].learned for index in answers)) > 1:
+    if train_on == "completion" and (count := sum(turns[index].is_target for index in answers)) > 1:
         raise DataError(
             f"train_on completion needs rows with one answer, this has {count}; set data.train_on to assistant or last"
         )
     wanted = answers[-1:] if train_on == "last" else answers
-    learned = [index for index in wanted if turns[index].learned]
-    if not learned and train_on != "all":
+    targets = [index for index in wanted if turns[index].is_target]
+    if not targets and train_on != "all":
         fault = "nothing to learn: every answer that counts has weight 0 or train false; give one 1 or true"
         raise DataError(fault, NOTHING_TO_LEARN)
     if train_on == "all":
         return [], [i for i in answers if i == answers[-1] or turns[i].left_out or not train_on_end]
-    return learned, sorted({*learned, answers[-1]})
+    return targets, sorted({*targets, answers[-1]})
 
 
 def render_row(
@@ -130,9 +130,9 @@ def render_row(
         DataError: there is nothing to learn, or the template fails (see ``render.render``).
     """
     turns = conversation.turns
-    learned, needed = answers_of(conversation, train_on, train_on_end)
+    targets, needed = answers_of(conversation, train_on, train_on_end)
     rendering = render(template, conversation, needed, ahead)
-    spans = [rendering.answers[index] for index in learned]
+    spans = [rendering.answers[index] for index in targets]
     if train_on == "all":
         left_out = [rendering.answers[index] for index in needed if turns[index].left_out]
         holes = [(first, _before_special(rendering.text, last, template)) for first, last in left_out]
@@ -169,7 +169,7 @@ def with_pictures(row: Row, picture: str, shown: Sequence[tuple[PictureFile, str
 
     return Row(
         "".join(chain(parts[:1], *zip(texts, parts[1:], strict=True))),
-        tuple(piece for span in row.learned for piece in _without(moved(span), holes)),
+        tuple(piece for span in row.targets for piece in _without(moved(span), holes)),
         tuple(map(moved, row.answers)),
         row.where,
         tuple(file for file, _ in shown),
@@ -223,7 +223,7 @@ def tokenise(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[Tok
     return result
 
 
-def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str) -> np.ndarray:
+def target_mask(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]], text: str) -> np.ndarray:
     """Mark the tokens whose characters lie in one of the spans.
 
     A special token may swallow white space after it (transformers' ``rstrip``), so the last token of a span may
@@ -241,7 +241,7 @@ def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[i
     Raises:
         DataError: a token lies partly in a span, or nothing is marked.
     """
-    learned = np.zeros(len(starts), dtype=np.bool_)
+    is_target = np.zeros(len(starts), dtype=np.bool_)
     for first, last in spans:
         over = np.flatnonzero((starts < last) & (ends > last))
         if len(over) and text[last : int(ends[over].max())].strip():
@@ -256,11 +256,11 @@ def learned_tokens(starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[i
                 f"{_shown(text, starts, ends, across)}; {_CURE_OF_SEAM}",
                 MASK,
             )
-        learned |= (starts >= first) & (starts < last)
-    learned[:1] = False
-    if not learned.any():
+        is_target |= (starts >= first) & (starts < last)
+    is_target[:1] = False
+    if not is_target.any():
         raise DataError("no token to learn in this row; give it an answer, or remove it", NOTHING_TO_LEARN)
-    return learned
+    return is_target
 
 
 def _shown(text: str, starts: np.ndarray, ends: np.ndarray, tokens: np.ndarray) -> str:
@@ -285,10 +285,10 @@ def mark_row(row: Row, tokens: Tokens, template: Template, train_on_end: bool) -
     """
     if fault := seam_fault(row, tokens, template):
         raise DataError(fault, MASK)
-    learned = learned_tokens(tokens.starts, tokens.ends, row.learned, row.text)
+    is_target = target_mask(tokens.starts, tokens.ends, row.targets, row.text)
     ends = end_places(row, tokens, template.special_ids)
-    learned[ends] &= train_on_end
-    return learned, ends
+    is_target[ends] &= train_on_end
+    return is_target, ends
 
 
 def seam_fault(row: Row, tokens: Tokens, template: Template) -> str | None:
@@ -363,16 +363,16 @@ def mark_rows(rows: Sequence[Row], template: Template, train_on_end: bool) -> tu
     """
     tokens = tokenise_rows([row.text for row in rows], template.tokenizer, template.cut, template.token_lengths)
     if _in_order(tokens):
-        learned, doubtful, last_ends, end_ids = _mark(rows, tokens, template, train_on_end)
+        is_target, doubtful, last_ends, end_ids = _mark(rows, tokens, template, train_on_end)
     else:
-        learned, doubtful = np.zeros(len(tokens.ids), np.bool_), np.ones(len(rows), np.bool_)
+        is_target, doubtful = np.zeros(len(tokens.ids), np.bool_), np.ones(len(rows), np.bool_)
         last_ends, end_ids = np.zeros(len(rows), np.int64), set()
     made: list[Marked | DataError] = []
     borders = tokens.borders.tolist()
     for index, row in enumerate(rows):
         start, end = borders[index], borders[index + 1]
         first = tokens.text_borders[index]
-        ids, marks, last_end = tokens.ids[start:end], learned[start:end], last_ends[index]
+        ids, marks, last_end = tokens.ids[start:end], is_target[start:end], last_ends[index]
         if doubtful[index]:
             of_row = Tokens(ids, tokens.starts[start:end] - first, tokens.ends[start:end] - first)
             try:
@@ -403,16 +403,16 @@ def _mark(
     The last two are the index of the token that ends each row's last answer, int64 [R], and the ids of all such tokens.
     """
     is_special = np.isin(tokens.ids, sorted(template.special_ids))
-    spans = _spans([row.learned for row in rows], tokens)
+    spans = _spans([row.targets for row in rows], tokens)
     answers = _spans([row.answers for row in rows], tokens)
     doubtful = np.zeros(len(rows), np.bool_)
 
     begins, ends = _tokens_before(tokens, spans.row, spans.first), _tokens_before(tokens, spans.row, spans.last)
     count = len(tokens.ids)
-    learned = np.cumsum(np.bincount(begins, minlength=count + 1) - np.bincount(ends, minlength=count + 1))[:-1] > 0
-    learned[tokens.borders[:-1]] = False
+    is_target = np.cumsum(np.bincount(begins, minlength=count + 1) - np.bincount(ends, minlength=count + 1))[:-1] > 0
+    is_target[tokens.borders[:-1]] = False
     doubtful[spans.row[_is_torn(tokens, begins, spans.first) | _is_torn(tokens, ends, spans.last)]] = True
-    doubtful |= ~np.logical_or.reduceat(learned, tokens.borders[:-1])
+    doubtful |= ~np.logical_or.reduceat(is_target, tokens.borders[:-1])
 
     places = _tokens_before(tokens, answers.row, answers.last) - 1
     doubtful[answers.row[(places < tokens.borders[answers.row]) | ~is_special[places]]] = True
@@ -420,8 +420,8 @@ def _mark(
     last_ends = places[np.cumsum([len(row.answers) for row in rows]) - 1]
     places = places[~doubtful[answers.row]]
     if not train_on_end:
-        learned[places] = False
-    return learned, doubtful, last_ends, set(np.unique(tokens.ids[places]).tolist())
+        is_target[places] = False
+    return is_target, doubtful, last_ends, set(np.unique(tokens.ids[places]).tolist())
 
 
 def _spans(of_rows: Sequence[Sequence[tuple[int, int]]], tokens: TextTokens) -> _Spans:

@@ -61,7 +61,7 @@ def _fault(chosen: Example, rejected: Example, end_ids: set[int]) -> tuple[str, 
         )
     if np.array_equal(*answers):
         return "the chosen and the rejected answer are the same; remove the row", SAME_ANSWERS
-    chosen_ends, rejected_ends = (example.token_ids[example.learned][-1] in end_ids for example in (chosen, rejected))
+    chosen_ends, rejected_ends = (example.token_ids[example.is_target][-1] in end_ids for example in (chosen, rejected))
     if chosen_ends != rejected_ends:
         which = "chosen" if chosen_ends else "rejected"
         return f"only the {which} answer has an end token, which would decide the comparison", ONE_END
@@ -70,15 +70,15 @@ def _fault(chosen: Example, rejected: Example, end_ids: set[int]) -> tuple[str, 
 
 def _prompt_tokens(example: Example) -> int:
     """Return the tokens before the first target."""
-    return int(example.learned.argmax())
+    return int(example.is_target.argmax())
 
 
 def _joined(first: Example, second: Example) -> Example:
     """Return an example of two sequences, with the texts of the first."""
-    token_ids, learned = (
-        np.concatenate([getattr(each, name) for each in (first, second)]) for name in ("token_ids", "learned")
+    token_ids, is_target = (
+        np.concatenate([getattr(each, name) for each in (first, second)]) for name in ("token_ids", "is_target")
     )
-    return replace(first, token_ids=token_ids, learned=learned, first=len(first.token_ids))
+    return replace(first, token_ids=token_ids, is_target=is_target, first=len(first.token_ids))
 
 
 def mismatched(made: Sequence[tuple[Conversation, Marked]], max_tokens: int) -> _Made:
@@ -92,8 +92,8 @@ def mismatched(made: Sequence[tuple[Conversation, Marked]], max_tokens: int) -> 
         prompt, answer = _prompt_tokens(own), slice(_prompt_tokens(other), None)
         room = max(1, max_tokens - len(own.token_ids) - prompt)
         tokens = np.concatenate([own.token_ids[:prompt], other.token_ids[answer][:room]])
-        learned = np.concatenate([np.zeros(prompt, np.bool_), other.learned[answer][:room]])
-        joined = _joined(own, replace(own, token_ids=tokens, learned=learned))
+        is_target = np.concatenate([np.zeros(prompt, np.bool_), other.is_target[answer][:room]])
+        joined = _joined(own, replace(own, token_ids=tokens, is_target=is_target))
         yield conversation, replace(marked, example=replace(joined, desirable=conversation.desirable))
 
 
@@ -127,8 +127,8 @@ def answered(examples: Examples, preference: str | None, count: int) -> Examples
 
 def answer_tokens(examples: Examples) -> tuple[float, float]:
     """Return the mean target tokens of the first and of the second sequences: of chosen and of rejected answers."""
-    first, total = examples.rows[examples.order + 1, 6], int(examples.learned_counts.sum())
+    first, total = examples.rows[examples.order + 1, 6], int(examples.target_counts.sum())
     starts = examples.rows[examples.order, 0]
-    sums = np.concatenate([[0], np.cumsum(examples.learned)])
+    sums = np.concatenate([[0], np.cumsum(examples.is_target)])
     of_first = int((sums[starts + first] - sums[starts]).sum())
     return of_first / len(first), (total - of_first) / len(first)

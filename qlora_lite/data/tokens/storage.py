@@ -37,7 +37,7 @@ class PictureFile(NamedTuple):
     grid: tuple[int, int] | tuple[()] = ()
 
 
-FILES = {"token_ids": np.int32, "learned": np.bool_, "text": np.uint8, "rows": np.int64}
+FILES = {"token_ids": np.int32, "is_target": np.bool_, "text": np.uint8, "rows": np.int64}
 _COLUMNS = 8
 
 
@@ -47,7 +47,7 @@ class Example:
 
     Args:
         token_ids: int32 [T].
-        learned: bool [T]; learned[t] means that token t is to be predicted.
+        is_target: bool [T]; learned[t] means that token t is to be predicted.
         prompt: the text up to the last answer, special tokens included; "" for a plain document.
         answer: what follows it up to the token that ends the last answer, without special tokens; "" for a plain
             document, and where it was cut off.
@@ -59,7 +59,7 @@ class Example:
     """
 
     token_ids: np.ndarray
-    learned: np.ndarray
+    is_target: np.ndarray
     prompt: str
     answer: str
     where: str
@@ -75,7 +75,7 @@ class Examples(Sequence[Example]):
 
     Args:
         token_ids: int32 [tokens].
-        learned: bool [tokens].
+        is_target: bool [tokens].
         text: uint8 [bytes].
         rows: int64 [R + 1, 8], see the module's text.
         files: the names that the file numbers stand for.
@@ -86,7 +86,7 @@ class Examples(Sequence[Example]):
     """
 
     token_ids: np.ndarray
-    learned: np.ndarray
+    is_target: np.ndarray
     text: np.ndarray
     rows: np.ndarray
     files: tuple[str, ...]
@@ -109,7 +109,7 @@ class Examples(Sequence[Example]):
         start, _, text_start, *_ = before
         return Example(
             self.token_ids[start:end],
-            self.learned[start:end],
+            self.is_target[start:end],
             self.text[text_start:prompt_end].tobytes().decode(),
             self.text[prompt_end:answer_end].tobytes().decode(),
             write_place(self.files[file], *place),
@@ -129,10 +129,10 @@ class Examples(Sequence[Example]):
         return starts[self.order + 1] - starts[self.order]
 
     @property
-    def learned_counts(self) -> np.ndarray:
+    def target_counts(self) -> np.ndarray:
         """Return the target tokens of each example: int64 [N]."""
         starts = self.rows[:-1, 0]
-        return np.add.reduceat(self.learned, starts, dtype=np.int64)[self.order] if len(starts) else self.order
+        return np.add.reduceat(self.is_target, starts, dtype=np.int64)[self.order] if len(starts) else self.order
 
     @property
     def picture_digests(self) -> list[str]:
@@ -142,7 +142,7 @@ class Examples(Sequence[Example]):
     def digest(self) -> str:
         """Return a SHA-256 over tokens, mask and pictures of all examples in order, wherever they come from."""
         result = hashlib.sha256()
-        for array in (self.order, self.rows[:, 0], *self._of_pairs(), self.token_ids, self.learned):
+        for array in (self.order, self.rows[:, 0], *self._of_pairs(), self.token_ids, self.is_target):
             result.update(np.ascontiguousarray(array))
         result.update(" ".join(self.picture_digests).encode())
         return result.hexdigest()
@@ -156,11 +156,11 @@ class Examples(Sequence[Example]):
         order = self.order
         if len(order) and int(order[-1]) - int(order[0]) == len(order) - 1 and (np.diff(order) == 1).all():
             whole = slice(self.rows[order[0], 0], self.rows[order[-1] + 1, 0])
-            return self.token_ids[whole], self.learned[whole]
+            return self.token_ids[whole], self.is_target[whole]
         parts = [slice(self.rows[row, 0], self.rows[row + 1, 0]) for row in order]
         empty = slice(0, 0)
         return tuple(
-            np.concatenate([flat[part] for part in [empty, *parts]]) for flat in (self.token_ids, self.learned)
+            np.concatenate([flat[part] for part in [empty, *parts]]) for flat in (self.token_ids, self.is_target)
         )
 
 
@@ -170,7 +170,8 @@ def sequences_of(example: Example) -> tuple[Example, ...]:
         return (example,)
     parts = slice(example.first), slice(example.first, None)
     return tuple(
-        replace(example, token_ids=example.token_ids[part], learned=example.learned[part], first=0) for part in parts
+        replace(example, token_ids=example.token_ids[part], is_target=example.is_target[part], first=0)
+        for part in parts
     )
 
 
@@ -188,7 +189,9 @@ def virtual_ids(count: int) -> list[int]:
 def with_virtual(example: Example, count: int) -> Example:
     """Return an example with so many virtual tokens before it, none of them a target."""
     token_ids = np.concatenate([np.array(virtual_ids(count), np.int32), example.token_ids])
-    return replace(example, token_ids=token_ids, learned=np.concatenate([np.zeros(count, np.bool_), example.learned]))
+    return replace(
+        example, token_ids=token_ids, is_target=np.concatenate([np.zeros(count, np.bool_), example.is_target])
+    )
 
 
 def row_lengths(examples: Sequence[Example]) -> list[int]:
@@ -206,11 +209,11 @@ def longest_sequences(examples: Sequence[Example]) -> list[int]:
     return [max(example.first, len(example.token_ids) - example.first) for example in examples]
 
 
-def learned_counts(examples: Sequence[Example]) -> list[int]:
+def target_counts(examples: Sequence[Example]) -> list[int]:
     """Return the target tokens of each example."""
     if isinstance(examples, Examples):
-        return examples.learned_counts.tolist()
-    return [int(example.learned.sum()) for example in examples]
+        return examples.target_counts.tolist()
+    return [int(example.is_target.sum()) for example in examples]
 
 
 def largest_token(examples: Sequence[Example]) -> int:
@@ -262,7 +265,7 @@ class ExampleWriter:
         if not batch:
             return
         self._sinks["token_ids"].write(np.concatenate([example.token_ids for example in batch]).tobytes())
-        self._sinks["learned"].write(np.concatenate([example.learned for example in batch]).tobytes())
+        self._sinks["is_target"].write(np.concatenate([example.is_target for example in batch]).tobytes())
         texts = [text.encode() for example in batch for text in (example.prompt, example.answer)]
         self._sinks["text"].write(b"".join(texts))
         rows = np.empty((len(batch), _COLUMNS), np.int64)
@@ -302,7 +305,7 @@ class ExampleWriter:
 
 def prompt_tokens(example: Example) -> int:
     """Return the tokens before the last answer of an example: all up to the last run of tokens that are learned."""
-    others = np.flatnonzero(~example.learned[: int(np.flatnonzero(example.learned)[-1])])
+    others = np.flatnonzero(~example.is_target[: int(np.flatnonzero(example.is_target)[-1])])
     return int(others[-1]) + 1 if len(others) else 0
 
 

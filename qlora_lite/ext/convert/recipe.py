@@ -153,7 +153,7 @@ def _finish(draft: Draft) -> set[str]:
     defaults = _defaults(draft)
     warmup(draft)
     _trained(draft, defaults)
-    _learned(draft, defaults)
+    _targets(draft, defaults)
     _rows(draft)
     assumed = {key for key in defaults if not draft.is_settled(key)}
     draft.values |= {key: defaults[key] for key in assumed}
@@ -246,7 +246,7 @@ def _trained(draft: Draft, defaults: dict[str, object]) -> None:
             draft.add("changed", text, "model.quant")
 
 
-def _learned(draft: Draft, defaults: dict[str, object]) -> None:
+def _targets(draft: Draft, defaults: dict[str, object]) -> None:
     """Convert what an example is: an answer, two that are compared, or a group that is rewarded."""
     objective, kind = draft.values.get("train.objective", "sft"), draft.values.get("task.kind")
     if objective == "sft" and kind != "reward":

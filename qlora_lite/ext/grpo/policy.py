@@ -359,7 +359,7 @@ class Groups(TextBatches):
         for example, new in zip(examples, answers, strict=True):
             prompt = example.token_ids[: prompt_tokens(example)]
             ids = np.concatenate([prompt, np.asarray(new, np.int32)])
-            found.append(replace(example, token_ids=ids, learned=np.arange(len(ids)) >= len(prompt)))
+            found.append(replace(example, token_ids=ids, is_target=np.arange(len(ids)) >= len(prompt)))
         return self.packed(found)
 
     def shape(self, batch: PolicyBatch) -> BatchShape:
@@ -394,6 +394,6 @@ def policy_lm(method: AdapterMethod, objective: GroupPolicy, spec: ModelSpec | N
 
 
 def _with_prompt(example: Example, tokens: np.ndarray) -> Example:
-    learned: np.ndarray = np.zeros(len(tokens) + 1, np.bool_)
-    learned[-1] = True
-    return replace(example, token_ids=np.append(tokens, tokens[:1]), learned=learned)
+    is_target: np.ndarray = np.zeros(len(tokens) + 1, np.bool_)
+    is_target[-1] = True
+    return replace(example, token_ids=np.append(tokens, tokens[:1]), is_target=is_target)

@@ -79,7 +79,9 @@ class LabelledTexts(TextBatches):
         """See ``forward.prepare``; targets are those of the texts."""
         inputs, targets = prepare(batch.batch, device), batch.targets.to(device)
         types = self._types(inputs.input_ids, inputs.row_lengths)
-        return inputs._replace(learned=targets.new_empty(0, dtype=torch.int64), targets=targets, token_types=types)
+        return inputs._replace(
+            target_positions=targets.new_empty(0, dtype=torch.int64), targets=targets, token_types=types
+        )
 
     def _types(self, ids: torch.Tensor, row_lengths: Sequence[int]) -> torch.Tensor | None:
         """Return which text of a pair each token is of: the second one behind the first separator of a row."""
@@ -97,7 +99,7 @@ class LabelledTexts(TextBatches):
         size = (count, len(self.labels)) if self.problem == LABELS else (count,)
         targets = torch.zeros(size, dtype=torch.int64 if self.problem == ONE_LABEL else torch.float32, device=device)
         types = self._types(inputs.input_ids, inputs.row_lengths)
-        return inputs._replace(learned=inputs.learned[:0], targets=targets, token_types=types)
+        return inputs._replace(target_positions=inputs.target_positions[:0], targets=targets, token_types=types)
 
 
 @dataclass(frozen=True, eq=False)

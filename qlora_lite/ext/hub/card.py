@@ -224,7 +224,7 @@ def _settings(facts: CardFacts) -> list[tuple[str, str]]:
         )
     rows = [
         ("examples", _count(counted.get("rows_kept"))),
-        ("target tokens", _count(counted.get("learned_tokens"))),
+        ("target tokens", _count(counted.get("target_tokens"))),
         (
             "base weights",
             facts.packed_as

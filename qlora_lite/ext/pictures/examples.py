@@ -349,8 +349,8 @@ def example_of(picture: Picture, digest: str) -> Example:
         digest: SHA-256 of its file.
     """
     words = np.frombuffer(bytes.fromhex(digest)[: 4 * TOKENS], np.uint32) >> 1
-    learned = np.arange(TOKENS) == TOKENS - 1
-    return Example(words.astype(np.int32), learned, picture.path, picture.label or "", picture.where)
+    is_target = np.arange(TOKENS) == TOKENS - 1
+    return Example(words.astype(np.int32), is_target, picture.path, picture.label or "", picture.where)
 
 
 class Decoder:

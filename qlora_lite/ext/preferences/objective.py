@@ -337,8 +337,8 @@ def preference_lm(method: AdapterMethod, objective: Preference, spec: ModelSpec 
 
 def sequences_in(batch: Batch, device: torch.device) -> Sequences:
     """Return packed sequences on a device, with what sums over each need."""
-    learned, ends = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1), torch.tensor(batch.row_lengths).cumsum(0)
-    numbers = torch.searchsorted(ends, learned, right=True)
+    targets, ends = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1), torch.tensor(batch.row_lengths).cumsum(0)
+    numbers = torch.searchsorted(ends, targets, right=True)
     counts = torch.bincount(numbers, minlength=len(ends)).clamp(min=1).float()
     return Sequences(prepare(batch, device), sent(numbers, device), sent(counts, device))
 
@@ -370,9 +370,9 @@ def _in_two(example: Example) -> Example:
     token_ids = torch.from_numpy(example.token_ids)
     token_ids = torch.cat([token_ids, token_ids[:1].expand(OF_TWO)]).numpy()
     first = len(token_ids) // 2
-    targets = max(2, int(example.learned.sum()))
+    targets = max(2, int(example.is_target.sum()))
     of_first = min(targets // 2, first - 1)
-    learned = torch.zeros(len(token_ids), dtype=torch.bool)
-    learned[1 : 1 + of_first] = True
-    learned[first + 1 : first + 1 + targets - of_first] = True
-    return replace(example, token_ids=token_ids, learned=learned.numpy(), first=first)
+    is_target = torch.zeros(len(token_ids), dtype=torch.bool)
+    is_target[1 : 1 + of_first] = True
+    is_target[first + 1 : first + 1 + targets - of_first] = True
+    return replace(example, token_ids=token_ids, is_target=is_target.numpy(), first=first)

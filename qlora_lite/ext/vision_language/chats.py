@@ -70,7 +70,7 @@ class PictureChats(TextBatches):
             return alike
         left, found = most.pictures, []
         for example in alike:
-            ids, places = example.token_ids.copy(), np.flatnonzero(~example.learned)
+            ids, places = example.token_ids.copy(), np.flatnonzero(~example.is_target)
             count = min(left, len(places) // tokens)
             left -= count
             ids[ids == token] = int(token == 0)  # any other
