@@ -7,6 +7,7 @@ before training.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,6 +84,7 @@ def head(model: nn.Module) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    weight: Any
     if isinstance(layer, QuantLinear):
         weight = WeightRows(layer, model.dtype)
     else:

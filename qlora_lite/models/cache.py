@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import transformers
 
@@ -34,8 +34,14 @@ from .locate import ModelFiles
 SUMS = "sums.json"
 log = logging.getLogger("qlora_lite")
 
-_Part = TypeVar("_Part")
 FORMAT_VERSION = 4  # raise it when what entries hold changes: bytes that quantisation produces, files beside them
+
+
+class _Saved(Protocol):
+    def save_pretrained(self, folder: Path) -> object: ...
+
+
+_Part = TypeVar("_Part", bound=_Saved)
 
 
 def cache_entry(files: ModelFiles, **settings) -> Path:

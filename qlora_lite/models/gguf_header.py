@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 MAGIC, VERSIONS, ALIGNMENT, DEFAULT_ALIGNMENT = 0x46554747, (2, 3), "general.alignment", 32
 MAX_DIMENSIONS, DEEPEST_ARRAY = 8, 4
@@ -106,9 +107,10 @@ class _Walk:
         start = self.skip(length)
         return self.content[start : start + length].decode()
 
-    def values(self, keys: int) -> dict[str, object]:
+    def values(self, keys: int) -> dict[str, Any]:
         """Walk over the metadata and return what is no array."""
-        values, seen = {}, set()
+        values: dict[str, Any] = {}
+        seen: set[str] = set()
         for _ in range(keys):
             key, kind = self.text(), self.u32()
             if key in seen:

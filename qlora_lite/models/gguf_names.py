@@ -14,6 +14,7 @@ Source: llama.cpp, the documentation of the GGUF format and its converter's rule
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class GgufNames:
     architecture: str
     heads: int
     kv_heads: int
-    table: object
+    table: Any
 
     def of(self, parameter: str) -> str:
         """Return a parameter's name in GGUF.

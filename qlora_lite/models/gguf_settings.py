@@ -213,7 +213,7 @@ def _take_factors(config, factors: torch.Tensor) -> list[str]:
         first = round((turns * 2 * math.pi / _frequencies(config))[between].median().item())
     _set_rope(config, rule | {"original_max_position_embeddings": first})
     found = rope_factors(config)
-    if found.shape == factors.shape and torch.allclose(found, factors, rtol=1e-4, atol=0):
+    if found is not None and found.shape == factors.shape and torch.allclose(found, factors, rtol=1e-4, atol=0):
         return []
     config.rope_parameters = plain
     return [ROPE_FACTORS]

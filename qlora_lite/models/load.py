@@ -256,11 +256,11 @@ def load_model(
             )
         quant, double_quant = stored
     if quant == KEEP:
-        refuse_stored(start and start.kind, (KEEP, False))
+        refuse_stored(start.kind if start else None, (KEEP, False))
         model = _load_kept(files, part, compute_dtype, device, in_files)
     elif stored is not None:
         _refuse_stored_experts(path, part)
-        refuse_stored(start and start.kind, stored)
+        refuse_stored(start.kind if start else None, stored)
         model = _load_prequantized(files, part, compute_dtype, device)
     elif quant == "none":
         model = _from_pretrained(files, part, compute_dtype, device)
@@ -414,12 +414,12 @@ def _load_kept(files, part, dtype, device, in_files):
     with ExitStack() as stack:
         own_files = InFiles(_folder_for_files()) if in_files else None
         if formats := published_formats(part.config):
-            state = published_state(files, part, formats, stack, own_files and own_files.empty)
+            state = published_state(files, part, formats, stack, own_files.empty if own_files else None)
             part = replace(part, config=copy.deepcopy(part.config))
             del part.config.quantization_config  # what is loaded says the rest
         else:
             formats = kept_formats(files, part.config)
-            state = read_codes(files, part.config, formats, dtype, own_files and own_files.put)
+            state = read_codes(files, part.config, formats, dtype, own_files.put if own_files else None)
         model = _from_pretrained(files, part, dtype, device, QuantizeConfig(formats=dict(formats)), state)
     _forget_quantizer(model)
     return model
@@ -533,15 +533,16 @@ def _from_linear4bit(module: nn.Module, dtype: torch.dtype) -> QuantLinear:
 def _from_pretrained(
     files: ModelFiles, part: LanguagePart | None, dtype, device, quantization_config=None, state=None
 ) -> nn.Module:
-    if state is None and files.gguf_file and part.config.model_type in ARCHITECTURES:
-        state = read_codes(files, part.config, (), dtype)
+    config = None if part is None else part.config
+    if config is not None and state is None and files.gguf_file and config.model_type in ARCHITECTURES:
+        state = read_codes(files, config, (), dtype)
     extra = {"quantization_config": quantization_config} if quantization_config else {}
-    is_headed = part is not None and bool(part.config.problem_type)
-    load = partial(model_of, files.folder) if state is None else partial(model_with, part.config, state)
+    is_headed = config is not None and bool(config.problem_type)
+    load = partial(model_of, files.folder) if state is None else partial(model_with, config, state)
     if state is not None:
         pass  # which is all that the files have
     elif files.gguf_file:
-        extra = {"gguf_file": files.gguf_file, "config": part.config, **_gguf_options()}
+        extra = {"gguf_file": files.gguf_file, "config": config, **_gguf_options()}
     else:
         extra |= {"use_safetensors": True, **(_of_language_model(files, part) if part and part.whole else {})}
         if part:  # the folder's own file may say another problem_type

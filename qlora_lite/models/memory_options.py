@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,7 +44,7 @@ from .host_tables import HostEmbedding, HostHead
 from .kernels import KERNELS, use_kernels
 
 # What the recipe calls otherwise: its key, and its words for values.
-_IN_A_RECIPE = {
+_IN_A_RECIPE: dict[str, tuple[str, dict[Any, str]]] = {
     "host_embeddings": ("embeddings", {False: "device", True: "host"}),
     "host_head": ("head", {False: "device", True: "host"}),
     "tile_tokens": ("tile_tokens", {None: "off"}),
@@ -212,7 +213,7 @@ def _placement(options: MemoryOptions, ranks: Ranks | None, are_in_files: bool, 
         return InHostMemory
     if not is_planned() and (ranks is None or ranks.count == 1):
         raise ModelError("memory.stream_from ranks divides the model among several processes, and this is the only one")
-    found = PlannedRanks(options.shards) if is_planned() else ranks
+    found = ranks if ranks is not None and not is_planned() else PlannedRanks(options.shards)
     waits_on_host = options.stream_from == "host"
     if trains_base:
         if waits_on_host or len({*options.shards.weights}) > 1:
@@ -289,7 +290,8 @@ def on_host(model: nn.Module, module: nn.Module, tensor: torch.Tensor) -> bool:
 
 def on_disk(model: nn.Module, tensor: torch.Tensor) -> bool:
     """Return whether a weight was left by ``place`` in the file that it was loaded from."""
-    return _is_streamed(model, tensor) and stream_of(model).placement.in_files
+    stream = stream_of(model)
+    return stream is not None and stream.holds(tensor) and stream.placement.in_files
 
 
 def _is_streamed(model: nn.Module, tensor: torch.Tensor) -> bool:

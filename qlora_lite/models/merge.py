@@ -212,10 +212,10 @@ class Merged:
         packed: Packed | None = None
         if self.onto == TRAINED and not stays:
             weight = weight.to(self.compute_dtype).contiguous()
-            is_quantized = isinstance(layer, QuantLinear) and layer.quant_type in FOUR_BIT
-            if is_packed:
+            if is_packed and self.base.read_packed:
                 packed = self.base.read_packed(stored)
-            elif is_quantized and not self.base.packed:  # a 4-bit checkpoint leaves layers out itself
+            elif isinstance(layer, QuantLinear) and layer.quant_type in FOUR_BIT and not self.base.packed:
+                # a 4-bit checkpoint leaves layers out itself
                 packed = self.packed.get(path) or quantize(weight, layer.quant_type, layer.double_quant)
                 weight = dequantize(packed, weight.shape, self.compute_dtype, layer.quant_type)
         before, experts = weight, self.base.experts.get(stored)
@@ -343,7 +343,8 @@ def write_merged(
     entries = merged.entries(dtype)
     total_bytes = sum(_size(entry) for entry in entries.values())
     require_space(folder.parent, total_bytes + SPARE_BYTES)
-    shards, weight_map, rounding = _into_shards(entries, shard_bytes), {}, Rounding()
+    shards, rounding = _into_shards(entries, shard_bytes), Rounding()
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         one = "model.safetensors"
         file = one if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"

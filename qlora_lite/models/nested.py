@@ -76,13 +76,13 @@ class LanguagePart:
                     mapping[f"^{re.escape(begin)}"] = here
         return mapping
 
-    def here(self, path: str, mapping: dict[str, str]) -> str:
+    def here(self, path: str, mapping: dict[str, str] | None) -> str:
         """Return what a path of the files or of the whole is in the language model.
 
         Args:
             mapping: see ``key_mapping``.
         """
-        begins = mapping | {f"^{re.escape(there)}": here for there, here in self.paths.items()}
+        begins = (mapping or {}) | {f"^{re.escape(there)}": here for there, here in self.paths.items()}
         return next((re.sub(begin, here, path) for begin, here in begins.items() if re.search(begin, path)), path)
 
 
@@ -258,7 +258,7 @@ def stacking_rules(model: nn.Module, key_mapping: dict[str, str] | None = None) 
 
     The first product of gated experts has two parts. Arguments as for ``names_in_model``.
     """
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for entry in get_model_conversion_mapping(model, key_mapping):
         if isinstance(entry, WeightConverter):
             steps = [(type(step), getattr(step, "dim", None)) for step in entry.operations]

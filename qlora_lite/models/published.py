@@ -339,7 +339,7 @@ def dense_tensors(files: ModelFiles, part: LanguagePart, stack: ExitStack) -> tu
         elif method.experts == "fused":
             shape, names = experts[path].described[0].shape, {path: path}
         else:
-            count, out, width = experts[path].described[0].shape
+            *_, out, width = experts[path].described[0].shape
             shape = out // _joined(experts[path]), width
             layers = _layers_of_experts(read, experts[path], around.get(path, {}))
             names = {layer: f"{layer}.weight" for of_expert in layers for layer in of_expert}
@@ -356,8 +356,9 @@ def dense_tensors(files: ModelFiles, part: LanguagePart, stack: ExitStack) -> tu
     plain = {name: tensor for name, tensor in read.tensors.items() if name not in further}
     turned = {name for name, each in experts.items() if name in packed and each.experts.is_transposed}
     entries = {name: (DTYPES[tensor.get_dtype()], tuple(tensor.get_shape())) for name, tensor in plain.items()}
-    for name, (_, (*count, out, width), _) in packed.items():
-        entries[name] = torch.float32, (*count, width, out) if name in turned else (*count, out, width)
+    for name, (_, of_codes, _) in packed.items():
+        *leading, rows, columns = of_codes
+        entries[name] = torch.float32, (*leading, columns, rows) if name in turned else tuple(of_codes)
 
     def dense(name: str) -> torch.Tensor:
         if name in plain:
@@ -403,7 +404,7 @@ def _names_of_experts(
     """
     end, rules = method.parts["weight"], stacking_rules(skeleton)
     names = (_EXPERT.fullmatch(name.removesuffix(end)) for name in stored if name.endswith(end))
-    plain = {f"{name[1]}0{name[2]}.weight": name.groups() for name in names if name}
+    plain = {f"{name[1]}0{name[2]}.weight": (name[1], name[2]) for name in names if name}
     found: dict[str, dict[int, tuple[str, str]]] = {}
     for name, (path, rule) in names_in_model(skeleton, plain).items():
         if rule in rules:
@@ -444,7 +445,7 @@ def _stacked(
                 for path, other in zip(paths[1:], others, strict=True):
                     read.require_equal(f"{path}{method.parts[name]}", first, other)
             slices = [each[:1] for each in slices]
-        found[name] = _Stacked(slices, *(along or [0]), dtype, shape, empty)
+        found[name] = _Stacked(slices, along[0] if along else 0, dtype, shape, empty)
     return found
 
 

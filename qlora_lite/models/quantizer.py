@@ -161,11 +161,11 @@ class QuantizeOnArrival(ConversionOps):
             return input_dict  # a placeholder: all that is packed goes where it belongs
         result = {}
         for name, value in input_dict.items():
-            if self.files and self.files.is_full:
+            if self.files is not None and self.files.is_full:
                 continue
             weight = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
-            if dtype := self.kept.get(name):
+            if self.files is not None and (dtype := self.kept.get(name)):
                 try:
                     result[name] = self.files.put(weight.to(dtype))
                 except OutputError as error:
@@ -228,7 +228,7 @@ class OnArrivalQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, **_unused):
-        skip = [*self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules), *head_paths(model)]
+        skip = {*self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules), *head_paths(model)}
         config = self.quantization_config
         self.problems: list[str] = []
         self.splitter = Splitter(config.quant_type, config.double_quant, config.start, model)

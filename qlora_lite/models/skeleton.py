@@ -127,15 +127,15 @@ def _kinds_of_blocks(config, method: AdapterMethod | None, keep_16bit: tuple[str
     differing = {key for number, kind in enumerate(kinds) for key, value in kind.items() if value != number}
     kinds = [{key: value for key, value in kind.items() if key in differing} for kind in kinds]  # but for their numbers
     distinct: list[dict] = []
-    for kind in kinds:
-        if kind not in distinct:
-            distinct.append(kind)
-    return [distinct.index(kind) for kind in kinds]
+    for each in kinds:
+        if each not in distinct:
+            distinct.append(each)
+    return [distinct.index(each) for each in kinds]
 
 
 def _facts(block: nn.Module, matched: Mapping[nn.Module, Hashable]) -> dict:
     """Return the classes, shapes, switches and adapters of a block's modules by name."""
-    facts = {}
+    facts: dict[Hashable, Hashable] = {}
     for path, module in block.named_modules():
         said = {name: x if isinstance(x, int | str) else type(x) for name, x in vars(module).items() if name[0] != "_"}
         shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)]

@@ -33,7 +33,7 @@ def streamed_model(config, read: Read, dtype: torch.dtype = torch.float32) -> nn
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():  # the first name of each
         names[id(parameter)] = name
-    inside = set()
+    inside: set[int] = set()
     for block in blocks(model):
         parts = list(block.modules())
         inside.update(map(id, parts))

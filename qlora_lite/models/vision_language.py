@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import isqrt, prod
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,13 +74,13 @@ class Family:
 
     features: Callable[[nn.Module, torch.Tensor, Grids], tuple[torch.Tensor, ...]]
     arguments: Callable[[torch.Tensor, Grids], dict[str, torch.Tensor]]
-    tokens: Callable[[object], int]
+    tokens: Callable[[Any], int]
     tower: str
-    edge: Callable[[object], int] = lambda config: config.vision_config.image_size
+    edge: Callable[[Any], int] = lambda config: config.vision_config.image_size
     cuts: bool = False
     reader: type[PictureReader] = PictureReader
     towers: tuple[str, ...] = ()
-    sees_whole: Callable[[object], bool] = lambda config: False
+    sees_whole: Callable[[Any], bool] = lambda config: False
     in_windows: bool = False
     types: str | None = None
 
@@ -381,7 +382,8 @@ def _in_turn(pixels: torch.Tensor, grids: Grids) -> Iterator[tuple[torch.Tensor,
     """Yield the pictures that a tower computes at a time: ``AT_ONCE``, or those of up to ``TOKENS_AT_ONCE`` tokens."""
     if not grids:
         return ((part, ()) for part in pixels.split(AT_ONCE))
-    groups, tokens = [], []
+    groups: list[list[tuple[int, int]]] = []
+    tokens: list[int] = []
     for grid in grids:
         if groups and tokens[-1] + prod(grid) <= TOKENS_AT_ONCE:
             groups[-1].append(grid)

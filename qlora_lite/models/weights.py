@@ -68,7 +68,8 @@ class BaseWeights:
 
     def reader(self) -> Callable[[str], torch.Tensor]:
         """Return a function that reads a parameter of the model by its name, the experts of one put together."""
-        stored, parts = {parameter: name for name, parameter in self.parameters.items()}, defaultdict(dict)
+        stored = {parameter: name for name, parameter in self.parameters.items()}
+        parts: defaultdict[str, dict[int, dict[int, str]]] = defaultdict(dict)
         for name, each in self.experts.items():
             if each.expert is None:
                 stored[each.path] = name
@@ -194,7 +195,9 @@ def _plain_files(
     places: dict, entries: dict, names: dict[str, str] | None, experts: Mapping[str, OfExperts]
 ) -> BaseWeights | None:
     """Read 16-bit safetensors; None if they have no weights of their own for linear layers."""
-    return names and BaseWeights(entries, names, lambda name: places[name].get_tensor(name), experts=experts)
+    if not names:
+        return None
+    return BaseWeights(entries, names, lambda name: places[name].get_tensor(name), experts=experts)
 
 
 def _published_files(files: ModelFiles, skeleton: nn.Module) -> BaseWeights:

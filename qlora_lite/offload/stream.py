@@ -80,7 +80,9 @@ PlacementFactory = Callable[[Sequence[FlatBlock], SideStream], Placement]
 class InHostMemory:
     """The placement of blocks in host memory, each in one flat buffer."""
 
-    in_files, gathers, shards, gradients = False, False, (), None
+    in_files, gathers = False, False
+    shards: Sequence[torch.Tensor] = ()
+    gradients: Gradients | None = None
 
     def __init__(self, blocks: Sequence[FlatBlock], side: SideStream):
         self._side, self._flat = side, []
@@ -128,12 +130,14 @@ class ReadAhead:
         side: the stream of the copies to the device.
     """
 
-    in_files, gathers, shards, gradients = True, False, (), None
+    in_files, gathers = True, False
+    shards: Sequence[torch.Tensor] = ()
+    gradients: Gradients | None = None
 
     def __init__(self, fills: Sequence[Callable[[torch.Tensor], None]], sizes: Sequence[int], side: SideStream):
         self._fills, self._sizes, self._side = fills, sizes, side
         self.slot_bytes = max(sizes)
-        self.buffers = [host_memory(self.slot_bytes, side.device) for _ in range(BUFFERS)]
+        self.buffers: Sequence[torch.Tensor] = [host_memory(self.slot_bytes, side.device) for _ in range(BUFFERS)]
         self._last_copy: list[object] = [None] * BUFFERS  # the end of the last copy from each
         self._next = 0  # buffer, in turn
         self._reading: dict[int, tuple[int, Future | None]] = {}  # by block: its buffer, and when it is whole

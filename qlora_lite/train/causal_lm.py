@@ -1,12 +1,12 @@
 """The workload that is a causal language model: tokenised rows, packed; cross-entropy over the target tokens."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -80,7 +80,7 @@ class CrossEntropy(Objective):
         return replace(self, fused=None)
 
     def choose(
-        self, model: nn.Module, spec: ModelSpec, largest: Callable[[], Inputs], setting: str, recorded: str | None
+        self, model: nn.Module, spec: ModelSpec, largest: Callable[[], Any], setting: str, recorded: str | None
     ) -> Self:
         """Choose on the hidden states of the largest micro-batch; see ``kernels.fused_loss``."""
         its_head = anatomy.head(model)
@@ -345,10 +345,11 @@ def causal_lm(
 
 
 def target_losses(work: Workload, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Return minus the logarithm of each target's probability, float32 [N], with the objective's chunks."""
+    """Return minus the logarithm of each target's probability, float32 [N], in the objective's chunks if it has any."""
     hidden = work.spec.outputs(model, inputs)
+    chunk = work.objective.chunk_tokens if isinstance(work.objective, CrossEntropy) else AUTO_CHUNK_TOKENS
     with category("logits"):
-        return token_losses(hidden, inputs.targets, anatomy.head(model), work.objective.chunk_tokens)
+        return token_losses(hidden, inputs.targets, anatomy.head(model), chunk)
 
 
 @torch.no_grad()
@@ -359,6 +360,7 @@ def answer_losses(work: Workload, model: nn.Module, batches: Iterable[Batch]) ->
         for batch in batches:
             inputs = work.batches.inputs(batch, device)
             losses = target_losses(work, model, inputs).tolist()
-            ends = np.searchsorted(inputs.target_positions.tolist(), np.cumsum(inputs.row_lengths))
-            found += [losses[start:end] for start, end in pairwise([0, *ends.tolist()])]
+            places = inputs.target_positions.tolist()
+            ends = [bisect_left(places, end) for end in accumulate(inputs.row_lengths)]
+            found += [losses[start:end] for start, end in pairwise([0, *ends])]
     return found

@@ -20,6 +20,7 @@ import stat
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, versions: Mapping[str, 
         for name, tensors in checkpoint.tensors.items():
             entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
             aligned = dict(sorted(entries.items(), key=lambda entry: -entry[1][0].itemsize))
-            stream_tensors(new / name, aligned, lambda key, tensors=tensors: tensors[key].cpu())
+            stream_tensors(new / name, aligned, partial(_on_host, tensors))
         for name, document in checkpoint.documents.items():
             (new / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(new.iterdir())}
@@ -103,9 +104,13 @@ def sealed(manifest: object) -> str:
     return json.dumps({"manifest": manifest, "sha256": digest}, sort_keys=True, indent=1) + "\n"
 
 
+def _on_host(tensors: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    return tensors[key].cpu()
+
+
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest checkpoint that is whole, and why each newer one is not."""
-    reasons = []
+    reasons: list[str] = []
     for step in steps_on_disk(root):
         try:
             return read_checkpoint(folder_of(root, step)), reasons

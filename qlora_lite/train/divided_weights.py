@@ -1,7 +1,7 @@
 """What a rank trains of weights that ranks have divided (``offload.divided``), under the whole weights' names."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,11 +12,12 @@ from qlora_lite.models.memory_options import divided_weights
 from .processes import Processes
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """What an optimizer has to know of parameters that are parts of weights: how many values each one's whole weight
     has, and which of how many ranks this is."""
 
-    values: Mapping[torch.Tensor, int] = {}
+    values: Mapping[torch.Tensor, int] = field(default_factory=dict)
     rank: int = 0
     count: int = 1
 

@@ -21,7 +21,7 @@ def _nearest(number: int) -> Tensor:
     return nearest_entries(bnb.functional.create_dynamic_map(signed=number == 1))
 
 
-class _OnCpu:
+class _OnCpu(bnb.optim.optimizer.Optimizer8bit):
     """The part that both optimizers share; ``_compute`` is each one's own."""
 
     def __init__(self, *args, **kwargs):

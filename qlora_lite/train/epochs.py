@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
 from heapq import nlargest
-from itertools import count
 from math import ceil
 
 import numpy as np
@@ -73,15 +72,18 @@ class Epochs:
         """How many steps the run has, and its largest micro-batch: in one pass, which takes seconds for hundreds of
         thousands of rows. After ``LOOKED_AT`` rows the micro-batches still to come are taken to be as full as can be.
         """
-        s, largest, extents, done = self.settings, [], [], 0
+        s, done = self.settings, 0
+        largest: list[int] = []
+        extents: list[Extent] = []
         epochs = Fraction(s.epochs).limit_denominator(1_000_000)
-        for epoch in count():
+        epoch = 0
+        while True:
             steps = self.steps(epoch)
             if s.max_steps:
                 steps = steps[: s.max_steps - done]
             elif epochs - epoch < 1:
                 steps = steps[: max(ceil((epochs - epoch) * len(steps)), 0 if done else 1)]
-            micro_batches = [rows for step in steps for rows in self._computed(step)]
+            micro_batches = [list(rows) for step in steps for rows in self._computed(step)]
             if micro_batches:
                 largest = max([largest, *micro_batches], key=self._tokens)
                 extents.append(extent_of(self.lengths, self.targets, micro_batches, self.pictures))
@@ -90,6 +92,7 @@ class Epochs:
                 return done, largest, _most(extents)
             if s.max_steps and (epoch + 1) * len(self.lengths) >= LOOKED_AT:
                 return s.max_steps, largest, self._as_full_as_can_be(_most(extents))
+            epoch += 1
 
     def _as_full_as_can_be(self, seen: Extent) -> Extent:
         s, longest = self.settings, max(self.lengths)
@@ -101,7 +104,7 @@ class Epochs:
         pictures = min(seen.pictures + tokens - seen.tokens, there)
         return Extent(tokens, max(seen.rows, -(-tokens // longest)), longest, targets, pictures, seen.largest_picture)
 
-    def _computed(self, step: list[list[int]]) -> list[list[int]]:
+    def _computed(self, step: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """Return the rows of each micro-batch of a step, as far as this rank may compute them."""
         shares = self.settings.shares
         return (own_micro_batches(step, shares, self.rank) or step[:1]) if shares else step

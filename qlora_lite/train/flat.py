@@ -46,7 +46,7 @@ class _Chunk:
         stored: the tensors that ``state`` is made of.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], sizes: Sequence[int], state: dict | None = None, stored=()):
+    def __init__(self, parameters: list[Tensor], sizes: list[int], state: dict | None = None, stored=()):
         self.parameters, self.sizes, self.state, self.stored = parameters, sizes, state or {}, stored
         self._padded: Tensor | None = None  # that the factors lie in with something between them
 
@@ -107,7 +107,7 @@ def _chunks(parameters: Sequence[Tensor], smallest: int) -> list[_Chunk]:
     return [chunk for alike in chunks.values() for chunk in alike]
 
 
-class _Flat:
+class _Flat(bnb.optim.optimizer.Optimizer8bit):
     """The step of a bitsandbytes optimizer, in chunks.
 
     Args:

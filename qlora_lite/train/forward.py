@@ -64,11 +64,11 @@ def prepare(batch: Batch, device: torch.device) -> Inputs:
     behind = torch.arange(filler).expand(*batch.position_ids.shape[:-1], filler)
     position_ids = torch.cat([batch.position_ids, behind], dim=-1)
     target_positions = (batch.labels != IGNORED_LABEL).nonzero().squeeze(1)
-    tensors = [
+    here = [
         remembered(sent(t, device), t)
         for t in (input_ids, position_ids, target_positions, batch.labels[target_positions])
     ]
-    return Inputs(*tensors[:2], batch.row_lengths, *tensors[2:], row_ends(batch.row_lengths, device))
+    return Inputs(here[0], here[1], batch.row_lengths, here[2], here[3], row_ends(batch.row_lengths, device))
 
 
 def row_ends(row_lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
@@ -95,7 +95,7 @@ def hidden_states(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     at_once |= {"row_flex": True} if FLEX in kernels else {}
     at_once |= {} if inputs.token_types is None else {"token_type_ids": inputs.token_types}
     at_once |= shown | ({"features": features, "places": places} if features else {})
-    if shown and sees_whole(model):
+    if places is not None and shown and sees_whole(model):
         sizes = (*map(prod, inputs.grids),) or (len(places) // len(inputs.pictures),) * len(inputs.pictures)
         at_once["row_pictures"] = inputs.pictures, sizes, family_of(model).in_windows
     return _decoded(model, inputs.input_ids, inputs.position_ids, inputs.row_lengths, **at_once)

@@ -23,12 +23,13 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     "numpy_rest" float64 [3] (position, whether a normal value waits, that value), and "cuda" uint8 on a GPU.
     """
     _, words, gauss = random.getstate()
-    _, keys, *rest = np.random.get_state()
+    drawn = np.random.get_state(legacy=False)
+    rest = drawn["state"]["pos"], drawn["has_gauss"], drawn["gauss"]
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy": torch.from_numpy(drawn["state"]["key"].astype(np.int64)),
         "numpy_rest": torch.tensor(rest, dtype=torch.float64),
     }
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

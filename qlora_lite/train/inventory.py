@@ -11,6 +11,7 @@ from qlora_lite.adapters.method import AdapterMethod
 from qlora_lite.memory.bar import TRAINED
 from qlora_lite.models.anatomy import text_config
 from qlora_lite.models.memory_options import divided_weights, on_disk, on_host, stream_of
+from qlora_lite.offload.gradients import ToOwners
 from qlora_lite.quant.formats import FORMATS, FOUR_BIT
 from qlora_lite.quant.linear import QuantLinear
 from qlora_lite.quant.packed import PackedWeight
@@ -64,8 +65,8 @@ def categorised(workload: Workload, model: nn.Module) -> Iterator[tuple[torch.Te
         kind = TRAINED[True] if divided else "base weights"
         for shard in stream.shards:
             yield shard, kind, "this rank's part of a block, put together when it is needed"
-        if divided:
-            yield stream.placement.gradients.buffer, "gradients", "room for those of a block, until ranks add them up"
+        if isinstance(gradients := stream.placement.gradients, ToOwners):
+            yield gradients.buffer, "gradients", "room for those of a block, until ranks add them up"
         for buffer in stream.buffers:
             what = (
                 "this rank's part of a block" if stream.placement.gathers else "room for one that is read from the disk"

@@ -173,9 +173,9 @@ class _Calls(TorchDispatchMode):
             settings = kwargs.get("scale"), None if left is None else left + 1
             self.packed[args[0].shape, args[1].shape, *settings] = args[:3], *settings, args[3].diff().tolist()
         if function.overloadpacket is VALUES:
-            query, key, value, sinks, lengths, *settings = args
-            self.flex.setdefault((query.shape, key.shape, *settings), args)
-            return block_attention(query, key, value, lengths, *settings, sinks).transpose(1, 2)
+            query, key, value, sinks, lengths, scaling, window, softcap = args
+            self.flex.setdefault((query.shape, key.shape, scaling, window, softcap), args)
+            return block_attention(query, key, value, lengths, scaling, window, softcap, sinks).transpose(1, 2)
         return function(*args, **(kwargs or {}))
 
 
@@ -196,14 +196,14 @@ def _is_better_packed(tensors: Sequence[torch.Tensor], scaling, window: int | No
     few_window = window and min(window, CHECKED_WINDOW)
 
     def one_by_one(lengths: Sequence[int], window: int | None) -> Function:
-        return lambda *tensors: row_by_row(*tensors, lengths, scaling, window, 0.0)
+        return lambda q, k, v: row_by_row(q, k, v, lengths, scaling, window, 0.0)
 
     def at_once(lengths: Sequence[int], window: int | None) -> Function:
         ends = sequence_ends(lengths, tensors[0].device)
-        return lambda *tensors: packed_attention(*tensors, ends, lengths, scaling, window).transpose(1, 2)
+        return lambda q, k, v: packed_attention(q, k, v, ends, lengths, scaling, window).transpose(1, 2)
 
     def attempt(way: Callable[..., Function]) -> Trial:
-        exact = lambda *tensors: block_attention(*tensors, few_lengths, scaling, few_window)  # noqa: E731
+        exact = lambda q, k, v: block_attention(q, k, v, few_lengths, scaling, few_window)  # noqa: E731
         return _tried(way(lengths, window), tensors, way(few_lengths, few_window), few, exact)
 
     ours, others = ("attention to one sequence after the other", one_by_one), {"packed attention": at_once}
@@ -211,7 +211,7 @@ def _is_better_packed(tensors: Sequence[torch.Tensor], scaling, window: int | No
 
 
 def _flex_is_better(query, key, value, sinks, lengths: Sequence[int], scaling, window: int | None, softcap) -> bool:
-    few_lengths = []
+    few_lengths: list[int] = []
     for length in lengths:
         if sum(few_lengths) <= CHECKED_TOKENS:
             few_lengths.append(min(length, CHECKED_TOKENS))

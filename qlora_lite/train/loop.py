@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -128,7 +128,7 @@ class Trainer:
         self.took_part = False  # every wrapped layer, which a step has shown
         self._has_retried = False  # the allocator, which has been said
         self.steps_without_gradient = 0
-        self.is_sharded = (stream := stream_of(model)) is not None and stream.placement.gathers
+        self.is_sharded = (blocks := stream_of(model)) is not None and blocks.placement.gathers
         self.loss_scale = LossScale() if workload.spec.needs_loss_scale(model) else None
         self.watch: Callable[[int, int], None] | None = None  # of the step's micro-batches, see ``train_step``
         self.most_tokens: int | None = None  # at once through the model, since memory ran out with more
@@ -238,7 +238,7 @@ class Trainer:
         return self.settings.gradient_accumulation_steps > self.processes.world_size
 
     @float32_partial_sums()
-    def choose_kernels(self, recorded: Collection[str] | None = None) -> None:
+    def choose_kernels(self, recorded: Sequence[str] | None = None) -> None:
         """Find out which fused kernels the steps compute with, on the largest micro-batch; see ``train.kernels``.
 
         Without this call there are none.
@@ -296,7 +296,7 @@ class Trainer:
         own = self._own(groups, self.settings.shares)
         self.workload.batches.expect([each for rows in own for each in rows], self.settings.seed, self.step + 1)
 
-    def _steps(self) -> Iterator[list[Sequence]]:
+    def _steps(self) -> Iterator[Sequence[Sequence]]:
         """Yield the rows of each micro-batch of each step, from the present place in the data on."""
         while True:
             yield from islice(self._steps_of_epoch(), self.epoch_step, None)
@@ -304,7 +304,7 @@ class Trainer:
                 raise TrainingError("the stream of rows has none to train on")
             self.epoch, self.epoch_step = self.epoch + 1, 0
 
-    def _steps_of_epoch(self) -> Iterator[list[Sequence]]:
+    def _steps_of_epoch(self) -> Iterator[Sequence[Sequence]]:
         if self.stream is None:
             self._order = self.epochs.steps(self.epoch)
             for step in self._order:
@@ -313,11 +313,11 @@ class Trainer:
         s = self.settings
         lengths = self.workload.batches.lengths
         micro_batches = stream_batches(self.stream, s.max_tokens, s.packing, s.micro_batch_size, lengths)
-        while step := list(islice(micro_batches, s.gradient_accumulation_steps)):
-            yield step
+        while found := list(islice(micro_batches, s.gradient_accumulation_steps)):
+            yield found
 
     @float32_partial_sums()
-    def _train(self, micro_batches: list[Sequence]) -> StepMetrics:
+    def _train(self, micro_batches: Sequence[Sequence]) -> StepMetrics:
         self.check()
         started, s = time.perf_counter(), self.settings
         retries = self.meter.allocation_retries()
@@ -505,7 +505,7 @@ class Trainer:
                     self.most_tokens,
                 )
 
-    def _skip_or_stop(self, micro_batches: list[Sequence], updated: bool) -> None:
+    def _skip_or_stop(self, micro_batches: Sequence[Sequence], updated: bool) -> None:
         """Count a step that was not finite, and end the run if it may not be left out."""
         parts, plain = cut(self.workload, micro_batches, self.most_tokens), self.workload.plain()
         error = explain_not_finite(plain, self.model, parts, self.step, updated)
@@ -625,17 +625,17 @@ def largest_batches(
         most_tokens: see ``out_of_memory.cut``.
     """
     whole = epochs.settings.options.optimizer_in_backward
-    rows, most = epochs.largest()
-    rows = workload.batches.enlarged([examples[row] for row in rows], most)
+    numbers, most = epochs.largest()
+    rows = workload.batches.enlarged([examples[row] for row in numbers], most)
     largest = _fullest(workload, rows, None if whole else most_tokens)
     if not len(eval_examples):
         return largest, None
     kind = workload.batches
     lengths = kind.lengths(eval_examples)
     batches = _eval_plan(lengths, epochs.settings)
-    rows = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
+    numbers = max(batches, key=lambda rows: sum(lengths[row] for row in rows))
     most = extent_of(lengths, kind.target_counts(eval_examples), batches, kind.picture_counts(eval_examples))
-    rows = kind.enlarged([eval_examples[row] for row in rows], most)
+    rows = kind.enlarged([eval_examples[row] for row in numbers], most)
     return largest, _fullest(workload, rows, most_tokens)
 
 

@@ -21,8 +21,11 @@ GROWTH_STEPS = 2000  # without an overflow, after which the scale is doubled
 
 
 class _Result(Protocol):
-    loss: float
-    grad_norm: float
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def grad_norm(self) -> float: ...
 
 
 R = TypeVar("R", bound=_Result)

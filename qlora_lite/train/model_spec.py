@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -41,7 +41,10 @@ class ModelSpec:
     Subclasses are frozen dataclasses: a plan looks them up.
     """
 
-    has_tokenwise_parts: ClassVar[bool] = True  # that tiles can be made of, where they may be
+    @property
+    def has_tokenwise_parts(self) -> bool:
+        """Whether some part of the model can be run tile by tile."""
+        return True
 
     @property
     def name(self) -> str:

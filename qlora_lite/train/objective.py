@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ class Objective:
         return self
 
     def choose(
-        self, model: nn.Module, spec: ModelSpec, largest: Callable[[], object], setting: str, recorded: str | None
+        self, model: nn.Module, spec: ModelSpec, largest: Callable[[], Any], setting: str, recorded: str | None
     ) -> Self:
         """Return the objective as it is computed fastest, or as it is recorded.
 
@@ -100,6 +100,10 @@ class Objective:
         return "every gradient is zero; a lower train.learning_rate may have kept the model from breaking"
 
     # What the loss of a micro-batch has to know beside it.
+
+    def references(self, model: nn.Module, spec: ModelSpec, inputs) -> torch.Tensor:
+        """Return what the model gives each example before training, float32 [P, 2]; see ``needs_reference``."""
+        raise NotImplementedError
 
     @property
     def prepares_steps(self) -> bool:

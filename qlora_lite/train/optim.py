@@ -68,7 +68,8 @@ def build_optimizer(
     Returns:
         One that may lay the factors end to end, and whose step can scale gradients and be left out; see ``flat``.
     """
-    parameters, by_ratio = list(parameters), {}
+    parameters = list(parameters)
+    by_ratio: dict[float, list[torch.nn.Parameter]] = {}
     for parameter, ratio in zip(parameters, lr_ratios or [1.0] * len(parameters), strict=True):
         by_ratio.setdefault(ratio, []).append(parameter)
     groups = [{"params": some, LR_RATIO: ratio, "lr": learning_rate * ratio} for ratio, some in by_ratio.items()]
@@ -195,7 +196,7 @@ class UpdatesInBackward:
         self.optimizer, self.probing, self.passes = optimizer, probing, passes
         self.parameters = parameters_of(optimizer)
         is_divided = parts is not None and parts.count > 1
-        self._whole = [p for p in self.parameters if p not in parts.values] if is_divided else []
+        self._whole = [p for p in self.parameters if parts and p not in parts.values] if is_divided else []
         self._kept: dict[torch.nn.Parameter, torch.Tensor] = {}  # gradients of these, and parts of others'
         self._come: Counter[torch.nn.Parameter] = Counter()  # parts of each gradient
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}

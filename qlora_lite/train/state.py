@@ -18,6 +18,7 @@ file, and each takes its part of it (``whole_tensors``).
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -49,11 +50,12 @@ def capture(
     Raises:
         TrainingError: the factors are not finite, or do nothing although they were trained: no state to go back to.
     """
+    tensors: dict[str, Tensors]
     if collection is None:
         tensors, numbers = _tensors_here(trainer)
     else:
-        tensors, numbers = collection.tensors, collection.numbers
-    tensors = tensors | {GENERATORS: generator_states(trainer.device)}
+        tensors, numbers = dict(collection.tensors), collection.numbers
+    tensors |= {GENERATORS: generator_states(trainer.device)}
     if copies:
         tensors = {file: {name: _host_copy(t) for name, t in content.items()} for file, content in tensors.items()}
     return tensors, {
@@ -93,7 +95,7 @@ def collection_of(trainer: Trainer, more: Mapping[str, Tensors]) -> Collection |
     if not layout.ranges:
         return None
     tensors, numbers = _tensors_here(trainer)
-    return Collection(trainer.processes, layout, tensors | more, numbers)
+    return Collection(trainer.processes, layout, {**tensors, **more}, numbers)
 
 
 def _wait(device: torch.device) -> None:
@@ -117,7 +119,8 @@ def _check_worth_keeping(trainer: Trainer, factors: Tensors) -> None:
 
 def _optimizer_state(trainer: Trainer) -> tuple[Tensors, dict]:
     """Return the optimizer's tensors as FACTOR.KEY, and its numbers by factor and key."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
     for name, parameter in zip(trainer.names, trainer.parameters, strict=True):
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             if key in _TABLES:
@@ -178,8 +181,9 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
     numbers = state.get("optimizer")
     good = all(type(count) is int and count >= 0 for count in counts) and isinstance(numbers, dict)
     good = good and type(state.get("took_part")) is bool
-    good = good and all(isinstance(values, dict) for values in numbers.values())
-    good = good and all(map(_is_count, (number for values in numbers.values() for number in values.values())))
+    of_each = list(numbers.values()) if isinstance(numbers, dict) else []
+    good = good and all(isinstance(values, dict) for values in of_each)
+    good = good and all(map(_is_count, (number for values in of_each for number in values.values())))
     scale = state.get("loss_scale") or asdict(LossScale())  # of float16 only
     good = good and isinstance(scale, dict) and scale.keys() == asdict(LossScale()).keys()
     good = good and all(map(_is_count, scale.values())) and scale["value"] >= 1
@@ -190,7 +194,7 @@ def numbers_of(checkpoint: Checkpoint) -> dict:
     return state
 
 
-def _is_count(number: object) -> bool:
+def _is_count(number: Any) -> bool:
     return type(number) in (int, float) and math.isfinite(number) and number >= 0
 
 

@@ -79,7 +79,8 @@ def accumulate_gradients(
     """
     if total is None:
         total = sum(workload.objective.weight(batch) for batch in batches)
-    mean, metrics = torch.zeros((), dtype=torch.float32, device=workload.spec.device(model)), {}
+    mean = torch.zeros((), dtype=torch.float32, device=workload.spec.device(model))
+    metrics: dict[str, torch.Tensor] = {}
     with phase("forward"), merged_once(model):
         for number, batch in enumerate(batches):
             weight = total if counted is None or number < counted else math.inf
@@ -259,7 +260,7 @@ def evaluate_loss(
         processes, counted: see ``train_step``.
     """
     device = workload.spec.device(model)
-    total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    total, weight, targets = torch.zeros((), dtype=torch.float64, device=device), 0.0, 0
     metrics: dict[str, torch.Tensor] = {}
     with evaluating(model), merged_once(model):
         for number, (batch, inputs) in enumerate(_evaluated(workload, model, batches, processes, counted)):
@@ -269,7 +270,7 @@ def evaluate_loss(
             _add(metrics, found.metrics, 1 if counts else math.inf)
             weight += workload.objective.weight(inputs) if counts else 0
             targets += workload.batches.shape(batch).targets if counts else 0
-    total, weight, targets = processes.exchange(total.item(), weight, targets)
+    whole, of_all, counted_targets = processes.exchange(total.item(), weight, targets)
     values = [processes.exchange(value.item())[0] for value in metrics.values()]
-    loss, *means = (value / (weight or 1) for value in (total, *values))
-    return Evaluation(loss, math.exp(min(loss, 700.0)), int(targets), dict(zip(metrics, means, strict=True)))
+    loss, *means = (value / (of_all or 1) for value in (whole, *values))
+    return Evaluation(loss, math.exp(min(loss, 700.0)), int(counted_targets), dict(zip(metrics, means, strict=True)))

@@ -203,7 +203,7 @@ def _bad_weight(model: nn.Module) -> str:
     name = next((name for name, size in sizes.items() if not math.isfinite(size)), None)
     if name:
         return f"{name} holds NaN or infinity"
-    name = max(sizes, key=sizes.get)
+    name = max(sizes, key=lambda name: sizes[name])
     return f"weights are too large, most of all {name} with {sizes[name]:.1e}"
 
 
