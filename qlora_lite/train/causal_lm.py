@@ -347,7 +347,7 @@ def causal_lm(
 def target_losses(work: Workload, model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Return minus the logarithm of each target's probability, float32 [N], in the objective's chunks if it has any."""
     hidden = work.spec.outputs(model, inputs)
-    chunk = work.objective.chunk_tokens if isinstance(work.objective, CrossEntropy) else AUTO_CHUNK_TOKENS
+    chunk = getattr(work.objective, "chunk_tokens", AUTO_CHUNK_TOKENS)
     with category("logits"):
         return token_losses(hidden, inputs.targets, anatomy.head(model), chunk)
 

@@ -26,7 +26,7 @@ from qlora_lite.models import quantizer
 from qlora_lite.recipe.load import load_recipe, resolve_to_yaml
 from qlora_lite.recipe.schema import Output
 from qlora_lite.runs import async_checkpoint as saver
-from qlora_lite.runs import training
+from qlora_lite.runs import saving, training
 from qlora_lite.runs.resume import RUN, Continuation
 from qlora_lite.runs.run import run_recipe
 from qlora_lite.train import checkpoints, loop
@@ -633,8 +633,8 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
     [
         [(loop, "train_step", 6, [INT, INT])],
         [(loop, "train_step", 6, [TERM, TERM])],  # its number is counted already
-        [(loop, "train_step", 5, [INT]), (training, "capture", 3, [TERM])],  # in the save of what was learned
-        [(Trainer, "evaluate", 3, [TERM]), (training, "capture", 3, [INT])],
+        [(loop, "train_step", 5, [INT]), (saving, "capture", 3, [TERM])],  # in the save of what was learned
+        [(Trainer, "evaluate", 3, [TERM]), (saving, "capture", 3, [INT])],
     ],
     ids=["step", "step by TERM", "save", "save from evaluation"],
 )
@@ -1022,7 +1022,7 @@ def test_a_disk_that_takes_no_checkpoint_for_a_while_does_not_end_the_run(lab, w
 
 
 def test_memory_that_runs_out_in_a_save_costs_that_checkpoint_and_no_step(lab, whole, monkeypatch, caplog):
-    capture, calls = training.capture, []
+    capture, calls = saving.capture, []
 
     def short(trainer, *more, **how):
         calls.append(trainer.step)
@@ -1030,7 +1030,7 @@ def test_memory_that_runs_out_in_a_save_costs_that_checkpoint_and_no_step(lab, w
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return capture(trainer, *more, **how)
 
-    monkeypatch.setattr(training, "capture", short)
+    monkeypatch.setattr(saving, "capture", short)
     lab.run()
     assert_same_run(lab, whole)
     assert calls == [2, 4, 6, 8] and lab.checkpoints == [8, 6, 2]
@@ -1189,7 +1189,7 @@ def test_a_folder_removed_under_the_run_is_made_again_and_gets_the_result(lab, w
 
 
 def test_a_last_adapter_that_cannot_be_written_is_an_error_and_written_by_the_next_try(lab, whole, monkeypatch):
-    save = training.save_adapter
+    save = saving.save_adapter
 
     def failing(model, folder, *rest):
         if folder.name == "adapter-last":
@@ -1197,7 +1197,7 @@ def test_a_last_adapter_that_cannot_be_written_is_an_error_and_written_by_the_ne
         return save(model, folder, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_adapter", failing)
+        patch.setattr(saving, "save_adapter", failing)
         with pytest.raises(OutputError, match=r"cannot write .*adapter-last"):
             lab.run()
     assert lab.checkpoints[0] == 8
