@@ -65,6 +65,11 @@ def test_each_way_to_name_a_kind_is_counted(tmp_path, line, count):
 HOUSE = runpy.run_path(str(Path(__file__).parent.parent / "tools" / "check" / "house"))
 
 
+def test_each_protocol_is_where_the_count_looks():
+    counts = {name: HOUSE["members"](name, HOUSE["PACKAGE"] / file) for name, file in HOUSE["PROTOCOLS"].items()}
+    assert min(counts.values()) > 1
+
+
 def test_members_and_annotations_are_counted_as_written(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(
